@@ -1,0 +1,284 @@
+"""The files in data/ are what their scripts make, and they hold what README_DATA.md says."""
+
+import gzip
+import importlib.util
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+SIZES = {"small": 500, "medium": 2000, "large": 3000}
+GENERATED = [*(f"corpus_{name}.txt" for name in SIZES), "rag_train.jsonl", "cpt_train.jsonl"]
+NAMED_ONCE = ("city", "river", "alloy", "surname", "university", "event", "place")  # all but the region
+
+
+def load_script(name):
+    """A script of data/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+make_corpus = load_script("make_corpus")
+make_wiki_sample = load_script("make_wiki_sample")
+ENDINGS = [ending for endings in make_corpus.ENDINGS.values() for ending in endings]
+
+
+def read_lines(path):
+    """The lines of a file that must end with a newline."""
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("\n") and "\r" not in text
+    return text[:-1].split("\n")
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in read_lines(path)]
+
+
+def proper_names(facts):
+    """The made-up names that belong to one passage alone; of an event "Velotell Regatta" that is "Velotell"."""
+    return [facts[key].split()[0] for key in NAMED_ONCE if key in facts]
+
+
+@pytest.fixture(scope="module")
+def corpora():
+    return {name: read_lines(DATA / f"corpus_{name}.txt") for name in SIZES}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make_corpus.make_world(1337)
+
+
+# =============================================================================
+# 1. The generated files
+# =============================================================================
+
+
+def test_generating_again_gives_the_same_bytes(tmp_path):
+    make_corpus.main(["--out_dir", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GENERATED)
+    for name in GENERATED:
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
+
+
+def test_corpora_have_their_sizes_and_are_prefixes(corpora):
+    assert {name: len(lines) for name, lines in corpora.items()} == SIZES
+    assert corpora["medium"][:500] == corpora["small"]
+    assert corpora["large"][:2000] == corpora["medium"]
+
+
+def test_no_passage_occurs_twice(corpora):
+    assert len(set(corpora["large"])) == SIZES["large"]
+
+
+def test_passages_have_the_promised_shape(corpora):
+    words = [len(line.split()) for line in corpora["large"]]
+    assert min(words) >= 40 and max(words) <= 110
+    chinese = sum(bool(re.search("[\u4e00-\u9fff]", line)) for line in corpora["large"]) / SIZES["large"]
+    assert 0.03 <= chinese <= 0.07
+    spanish = sum(bool(re.search(r" (se|de la|El|estudió) ", line)) for line in corpora["large"]) / SIZES["large"]
+    assert 0.07 <= spanish <= 0.13
+
+
+def test_no_placeholder_is_left(corpora):
+    assert not [line for line in corpora["large"] if "{" in line or "}" in line]
+
+
+def test_questions_have_unique_ids_and_texts():
+    questions = read_jsonl(DATA / "rag_train.jsonl")
+    assert len(questions) == 1200
+    assert len({question["id"] for question in questions}) == 1200
+    assert len({question["question"] for question in questions}) == 1200
+
+
+def test_every_answer_occurs_in_its_passage(corpora):
+    for question in read_jsonl(DATA / "rag_train.jsonl"):
+        (id_,) = question["positive_ids"]
+        passage = corpora["large"][int(id_) - 1]  # an id is a 1-based line number
+        assert question["answers"]
+        for answer in question["answers"]:
+            assert answer in passage, question["id"]
+
+
+def test_questions_begin_with_the_small_corpus_and_spread_evenly():
+    lines = [int(question["positive_ids"][0]) for question in read_jsonl(DATA / "rag_train.jsonl")]
+    assert max(lines[:400]) <= 500 < min(lines[400:])
+    assert max(lines[400:800]) <= 2000 < min(lines[800:])
+
+
+def test_articles_are_long_and_unique():
+    articles = read_jsonl(DATA / "cpt_train.jsonl")
+    assert len(articles) == len({article["id"] for article in articles}) == 400
+    assert len({article["text"] for article in articles}) == 400
+    assert all(380 <= len(article["text"].split()) <= 900 for article in articles)
+
+
+def test_articles_are_about_things_in_no_corpus(corpora, world):
+    known = {name for index in range(3000) for name in proper_names(make_corpus.make_passage(world, index).facts)}
+    words = {word for article in read_jsonl(DATA / "cpt_train.jsonl") for word in re.findall(r"\w+", article["text"])}
+    assert not known & words
+
+
+# =============================================================================
+# 2. The generator at other sizes
+# =============================================================================
+
+
+@pytest.mark.parametrize("size", [10, 20_000])
+def test_every_fact_is_in_one_passage_only(world, size):
+    passages = [make_corpus.make_passage(world, index) for index in range(size)]
+    occurrences = Counter(word for passage in passages for word in set(re.findall(r"\w+", passage.text)))
+    for passage in passages:
+        for name in proper_names(passage.facts):
+            assert occurrences[name] == 1, name
+    melting = [passage.facts["melting"] for passage in passages if "melting" in passage.facts]
+    assert len(set(melting)) == len(melting)
+
+
+def test_every_question_of_every_passage_is_answered_in_it(world):
+    for index in range(200):
+        text = make_corpus.make_passage(world, index).text
+        turns = [make_corpus.make_question(world, index, turn) for turn in range(make_corpus.MIN_QUESTIONS)]
+        assert len({turn["question"] for turn in turns}) == len(turns)
+        assert all(answer in text for turn in turns for answer in turn["answers"])
+
+
+def test_a_tiny_corpus(tmp_path):
+    make_corpus.main(["--out_dir", str(tmp_path), "--sizes", "tiny=10", "--qa", "30", "--cpt", "0", "--seed", "7"])
+    assert len(read_lines(tmp_path / "corpus_tiny.txt")) == 10
+    assert len({question["question"] for question in read_jsonl(tmp_path / "rag_train.jsonl")}) == 30
+    assert (tmp_path / "cpt_train.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--sizes", "tiny=10", "--qa", "31"], "--qa 31 is too many"),
+        (["--sizes", "a=1,a=2"], "--sizes"),
+        (["--sizes", "a=0"], "--sizes"),
+        (["--sizes", "../a=1"], "--sizes"),
+        (["--seed", "-1"], "--seed"),
+    ],
+)
+def test_a_bad_option_is_named_and_nothing_is_written(tmp_path, capsys, option, message):
+    with pytest.raises(SystemExit):
+        make_corpus.main(["--out_dir", str(tmp_path), *option])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path):
+    def lines():
+        yield "new"
+        raise RuntimeError
+
+    path = tmp_path / "file.txt"
+    path.write_text("old\n")
+    with pytest.raises(RuntimeError):
+        make_corpus.write_lines(path, lines())
+    assert path.read_text() == "old\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_spelling_by_hand():
+    """Firsts change fastest; after all pairs (55 * 29 of them) a second middle syllable joins, with digit 1 first."""
+    firsts, middles = len(make_corpus.FIRSTS), len(make_corpus.MIDDLES)
+    assert (firsts, middles) == (55, 29)
+    assert make_corpus.spell(0, "ton") == "Babiton"
+    assert make_corpus.spell(1, "ton") == "Bebiton"
+    assert make_corpus.spell(firsts, "ton") == "Badaton"
+    assert make_corpus.spell(firsts * middles, "ton") == "Badabiton"
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**9), st.sampled_from(ENDINGS))))
+def test_different_numbers_or_endings_spell_different_names(pairs):
+    assert len({make_corpus.spell(*pair) for pair in pairs}) == len(set(pairs))
+
+
+def test_no_ending_serves_twice():
+    assert len(set(ENDINGS)) == len(ENDINGS)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**40), st.integers(1, 500))
+def test_an_order_is_a_permutation(seed, size):
+    order = make_corpus.make_order(size, make_corpus.make_rng(seed, 0, 0))
+    assert sorted(map(order, range(size))) == list(range(size))
+
+
+@given(st.data())
+def test_shares_add_up_and_fit(data):
+    sizes = sorted(data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=4)))
+    total = data.draw(st.integers(0, make_corpus.MIN_QUESTIONS * sizes[-1]))
+    shares = make_corpus.share_questions(total, sizes)
+    assert sum(share for _, share in shares) == total
+    assert [index for indices, _ in shares for index in indices] == list(range(sizes[-1]))
+    assert all(0 <= share <= make_corpus.MIN_QUESTIONS * len(indices) for indices, share in shares)
+
+
+# =============================================================================
+# 3. The real sample
+# =============================================================================
+
+
+@pytest.fixture(scope="module")
+def wiki():
+    return read_jsonl(DATA / "wiki_passages.jsonl"), read_jsonl(DATA / "wiki_questions.jsonl")
+
+
+def test_wiki_files_have_their_counts_and_fields(wiki):
+    passages, questions = wiki
+    assert len({passage["id"] for passage in passages}) == len({passage["text"] for passage in passages}) == 300
+    assert len({question["id"] for question in questions}) == len({q["question"] for q in questions}) == 100
+    assert all(list(passage) == ["id", "title", "text"] for passage in passages)
+    assert all(list(question) == ["id", "question", "answers", "positive_ids"] for question in questions)
+    assert len(passages) == 300 and len(questions) == 100
+
+
+def test_wiki_passages_have_40_to_200_words(wiki):
+    assert all(40 <= len(passage["text"].split()) <= 200 for passage in wiki[0])
+
+
+def test_wiki_answers_occur_in_their_passages(wiki):
+    passages, questions = wiki
+    texts = {passage["id"]: passage["text"] for passage in passages}
+    for question in questions:
+        assert question["answers"] and question["positive_ids"]
+        for id_ in question["positive_ids"]:
+            assert all(answer in texts[id_] for answer in question["answers"]), question["id"]
+
+
+def test_wiki_questions_are_spread_over_all_articles(wiki):
+    passages, questions = wiki
+    titles = {passage["id"]: passage["title"] for passage in passages}
+    asked = Counter(titles[question["positive_ids"][0]] for question in questions)
+    assert set(asked) == set(titles.values()) and min(asked.values()) >= 8
+
+
+def test_wiki_sample_is_what_its_script_picks(wiki, tmp_path):
+    """A source of the sample itself and a record that must be left out gives the sample again, byte for byte."""
+    passages, questions = wiki
+    source = {
+        "passages.jsonl.gz": [{**passage, "split": "dev"} for passage in reversed(passages)]
+        + [{**passages[0], "split": "train", "text": ""}],
+        "qa.dev.jsonl.gz": [{**questions[0], "id": "squad:Other:0:0"}, *reversed(questions)],
+    }
+    for name, records in source.items():
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    make_wiki_sample.main(["--source", str(tmp_path), "--out_dir", str(tmp_path / "out")])
+    for name in ("wiki_passages.jsonl", "wiki_questions.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_a_missing_source_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"--source must hold passages\.jsonl\.gz"):
+        make_wiki_sample.main(["--source", str(tmp_path), "--out_dir", str(tmp_path)])

