@@ -49,7 +49,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +122,7 @@ class RuntimeConfig:
 
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = opt("auto", "decoder precision; auto: bfloat16 on CUDA, else float32",
-                     choices=("auto", "float32", "bfloat16"))  # fmt: skip
+                     choices=("auto", "float32", "bfloat16"))
     threads: int = opt(0, "CPU threads, 0 for the library's choice")
     seed: int = opt(1337, "random seed")
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -142,7 +141,7 @@ class CorpusConfig:
 
     corpus: tuple[str, ...] = opt((), "files (.txt one passage per line, .jsonl {id,title,text}, .gz), folders, or -")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
-                      choices=("strict", "replace", "skip"))  # fmt: skip
+                      choices=("strict", "replace", "skip"))
     limit: int | None = opt(None, "read at most this many records")
     max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads")
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage")
@@ -152,7 +151,7 @@ class CorpusConfig:
         require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
         require(self.max_passage_tokens >= 8, f"--max_passage_tokens must be 8 or more, got {self.max_passage_tokens}")
         require(0 <= self.overlap <= self.max_passage_tokens // 2,
-                f"--overlap must lie between 0 and half of --max_passage_tokens, got {self.overlap}")  # fmt: skip
+                f"--overlap must lie between 0 and half of --max_passage_tokens, got {self.overlap}")
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,9 @@ class IndexConfig:
 
     index_dir: str | None = opt(None, "the index folder")
     retriever: str = opt("hybrid", "dense (FAISS), bm25, or both fused by reciprocal rank",
-                         choices=("hybrid", "dense", "bm25"))  # fmt: skip
+                         choices=("hybrid", "dense", "bm25"))
     embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; "
-                                        "default all-MiniLM-L6-v2, or the one the index was built with")  # fmt: skip
+                                        "default all-MiniLM-L6-v2, or the one the index was built with")
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ class BuildConfig:
     """How to build the index."""
 
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
-                     choices=("auto", "flat", "hnsw", "ivfpq"))  # fmt: skip
+                     choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens (serves the multiples of k)")
     batch_size: int = opt(32, "passages embedded at once")
@@ -224,14 +223,14 @@ class PackConfig:
     """Context packing."""
 
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
-                    choices=("refrag", "full", "none", "truncate"))  # fmt: skip
+                    choices=("refrag", "full", "none", "truncate"))
     k: int = opt(16, "tokens compressed into one vector")
     p: float = opt(0.25, "largest fraction of the context's tokens that stays text")
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the best there is",
-                    choices=("auto", "blend", "cosine", "ppl", "random", "none"))  # fmt: skip
+                    choices=("auto", "blend", "cosine", "ppl", "random", "none"))
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
-                          choices=("auto", "feed", "drop"))  # fmt: skip
+                          choices=("auto", "feed", "drop"))
     ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first")
 
     def __post_init__(self) -> None:
@@ -313,7 +312,7 @@ def command(name: str, *configs: type) -> Callable[[Callable], Callable]:
 
 @command("index", CorpusConfig, IndexConfig, BuildConfig, ModelConfig)
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ModelConfig,
-              runtime: RuntimeConfig) -> None:  # fmt: skip
+              runtime: RuntimeConfig) -> None:
     """Read a corpus; build FAISS and BM25; store the chunk vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     start = time.perf_counter()
@@ -328,14 +327,14 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
         summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
-                "index_dir": index.index_dir}  # fmt: skip
+                "index_dir": index.index_dir}
     emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}")  # fmt: skip
+         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}")
 
 
 @command("search", IndexConfig, QuestionConfig, SearchConfig, FormatConfig)
 def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
-               runtime: RuntimeConfig) -> None:  # fmt: skip
+               runtime: RuntimeConfig) -> None:
     """Show the passages that answer a question, best first."""
     questions = read_questions(ask)
     searcher = load_searcher(index, search, runtime)
@@ -354,7 +353,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 
 @command("generate", QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ModelConfig)
 def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-                 generate: GenerateConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:  # fmt: skip
+                 generate: GenerateConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Answer a question from compressed context, with citations and timings."""
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     check_generate(ask, index, pack, generate)
@@ -376,7 +375,7 @@ def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, ru
         report = {"all_reduce": all_reduce_check()}
     else:
         report = {"device": describe_device(runtime), "versions": library_versions(),
-                  "models": {name: describe_model(name) for name in BUNDLED}}  # fmt: skip
+                  "models": {name: describe_model(name) for name in BUNDLED}}
     if index.index_dir is not None:
         opened = open_index(index.index_dir)
         report["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
@@ -518,7 +517,7 @@ def parse(argv: Sequence[str]) -> Invocation:
         elif key in from_file:
             values[key] = coerce(from_file[key], f, annotation, f"--config {config_path}")
     configs = tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-                    for cls in cmd.configs)  # fmt: skip
+                    for cls in cmd.configs)
     return Invocation(cmd, configs)
 
 
@@ -537,7 +536,7 @@ def classify(error: BaseException) -> tuple[int, str]:
     if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 6, f"disk or memory ran out: {one_line(error)}: free some and run again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
-                                                      errno.EISDIR, errno.ENOTDIR, errno.EEXIST):  # fmt: skip
+                                                      errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
         return 2, f"{error.filename or 'file'}: {error.strerror}: check the path and its permissions"
     return 1, f"internal fault: {type(error).__name__}: {one_line(error)}: run again with --debug for the traceback"
 
@@ -629,8 +628,14 @@ try:
     from safetensors.torch import load_file, save_file
     from torch import Tensor, nn
     from tqdm import tqdm
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-    from transformers import PreTrainedModel
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
 except ImportError as missing:
     if __name__ != "__main__":
         raise
@@ -737,7 +742,7 @@ def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
     """The device that --device auto picks, with its name, memory and precision."""
     device = pick_device(runtime.device)
     facts = {"device": str(device), "dtype": str(pick_dtype(runtime.dtype, device)).removeprefix("torch."),
-             "cpu_threads": torch.get_num_threads()}  # fmt: skip
+             "cpu_threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {"name": properties.name, "memory_mb": properties.total_memory // 2**20}
@@ -861,7 +866,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CorruptError(f"{path} is damaged: build the index again")
     if manifest["format"] != MANIFEST_FORMAT or manifest["version"] > MANIFEST_VERSION:
         raise MismatchError(f"{path} has format {manifest['format']} version {manifest['version']}, this program "
-                            f"reads {MANIFEST_FORMAT} up to {MANIFEST_VERSION}: update the program")  # fmt: skip
+                            f"reads {MANIFEST_FORMAT} up to {MANIFEST_VERSION}: update the program")
     return manifest
 
 
@@ -1088,7 +1093,7 @@ def read_line_file(path: Path, prefix: str, counts: dict[str, int], errors: str)
             is_json = text.lstrip().startswith("{") if is_json is None else is_json
             try:
                 yield (parse_passage(text, number, source) if is_json
-                       else Record(f"{prefix}{number}", "", text.strip(), number, source))  # fmt: skip
+                       else Record(f"{prefix}{number}", "", text.strip(), number, source))
             except BadRecord:
                 if errors != "skip":
                     raise
@@ -1131,7 +1136,7 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
             return [*spans, (start, len(text))]
         window = range(last, max(first + 1, last - size // 4) - 1, -1)
         ends = [i for i in window if text[token_ends[i - 1] :][:1].isspace()]
-        stops = [i for i in ends if text[token_ends[i - 1] - 1] in ".!?。！？"]
+        stops = [i for i in ends if text[token_ends[i - 1] - 1] in ".!?\u3002\uff01\uff1f"]
         cut = next(iter(stops or ends), last)
         spans.append((start, token_ends[cut - 1]))
         first = max(cut - overlap, first + 1)
@@ -1151,7 +1156,7 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
             lines = list(read_lines(handle, str(path), counts, "strict"))
         places = [f"{path}:{number}" for number, _ in lines]
         items = [{"id": str(i), **parse_object(text, place)}
-                 for i, ((_, text), place) in enumerate(zip(lines, places, strict=True), 1)]  # fmt: skip
+                 for i, ((_, text), place) in enumerate(zip(lines, places, strict=True), 1)]
         require(bool(items), f"--questions {path}: the file holds no question")
     for item, place in zip(items, places, strict=True):
         check_string(item.get("question"), "question", place)
@@ -1176,7 +1181,7 @@ EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by lengt
 
 
 def bundled_path(name: str) -> Path | None:
-    """Where a bundled model's files are, None for other names. Raises MissingError with the command that installs it."""
+    """Where a bundled model's files are, None for other names. Raises MissingError that names the pip command."""
     if name not in BUNDLED:
         return None
     requirement, module, inside = BUNDLED[name]
@@ -1215,7 +1220,7 @@ def hub_errors(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise MissingError(f"model {name} could not be loaded ({one_line(error)[:300]}): "
-                           f"check the name and the network, or use one of {', '.join(BUNDLED)}") from error  # fmt: skip
+                           f"check the name and the network, or use one of {', '.join(BUNDLED)}") from error
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
@@ -1233,7 +1238,7 @@ class Embedder:
 
     def __init__(self, name: str, model: Any):
         require(model.similarity_fn_name in (None, "cosine", "dot"),
-                f"--embed_model {name}: similarity {model.similarity_fn_name} is not supported, only cosine and dot")  # fmt: skip
+                f"--embed_model {name}: only cosine and dot similarity are supported, not {model.similarity_fn_name}")
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
         self.normalize = model.similarity_fn_name != "dot"
         self.dim = model.get_embedding_dimension()
@@ -1430,7 +1435,7 @@ def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
 
 
 def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends: np.ndarray,
-                       whole: np.ndarray) -> np.ndarray:  # fmt: skip
+                       whole: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
     states: (T, dim); token_ends: (T,) characters, 0 for special tokens; whole: (dim,), the passage's vector, used for
@@ -1467,7 +1472,7 @@ class Index:
         self.faiss = faiss.read_index(str(folder / "faiss.index")) if "dense" in manifest["uses"] else None
         self.bm25 = Bm25(folder / "bm25") if "bm25" in manifest["uses"] else None
         self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
-            map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))  # fmt: skip
+            map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
         self.gate = map_array(folder / "gate.npy") if "gate.npy" in manifest["files"] else None
         self.chunks = map_array(folder / "chunks.npy") if "chunks.npy" in manifest["files"] else None
         if self.faiss is not None and hasattr(self.faiss, "hnsw"):
@@ -1507,7 +1512,7 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
     foreign = [n for n in names if not re.fullmatch(r"manifest\.json|\.manifest\..*|\.lock|gen-\d+|\..*\.(tmp|old)", n)]
-    require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name another folder")
+    require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     return exclusive(path / ".lock", f"index {path}")
 
@@ -1542,9 +1547,9 @@ def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildC
     stored = manifest["chunking"]["k"]
     if build.k is not None and (build.k != stored or manifest["chunking"]["encoder"] is None):
         raise MismatchError(f"--k {build.k} does not fit the index, which was built with k = {stored} "
-                            f"and {'' if manifest['chunking']['encoder'] else 'no '}chunk vectors: build it anew")  # fmt: skip
+                            f"and {'' if manifest['chunking']['encoder'] else 'no '}chunk vectors: build it anew")
     if build.faiss not in ("auto", manifest["faiss"]):
-        raise MismatchError(f"--faiss {build.faiss} does not fit the index, which is {manifest['faiss']}: build it anew")
+        raise MismatchError(f"--faiss {build.faiss} does not fit the index ({manifest['faiss']}): build it anew")
     name = manifest["embedder"].get("name")
     if index.embed_model and name is None:
         raise MismatchError("--embed_model given, but the index is bm25 only: build it anew")
@@ -1555,7 +1560,7 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
     built = manifest["embedder"]
     if built.get("fingerprint") != embedder.fingerprint:
         raise MismatchError(f"the index was built with embedder {built.get('name')}, not with these weights of "
-                            f"{embedder.name}: use the same --embed_model or build the index again")  # fmt: skip
+                            f"{embedder.name}: use the same --embed_model or build the index again")
 
 
 def token_ends(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -1611,9 +1616,9 @@ class CorpusWriter:
             writer.close()
         ids = StringColumn(self.folder, "ids")
         keys = np.fromiter((int.from_bytes(hashlib.blake2b(ids[i].encode(), digest_size=8).digest(), "little")
-                            for i in range(len(ids))), dtype=np.uint64, count=len(ids))  # fmt: skip
+                            for i in range(len(ids))), dtype=np.uint64, count=len(ids))
         order = np.argsort(keys, kind="stable")
-        for a, b in zip(order[:-1], order[1:], strict=True):
+        for a, b in itertools.pairwise(order):
             if keys[a] == keys[b] and ids[a] == ids[b]:
                 places = StringColumn(self.folder, "places")
                 raise UserError(f"duplicate id {ids[a]!r} at {places[a]} and {places[b]}: make ids unique")
@@ -1622,7 +1627,7 @@ class CorpusWriter:
 
 
 def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, window: int, previous: Index | None,
-           counts: dict[str, int]) -> None:  # fmt: skip
+           counts: dict[str, int]) -> None:
     """First pass: read, validate, split and write the text columns, block by block."""
     limit = min(corpus.max_passage_tokens, window)
     if limit < corpus.max_passage_tokens:
@@ -1667,7 +1672,7 @@ class ChunkWriter:
 
 
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
-                 batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:  # fmt: skip
+                 batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
     """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
     prepared = [chunking.prepare(content) for content in contents]
     runs = chunking.runs(prepared)
@@ -1677,12 +1682,12 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     vectors, token_states = embedder.embed_with_states(contents, batch_size)
     ends = embedder.state_ends(contents)
     gates = [late_chunk_vectors(*item)
-             for item in zip(token_states, ends, [r[0] for r in runs], vectors, strict=True)]  # fmt: skip
+             for item in zip(token_states, ends, [r[0] for r in runs], vectors, strict=True)]
     return vectors, [ChunkTable(*run, g, s) for run, g, s in zip(runs, gates, states, strict=True)]
 
 
 def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, previous: Index | None,
-                 batch_size: int) -> None:  # fmt: skip
+                 batch_size: int) -> None:
     """Second pass: embed what is new and write vectors (a temporary file) and chunk tables."""
     titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
     first = len(previous) if previous is not None else 0
@@ -1739,7 +1744,7 @@ def make_current(path: Path, generation: Path, manifest: dict[str, Any]) -> None
 
 
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
-                chunking: Chunking, previous: Index | None) -> dict[str, int]:  # fmt: skip
+                chunking: Chunking, previous: Index | None) -> dict[str, int]:
     """Build a generation beside the current one and make it current. Returns counts. The caller holds the lock."""
     path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
     uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
@@ -1759,7 +1764,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
         "chunking": {"k": chunking.k, **chunking.stored},
         "counts": {"passages": passages, "chunks": chunks},
-    }  # fmt: skip
+    }
     make_current(path, generation, manifest)
     added = passages - (len(previous) if previous is not None else 0)
     return {"passages": passages, "added": added, **counts, "dim": manifest["dim"], "chunks": chunks}
@@ -1803,7 +1808,7 @@ class Searcher:
 
     def leading_sentence(self, row: int) -> str:
         """A passage's title and first sentence, the link to the next hop."""
-        first = re.split(r"(?<=[.!?。！？])\s", self.index.texts[row], maxsplit=1)[0]
+        first = re.split(r"(?<=[.!?\u3002\uff01\uff1f])\s", self.index.texts[row], maxsplit=1)[0]
         return f"{self.index.titles[row]} {first[:300]}".strip()
 
     def candidates(self, question: str, depth: int, hops: int) -> list[tuple[int, float]]:
@@ -1827,7 +1832,7 @@ class Searcher:
             ranked = sorted(zip(rows, scores.tolist(), strict=True), key=lambda item: -item[1])
         index = self.index
         return [Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
-                        index.document_id(row)) for rank, (row, score) in enumerate(ranked[:topk], start=1)]  # fmt: skip
+                        index.document_id(row)) for rank, (row, score) in enumerate(ranked[:topk], start=1)]
 
 
 def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConfig) -> Searcher:
@@ -1942,7 +1947,7 @@ class RefragTokenizer:
     def __init__(self, decoder: Any, encoder: Any = None, compression: int = 16):
         for tokenizer in (decoder, encoder or decoder):
             require(getattr(tokenizer, "is_fast", False), f"tokenizer {type(tokenizer).__name__} gives no character "
-                    "offsets: use a model with a fast tokenizer (tokenizer.json)")  # fmt: skip
+                    "offsets: use a model with a fast tokenizer (tokenizer.json)")
         self.decoder, self.encoder, self.compression = decoder, encoder or decoder, compression
         added = getattr(decoder, "added_tokens_decoder", {})
         names = {token.content for token in added.values() if token.special} | set(decoder.all_special_tokens)
@@ -2045,7 +2050,7 @@ def render_chat(tokenizer: Any, message: str) -> str:
     if not tokenizer.chat_template:
         return message + NO_TEMPLATE_SUFFIX
     return tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False,
-                                         add_generation_prompt=True)  # fmt: skip
+                                         add_generation_prompt=True)
 
 
 def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc]) -> Prompt:
@@ -2160,7 +2165,7 @@ class RefragConfig(PreTrainedConfig):
     def __init__(self, encoder_name_or_path: str = "decoder:8", decoder_name_or_path: str = "SmolLM2-135M-Instruct",
                  compression: int = 16, pooling: str = "mean", projector: str = "residual_mlp",
                  training_model: str = "", encoder_width: int | None = None, decoder_width: int | None = None,
-                 **kwargs: Any):  # fmt: skip
+                 **kwargs: Any):
         super().__init__(**kwargs)
         self.encoder_name_or_path, self.decoder_name_or_path = encoder_name_or_path, decoder_name_or_path
         self.compression, self.pooling, self.projector = compression, pooling, projector
@@ -2240,22 +2245,22 @@ def first_layers(decoder: nn.Module, layers: int) -> nn.Module:
 
     Raises UserError if the decoder has fewer, or is not built as a stack of layers.
     """
-    config = type(decoder.config).from_dict(decoder.config.to_dict())
-    total = config.num_hidden_layers
+    facts, total = decoder.config.to_dict(), decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
-    config.num_hidden_layers = layers
     for name in ("layer_types", "layers_block_type"):
-        if isinstance(getattr(config, name, None), list):
-            setattr(config, name, getattr(config, name)[:layers])
+        if isinstance(facts.get(name), list):
+            facts[name] = facts[name][:layers]
+    facts["num_hidden_layers"] = layers
     body = decoder.base_model
     try:
+        config = type(decoder.config).from_dict(facts)
         with torch.device("meta"):
             model = AutoModel.from_config(config)
         weights = body.state_dict()
         model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"--enc decoder:{layers}: this decoder can not be cut after a layer ({one_line(error)[:100]}): "
-                        "name an encoder") from None  # fmt: skip
+                        "name an encoder") from None
     for name, buffer in body.named_buffers():  # rotary tables are not in the state dict; the cut model has the same
         parent, _, leaf = name.rpartition(".")
         if name in dict(model.named_buffers()):
@@ -2294,7 +2299,8 @@ class ChunkEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of weights and of how they are used; stored states carry it."""
-        return weights_fingerprint(self.backbone, self.whole, self.pooling, tokenizer_fingerprint(self.tokenizer.encoder))
+        cuts = tokenizer_fingerprint(self.tokenizer.encoder)
+        return weights_fingerprint(self.backbone, self.whole, self.pooling, cuts)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token states. input_ids, attention_mask: (B, T). Returns (B, T, E)."""
@@ -2471,7 +2477,7 @@ class RefragModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.float32, **kwargs: Any) -> RefragModel:  # fmt: skip
+                        dtype: torch.dtype = torch.float32, **kwargs: Any) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor."""
         path = Path(folder)
         require((path / "config.json").is_file(), f"--load_dir {path}: no checkpoint in this folder")
@@ -2495,7 +2501,7 @@ def load_part(part: nn.Module, path: Path) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise MismatchError(f"{path}: tensor {name} has shape {found.get(name, 'none')}, the model has "
-                                f"{expected.get(name, 'none')}: use the models of the checkpoint's config.json")  # fmt: skip
+                                f"{expected.get(name, 'none')}: use the models of the checkpoint's config.json")
     part.load_state_dict(tensors)
 
 
@@ -2575,7 +2581,7 @@ def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, pr
     else:
         chunking = make_chunking(build_tokenizer(model_config(models, width)), None)
     if built and {key: built[key] for key in chunking.stored} != chunking.stored:
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same or build it anew")
+        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
     return chunking
 
 # =============================================================================
@@ -2714,16 +2720,16 @@ def accepts(decoder: nn.Module, name: str) -> bool:
     return name in inspect.signature(decoder.forward).parameters
 
 
-def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor | None,
-                 **inputs: Tensor) -> tuple[Tensor, Any]:  # fmt: skip
+def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
+                 **inputs: Tensor) -> tuple[Tensor, Any]:
     """One decoder call: (logits of the last position (B, V), cache). Hides how architectures name their cache."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
     if accepts(decoder, "logits_to_keep"):
         arguments["logits_to_keep"] = 1  # or the LM head would run over the whole prompt
     if mask is not None:
         arguments["attention_mask"] = mask
-        if position_ids is not None and accepts(decoder, "position_ids"):
-            arguments["position_ids"] = position_ids
+    if accepts(decoder, "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
+        arguments["position_ids"] = position_ids
     recurrent = accepts(decoder, "cache_params")  # Mamba's name
     if state is not None:
         arguments["cache_params" if recurrent else "past_key_values"] = state.cache
@@ -2737,7 +2743,8 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
     lengths = torch.tensor([len(x) for x in inputs], device=inputs[0].device)
     T = int(lengths.max())
     if len(inputs) == 1:
-        logits, cache = forward_step(decoder, None, None, None, inputs_embeds=inputs[0][None])
+        positions = torch.arange(T, device=lengths.device)[None]  # (1, T)
+        logits, cache = forward_step(decoder, None, None, positions, inputs_embeds=inputs[0][None])
         return logits, State(cache, None, lengths)
     embeds = torch.stack([nn.functional.pad(x, (0, 0, T - len(x), 0)) for x in inputs])  # (B, T, D)
     mask = (torch.arange(T, device=lengths.device) >= T - lengths[:, None]).long()  # (B, T)
@@ -2748,7 +2755,7 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
 
 @torch.inference_mode()
 def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
-                     alive: Tensor | None = None) -> tuple[Tensor, State]:  # fmt: skip
+                     alive: Tensor | None = None) -> tuple[Tensor, State]:
     """Feed one token per sequence. token: (B,); alive: (B,) bool, False for sequences that have ended, whose token
     is hidden from the rest. Returns the next logits (B, V) and the state."""
     mask, step = state.mask, 1
@@ -2785,7 +2792,7 @@ def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
 @torch.inference_mode()
 def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, stops: frozenset[int],
            pick: Callable[[Tensor], Tensor], watch: Stopwatch,
-           on_token: Callable[[int, list[int]], None] | None = None) -> tuple[list[Decoded], State]:  # fmt: skip
+           on_token: Callable[[int, list[int]], None] | None = None) -> tuple[list[Decoded], State]:
     """Decode until every sequence has ended or has max_new tokens. Returns the tokens and the final state.
 
     pick: logits (B, V) -> tokens (B,). on_token(b, tokens of b so far) is called for each new token.
@@ -2828,7 +2835,9 @@ class TextStream:
             self.shown = text
 
 
-CITATION = re.compile(r"<doc id=[\"']?([^\"'<>]+?)[\"']?>|[\[(]\s*(?:doc(?:ument)?\s*)?#?([^\[\]()]{1,200}?)\s*[\])]", re.I)
+CITATION = re.compile(
+    r"<doc id=[\"']?([^\"'<>]+?)[\"']?>|[\[(]\s*(?:doc(?:ument)?\s*)?#?([^\[\]()]{1,200}?)\s*[\])]", re.IGNORECASE
+)
 
 
 def cited_labels(answer: str, labels: Sequence[str]) -> list[tuple[str, bool]]:
@@ -2850,11 +2859,11 @@ def cited_labels(answer: str, labels: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, pending: Sequence[int],
-                    labels: Sequence[str]) -> str:  # fmt: skip
-    """The document that the decoder itself names when made to write " [id]" after its answer.
+                    labels: Sequence[str]) -> tuple[str, State]:
+    """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
 
     row: the sequence in the batch; the others are fed the same tokens, hidden from them. pending: tokens of its answer
-    that were sampled but not fed. Greedy among the given ids, so it can not be forged.
+    that were sampled but not fed. Greedy among the given ids, so it can not be forged. The old state is used up.
     """
     B = len(state.position)
     alive = torch.arange(B, device=state.position.device) == row
@@ -2874,7 +2883,16 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
         depth += 1
         if len(options) > 1:
             logits = feed(token)
-    return next(iter(options))
+    return next(iter(options)), state
+
+
+class Packed(NamedTuple):
+    """What `pack_docs` makes of passages."""
+
+    docs: list[Doc]
+    prompt: Prompt
+    dropped: int  # passages that did not fit --ctx_max
+    rows: list[int | None]  # of the documents in the index; None for documents that stand in --prompt
 
 
 @dataclass
@@ -2883,25 +2901,23 @@ class Context:
 
     item: dict[str, Any]
     passages: list[Passage]
-    docs: list[Doc]
-    prompt: Prompt
-    scores: np.ndarray
-    expanded: np.ndarray
-    plan: np.ndarray
-    dropped: int
+    packed: Packed
+    scores: np.ndarray  # (L,)
+    expanded: np.ndarray  # (L,) bool
+    plan: np.ndarray  # (T,)
     seconds: dict[str, float]
 
     @property
     def labels(self) -> list[str]:
         """The ids the prompt gives its documents."""
-        return [doc.label for doc in self.docs]
+        return [doc.label for doc in self.packed.docs]
 
 
 class Pipeline:
     """Question in, cited answer out: everything that is loaded, and the settings."""
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
-                 pack: PackConfig, generate: GenerateConfig, runtime: RuntimeConfig):  # fmt: skip
+                 pack: PackConfig, generate: GenerateConfig, runtime: RuntimeConfig):
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.search, self.pack, self.generate, self.runtime = search, pack, generate, runtime
         self.tokenizer = model.encoder.tokenizer
@@ -2911,13 +2927,13 @@ class Pipeline:
         self.sampler = torch.Generator().manual_seed(runtime.seed)
         self.gate = "ppl" if pack.heuristic else pack.gate
         self.feed = pack.compressed == "feed" or (pack.compressed == "auto" and model.trained)
-        self.load_s = 0.0
+        self.load_s, self.batches = 0.0, False  # warm_up finds out
         index = searcher.index if searcher else None
         built = index.manifest["chunking"] if index else {}
         self.stored = index if built.get("tokenizer") == self.chunking.stored["tokenizer"] else None
         if built.get("encoder") not in (None, self.chunking.stored["encoder"]):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
-                                "it was built with, or build it again")  # fmt: skip
+                                "it was built with, or build it again")
 
     # -- stages, in order ----------------------------------------------------
 
@@ -2945,8 +2961,8 @@ class Pipeline:
                 tables[i] = table
         return tables
 
-    def pack_docs(self, item: dict[str, Any], passages: list[Passage]) -> tuple[list[Doc], Prompt, int, list[int | None]]:
-        """Documents, the full-text prompt, how many passages did not fit --ctx_max, and the documents' index rows."""
+    def pack_docs(self, item: dict[str, Any], passages: list[Passage]) -> Packed:
+        """Documents and the full-text prompt, without the lowest-ranked passages that do not fit --ctx_max."""
         if self.generate.prompt is not None:
             return self.pack_literal(item["question"])
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
@@ -2960,9 +2976,9 @@ class Pipeline:
             counts = np.bincount([c.doc for c in prompt.chunks], [c.tokens for c in prompt.chunks], minlength=kept)
             kept = min(int((np.cumsum(counts) <= self.pack.ctx_max).sum()), kept - 1)
             prompt = build_prompt(self.tokenizer, question_pieces(question, docs[:kept]))
-        return docs[:kept], prompt, len(docs) - kept, rows[:kept]
+        return Packed(docs[:kept], prompt, len(docs) - kept, rows[:kept])
 
-    def pack_literal(self, text: str) -> tuple[list[Doc], Prompt, int, list[int | None]]:
+    def pack_literal(self, text: str) -> Packed:
         """The same for --prompt, whose documents stand in the text."""
         pieces: list[str | Doc] = []
         for segment in self.tokenizer.parse_and_tokenize(text.strip()):
@@ -2974,11 +2990,12 @@ class Pipeline:
         docs = [piece for piece in pieces if isinstance(piece, Doc)]
         prompt = build_prompt(self.tokenizer, pieces)
         require(prompt.context_tokens <= self.pack.ctx_max,
-                f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {self.pack.ctx_max}")  # fmt: skip
-        return docs, prompt, 0, [None] * len(docs)
+                f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {self.pack.ctx_max}")
+        return Packed(docs, prompt, 0, [None] * len(docs))
 
-    def score(self, item: dict[str, Any], docs: list[Doc], prompt: Prompt, rows: list[int | None]) -> np.ndarray:
+    def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
         """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
+        docs, prompt, _, rows = packed
         if self.gate == "none" or self.pack.mode in ("full", "none") or self.pack.p in (0.0, 1.0) or not docs:
             return np.zeros(len(prompt.chunks))
         uses_vectors = self.gate in ("auto", "blend", "cosine") and self.embedder is not None
@@ -2989,7 +3006,7 @@ class Pipeline:
             query = self.embedder.embed_query(item["question"])[0]
         texts = [docs[c.doc].content[c.start : c.end] for c in prompt.chunks]
         given = GateInput(item["question"], query, vectors, texts, np.asarray([c.doc for c in prompt.chunks]),
-                          self.idf(texts), prompt, self.model.decoder, self.runtime.seed)  # fmt: skip
+                          self.idf(texts), prompt, self.model.decoder, self.runtime.seed)
         return GATES[self.gate](given)
 
     def idf(self, texts: list[str]) -> Callable[[str], float]:
@@ -3023,7 +3040,7 @@ class Pipeline:
         window = self.model.window
         require(window is None or positions + self.generate.max_new <= window,
                 f"the prompt takes {positions} positions and --max_new {self.generate.max_new}, the decoder's window "
-                f"is {window}: lower --topk, --p or --max_new")  # fmt: skip
+                f"is {window}: lower --topk, --p or --max_new")
 
     def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
         """Everything before the prefill. Returns the context and the decoder's inputs (T, D)."""
@@ -3031,23 +3048,22 @@ class Pipeline:
         with watch.stage("retrieve_s"):
             passages = self.retrieve(item)
         with watch.stage("pack_s"):
-            docs, prompt, dropped, rows = self.pack_docs(item, passages)
+            packed = self.pack_docs(item, passages)
         with watch.stage("gate_s"):
-            scores = self.score(item, docs, prompt, rows)
-            expanded, plan = self.plan(prompt, scores)
+            scores = self.score(item, packed)
+            expanded, plan = self.plan(packed.prompt, scores)
         self.check_window(len(plan))
         with watch.stage("vectors_s"):
-            states = self.states(docs, rows, prompt, plan)
+            states = self.states(packed, plan)
         with watch.stage("pack_s"):
-            inputs = self.model.embed_plan(prompt, plan, states)
-        context = Context(item, passages, docs, prompt, scores, expanded, plan, dropped, watch.seconds)
-        return context, inputs
+            inputs = self.model.embed_plan(packed.prompt, plan, states)
+        return Context(item, passages, packed, scores, expanded, plan, watch.seconds), inputs
 
-    def states(self, docs: list[Doc], rows: list[int | None], prompt: Prompt, plan: np.ndarray) -> dict[int, np.ndarray]:
+    def states(self, packed: Packed, plan: np.ndarray) -> dict[int, np.ndarray]:
         """Encoder states of the chunks that a plan feeds as vectors, by chunk number."""
         if not len(plan) or plan.min() >= 0:
             return {}
-        tables = self.chunk_tables([doc.content for doc in docs], rows, {"states"})
+        tables = self.chunk_tables([doc.content for doc in packed.docs], packed.rows, {"states"})
         stacked = np.concatenate([table.states for table in tables])
         return {-v - 1: stacked[-v - 1] for v in plan[plan < 0].tolist()}
 
@@ -3061,28 +3077,34 @@ class Pipeline:
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
             decode_one_token(self.model.decoder, logits.argmax(-1), state)
+        self.batches = all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
 
     def answer(self, items: Sequence[dict[str, Any]], on_text: Callable[[str], None] | None = None) -> list[dict]:
         """Results for questions that are decoded together."""
-        padded = accepts(self.model.decoder, "position_ids") and not accepts(self.model.decoder, "cache_params")
-        if len(items) > 1 and not padded:  # recurrent decoders would read the padding
+        if len(items) > 1 and not self.batches:  # recurrent layers would read the padding
             return [result for item in items for result in self.answer([item])]
         prepared = [self.prepare(item) for item in items]
         contexts, inputs = [c for c, _ in prepared], [x for _, x in prepared]
         if self.generate.show_prompt:
             for context in contexts:
-                notice(show_plan(context.prompt, context.plan, self.tokenizer, [doc.content for doc in context.docs]))
+                contents = [doc.content for doc in context.packed.docs]
+                notice(show_plan(context.packed.prompt, context.plan, self.tokenizer, contents))
         decoder, watch = self.model.decoder, Stopwatch(self.device)
         stream = TextStream(self.tokenizer.decoder, on_text) if on_text else None
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, inputs)
         start = watch.clock()
         outs, state = decode(decoder, logits, state, max_new=self.generate.max_new, stops=self.stops, pick=self.pick,
-                             watch=watch, on_token=(lambda b, tokens: stream(tokens)) if stream else None)  # fmt: skip
+                             watch=watch, on_token=(lambda b, tokens: stream(tokens)) if stream else None)
         results = []
         for row, (context, out) in enumerate(zip(contexts, outs, strict=True)):
             context.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
-            results.append(self.result(context, out, state, row))
+            answer = self.tokenizer.decoder.decode(out.tokens, skip_special_tokens=True).strip()
+            chosen = None
+            if self.wants_citation(context, answer):
+                pending = [] if out.ended else out.tokens[-1:]
+                chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, context.labels)
+            results.append(self.result(context, out, answer, chosen))
             if stream:
                 stream(out.tokens, final=True)
                 on_text(results[-1]["answer"][len(stream.shown.strip()) :])
@@ -3092,40 +3114,36 @@ class Pipeline:
         """Sample as the settings say."""
         return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
 
-    def cite(self, context: Context, out: Decoded, answer: str, state: State, row: int) -> str | None:
-        """The label to append to an answer that cites nothing, None where none is wanted."""
-        if not (self.generate.cite and answer and context.docs) or cited_labels(answer, context.labels):
-            return None
-        pending = [] if out.ended else out.tokens[-1:]
-        return choose_citation(self.model.decoder, self.tokenizer.decoder, state, row, pending, context.labels)
+    def wants_citation(self, context: Context, answer: str) -> bool:
+        """Whether the decoder must choose a citation: the answer, not empty, has none of its own."""
+        return bool(self.generate.cite and answer and context.labels and not cited_labels(answer, context.labels))
 
-    def result(self, context: Context, out: Decoded, state: State, row: int) -> dict[str, Any]:
+    def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
         """The JSON object of one answer."""
-        answer = self.tokenizer.decoder.decode(out.tokens, skip_special_tokens=True).strip()
-        chosen = self.cite(context, out, answer, state, row)
         answer += f" [{chosen}]" if chosen else ""
-        sources = {p.rank: p for p in context.passages}
-        named = {doc.label: sources.get(i) for i, doc in enumerate(context.docs, start=1)}
-        ids = {label: p.id if p else label for label, p in named.items()}
-        opened = {context.docs[c.doc].label for c, e in zip(context.prompt.chunks, context.expanded, strict=True) if e}
-        citations = [{"id": ids.get(label, label), "title": named[label].title if named.get(label) else "",
+        docs, prompt, dropped, _ = context.packed
+        source = dict(zip(context.labels, context.passages, strict=False))  # --prompt's documents have no passage
+        ids = {label: source[label].id if label in source else label for label in context.labels}
+        numbered = list(zip(prompt.chunks, context.scores, context.expanded, strict=True))
+        opened = {docs[chunk.doc].label for chunk, _, expanded in numbered if expanded}
+        citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
                       "label": label, "expanded": label in opened, "forged": forged, "chosen": label == chosen}
-                     for label, forged in cited_labels(answer, context.labels)]  # fmt: skip
-        chunks = [{"passage_id": ids[context.docs[c.doc].label], "start": c.start, "end": c.end,
+                     for label, forged in cited_labels(answer, context.labels)]
+        chunks = [{"passage_id": ids[docs[chunk.doc].label], "start": chunk.start, "end": chunk.end,
                    "score": round(float(score), 6), "expanded": bool(expanded)}
-                  for c, score, expanded in zip(context.prompt.chunks, context.scores, context.expanded, strict=True)]  # fmt: skip
+                  for chunk, score, expanded in numbered]
         return {"id": context.item["id"], "question": context.item["question"], "answer": answer,
-                "passages": [p.to_json() for p in context.passages[: len(context.docs)]],
-                "dropped_passages": context.dropped, "citations": citations, "chunks": chunks,
-                "metrics": self.metrics(context, out), "settings": self.settings()}  # fmt: skip
+                "passages": [p.to_json() for p in context.passages[: len(docs)]], "dropped_passages": dropped,
+                "citations": citations, "chunks": chunks, "metrics": self.metrics(context, out),
+                "settings": self.settings()}
 
     def metrics(self, context: Context, out: Decoded) -> dict[str, Any]:
         """Times and sizes as section 7 of the definitions has them; times in seconds."""
-        chunks = context.prompt.chunks
-        opened = sum(c.tokens for c, e in zip(chunks, context.expanded, strict=True) if e)
+        prompt = context.packed.prompt
+        opened = sum(c.tokens for c, e in zip(prompt.chunks, context.expanded, strict=True) if e)
         later = out.times[-1] - out.times[0]
         steps = len(out.times) - 1
-        full = len(context.prompt.input_ids)
+        full = len(prompt.input_ids)
         return {
             "ttft_s": round(sum(context.seconds.values()), 6),
             "ttit_s": round(later / steps, 6) if steps else None,
@@ -3133,21 +3151,21 @@ class Pipeline:
             "new_tokens": len(out.tokens),
             "positions": len(context.plan),
             "full_positions": full,
-            "context_tokens": context.prompt.context_tokens,
+            "context_tokens": prompt.context_tokens,
             "compression": round(full / len(context.plan), 4),
-            "p_realised": round(opened / max(context.prompt.context_tokens, 1), 6),
+            "p_realised": round(opened / max(prompt.context_tokens, 1), 6),
             "stages": {name: round(context.seconds.get(name, 0.0), 6)
                        for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")},
             "load_s": round(self.load_s, 3),
             "peak_rss_mb": round(peak_rss_mb(), 1),
-        }  # fmt: skip
+        }
 
     def settings(self) -> dict[str, Any]:
         """What the answer depends on."""
         made = settings_of(self.pack, self.search, self.generate, self.model.config)
         return made | {"gate": "blend" if self.gate == "auto" else self.gate, "projector_trained": self.model.trained,
                        "compressed": "feed" if self.feed else "drop", "device": str(self.device),
-                       "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}  # fmt: skip
+                       "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
     def in_mode(self, mode: str) -> Pipeline:
         """The same pipeline in another mode."""
@@ -3164,15 +3182,16 @@ class Pipeline:
         return result
 
 
-def settings_of(pack: PackConfig, search: SearchConfig, generate: GenerateConfig, models: RefragConfig) -> dict[str, Any]:
+def settings_of(pack: PackConfig, search: SearchConfig, generate: GenerateConfig,
+                models: RefragConfig) -> dict[str, Any]:
     """The settings that a result file must share to be continued."""
     return {"mode": pack.mode, "k": pack.k, "p": pack.p, "ctx_max": pack.ctx_max, "topk": search.topk,
             "hops": search.hops, "max_new": generate.max_new, "temperature": generate.temperature,
-            "top_p": generate.top_p, "enc": models.encoder_name_or_path, "dec": models.decoder_name_or_path}  # fmt: skip
+            "top_p": generate.top_p, "enc": models.encoder_name_or_path, "dec": models.decoder_name_or_path}
 
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
-                  models: ModelConfig, runtime: RuntimeConfig) -> Pipeline:  # fmt: skip
+                  models: ModelConfig, runtime: RuntimeConfig) -> Pipeline:
     """Load everything an answer needs, and warm it up. The time goes into load_s, never into an answer's times."""
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
@@ -3193,13 +3212,13 @@ UNTRAINED = {
     True: "the projector is untrained: chunk vectors are plain means of token embeddings",
     False: "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
            "token embeddings (--compressed feed to feed them)",
-}  # fmt: skip
+}
 
 
 def check_generate(ask: QuestionConfig, index: IndexConfig, pack: PackConfig, generate: GenerateConfig) -> None:
     """Options of `generate` that do not go together. Raises UserError before anything is loaded."""
     needs_index = generate.prompt is None and pack.mode != "none"
-    require(not needs_index or index.index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
+    require(not needs_index or index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
     require(generate.out is None or ask.questions is not None, "--out goes with --questions")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     if generate.out is not None:
@@ -3229,7 +3248,7 @@ def finished_questions(generate: GenerateConfig, settings: dict[str, Any]) -> se
             changed = [key for key in settings if made[key] != settings[key]]
             if changed:
                 raise MismatchError(f"{path} was made with another --{changed[0]} ({made[changed[0]]}, now "
-                                    f"{settings[changed[0]]}): name another --out")  # fmt: skip
+                                    f"{settings[changed[0]]}): name another --out")
             done.add(result["id"])
             intact += len(raw)
     with path.open("r+b") as handle:
@@ -3265,17 +3284,19 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
         how = "not among the passages given" if c["forged"] else "read as text" if c["expanded"] else "compressed"
-        lines.append(f"[{c['label']}] {c['title'] or c['id']} ({c['id']}), {how}" + (", chosen after the answer" if c["chosen"] else ""))
+        how += ", chosen after the answer" if c["chosen"] else ""
+        lines.append(f"[{c['label']}] {c['title'] or c['id']} ({c['id']}), {how}")
     if not result["citations"]:
         lines.append("no citation")
     stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
-    lines.append(f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
-                 f"{100 * m['p_realised']:.0f}% of the context as text")  # fmt: skip
-    lines.append(f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s")
+    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
+              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
+              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
+              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
-                     f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")  # fmt: skip
+                     f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")
     if not result["settings"]["projector_trained"] and result["settings"]["mode"] == "refrag":
         lines.append(UNTRAINED[result["settings"]["compressed"] == "feed"])
     return "\n".join(lines)

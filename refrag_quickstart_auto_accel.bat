@@ -21,7 +21,7 @@ set "ACCEL_NOTE=.venv\.refrag-accel"
 set "CORPUS=data\wiki_passages.jsonl"
 set "INDEX_DIR=runs\quickstart\index"
 set "INDEX_STAMP=runs\quickstart\index.settings"
-set "DEFAULT_QUESTION=Who developed the ductile form of tungsten?"
+set "DEFAULT_QUESTION=In which Canadian province were the oldest woody plants found?"
 set "NEW_ENOUGH=import sys; sys.exit(sys.version_info[:2] not in [(3, n) for n in range(11, 99)])"
 set "KEY_FILE=%TEMP%\refrag-key-%RANDOM%%RANDOM%.txt"
 set "RUN="
@@ -69,7 +69,7 @@ if not %ERRORLEVEL%==0 goto no_gpu
 set "ACCEL=cuda"
 goto accel_known
 :no_gpu
->&2 echo note: nvidia-smi is installed but lists no GPU, so CUDA is not used. Mend the driver and run this again to use it.
+>&2 echo note: nvidia-smi is installed but lists no GPU, so CUDA is not used. Mend the driver to use it.
 :accel_known
 set "CHANNEL="
 if "%ACCEL%"=="cuda" set "CHANNEL=%TORCH_CHANNELS%/%CUDA_CHANNEL%"
@@ -160,7 +160,7 @@ if defined DRY_RUN goto install_faiss
 if not "%ACCEL%"=="cuda" goto install_faiss
 %VENV_PY% -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 if %ERRORLEVEL%==0 goto install_faiss
->&2 echo note: torch is installed but does not see the GPU; refrag will use the CPU. Update the driver to mend it.
+>&2 echo note: torch is installed but does not see the GPU; refrag will use the CPU. Update the driver.
 
 :install_faiss
 rem FAISS for the GPU has no Windows build.

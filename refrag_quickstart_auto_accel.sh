@@ -21,7 +21,7 @@ ACCEL_NOTE=.venv/.refrag-accel # the accelerator that torch was, or is being, in
 CORPUS=data/wiki_passages.jsonl
 INDEX_DIR=runs/quickstart/index
 INDEX_STAMP=runs/quickstart/index.settings
-DEFAULT_QUESTION="Who developed the ductile form of tungsten?"
+DEFAULT_QUESTION="In which Canadian province were the oldest woody plants found?"
 
 DRY_RUN=0
 RUN_TESTS=0
@@ -138,7 +138,7 @@ detect_accel() {
         return
     fi
     if command -v nvidia-smi >/dev/null 2>&1; then
-        note "nvidia-smi is installed but lists no GPU, so CUDA is not used. Mend the driver and run this again to use it."
+        note "nvidia-smi is installed but lists no GPU, so CUDA is not used. Mend the driver to use it."
     fi
     # CPUs are agents in rocminfo's list too; only GPUs have a gfx name.
     if listing=$(PATH="$PATH:/opt/rocm/bin" rocminfo 2>/dev/null) && [[ $listing == *gfx[0-9]* ]]; then
@@ -201,7 +201,7 @@ make_venv() {
         return
     fi
     run "$BASE_PYTHON" -m venv .venv >&"$OUT" || die 3 \
-        "$BASE_PYTHON could not make .venv. On Debian and Ubuntu install python3-venv; else delete .venv and run this again."
+        "$BASE_PYTHON could not make .venv. On Debian and Ubuntu install python3-venv; else delete .venv; run again."
 }
 
 # torch and FAISS of another accelerator carry the same version, so pip would keep them.
@@ -238,18 +238,18 @@ install_torch() {
         note "$CHANNEL does not answer; torch comes from the plain registry."
     fi
     pip install "torch==$TORCH_VERSION" || die 3 \
-        "torch $TORCH_VERSION could not be installed. Check the network and the free disk, or set PYTHON to another Python."
+        "torch $TORCH_VERSION could not be installed. Check the network and the disk, or set PYTHON to another Python."
 }
 
 check_torch() {
     local device
     case $ACCEL in
-        cuda | rocm) device=cuda ;; # torch calls an AMD GPU cuda too
-        mps) device=mps ;;
+        cuda | rocm) device=torch.cuda ;; # torch calls an AMD GPU cuda too
+        mps) device=torch.backends.mps ;;
         *) return 0 ;;
     esac
-    if [[ $DRY_RUN -eq 0 ]] && ! "$VENV_PY" -c "import sys, torch; sys.exit(not torch.$device.is_available())"; then
-        note "torch is installed but does not see the $ACCEL device; refrag will use the CPU. Update the driver to mend it."
+    if [[ $DRY_RUN -eq 0 ]] && ! "$VENV_PY" -c "import sys, torch; sys.exit(not $device.is_available())"; then
+        note "torch is installed but does not see the $ACCEL device; refrag will use the CPU. Update the driver."
     fi
 }
 

@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SH = ROOT / "refrag_quickstart_auto_accel.sh"
 BAT = SH.with_suffix(".bat")
 VARIABLES = (
-    "QUESTION ENC_MODEL DEC_MODEL EMBED_MODEL TOPK K P CTX_MAX MAX_NEW STEPS LR_RECON LR_NEXT LR_POLICY ACCEL PYTHON"
-).split()
+    *("QUESTION", "ENC_MODEL", "DEC_MODEL", "EMBED_MODEL", "TOPK", "K", "P", "CTX_MAX", "MAX_NEW"),
+    *("STEPS", "LR_RECON", "LR_NEXT", "LR_POLICY", "ACCEL", "PYTHON"),
+)
 TOOLS = ("bash", "dirname", "cat", "cksum", "sed")  # what the script needs besides Python
 
 pytestmark = pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None, reason="needs bash")
@@ -155,7 +156,7 @@ def test_test_flag_plans_the_tests_and_no_index(box):
     (box.tree / "data" / "wiki_passages.jsonl").unlink()  # the tests do not need it
     plan = box.plan("--test")
     assert planned(plan, "pip install -e").endswith("pip install -e '.[test]'")
-    assert planned(plan, "pytest") == ".venv/bin/python -m pytest"
+    assert planned(plan, "-m pytest") == ".venv/bin/python -m pytest"
     assert "refrag.py index" not in plan
 
 
@@ -167,17 +168,17 @@ def test_dry_run_changes_nothing(box):
 
 
 def test_a_finished_installation_and_index_are_kept(box):
-    """The stamps are made by the script's own functions in a tree whose Python and refrag.py are fakes."""
+    """One real run with a Python that only pretends to install and to index; then dry runs show what a second does."""
     python = box.tree / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\ncase "$*" in *refrag.py*|*pip*) exit 0 ;; *) exec {sys.executable} "$@" ;; esac\n')
+    fake = 'case "$*" in *refrag.py* | *pip* | *torch*) exit 0 ;; *) exec "$REAL" "$@" ;; esac'
+    python.write_text(f"#!/bin/sh\nREAL='{sys.executable}'\n{fake}\n")
     python.chmod(0o755)
     for tool in ("mkdir", "mv"):
         (box.bin / tool).symlink_to(shutil.which(tool))
     (box.tree / "runs" / "quickstart" / "index").mkdir(parents=True)
     (box.tree / "runs" / "quickstart" / "index" / "manifest.json").write_text("{}")
-    # mps: the plain registry, so no channel is asked; its device check only makes a note.
-    first = box.run(ACCEL="mps")
+    first = box.run(ACCEL="mps")  # mps takes the plain registry, so no channel is asked
     assert first.returncode == 0, first.stderr
     again = box.plan(ACCEL="mps")
     assert "installation: up to date" in again and "pip" not in again

@@ -1,0 +1,217 @@
+"""Tiny random models and tokenizers, made here, so that the tests need no network and no installed model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach out
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import refrag
+
+torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXTS = [
+    "The Rhone leaves Lake Geneva and crosses the old city under seven bridges. It floods in May.",
+    "Copper and tin make bronze, which melts at 950 degrees. Smiths in the valley cast bells from it.",
+    "Ada Lovelace wrote notes on the Analytical Engine; the notes hold an algorithm for Bernoulli numbers.",
+    "El río Ebro nace en Cantabria y desemboca en el Mediterráneo. Its delta grows rice.",
+    "长江是亚洲最长的河流。 The Yangtze rises in Qinghai and reaches the sea near Shanghai.",
+    "In 1896 the first modern games opened in Athens before 60,000 people; 14 nations sent athletes.",
+]
+
+
+def train_bpe(folder: Path, *, chat: bool = True) -> Path:
+    """A byte-level BPE tokenizer like those of GPT-2 and Llama-3."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(TEXTS * 4, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>",
+                                                bos_token="<|im_start|>", unk_token="<|endoftext|>")
+    fast.chat_template = CHAT_TEMPLATE if chat else None
+    fast.save_pretrained(folder)
+    return folder
+
+
+def train_wordpiece(folder: Path) -> Path:
+    """An uncased WordPiece tokenizer like BERT's: it drops white space, case and accents."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(TEXTS * 4, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special,
+                                                                       show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                                                             special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]",
+                                                cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def train_sentencepiece(folder: Path) -> Path:
+    """A SentencePiece-like tokenizer (unigram pieces, a mark for spaces, bytes for unknown characters)."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(TEXTS * 4, trainers.UnigramTrainer(vocab_size=200, special_tokens=special,
+                                                                     unk_token="<unk>", show_progress=False))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
+                                                eos_token="</s>", pad_token="</s>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+SMALL = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 2048,
+         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+MAMBA = {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}
+DECODERS = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, **ATTENTION),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, **ATTENTION),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=3, n_head=4, n_positions=2048,
+                                            bos_token_id=1, eos_token_id=2, pad_token_id=2),
+    "mamba2": lambda: transformers.Mamba2Config(**{k: v for k, v in SMALL.items() if k != "max_position_embeddings"},
+                                                **MAMBA, expand=2),
+    "bamba": lambda: transformers.BambaConfig(**SMALL, **ATTENTION, attn_layer_indices=[1], mamba_n_heads=8,
+                                              mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_expand=2,
+                                              mamba_chunk_size=16),
+}
+
+
+def save_decoder(kind: str, folder: Path, tokenizer: Path) -> Path:
+    """A random decoder of one architecture, in a folder with a tokenizer."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(DECODERS[kind]())
+    with torch.no_grad():  # the usual .02 makes all logits alike, so that any token could win
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory) -> dict[str, Path]:
+    """Folders of the three kinds of tokenizers."""
+    home = tmp_path_factory.mktemp("tokenizers")
+    return {"bpe": train_bpe(home / "bpe"), "wordpiece": train_wordpiece(home / "wordpiece"),
+            "sentencepiece": train_sentencepiece(home / "sentencepiece"),
+            "plain_bpe": train_bpe(home / "plain", chat=False)}
+
+
+@pytest.fixture(scope="session", params=list(DECODERS))
+def any_decoder(request, tmp_path_factory, tokenizers) -> Path:
+    """The folder of a random decoder, once per architecture."""
+    source = tokenizers["plain_bpe" if request.param == "gpt2" else "bpe"]
+    return save_decoder(request.param, tmp_path_factory.mktemp(request.param), source)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, tokenizers) -> Path:
+    """The folder of a random Llama with a chat template."""
+    return save_decoder("llama", tmp_path_factory.mktemp("tiny-llama"), tokenizers["bpe"])
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory, tokenizers) -> Path:
+    """The folder of a random BERT, a separate encoder."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=400, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=48, max_position_embeddings=128)
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizers["wordpiece"]).save_pretrained(folder)
+    return folder
+
+
+def save_embedder(folder: Path, backbone: Path, seed: int) -> Path:
+    """A sentence-transformers folder: the backbone with mean pooling and normalisation."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    transformer = Transformer(str(backbone), max_seq_length=64)
+    torch.manual_seed(seed)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="mean"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory, bert) -> Path:
+    """The folder of a random sentence embedder that reads 64 tokens."""
+    return save_embedder(tmp_path_factory.mktemp("tiny-embedder") / "model", bert, seed=1)
+
+
+@pytest.fixture(scope="session")
+def other_embedder(tmp_path_factory, bert) -> Path:
+    """Another one of the same shape, with other weights."""
+    return save_embedder(tmp_path_factory.mktemp("other-embedder") / "model", bert, seed=2)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line inside this process: run("search", "--topk", "3") -> (exit code, stdout, stderr)."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        try:
+            code = refrag.main([str(a) for a in argv])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def program():
+    """Run refrag.py as its own process: program("search", ...) -> CompletedProcess with text output."""
+
+    def call(*argv: object, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "refrag.py"), *(str(a) for a in argv)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A .jsonl corpus of the six texts, with ids a..f and titles."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    rows = [{"id": "abcdef"[i], "title": f"Title {i}", "text": text} for i, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
+    """An index of that corpus with chunk vectors at k = 4, by the tiny models."""
+    folder = tmp_path_factory.mktemp("index") / "index"
+    code = refrag.main(["index", "--corpus", str(corpus), "--index_dir", str(folder), "--embed_model", str(embedder),
+                        "--dec", str(llama), "--enc", "decoder:2", "--k", "4", "--quiet"])
+    assert code == 0
+    return folder

@@ -1,0 +1,513 @@
+"""Section 2: the shape of the file, the command line, and how results and errors are printed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import refrag
+
+SOURCE = Path(refrag.__file__).read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+BANNER = re.compile(r"^# =+\n# (\d+)\. (\w[\w ]*)\.", re.MULTILINE)
+SECTIONS = {int(m[1]): (SOURCE[: m.start()].count("\n") + 1, m[2]) for m in BANNER.finditer(SOURCE)}
+HEAVY = ("torch", "transformers", "numpy", "faiss", "bm25s", "filelock", "sentence_transformers")
+
+
+
+def fault(reason: str) -> pytest.MarkDecorator:
+    """Marks an expectation that refrag.py does not meet yet."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+# ---- The shape of the file ------------------------------------------------------------------------------------------
+
+
+def section_of(node: ast.AST) -> int:
+    """The number of the section a top-level statement stands in; 0 before the first banner."""
+    return max((number for number, (line, _) in SECTIONS.items() if line <= node.lineno), default=0)
+
+
+def bound_names(node: ast.AST) -> set[str]:
+    """Names that a statement binds, not looking into functions, classes and comprehensions."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    if isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return set()
+    own = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+    own |= {node.name} if isinstance(node, ast.ExceptHandler) and node.name else set()
+    return own.union(*(bound_names(child) for child in ast.iter_child_nodes(node)))
+
+
+def free_names(node: ast.AST) -> set[str]:
+    """Names that a statement reads and that are not bound by a function or comprehension around them."""
+    names = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else set()
+    local: set[str] = set()
+    if isinstance(node, ast.FunctionDef | ast.Lambda):
+        a = node.args
+        local = {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if arg}
+        body = node.body if isinstance(node.body, list) else []
+        stated_global = {name for n in ast.walk(node) if isinstance(n, ast.Global) for name in n.names}
+        local |= set().union(*(bound_names(statement) for statement in body)) - stated_global
+    elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        local = set().union(*(bound_names(generator.target) for generator in node.generators))
+    return names.union(*(free_names(child) for child in ast.iter_child_nodes(node))) - local
+
+
+HOME = {name: section_of(node) for node in reversed(TREE.body) for name in bound_names(node)}  # the first one counts
+
+
+def test_the_oracle_for_free_names_knows_locals_globals_and_comprehensions():
+    source = "def f(a, *, b):\n    global g\n    c = a + g\n    return [d + c + h for d in b] + [(lambda x: x + i)(1)]"
+    assert free_names(ast.parse(source).body[0]) == {"g", "h", "i"}
+
+
+def test_contents_match_the_numbered_banners():
+    listed = re.findall(r"^ {4}(\d+)\. (\w+) {2,}\S", refrag.__doc__, re.MULTILINE)
+    assert listed == [(str(number), title) for number, (_, title) in SECTIONS.items()]
+    assert list(SECTIONS) == sorted(SECTIONS)
+    assert len(SECTIONS) == len(BANNER.findall(SOURCE)), "a number is used twice"
+
+
+def test_a_section_uses_only_names_of_its_own_and_earlier_sections():
+    """Annotations count too. Section 2 may name anything: its functions run after the whole file has been read."""
+    later = {
+        f"line {node.lineno}: section {section_of(node)} uses {name} of section {HOME[name]}"
+        for node in TREE.body
+        for name in free_names(node)
+        if section_of(node) != 2 and HOME.get(name, 0) > section_of(node)
+    }
+    assert later == set()
+
+
+def test_only_section_2_knows_argparse():
+    users = {section_of(node) for node in TREE.body if "argparse" in free_names(node)}
+    assert users == {2}
+
+
+def test_the_heavy_libraries_are_imported_in_section_3():
+    """Inside functions they may be imported anywhere."""
+    for node in TREE.body:
+        imports = [n for n in (node, *getattr(node, "body", ())) if isinstance(n, ast.Import | ast.ImportFrom)]
+        modules = {a.name for n in imports for a in n.names} | {getattr(n, "module", "") for n in imports}
+        if not isinstance(node, ast.FunctionDef) and {m.split(".")[0] for m in modules if m} & set(HEAVY):
+            assert section_of(node) == 3
+
+
+@pytest.mark.parametrize("name", refrag.COMMANDS)
+def test_a_handler_is_thin(name):
+    assert len(inspect.getsource(refrag.COMMANDS[name].handler).splitlines()) <= 25
+
+
+def test_importing_does_nothing(tmp_path):
+    """No output, no seeding, no thread setting, no signal handler, no file."""
+    code = """
+import os, signal, sys, torch
+before = torch.initial_seed(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM), dict(os.environ)
+sys.argv = ["refrag.py", "no such command"]
+import refrag
+after = torch.initial_seed(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM), dict(os.environ)
+assert before == after, (before, after)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(refrag.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Before the heavy imports ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_heavy(tmp_path, program):
+    """Run refrag.py as a process in which importing any of the heavy libraries fails."""
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')\n")
+    return lambda *argv, **options: program(*argv, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **options)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], *([name, "--help"] for name in refrag.COMMANDS)], ids=str)
+def test_help_and_version_need_no_library(without_heavy, argv):
+    done = without_heavy(*argv)
+    assert (done.returncode, done.stderr) == (0, "")
+    if argv == ["--help"]:
+        assert all(name in done.stdout for name in refrag.COMMANDS)
+    elif "--help" in argv:
+        assert all(f"--{option}" in done.stdout for option in refrag.config_fields(refrag.COMMANDS[argv[0]].configs))
+    else:
+        assert done.stdout == f"refrag.py {refrag.__version__}\n"
+
+
+@pytest.mark.parametrize("name", refrag.COMMANDS)
+def test_a_mistyped_flag_needs_no_library_and_gets_a_proposal(without_heavy, name):
+    done = without_heavy(name, "--index-dri", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "(did you mean --index_dir?)" in done.stderr
+    assert done.stderr.endswith(f": see python refrag.py {name} --help\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_libraries_are_really_blocked_in_these_tests(without_heavy):
+    assert "was imported" in without_heavy("doctor").stderr
+
+
+def test_a_missing_library_is_named_with_the_command_that_mends_it(tmp_path, program):
+    (tmp_path / "bm25s.py").write_text("raise ImportError('no bm25s here')\n")
+    done = program("doctor", "--json", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: library missing: no bm25s here: ")
+    assert done.stderr.count("\n") == 1
+    assert json.loads(done.stdout)["error"]["code"] == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@fault("an interrupt during the heavy imports ends in a traceback")
+def test_ctrl_c_while_the_libraries_load(tmp_path, program):
+    """They take seconds, which is when a person notices a mistake. The first one imported sends the interrupt."""
+    (tmp_path / "bm25s.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = program("doctor", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.stderr == "error: interrupted\n"
+    assert done.returncode == 130
+
+
+# ---- Flags ----------------------------------------------------------------------------------------------------------
+
+
+def value_of(name: str, argv: list[str]) -> object:
+    """The value an option has after parsing a command line."""
+    return next(getattr(config, name) for config in refrag.parse(argv).configs if hasattr(config, name))
+
+
+SEARCH = ["search", "--index_dir", "i", "--question", "q"]
+
+
+@pytest.mark.parametrize("flag", ["--max_new", "--max-new"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_flags_take_dashes_and_underscores(flag, joined):
+    given = [f"{flag}=7"] if joined else [flag, "7"]
+    assert value_of("max_new", ["generate", *given]) == 7
+
+
+@pytest.mark.parametrize("flag", ["--no_stream", "--no-stream"])
+def test_a_switch_that_is_on_can_be_turned_off(flag):
+    assert value_of("stream", ["generate"]) is True
+    assert value_of("stream", ["generate", flag]) is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--index_dir", "my-own-folder"], "index_dir", "my-own-folder"),
+        (["--index-dir=my-own--folder"], "index_dir", "my-own--folder"),
+        (["--question", "what is a well-known --flag-name for?"], "question", "what is a well-known --flag-name for?"),
+        (["--question=--a-b"], "question", "--a-b"),
+        (["--question", "-5 degrees"], "question", "-5 degrees"),
+        (["--rerank", "cross-encoder/ms-marco-MiniLM-L6-v2"], "rerank", "cross-encoder/ms-marco-MiniLM-L6-v2"),
+    ],
+)
+def test_values_with_dashes_stay_as_they_are(argv, name, value):
+    assert value_of(name, ["search", *argv]) == value
+
+
+@given(st.lists(st.text().filter(lambda s: not s.startswith("--")), max_size=4), st.lists(st.text(), max_size=3))
+def test_only_flags_are_respelled(values, after):
+    """What does not begin with two dashes, and everything after a bare --, is never touched."""
+    assert refrag.underscore_flags([*values, "--", *after]) == [*values, "--", *after]
+
+
+@given(st.from_regex(r"[a-z]+(-[a-z]+)*", fullmatch=True), st.text())
+def test_the_value_joined_to_a_flag_is_not_respelled(name, value):
+    assert refrag.underscore_flags([f"--{name}={value}"]) == [f"--{name.replace('-', '_')}={value}"]
+
+
+@pytest.mark.parametrize("short", ["--quest", "--top", "--index"])
+def test_flags_are_not_abbreviated(run, short):
+    assert run("search", short, "1")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["search", "--tpk", "3"], "did you mean --topk?"),
+        (["search", "--tpk=3"], "did you mean --topk?"),
+        (["index", "--embed-modle", "x"], "did you mean --embed_model?"),
+        (["generate", "--no-steam"], "did you mean --no_stream?"),
+        (["search", "--zzzzzz"], "unrecognized arguments: --zzzzzz: see python refrag.py search --help"),
+        (["search", "stray"], "unrecognized arguments: stray"),
+        (["search", "--topk"], "--topk: expected one argument"),
+        (["search", "--topk", "many"], "--topk: invalid int value: 'many'"),
+        (["search", "--retriever", "magic"], "choose from 'hybrid', 'dense', 'bm25'"),
+        (["search", "--topk", "0"], "--topk must be 1 or more, got 0"),
+        (["serch"], "invalid choice: 'serch' (choose from 'index', 'search'"),
+        (["--json"], "unrecognized arguments: --json"),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, argv, told):
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "") or "--json" in argv
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert told in err
+
+
+@fault("the hint of the main parser names refrag.py twice")
+def test_the_hint_after_an_unknown_command_is_a_command_that_works(run):
+    _, _, err = run("serch")
+    assert err.endswith(": see python refrag.py --help\n")
+
+
+def test_without_a_command_the_help_and_the_commands_are_shown(run):
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: refrag.py")
+    assert err.splitlines()[-1] == f"error: no command: name one of {', '.join(refrag.COMMANDS)}"
+
+
+# ---- Flag, environment, file, default -------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch):
+    """The environment holds no option."""
+    for name in [n for n in os.environ if n.startswith("REFRAG_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Write a TOML file; returns its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "refrag.toml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(toml, monkeypatch):
+    assert value_of("topk", SEARCH) == refrag.SearchConfig.topk == 8
+    path = toml("topk = 2")
+    assert value_of("topk", [*SEARCH, "--config", path]) == 2
+    monkeypatch.setenv("REFRAG_TOPK", "3")
+    assert value_of("topk", [*SEARCH, "--config", path]) == 3
+    assert value_of("topk", [*SEARCH, "--config", path, "--topk", "4"]) == 4
+
+
+def test_the_config_file_may_be_named_in_the_environment(toml, monkeypatch):
+    monkeypatch.setenv("REFRAG_CONFIG", toml("topk = 2"))
+    assert value_of("topk", SEARCH) == 2
+
+
+def test_a_table_of_the_command_beats_the_top_level_and_other_tables_do_not_count(toml):
+    path = toml("topk = 2\nquiet = true\n[search]\ntopk = 3\nindex-dir = 'there'\n[generate]\ntopk = 4\nmax_new = 5\n")
+    assert value_of("topk", ["search", "--config", path]) == 3
+    assert value_of("index_dir", ["search", "--config", path]) == "there"
+    assert value_of("quiet", ["search", "--config", path]) is True
+    assert value_of("topk", ["generate", "--config", path]) == 4
+    assert value_of("max_new", ["generate", "--config", path]) == 5
+
+
+def test_top_level_keys_of_other_commands_are_allowed(toml):
+    """One file serves all commands: max_new means nothing to `search`."""
+    assert value_of("topk", [*SEARCH, "--config", toml("max_new = 3\ntopk = 5")]) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("corpus = ['a b.txt', 'c.txt']", "corpus", ("a b.txt", "c.txt")),
+        ("corpus = 'a.txt'", "corpus", ("a.txt",)),
+        ("corpus = ['a.txt']\nlimit = 3", "limit", 3),
+        ("corpus = ['a.txt']\nadd = true", "add", True),
+        ("corpus = ['a.txt']\nadd = false", "add", False),
+    ],
+)
+def test_values_of_a_file_have_the_type_of_the_option(toml, text, name, value):
+    assert value_of(name, ["index", "--config", toml(text)]) == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("REFRAG_CORPUS", "a.txt b.txt", "corpus", ("a.txt", "b.txt")),
+        ("REFRAG_LIMIT", "5", "limit", 5),
+        *(("REFRAG_ADD", text, "add", True) for text in ("1", "true", "YES")),
+        *(("REFRAG_ADD", text, "add", False) for text in ("0", "False", "no")),
+    ],
+)
+def test_values_of_the_environment_have_the_type_of_the_option(monkeypatch, variable, text, name, value):
+    monkeypatch.setenv(variable, text)
+    assert value_of(name, ["index", *(() if name == "corpus" else ("--corpus", "a.txt"))]) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tokp = 3", "unknown option 'tokp'"),
+        ("[serch]\ntopk = 3", "unknown option 'serch'"),
+        ("[search]\ntokp = 3", "unknown option 'tokp'"),
+        ("search = 3", "unknown option 'search'"),
+        ("topk = 'many'", "topk must be a int, got 'many'"),
+        ("topk = [1, 2]", "topk must be a int, got [1, 2]"),
+        ("topk = {a = 1}", "topk must be a int"),
+        ("quiet = 'perhaps'", "quiet must be a bool, got 'perhaps'"),
+        ("retriever = 'magic'", "retriever must be one of hybrid, dense, bm25, got 'magic'"),
+        ("topk = 0", "--topk must be 1 or more, got 0"),
+        ("topk = ", "Invalid value"),
+        pytest.param("topk = 3.7", "topk must be", marks=fault("cut to 3 in silence")),
+        pytest.param("topk = true", "topk must be", marks=fault("read as 1")),
+        pytest.param("question = ['a', 'b']", "question must be", marks=fault("read as the text of the list")),
+        pytest.param("[search]\nmax_new = 3", "unknown option 'max_new'", marks=fault("ignored in silence")),
+    ],
+)
+def test_a_bad_config_file_is_refused(run, toml, text, told):
+    path = toml(text)
+    code, out, err = run("search", "--index_dir", "i", "--config", path)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert told in err
+    if "--topk" not in told:
+        assert f"--config {path}: " in err
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_a_config_file_that_can_not_be_read_is_refused(run, tmp_path, name):
+    code, _, err = run("search", "--config", tmp_path / name)
+    assert code == 2
+    assert err.startswith(f"error: --config {tmp_path / name}: ")
+
+
+def test_a_config_file_of_other_bytes_is_refused(run, tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"topk = \xff")
+    assert run("search", "--config", tmp_path / "a.toml")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "told"),
+    [
+        ("REFRAG_TOPK", "many", "environment variable REFRAG_TOPK: topk must be a int, got 'many'"),
+        ("REFRAG_TOPK", "", "environment variable REFRAG_TOPK: topk must be a int, got ''"),
+        ("REFRAG_QUIET", "perhaps", "environment variable REFRAG_QUIET: quiet must be a bool, got 'perhaps'"),
+        ("REFRAG_RETRIEVER", "magic", "environment variable REFRAG_RETRIEVER: retriever must be one of hybrid"),
+        ("REFRAG_TOPK", "0", "--topk must be 1 or more, got 0"),
+    ],
+)
+def test_a_bad_environment_variable_is_refused(run, monkeypatch, variable, text, told):
+    monkeypatch.setenv(variable, text)
+    code, out, err = run(*SEARCH)
+    assert (code, out) == (2, "")
+    assert told in err
+
+
+def test_every_option_can_be_set_in_a_file(toml):
+    """The defaults written as TOML are read back as the defaults."""
+    for name, cmd in refrag.COMMANDS.items():
+        options = {key: f.default for key, (f, _) in refrag.config_fields(cmd.configs).items()}
+        options |= {"corpus": ["a.txt"]} if "corpus" in options else {}
+        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items() if value is not None)
+        assert tomllib.loads(text)
+        expected = refrag.parse([name, *(("--corpus", "a.txt") if "corpus" in options else ())])
+        assert refrag.parse([name, "--config", toml(text)]).configs[:-1] == expected.configs[:-1]
+
+
+# ---- Results and errors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["search", "--topk", "0", "--json"], 2),
+        (["search", "--tpk", "3", "--json"], 2),
+        (["serch", "--json"], 2),
+        (["--json"], 2),
+        (["search", "--json", "--index_dir", "nowhere", "--question", "q"], 2),
+        (["search", "--json", "--question", ""], 2),
+        (["doctor", "--json", "--index_dir", "nowhere"], 2),
+        (["index", "--json", "--corpus", "nowhere.txt"], 2),
+        (["search", "--json", "--index_dir", "INDEX", "--question", "q", "--embed_model", "./nowhere"], 3),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else str(v),
+)
+def test_json_errors_are_one_object_on_stdout_and_one_line_on_stderr(run, index_dir, argv, code):
+    got, out, err = run(*(index_dir if a == "INDEX" else a for a in argv))
+    assert got == code
+    body = json.loads(out)
+    assert out.count("\n") == 1
+    assert body == {"error": {"code": code, "message": body["error"]["message"]}}
+    assert err == f"error: {body['error']['message']}\n"
+
+
+@fault("the error of a parse looks for --json among the flags only")
+def test_json_set_in_the_environment_holds_for_wrong_options_too(run, monkeypatch):
+    monkeypatch.setenv("REFRAG_JSON", "1")
+    _, out, _ = run("search", "--topk", "0")
+    assert json.loads(out)["error"]["code"] == 2
+
+
+def test_json_holds_for_results(run, index_dir):
+    code, out, err = run("search", "--index_dir", index_dir, "--question", "bridges", "--retriever", "bm25", "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert json.loads(out)["question"] == "bridges"
+
+
+def test_a_traceback_is_shown_with_debug_only(run):
+    plain, debug = (run("search", "--index_dir", "nowhere", "--question", "q", *extra) for extra in ((), ("--debug",)))
+    assert plain[0] == debug[0] == 2
+    assert "Traceback" not in plain[2]
+    assert debug[2].startswith("Traceback")
+    assert debug[2].endswith(plain[2])
+
+
+def test_a_result_that_is_not_a_number_is_refused():
+    with pytest.raises(ValueError, match="JSON compliant"):
+        refrag.dumps({"score": float("nan")})
+
+
+def closed_stdout(*argv: object, buffered: bool = True) -> tuple[int, str]:
+    """Exit code and stderr of the program whose reader has gone, as with `| head`."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    environment |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, refrag.__file__, *map(str, argv)], env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX pipes")
+def test_results_for_a_reader_that_has_gone(index_dir):
+    argv = ["search", "--index_dir", index_dir, "--question", "bridges", "--retriever", "bm25"]
+    assert closed_stdout(*argv) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX pipes")
+@pytest.mark.parametrize("buffered", [pytest.param(True, marks=fault("the flush at exit meets the pipe")), False])
+@pytest.mark.parametrize("argv", [["--help"], ["search", "--help"], ["--version"]], ids=str)
+def test_help_for_a_reader_that_has_gone(argv, buffered):
+    assert closed_stdout(*argv, buffered=buffered) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX pipes")
+@pytest.mark.parametrize("buffered", [True, False])
+@fault("the JSON of an error meets the closed pipe outside of the handling of one")
+def test_an_error_for_a_reader_that_has_gone(buffered):
+    code, err = closed_stdout("search", "--json", "--topk", "0", buffered=buffered)
+    assert err == "error: --topk must be 1 or more, got 0\n"
+    assert code == 2

@@ -1,0 +1,422 @@
+"""Section 12: prefill, decode, citations, metrics, and `generate` through the command line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import refrag
+
+PROMPT = "Where? <doc id='a'>Seven bridges cross the old city, and it floods in May.</doc> <doc id='b'>Bells.</doc> Say:"
+FED = ["--enc", "decoder:2", "--compressed", "feed", "--json", "--quiet"]
+
+
+def load(decoder, **options):
+    """A pipeline for --prompt over a decoder folder."""
+    pack = refrag.PackConfig(**({"k": 4, "gate": "random", "compressed": "feed"} | options.pop("pack", {})))
+    generate = refrag.GenerateConfig(prompt=PROMPT, **({"max_new": 6, "cite": False} | options))
+    models = refrag.ModelConfig(dec=str(decoder), enc="decoder:2")
+    return refrag.load_pipeline(refrag.IndexConfig(), refrag.SearchConfig(), pack, generate, models,
+                                refrag.RuntimeConfig(quiet=True))
+
+
+def ask(pipeline, text=PROMPT):
+    """The one result for a prompt."""
+    [result] = pipeline.answer([{"id": "1", "question": text}])
+    return result
+
+
+def greedy_by_full_forwards(decoder, input_ids, steps, stops):
+    """Tokens by a fresh forward over everything at each step: the oracle of cached decoding."""
+    ids = list(input_ids)
+    for _ in range(steps):
+        token = int(decoder(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids[len(input_ids) :]
+
+
+class TestExactness:
+    def test_p1_feeds_the_plain_prompt_and_gives_its_logits(self, any_decoder):
+        pipeline = load(any_decoder, pack={"p": 1.0})
+        context, inputs = pipeline.prepare({"id": "1", "question": PROMPT})
+        tokenizer = pipeline.tokenizer.decoder
+        message = PROMPT.replace("<doc id='a'>", '<doc id="a">\n').replace("<doc id='b'>", '<doc id="b">\n')
+        message = message.replace("</doc>", "\n</doc>")
+        if tokenizer.chat_template:
+            plain = tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True)
+            plain = plain["input_ids"] if not isinstance(plain, list) else plain
+        else:
+            plain = tokenizer(message + refrag.NO_TEMPLATE_SUFFIX)["input_ids"]
+        assert context.plan.tolist() == list(range(len(plain)))
+        assert context.packed.prompt.input_ids.tolist() == plain
+        logits, _ = refrag.prefill(pipeline.model.decoder, [inputs])
+        with torch.inference_mode():
+            expected = pipeline.model.decoder(input_ids=torch.tensor([plain])).logits[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+    def test_p0_feeds_no_token_of_the_content(self, any_decoder):
+        pipeline = load(any_decoder, pack={"p": 0.0})
+        context, inputs = pipeline.prepare({"id": "1", "question": PROMPT})
+        inside = {t for c in context.packed.prompt.chunks for t in range(c.first, c.last)}
+        assert inside and not inside & set(context.plan.tolist())
+        assert len(inputs) == len(context.packed.prompt.input_ids) - len(inside) + len(context.packed.prompt.chunks)
+
+    def test_vectors_stand_where_their_chunks_stood(self, llama):
+        """The inputs at vector positions are the means of the chunks' token embeddings, in order."""
+        pipeline = load(llama, pack={"p": 0.0})
+        context, inputs = pipeline.prepare({"id": "1", "question": PROMPT})
+        embed = pipeline.model.decoder.get_input_embeddings().weight
+        at = np.flatnonzero(context.plan < 0)
+        for position, chunk in zip(at, context.packed.prompt.chunks, strict=True):
+            mean = embed[context.packed.prompt.input_ids[chunk.first : chunk.last]].mean(0)
+            torch.testing.assert_close(inputs[position], mean)
+
+    def test_cached_decode_equals_full_forwards(self, any_decoder):
+        pipeline = load(any_decoder, pack={"p": 1.0}, max_new=12)
+        context, inputs = pipeline.prepare({"id": "1", "question": PROMPT})
+        logits, state = refrag.prefill(pipeline.model.decoder, [inputs])
+        watch = refrag.Stopwatch(torch.device("cpu"))
+        [out], _ = refrag.decode(pipeline.model.decoder, logits, state, max_new=12, stops=pipeline.stops,
+                                 pick=pipeline.pick, watch=watch)
+        with torch.inference_mode():
+            expected = greedy_by_full_forwards(pipeline.model.decoder, context.packed.prompt.input_ids, 12, pipeline.stops)
+        assert out.tokens == expected
+
+    def test_batch_equals_single(self, any_decoder):
+        pipeline = load(any_decoder, pack={"p": 0.3}, max_new=8, cite=True)
+        items = [{"id": str(i), "question": PROMPT + " word" * (5 * i)} for i in range(3)]
+        alone = [pipeline.answer([item])[0] for item in items]
+        together = pipeline.answer(items)
+        assert [r["answer"] for r in together] == [r["answer"] for r in alone]
+        assert [r["citations"] for r in together] == [r["citations"] for r in alone]
+        assert [r["metrics"]["positions"] for r in together] == [r["metrics"]["positions"] for r in alone]
+
+    def test_batched_logits_equal_single_ones(self, llama):
+        """Left padding changes nothing but rounding, also for tokens decoded after it."""
+        decoder = load(llama).model.decoder
+        torch.manual_seed(0)
+        inputs = [torch.randn(length, 32) for length in (5, 9, 2)]
+        together, state = refrag.prefill(decoder, inputs)
+        token = together.argmax(-1)
+        next_together, _ = refrag.decode_one_token(decoder, token, state)
+        for row, x in enumerate(inputs):
+            alone, state_alone = refrag.prefill(decoder, [x])
+            torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+            after, _ = refrag.decode_one_token(decoder, token[row : row + 1], state_alone)
+            torch.testing.assert_close(next_together[row], after[0], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("p", [0.0, 0.1, 0.3, 0.7, 1.0])
+    def test_realised_p_is_never_above_p(self, llama, p):
+        metrics = ask(load(llama, pack={"p": p}))["metrics"]
+        assert metrics["p_realised"] <= p
+        assert metrics["compression"] == pytest.approx(metrics["full_positions"] / metrics["positions"], abs=1e-4)
+
+    def test_stored_vectors_give_the_inputs_made_on_the_fly(self, index_dir, llama):
+        """k = 4 is stored; k = 8 comes from it by averaging. float16 storage is part of both paths."""
+        inputs = {}
+        for stored, k in itertools.product((True, False), (4, 8)):
+            pack = refrag.PackConfig(k=k, p=0.3, compressed="feed", gate="random")
+            models = refrag.ModelConfig(dec=str(llama), enc="decoder:2")
+            pipeline = refrag.load_pipeline(
+                refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=3), pack,
+                refrag.GenerateConfig(), models, refrag.RuntimeConfig(quiet=True))
+            torch.manual_seed(3)
+            for weight in pipeline.model.projector.parameters():  # untrained, the states would not matter
+                torch.nn.init.normal_(weight, std=0.3)
+            if not stored:
+                pipeline.stored = None
+            context, inputs[stored, k] = pipeline.prepare({"id": "1", "question": "Where do smiths cast bells?"})
+            assert (context.plan < 0).any() and (context.plan >= 0).any()
+        for k in (4, 8):
+            torch.testing.assert_close(inputs[True, k], inputs[False, k], rtol=5e-3, atol=5e-3)
+
+
+class TestDecoding:
+    def test_sample_is_greedy_at_temperature_zero(self):
+        assert refrag.sample(torch.tensor([[0.1, 3.0, 2.0]]), 0.0, 1.0, None).tolist() == [1]
+
+    def test_top_p_leaves_only_the_smallest_sufficient_set(self):
+        """Probabilities .5, .3, .2: top_p = .6 needs the first two, so the third never comes."""
+        logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(2000, 3)
+        picked = refrag.sample(logits, 1.0, 0.6, torch.Generator().manual_seed(0))
+        shares = torch.bincount(picked, minlength=3) / 2000
+        assert shares[2] == 0
+        assert shares[0] == pytest.approx(0.5 / 0.8, abs=0.05)
+
+    def test_temperature_sharpens(self):
+        logits = torch.tensor([[1.0, 0.0]]).expand(2000, 2)
+        share = lambda t: refrag.sample(logits, t, 1.0, torch.Generator().manual_seed(0)).float().mean()  # noqa: E731
+        assert share(0.2) < share(1.0) < share(5.0)
+
+    def test_same_seed_same_answer(self, llama):
+        first, second = (ask(load(llama, temperature=1.5, max_new=12))["answer"] for _ in range(2))
+        assert first == second
+
+    def test_every_end_token_stops(self, llama):
+        pipeline = load(llama, pack={"p": 1.0})
+        free = ask(pipeline)["metrics"]["new_tokens"]
+        _, inputs = pipeline.prepare({"id": "1", "question": PROMPT})
+        logits, _ = refrag.prefill(pipeline.model.decoder, [inputs])
+        first = int(logits.argmax())
+        pipeline.model.decoder.generation_config.eos_token_id = [2, first]
+        pipeline.stops = refrag.stop_tokens(pipeline.model.decoder, pipeline.tokenizer.decoder)
+        assert {2, first} <= pipeline.stops
+        assert free > 0
+        assert ask(pipeline)["metrics"]["new_tokens"] == 0
+
+    def test_stream_writes_the_text_once_and_whole_characters(self, tokenizers):
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
+        ids = tokenizer("a 🙂 é 日本 b", add_special_tokens=False)["input_ids"]
+        pieces = []
+        stream = refrag.TextStream(tokenizer, pieces.append)
+        for n in range(1, len(ids) + 1):
+            stream(ids[:n])
+        stream(ids, final=True)
+        assert "".join(pieces) == "a 🙂 é 日本 b"
+        assert not any("\ufffd" in piece for piece in pieces)
+
+    def test_times_by_a_fake_clock(self, llama):
+        """Tokens sampled at 10, 11, 12, ..: the time between tokens is 1 whatever the machine does."""
+        pipeline = load(llama, pack={"p": 1.0}, max_new=4)
+        ticks = itertools.count(10.0)
+        out = refrag.Decoded([5, 6, 7], [next(ticks) for _ in range(4)], True)
+        context, _ = pipeline.prepare({"id": "1", "question": PROMPT})
+        context.seconds = {"retrieve_s": 1.0, "gate_s": 2.0, "vectors_s": 3.0, "pack_s": 4.0, "prefill_s": 5.0}
+        metrics = pipeline.metrics(context, out)
+        assert metrics["ttit_s"] == 1.0
+        assert metrics["tokens_per_s"] == 1.0
+        assert metrics["ttft_s"] == 15.0
+
+
+class TestCitations:
+    @pytest.mark.parametrize(
+        ("answer", "labels", "expected"),
+        [
+            ("Ulm [1].", ["1", "2"], [("1", False)]),
+            ("Ulm [2][9]", ["1", "2"], [("2", False), ("9", True)]),
+            ("Both [1, 2] and [1]", ["1", "2"], [("1", False), ("2", False)]),
+            ("See (doc 2) or [document 1]", ["1", "2"], [("2", False), ("1", False)]),
+            ('It says so <doc id="3">', ["1"], [("3", True)]),
+            ("He [sic] left in [1896]", ["1", "2"], []),
+            ("Nothing (1900) here", ["1"], []),
+            ("Named [intro]", ["intro", "end"], [("intro", False)]),
+            ("", ["1"], []),
+        ],
+    )
+    def test_cited_labels(self, answer, labels, expected):
+        assert refrag.cited_labels(answer, labels) == expected
+
+    def test_a_chosen_citation_is_always_one_of_the_given(self, any_decoder):
+        result = ask(load(any_decoder, cite=True))
+        if result["answer"]:
+            [citation] = result["citations"]
+            assert citation["chosen"] and not citation["forged"] and citation["id"] in {"a", "b"}
+            assert result["answer"].endswith(f"[{citation['id']}]")
+
+    def test_choice_follows_the_decoder(self, llama):
+        """Against scoring " [id]" for each id by a full forward: the choice is greedy, token by token."""
+        pipeline = load(llama, pack={"p": 1.0}, max_new=5)
+        context, inputs = pipeline.prepare({"id": "1", "question": PROMPT})
+        decoder, tokenizer = pipeline.model.decoder, pipeline.tokenizer.decoder
+        logits, state = refrag.prefill(decoder, [inputs])
+        [out], state = refrag.decode(decoder, logits, state, max_new=5, stops=frozenset(), pick=pipeline.pick,
+                                     watch=refrag.Stopwatch(torch.device("cpu")))
+        chosen, _ = refrag.choose_citation(decoder, tokenizer, state, 0, out.tokens[-1:], ["a", "b", "c"])
+        ids = [*context.packed.prompt.input_ids.tolist(), *out.tokens, *tokenizer(" [", add_special_tokens=False)["input_ids"]]
+        with torch.inference_mode():
+            last = decoder(input_ids=torch.tensor([ids])).logits[0, -1]
+        options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"][0] for label in "abc"}
+        assert len(set(options.values())) == 3
+        assert chosen == max(options, key=lambda label: float(last[options[label]]))
+
+    def test_no_cite_leaves_the_answer_alone(self, llama):
+        assert ask(load(llama, cite=False))["citations"] == []
+
+
+class TestModes:
+    def test_truncate_feeds_no_more_positions_than_refrag(self, llama):
+        refrag_positions = ask(load(llama, pack={"p": 0.2}))["metrics"]["positions"]
+        pipeline = load(llama, pack={"p": 0.2, "mode": "truncate"})
+        context, _ = pipeline.prepare({"id": "1", "question": PROMPT})
+        assert (context.plan >= 0).all()
+        assert len(context.plan) <= refrag_positions
+
+    def test_drop_leaves_out_what_feed_would_compress(self, llama):
+        fed, dropped = (ask(load(llama, pack={"p": 0.3, "compressed": c})) for c in ("feed", "drop"))
+        compressed = sum(not chunk["expanded"] for chunk in fed["chunks"])
+        assert compressed > 0
+        assert fed["metrics"]["positions"] - dropped["metrics"]["positions"] == compressed
+
+    def test_untrained_default_is_said(self, llama):
+        result = ask(load(llama, pack={"compressed": "auto"}))
+        assert result["settings"]["projector_trained"] is False
+        assert result["settings"]["compressed"] == "drop"
+
+    def test_none_reads_no_document(self, index_dir, llama, run):
+        code, out, _ = run("generate", "--index_dir", index_dir, "--question", "Where?", "--mode", "none", "--dec",
+                           llama, "--max_new", 3, *FED)
+        result = json.loads(out)
+        assert code == 0
+        assert result["passages"] == [] and result["metrics"]["context_tokens"] == 0
+
+
+def generate(run, index_dir, llama, *more):
+    """`generate` on the small index; (exit code, stdout, stderr)."""
+    return run("generate", "--index_dir", index_dir, "--dec", llama, "--k", 4, "--max_new", 4, *FED, *more)
+
+
+class TestCommand:
+    def test_result_has_the_promised_fields(self, run, index_dir, llama):
+        code, out, _ = generate(run, index_dir, llama, "--question", "What melts?", "--topk", 3, "--compare")
+        result = json.loads(out)
+        assert code == 0
+        assert {"question", "answer", "passages", "citations", "chunks", "metrics", "settings", "full",
+                "ttft_ratio"} <= result.keys()
+        assert {"ttft_s", "ttit_s", "tokens_per_s", "new_tokens", "positions", "full_positions", "compression",
+                "p_realised", "stages", "load_s", "peak_rss_mb"} <= result["metrics"].keys()
+        stages = result["metrics"]["stages"]
+        assert set(stages) == {"retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s"}
+        assert sum(stages.values()) == pytest.approx(result["metrics"]["ttft_s"], abs=1e-5)
+        for chunk in result["chunks"]:
+            assert {"passage_id", "start", "end", "score", "expanded"} <= chunk.keys()
+        assert result["full"]["metrics"]["positions"] == result["metrics"]["full_positions"]
+        assert result["ttft_ratio"] == pytest.approx(
+            result["full"]["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], abs=1e-3)
+
+    def test_chunks_of_each_passage_cover_its_content(self, run, index_dir, llama):
+        _, out, _ = generate(run, index_dir, llama, "--question", "What melts?", "--topk", 3)
+        result = json.loads(out)
+        for passage in result["passages"]:
+            content = refrag.passage_content(passage["title"], passage["text"])
+            chunks = [c for c in result["chunks"] if c["passage_id"] == passage["id"]]
+            assert "".join(content[c["start"] : c["end"]] for c in chunks) == content
+
+    def test_ctx_max_drops_whole_passages_from_the_lowest_rank(self, run, index_dir, llama):
+        _, out, _ = generate(run, index_dir, llama, "--question", "What melts?", "--topk", 6)
+        everything = json.loads(out)
+        limit = everything["metrics"]["context_tokens"] // 2
+        _, out, _ = generate(run, index_dir, llama, "--question", "What melts?", "--topk", 6, "--ctx_max", limit)
+        some = json.loads(out)
+        assert 0 < some["metrics"]["context_tokens"] <= limit
+        assert some["dropped_passages"] == 6 - len(some["passages"]) > 0
+        assert some["passages"] == everything["passages"][: len(some["passages"])]
+
+    def test_window_is_checked_before_the_prefill(self, run, index_dir, llama):
+        code, out, err = generate(run, index_dir, llama, "--question", "What melts?", "--max_new", 5000)
+        assert code == 2
+        assert "window is 2048" in err
+        assert json.loads(out)["error"]["code"] == 2
+
+    def test_prompt_with_literal_documents(self, run, llama):
+        code, out, _ = run("generate", "--prompt", PROMPT, "--dec", llama, "--gate", "random", "--k", 4, "--max_new",
+                           3, *FED)
+        result = json.loads(out)
+        assert code == 0
+        assert {chunk["passage_id"] for chunk in result["chunks"]} == {"a", "b"}
+
+    def test_show_prompt_marks_what_is_compressed(self, run, llama):
+        code, _, err = run("generate", "--prompt", PROMPT, "--dec", llama, "--gate", "none", "--k", 4, "--max_new", 2,
+                           "--enc", "decoder:2", "--compressed", "feed", "--show_prompt")
+        assert code == 0
+        assert '<doc id="a">\n[[' in err and "]][[" in err
+
+    def test_text_output_streams_the_answer_that_json_gives(self, run, llama):
+        arguments = ["generate", "--prompt", PROMPT, "--dec", llama, "--gate", "none", "--k", 4, "--max_new", 6,
+                     "--enc", "decoder:2", "--compressed", "feed", "--quiet"]
+        _, out, _ = run(*arguments, "--json")
+        for option in ("--stream", "--no_stream"):
+            _, text, _ = run(*arguments, option)
+            assert text.strip().startswith(json.loads(out)["answer"])
+
+    def test_resume_continues_and_repairs(self, run, index_dir, llama, tmp_path):
+        questions = tmp_path / "questions.jsonl"
+        questions.write_text("".join(json.dumps({"id": f"q{i}", "question": f"What is {i}?"}) + "\n" for i in range(4)))
+        whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+        assert generate(run, index_dir, llama, "--questions", questions, "--out", whole)[0] == 0
+        lines = whole.read_text().splitlines(keepends=True)
+        assert [json.loads(line)["id"] for line in lines] == ["q0", "q1", "q2", "q3"]
+        part.write_text(lines[0] + lines[1] + lines[2][:50])  # killed while writing the third
+        assert generate(run, index_dir, llama, "--questions", questions, "--out", part, "--resume")[0] == 0
+        answers = [(r["id"], r["answer"]) for r in map(json.loads, part.read_text().splitlines())]
+        assert answers == [(r["id"], r["answer"]) for r in map(json.loads, lines)]
+        assert part.read_text().startswith(lines[0] + lines[1])  # what was done is not done again
+
+    def test_out_is_not_overwritten_nor_mixed(self, run, index_dir, llama, tmp_path):
+        questions, out = tmp_path / "questions.jsonl", tmp_path / "out.jsonl"
+        questions.write_text(json.dumps({"question": "What?"}) + "\n")
+        generate(run, index_dir, llama, "--questions", questions, "--out", out)
+        before = out.read_bytes()
+        assert generate(run, index_dir, llama, "--questions", questions, "--out", out)[0] == 2
+        code, _, err = generate(run, index_dir, llama, "--questions", questions, "--out", out, "--resume", "--p", "0.5")
+        assert code == 5 and "--p" in err
+        assert out.read_bytes() == before
+
+    def test_vectors_of_another_encoder_are_refused(self, run, index_dir, llama):
+        code, _, err = generate(run, index_dir, llama, "--question", "What?", "--enc", "decoder:1")
+        assert code == 5
+        assert "another encoder" in err
+
+    def test_batches_give_the_answers_of_single_questions(self, run, index_dir, llama, tmp_path):
+        questions = tmp_path / "questions.jsonl"
+        questions.write_text("".join(json.dumps({"question": "What is it? " * (i + 1)}) + "\n" for i in range(3)))
+        answers = []
+        for size in (1, 3):
+            _, out, _ = generate(run, index_dir, llama, "--questions", questions, "--batch_size", size)
+            answers.append([json.loads(line)["answer"] for line in out.splitlines()])
+        assert len(answers[0]) == 3
+        assert answers[0] == answers[1]
+
+
+@pytest.mark.models
+class TestBundledModels:
+    """The same promises on SmolLM2-135M-Instruct and all-MiniLM-L6-v2."""
+
+    @pytest.fixture(scope="class")
+    def pipeline(self, tmp_path_factory):
+        """A pipeline over ten real passages."""
+        folder = tmp_path_factory.mktemp("wiki") / "index"
+        code = refrag.main(["index", "--corpus", str(refrag.Path(refrag.__file__).parent / "data/wiki_passages.jsonl"),
+                            "--index_dir", str(folder), "--limit", "10", "--k", "8", "--quiet"])
+        assert code == 0
+        return refrag.load_pipeline(
+            refrag.IndexConfig(index_dir=str(folder)), refrag.SearchConfig(topk=4), refrag.PackConfig(p=1.0),
+            refrag.GenerateConfig(max_new=12), refrag.ModelConfig(), refrag.RuntimeConfig(quiet=True))
+
+    def test_p1_is_the_chat_template_over_the_full_text(self, pipeline):
+        item = {"id": "1", "question": "Who wrote De Materia Medica?"}
+        context, inputs = pipeline.prepare(item)
+        docs = "".join(f'<doc id="{d.label}">\n{d.content}\n</doc>\n' for d in context.packed.docs)
+        message = f"{refrag.question_pieces('', [])[0]}"  # the frame is checked by its parts, not by its words
+        pieces = refrag.question_pieces(item["question"], context.packed.docs)
+        message = "".join(p if isinstance(p, str) else f'<doc id="{p.label}">\n{p.content}\n</doc>' for p in pieces)
+        assert docs in message
+        plain = pipeline.tokenizer.decoder.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert context.packed.prompt.input_ids[context.plan].tolist() == plain
+        logits, _ = refrag.prefill(pipeline.model.decoder, [inputs])
+        with torch.inference_mode():
+            expected = pipeline.model.decoder(input_ids=torch.tensor([plain]), logits_to_keep=1).logits[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+    def test_batch_equals_single(self, pipeline):
+        items = [{"id": str(i), "question": q} for i, q in enumerate(["What is botany?", "Who coined the term cells?"])]
+        alone = [pipeline.answer([item])[0]["answer"] for item in items]
+        assert [r["answer"] for r in pipeline.answer(items)] == alone
+
+    def test_decoding_equals_generate_of_transformers(self, pipeline):
+        """An independent decoder loop, fed the same embeddings."""
+        context, inputs = pipeline.prepare({"id": "1", "question": "What is botany?"})
+        logits, state = refrag.prefill(pipeline.model.decoder, [inputs])
+        [out], _ = refrag.decode(pipeline.model.decoder, logits, state, max_new=12, stops=pipeline.stops,
+                                 pick=pipeline.pick, watch=refrag.Stopwatch(torch.device("cpu")))
+        expected = pipeline.model.decoder.generate(inputs_embeds=inputs[None], max_new_tokens=12, do_sample=False,
+                                                   attention_mask=torch.ones(1, len(inputs), dtype=torch.long))
+        assert out.tokens == [t for t in expected[0].tolist() if t not in pipeline.stops]

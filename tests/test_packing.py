@@ -1,0 +1,592 @@
+"""Packing: chunk spans, neutralised text, the <doc> blocks, the prompt and the plans over it."""
+
+import itertools
+import math
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import refrag
+
+KINDS = ("bpe", "wordpiece", "sentencepiece")
+WORDS = ["The Rhone leaves", " the ", "bridges", "notes on", "950", ". ", "don't", "río", "Mediterráneo"]
+ODD = ["👨‍👩‍👧", "🏳️‍🌈", "🇫🇷🇪🇸", "🙂", "👍🏽", "e\u0301", "a\u0300\u0323", "\u0301",
+       "长江", "日本語。", "한국", "ﷺ", "ﬁ", "\u200b", "\x00",
+       "\x01\x02", "\x7f", "\ufffd", "\ufeff", "\u2028", " ", "   ",
+       "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]  # fmt: skip
+TAGS = ["</doc>", "<doc>", '<doc id="1">', "<doc id='2'>", "< / DOC", "<\n/ doc >", "<DoC", "<documents>", "<doc_x>",
+        "<", "/", "doc", ">"]  # fmt: skip
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "[PAD]", "[MASK]",
+           "[UNK]"]  # fmt: skip
+NESTED = ["<s<s>>", "<|im_<|im_end|>end|>", "[S[SEP]EP]", "</</s>s>", "<</doc>/doc>", "<|im_start|>system\n",
+          "|im_end|>", "im_end", "[", "SEP]", "s>"]  # fmt: skip
+ordinary = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
+LOOKALIKES = "\u2039\u27e6"  # what < and [ become
+wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=6), max_size=20).map("".join)
+hostile = st.lists(st.sampled_from(TAGS + SPECIAL + NESTED + WORDS[:3] + [" ", "\n"]), max_size=12).map("".join)
+SLOW_PATTERN = pytest.mark.xfail(strict=True, reason="DOC_TAG and DOC_BLOCK match white space twice: quadratic")
+few = settings(max_examples=60, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def loaded(tokenizers):
+    """The tokenizers by kind, loaded."""
+    return {name: transformers.AutoTokenizer.from_pretrained(folder) for name, folder in tokenizers.items()}
+
+
+@pytest.fixture(scope="module")
+def chat(loaded):
+    """A RefragTokenizer with a chat template and four tokens per chunk."""
+    return refrag.RefragTokenizer(loaded["bpe"], compression=4)
+
+
+def make_doc(tokenizer, label, text):
+    """A Doc of a neutralised text, cut by the tokenizer's own chunks."""
+    content = tokenizer.neutralize(text)
+    return refrag.Doc(label, content, tokenizer.runs([content])[0][0])
+
+
+def special_ids(tokenizer):
+    """Ids that only a template may make; the id for unknown words comes from ordinary text too."""
+    unknown = {tokenizer.unk_token_id} if tokenizer.unk_token in ("[UNK]", "<unk>") else set()
+    return set(tokenizer.all_special_ids) - unknown
+
+
+# -- chunk spans ----------------------------------------------------------------
+
+
+def check_spans(text, tokenizer, k):
+    """All that section 5 of the design promises of the spans of one text."""
+    spans = refrag.chunk_spans(text, tokenizer, k)
+    assert "".join(text[a:b] for a, b in spans) == text
+    assert all(a < b for a, b in spans)
+    assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])][: len(spans)]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    wide = [(s, e) for s, e in offsets if s < e]
+    for s, e in wide:  # no token, and so no character of several tokens, lies in two chunks
+        assert sum(a < e and s < b for a, b in spans) == 1
+    cuts = {e for (_, e), (s, _) in itertools.pairwise(wide) if e <= s}
+    for a, b in spans:
+        if sum(a <= s < b for s, _ in wide) > k:  # more than k tokens only where there is no place to cut
+            assert not any(a < cut < b for cut in cuts)
+    return spans
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=wild.filter(bool))
+@few
+def test_spans_cover_the_text_and_hold_at_most_k_tokens(loaded, kind, text):
+    for k in (1, 2, 4, 8, 16):
+        check_spans(text, loaded[kind], k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=wild.filter(bool))
+@few
+def test_spans_of_2k_are_unions_of_those_of_k(loaded, kind, text):
+    ends = {k: {b for _, b in refrag.chunk_spans(text, loaded[kind], k)} for k in (4, 8, 16, 32)}
+    assert ends[8] <= ends[4] and ends[16] <= ends[8] and ends[32] <= ends[16]
+
+
+@pytest.mark.xfail(strict=True, reason="units of gcd(k, 4) tokens: several characters of more tokens exceed k")
+@pytest.mark.parametrize("k", [3, 5, 6, 7, 10])
+@given(text=st.text(alphabet="ab 长江🙂", min_size=1, max_size=40))
+@few
+def test_spans_of_k_that_is_no_multiple_of_4_hold_at_most_k_tokens(loaded, k, text):
+    check_spans(text, loaded["bpe"], k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["x" * 100_000, " " * 100_000, "🙂" * 25_000, "a " * 50_000])
+def test_spans_of_a_100_kb_line(loaded, kind, text):
+    spans = refrag.chunk_spans(text, loaded[kind], 16)
+    assert spans[0][0] == 0 and spans[-1][1] == len(text)
+    assert all(a[1] == b[0] and a[0] < a[1] for a, b in itertools.pairwise(spans))
+
+
+def test_spans_golden(loaded):
+    """Nine characters that are one token each: 4 + 4 + 1. A space belongs to the token after it in byte-level BPE."""
+    assert refrag.chunk_spans("xqzxqzxqz", loaded["bpe"], 4) == [(0, 4), (4, 8), (8, 9)]
+    assert refrag.chunk_spans("xqzxqzxqz", loaded["bpe"], 8) == [(0, 8), (8, 9)]
+
+
+def test_spans_do_not_cut_a_character_of_several_tokens(loaded):
+    """The face is 4 byte tokens: "xq" + face would be 6, so the first chunk of 4 ends before it."""
+    assert refrag.chunk_spans("xq🙂z", loaded["bpe"], 4) == [(0, 2), (2, 3), (3, 4)]
+    assert refrag.chunk_spans("🙂🙂", loaded["bpe"], 2) == [(0, 1), (1, 2)]
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="chunk_spans raises on an empty text")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_text_has_no_chunks(loaded, kind):
+    assert refrag.chunk_spans("", loaded[kind], 8) == []
+
+
+def test_a_text_without_tokens_is_one_chunk(loaded):
+    """WordPiece drops white space and control characters; the text must still be covered."""
+    assert refrag.chunk_spans(" \n\t\x00 ", loaded["wordpiece"], 4) == [(0, 5)]
+
+
+def test_k_below_one_is_refused(loaded):
+    with pytest.raises(ValueError, match="k >= 1"):
+        refrag.chunk_spans("a", loaded["bpe"], 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=wild)
+@few
+def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, text):
+    tokens, mask = refrag.RefragTokenizer(loaded["bpe"], loaded[kind], 4).pack(text)
+    assert tokens.shape == mask.shape and tokens.shape[1] == 4
+    assert tokens[mask == 1].tolist() == loaded[kind](text, add_special_tokens=False)["input_ids"]
+    assert (tokens[mask == 0] == 0).all()
+    assert (np.diff(mask, axis=1) <= 0).all()  # padding is on the right
+
+
+# -- neutralised text -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=hostile)
+@settings(max_examples=150, deadline=None)
+def test_neutralised_text_makes_no_special_token_and_no_tag(loaded, kind, text):
+    decoder = loaded[kind]
+    tokenizer = refrag.RefragTokenizer(decoder)
+    out = tokenizer.neutralize(text)
+    assert len(out) == len(text)
+    assert all(a == b or (a in "<[" and b in LOOKALIKES) for a, b in zip(text, out, strict=True))
+    assert not special_ids(decoder) & set(decoder(out, add_special_tokens=False)["input_ids"])
+    assert not re.search(r"<\s*/?\s*doc(?!\w)", out, re.IGNORECASE)
+    assert tokenizer.neutralize(out) == out
+
+
+@given(text=wild)
+@few
+def test_neutralising_leaves_other_text_alone(chat, text):
+    assert chat.neutralize(text.replace("<", "").replace("[", "")) == text.replace("<", "").replace("[", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("bpe", "</doc>", "\u2039/doc>"),
+        ("bpe", '<doc id="7">', '\u2039doc id="7">'),
+        ("bpe", "< / DOC", "\u2039 / DOC"),
+        ("bpe", "<\n/\tdoc>", "\u2039\n/\tdoc>"),
+        ("bpe", "<docs> <documents> <doc_x> a<b", "<docs> <documents> <doc_x> a<b"),
+        ("bpe", "<|im_end|>", "\u2039|im_end|>"),
+        ("bpe", "<|im_<|im_end|>end|>", "<|im_\u2039|im_end|>end|>"),
+        ("bpe", "<s> [SEP]", "<s> [SEP]"),
+        ("sentencepiece", "<s<s>>", "<s\u2039s>>"),
+        ("sentencepiece", "</s></s>", "\u2039/s>\u2039/s>"),
+        ("wordpiece", "[S[SEP]EP]", "[S\u27e6SEP]EP]"),
+        ("wordpiece", "[MASK] [1]", "\u27e6MASK] [1]"),
+    ],
+)
+def test_neutralize_golden(loaded, kind, text, expected):
+    assert refrag.RefragTokenizer(loaded[kind]).neutralize(text) == expected
+
+
+def test_neutralising_makes_no_new_special_token(tokenizers):
+    """With the special tokens "<b>" and its look-alike disarming the first makes the second: one more round."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<b>", "\u2039b>"]})
+    out = refrag.RefragTokenizer(tokenizer).neutralize("x<b>y")
+    assert not set(tokenizer.all_special_ids) & set(tokenizer(out, add_special_tokens=False)["input_ids"])
+    assert len(out) == 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("<" + " " * 1_000_000, marks=[SLOW_PATTERN, pytest.mark.timeout(5)]),
+        "</" + "\n" * 1_000_000,
+        "<" * 200_000,
+        "<doc id=" * 20_000,
+    ],
+)
+def test_neutralising_takes_linear_time(chat, text):
+    """A quadratic pattern needs minutes for one of these, so the suite's time limit ends the test."""
+    assert len(chat.neutralize(text)) == len(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("<doc id='1'><" + " " * 500_000, marks=[SLOW_PATTERN, pytest.mark.timeout(5)]),
+        "<doc id='1'>" + "< " * 50_000,
+        "<doc id='" * 20_000,
+    ],
+)
+def test_parsing_takes_linear_time(chat, text):
+    assert [segment.kind for segment in chat.parse_and_tokenize(text)] == ["text"]
+
+
+def test_a_tokenizer_without_offsets_is_refused(loaded):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(refrag.UserError, match="fast tokenizer"):
+        refrag.RefragTokenizer(Slow())
+    with pytest.raises(refrag.UserError, match="fast tokenizer"):
+        refrag.RefragTokenizer(loaded["bpe"], Slow())
+
+
+# -- <doc> blocks ---------------------------------------------------------------
+
+
+def parsed(tokenizer, text):
+    """(kind, id, text) of each segment; the id is left out for plain text."""
+    segments = tokenizer.parse_and_tokenize(text)
+    return [(s.kind, s.doc_id, s.text) if s.kind == "doc" else (s.kind, s.text) for s in segments]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Question: .. <doc id='1'>..</doc> Answer:",
+            [("text", "Question: .. "), ("doc", "1", ".."), ("text", " Answer:")],
+        ),
+        ('<doc id="a b">x</doc>', [("doc", "a b", "x")]),
+        ("<doc  id = 'a'  >x\ny</doc>", [("doc", "a", "x\ny")]),
+        ("<doc id='a'>x</doc><doc id='b'>y</doc>", [("doc", "a", "x"), ("doc", "b", "y")]),
+        ("<doc id='a'></doc>", [("doc", "a", "")]),
+        ("<doc id='a'>x", [("text", "\u2039doc id='a'>x")]),
+        ("x</doc>y", [("text", "x\u2039/doc>y")]),
+        (
+            "<doc id='a'>x <doc id='b'>y</doc> z</doc>",
+            [("text", "\u2039doc id='a'>x "), ("doc", "b", "y"), ("text", " z\u2039/doc>")],
+        ),
+        ("<doc id='a'>x</doc></doc>", [("doc", "a", "x"), ("text", "\u2039/doc>")]),
+        ("<doc id=a>x</doc>", [("text", "\u2039doc id=a>x\u2039/doc>")]),
+        ("<doc id='a\">x</doc>", [("text", "\u2039doc id='a\">x\u2039/doc>")]),
+        ("<doc id=''>x</doc>", [("text", "\u2039doc id=''>x\u2039/doc>")]),
+        ("<doc>x</doc>", [("text", "\u2039doc>x\u2039/doc>")]),
+        ("<doc id='<b>'>x</doc>", [("text", "\u2039doc id='<b>'>x\u2039/doc>")]),
+        ("<doc id='a'>x< / doc>y</doc>", [("text", "\u2039doc id='a'>x\u2039 / doc>y\u2039/doc>")]),
+        ("<doc id='a'><|im_end|></doc><|im_start|>", [("doc", "a", "\u2039|im_end|>"), ("text", "\u2039|im_start|>")]),
+        ("", []),
+    ],
+)
+def test_parse_golden(chat, text, expected):
+    assert parsed(chat, text) == expected
+
+
+@given(text=hostile)
+@few
+def test_segments_join_to_the_text_and_make_no_special_token(chat, text):
+    segments = chat.parse_and_tokenize(text)
+    joined = "".join(s.text if s.kind == "text" else f"<doc id='{s.doc_id}'>{s.text}</doc>" for s in segments)
+
+    def plain(value):  # undo the look-alikes and forget how an id was quoted
+        return re.sub(r"<doc id=['\"](\w)['\"]>", r"<doc id=\1>", value.replace("\u2039", "<").replace("\u27e6", "["))
+
+    assert plain(joined) == plain(text)
+    for s in segments:
+        assert s.input_ids == chat.decoder(s.text, add_special_tokens=False)["input_ids"]
+        assert not special_ids(chat.decoder) & set(s.input_ids)
+        assert s.kind == "text" or s.doc_id in "12"
+
+
+@pytest.mark.parametrize("compression", [4, 8])
+def test_packed_tokens_have_the_width_of_the_compression(loaded, compression):
+    """Encoder tokens, one row per chunk; the mask counts them. Plain text has no rows."""
+    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"], compression)
+    text = "The Rhone leaves Lake Geneva and crosses the old city under seven bridges."
+    before, doc = tokenizer.parse_and_tokenize(f"Read: <doc id='1'>{text}</doc>")
+    ids = loaded["wordpiece"](text, add_special_tokens=False)["input_ids"]
+    assert before.packed_tokens.shape == before.packed_mask.shape == (0, compression)
+    assert doc.packed_tokens.shape == doc.packed_mask.shape == (math.ceil(len(ids) / compression), compression)
+    assert doc.packed_mask.sum() == len(ids)
+    assert doc.packed_tokens.reshape(-1)[: len(ids)].tolist() == ids
+    assert doc.input_ids == loaded["bpe"](text, add_special_tokens=False)["input_ids"]
+
+
+def test_an_empty_document_has_no_packed_rows(chat):
+    (doc,) = chat.parse_and_tokenize("<doc id='1'></doc>")
+    assert doc.input_ids == [] and doc.packed_tokens.shape == doc.packed_mask.shape == (0, 4)
+
+
+def test_read_prompt_refuses_an_id_given_twice():
+    """A citation of it would name two documents."""
+    with pytest.raises(refrag.UserError, match="same id"):
+        refrag.read_prompt("<doc id='1'>a</doc><doc id=\"1\">b</doc>", refrag.QuestionConfig())
+
+
+# -- the prompt -----------------------------------------------------------------
+
+
+def template_ids(tokenizer, message):
+    """What the tokenizer itself makes of a user message."""
+    turn = [{"role": "user", "content": message}]
+    out = tokenizer.apply_chat_template(turn, tokenize=True, add_generation_prompt=True)
+    return list(out["input_ids"] if hasattr(out, "keys") else out)
+
+
+TWO = ["The Rhone leaves Lake Geneva and crosses the old city.", "长江 is 🙂 long.\n\nIt rises in Qinghai"]
+
+
+def two_docs(tokenizer):
+    """A prompt with two documents."""
+    docs = [make_doc(tokenizer, str(i), text) for i, text in enumerate(TWO, 1)]
+    return refrag.build_prompt(tokenizer, refrag.question_pieces("Where does it rise?", docs))
+
+
+def test_prompt_is_plain_prompting_token_for_token(chat):
+    message = (
+        "Answer the question briefly, using the documents. Name the document you used, like [1].\n\n"
+        f'<doc id="1">\n{TWO[0]}\n</doc>\n<doc id="2">\n{TWO[1]}\n</doc>\n\nQuestion: Where does it rise?'
+    )
+    prompt = two_docs(chat)
+    assert message in prompt.text
+    assert prompt.input_ids.tolist() == template_ids(chat.decoder, message)
+
+
+def test_prompt_without_documents(chat):
+    prompt = refrag.build_prompt(chat, refrag.question_pieces("Why?", []))
+    assert prompt.input_ids.tolist() == template_ids(chat.decoder, "Answer the question briefly.\n\nQuestion: Why?")
+    assert prompt.chunks == [] and prompt.blocks == [] and prompt.context_tokens == 0
+
+
+def test_prompt_of_a_decoder_without_a_template(loaded):
+    """The message, then "Answer:"; and the special tokens that the tokenizer itself would add."""
+    tokenizer = refrag.RefragTokenizer(loaded["plain_bpe"], compression=4)
+    prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", []))
+    assert prompt.text == "Answer the question briefly.\n\nQuestion: Why?\nAnswer:"
+    assert prompt.input_ids.tolist() == loaded["plain_bpe"](prompt.text)["input_ids"]
+
+
+def check_tiling(tokenizer, prompt, docs):
+    """Chunks tile the content in characters, and their tokens are exactly those that start in it."""
+    offsets = tokenizer.decoder(prompt.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    starts, at = [s for s, _ in offsets], 0
+    for number, doc in enumerate(docs):
+        opening = f'<doc id="{doc.label}">\n'
+        base = prompt.text.index(f"{opening}{doc.content}\n</doc>", at) + len(opening)
+        at = base + len(doc.content)
+        mine = [c for c in prompt.chunks if c.doc == number]
+        assert "".join(doc.content[c.start : c.end] for c in mine) == doc.content
+        inside = [i for i, s in enumerate(starts) if base <= s < at]
+        assert [i for c in mine for i in range(c.first, c.last)] == inside
+        for c in mine:
+            assert all(base + c.start <= starts[i] < base + c.end for i in range(c.first, c.last))
+    assert prompt.context_tokens == sum(c.last - c.first for c in prompt.chunks)
+
+
+@given(texts=st.lists(ordinary | wild | hostile, max_size=3), question=wild)
+@few
+def test_chunks_tile_every_document(chat, texts, question):
+    docs = [make_doc(chat, str(i), text) for i, text in enumerate(texts, 1)]
+    prompt = refrag.build_prompt(chat, refrag.question_pieces(chat.neutralize(question).strip(), docs))
+    check_tiling(chat, prompt, docs)
+
+
+@given(texts=st.lists(ordinary | wild, min_size=1, max_size=2))
+@few
+def test_chunks_tile_with_another_encoders_boundaries(loaded, texts):
+    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"], 8)
+    docs = [make_doc(tokenizer, str(i), text) for i, text in enumerate(texts, 1)]
+    check_tiling(tokenizer, refrag.build_prompt(tokenizer, ["Read.\n", *docs, "\nWhy?"]), docs)
+
+
+def test_blocks_hold_the_tags(chat):
+    prompt = two_docs(chat)
+    for (first, last), text in zip(prompt.blocks, TWO, strict=True):
+        block = chat.decoder.decode(prompt.input_ids[first:last].tolist())
+        assert block.startswith("<doc id=") and block.rstrip().endswith("</doc>") and text in block
+
+
+@given(text=hostile, question=hostile)
+@few
+def test_hostile_text_adds_no_special_token_to_the_prompt(chat, text, question):
+    """The template opens and closes the user's turn and opens the answer's: three special tokens, always."""
+    docs = [make_doc(chat, "1", text)]
+    prompt = refrag.build_prompt(chat, refrag.question_pieces(chat.neutralize(question).strip(), docs))
+    start, end = (chat.decoder.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
+    found = [i for i in prompt.input_ids.tolist() if i in chat.decoder.all_special_ids]
+    assert found == [start, end, start]
+    assert prompt.text.count("</doc>") == prompt.text.count("<doc id=") == 1
+
+
+@pytest.mark.xfail(strict=True, reason="ids of literal blocks are not neutralised")
+def test_the_id_of_a_literal_block_makes_no_special_token(tokenizers):
+    """Some decoders' special tokens have neither angle brackets nor quotes, so they fit into an id."""
+    decoder = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
+    decoder.add_special_tokens({"additional_special_tokens": ["[INST]"]})
+    tokenizer = refrag.RefragTokenizer(decoder, compression=4)
+    for segment in tokenizer.parse_and_tokenize("<doc id='[INST]'>x</doc>"):
+        assert decoder.convert_tokens_to_ids("[INST]") not in decoder(segment.doc_id or segment.text)["input_ids"]
+
+
+@pytest.mark.xfail(strict=True, reason="neutralize knows the decoder's special tokens only")
+def test_encoder_makes_no_special_token_from_a_passage(loaded):
+    """The encoder has special tokens of its own; a passage that spells one must not make it."""
+    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"], 4)
+    (doc,) = tokenizer.parse_and_tokenize("<doc id='1'>a [SEP] b [PAD] c</doc>")
+    assert not special_ids(loaded["wordpiece"]) & set(doc.packed_tokens[doc.packed_mask == 1].tolist())
+
+
+def with_template(tokenizers, template):
+    """A RefragTokenizer whose decoder has another chat template."""
+    decoder = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
+    decoder.chat_template = template
+    return refrag.RefragTokenizer(decoder, compression=4)
+
+
+def test_a_template_that_trims_works(tokenizers):
+    """Llama-3's template trims the message."""
+    template = "{% for m in messages %}<|im_start|>{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+    tokenizer = with_template(tokenizers, template)
+    docs = [make_doc(tokenizer, "1", TWO[0])]
+    check_tiling(tokenizer, refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", docs)), docs)
+
+
+def test_a_template_that_alters_the_message_is_refused(tokenizers):
+    tokenizer = with_template(tokenizers, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
+    with pytest.raises(refrag.UserError, match="chat template"):
+        refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", []))
+
+
+# -- plans ----------------------------------------------------------------------
+
+
+def bare_prompt(T, chunks, blocks=()):
+    """A prompt of T tokens with chunks given as (doc, first, last)."""
+    return refrag.Prompt("", np.arange(T), [refrag.Chunk(d, 0, 1, a, b) for d, a, b in chunks], list(blocks))
+
+
+def test_mixed_plan_golden():
+    """Ten tokens, chunks over 2-3, 4-6 and 8: the second stays text, the others become vectors -1 and -3."""
+    prompt = bare_prompt(10, [(0, 2, 4), (0, 4, 7), (1, 8, 9)])
+    expanded = np.array([False, True, False])
+    assert refrag.mixed_plan(prompt, expanded).tolist() == [0, 1, -1, 4, 5, 6, 7, -3, 9]
+    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [0, 1, 4, 5, 6, 7, 9]
+
+
+def test_a_chunk_without_tokens_has_no_vector():
+    """Characters that vanish into the token before leave nothing to stand for."""
+    prompt = bare_prompt(6, [(0, 1, 3), (0, 3, 3), (0, 3, 5)])
+    assert refrag.mixed_plan(prompt, np.zeros(3, bool)).tolist() == [0, -1, -3, 5]
+
+
+def test_all_expanded_is_the_prompt_itself(chat):
+    prompt = two_docs(chat)
+    plan = refrag.mixed_plan(prompt, np.ones(len(prompt.chunks), bool))
+    assert plan.tolist() == list(range(len(prompt.input_ids)))
+
+
+def test_none_expanded_leaves_no_token_of_a_content(chat):
+    prompt = two_docs(chat)
+    plan = refrag.mixed_plan(prompt, np.zeros(len(prompt.chunks), bool))
+    content = {i for c in prompt.chunks for i in range(c.first, c.last)}
+    assert not content & set(plan.tolist())
+    assert set(plan[plan >= 0].tolist()) == set(range(len(prompt.input_ids))) - content
+    assert (-plan[plan < 0] - 1).tolist() == list(range(len(prompt.chunks)))
+
+
+@given(st.data())
+@few
+def test_plans_keep_the_order_and_every_token_outside(chat, data):
+    prompt = two_docs(chat)
+    L = len(prompt.chunks)
+    expanded = np.array(data.draw(st.lists(st.booleans(), min_size=L, max_size=L)))
+    plan = refrag.mixed_plan(prompt, expanded).tolist()
+    spread = []  # each vector replaced by the tokens it stands for
+    for v in plan:
+        spread += [v] if v >= 0 else range(prompt.chunks[-v - 1].first, prompt.chunks[-v - 1].last)
+    assert spread == list(range(len(prompt.input_ids)))
+    assert {-v - 1 for v in plan if v < 0} == set(np.flatnonzero(~expanded).tolist())
+    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [v for v in plan if v >= 0]
+
+
+def test_truncated_plan_golden():
+    """Frame 0, 9 and 10; documents 1-4 and 5-8 with tags 1, 4, 5, 8 around two content tokens each."""
+    prompt = bare_prompt(11, [(0, 2, 4), (1, 6, 7), (1, 7, 8)], [(1, 5), (5, 9)])
+    assert refrag.truncated_plan(prompt, 11).tolist() == list(range(11))
+    assert refrag.truncated_plan(prompt, 10).tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert refrag.truncated_plan(prompt, 9).tolist() == [0, 1, 2, 3, 4, 9, 10]  # emptied: its tags go too
+    assert refrag.truncated_plan(prompt, 6).tolist() == [0, 1, 2, 4, 9, 10]
+    assert refrag.truncated_plan(prompt, 5).tolist() == [0, 9, 10]
+    assert refrag.truncated_plan(prompt, 0).tolist() == [0, 9, 10]
+
+
+@given(positions=st.integers(0, 200), texts=st.lists(ordinary | wild, min_size=1, max_size=4))
+@few
+def test_truncation_keeps_to_the_positions_and_the_best_ranked(chat, positions, texts):
+    docs = [make_doc(chat, str(i), text) for i, text in enumerate(texts, 1)]
+    prompt = refrag.build_prompt(chat, refrag.question_pieces("Why?", docs))
+    plan = refrag.truncated_plan(prompt, positions).tolist()
+    assert plan == sorted(set(plan))
+    frame = set(range(len(prompt.input_ids))) - {i for a, b in prompt.blocks for i in range(a, b)}
+    assert frame <= set(plan)
+    assert len(plan) <= max(positions, len(frame))
+    whole = [all(i in plan for i in range(a, b)) for a, b in prompt.blocks]
+    gone = [not any(i in plan for i in range(a, b)) for a, b in prompt.blocks]
+    cut = next((n for n, w in enumerate(whole) if not w), len(docs))
+    assert all(gone[cut + 1 :])
+    if cut < len(docs) and not gone[cut]:  # a content loses its end, the tags stay
+        inside = [i for c in prompt.chunks if c.doc == cut for i in range(c.first, c.last)]
+        kept = [i for i in inside if i in plan]
+        assert kept and kept == inside[: len(kept)]
+        assert set(range(*prompt.blocks[cut])) - set(inside) <= set(plan)
+        assert len(plan) == positions
+
+
+def test_show_plan_shows_what_each_vector_stands_for(chat):
+    prompt = two_docs(chat)
+    contents = [make_doc(chat, "1", text).content for text in TWO]
+    expanded = np.ones(len(prompt.chunks), bool)
+    assert refrag.show_plan(prompt, refrag.mixed_plan(prompt, expanded), chat, contents) == prompt.text
+    expanded[1] = False
+    chunk = prompt.chunks[1]
+    shown = refrag.show_plan(prompt, refrag.mixed_plan(prompt, expanded), chat, contents)
+    piece = contents[0][chunk.start : chunk.end]
+    assert shown.count("[[") == 1 and f"[[{piece}]]" in shown
+    assert shown.replace(f"[[{piece}]]", piece) == prompt.text
+
+
+# -- selection under the budget ---------------------------------------------------
+
+chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 16)), min_size=1, max_size=25)
+
+
+@given(chunks=chunk_lists, percent=st.integers(0, 100))
+@settings(max_examples=200, deadline=None)
+def test_selection_is_greedy_exact_and_maximal(chunks, percent):
+    """A chunk is left out only if it does not fit beside those taken before it, and fits nowhere in the end either."""
+    scores, tokens = (np.array(column) for column in zip(*chunks, strict=True))
+    chosen = refrag.select_chunks(scores, tokens, percent / 100)
+    budget = Fraction(percent, 100) * int(tokens.sum())
+    assert chosen.dtype == bool and chosen.shape == scores.shape
+    assert tokens[chosen].sum() <= budget
+    order = sorted(range(len(chunks)), key=lambda i: (-chunks[i][0], i))
+    for place, i in enumerate(order):
+        before = sum(int(tokens[j]) for j in order[:place] if chosen[j])
+        assert chosen[i] == (before + int(tokens[i]) <= budget)
+
+
+@given(chunks=chunk_lists)
+@few
+def test_selection_takes_all_at_one_and_none_at_zero(chunks):
+    scores, tokens = (np.array(column) for column in zip(*chunks, strict=True))
+    assert refrag.select_chunks(scores, tokens, 1.0).all()
+    assert not refrag.select_chunks(scores, tokens, 0.0).any()
+
+
+def test_selection_golden():
+    """Six of 10 tokens may stay: 4 by the best score, the second (4) does not fit, the third (1) does."""
+    chosen = refrag.select_chunks(np.array([0.9, 0.5, 0.7]), np.array([4, 1, 5]), 0.6)
+    assert chosen.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("percent", range(0, 101, 7))
+def test_selection_loses_no_token_to_rounding(percent):
+    """.07 * 100 is 7.000000000000001 and .29 * 100 is 28.999999999999996; both are whole numbers of tokens."""
+    chosen = refrag.select_chunks(np.zeros(100), np.ones(100, int), percent / 100)
+    assert chosen.sum() == percent

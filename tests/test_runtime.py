@@ -1,0 +1,473 @@
+"""Section 4: timers, whole files and folders, locks, manifests, and columns on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+import refrag
+
+CPU = torch.device("cpu")
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
+
+
+def fault(reason: str) -> pytest.MarkDecorator:
+    """Marks an expectation that refrag.py does not meet yet."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@contextlib.contextmanager
+def scratch():
+    """A folder for one example of a property; tmp_path is shared by all examples of a test."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every path in a folder, with the content of the files."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+# ---- Columns on disk ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(), max_size=12))
+def test_strings_come_back_as_they_were_written(texts):
+    """st.text() leaves out surrogates, which UTF-8 can not hold, and draws from all other characters."""
+    with scratch() as folder:
+        writer = refrag.StringWriter(folder, "texts")
+        for text in texts:
+            writer.append(text)
+        writer.close()
+        column = refrag.StringColumn(folder, "texts")
+        assert len(column) == len(texts)
+        assert [column[i] for i in range(len(column))] == texts
+        assert b"".join(t.encode() for t in texts) == np.load(folder / "texts.npy").tobytes()
+
+
+def test_a_column_has_no_rows_outside_of_its_range(tmp_path):
+    """FAISS pads its answers with -1; that must not mean the last row."""
+    writer = refrag.StringWriter(tmp_path, "ids")
+    for text in ("a", "", "c"):
+        writer.append(text)
+    writer.close()
+    column = refrag.StringColumn(tmp_path, "ids")
+    assert [column[row] for row in range(3)] == ["a", "", "c"]
+    for row in (-1, 3, -3):
+        with pytest.raises(IndexError, match=f"row {row} of 3"):
+            column[row]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from([np.float16, np.float32, np.int64, np.uint16, np.uint8]),
+    width=st.none() | st.integers(1, 5),
+    lengths=st.lists(st.integers(0, 4), max_size=4),
+    data=st.data(),
+)
+def test_arrays_come_back_as_they_were_appended(dtype, width, lengths, data):
+    """numpy's own reader is the oracle for the header that the writer makes by hand."""
+    shape = () if width is None else (width,)
+    blocks = [data.draw(arrays.arrays(dtype, (n, *shape))) for n in lengths]
+    with scratch() as folder:
+        path = folder / "a.npy"
+        writer = refrag.ArrayWriter(path, dtype, width)
+        for block in blocks:
+            writer.append(block)
+        writer.close()
+        expected = np.concatenate([np.empty((0, *shape), dtype), *blocks])
+        for loaded in (np.load(path, allow_pickle=False), refrag.map_array(path)):
+            assert loaded.dtype == expected.dtype
+            assert loaded.shape == expected.shape
+            assert loaded.tobytes() == expected.tobytes()
+        assert path.stat().st_size == refrag.ArrayWriter.HEADER_BYTES + expected.nbytes
+
+
+def test_a_header_for_very_many_rows_keeps_its_length(tmp_path):
+    writer = refrag.ArrayWriter(tmp_path / "a.npy", np.float32, 4096)
+    before = len(writer.header())
+    writer.rows = 10**15
+    assert len(writer.header()) == before == refrag.ArrayWriter.HEADER_BYTES
+    header = io.BytesIO(writer.header()[8:])
+    assert np.lib.format.read_array_header_1_0(header)[0] == (10**15, 4096)
+    writer.handle.close()
+
+
+def test_rows_of_another_width_are_refused(tmp_path):
+    writer = refrag.ArrayWriter(tmp_path / "a.npy", np.float32, 3)
+    with pytest.raises(AssertionError):
+        writer.append(np.zeros((2, 4)))
+    writer.handle.close()
+
+
+def test_a_mapped_array_can_not_be_written(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    mapped = refrag.map_array(tmp_path / "a.npy")
+    assert isinstance(mapped, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        mapped[0] = 1
+
+
+def test_pickles_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        refrag.map_array(tmp_path / "a.npy")
+
+
+# ---- Whole files and folders ----------------------------------------------------------------------------------------
+
+
+def test_write_atomic_creates_and_replaces(tmp_path):
+    path = tmp_path / "report.json"
+    for text in ("first ä\n", "second, shorter"):
+        refrag.write_atomic(path, text)
+        assert path.read_bytes() == text.encode()
+    assert list(tree(tmp_path)) == ["report.json"]
+
+
+@pytest.mark.parametrize("step", ["write_text", "fsync_path", "replace"])
+def test_write_atomic_leaves_the_old_file_when_a_step_fails(tmp_path, monkeypatch, step):
+    path = tmp_path / "report.json"
+    refrag.write_atomic(path, "old")
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr({"write_text": Path, "fsync_path": refrag, "replace": os}[step], step, full)
+    with pytest.raises(OSError, match="No space left"):
+        refrag.write_atomic(path, "new")
+    assert tree(tmp_path) == {"report.json": b"old"}
+
+
+def test_write_atomic_syncs_the_new_content_before_it_replaces_the_old(tmp_path, monkeypatch):
+    """Otherwise a power cut may leave an empty file under the final name."""
+    path, steps = tmp_path / "report.json", []
+    replace = os.replace
+    monkeypatch.setattr(refrag, "fsync_path", lambda p: steps.append(("sync", p.read_text() if p.is_file() else p)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append(("replace", Path(b))), replace(a, b)))
+    refrag.write_atomic(path, "new")
+    assert steps == [("sync", "new"), ("replace", path), ("sync", tmp_path)]
+
+
+def fill(folder: Path, text: str) -> None:
+    """Two files, one of them in a folder."""
+    (folder / "inner").mkdir()
+    (folder / "a.txt").write_text(text)
+    (folder / "inner" / "b.txt").write_text(text)
+
+
+FILLED = {"final/inner": None, "final": None}
+
+
+def filled(text: str) -> dict[str, bytes | None]:
+    """What `tree` finds when nothing but the finished folder is there."""
+    return FILLED | {"final/a.txt": text.encode(), "final/inner/b.txt": text.encode()}
+
+
+def test_new_folder_appears_as_a_whole(tmp_path):
+    with refrag.new_folder(tmp_path / "deep" / "final") as folder:
+        fill(folder, "new")
+        assert not (tmp_path / "deep" / "final").exists()
+    assert tree(tmp_path / "deep") == filled("new")
+
+
+def test_new_folder_replaces_an_existing_one_and_keeps_nothing_of_it(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "stale.txt").write_text("old")
+    with refrag.new_folder(tmp_path / "final") as folder:
+        fill(folder, "new")
+        assert (tmp_path / "final" / "stale.txt").read_text() == "old"
+    assert tree(tmp_path) == filled("new")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), SystemExit(143)], ids=repr)
+@pytest.mark.parametrize("existing", [True, False])
+def test_new_folder_vanishes_on_an_error(tmp_path, error, existing):
+    if existing:
+        with refrag.new_folder(tmp_path / "final") as folder:
+            fill(folder, "old")
+    with pytest.raises(type(error)), refrag.new_folder(tmp_path / "final") as folder:
+        fill(folder, "half")
+        raise error
+    assert tree(tmp_path) == (filled("old") if existing else {})
+
+
+@fault("the old folder stays under its temporary name")
+def test_new_folder_puts_the_old_one_back_when_the_last_step_fails(tmp_path, monkeypatch):
+    with refrag.new_folder(tmp_path / "final") as folder:
+        fill(folder, "old")
+    rename = Path.rename
+
+    def fails_for_the_new(self, target):
+        if self.suffix == ".tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new)
+    with pytest.raises(OSError, match="Input/output"), refrag.new_folder(tmp_path / "final") as folder:
+        fill(folder, "new")
+    assert tree(tmp_path) == filled("old")
+
+
+@fault("a kill between the two renamings leaves neither the old folder nor the new one")
+def test_new_folder_leaves_no_moment_without_a_folder_of_that_name(tmp_path, monkeypatch):
+    with refrag.new_folder(tmp_path / "final") as folder:
+        fill(folder, "old")
+    there = []
+    for name in ("rename", "replace"):
+        step = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, step=step: (step(*a), there.append((tmp_path / "final").exists())))
+    with refrag.new_folder(tmp_path / "final") as folder:
+        fill(folder, "new")
+    assert all(there)
+
+
+def test_new_folder_syncs_all_of_it_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Files and folders inside; then, after the renaming, the folder around it."""
+    synced, final = [], tmp_path / "final"
+    monkeypatch.setattr(refrag, "fsync_path", lambda p: synced.append((p.name, final.exists())))
+    with refrag.new_folder(final) as folder:
+        fill(folder, "new")
+    assert set(synced) >= {("a.txt", False), ("b.txt", False), ("inner", False), (tmp_path.name, True)}
+
+
+@fault("the list of its files is not synced")
+def test_new_folder_syncs_the_folder_itself(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(refrag, "fsync_path", lambda p: synced.append(p.name))
+    with refrag.new_folder(tmp_path / "final") as folder:
+        fill(folder, "new")
+    assert folder.name in synced
+
+
+# ---- Locks ----------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, filelock
+with filelock.FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holder(path: Path):
+    """Another process that holds a lock file until its stdin ends."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@posix
+def test_a_lock_of_another_process_is_respected_until_that_process_is_killed(tmp_path):
+    path = tmp_path / ".lock"
+    with holder(path) as process:
+        held = pytest.raises(refrag.LockedError, match="the thing is being written by another process")
+        with held, refrag.exclusive(path, "the thing"):
+            pytest.fail("two holders")
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with refrag.exclusive(path, "the thing", timeout=5):
+            pass
+
+
+def test_a_lock_is_free_after_an_error_in_its_block(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), refrag.exclusive(tmp_path / ".lock", "the thing"):
+            raise ZeroDivisionError
+
+
+def test_a_lock_is_held_in_its_block(tmp_path):
+    with refrag.exclusive(tmp_path / ".lock", "the thing"):
+        code = "import sys, filelock\nfilelock.FileLock(sys.argv[1], timeout=0).acquire()"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lock")], capture_output=True, text=True)
+    assert "Timeout" in done.stderr
+
+
+# ---- Manifests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manifest(tmp_path) -> Path:
+    """The manifest, beside its folder, of a folder of two files."""
+    (tmp_path / "gen-1" / "bm25").mkdir(parents=True)
+    (tmp_path / "gen-1" / "a.npy").write_bytes(b"abc")
+    (tmp_path / "gen-1" / "bm25" / "b.json").write_bytes(b"{}")
+    refrag.write_manifest(tmp_path / "manifest.json", tmp_path / "gen-1", {"generation": "gen-1"})
+    return tmp_path / "manifest.json"
+
+
+def sign(path: Path, **changes: object) -> None:
+    """Write a changed manifest with the digest that belongs to it."""
+    body = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(body | {"digest": refrag.manifest_digest(body)}))
+
+
+def test_a_manifest_lists_every_file_with_size_and_digest(manifest):
+    """The digests are those of the SHA-256 standard's example "abc" and of "{}"."""
+    read = refrag.read_manifest(manifest)
+    assert read["generation"] == "gen-1"
+    assert (read["format"], read["version"]) == (refrag.MANIFEST_FORMAT, refrag.MANIFEST_VERSION)
+    assert read["files"] == {
+        "a.npy": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
+        "bm25/b.json": {"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"},
+    }
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(manifest):
+    intact = manifest.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(intact)), 60):
+        damaged = bytearray(intact)
+        damaged[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(damaged)
+        with pytest.raises(refrag.CorruptError, match=r"manifest\.json is damaged: build the index again"):
+            refrag.read_manifest(manifest)
+    manifest.write_bytes(intact)
+    assert refrag.read_manifest(manifest)
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'"text"', b"{}", b'{"digest": 1}', b"\xff\xfe", b"[" * 9])
+def test_other_content_is_no_manifest(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(refrag.CorruptError):
+        refrag.read_manifest(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("length", range(0, 400, 37))
+def test_a_truncated_manifest_is_noticed(manifest, length):
+    manifest.write_bytes(manifest.read_bytes()[:length])
+    with pytest.raises(refrag.CorruptError):
+        refrag.read_manifest(manifest)
+
+
+@pytest.mark.parametrize("change", [{"version": refrag.MANIFEST_VERSION + 1}, {"format": "something-else"}], ids=str)
+def test_an_intact_manifest_of_another_format_does_not_fit(manifest, change):
+    sign(manifest, **change)
+    with pytest.raises(refrag.MismatchError, match="update the program"):
+        refrag.read_manifest(manifest)
+
+
+def test_a_signed_manifest_of_this_version_is_read(manifest):
+    sign(manifest, extra=1)
+    assert refrag.read_manifest(manifest)["extra"] == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda p: p.unlink(), "missing or has the wrong size"),
+        (lambda p: p.write_bytes(b"ab"), "missing or has the wrong size"),
+        (lambda p: p.write_bytes(b"abcd"), "missing or has the wrong size"),
+        (lambda p: p.write_bytes(b"abd"), r"damaged \(checksum\)"),
+        (lambda p: (p.unlink(), p.mkdir()), "missing or has the wrong size"),
+    ],
+    ids=["missing", "shorter", "longer", "changed", "folder"],
+)
+def test_verify_files_names_the_bad_file(manifest, damage, told):
+    folder, entries = manifest.parent / "gen-1", refrag.read_manifest(manifest)["files"]
+    refrag.verify_files(folder, entries)
+    damage(folder / "a.npy")
+    with pytest.raises(refrag.CorruptError, match=rf"a\.npy.*{told}: build the index again"):
+        refrag.verify_files(folder, entries)
+
+
+# ---- Clocks, devices, progress --------------------------------------------------------------------------------------
+
+
+def test_a_stopwatch_adds_up_seconds_by_stage():
+    """The clock reads 1, 2, 4, 8, 16, 32: stages of 1, 4 and 16 seconds; what lies between belongs to none."""
+    watch = refrag.Stopwatch(CPU, clock=(2**i for i in itertools.count()).__next__)
+    for name in ("gate_s", "pack_s", "gate_s"):
+        with watch.stage(name):
+            pass
+    assert watch.seconds == {"gate_s": 1 + 16, "pack_s": 4}
+
+
+def test_a_stopwatch_waits_for_the_device_before_it_reads_the_clock(monkeypatch):
+    steps = []
+    monkeypatch.setattr(refrag, "synchronize", lambda device: steps.append(device))
+    watch = refrag.Stopwatch(CPU, clock=lambda: steps.append("clock") or 0.0)
+    with watch.stage("prefill_s"):
+        steps.append("work")
+    assert steps == [CPU, "clock", "work", CPU, "clock"]
+
+
+def test_peak_rss_is_what_the_system_says_in_mebibytes():
+    """VmHWM is the kernel's own high-water mark, in KiB. The two are sampled at different moments: within a tenth."""
+    status = Path("/proc/self/status")
+    marks = [line.split() for line in status.read_text().splitlines()] if status.exists() else []
+    peak_kib = next((int(mark[1]) for mark in marks if mark[0] == "VmHWM:"), None)
+    if peak_kib is None:
+        pytest.skip("no VmHWM in /proc/self/status")
+    assert refrag.peak_rss_mb() == pytest.approx(peak_kib / 1024, rel=0.1)
+
+
+def test_devices():
+    assert refrag.pick_device("cpu") == CPU
+    assert refrag.pick_device("auto").type in ("cuda", "mps", "cpu")
+    refrag.synchronize(CPU)
+
+
+def test_a_device_that_is_not_there_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(refrag.MissingError, match="--device cuda is not available here: use --device auto"):
+        refrag.pick_device("cuda")
+
+
+def test_precision():
+    assert refrag.pick_dtype("auto", CPU) is torch.float32
+    assert refrag.pick_dtype("bfloat16", CPU) is torch.bfloat16
+
+
+def test_prepare_runtime_seeds_torch_and_sets_the_threads():
+    threads = torch.get_num_threads()
+    try:
+        refrag.prepare_runtime(refrag.RuntimeConfig(seed=7, threads=1, quiet=True))
+        first = torch.rand(3)
+        assert torch.get_num_threads() == 1
+        assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_notices_go_to_stderr_and_quiet_silences_them(monkeypatch, capsys, quiet):
+    monkeypatch.setattr(refrag, "QUIET", quiet)
+    refrag.notice("passages are cut")
+    assert list(refrag.progress([1, 2], "reading")) == [1, 2]
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "" if quiet else "passages are cut\n")
+
+
+@given(st.lists(st.integers()), st.integers(1, 5))
+def test_batches_hold_everything_in_order(items, size):
+    batches = refrag.batched(items, size)
+    assert list(itertools.chain(*batches)) == items
+    assert all(len(b) == size for b in batches[:-1])
+    assert all(1 <= len(b) <= size for b in batches)
+
+
+def test_the_all_reduce_check_of_one_process():
+    assert refrag.all_reduce_check() == {"processes": 1, "sum_of_ranks": 0.0, "ok": True}
