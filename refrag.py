@@ -658,7 +658,14 @@ def notice(text: str) -> None:
 
 def progress(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterable:
     """Iterate with a bar on stderr that appears once the work has taken a second."""
-    return tqdm(items, desc=label, total=total, unit=unit, delay=1.0, disable=QUIET, leave=False, dynamic_ncols=True)
+    return progress_bar(label, total, unit, items)
+
+
+def progress_bar(label: str, total: int | None, unit: str, items: Iterable | None = None) -> tqdm:
+    """The bar itself, for work that is not a loop over items. In a log, where nothing is erased, it is drawn rarely."""
+    pace = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(items, desc=label, total=total, unit=unit, delay=1.0, mininterval=pace, disable=QUIET, leave=False,
+                dynamic_ncols=True)
 
 
 def batched(items: Sequence, size: int) -> list[Sequence]:
@@ -798,13 +805,22 @@ def write_atomic(path: Path, text: str) -> None:
     fsync_path(path.parent)
 
 
+def restore_folder(final: Path) -> None:
+    """Bring back the old folder if a process was killed between the two renames of `new_folder`."""
+    aside = next(iter(final.parent.glob(f".{final.name}.*.old")), None)
+    if aside is not None and not final.exists():
+        aside.rename(final)
+
+
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends well, and vanishes when it does not.
 
-    An existing `final` is replaced; it is moved aside first, since a folder cannot be renamed over a full one.
+    An existing `final` is replaced; it is moved aside first, since a folder cannot be renamed over a full one, and
+    `restore_folder` mends a kill at that moment.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
+    restore_folder(final)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -1527,7 +1543,7 @@ def open_index(index_dir: str | None) -> Index:
     manifest = read_manifest(manifest_path)
     try:
         return Index(path, manifest)
-    except FileNotFoundError:
+    except (FileNotFoundError, CorruptError):
         # A writer may have replaced the generation between the two reads; then the manifest says so.
         renewed = read_manifest(manifest_path)
         if renewed["generation"] == manifest["generation"]:
@@ -1696,7 +1712,7 @@ def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, pr
     for row in range(first):
         encoder = previous.manifest["chunking"]["encoder"]
         writer.append(previous.chunk_table(row, previous.manifest["chunking"]["k"], encoder))
-    bar = tqdm(total=len(texts) - first, desc="embedding", unit="passage", delay=1.0, disable=QUIET, leave=False)
+    bar = progress_bar("embedding", len(texts) - first, "passage")
     for rows in batched(range(first, len(texts)), EMBED_BLOCK):
         contents = [passage_content(titles[row], texts[row]) for row in rows]
         block, tables = chunk_tables(contents, chunking, embedder, batch_size)
@@ -2480,6 +2496,7 @@ class RefragModel(PreTrainedModel):
                         dtype: torch.dtype = torch.float32, **kwargs: Any) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor."""
         path = Path(folder)
+        restore_folder(path)
         require((path / "config.json").is_file(), f"--load_dir {path}: no checkpoint in this folder")
         config = RefragConfig.from_pretrained(str(path))
         model = build_model(config, torch.device(device), dtype)

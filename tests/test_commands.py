@@ -485,7 +485,7 @@ def closed_stdout(*argv: object, buffered: bool = True) -> tuple[int, str]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     environment |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, refrag.__file__, *map(str, argv)], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     _, err = process.communicate(timeout=120)
     return process.returncode, err

@@ -18,13 +18,13 @@ WORDS = ["The Rhone leaves", " the ", "bridges", "notes on", "950", ". ", "don't
 ODD = ["👨‍👩‍👧", "🏳️‍🌈", "🇫🇷🇪🇸", "🙂", "👍🏽", "e\u0301", "a\u0300\u0323", "\u0301",
        "长江", "日本語。", "한국", "ﷺ", "ﬁ", "\u200b", "\x00",
        "\x01\x02", "\x7f", "\ufffd", "\ufeff", "\u2028", " ", "   ",
-       "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]  # fmt: skip
+       "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]
 TAGS = ["</doc>", "<doc>", '<doc id="1">', "<doc id='2'>", "< / DOC", "<\n/ doc >", "<DoC", "<documents>", "<doc_x>",
-        "<", "/", "doc", ">"]  # fmt: skip
+        "<", "/", "doc", ">"]
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "[PAD]", "[MASK]",
-           "[UNK]"]  # fmt: skip
+           "[UNK]"]
 NESTED = ["<s<s>>", "<|im_<|im_end|>end|>", "[S[SEP]EP]", "</</s>s>", "<</doc>/doc>", "<|im_start|>system\n",
-          "|im_end|>", "im_end", "[", "SEP]", "s>"]  # fmt: skip
+          "|im_end|>", "im_end", "[", "SEP]", "s>"]
 ordinary = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 LOOKALIKES = "\u2039\u27e6"  # what < and [ become
 wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=6), max_size=20).map("".join)
@@ -130,6 +130,18 @@ def test_an_empty_text_has_no_chunks(loaded, kind):
 def test_a_text_without_tokens_is_one_chunk(loaded):
     """WordPiece drops white space and control characters; the text must still be covered."""
     assert refrag.chunk_spans(" \n\t\x00 ", loaded["wordpiece"], 4) == [(0, 5)]
+
+
+def test_tokens_without_characters_belong_to_the_chunk_before():
+    """Some tokenizers add marks that stand for no character; at k = 1 such a token would be an empty chunk."""
+    ends, sizes = refrag.chunk_runs("ab", [(0, 1), (1, 1), (1, 2)], 1)
+    assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
+
+
+@pytest.mark.xfail(strict=True, reason="there is no chunk before the first token")
+def test_a_first_token_without_characters_makes_no_empty_chunk():
+    ends, sizes = refrag.chunk_runs("ab", [(0, 0), (0, 1), (1, 2)], 1)
+    assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
 
 
 def test_k_below_one_is_refused(loaded):
@@ -432,9 +444,9 @@ def test_encoder_makes_no_special_token_from_a_passage(loaded):
     assert not special_ids(loaded["wordpiece"]) & set(doc.packed_tokens[doc.packed_mask == 1].tolist())
 
 
-def with_template(tokenizers, template):
+def with_template(tokenizers, template, kind="bpe"):
     """A RefragTokenizer whose decoder has another chat template."""
-    decoder = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
+    decoder = transformers.AutoTokenizer.from_pretrained(tokenizers[kind])
     decoder.chat_template = template
     return refrag.RefragTokenizer(decoder, compression=4)
 
@@ -445,6 +457,17 @@ def test_a_template_that_trims_works(tokenizers):
     tokenizer = with_template(tokenizers, template)
     docs = [make_doc(tokenizer, "1", TWO[0])]
     check_tiling(tokenizer, refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", docs)), docs)
+
+
+def test_what_a_tokenizer_adds_is_left_to_the_template(tokenizers):
+    """This tokenizer puts [CLS] and [SEP] around every text; within a chat template only the template's own count."""
+    tokenizer = with_template(tokenizers, "{% for m in messages %}[CLS]{{ m['content'] }}{% endfor %}", "wordpiece")
+    prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("why", []))
+    assert prompt.input_ids.tolist() == template_ids(tokenizer.decoder, "Answer the question briefly.\n\nQuestion: why")
+    assert prompt.input_ids.tolist().count(tokenizer.decoder.cls_token_id) == 1
+    tokenizer.decoder.chat_template = None
+    plain = refrag.build_prompt(tokenizer, refrag.question_pieces("why", []))
+    assert plain.input_ids[0] == tokenizer.decoder.cls_token_id
 
 
 def test_a_template_that_alters_the_message_is_refused(tokenizers):
@@ -585,7 +608,7 @@ def test_selection_golden():
     assert chosen.tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("percent", range(0, 101, 7))
+@pytest.mark.parametrize("percent", [7, 29, 57, 58])
 def test_selection_loses_no_token_to_rounding(percent):
     """.07 * 100 is 7.000000000000001 and .29 * 100 is 28.999999999999996; both are whole numbers of tokens."""
     chosen = refrag.select_chunks(np.zeros(100), np.ones(100, int), percent / 100)

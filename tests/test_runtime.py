@@ -227,17 +227,35 @@ def test_new_folder_puts_the_old_one_back_when_the_last_step_fails(tmp_path, mon
     assert tree(tmp_path) == filled("old")
 
 
-@fault("a kill between the two renamings leaves neither the old folder nor the new one")
-def test_new_folder_leaves_no_moment_without_a_folder_of_that_name(tmp_path, monkeypatch):
-    with refrag.new_folder(tmp_path / "final") as folder:
+@posix
+@pytest.mark.parametrize("renamings", [0, 1, 2])
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_one_or_the_new_one(tmp_path, renamings):
+    """The old folder is moved aside (1), then the new one gets its name (2). What reads the folder mends it first."""
+    final = tmp_path / "final"
+    with refrag.new_folder(final) as folder:
         fill(folder, "old")
-    there = []
-    for name in ("rename", "replace"):
-        step = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, step=step: (step(*a), there.append((tmp_path / "final").exists())))
+    child = os.fork()
+    if child == 0:
+        left, rename = itertools.count(renamings, -1), Path.rename
+        Path.rename = lambda *paths: rename(*paths) if next(left) else os.kill(os.getpid(), signal.SIGKILL)
+        refrag.shutil.rmtree = lambda path, **_: path.suffix == ".old" and os.kill(os.getpid(), signal.SIGKILL)
+        with refrag.new_folder(final) as folder:
+            fill(folder, "new")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    refrag.restore_folder(final)
+    expected = filled("new" if renamings == 2 else "old")
+    assert {path: content for path, content in tree(tmp_path).items() if path.startswith("final")} == expected
+
+
+@fault("it stays beside the new one, and comes back when that is removed on purpose")
+def test_what_a_killed_writer_moved_aside_goes_with_the_next_writing(tmp_path):
+    for name in ("final", ".final.1.old"):
+        (tmp_path / name).mkdir()
     with refrag.new_folder(tmp_path / "final") as folder:
         fill(folder, "new")
-    assert all(there)
+    assert tree(tmp_path) == filled("new")
 
 
 def test_new_folder_syncs_all_of_it_before_it_gets_its_name(tmp_path, monkeypatch):
