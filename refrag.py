@@ -50,6 +50,7 @@ import signal
 import sys
 import time
 import typing
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,8 +160,8 @@ class IndexConfig:
     """Which index, and by which retrievers."""
 
     index_dir: str | None = opt(None, "the index folder")
-    retriever: str = opt("hybrid", "dense (FAISS), bm25, or both fused by reciprocal rank",
-                         choices=("hybrid", "dense", "bm25"))
+    retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; "
+                                      "default hybrid, or what the index holds", choices=("hybrid", "dense", "bm25"))
     embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; "
                                         "default all-MiniLM-L6-v2, or the one the index was built with")
 
@@ -321,7 +322,7 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
         if previous is not None:
             check_same_build(previous.manifest, index, build)
         name = index.embed_model or (previous and previous.manifest["embedder"].get("name"))
-        retriever = previous.manifest["retriever"] if previous else index.retriever
+        retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
         embedder = None if retriever == "bm25" else load_embedder(name, runtime)
         chunking = load_chunking(models, build.k, runtime, previous)
         summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous)
@@ -342,11 +343,11 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
     for question in progress(questions, "searching", total=len(questions)):
         passages = searcher.search(question["question"], search.topk, search.hops)
         results.append({"id": question["id"], "question": question["question"], "passages": passages})
-    if form.format == "trec":
-        print("\n".join(line for result in results for line in trec_lines(result)))
-    elif form.format == "json" or runtime.json:
+    if form.format == "json" or runtime.json:
         many = ask.questions is not None
         print(dumps({"results": [search_json(r) for r in results]} if many else search_json(results[0])))
+    elif form.format == "trec":
+        print("".join(f"{line}\n" for result in results for line in trec_lines(result)), end="")
     else:
         print("\n\n".join(search_text(result) for result in results))
 
@@ -408,7 +409,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             message += f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"{message}: see python refrag.py {self.prog.split()[-1]} --help")
+        raise UserError(f"{message}: see python {self.prog} --help")
 
 
 def add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation: Any) -> None:
@@ -457,14 +458,20 @@ def underscore_flags(argv: Sequence[str]) -> list[str]:
 def coerce(raw: Any, f: dataclasses.Field, annotation: Any, source: str) -> Any:
     """A value from the environment or a TOML file as the option's type. Raises UserError."""
     kind = option_type(annotation)
+    truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+    def scalar(item: Any) -> Any:
+        if isinstance(item, str):  # from the environment, or a TOML string
+            return truth[item.lower()] if kind is bool else kind(item)
+        if type(item) is kind or (kind is float and type(item) is int):  # bool is an int, but no number here
+            return kind(item)
+        raise TypeError
+
     try:
-        if kind is bool:
-            table = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-            value = table[str(raw).lower()]
-        elif isinstance(f.default, tuple):
-            value = tuple(map(kind, raw if isinstance(raw, list) else str(raw).split()))
+        if isinstance(f.default, tuple):
+            value = tuple(map(scalar, raw if isinstance(raw, list) else str(raw).split()))
         else:
-            value = kind(raw)
+            value = scalar(raw)
     except (KeyError, ValueError, TypeError):
         raise UserError(f"{source}: {f.name} must be a {kind.__name__}, got {raw!r}") from None
     choices = f.metadata["choices"]
@@ -480,16 +487,17 @@ def read_config_file(path: str, cmd: Command) -> dict[str, Any]:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {one_line(error)}") from None
-    known = {name for c in COMMANDS.values() for name in config_fields(c.configs)}
+    known = {name: set(config_fields(c.configs)) for name, c in COMMANDS.items()}
     values = {}
-    for scope in (table, table.get(cmd.name, {})):
-        for key, value in scope.items():
-            if isinstance(value, dict) and key in COMMANDS:
-                continue
-            name = key.replace("-", "_")
-            require(name in known, f"--config {path}: unknown option {key!r}")
-            values[name] = value
-    return values
+    for key, value in table.items():
+        if key in COMMANDS and isinstance(value, dict):
+            for inner in value:
+                require(inner.replace("-", "_") in known[key], f"--config {path}: unknown option {inner!r} in [{key}]")
+        else:
+            require(any(key.replace("-", "_") in names for names in known.values()),
+                    f"--config {path}: unknown option {key!r}")
+            values[key.replace("-", "_")] = value
+    return values | {key.replace("-", "_"): value for key, value in table.get(cmd.name, {}).items()}
 
 
 def parse(argv: Sequence[str]) -> Invocation:
@@ -550,7 +558,10 @@ def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
         traceback.print_exception(error, file=sys.stderr)
     print(f"error: {message}", file=sys.stderr)
     if as_json:
-        print(dumps({"error": {"code": code, "message": message}}))
+        try:
+            print(dumps({"error": {"code": code, "message": message}}), flush=True)
+        except BrokenPipeError:
+            silence_stdout()
     return code
 
 
@@ -562,6 +573,12 @@ def dumps(value: Any) -> str:
 def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
     """Print a result on stdout: JSON with --json, else the text."""
     print(dumps(result) if runtime.json else text)
+
+
+def leave_at_once(signum: int, frame: Any) -> typing.NoReturn:
+    """Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody."""
+    print("error: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
@@ -579,6 +596,7 @@ def run_invocation(invocation: Invocation) -> int:
     runtime = invocation.runtime
     try:
         signal.signal(signal.SIGTERM, raise_exit)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(runtime)
         invocation.command.handler(*invocation.configs)
         sys.stdout.flush()
@@ -597,7 +615,17 @@ def parse_or_exit(argv: Sequence[str]) -> Invocation:
     try:
         invocation = parse(argv)
     except RefragError as error:
-        sys.exit(report(error, as_json="--json" in argv))
+        as_json = "--json" in argv or os.environ.get("REFRAG_JSON", "0").lower() not in ("0", "false", "no")
+        sys.exit(report(error, as_json=as_json))
+    except SystemExit:  # --help or --version, whose reader may have gone
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            silence_stdout()
+        raise
+    except BrokenPipeError:
+        silence_stdout()
+        sys.exit(0)
     if invocation.runtime.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -611,6 +639,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     _INVOCATION = parse_or_exit(sys.argv[1:])
+    signal.signal(signal.SIGINT, leave_at_once)
 
 # =============================================================================
 # 3. Imports. The heavy ones. sentence-transformers is the exception: it costs
@@ -826,13 +855,17 @@ def new_folder(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in sorted(temporary.rglob("*")):
+        for path in [*sorted(temporary.rglob("*")), temporary]:
             fsync_path(path)
-        aside = final.with_name(f".{final.name}.{os.getpid()}.old")
         if final.exists():
-            final.rename(aside)
-        temporary.rename(final)
-        shutil.rmtree(aside, ignore_errors=True)
+            final.rename(final.with_name(f".{final.name}.{os.getpid()}.old"))
+        try:
+            temporary.rename(final)
+        except BaseException:
+            restore_folder(final)
+            raise
+        for aside in final.parent.glob(f".{final.name}.*.old"):
+            shutil.rmtree(aside, ignore_errors=True)
         fsync_path(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -999,6 +1032,18 @@ class BadRecord(UserError):
     """A record that --errors skip leaves out."""
 
 
+BOM = "\ufeff"  # a byte order mark at the start of a file is no text
+
+
+@contextlib.contextmanager
+def gzip_errors(source: str) -> Iterator[None]:
+    """A damaged .gz file as CorruptError."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CorruptError(f"{source}: not a complete gzip file ({one_line(error)}): fetch it again") from None
+
+
 def open_maybe_gzip(path: Path) -> typing.BinaryIO:
     """Open for binary reading, unzipping .gz."""
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
@@ -1021,11 +1066,9 @@ def decode_utf8(raw: bytes, offset: int, source: str, errors: str) -> tuple[str,
 def read_lines(handle: typing.BinaryIO, source: str, counts: dict[str, int], errors: str) -> Iterator[tuple[int, str]]:
     """(1-based number, text without its line end) of every line that is not blank."""
     offset = 0
-    try:
+    with gzip_errors(source):
         for number, raw in enumerate(handle, start=1):
             start, offset = offset, offset + len(raw)
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
             try:
                 text, replaced = decode_utf8(raw.rstrip(b"\r\n"), start, source, errors)
             except BadRecord:
@@ -1034,17 +1077,15 @@ def read_lines(handle: typing.BinaryIO, source: str, counts: dict[str, int], err
                 counts["skipped"] += 1
                 continue
             counts["replaced"] += replaced
-            if text.strip():
-                yield number, text
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise CorruptError(f"{source}: not a complete gzip file ({one_line(error)}): fetch it again") from None
+            if text.strip(BOM).strip():
+                yield number, text.removeprefix(BOM) if number == 1 else text
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
     """A JSON object from one line. Raises BadRecord that names file and line."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRecord(f"{where}: malformed JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise BadRecord(f"{where}: expected a JSON object, got {type(value).__name__}")
@@ -1062,17 +1103,20 @@ def check_string(value: Any, name: str, where: str) -> str:
     return value
 
 
+def check_id(value: Any, where: str) -> str:
+    """An id: a string, or a whole number, which becomes one. Raises BadRecord."""
+    return str(value) if type(value) is int else check_string(value, "id", where)
+
+
 def parse_passage(text: str, line: int, source: str) -> Record:
     """A {id,title,text} line as a record; a missing id is the line number. Raises BadRecord."""
     where = f"{source}:{line}"
     item = parse_object(text, where)
-    raw_id = item.get("id", line)
-    identifier = str(raw_id) if isinstance(raw_id, int) else raw_id
-    title = item.get("title") or ""
+    title = "" if item.get("title") is None else check_string(item["title"], "title", where)
     body = check_string(item.get("text"), "text", where)
     if not body.strip():
         raise BadRecord(f"{where}: text is empty")
-    return Record(check_string(identifier, "id", where), check_string(title, "title", where), body, line, source)
+    return Record(check_id(item.get("id", line), where), title, body, line, source)
 
 
 def corpus_files(paths: Sequence[str]) -> list[Path]:
@@ -1082,7 +1126,8 @@ def corpus_files(paths: Sequence[str]) -> list[Path]:
         path = Path(name)
         require(name == "-" or path.exists(), f"--corpus {name}: no such file or folder")
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and {".txt", ".md"} & set(p.suffixes))
+            endings = (".txt", ".md", ".txt.gz", ".md.gz")
+            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings))
             require(bool(found), f"--corpus {name}: the folder holds no .txt or .md files")
             files += found
         else:
@@ -1092,9 +1137,17 @@ def corpus_files(paths: Sequence[str]) -> list[Path]:
 
 def read_whole(path: Path, name: str, counts: dict[str, int], errors: str) -> Iterator[Record]:
     """A file of a folder as one document: id is its path in the folder, title its name."""
-    with open_maybe_gzip(path) as handle:
-        text, replaced = decode_utf8(handle.read(), 0, str(path), errors)
+    with gzip_errors(str(path)), open_maybe_gzip(path) as handle:
+        raw = handle.read()
+    try:
+        text, replaced = decode_utf8(raw, 0, str(path), errors)
+    except BadRecord:
+        if errors != "skip":
+            raise
+        counts["skipped"] += 1
+        return
     counts["replaced"] += replaced
+    text = text.removeprefix(BOM)
     if text.strip():
         yield Record(name, path.name.split(".")[0], text, 0, str(path))
 
@@ -1119,9 +1172,11 @@ def read_line_file(path: Path, prefix: str, counts: dict[str, int], errors: str)
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int]) -> Iterator[Record]:
     """Every record of the corpus in order, streamed. `counts` receives skipped and replaced.
 
-    A .txt line's id is its line number, with the file's name before it when there are several files.
+    A .txt line's id is its line number, with the file's name before it when there are several files (its path, when
+    several have that name).
     """
     files = corpus_files(corpus.corpus)
+    stems = [path.name.split(".")[0] for path in files]
     folders = [Path(p) for p in corpus.corpus if p != "-" and Path(p).is_dir()]
 
     def records() -> Iterator[Record]:
@@ -1130,7 +1185,8 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int]) -> Iterator[Record
             if folder is not None:
                 yield from read_whole(path, path.relative_to(folder).as_posix(), counts, corpus.errors)
             else:
-                prefix = f"{path.name.split('.')[0]}:" if len(files) > 1 else ""
+                stem = path.name.split(".")[0]
+                prefix = "" if len(files) == 1 else f"{stem if stems.count(stem) == 1 else path.as_posix()}:"
                 yield from read_line_file(path, prefix, counts, corpus.errors)
 
     return itertools.islice(records(), corpus.limit)
@@ -1177,9 +1233,9 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
     for item, place in zip(items, places, strict=True):
         check_string(item.get("question"), "question", place)
         require(bool(item["question"].strip()), f"{place}: the question is empty")
-    ids = [str(item["id"]) for item in items]
+    ids = [check_id(item["id"], place) for item, place in zip(items, places, strict=True)]
     require(len(set(ids)) == len(ids), f"--questions {ask.questions}: ids are not unique")
-    return [{**item, "id": str(item["id"])} for item in items]
+    return [{**item, "id": identifier} for item, identifier in zip(items, ids, strict=True)]
 
 # =============================================================================
 # 6. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
@@ -1193,6 +1249,7 @@ BUNDLED = {
 }
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
+CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
 
 
@@ -1245,7 +1302,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // 256)]
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.float().cpu().numpy().tobytes())
+        rounded = picked.bfloat16().float()  # the same for a model that was loaded in bfloat16
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + rounded.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1279,7 +1337,8 @@ class Embedder:
         vectors = np.stack([row["sentence_embedding"].float().cpu().numpy() for row in rows])
         if self.normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors, [row["token_embeddings"].float().cpu().numpy() for row in rows]
+        states = [row["token_embeddings"][row["attention_mask"].bool()] for row in rows]
+        return vectors, [state.float().cpu().numpy() for state in states]
 
     def state_ends(self, texts: list[str]) -> list[list[int]]:
         """Where each token state of `embed_with_states` ends, in characters; 0 for special tokens and the prompt."""
@@ -1331,7 +1390,8 @@ def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
         ids.append(np.asarray(terms, dtype=np.int32))
     vocabulary.setdefault("", len(vocabulary))  # bm25s looks this one up for texts without any term
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-    index.index(bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
+    with np.errstate(invalid="ignore"):  # a corpus without any term has mean length 0
+        index.index(bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
     index.save(folder, show_progress=False)
 
 
@@ -1386,11 +1446,9 @@ def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
 
 
 def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Save an index; FAISS reports a full disk as a RuntimeError, which becomes ExhaustedError."""
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:
-        raise ExhaustedError(f"{path} could not be written ({one_line(error)[-120:]}): free disk space") from None
+    """Save an index through a Python file: FAISS's own only prints that the last bytes found no room on a full disk."""
+    with path.open("wb") as handle:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
 
 
 def search_faiss(index: faiss.Index, query: np.ndarray, topk: int) -> list[int]:
@@ -1512,14 +1570,14 @@ class Index:
 
         encoder: fingerprint that stored states must have; other states are left out, never used.
         """
-        factor, rest = divmod(k, self.manifest["chunking"]["k"])
-        if rest:
+        stored = self.manifest["chunking"]["k"]
+        if k % stored or (k > stored and stored % CHUNK_UNIT):  # the boundaries would not nest
             return None
         span = slice(self.chunk_offsets[row], self.chunk_offsets[row + 1])
         gate = None if self.gate is None else np.asarray(self.gate[span], dtype=np.float32)
         usable = self.chunks is not None and self.manifest["chunking"]["encoder"] == encoder
         states = np.asarray(self.chunks[span], dtype=np.float32) if usable else None
-        return merge_chunks(ChunkTable(self.chunk_ends[span], self.chunk_sizes[span], gate, states), factor)
+        return merge_chunks(ChunkTable(self.chunk_ends[span], self.chunk_sizes[span], gate, states), k // stored)
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
@@ -1566,6 +1624,9 @@ def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildC
                             f"and {'' if manifest['chunking']['encoder'] else 'no '}chunk vectors: build it anew")
     if build.faiss not in ("auto", manifest["faiss"]):
         raise MismatchError(f"--faiss {build.faiss} does not fit the index ({manifest['faiss']}): build it anew")
+    if index.retriever not in (None, manifest["retriever"]):
+        raise MismatchError(f"--retriever {index.retriever} does not fit the index, which is {manifest['retriever']}: "
+                            "build it anew")
     name = manifest["embedder"].get("name")
     if index.embed_model and name is None:
         raise MismatchError("--embed_model given, but the index is bm25 only: build it anew")
@@ -1621,9 +1682,10 @@ class CorpusWriter:
 
     def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
         """Append a record as one passage, or as several with #1, #2, .. after its id."""
-        for part, (start, end) in enumerate(spans, start=1):
-            suffix, number = (f"#{part}", part) if len(spans) > 1 else ("", 0)
-            self.write(record.id + suffix, record.title, record.text[start:end].strip(), number, record.where)
+        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
+        for part, piece in enumerate(pieces, start=1):
+            suffix, number = (f"#{part}", part) if len(pieces) > 1 else ("", 0)
+            self.write(record.id + suffix, record.title, piece, number, record.where)
         self.records += 1
 
     def close(self) -> None:
@@ -1750,7 +1812,9 @@ def make_current(path: Path, generation: Path, manifest: dict[str, Any]) -> None
     try:
         write_manifest(path / "manifest.json", generation, manifest)
     except BaseException:
-        shutil.rmtree(generation, ignore_errors=True)
+        current = (path / "manifest.json").is_file() and read_manifest(path / "manifest.json")["generation"]
+        if current != generation.name:  # an interrupt may come just after the replacement
+            shutil.rmtree(generation, ignore_errors=True)
         raise
     for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:  # the old one, and what killed writers left
         if leftover != generation:
@@ -1854,19 +1918,24 @@ class Searcher:
 def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConfig) -> Searcher:
     """Open an index with what it needs for searching."""
     opened = open_index(index.index_dir)
-    embedder = None
-    if index.retriever != "bm25" and "dense" in opened.manifest["uses"]:
+    retriever, embedder = index.retriever or opened.manifest["retriever"], None
+    if retriever != "bm25" and "dense" in opened.manifest["uses"]:
         embedder = load_embedder(index.embed_model or opened.manifest["embedder"]["name"], runtime)
         check_embedder(opened.manifest, embedder)
     reranker = load_reranker(search.rerank, runtime) if search.rerank else None
-    return Searcher(opened, index.retriever, embedder, reranker)
+    return Searcher(opened, retriever, embedder, reranker)
 
 
 def trec_lines(result: dict[str, Any]) -> list[str]:
-    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank."""
+    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
+
+    White space in an id would make another column: it becomes an underscore.
+    """
     documents = {p.document_id: p for p in reversed(result["passages"])}
     ranked = sorted(documents.values(), key=lambda p: p.rank)
-    return [f"{result['id']} Q0 {p.document_id} {rank} {p.score:.6f} refrag" for rank, p in enumerate(ranked, start=1)]
+    lines = [(result["id"], "Q0", p.document_id, str(rank), f"{p.score:.6f}", "refrag")
+             for rank, p in enumerate(ranked, start=1)]
+    return [" ".join(re.sub(r"\s", "_", part) for part in line) for line in lines]
 
 
 def search_json(result: dict[str, Any]) -> dict[str, Any]:
@@ -1887,8 +1956,10 @@ def search_text(result: dict[str, Any]) -> str:
 #    Knows tokens and tags; knows no weights and no files.
 # =============================================================================
 
-DOC_TAG = re.compile(r"<(?=\s*/?\s*doc\b)", re.IGNORECASE)
-DOC_BLOCK = re.compile(r"<doc\s+id\s*=\s*([\"'])([^\"'<>\n]{1,200})\1\s*>((?:(?!<\s*/?\s*doc\b).)*)</doc>", re.DOTALL)
+DOC_TAG = re.compile(r"<(?=\s*(?:/\s*)?doc\b)", re.IGNORECASE)
+DOC_BLOCK = re.compile(
+    r"<doc\s+id\s*=\s*([\"'])([^\"'<>\n]{1,200})\1\s*>((?:(?!<\s*(?:/\s*)?doc\b).)*)</doc>", re.DOTALL
+)
 LOOKALIKE = {"<": "\u2039", "[": "\u27e6"}  # single quotes and brackets that no normaliser turns back
 ASK_WITH_CONTEXT = "Answer the question briefly, using the documents. Name the document you used, like [1].\n\n"
 ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
@@ -1898,14 +1969,14 @@ NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut a text into chunks of k tokens: (ends in characters, sizes in tokens), both (L,).
 
-    offsets: (start, end) of each token. Chunks are built from units of gcd(k, 4) tokens, so that the boundaries of a
-    multiple of k are among those of k. A unit that would end inside a character (whose bytes are several tokens)
-    ends before it; only a character longer than a unit makes a unit longer.
+    offsets: (start, end) of each token. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
+    the boundaries of k are among those of 4; else a unit is a chunk. A unit that would end inside a character (whose
+    bytes are several tokens) ends before it; only a character longer than a unit makes a unit longer.
     """
     if not text:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     starts, ends = [s for s, _ in offsets], [e for _, e in offsets]
-    T, unit = len(ends), math.gcd(k, 4)
+    T, unit = len(ends), k if k % CHUNK_UNIT else CHUNK_UNIT
     whole = [i == T or starts[i] >= ends[i - 1] for i in range(T + 1)]  # may a cut stand before token i?
     cuts, i = [0], 0
     while i < T:
@@ -1913,14 +1984,19 @@ def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[n
         i = j if j is not None else next(j for j in range(i + unit + 1, T + 1) if whole[j])
         cuts.append(i)
     bounds = [*cuts[:: k // unit], *([cuts[-1]] if (len(cuts) - 1) % (k // unit) else [])]
-    runs: list[tuple[int, int]] = []
-    for a, b in itertools.pairwise(bounds):
-        end = ends[b - 1] if b < T else len(text)
-        if runs and end <= runs[-1][0]:  # tokens without characters belong to the chunk before
-            runs[-1] = (runs[-1][0], runs[-1][1] + b - a)
+    runs, first = [(0, 0)], 0
+    for bound in bounds[1:]:
+        end = ends[bound - 1] if bound < T else len(text)
+        if end > runs[-1][0]:
+            runs.append((end, bound - first))
+        elif len(runs) > 1:  # tokens without characters belong to the chunk before
+            runs[-1] = (runs[-1][0], runs[-1][1] + bound - first)
         else:
-            runs.append((end, b - a))
-    table = np.asarray(runs or [(len(text), 0)], dtype=np.int64)
+            continue  # .. or, where there is none, to the next
+        first = bound
+    if runs[-1][0] < len(text):  # not one token: the text is nothing but white space
+        runs.append((len(text), 0))
+    table = np.asarray(runs[1:], dtype=np.int64)
     return table[:, 0], table[:, 1]
 
 
@@ -1934,7 +2010,7 @@ def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
     ends, _ = text_runs([text], tokenizer, k)[0]
-    return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+    return list(itertools.pairwise([0, *ends.tolist()]))
 
 
 def text_runs(texts: list[str], tokenizer: Any, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -1965,8 +2041,10 @@ class RefragTokenizer:
             require(getattr(tokenizer, "is_fast", False), f"tokenizer {type(tokenizer).__name__} gives no character "
                     "offsets: use a model with a fast tokenizer (tokenizer.json)")
         self.decoder, self.encoder, self.compression = decoder, encoder or decoder, compression
-        added = getattr(decoder, "added_tokens_decoder", {})
-        names = {token.content for token in added.values() if token.special} | set(decoder.all_special_tokens)
+        names: set[str] = set()
+        for tokenizer in (self.decoder, self.encoder):
+            added = getattr(tokenizer, "added_tokens_decoder", {})
+            names |= {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         longest_first = sorted(filter(None, names), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
@@ -2019,7 +2097,7 @@ class RefragTokenizer:
             if match:
                 content, at = self.neutralize(match[3]), match.end()
                 ids = self.decoder(content, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("doc", content, match[2], ids, *self.pack(content)))
+                segments.append(Segment("doc", content, self.neutralize(match[2]), ids, *self.pack(content)))
         return segments
 
 
@@ -2256,10 +2334,11 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
-def first_layers(decoder: nn.Module, layers: int) -> nn.Module:
-    """The decoder's first layers as a model of its own that shares its weights, without the final norm.
+def first_layers(decoder: nn.Module, layers: int, *, share: bool = True) -> nn.Module:
+    """The decoder's first layers as a model of its own, without the final norm.
 
-    Raises UserError if the decoder has fewer, or is not built as a stack of layers.
+    share: use the decoder's own memory, for an encoder that is not trained apart from it; else copy. Raises UserError
+    if the decoder has fewer layers, or is not built as a stack of them.
     """
     facts, total = decoder.config.to_dict(), decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
@@ -2273,7 +2352,8 @@ def first_layers(decoder: nn.Module, layers: int) -> nn.Module:
         with torch.device("meta"):
             model = AutoModel.from_config(config)
         weights = body.state_dict()
-        model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+        picked = {name: weights[name] if share else weights[name].clone() for name in model.state_dict()}
+        model.load_state_dict(picked, assign=True)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"--enc decoder:{layers}: this decoder can not be cut after a layer ({one_line(error)[:100]}): "
                         "name an encoder") from None
@@ -2345,35 +2425,30 @@ class ChunkEncoder(nn.Module):
 
     def encode_whole(self, contents: list[str]) -> list[Tensor]:
         """Pooled states of contents that are read whole: (L, E) each."""
-        rows, sizes, owners = [], [], []
+        rows, parts = [], []
         encoded = self.tokenizer.encoder(contents, add_special_tokens=False, return_offsets_mapping=True)
-        for owner, content in enumerate(contents):
-            ids = encoded["input_ids"][owner]
-            _, runs = chunk_runs(content, encoded["offset_mapping"][owner], self.tokenizer.compression)
-            window = np.cumsum(runs) // ENCODER_WINDOW  # chunks of one window share a row
-            for w in np.unique(window):
-                mine = runs[window == w]
-                begin = int(runs[window < w].sum())
-                rows.append(ids[begin : begin + int(mine.sum())])
-                sizes.append(mine)
-                owners.append(owner)
-        states = [torch.empty(0)] * len(rows)
-        filled = [i for i, row in enumerate(rows) if row]
-        for i, row in zip(filled, self.run_rows([rows[i] for i in filled]), strict=True):
-            states[i] = pool_runs(row.float(), torch.as_tensor(sizes[i], device=row.device))
-        empty = torch.zeros(1, self.width)  # a content of nothing but white space may have no token
-        parts: list[list[Tensor]] = [[] for _ in contents]
-        for i, owner in enumerate(owners):
-            parts[owner].append(states[i] if len(states[i]) else empty)
-        return [torch.cat(part) if part else torch.zeros(0, self.width) for part in parts]
+        for ids in encoded["input_ids"]:
+            windows = batched(ids, ENCODER_WINDOW)  # at the same tokens for every k: stored states can be merged
+            rows += windows
+            parts.append(len(windows))
+        states, at = self.run_rows(rows), 0
+        pooled = []
+        for content, offsets, count in zip(contents, encoded["offset_mapping"], parts, strict=True):
+            _, sizes = chunk_runs(content, offsets, self.tokenizer.compression)
+            if count:
+                whole = torch.cat(states[at : at + count]).float()  # (T, E)
+                pooled.append(pool_runs(whole, torch.as_tensor(sizes, device=whole.device)))
+            else:  # nothing, or nothing but white space
+                pooled.append(torch.zeros(len(sizes), self.width))
+            at += count
+        return pooled
 
     def encode_rows(self, contents: list[str]) -> list[Tensor]:
         """Pooled states of contents whose chunks are rows of their own: (L, E) each."""
         encoder, rows, counts = self.tokenizer.encoder, [], []
         for content in contents:
             ends, _ = self.tokenizer.runs([content])[0]
-            spans = zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)
-            texts = [content[a:b] for a, b in spans]
+            texts = [content[a:b] for a, b in itertools.pairwise([0, *ends.tolist()])]
             rows += encoder(texts, truncation=True, max_length=ENCODER_WINDOW)["input_ids"] if texts else []
             counts.append(len(texts))
         rows = [row or [0] for row in rows]
@@ -2497,12 +2572,29 @@ class RefragModel(PreTrainedModel):
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor."""
         path = Path(folder)
         restore_folder(path)
-        require((path / "config.json").is_file(), f"--load_dir {path}: no checkpoint in this folder")
-        config = RefragConfig.from_pretrained(str(path))
+        config = read_model_config(path)
         model = build_model(config, torch.device(device), dtype)
         for name, part in model.parts().items():
             load_part(part, path / f"{name}.safetensors")
         return model.eval()
+
+
+def read_model_config(folder: Path) -> RefragConfig:
+    """A checkpoint's configuration. Raises UserError, CorruptError."""
+    require((folder / "config.json").is_file(), f"--load_dir {folder}: no checkpoint in this folder")
+    try:
+        return RefragConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{folder / 'config.json'} is damaged ({one_line(error)[:100]}): save it again") from None
+
+
+def encoder_layers(name: str) -> int | None:
+    """N of `decoder:N`, None for the name of a separate encoder. Raises UserError."""
+    kind, _, number = name.partition(":")
+    if kind != "decoder":
+        return None
+    require(number.isdigit(), f"--enc {name}: write decoder:N, N a number of layers")
+    return int(number)
 
 
 def load_part(part: nn.Module, path: Path) -> None:
@@ -2532,7 +2624,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
     """The pair of tokenizers of a configuration."""
     decoder = load_tokenizer(config.decoder_name_or_path)
-    if config.encoder_name_or_path.startswith("decoder:"):
+    if encoder_layers(config.encoder_name_or_path) is not None:
         return RefragTokenizer(decoder, None, config.compression)
     return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path), config.compression)
 
@@ -2541,10 +2633,10 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype) 
     """A model from the encoder and decoder that the configuration names. Raises UserError, MissingError."""
     tokenizer = build_tokenizer(config)
     decoder = load_decoder(config.decoder_name_or_path, device, dtype)
-    name, _, layers = config.encoder_name_or_path.partition(":")
-    if name == "decoder":
-        require(layers.isdigit(), f"--enc {config.encoder_name_or_path}: write decoder:N, N a number of layers")
-        encoder = ChunkEncoder(first_layers(decoder, int(layers)), tokenizer, whole=True, pooling=config.pooling)
+    layers = encoder_layers(config.encoder_name_or_path)
+    if layers is not None:
+        backbone = first_layers(decoder, layers, share="e" not in config.training_model)
+        encoder = ChunkEncoder(backbone, tokenizer, whole=True, pooling=config.pooling)
     else:
         with hub_errors(config.encoder_name_or_path):
             backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32)
@@ -2556,8 +2648,7 @@ def model_config(models: ModelConfig, k: int) -> RefragConfig:
     """The configuration of --load_dir's checkpoint, or of the named models; compression is k either way."""
     if models.load_dir is None:
         return RefragConfig(models.enc, models.dec, compression=k, pooling=models.pooling)
-    require((Path(models.load_dir) / "config.json").is_file(), f"--load_dir {models.load_dir}: no checkpoint there")
-    config = RefragConfig.from_pretrained(models.load_dir)
+    config = read_model_config(Path(models.load_dir))
     config.compression = k
     return config
 
@@ -2644,6 +2735,8 @@ def best_neighbour(scores: np.ndarray, docs: np.ndarray) -> np.ndarray:
 
     Example: scores [3, 1, 2], docs [0, 0, 1] -> [1, 3, 0]
     """
+    if not len(scores):
+        return scores
     same = docs[1:] == docs[:-1]
     before = np.concatenate([[0.0], np.where(same, scores[:-1], 0.0)])
     after = np.concatenate([np.where(same, scores[1:], 0.0), [0.0]])

@@ -24,6 +24,11 @@ def make(cls: type, **values: object) -> object:
     return cls(**NEEDED.get(cls, {}) | values)
 
 
+def fault(reason: str) -> pytest.MarkDecorator:
+    """Marks an expectation that refrag.py does not meet yet."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
 def fields() -> list:
     """(class, field) of every option, with a readable test id."""
     return [pytest.param(c, f, id=f"{c.__name__}.{f.name}") for c in CONFIGS for f in dataclasses.fields(c)]
@@ -67,7 +72,8 @@ def test_a_default_has_the_type_of_its_option(cls, field):
 @pytest.mark.parametrize(("cls", "field"), [p for p in fields() if p.values[1].metadata["choices"]])
 def test_a_default_is_one_of_the_choices(cls, field):
     choices = field.metadata["choices"]
-    assert field.default in choices
+    optional = type(None) in typing.get_args(typing.get_type_hints(cls)[field.name])
+    assert field.default in choices or (optional and field.default is None)
     assert len(set(choices)) == len(choices)
 
 
@@ -88,6 +94,8 @@ def test_a_config_can_not_be_changed(cls):
 # Per check one row or more: class, values that break it, the flag the message names, the valid values it tells.
 BAD = [
     (refrag.RuntimeConfig, {"threads": -1}, "--threads", "0 or more"),
+    pytest.param(refrag.RuntimeConfig, {"seed": 2**64}, "--seed", "", marks=fault("torch.manual_seed fails later")),
+    pytest.param(refrag.RuntimeConfig, {"seed": -(2**63) - 1}, "--seed", "", marks=fault("torch.manual_seed fails later")),
     (refrag.CorpusConfig, {"corpus": ()}, "--corpus", "name a file, a folder or -"),
     (refrag.CorpusConfig, {"limit": 0}, "--limit", "1 or more"),
     (refrag.CorpusConfig, {"max_passage_tokens": 7, "overlap": 0}, "--max_passage_tokens", "8 or more"),
@@ -158,7 +166,8 @@ def test_every_check_has_a_row_above(cls):
         return
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls.__post_init__)))
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "require"]
-    broken = {(flag, valid) for c, _, flag, valid in BAD if c is cls}
+    rows = [getattr(row, "values", row) for row in BAD]
+    broken = {(flag, valid) for c, _, flag, valid in rows if c is cls}
     assert len(broken) >= len(calls), f"add rows to BAD for the checks of {cls.__name__}"
 
 
@@ -213,6 +222,7 @@ class OutOfMemoryError(RuntimeError):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/there"), 2),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/there"), 2),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/there"), 2),
+        pytest.param(OSError(errno.ENAMETOOLONG, "File name too long", "/there"), 2, marks=fault("called a fault of ours")),
         (OSError(errno.EIO, "Input/output error", "/there"), 1),
         (ZeroDivisionError("division by zero"), 1),
         (RuntimeError("two\nlines"), 1),

@@ -31,7 +31,7 @@ def given_chunks(texts, docs=None, question="", vectors=None, query=None, idf=la
         ([1, 5, 2, 4], [0, 1, 2, 3], [0, 0, 0, 0]),
         ([7, 8, 9], [0, 1, 1], [0, 9, 8]),
         ([2], [0], [0]),
-        pytest.param([], [], [], marks=pytest.mark.xfail(strict=True, reason="one score for no chunk")),
+        ([], [], []),
     ],
 )
 def test_best_neighbour_golden(scores, docs, expected):

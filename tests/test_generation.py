@@ -11,7 +11,8 @@ import torch
 
 import refrag
 
-PROMPT = "Where? <doc id='a'>Seven bridges cross the old city, and it floods in May.</doc> <doc id='b'>Bells.</doc> Say:"
+PROMPT = ("Where? <doc id='a'>Seven bridges cross the old city, and it floods in May.</doc> "
+          "<doc id='b'>Bells.</doc> Say:")
 FED = ["--enc", "decoder:2", "--compressed", "feed", "--json", "--quiet"]
 
 
@@ -85,7 +86,8 @@ class TestExactness:
         [out], _ = refrag.decode(pipeline.model.decoder, logits, state, max_new=12, stops=pipeline.stops,
                                  pick=pipeline.pick, watch=watch)
         with torch.inference_mode():
-            expected = greedy_by_full_forwards(pipeline.model.decoder, context.packed.prompt.input_ids, 12, pipeline.stops)
+            ids = context.packed.prompt.input_ids
+            expected = greedy_by_full_forwards(pipeline.model.decoder, ids, 12, pipeline.stops)
         assert out.tokens == expected
 
     def test_batch_equals_single(self, any_decoder):
@@ -230,7 +232,8 @@ class TestCitations:
         [out], state = refrag.decode(decoder, logits, state, max_new=5, stops=frozenset(), pick=pipeline.pick,
                                      watch=refrag.Stopwatch(torch.device("cpu")))
         chosen, _ = refrag.choose_citation(decoder, tokenizer, state, 0, out.tokens[-1:], ["a", "b", "c"])
-        ids = [*context.packed.prompt.input_ids.tolist(), *out.tokens, *tokenizer(" [", add_special_tokens=False)["input_ids"]]
+        opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
+        ids = [*context.packed.prompt.input_ids.tolist(), *out.tokens, *opening]
         with torch.inference_mode():
             last = decoder(input_ids=torch.tensor([ids])).logits[0, -1]
         options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"][0] for label in "abc"}
@@ -413,7 +416,7 @@ class TestBundledModels:
 
     def test_decoding_equals_generate_of_transformers(self, pipeline):
         """An independent decoder loop, fed the same embeddings."""
-        context, inputs = pipeline.prepare({"id": "1", "question": "What is botany?"})
+        _, inputs = pipeline.prepare({"id": "1", "question": "What is botany?"})
         logits, state = refrag.prefill(pipeline.model.decoder, [inputs])
         [out], _ = refrag.decode(pipeline.model.decoder, logits, state, max_new=12, stops=pipeline.stops,
                                  pick=pipeline.pick, watch=refrag.Stopwatch(torch.device("cpu")))

