@@ -37,6 +37,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import glob
 import gzip
 import hashlib
 import importlib.util
@@ -134,6 +135,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, f"--threads must be 0 or more, got {self.threads}")
+        require(0 <= self.seed < 2**63, f"--seed must lie between 0 and 2**63 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ class CorpusConfig:
         require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
         require(self.max_passage_tokens >= 8, f"--max_passage_tokens must be 8 or more, got {self.max_passage_tokens}")
         require(0 <= self.overlap <= self.max_passage_tokens // 2,
-                f"--overlap must lie between 0 and half of --max_passage_tokens, got {self.overlap}")
+                f"--overlap must lie between 0 and half of --max_passage_tokens {self.max_passage_tokens}, "
+                f"got {self.overlap}: set both")
 
 
 @dataclass(frozen=True)
@@ -540,11 +543,14 @@ def classify(error: BaseException) -> tuple[int, str]:
         return error.code, one_line(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
+    if isinstance(error, SystemExit):
+        return int(error.code or 0), "interrupted"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
     if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 6, f"disk or memory ran out: {one_line(error)}: free some and run again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
-                                                      errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+                                                      errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+                                                      errno.ELOOP):
         return 2, f"{error.filename or 'file'}: {error.strerror}: check the path and its permissions"
     return 1, f"internal fault: {type(error).__name__}: {one_line(error)}: run again with --debug for the traceback"
 
@@ -566,19 +572,26 @@ def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
 
 
 def dumps(value: Any) -> str:
-    """JSON in one line, characters as they are; NaN is refused."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """JSON in one line; NaN is refused. Characters as they are, unless an argument was no valid Unicode."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False)
+    return text
 
 
 def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
-    """Print a result on stdout: JSON with --json, else the text."""
-    print(dumps(result) if runtime.json else text)
+    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result) if runtime.json else text)
 
 
 def leave_at_once(signum: int, frame: Any) -> typing.NoReturn:
     """Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody."""
-    print("error: interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
+    code = report(KeyboardInterrupt(), as_json=_INVOCATION.runtime.json)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
@@ -604,8 +617,6 @@ def run_invocation(invocation: Invocation) -> int:
     except BrokenPipeError:
         silence_stdout()  # the reader, `head` say, has seen enough
         return 0
-    except SystemExit as stop:
-        return int(stop.code or 0)
     except BaseException as error:
         return report(error, as_json=runtime.json, debug=runtime.debug)
 
@@ -795,7 +806,7 @@ def all_reduce_check() -> dict[str, Any]:
     """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would not join the processes over gloo
     rank = torch.tensor([float(state.process_index)], device=state.device)
     if state.num_processes > 1:
         torch.distributed.all_reduce(rank)
@@ -836,7 +847,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 def restore_folder(final: Path) -> None:
     """Bring back the old folder if a process was killed between the two renames of `new_folder`."""
-    aside = next(iter(final.parent.glob(f".{final.name}.*.old")), None)
+    aside = next(iter(final.parent.glob(f".{glob.escape(final.name)}.*.old")), None)
     if aside is not None and not final.exists():
         aside.rename(final)
 
@@ -864,7 +875,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         except BaseException:
             restore_folder(final)
             raise
-        for aside in final.parent.glob(f".{final.name}.*.old"):
+        for aside in final.parent.glob(f".{glob.escape(final.name)}.*.old"):
             shutil.rmtree(aside, ignore_errors=True)
         fsync_path(final.parent)
     finally:
@@ -958,6 +969,11 @@ class ArrayWriter:
         self.handle.write(block.tobytes())
         self.rows += len(block)
 
+    def abort(self) -> None:
+        """Let go of the file after an error; on a full disk even that can fail again."""
+        with contextlib.suppress(OSError):
+            self.handle.close()
+
     def close(self) -> None:
         """Write the final header and close."""
         self.handle.seek(0)
@@ -978,10 +994,26 @@ class StringWriter:
         self.bytes.append(np.frombuffer(text.encode("utf-8"), dtype=np.uint8))
         self.offsets.append([self.bytes.rows])
 
+    def abort(self) -> None:
+        """Let go of both files after an error."""
+        self.bytes.abort()
+        self.offsets.abort()
+
     def close(self) -> None:
         """Finish both files."""
         self.bytes.close()
         self.offsets.close()
+
+
+@contextlib.contextmanager
+def aborting(*writers: ArrayWriter | StringWriter | None) -> Iterator[None]:
+    """Let go of the writers' files if the block fails."""
+    try:
+        yield
+    except BaseException:
+        for writer in filter(None, writers):
+            writer.abort()
+        raise
 
 
 class StringColumn:
@@ -1318,6 +1350,7 @@ class Embedder:
         self.dim = model.get_embedding_dimension()
         self.max_tokens = model.max_seq_length or 512
         self.prompt = (model.prompts or {}).get("document") or ""
+        self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
 
     def embed_query(self, question: str) -> np.ndarray:
@@ -1491,7 +1524,10 @@ class Chunking(NamedTuple):
 
 
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
-    """Chunks of k as chunks of factor * k: weighted means, since mean pooling is linear."""
+    """Chunks of k as chunks of factor * k: means weighted by encoder tokens, since mean pooling is linear.
+
+    Exact for the encoder's states; close for the gate's vectors, which are means over the embedder's own tokens.
+    """
     if factor == 1:
         return table
     L = len(table.ends)
@@ -1664,7 +1700,7 @@ class CorpusWriter:
     def __init__(self, folder: Path):
         self.folder = folder
         self.columns = {name: StringWriter(folder, name) for name in ("ids", "titles", "texts")}
-        self.parts = ArrayWriter(folder / "parts.npy", np.uint16)
+        self.parts = ArrayWriter(folder / "parts.npy", np.uint32)
         self.places = StringWriter(folder, "places")
         self.records = 0
 
@@ -1688,9 +1724,14 @@ class CorpusWriter:
             self.write(record.id + suffix, record.title, piece, number, record.where)
         self.records += 1
 
+    @property
+    def writers(self) -> tuple[ArrayWriter | StringWriter, ...]:
+        """All open files."""
+        return (*self.columns.values(), self.parts, self.places)
+
     def close(self) -> None:
         """Finish the files and refuse duplicate ids. Raises UserError that names both places."""
-        for writer in (*self.columns.values(), self.parts, self.places):
+        for writer in self.writers:
             writer.close()
         ids = StringColumn(self.folder, "ids")
         keys = np.fromiter((int.from_bytes(hashlib.blake2b(ids[i].encode(), digest_size=8).digest(), "little")
@@ -1704,21 +1745,22 @@ class CorpusWriter:
             path.unlink()
 
 
-def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, window: int, previous: Index | None,
+def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
            counts: dict[str, int]) -> None:
-    """First pass: read, validate, split and write the text columns, block by block."""
-    limit = min(corpus.max_passage_tokens, window)
+    """First pass: read, validate, split and write the text columns, block by block. room: tokens the embedder reads."""
+    limit = min(corpus.max_passage_tokens, room)
     if limit < corpus.max_passage_tokens:
         notice(f"passages are cut at {limit} tokens, the most this embedder reads")
     writer = CorpusWriter(folder)
-    if previous is not None:
-        writer.copy(previous)
-    records = iter(progress(read_corpus(corpus, counts), "reading", unit="record"))
-    while block := list(itertools.islice(records, EMBED_BLOCK)):
-        for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
-            writer.add(record, spans)
-    require(writer.records > 0, f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-    writer.close()
+    with aborting(*writer.writers):
+        if previous is not None:
+            writer.copy(previous)
+        records = iter(progress(read_corpus(corpus, counts), "reading", unit="record"))
+        while block := list(itertools.islice(records, EMBED_BLOCK)):
+            for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
+                writer.add(record, spans)
+        require(writer.records > 0, f"--corpus {' '.join(corpus.corpus)}: no passages in it")
+        writer.close()
 
 
 class ChunkWriter:
@@ -1742,11 +1784,15 @@ class ChunkWriter:
         if self.states is not None:
             self.states.append(table.states)
 
+    @property
+    def writers(self) -> tuple[ArrayWriter | None, ...]:
+        """All files."""
+        return self.offsets, self.ends, self.sizes, self.gate, self.states
+
     def close(self) -> None:
         """Finish the files."""
-        for writer in (self.offsets, self.ends, self.sizes, self.gate, self.states):
-            if writer is not None:
-                writer.close()
+        for writer in filter(None, self.writers):
+            writer.close()
 
 
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
@@ -1771,22 +1817,22 @@ def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, pr
     first = len(previous) if previous is not None else 0
     vectors = ArrayWriter(folder / "vectors.npy", np.float32, embedder.dim) if embedder else None
     writer = ChunkWriter(folder, embedder and embedder.dim, chunking.width if chunking.encode else None)
-    for row in range(first):
-        encoder = previous.manifest["chunking"]["encoder"]
-        writer.append(previous.chunk_table(row, previous.manifest["chunking"]["k"], encoder))
     bar = progress_bar("embedding", len(texts) - first, "passage")
-    for rows in batched(range(first, len(texts)), EMBED_BLOCK):
-        contents = [passage_content(titles[row], texts[row]) for row in rows]
-        block, tables = chunk_tables(contents, chunking, embedder, batch_size)
-        for table in tables:
-            writer.append(table)
+    with aborting(vectors, *writer.writers), bar:
+        for row in range(first):
+            encoder = previous.manifest["chunking"]["encoder"]
+            writer.append(previous.chunk_table(row, previous.manifest["chunking"]["k"], encoder))
+        for rows in batched(range(first, len(texts)), EMBED_BLOCK):
+            contents = [passage_content(titles[row], texts[row]) for row in rows]
+            block, tables = chunk_tables(contents, chunking, embedder, batch_size)
+            for table in tables:
+                writer.append(table)
+            if vectors is not None:
+                vectors.append(block)
+            bar.update(len(rows))
+        writer.close()
         if vectors is not None:
-            vectors.append(block)
-        bar.update(len(rows))
-    bar.close()
-    writer.close()
-    if vectors is not None:
-        vectors.close()
+            vectors.close()
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str, previous: Index | None) -> str | None:
@@ -1812,7 +1858,10 @@ def make_current(path: Path, generation: Path, manifest: dict[str, Any]) -> None
     try:
         write_manifest(path / "manifest.json", generation, manifest)
     except BaseException:
-        current = (path / "manifest.json").is_file() and read_manifest(path / "manifest.json")["generation"]
+        try:
+            current = read_manifest(path / "manifest.json")["generation"]
+        except (OSError, RefragError):  # there is none, or it is damaged and was to be replaced
+            current = None
         if current != generation.name:  # an interrupt may come just after the replacement
             shutil.rmtree(generation, ignore_errors=True)
         raise
@@ -1830,7 +1879,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
     if previous is not None and embedder is not None:
         check_embedder(previous.manifest, embedder)
-    cutter = (embedder.tokenizer, embedder.max_tokens) if embedder else (chunking.tokenizer, corpus.max_passage_tokens)
+    cutter = (embedder.tokenizer, embedder.room) if embedder else (chunking.tokenizer, corpus.max_passage_tokens)
     generation = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(generation) as folder:
         ingest(folder, corpus, *cutter, previous, counts)
@@ -2697,6 +2746,9 @@ def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, pr
 #     that stay text under an exact budget.
 # =============================================================================
 
+QUESTION_WORDS = frozenset(  # stems; no English stop words to bm25s, but their idf says nothing about the answer
+    ("who", "whom", "whose", "what", "which", "where", "when", "whi", "how", "did", "doe", "do")
+)
 NEIGHBOUR_SHARE = 0.5  # of the best neighbour's score: an answer often stands beside the words of the question
 
 
@@ -2725,7 +2777,7 @@ def cosine_scores(given: GateInput) -> np.ndarray:
 def overlap_scores(given: GateInput) -> np.ndarray:
     """(L,) share of the question's idf mass that a chunk's terms cover, range [0, 1]."""
     analyze = WordAnalyzer()
-    wanted = {term: given.idf(term) for term in analyze(given.question)}
+    wanted = {term: given.idf(term) for term in analyze(given.question) if term not in QUESTION_WORDS}
     total = sum(wanted.values()) or 1.0
     return np.asarray([sum(wanted.get(t, 0.0) for t in set(analyze(text))) / total for text in given.texts])
 
@@ -2793,10 +2845,12 @@ def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float) -> np.ndarra
     tokens: (L,) decoder tokens of each chunk. The share taken never exceeds p; p = 1 takes all. A chunk that does not
     fit is passed over for a smaller one. Example: scores [.9, .5, .7], tokens [4, 1, 4], p = .6 -> [T, T, F]
     """
+    if p >= 1:
+        return np.ones(len(scores), dtype=bool)
     budget = math.floor(p * int(tokens.sum()) + 1e-9)
     chosen = np.zeros(len(scores), dtype=bool)
     for number in np.argsort(-scores, kind="stable"):
-        if tokens[number] <= budget:
+        if 0 < tokens[number] <= budget:
             chosen[number] = True
             budget -= int(tokens[number])
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,12 +56,13 @@ def train_bpe(folder: Path, *, chat: bool = True) -> Path:
 
 def train_wordpiece(folder: Path) -> Path:
     """An uncased WordPiece tokenizer like BERT's: it drops white space, case and accents."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
+    normalizer = normalizers.BertNormalizer()
+    text = normalizer.normalize_str(" ".join(TEXTS))
+    characters, words = sorted(set(text) - {" "}), sorted({w for w in re.findall(r"[a-z]+", text) if len(w) > 1})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *("##" + c for c in characters), *words]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(TEXTS * 4, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special,
-                                                                       show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]",
@@ -155,7 +157,8 @@ def save_embedder(folder: Path, backbone: Path, seed: int) -> Path:
     transformer = Transformer(str(backbone), max_seq_length=64)
     torch.manual_seed(seed)
     for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        if parameter.ndim == 2:  # the norms stay as they are: noise in them would drown the texts' differences
+            torch.nn.init.normal_(parameter)
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="mean"), Normalize()]
     SentenceTransformer(modules=modules, device="cpu").save(str(folder))
     return folder

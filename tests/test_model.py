@@ -297,6 +297,21 @@ def test_first_layers_give_the_states_after_that_layer(any_decoder, layers):
     assert got.std() > 0.1
 
 
+def test_first_layers_keep_their_kind():
+    """The first layer sees four tokens back, the others all: cut after it, the model must still see four."""
+    decoder = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(
+        vocab_size=60, hidden_size=16, num_hidden_layers=3, intermediate_size=16, num_attention_heads=2,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "full_attention"])).eval()
+    cut, ids = refrag.first_layers(decoder, 1), torch.arange(40)[None]
+    other = torch.cat([ids[:, :20].flip(1), ids[:, 20:]], 1)
+    with torch.inference_mode():
+        expected = decoder(input_ids=ids, output_hidden_states=True).hidden_states[1]
+        got, far = cut(input_ids=ids).last_hidden_state, cut(input_ids=other).last_hidden_state
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got[:, 30:], far[:, 30:])  # what stands further back than four tokens is not seen
+
+
 def test_first_layers_share_the_decoders_memory(any_decoder):
     decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
     cut = refrag.first_layers(decoder, 2)
@@ -477,7 +492,8 @@ def test_load_model_takes_k_from_the_command(checkpoint):
     models = refrag.ModelConfig(load_dir=str(checkpoint))
     model = refrag.load_model(models, 8, refrag.RuntimeConfig(device="cpu", dtype="float32"))
     assert model.config.compression == model.encoder.tokenizer.compression == 8
-    assert refrag.model_config(models, 8).training_model == "pe"
+    config = refrag.model_config(models, 8)
+    assert (config.training_model, config.compression) == ("pe", 8)
 
 
 # -- where models are -----------------------------------------------------------------------

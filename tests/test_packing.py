@@ -77,7 +77,7 @@ def check_spans(text, tokenizer, k):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(text=wild.filter(bool))
+@given(text=wild)
 @few
 def test_spans_cover_the_text_and_hold_at_most_k_tokens(loaded, kind, text):
     for k in (1, 2, 4, 8, 16):
@@ -85,7 +85,7 @@ def test_spans_cover_the_text_and_hold_at_most_k_tokens(loaded, kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(text=wild.filter(bool))
+@given(text=wild)
 @few
 def test_spans_of_2k_are_unions_of_those_of_k(loaded, kind, text):
     ends = {k: {b for _, b in refrag.chunk_spans(text, loaded[kind], k)} for k in (4, 8, 16, 32)}
@@ -93,7 +93,7 @@ def test_spans_of_2k_are_unions_of_those_of_k(loaded, kind, text):
 
 
 @pytest.mark.parametrize("k", [3, 5, 6, 7, 10])
-@given(text=st.text(alphabet="ab 长江🙂", min_size=1, max_size=40))
+@given(text=st.text(alphabet="ab 长江🙂", max_size=40))
 @few
 def test_spans_of_k_that_is_no_multiple_of_4_hold_at_most_k_tokens(loaded, k, text):
     check_spans(text, loaded["bpe"], k)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 
 import faiss
@@ -532,7 +533,7 @@ def test_adding_gives_what_building_at_once_gives(tmp_path, run, ask, spread, ll
         code, out, err = run("index", "--corpus", part, "--index_dir", tmp_path / "grown", "--add", "--json", *models)
         assert code == 0, err
         added.append(json.loads(out)["added"])
-    assert added == [3, 2]  # "A note." * 20 is two passages
+    assert added == [5, 2]  # "A note." * 20 is four passages
     once, grown = folder_of(tmp_path / "once"), folder_of(tmp_path / "grown")
     assert {p.relative_to(once) for p in once.rglob("*")} == {p.relative_to(grown) for p in grown.rglob("*")}
     for path in once.glob("*.npy"):
@@ -627,6 +628,26 @@ def test_long_passages_are_split_and_nothing_is_lost(tmp_path, run, embedder, ll
     assert all(n == 0 for n in shared) if overlap == 0 else all(0 < n <= overlap for n in shared)
 
 
+def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, run, embedder, llama):
+    """Some embedders want "passage: " before every text; it takes tokens of the 64 that this one reads."""
+    folder = tmp_path / "model"
+    shutil.copytree(embedder, folder)
+    config = folder / "config_sentence_transformers.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prompts": {"document": "passage: "}}))
+    corpus = write_jsonl(tmp_path / "rows.jsonl", [{"id": "long", "text": LONG}])
+    flags = ["--embed_model", folder, "--dec", llama, "--max_passage_tokens", 64, "--quiet"]
+    assert run("index", "--corpus", corpus, "--index_dir", tmp_path / "i", *flags)[0] == 0
+    index, model = refrag.open_index(str(tmp_path / "i")), refrag.load_embedder(str(folder), RUNTIME)
+    assert model.prompt == "passage: "
+    longest = max(len(model.tokenizer(model.prompt + index.content(row))["input_ids"]) for row in range(len(index)))
+    assert longest <= 64
+
+
+def test_a_document_may_have_many_pieces(tmp_path):
+    writer = refrag.CorpusWriter(tmp_path)
+    writer.write("a#70000", "", "text", 70_000, "file")
+
+
 def test_the_embedders_limit_is_announced(tmp_path, run, corpus, embedder, llama):
     flags = ["--index_dir", tmp_path / "i", "--embed_model", embedder, "--dec", llama]
     _, _, err = run("index", "--corpus", corpus, *flags)
@@ -715,6 +736,7 @@ def test_stored_tables_are_those_made_now(index_dir, embedder, encoders):
 def test_chunk_tables_of_other_k_or_another_encoder_are_not_used(index_dir, encoders):
     index = refrag.open_index(str(index_dir))
     assert index.chunk_table(0, 6, encoders[4].fingerprint) is None
+    assert index.chunk_table(0, 12, encoders[4].fingerprint) is not None
     assert index.chunk_table(0, 2, encoders[4].fingerprint) is None
     assert index.chunk_table(0, 4, "0" * 16).states is None
     assert index.chunk_table(0, 4).states is None and index.chunk_table(0, 4).gate is not None
