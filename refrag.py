@@ -2746,9 +2746,6 @@ def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, pr
 #     that stay text under an exact budget.
 # =============================================================================
 
-QUESTION_WORDS = frozenset(  # stems; no English stop words to bm25s, but their idf says nothing about the answer
-    ("who", "whom", "whose", "what", "which", "where", "when", "whi", "how", "did", "doe", "do")
-)
 NEIGHBOUR_SHARE = 0.5  # of the best neighbour's score: an answer often stands beside the words of the question
 
 
@@ -2777,7 +2774,7 @@ def cosine_scores(given: GateInput) -> np.ndarray:
 def overlap_scores(given: GateInput) -> np.ndarray:
     """(L,) share of the question's idf mass that a chunk's terms cover, range [0, 1]."""
     analyze = WordAnalyzer()
-    wanted = {term: given.idf(term) for term in analyze(given.question) if term not in QUESTION_WORDS}
+    wanted = {term: given.idf(term) for term in analyze(given.question)}
     total = sum(wanted.values()) or 1.0
     return np.asarray([sum(wanted.get(t, 0.0) for t in set(analyze(text))) / total for text in given.texts])
 
