@@ -331,7 +331,7 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
         summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
-                "index_dir": index.index_dir}
+                "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
     emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
          f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}")
 
@@ -3037,14 +3037,14 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
     logits = [feed(token) for token in (*pending, *tokenizer(" [", add_special_tokens=False)["input_ids"])][-1]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
     depth = 0
-    while len(options) > 1:
+    while len(options) > 1 and all(len(ids) > depth for ids in options.values()):
         allowed = sorted({ids[depth] for ids in options.values()})
         token = allowed[int(logits[allowed].argmax())]
         options = {label: ids for label, ids in options.items() if ids[depth] == token}
         depth += 1
         if len(options) > 1:
             logits = feed(token)
-    return next(iter(options)), state
+    return min(options, key=lambda label: len(options[label])), state
 
 
 class Packed(NamedTuple):

@@ -1,0 +1,54 @@
+"""The README's commands run, on the bundled models, and its flags and files exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import refrag
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for line in re.findall(r"python refrag\.py ([^`\n]+)", TEXT) if not line.startswith("COMMAND")]
+
+
+def test_the_readme_shows_every_command():
+    assert {shlex.split(line)[0] for line in COMMANDS} == set(refrag.COMMANDS)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_shown_command_line_parses(line):
+    refrag.parse(shlex.split(line))
+
+
+def test_every_flag_named_in_the_readme_exists():
+    known = {f"--{name}" for c in refrag.COMMANDS.values() for name in refrag.config_fields(c.configs)}
+    known |= {"--test", "--dry_run", "--help"}  # the quickstart's own
+    named = {flag.replace("-", "_").replace("__", "--", 1) for flag in re.findall(r"--[a-z][a-z_-]+", TEXT)}
+    assert named <= known
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.models
+def test_the_commands_run_in_order(tmp_path, run):
+    """Their own words, on 40 of the passages, 2 of the questions and with short answers, to be done in a minute."""
+    questions = tmp_path / "questions.jsonl"
+    lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    questions.write_text("".join(lines[:2]), encoding="utf-8")
+    for line in COMMANDS:
+        line = line.replace("data/wiki_questions.jsonl", str(questions)).replace("data/", f"{ROOT}/data/")
+        argv = shlex.split(line.replace("runs/", f"{tmp_path}/"))
+        argv += {"index": ["--limit", "40"], "generate": ["--max_new", "6"]}.get(argv[0], [])
+        code, out, err = run(*argv)
+        assert code == 0, f"{line}\n{err}"
+        assert out or "--out" in argv, line
+    answers = [json.loads(answer) for answer in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [a["id"] for a in answers] == [json.loads(line)["id"] for line in lines[:2]]
