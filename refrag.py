@@ -319,6 +319,7 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
               runtime: RuntimeConfig) -> None:
     """Read a corpus; build FAISS and BM25; store the chunk vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
+    corpus_files(corpus.corpus)  # a path that is not there is told before anything is made
     start = time.perf_counter()
     with index_lock(index.index_dir):
         previous = open_index(index.index_dir) if build.add else None
@@ -3189,7 +3190,7 @@ class Pipeline:
             expanded = np.zeros(len(tokens), dtype=bool)
         else:
             expanded = select_chunks(scores, tokens, self.pack.p)
-        plan = mixed_plan(prompt, expanded, self.feed or self.pack.mode == "truncate")
+        plan = mixed_plan(prompt, expanded, self.feed)
         if self.pack.mode == "truncate":
             plan = truncated_plan(prompt, len(plan))
             kept = set(plan.tolist())

@@ -158,6 +158,11 @@ def test_a_missing_corpus_leaves_the_index(refused, unchanged, index, models, mo
     assert "--corpus nowhere.txt: no such file or folder" in line
 
 
+def test_a_missing_corpus_makes_no_folder(refused, models, tmp_path):
+    refused(2, "index", "--corpus", "nowhere.txt", "--index_dir", tmp_path / "new", *models)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_truncated_gzip_corpus_is_a_damaged_file(refused, unchanged, index, write, models):
     path = write("c.txt.gz", gzip.compress(b"good\n" * 500)[:-9])
     with unchanged(index):
