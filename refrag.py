@@ -49,6 +49,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import typing
 import zlib
@@ -548,12 +549,13 @@ def classify(error: BaseException) -> tuple[int, str]:
         return int(error.code or 0), "interrupted"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
     if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return 6, f"disk or memory ran out: {one_line(error)}: free some and run again"
+        return ExhaustedError.code, f"disk or memory ran out: {one_line(error)}: free some and run again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
                                                       errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
                                                       errno.ELOOP):
-        return 2, f"{error.filename or 'file'}: {error.strerror}: check the path and its permissions"
-    return 1, f"internal fault: {type(error).__name__}: {one_line(error)}: run again with --debug for the traceback"
+        return UserError.code, f"{error.filename or 'file'}: {error.strerror}: check the path and its permissions"
+    fault = f"internal fault: {type(error).__name__}: {one_line(error)}"
+    return RefragError.code, f"{fault}: run again with --debug for the traceback"
 
 
 def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
@@ -609,8 +611,9 @@ def run_invocation(invocation: Invocation) -> int:
     """Run a parsed command and return its exit code."""
     runtime = invocation.runtime
     try:
-        signal.signal(signal.SIGTERM, raise_exit)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            signal.signal(signal.SIGTERM, raise_exit)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(runtime)
         invocation.command.handler(*invocation.configs)
         sys.stdout.flush()
