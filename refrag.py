@@ -3238,6 +3238,7 @@ class Pipeline:
         """Run every part once, so that the first question pays for no lazy initialisation."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
+        self.model.encoder.encode(["warm up"])
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
@@ -3450,7 +3451,8 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     for c in result["citations"]:
         how = "not among the passages given" if c["forged"] else "read as text" if c["expanded"] else "compressed"
         how += ", chosen after the answer" if c["chosen"] else ""
-        lines.append(f"[{c['label']}] {c['title'] or c['id']} ({c['id']}), {how}")
+        name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
+        lines.append(f"[{c['label']}] {name}, {how}")
     if not result["citations"]:
         lines.append("no citation")
     stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
