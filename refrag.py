@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -818,6 +819,12 @@ def all_reduce_check() -> dict[str, Any]:
     if rank.item() != expected:
         raise RefragError(f"all-reduce gave {rank.item()}, not {expected}: check the launcher and the network")
     return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system. Arrays of many sizes fragment glibc's heap, which then only grows."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems have no such call, nor the need
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def sha256_file(path: Path) -> str:
@@ -1833,6 +1840,8 @@ def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, pr
                 writer.append(table)
             if vectors is not None:
                 vectors.append(block)
+            del block, tables
+            trim_memory()
             bar.update(len(rows))
         writer.close()
         if vectors is not None:
