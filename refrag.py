@@ -38,10 +38,12 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import functools
 import glob
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -1075,6 +1077,17 @@ class BadRecord(UserError):
     """A record that --errors skip leaves out."""
 
 
+@contextlib.contextmanager
+def skipping(errors: str, counts: dict[str, int]) -> Iterator[None]:
+    """With --errors skip, a BadRecord in the block is counted instead of raised."""
+    try:
+        yield
+    except BadRecord:
+        if errors != "skip":
+            raise
+        counts["skipped"] += 1
+
+
 BOM = "\ufeff"  # a byte order mark at the start of a file is no text
 
 
@@ -1112,14 +1125,10 @@ def read_lines(handle: typing.BinaryIO, source: str, counts: dict[str, int], err
     with gzip_errors(source):
         for number, raw in enumerate(handle, start=1):
             start, offset = offset, offset + len(raw)
-            try:
+            text = ""
+            with skipping(errors, counts):
                 text, replaced = decode_utf8(raw.rstrip(b"\r\n"), start, source, errors)
-            except BadRecord:
-                if errors != "skip":
-                    raise
-                counts["skipped"] += 1
-                continue
-            counts["replaced"] += replaced
+                counts["replaced"] += replaced
             if text.strip(BOM).strip():
                 yield number, text.removeprefix(BOM) if number == 1 else text
 
@@ -1182,14 +1191,10 @@ def read_whole(path: Path, name: str, counts: dict[str, int], errors: str) -> It
     """A file of a folder as one document: id is its path in the folder, title its name."""
     with gzip_errors(str(path)), open_maybe_gzip(path) as handle:
         raw = handle.read()
-    try:
+    text = ""
+    with skipping(errors, counts):
         text, replaced = decode_utf8(raw, 0, str(path), errors)
-    except BadRecord:
-        if errors != "skip":
-            raise
-        counts["skipped"] += 1
-        return
-    counts["replaced"] += replaced
+        counts["replaced"] += replaced
     text = text.removeprefix(BOM)
     if text.strip():
         yield Record(name, path.name.split(".")[0], text, 0, str(path))
@@ -1203,13 +1208,14 @@ def read_line_file(path: Path, prefix: str, counts: dict[str, int], errors: str)
         is_json = None if stdin else ".jsonl" in path.suffixes
         for number, text in read_lines(handle, source, counts, errors):
             is_json = text.lstrip().startswith("{") if is_json is None else is_json
-            try:
-                yield (parse_passage(text, number, source) if is_json
-                       else Record(f"{prefix}{number}", "", text.strip(), number, source))
-            except BadRecord:
-                if errors != "skip":
-                    raise
-                counts["skipped"] += 1
+            if not is_json:
+                yield Record(f"{prefix}{number}", "", text.strip(), number, source)
+                continue
+            record = None
+            with skipping(errors, counts):
+                record = parse_passage(text, number, source)
+            if record is not None:
+                yield record
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int]) -> Iterator[Record]:
@@ -2887,11 +2893,15 @@ class State(NamedTuple):
     position: Tensor  # (B,)
 
 
+@functools.cache
+def forward_arguments(decoder_class: type) -> frozenset[str]:
+    """Names of the arguments of a decoder's forward; cached, since every token asks."""
+    return frozenset(inspect.signature(decoder_class.forward).parameters)
+
+
 def accepts(decoder: nn.Module, name: str) -> bool:
     """Whether the decoder's forward takes an argument."""
-    import inspect
-
-    return name in inspect.signature(decoder.forward).parameters
+    return name in forward_arguments(type(decoder))
 
 
 def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
