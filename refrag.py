@@ -23,8 +23,10 @@ Contents:
     5. Data             corpus and question readers, splitting
     6. Retrieval        embedder, FAISS, BM25, fusion, the index on disk
     7. Packing          chunk spans, <doc> tags, the mixed prompt
+    8. Alignment        anchors between two tokenizers
     9. Model            encoder, projector, decoder, checkpoints
     10. Gate            which chunks stay text, under an exact budget
+    11. Training        phases, curriculum, the loop, resume
     12. Generation      prefill, decode, citations, TTFT and TTIT
 
 Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D decoder width, V vocabulary.
@@ -55,6 +57,7 @@ import sys
 import threading
 import time
 import typing
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -192,10 +195,16 @@ class BuildConfig:
 class ModelConfig:
     """Encoder and decoder."""
 
-    dec: str = opt("SmolLM2-135M-Instruct", "decoder: bundled name, hub id or folder of a causal LM")
-    enc: str = opt("decoder:8", "chunk encoder: decoder:N (the decoder's first N layers), bundled name, hub id, folder")
-    pooling: str = opt("mean", "pooling of a chunk's states", choices=("mean", "cls"))
-    load_dir: str | None = opt(None, "checkpoint folder of trained weights")
+    dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
+                                "SmolLM2-135M-Instruct, or the checkpoint's")
+    enc: str | None = opt(None, "chunk encoder: decoder:N (the decoder's first N layers), bundled name, hub id or "
+                                "folder; default decoder:8, or the checkpoint's")
+    pooling: str | None = opt(None, "pooling of a chunk's states; default mean, or the checkpoint's",
+                              choices=("mean", "cls"))
+    projector: str | None = opt(None, "encoder state to embedding: residual_mlp adds the mean of the chunk's token "
+                                      "embeddings, mlp does not; default residual_mlp, or the checkpoint's",
+                                choices=("residual_mlp", "mlp"))
+    load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
 @dataclass(frozen=True)
@@ -269,6 +278,137 @@ class GenerateConfig:
         require(0 < self.top_p <= 1, f"--top_p must lie in (0, 1], got {self.top_p}")
         require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """What is read in training."""
+
+    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz")
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training")
+
+    def __post_init__(self) -> None:
+        require(bool(self.train_json), "--train_json is missing: name a file of JSON lines with a text each")
+
+
+PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
+LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights themselves
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop; every phase has these."""
+
+    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png")
+    k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text")
+    train: str | None = opt(None, "what is trained, by letters: projector, encoder, decoder; default " + ", ".join(
+        f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
+    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all")
+    steps: int = opt(1000, "optimizer steps")
+    lr: float | None = opt(None, "peak learning rate; default " + ", ".join(
+        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r")
+    projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr")
+    batch_size: int = opt(8, "rows of about --seq_tokens in one pass, each packed with several short texts")
+    grad_accum: int = opt(1, "passes per optimizer step and process")
+    seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
+    warmup: float = opt(0.04, "share of the steps in which the learning rate rises")
+    weight_decay: float = opt(0.01, "AdamW weight decay of matrices")
+    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is")
+    log_every: int = opt(10, "steps between lines of metrics.jsonl")
+    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last")
+    eval_limit: int = opt(32, "sequences of each kind in an evaluation")
+    save_every: int = opt(500, "steps between checkpoints; the last two are kept")
+    resume: bool = opt(False, "continue the run in --out_dir")
+    torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
+    activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
+
+    def __post_init__(self) -> None:
+        require(self.out_dir is not None, "--out_dir is missing: name the folder for the run")
+        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
+        require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
+                f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
+        for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_limit"):
+            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("lora_r", "eval_every", "weight_decay", "grad_clip"):
+            require(getattr(self, name) >= 0, f"--{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("lr", "projector_lr"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"--{name} must be more than 0, got {value}")
+        require(0 <= self.warmup < 1, f"--warmup must lie in [0, 1), got {self.warmup}")
+        require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
+                "not one chunk would fit")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Losses of the alignment phase."""
+
+    mse: float = opt(1.0, "weight of the squared error between vectors and mean token embeddings")
+    kl: float = opt(1.0, "weight of the divergence between next-token distributions after vectors and after tokens")
+    argmax: float = opt(0.2, "weight of the cross entropy to the likeliest token after tokens")
+    max_cost: float = opt(0.5, "anchors whose spans differ by more than this share of edits are left out")
+
+    def __post_init__(self) -> None:
+        for name in ("mse", "kl", "argmax"):
+            require(getattr(self, name) >= 0, f"--{name} must be 0 or more, got {getattr(self, name)}")
+        require(self.mse + self.kl + self.argmax > 0, "--mse, --kl and --argmax are all 0: nothing would be trained")
+        require(0 <= self.max_cost <= 1, f"--max_cost must lie between 0 and 1, got {self.max_cost}")
+
+
+@dataclass(frozen=True)
+class ReconConfig:
+    """The reconstruction phase."""
+
+    curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
+                                  "sample counts, the same over even stages, or none (full length from the start)",
+                          choices=("paper", "even", "none"))
+
+
+@dataclass(frozen=True)
+class NextConfig:
+    """The next-paragraph phase."""
+
+    expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average")
+    next_frac: float = opt(0.5, "share of a text that is predicted, where the file gives no split")
+    recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead")
+    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
+
+    def __post_init__(self) -> None:
+        for name in ("expand_frac", "recon_frac"):
+            require(0 <= getattr(self, name) <= 1, f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
+        require(0 < self.next_frac < 1, f"--next_frac must lie between 0 and 1, got {self.next_frac}")
+        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Question answering on retrieved passages."""
+
+    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
+    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training")
+    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
+                                                 "1: the reader of the full text")
+    no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
+                                     "\"not in the documents\"")
+    limit: int | None = opt(None, "read at most this many questions")
+    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
+
+    def __post_init__(self) -> None:
+        require(self.rag_json is not None, "--rag_json is missing: name a file of questions with answers")
+        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
+        require(0 <= self.no_answer_frac <= 1, f"--no_answer_frac must lie between 0 and 1, got {self.no_answer_frac}")
+        require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
+        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """What `align` shows."""
+
+    text: str | None = opt(None, "the text to align")
+
+    def __post_init__(self) -> None:
+        require(bool(self.text), "--text is missing: give the text to align")
 
 
 @dataclass(frozen=True)
@@ -358,6 +498,62 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
         print("".join(f"{line}\n" for result in results for line in trec_lines(result)), end="")
     else:
         print("\n\n".join(search_text(result) for result in results))
+
+
+@command("align", AnchorConfig, ModelConfig)
+def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Show where the tokens of encoder and decoder end together."""
+    tokenizer = build_tokenizer(model_config(models, PackConfig.k))
+    encoder, decoder = (tokenize_pieces(anchor.text, side) for side in (tokenizer.encoder, tokenizer.decoder))
+    spans = anchor_rows(encoder, decoder)
+    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
+              "exact_anchors": sum(span["exact"] for span in spans),
+              "anchors": sum(span["cost"] is not None and span["cost"] <= AlignConfig.max_cost for span in spans)}
+    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
+         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
+         f"with a cost of {AlignConfig.max_cost} or less")
+
+
+@command("cpt_align", TextConfig, AlignConfig, TrainConfig, ModelConfig)
+def cmd_cpt_align(texts: TextConfig, align: AlignConfig, train: TrainConfig, models: ModelConfig,
+                  runtime: RuntimeConfig) -> None:
+    """Train vectors to stand for the tokens between anchors: error, divergence and argmax terms."""
+    phase = Phase("cpt_align", Weights(text=0.0, kl=align.kl, argmax=align.argmax, mse=align.mse))
+    run_training(phase, (texts, align, train, models, runtime),
+                 lambda encoder, settled: AlignLessons(encoder, texts, settled, align))
+
+
+@command("cpt_recon", TextConfig, ReconConfig, TrainConfig, ModelConfig)
+def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
+                  runtime: RuntimeConfig) -> None:
+    """Train encoder and projector so that the frozen decoder gives a text back from its vectors."""
+    run_training(Phase("cpt_recon", Weights()), (texts, recon, train, models, runtime),
+                 lambda encoder, settled: ReconLessons(encoder, texts, settled, recon))
+
+
+@command("cpt_next", TextConfig, NextConfig, TrainConfig, ModelConfig)
+def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
+                 runtime: RuntimeConfig) -> None:
+    """Train everything to go on with a text whose beginning is compressed."""
+    phase = Phase("cpt_next", Weights(kl=following.distill))
+    run_training(phase, (texts, following, train, models, runtime),
+                 lambda encoder, settled: NextLessons(encoder, texts, settled, following))
+
+
+@command("sft", SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig)
+def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
+            runtime: RuntimeConfig) -> None:
+    """Train on questions with retrieved passages; the loss is on the answer alone."""
+    searcher = load_searcher(index, search, runtime)
+    phase = Phase("sft", Weights(kl=sft.distill))
+    run_training(phase, (sft, index, search, train, models, runtime),
+                 lambda encoder, settled: AnswerLessons(encoder, settled, sft, searcher, search))
+
+
+def run_training(phase: Phase, configs: tuple[Any, ...], make_lessons: Callable[..., Lessons]) -> None:
+    """Run a phase and show its summary. configs: all of the command's, ending with train, models, runtime."""
+    summary = train_phase(phase, configs, make_lessons)
+    emit(summary, configs[-1], training_text(summary))
 
 
 @command("generate", QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ModelConfig)
@@ -673,6 +869,7 @@ try:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
+    from tokenizers.decoders import DecodeStream
     from torch import Tensor, nn
     from tqdm import tqdm
     from transformers import (
@@ -683,6 +880,7 @@ try:
         PreTrainedConfig,
         PreTrainedModel,
     )
+    from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError as missing:
     if __name__ != "__main__":
         raise
@@ -910,6 +1108,8 @@ def exclusive(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
 
 
 MANIFEST_FORMAT = "refrag-index"
+CHECKPOINT_FORMAT = "refrag-checkpoint"
+REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again"}
 MANIFEST_VERSION = 1
 
 
@@ -919,16 +1119,16 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(path: Path, folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(path: Path, folder: Path, manifest: dict[str, Any], form: str = MANIFEST_FORMAT) -> None:
     """Write a manifest that lists every file of `folder` with its size and sha256."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
-    manifest = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **manifest, "files": entries}
+    manifest = {"format": form, "version": MANIFEST_VERSION, **manifest, "files": entries}
     manifest["digest"] = manifest_digest(manifest)
     write_atomic(path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
     """Read and check a manifest. Raises CorruptError for damage, MismatchError for another format or version."""
     try:
         manifest = json.loads(path.read_bytes())
@@ -936,22 +1136,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise CorruptError(f"{path} is damaged: build the index again")
-    if manifest["format"] != MANIFEST_FORMAT or manifest["version"] > MANIFEST_VERSION:
+        raise CorruptError(f"{path} is damaged: {REMEDIES[form]}")
+    if manifest["format"] != form or manifest["version"] > MANIFEST_VERSION:
         raise MismatchError(f"{path} has format {manifest['format']} version {manifest['version']}, this program "
-                            f"reads {MANIFEST_FORMAT} up to {MANIFEST_VERSION}: update the program")
+                            f"reads {form} up to {MANIFEST_VERSION}: update the program")
     return manifest
 
 
-def verify_files(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT) -> None:
     """Check sizes, then digests, of every listed file. Raises CorruptError that names the first bad one."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise CorruptError(f"{path} is missing or has the wrong size: build the index again")
+            raise CorruptError(f"{path} is missing or has the wrong size: {REMEDIES[form]}")
     for name, entry in progress(entries.items(), "verifying", total=len(entries), unit="file"):
         if sha256_file(folder / name) != entry["sha256"]:
-            raise CorruptError(f"{folder / name} is damaged (checksum): build the index again")
+            raise CorruptError(f"{folder / name} is damaged (checksum): {REMEDIES[form]}")
 
 
 class ArrayWriter:
@@ -1241,6 +1441,41 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int]) -> Iterator[Record
     return itertools.islice(records(), corpus.limit)
 
 
+class TrainingText(NamedTuple):
+    """One text to train on: a string, or token ids of the decoder."""
+
+    text: str | list[int]
+    context: int  # tokens to compress before the rest is predicted; 0 where the file does not say
+    where: str
+
+
+def parse_training_text(line: str, where: str) -> TrainingText:
+    """A {text} or {tokens,split:{s,o}} line. Raises BadRecord."""
+    item = parse_object(line, where)
+    text = item.get("tokens", item.get("text"))
+    if isinstance(text, list):
+        if not all(type(token) is int and token >= 0 for token in text):
+            raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more")
+    else:
+        text = check_string(text, "text", where)
+    split = item.get("split") or {}
+    sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
+    if isinstance(text, list) and sum(sizes):
+        text = text[: sum(sizes)]
+    return TrainingText(text, sizes[0], where)
+
+
+def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
+    """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
+    for name in paths:
+        require(Path(name).is_file(), f"training file {name}: no such file")
+        with open_maybe_gzip(Path(name)) as handle:
+            for number, line in read_lines(handle, name, {"skipped": 0, "replaced": 0}, "strict"):
+                yield parse_training_text(line, f"{name}:{number}")
+
+
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
@@ -1267,23 +1502,30 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
     """The question, or those of the file, as {id, question, ...}. Raises UserError."""
     require((ask.question is None) != (ask.questions is None), "name one of --question and --questions")
     if ask.question is not None:
-        items = [{"id": "1", "question": ask.question}]
-        places = ["--question"]
-    else:
-        path = Path(ask.questions)
-        require(path.is_file(), f"--questions {path}: no such file")
-        counts = {"skipped": 0, "replaced": 0}
-        with open_maybe_gzip(path) as handle:
-            lines = list(read_lines(handle, str(path), counts, "strict"))
-        places = [f"{path}:{number}" for number, _ in lines]
-        items = [{"id": str(i), **parse_object(text, place)}
-                 for i, ((_, text), place) in enumerate(zip(lines, places, strict=True), 1)]
-        require(bool(items), f"--questions {path}: the file holds no question")
+        return check_questions([{"id": "1", "question": ask.question}], ["--question"], "--question")
+    return read_question_file(ask.questions, "--questions")
+
+
+def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
+    """The questions of a JSON lines file as {id, question, ...}; a missing id is the number. Raises UserError."""
+    path = Path(name)
+    require(path.is_file(), f"{flag} {path}: no such file")
+    with open_maybe_gzip(path) as handle:
+        lines = list(read_lines(handle, str(path), {"skipped": 0, "replaced": 0}, "strict"))
+    places = [f"{path}:{number}" for number, _ in lines]
+    items = [{"id": str(i), **parse_object(text, place)}
+             for i, ((_, text), place) in enumerate(zip(lines, places, strict=True), 1)]
+    require(bool(items), f"{flag} {path}: the file holds no question")
+    return check_questions(items, places, f"{flag} {path}")
+
+
+def check_questions(items: list[dict[str, Any]], places: list[str], source: str) -> list[dict[str, Any]]:
+    """Questions with checked text and ids. Raises UserError that names the place."""
     for item, place in zip(items, places, strict=True):
         check_string(item.get("question"), "question", place)
         require(bool(item["question"].strip()), f"{place}: the question is empty")
     ids = [check_id(item["id"], place) for item, place in zip(items, places, strict=True)]
-    require(len(set(ids)) == len(ids), f"--questions {ask.questions}: ids are not unique")
+    require(len(set(ids)) == len(ids), f"{source}: ids are not unique")
     return [{**item, "id": identifier} for item, identifier in zip(items, ids, strict=True)]
 
 # =============================================================================
@@ -2034,24 +2276,42 @@ ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
 NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
+def whole_tokens(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
+    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    return np.concatenate([[True], spans[1:, 0] >= spans[:-1, 1], [True]]) if len(spans) else np.ones(1, dtype=bool)
+
+
+def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
+    """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
+
+    whole: (T + 1,) bool, see `whole_tokens`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so
+    that the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends
+    before it; only a character longer than a unit makes a unit longer.
+    """
+    T, unit = len(whole) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
+    if whole.all():
+        cuts = [*range(0, T, unit), T]
+    else:
+        cuts, i = [0], 0
+        while i < T:
+            j = next((j for j in range(min(i + unit, T), i, -1) if whole[j]), None)
+            i = j if j is not None else next(j for j in range(i + unit + 1, T + 1) if whole[j])
+            cuts.append(i)
+    step = k // unit
+    return np.asarray([*cuts[::step], *([cuts[-1]] if (len(cuts) - 1) % step else [])], dtype=np.int64)
+
+
 def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut a text into chunks of k tokens: (ends in characters, sizes in tokens), both (L,).
 
-    offsets: (start, end) of each token. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
-    the boundaries of k are among those of 4; else a unit is a chunk. A unit that would end inside a character (whose
-    bytes are several tokens) ends before it; only a character longer than a unit makes a unit longer.
+    offsets: (start, end) of each token. The cuts are those of `token_cuts`; tokens without characters of their own
+    belong to the chunk before.
     """
     if not text:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    starts, ends = [s for s, _ in offsets], [e for _, e in offsets]
-    T, unit = len(ends), k if k % CHUNK_UNIT else CHUNK_UNIT
-    whole = [i == T or starts[i] >= ends[i - 1] for i in range(T + 1)]  # may a cut stand before token i?
-    cuts, i = [0], 0
-    while i < T:
-        j = next((j for j in range(min(i + unit, T), i, -1) if whole[j]), None)
-        i = j if j is not None else next(j for j in range(i + unit + 1, T + 1) if whole[j])
-        cuts.append(i)
-    bounds = [*cuts[:: k // unit], *([cuts[-1]] if (len(cuts) - 1) % (k // unit) else [])]
+    ends, T = [e for _, e in offsets], len(offsets)
+    bounds = token_cuts(whole_tokens(offsets), k).tolist()
     runs, first = [(0, 0)], 0
     for bound in bounds[1:]:
         end = ends[bound - 1] if bound < T else len(text)
@@ -2270,6 +2530,81 @@ def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.nd
     return np.concatenate([*plan, np.arange(at, len(prompt.input_ids))])
 
 
+class Content(NamedTuple):
+    """A text cut into chunks, as both models see it."""
+
+    chunks: list[np.ndarray]  # (L,) of (t,): the decoder's tokens of each chunk
+    rows: list[tuple[np.ndarray, np.ndarray]]  # (t,) encoder tokens and the chunk each is pooled into, -1 for none
+
+
+class TrainingSequence(NamedTuple):
+    """What the decoder is fed in training, and what it should say."""
+
+    plan: np.ndarray  # (P,): v >= 0 is the token v itself, v < 0 the vector of chunk -v - 1
+    labels: np.ndarray  # (P,): the token that should follow, -1 where nothing is asked
+    content: Content
+
+    @property
+    def asked(self) -> int:
+        """Number of labels."""
+        return int((self.labels >= 0).sum())
+
+
+def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> TrainingSequence:
+    """A sequence whose answer is to be predicted, teacher forced. Raises ValueError without context or answer.
+
+    Example: context [1, -1], answer [7, 8] -> plan [1, -1, 7], labels [-1, 7, 8]
+    """
+    if not len(context) or not len(answer):
+        raise ValueError("need a context and an answer of one position each at least")
+    labels = np.concatenate([np.full(len(context) - 1, -1, dtype=np.int64), answer])
+    return TrainingSequence(np.concatenate([context, answer[:-1]]), labels, content)
+
+
+def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
+    plan, labels, content = sequence
+    kept = plan >= 0
+    before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
+    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
+    moved[before[asked]] = labels[asked]
+    return TrainingSequence(plan[kept], moved[kept], content)
+
+
+def with_text(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads everything: every vector is replaced by its chunk's tokens."""
+    plan, labels, content = sequence
+    parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
+    ends = np.cumsum([len(part) for part in parts])
+    spread = np.full(ends[-1], -1, dtype=np.int64)
+    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
+    return TrainingSequence(np.concatenate(parts), spread, content)
+
+
+def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
+    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
+    L = len(other.content.chunks)
+    plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
+    return TrainingSequence(plan, sequence.labels, other.content)
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of item numbers, each item in the first bin with room; an item longer than the capacity has its own.
+
+    Example: [3, 2, 2, 1], capacity 4 -> [[0, 3], [1, 2]]
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for number, length in enumerate(lengths):
+        place = next((b for b, free in enumerate(room) if length <= free), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[place].append(number)
+        room[place] -= length
+    return bins
+
+
 def truncated_plan(prompt: Prompt, positions: int) -> np.ndarray:
     """Tokens only, at most `positions` of them: contents are cut from the end, an emptied document goes with its tags.
 
@@ -2309,6 +2644,167 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
     require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
+# =============================================================================
+# 8. Alignment. Where two tokenizers cut a text at the same place, and what the
+#    decoder's tokens teach the projector there. Knows no files.
+# =============================================================================
+
+
+class Tokens(NamedTuple):
+    """A text as one tokenizer cuts it, special tokens left out."""
+
+    ids: list[int]
+    ends: list[int]  # characters of the text up to which each token reaches; -1 where it ends inside a character
+    pieces: list[str]  # what each token adds to the decoded text; "" where it completes no character
+
+
+def tokenize_pieces(text: str, tokenizer: Any) -> Tokens:
+    """Tokens of a text with the pieces of decoded text that they add. tokenizer: a fast one."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    stream = DecodeStream(skip_special_tokens=False)
+    pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+    whole = whole_tokens(offsets)
+    return Tokens(ids, [end if whole[i + 1] else -1 for i, (_, end) in enumerate(offsets)], pieces)
+
+
+def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs (i, j) with a[i] == b[j], by one walk over both: O(M + N).
+
+    a, b: ascending but for values below 1, which never match. Of equal values the first counts.
+
+    Example: [1, 3, 3, 7], [3, 5, 7] -> [(1, 0), (3, 2)]
+    """
+    pairs, i, j, last = [], 0, 0, 0
+    while i < len(a) and j < len(b):
+        if a[i] <= last or a[i] < b[j]:
+            i += 1
+        elif b[j] <= last or b[j] < a[i]:
+            j += 1
+        else:
+            last = a[i]
+            pairs.append((i, j))
+            i, j = i + 1, j + 1
+    return pairs
+
+
+def exact_anchors(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
+    """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
+
+    Found from the lengths of the decoded prefixes; beyond the texts' common prefix no two can be equal. Of several
+    tokens with one decoded prefix the first counts. `anchor_table` is the definition.
+    """
+    texts = ["".join(side.pieces) for side in (a, b)]
+    common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
+    lengths = []
+    for side in (a, b):
+        reached = itertools.accumulate(map(len, side.pieces))
+        lengths.append([n if piece and n <= common else -1 for n, piece in zip(reached, side.pieces, strict=True)])
+    return common_boundaries(*lengths)
+
+
+def anchor_table(text: str, first: Any, second: Any) -> np.ndarray:
+    """The definition of `exact_anchors` as a table: (M, N) bool, O(M N) comparisons of decoded prefixes.
+
+    first, second: tokenizers. A prefix that ends inside a character decodes to a replacement mark and equals nothing.
+    """
+    prefixes = []
+    for tokenizer in (first, second):
+        ids, seen = tokenizer(text, add_special_tokens=False)["input_ids"], {""}
+        column: list[str | None] = []
+        for i in range(len(ids)):
+            prefix = tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False)
+            column.append(None if prefix in seen or prefix.endswith("\ufffd") else prefix)
+            seen.add(prefix)
+        prefixes.append(column)
+    return np.asarray([[p is not None and p == q for q in prefixes[1]] for p in prefixes[0]], dtype=bool).reshape(
+        len(prefixes[0]), len(prefixes[1]))
+
+
+SAME_LETTER = 0.1  # cost of a substitution that changes only case or accent
+BLANK = 0.1  # cost of a blank that one side lacks: many tokenizers drop or add them
+
+
+def base_letter(character: str) -> str:
+    """A character without case and accents. Example: "\u00c9" -> "e" """
+    return unicodedata.normalize("NFKD", character)[:1].casefold()
+
+
+def edit_distance(a: str, b: str) -> float:
+    """Least cost of edits from a to b: 1 each, but little for case, accents and blanks.
+
+    Source: Wagner and Fischer 1974, with costs. Example: "Caf\u00e9 x", "cafex" -> 0.3
+    """
+    def gap(character: str) -> float:
+        return BLANK if character.isspace() else 1.0
+
+    row = list(itertools.accumulate(map(gap, b), initial=0.0))
+    for x in a:
+        diagonal, row[0] = row[0], row[0] + gap(x)
+        for j, y in enumerate(b, start=1):
+            change = 0.0 if x == y else SAME_LETTER if base_letter(x) == base_letter(y) else 1.0
+            diagonal, row[j] = row[j], min(diagonal + change, row[j] + gap(x), row[j - 1] + gap(y))
+    return row[-1]
+
+
+class Anchor(NamedTuple):
+    """Two tokens that end at the same character of the text, and how much the decoded spans up to them differ."""
+
+    i: int
+    j: int
+    cost: float  # edits by the longer span's length, range [0, 1]
+
+
+def cost_anchors(a: Tokens, b: Tokens) -> list[Anchor]:
+    """Anchors for tokenizers that normalise text: equal ends in the source text, which character offsets give.
+
+    An uncased WordPiece tokenizer and a byte-level one part for good at the first capital letter as far as decoded
+    prefixes go; the source text still says which tokens belong together, and the edit distance of what they decode
+    to says how well. O(M + N), since the spans between anchors are short.
+    """
+    anchors, i, j = [], 0, 0
+    for after_i, after_j in common_boundaries(a.ends, b.ends):
+        spans = "".join(a.pieces[i : after_i + 1]), "".join(b.pieces[j : after_j + 1])
+        longest = max(map(len, spans))
+        anchors.append(Anchor(after_i, after_j, min(1.0, edit_distance(*spans) / longest) if longest else 0.0))
+        i, j = after_i + 1, after_j + 1
+    return anchors
+
+
+def anchor_rows(a: Tokens, b: Tokens) -> list[dict[str, Any]]:
+    """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
+    exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
+    for anchor in [*cost_anchors(a, b), None]:
+        to_i, to_j = (anchor.i + 1, anchor.j + 1) if anchor else (len(a.ids), len(b.ids))
+        if to_i > i or to_j > j:
+            rows.append({"encoder": a.pieces[i:to_i], "decoder": b.pieces[j:to_j],
+                         "exact": anchor is not None and (anchor.i, anchor.j) in exact,
+                         "cost": round(anchor.cost, 4) if anchor else None})
+        i, j = to_i, to_j
+    return rows
+
+
+def anchor_text(rows: list[dict[str, Any]]) -> str:
+    """The spans as a table for people; "=" marks exact anchors."""
+    cells = [(" ".join(map(repr, row["encoder"])), " ".join(map(repr, row["decoder"])),
+              "=" if row["exact"] else "-" if row["cost"] is None else f"{row['cost']:.2f}") for row in rows]
+    widths = [max(map(len, column)) for column in zip(("encoder", "decoder"), *(c[:2] for c in cells), strict=True)]
+    lines = [("encoder", "decoder", "cost"), *cells]
+    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in lines)
+
+
+def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """(N,) KL(teacher || student) of next-token distributions. logits, teacher: (N, V)."""
+    student, target = logits.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return (target.exp() * (target - student)).sum(-1)
+
+
+def relative_error(vectors: Tensor, means: Tensor) -> Tensor:
+    """(L,) mean squared error of chunk vectors against mean token embeddings, as a share of the embeddings' own mean
+    square, so that a weight means the same for every decoder. vectors, means: (L, D)."""
+    scale = means.float().pow(2).mean().clamp_min(1e-12)
+    return (vectors.float() - means.float()).pow(2).mean(-1) / scale
+
 
 # =============================================================================
 # 9. Model. Encoder, projector and decoder, their loading and their checkpoints.
@@ -2326,13 +2822,17 @@ class RefragConfig(PreTrainedConfig):
 
     def __init__(self, encoder_name_or_path: str = "decoder:8", decoder_name_or_path: str = "SmolLM2-135M-Instruct",
                  compression: int = 16, pooling: str = "mean", projector: str = "residual_mlp",
-                 training_model: str = "", encoder_width: int | None = None, decoder_width: int | None = None,
-                 **kwargs: Any):
+                 training_model: str = "", lora: dict[str, Any] | None = None,
+                 encoder_width: int | None = None, decoder_width: int | None = None,
+                 decoder_fingerprint: str | None = None, history: list[dict[str, Any]] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.encoder_name_or_path, self.decoder_name_or_path = encoder_name_or_path, decoder_name_or_path
         self.compression, self.pooling, self.projector = compression, pooling, projector
-        self.training_model = training_model  # letters of what was trained: projector, encoder, decoder
+        self.training_model = training_model  # letters of what the folder holds: projector, encoder, decoder
+        self.lora = lora  # rank and alpha of the decoder's adapters, None without
         self.encoder_width, self.decoder_width = encoder_width, decoder_width
+        self.decoder_fingerprint = decoder_fingerprint  # of the decoder before any training
+        self.history = history or []  # one entry per training phase
 
 
 def cache_home() -> Path:
@@ -2435,6 +2935,17 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True) -> nn.M
     return model.eval()
 
 
+@functools.cache
+def forward_arguments(decoder_class: type) -> frozenset[str]:
+    """Names of the arguments of a decoder's forward; cached, since every token asks."""
+    return frozenset(inspect.signature(decoder_class.forward).parameters)
+
+
+def accepts(decoder: nn.Module, name: str) -> bool:
+    """Whether the decoder's forward takes an argument."""
+    return name in forward_arguments(type(decoder))
+
+
 def pool_runs(states: Tensor, sizes: Tensor) -> Tensor:
     """Mean of each run of token states.
 
@@ -2466,11 +2977,60 @@ class ChunkEncoder(nn.Module):
         cuts = tokenizer_fingerprint(self.tokenizer.encoder)
         return weights_fingerprint(self.backbone, self.whole, self.pooling, cuts)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token states. input_ids, attention_mask: (B, T). Returns (B, T, E)."""
-        known = {"use_cache": False} if self.whole else {}
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
+        """Token states. All arguments (B, T). Returns (B, T, E).
+
+        position_ids that start again within a row mark texts packed into it, which do not see each other; then there
+        is no mask.
+        """
+        known: dict[str, Any] = {"use_cache": False} if self.whole else {}
+        if position_ids is not None and accepts(self.backbone, "position_ids"):
+            known["position_ids"] = position_ids
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **known)
         return output.last_hidden_state
+
+    def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
+        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `whole_tokens`.
+
+        A separate encoder reads the text the tokens decode to.
+        """
+        if not self.whole:
+            return self.content_of_text(self.tokenizer.decoder.decode(ids.tolist()), k)[0]
+        cuts = token_cuts(whole, k)
+        owner = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
+        return Content(np.split(ids, cuts[1:-1]), self.encoder_rows(ids, owner))
+
+    def content_of_text(self, text: str, k: int) -> tuple[Content, np.ndarray]:
+        """A text, cut and made ready for training, and where its chunks end in characters."""
+        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = np.asarray(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
+        ends, sizes = self.tokenizer.runs([text], k)[0]
+        chunks = np.split(ids, np.searchsorted(np.maximum.accumulate(starts), ends[:-1]))
+        return Content(chunks, self.text_rows(text, ends, sizes)), ends
+
+    def text_rows(self, text: str, ends: np.ndarray, sizes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the encoder reads for a text whose chunks are known: see `Content.rows`."""
+        encoder = self.tokenizer.encoder
+        if self.whole:
+            ids = np.asarray(encoder(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+            return self.encoder_rows(ids, np.repeat(np.arange(len(sizes)), sizes))
+        rows = []
+        for number, ids in enumerate(self.chunk_rows(text, ends)):
+            owner = np.full(len(ids), number)
+            owner[1:] = -1 if self.pooling == "cls" else number
+            rows.append((np.asarray(ids), owner))
+        return rows
+
+    def encoder_rows(self, ids: np.ndarray, owner: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Windows of a text that is read whole, and the chunk of each token."""
+        windows = range(0, len(ids), ENCODER_WINDOW)
+        return [(ids[i : i + ENCODER_WINDOW], owner[i : i + ENCODER_WINDOW]) for i in windows]
+
+    def chunk_rows(self, text: str, ends: np.ndarray) -> list[list[int]]:
+        """Encoder tokens of each chunk, special ones included, for chunks that are rows of their own."""
+        texts = [text[a:b] for a, b in itertools.pairwise([0, *ends.tolist()])]
+        ids = self.tokenizer.encoder(texts, truncation=True, max_length=ENCODER_WINDOW)["input_ids"] if texts else []
+        return [row or [0] for row in ids]
 
     def run_rows(self, rows: list[list[int]]) -> list[Tensor]:
         """States (T, E) of each row of token ids; rows of like length share a pass."""
@@ -2513,13 +3073,11 @@ class ChunkEncoder(nn.Module):
 
     def encode_rows(self, contents: list[str]) -> list[Tensor]:
         """Pooled states of contents whose chunks are rows of their own: (L, E) each."""
-        encoder, rows, counts = self.tokenizer.encoder, [], []
+        rows, counts = [], []
         for content in contents:
             ends, _ = self.tokenizer.runs([content])[0]
-            texts = [content[a:b] for a, b in itertools.pairwise([0, *ends.tolist()])]
-            rows += encoder(texts, truncation=True, max_length=ENCODER_WINDOW)["input_ids"] if texts else []
-            counts.append(len(texts))
-        rows = [row or [0] for row in rows]
+            rows += self.chunk_rows(content, ends)
+            counts.append(len(ends))
         states = [row[0] if self.pooling == "cls" else row.mean(0) for row in self.run_rows(rows)]
         stacked = torch.stack(states).float() if states else torch.zeros(0, self.width)
         return list(stacked.split(counts))
@@ -2549,22 +3107,187 @@ class Projector(nn.Module):
     """Encoder states to decoder embeddings: mean of the chunk's token embeddings, plus a learned correction.
 
     The last layer starts at zero, so an untrained projector gives the mean of the token embeddings: the decoder reads
-    something from the first step. The correction is scaled to the RMS of the decoder's embedding matrix.
+    something from the first step. The correction is scaled to the RMS of the decoder's embedding matrix. Without the
+    residual (kind "mlp", the paper's) the last layer starts at random.
     """
 
-    def __init__(self, encoder_width: int, decoder_width: int, embedding_rms: float):
+    def __init__(self, encoder_width: int, decoder_width: int, embedding_rms: float, kind: str = "residual_mlp"):
         super().__init__()
+        self.residual = kind == "residual_mlp"
         self.norm = RMSNorm(encoder_width)
         self.inner = nn.Linear(encoder_width, decoder_width)
         self.outer = nn.Linear(decoder_width, decoder_width)
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
+        if self.residual:
+            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
         self.scale = nn.Parameter(torch.tensor(float(embedding_rms)))
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
         """states: (L, E); residual: (L, D), mean token embeddings. Returns (L, D), float32."""
         hidden = nn.functional.gelu(self.inner(self.norm(states)))  # (L, D)
-        return residual.float() + self.scale * self.outer(hidden)
+        correction = self.scale * self.outer(hidden)
+        return residual.float() + correction if self.residual else correction
+
+
+class Batch(NamedTuple):
+    """Packed training sequences as tensors. C chunks in all, N positions that are asked something."""
+
+    encoder_ids: Tensor  # (B', T')
+    encoder_mask: Tensor | None  # (B', T'), None where rows are packed
+    encoder_positions: Tensor | None  # (B', T'), starting again with each text; None where rows are not packed
+    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, C for none
+    chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
+    sizes: Tensor  # (C,), how many of them each chunk has
+    input_ids: Tensor  # (B, T), 0 under a vector
+    chunks: Tensor  # (B, T), the chunk whose vector is fed at a position, -1 at a token
+    position_ids: Tensor  # (B, T), starting again with each sequence
+    asked: Tensor  # (N,), positions b * T + t that are asked something
+    labels: Tensor  # (N,), what should follow them
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+class Output(NamedTuple):
+    """What `RefragModel.forward` gives."""
+
+    logits: Tensor  # (N, V)
+    vectors: Tensor  # (C, D), what was fed for the chunks
+    means: Tensor  # (C, D), means of their token embeddings
+
+
+def lay_rows(rows: list[list[np.ndarray]], fill: int) -> Tensor:
+    """(B, T) from rows of pieces, each padded to the longest. Example: [[[1], [2, 3]], [[4]]], 0 -> [1 2 3], [4 0 0]"""
+    joined = [np.concatenate(row) for row in rows]
+    out = np.full((len(rows), max(map(len, joined))), fill, dtype=np.int64)
+    for row, values in zip(out, joined, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(out)
+
+
+def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bool) -> Batch:
+    """Rows of sequences as a batch. packs: whether several texts may share a row of the encoder (see `can_pack`).
+
+    Padding has position 0 throughout, which makes each padded position a sequence of its own.
+    """
+    sequences = [sequence for row in rows for sequence in row]
+    bases = np.cumsum([0, *(len(s.content.chunks) for s in sequences)])  # first chunk of each sequence in the batch
+    base = {id(s): int(b) for s, b in zip(sequences, bases, strict=False)}
+    C = int(bases[-1])
+    texts = [(ids, np.where(owner < 0, C, owner + b)) for s, b in zip(sequences, bases, strict=False)
+             for ids, owner in s.content.rows]
+    packed = encoder.whole and packs
+    lengths = [len(ids) for ids, _ in texts]
+    lines = first_fit(lengths, max([ENCODER_WINDOW, *lengths])) if packed else [[i] for i in range(len(texts))]
+    lines = lines or [[]]
+    empty = [np.zeros(1, dtype=np.int64)]  # the encoder of a batch without chunks is not run, but needs a shape
+
+    def encoder_rows(pick: Callable[[int], np.ndarray], fill: int) -> Tensor:
+        return lay_rows([[pick(i) for i in line] or empty for line in lines], fill)
+
+    mask = None if packed else encoder_rows(lambda i: np.ones(lengths[i], dtype=np.int64), 0)
+    positions = encoder_rows(lambda i: np.arange(lengths[i]), 0) if packed else None
+    pieces = [chunk for s in sequences for chunk in s.content.chunks]
+    fed = [[np.where(s.plan < 0, base[id(s)] - s.plan - 1, -1) for s in row] for row in rows]
+    labels = lay_rows([[s.labels for s in row] for row in rows], -1).flatten()
+    asked = (labels >= 0).nonzero().squeeze(1)
+    return Batch(
+        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], C),
+        torch.from_numpy(np.concatenate(pieces or empty)), torch.tensor([len(p) for p in pieces], dtype=torch.long),
+        lay_rows([[np.maximum(s.plan, 0) for s in row] for row in rows], 0), lay_rows(fed, -1),
+        lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
+
+
+def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Mean of the states of each owner. states: (T, E); owners: (T,), range [0, count], count for none.
+
+    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, 1], count 1 -> [[2]]
+    """
+    sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
+    sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
+    return (sums / sizes.to(states.dtype))[:count]
+
+
+@contextlib.contextmanager
+def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
+    """Within the block, the LM head sees the asked positions alone. asked: (N,), numbers b * T + t.
+
+    A hook on the head instead of a call of its own, so that what an architecture does to its logits still happens.
+    """
+    def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(0, 1)[asked], *args[1:])
+
+    handle = decoder.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def can_pack(decoder: nn.Module) -> bool:
+    """Whether sequences that share a row stay apart, found by trying: recurrent layers would carry over."""
+    device = decoder.get_input_embeddings().weight.device
+    ids = torch.arange(1, 13, device=device)[None] % decoder.get_input_embeddings().num_embeddings
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
+    if not accepts(decoder, "position_ids"):
+        return False
+    both = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
+    alone = decoder(input_ids=ids[:, 5:], position_ids=positions[:, 5:], use_cache=False).logits.float()
+    return bool((both - alone).abs().max() <= 0.02 * alone.abs().max())
+
+
+def part_tensors(part: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors by name, each once (tied weights have two names), gathered where FSDP has split them."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    tensors = {}
+    for name, tensor in part.state_dict(keep_vars=True).items():
+        key = (id(tensor), tuple(tensor.shape))
+        if key not in seen:
+            seen.add(key)
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            tensors[name] = whole.detach()
+    return tensors
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; a full disk is an OSError that says so."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    needed = sum(t.numel() * t.element_size() for t in ready.values())
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:  # safetensors' own error is of no particular type
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free", str(path))
+    save_file(ready, path)
+
+
+def lora_names(decoder: nn.Module) -> set[str]:
+    """Names of the tensors of a decoder's adapters."""
+    return {name for name, _ in decoder.named_parameters() if ".lora_" in name}
+
+
+def add_lora(decoder: nn.Module, rank: int) -> None:
+    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
+    inject_adapter_in_model(config, decoder)
+    for name, parameter in decoder.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def merge_lora(model: RefragModel) -> None:
+    """Add the adapters to the decoder's weights, for good: it is then as fast as one that never had any."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.decoder.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            model.decoder.set_submodule(name, module.base_layer)
+    model.config.lora = None
+    if "d" not in model.config.training_model:
+        model.config.training_model += "d"
 
 
 class RefragModel(PreTrainedModel):
@@ -2582,7 +3305,8 @@ class RefragModel(PreTrainedModel):
         rms = embeddings.detach().float().pow(2).mean().sqrt().item()
         config.encoder_width, config.decoder_width = encoder.width, embeddings.shape[1]
         self.encoder, self.decoder = encoder, decoder
-        self.projector = Projector(encoder.width, embeddings.shape[1], rms).to(embeddings.device)
+        projector = Projector(encoder.width, embeddings.shape[1], rms, config.projector)
+        self.projector = projector.to(embeddings.device)
         self.eval()
 
     @property
@@ -2621,30 +3345,136 @@ class RefragModel(PreTrainedModel):
             inputs[~is_token] = self.chunk_embeddings(prompt, {number: states[number] for number in fed})
         return inputs
 
-    def parts(self) -> dict[str, nn.Module]:
-        """The trained parts by file name."""
-        letters = {"p": ("projector", self.projector), "e": ("encoder", self.encoder), "d": ("decoder", self.decoder)}
-        return dict(letters[letter] for letter in "ped" if letter in self.config.training_model or letter == "p")
+    def chunk_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Vectors of all chunks of a batch and the means of their token embeddings, both (C, D) float32."""
+        C = len(batch.sizes)
+        trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            states = self.encoder(batch.encoder_ids, batch.encoder_mask, batch.encoder_positions)  # (B', T', E)
+            pooled = pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), C)  # (C, E)
+        tokens = self.decoder.get_input_embeddings()(batch.chunk_ids)  # (sum of sizes, D)
+        means = pool_runs(tokens.float(), batch.sizes)
+        return self.projector(pooled, means), means
+
+    def forward(self, batch: Batch) -> Output:
+        """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
+        embed = self.decoder.get_input_embeddings()
+        inputs = embed(batch.input_ids)  # (B, T, D)
+        vectors = means = inputs.new_zeros(0, inputs.shape[2])
+        if len(batch.sizes):
+            vectors, means = self.chunk_vectors(batch)
+            fed = vectors[batch.chunks[batch.chunks >= 0]].to(inputs.dtype)
+            inputs = inputs.masked_scatter((batch.chunks >= 0).unsqueeze(-1), fed)
+        known: dict[str, Any] = {"use_cache": False}
+        if accepts(self.decoder, "position_ids"):
+            known["position_ids"] = batch.position_ids
+        with head_reads(self.decoder, batch.asked):
+            logits = self.decoder(inputs_embeds=inputs, **known).logits  # (N, V)
+        return Output(logits, vectors, means)
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of the trained parts by file name. Under FSDP a collective call: every process must make it."""
+        letters, lora = self.config.training_model, lora_names(self.decoder)
+        modules = {"projector": self.projector} | ({"encoder": self.encoder} if "e" in letters else {})
+        parts = {name: part_tensors(module) for name, module in modules.items()}
+        if "d" in letters:
+            parts["decoder"] = {name.replace(".base_layer.", "."): tensor
+                                for name, tensor in part_tensors(self.decoder).items() if name not in lora}
+        if lora:
+            parts["lora"] = {name: tensor for name, tensor in part_tensors(self.decoder).items() if name in lora}
+        return parts
+
+    def write_files(self, folder: Path) -> None:
+        """Write config.json and one safetensors file per trained part."""
+        self.config.save_pretrained(folder)
+        for name, tensors in self.parts().items():
+            write_tensors(folder / f"{name}.safetensors", tensors)
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the checkpoint folder, whole or not at all."""
         with new_folder(Path(folder)) as temporary:
-            self.config.save_pretrained(temporary)
-            for name, part in self.parts().items():
-                tensors = {key: value.detach().cpu().contiguous().clone() for key, value in part.state_dict().items()}
-                save_file(tensors, temporary / f"{name}.safetensors")
+            self.write_files(temporary)
+            write_manifest(temporary / CHECKPOINT_MANIFEST, temporary, {}, CHECKPOINT_FORMAT)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.float32, **kwargs: Any) -> RefragModel:
-        """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor."""
-        path = Path(folder)
-        restore_folder(path)
+                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0,
+                        **kwargs: Any) -> RefragModel:
+        """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
+
+        train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
+        weights, unless training goes on with them.
+        """
+        path = checkpoint_folder(folder)
         config = read_model_config(path)
-        model = build_model(config, torch.device(device), dtype)
-        for name, part in model.parts().items():
+        verify_checkpoint(path)
+        saved, lora = config.training_model, config.lora
+        model = build_model(config, torch.device(device), dtype, train)
+        parts = {"projector": model.projector} | ({"encoder": model.encoder} if "e" in saved else {})
+        parts |= {"decoder": model.decoder} if "d" in saved else {}
+        for name, part in parts.items():
             load_part(part, path / f"{name}.safetensors")
+        if lora is not None:
+            add_lora(model.decoder, lora["r"])
+            load_part(model.decoder, path / "lora.safetensors", only=lora_names(model.decoder))
+        if lora is not None and (not train or ("d" in train and lora_r != lora["r"])):
+            merge_lora(model)
         return model.eval()
+
+
+CHECKPOINT_MANIFEST = "manifest.json"
+STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The checkpoints of a training run, newest first."""
+    found = [path for path in run.glob("step-*") if path.is_dir() and STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """The checkpoint that --load_dir means: the folder itself, or the newest complete one of a training run.
+
+    Raises UserError. A pickle (.pt, .bin, .pth) is refused: reading one runs whatever code it holds.
+    """
+    path = Path(name)
+    require(path.suffix not in (".pt", ".pth", ".bin", ".pkl", ".ckpt"),
+            f"--load_dir {path} is a pickle, which can run code when it is read: name a folder of safetensors files")
+    require(not path.is_file(), f"--load_dir {path} is a file: name the checkpoint's folder")
+    restore_folder(path)
+    if not (path / "config.json").is_file():
+        newest = newest_checkpoint(path)
+        require(newest is not None, f"--load_dir {path}: no checkpoint in this folder")
+        return newest
+    pickles = [p.name for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    require(bool(list(path.glob("*.safetensors"))) or not pickles,
+            f"--load_dir {path} holds pickles ({', '.join(pickles)}), which can run code: convert them to safetensors")
+    return path
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, None if there is none; damaged ones are passed over with a notice."""
+    for folder in step_folders(run):
+        restore_folder(folder)
+        try:
+            verify_checkpoint(folder, required=True)
+            return folder
+        except (CorruptError, MismatchError) as error:
+            notice(f"{one_line(error)}; falling back to the checkpoint before it")
+    return None
+
+
+def verify_checkpoint(folder: Path, required: bool = False) -> None:
+    """Check a checkpoint's files against its manifest. Raises CorruptError.
+
+    A folder without a manifest, made by another program, is only checked tensor by tensor, unless `required`.
+    """
+    path = folder / CHECKPOINT_MANIFEST
+    if not path.is_file() and not required:
+        return
+    if not path.is_file():
+        raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
+    verify_files(folder, read_manifest(path, CHECKPOINT_FORMAT)["files"], CHECKPOINT_FORMAT)
 
 
 def read_model_config(folder: Path) -> RefragConfig:
@@ -2665,7 +3495,7 @@ def encoder_layers(name: str) -> int | None:
     return int(number)
 
 
-def load_part(part: nn.Module, path: Path) -> None:
+def load_part(part: nn.Module, path: Path, only: set[str] | None = None) -> None:
     """Load one part's weights, exactly. Raises CorruptError, or MismatchError that names the tensor."""
     if not path.is_file():
         raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
@@ -2673,13 +3503,16 @@ def load_part(part: nn.Module, path: Path) -> None:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises its own type for every kind of damage
         raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
+    own = {name: tensor for name, tensor in part_tensors(part).items() if only is None or name in only}
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise MismatchError(f"{path}: tensor {name} has shape {found.get(name, 'none')}, the model has "
                                 f"{expected.get(name, 'none')}: use the models of the checkpoint's config.json")
-    part.load_state_dict(tensors)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -2697,37 +3530,64 @@ def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
     return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path), config.compression)
 
 
-def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype) -> RefragModel:
-    """A model from the encoder and decoder that the configuration names. Raises UserError, MissingError."""
+def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "") -> RefragModel:
+    """A model from the encoder and decoder that the configuration names. Raises UserError, MissingError, MismatchError.
+
+    train: letters of what will be trained: those parts are float32 and share no memory with another.
+    """
+    letters = {*config.training_model, *train, *("d" if config.lora else "")}
     tokenizer = build_tokenizer(config)
     decoder = load_decoder(config.decoder_name_or_path, device, dtype)
+    check_decoder(config, decoder)
     layers = encoder_layers(config.encoder_name_or_path)
     if layers is not None:
-        backbone = first_layers(decoder, layers, share="e" not in config.training_model)
+        backbone = first_layers(decoder, layers, share=not letters & {"e", "d"})
         encoder = ChunkEncoder(backbone, tokenizer, whole=True, pooling=config.pooling)
     else:
         with hub_errors(config.encoder_name_or_path):
             backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32)
         encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, whole=False, pooling=config.pooling)
+    if "e" in train:
+        backbone.float()
     return RefragModel(config, encoder, decoder)
 
 
+def check_decoder(config: RefragConfig, decoder: nn.Module) -> None:
+    """Raise MismatchError if a checkpoint's decoder has changed under its name; note it in a new configuration."""
+    found = weights_fingerprint(decoder)
+    if config.decoder_fingerprint not in (None, found):
+        raise MismatchError(f"the checkpoint was trained on another {config.decoder_name_or_path} than the one here "
+                            f"(fingerprint {config.decoder_fingerprint}, here {found}): use the same weights")
+    config.decoder_fingerprint = found
+
+
 def model_config(models: ModelConfig, k: int) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models; compression is k either way."""
+    """The configuration of --load_dir's checkpoint, or of the named models; compression is k either way.
+
+    Raises MismatchError if the checkpoint was made with other models than those named.
+    """
+    named = {"decoder_name_or_path": models.dec, "encoder_name_or_path": models.enc, "pooling": models.pooling,
+             "projector": models.projector}
+    given = {key: value for key, value in named.items() if value is not None}
     if models.load_dir is None:
-        return RefragConfig(models.enc, models.dec, compression=k, pooling=models.pooling)
-    config = read_model_config(Path(models.load_dir))
+        return RefragConfig(compression=k, **given)
+    config = read_model_config(checkpoint_folder(models.load_dir))
+    for (key, value), flag in zip(named.items(), ("dec", "enc", "pooling", "projector"), strict=True):
+        if value not in (None, getattr(config, key)):
+            raise MismatchError(f"--load_dir {models.load_dir} was made with --{flag} {getattr(config, key)}, not "
+                                f"{value}: leave the flag out, or name another checkpoint")
     config.compression = k
     return config
 
 
-def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig) -> RefragModel:
-    """The model of --load_dir, or an untrained one from --enc and --dec."""
+def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
+    """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
+    config = model_config(models, k)
     if models.load_dir is None:
-        return build_model(model_config(models, k), device, dtype)
-    model = RefragModel.from_pretrained(models.load_dir, device=device, dtype=dtype)
+        return build_model(config, device, dtype, train)
+    model = RefragModel.from_pretrained(models.load_dir, device=device, dtype=dtype, train=train, lora_r=lora_r)
     model.config.compression = model.encoder.tokenizer.compression = k
     return model
 
@@ -2873,6 +3733,1101 @@ def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float) -> np.ndarra
 
 
 # =============================================================================
+# 11. Training. Phases that build sequences, a curriculum, and one loop on
+#     accelerate that can be killed and continued. Knows no command line.
+# =============================================================================
+
+TOKEN_CACHE_VERSION = 1
+RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
+NO_ANSWER = "Not in the documents."
+ANSWER_AS_TEXT = 0.75  # how often the chunk with the answer is first among those that stay text
+CURRICULUM_STAGES = 9
+FULL_ROWS = 0.95  # a step's rows are filled up to this share
+KEPT_CHECKPOINTS = 2
+
+
+def curriculum_table(tasks: int) -> np.ndarray:
+    """Samples of each text length in each stage: (tasks, 9) float; task i has texts of 2**i chunks.
+
+    Every row is a geometric sequence. Its first value is 1333 / 4**i, 1 at least, and its sum 2000 for the first
+    three, 4000 for the next three and 8000 for the rest, which settles its ratio. Rounded, these are the numbers of the
+    paper's table for 9 tasks. Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
+    """
+    rows = []
+    for task in range(tasks):
+        first, total = max(1333 // 4**task, 1), 2000 * 2 ** min(task // 3, 2)
+        low, high = 0.0, 10.0
+        while high - low > 1e-12:  # the sum grows with the ratio
+            ratio = (low + high) / 2
+            short = first * sum(ratio**n for n in range(CURRICULUM_STAGES)) < total
+            low, high = (ratio, high) if short else (low, ratio)
+        rows.append([first * low**n for n in range(CURRICULUM_STAGES)])
+    return np.asarray(rows)
+
+
+def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
+    """(tasks,) probabilities of the text lengths at a point of the run. progress: range [0, 1).
+
+    kind: paper (stages as long as their sample counts), even (stages of equal length), none (the longest alone).
+    """
+    if kind == "none" or tasks == 1:
+        return np.eye(tasks)[-1]
+    table = curriculum_table(tasks)
+    lengths = table.sum(0) if kind == "paper" else np.ones(CURRICULUM_STAGES)
+    stage = int(np.searchsorted(np.cumsum(lengths) / lengths.sum(), progress, side="right"))
+    weights = table[:, min(stage, CURRICULUM_STAGES - 1)]
+    return np.maximum(weights / weights.sum(), 0.02) / np.maximum(weights / weights.sum(), 0.02).sum()
+
+
+# -- data ---------------------------------------------------------------------
+
+
+def file_facts(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Name, size and digest of data files, for run.json and for the names of caches. Raises UserError."""
+    for name in paths:
+        require(Path(name).is_file(), f"training file {name}: no such file")
+    return [{"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256_file(Path(name))} for name in paths]
+
+
+class TokenCache:
+    """Training texts as the decoder's tokens, on disk and memory-mapped, made once for a set of files."""
+
+    def __init__(self, folder: Path):
+        self.tokens, self.whole, self.offsets, self.contexts, self.lines = (
+            map_array(folder / f"{name}.npy") for name in ("tokens", "whole", "offsets", "contexts", "lines"))
+        self.files = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def tokens_of(self, text: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (T,), whole (T + 1,)) of a run of a text's tokens; see `whole_tokens`."""
+        base = int(self.offsets[text])
+        whole = np.asarray(self.whole[base + start : base + end], dtype=bool)
+        return np.asarray(self.tokens[base + start : base + end], dtype=np.int64), np.append(whole, True)
+
+    def where(self, text: int) -> str:
+        """file:line of a text."""
+        return f"{self.files[self.lines[text, 0]]}:{self.lines[text, 1]}"
+
+
+def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
+    """The token cache of a set of files, made if it is not there. Its name holds the digest of all it depends on."""
+    facts = file_facts(paths)
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), [fact["sha256"] for fact in facts]])
+    folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):
+            if not folder.is_dir():
+                with new_folder(folder) as temporary:
+                    write_tokens(paths, tokenizer, temporary)
+    return TokenCache(folder)
+
+
+def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
+    """Tokenise the texts of the files into arrays."""
+    names = ("tokens", "whole", "offsets", "contexts")
+    writers = {name: ArrayWriter(folder / f"{name}.npy", dtype)
+               for name, dtype in zip(names, (np.int32, np.uint8, np.int64, np.int32), strict=True)}
+    lines = ArrayWriter(folder / "lines.npy", np.int64, 2)
+    with aborting(*writers.values(), lines):
+        writers["offsets"].append([0])
+        for text in progress(read_training_texts(paths), "tokenising", unit="text"):
+            ids, whole = tokenize_text(text, tokenizer)
+            file, _, line = text.where.rpartition(":")
+            writers["tokens"].append(ids)
+            writers["whole"].append(whole)
+            writers["offsets"].append([writers["tokens"].rows])
+            writers["contexts"].append([text.context])
+            lines.append([[list(paths).index(file), int(line)]])
+        require(writers["tokens"].rows > 0, f"{', '.join(paths)}: no text to train on")
+        for writer in (*writers.values(), lines):
+            writer.close()
+    (folder / "files.json").write_text(json.dumps(list(paths)), encoding="utf-8")
+
+
+def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, whole), both (T,), of a training text. Raises UserError for ids the decoder does not have."""
+    if isinstance(text.text, list):
+        ids = np.asarray(text.text, dtype=np.int64)
+        require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
+                f"the decoder's {len(tokenizer.decoder)}")
+        return ids, np.ones(len(ids), dtype=bool)
+    encoded = tokenizer.decoder(tokenizer.neutralize(text.text), add_special_tokens=False, return_offsets_mapping=True)
+    return np.asarray(encoded["input_ids"], dtype=np.int64), whole_tokens(encoded["offset_mapping"])[:-1]
+
+
+class Item(NamedTuple):
+    """One draw of training data: what the model reads, what the teacher reads, and where it comes from."""
+
+    sequence: TrainingSequence
+    teacher: TrainingSequence | None
+    where: str
+
+    @property
+    def positions(self) -> int:
+        """Decoder positions of the longer of the two."""
+        return max(len(self.sequence.plan), len(self.teacher.plan) if self.teacher else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text that are read or predicted."""
+        plan, chunks = self.sequence.plan, self.sequence.content.chunks
+        return int((plan >= 0).sum()) + sum(len(chunks[-v - 1]) for v in plan[plan < 0].tolist())
+
+
+def opening(tokenizer: Any) -> np.ndarray:
+    """The token a sequence starts with, may be none. Attention gathers at position 0: no vector should stand there."""
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return np.asarray([] if token is None else [token], dtype=np.int64)
+
+
+class Lessons:
+    """What a phase draws its training data from: `draw` by number, `exam` for the evaluation."""
+
+    def __init__(self, encoder: ChunkEncoder, train: TrainConfig):
+        self.encoder, self.train = encoder, train
+        self.tokenizer = encoder.tokenizer
+        self.start = opening(self.tokenizer.decoder)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
+        """The item of a number below len(self). progress: range [0, 1), how far the run is."""
+        raise NotImplementedError
+
+    def exam(self) -> dict[str, list[Item]]:
+        """Items for the evaluation, by name; always the same."""
+        raise NotImplementedError
+
+    def facts(self) -> list[dict[str, Any]]:
+        """The data files."""
+        raise NotImplementedError
+
+    def vectors(self, content: Content) -> np.ndarray:
+        """A plan of all vectors of a content."""
+        return -np.arange(len(content.chunks)) - 1
+
+
+class TextLessons(Lessons):
+    """Texts, cut into windows of at most --seq_tokens tokens."""
+
+    shortest = 1  # tokens a window needs beyond one chunk
+
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
+        super().__init__(encoder, train)
+        self.paths = texts
+        self.cache = cache_tokens(texts.train_json, self.tokenizer)
+        self.windows = self.cut(self.cache, notify=True)
+        self.held_out = cache_tokens(texts.eval_json, self.tokenizer) if texts.eval_json else None
+        self.mark = np.asarray(self.tokenizer.decoder(RECONSTRUCT, add_special_tokens=False)["input_ids"])
+
+    def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
+        """(W, 3) text, first and last token of each window. Raises UserError if no text has a chunk's length."""
+        size, least = self.train.seq_tokens, min(self.train.k) + self.shortest - 1
+        windows, short = [], 0
+        for text, length in enumerate(np.diff(cache.offsets).tolist()):
+            spans = [(at, min(at + size, length)) for at in range(0, length, size)]
+            spans = [span for span in spans if span[1] - span[0] >= least]
+            windows += [(text, *span) for span in spans]
+            short += not spans
+        require(bool(windows), f"{', '.join(cache.files)}: every text is shorter than {least} tokens, which --k "
+                f"{min(self.train.k)} needs: give longer texts or a smaller --k")
+        if short and notify:
+            notice(f"{short:,} texts of fewer than {least} tokens are left out")
+        return np.asarray(windows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def facts(self) -> list[dict[str, Any]]:
+        return file_facts([*self.paths.train_json, *self.paths.eval_json])
+
+    def pick(self, cache: TokenCache, window: np.ndarray, tokens: int | None,
+             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
+        """(ids, whole, where) of a window, or of a run of `tokens` at a random place in it."""
+        text, first, last = window.tolist()
+        if tokens is not None and tokens < last - first:
+            first += int(rng.integers(0, last - first - tokens + 1))
+            last = first + tokens
+        ids, whole = cache.tokens_of(text, first, last)
+        return ids, whole, cache.where(text)
+
+    def reconstruction(self, ids: np.ndarray, whole: np.ndarray, k: int) -> TrainingSequence:
+        """All vectors of a text, then the text."""
+        content = self.encoder.content_of_tokens(ids, whole, k)
+        return continue_plan(np.concatenate([self.start, self.vectors(content), self.mark]), ids, content)
+
+    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
+        return self.item(self.cache, self.windows[number], rng, progress)
+
+    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
+        """The item of a window."""
+        raise NotImplementedError
+
+    def exam_windows(self, count: int) -> tuple[TokenCache, np.ndarray]:
+        """Windows spread over the held-out texts. Only call with --eval_json."""
+        windows = self.cut(self.held_out)
+        return self.held_out, windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
+
+    def exam(self) -> dict[str, list[Item]]:
+        if self.held_out is None:
+            return {}
+        exam = {}
+        for k in self.train.k:
+            only = self.only(k)
+            cache, windows = self.exam_windows(self.train.eval_limit)
+            exam[f"k{k}"] = [only.item(cache, w, np.random.default_rng([0, i]), 1.0) for i, w in enumerate(windows)]
+        return exam
+
+    def only(self, k: int) -> TextLessons:
+        """The same lessons with one k."""
+        other = object.__new__(type(self))
+        other.__dict__ = {**self.__dict__, "train": dataclasses.replace(self.train, k=(k,))}
+        return other
+
+
+class AlignLessons(TextLessons):
+    """The teacher reads tokens, the model the vectors of the spans between anchors; both are read out at anchors."""
+
+    shortest = 2
+
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, align: AlignConfig):
+        super().__init__(encoder, texts, train)
+        self.align, self.anchors = align, {}
+
+    def anchor_ends(self, key: tuple[str, int], text: str) -> list[int]:
+        """Characters of a text at which both tokenizers cut and agree well enough; found once per text."""
+        if key not in self.anchors:
+            sides = (tokenize_pieces(text, side) for side in (self.tokenizer.encoder, self.tokenizer.decoder))
+            encoder, decoder = sides
+            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= self.align.max_cost]
+            self.anchors[key] = [encoder.ends[a.i] for a in good]
+        return self.anchors[key]
+
+    def content(self, ids: np.ndarray, whole: np.ndarray, where: str, k: int) -> Content:
+        """A text cut into chunks that end at anchors."""
+        if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
+            return self.encoder.content_of_tokens(ids, whole, k)
+        text = self.tokenizer.decoder.decode(ids.tolist())
+        ends, _ = self.tokenizer.runs([text], k)[0]
+        anchors = np.asarray([0, *self.anchor_ends((where, hash(text)), text)])
+        snapped = np.unique(anchors[np.searchsorted(anchors, ends[:-1], side="right") - 1])
+        ends = np.asarray([*snapped[snapped > 0].tolist(), len(text)])
+        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = np.maximum.accumulate([start for start, _ in encoded["offset_mapping"]])
+        chunks = np.split(np.asarray(encoded["input_ids"]), np.searchsorted(starts, ends[:-1]))
+        return Content(chunks, self.encoder.text_rows(text, ends, np.zeros(0)))
+
+    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
+        ids, whole, where = self.pick(cache, window, None, rng)
+        content = self.content(ids, whole, where, int(rng.choice(self.train.k)))
+        following = np.asarray([chunk[0] for chunk in content.chunks[1:]])
+        ends = np.cumsum([len(chunk) for chunk in content.chunks])
+        tokens = np.concatenate(content.chunks)
+        spread = np.full(len(tokens), -1, dtype=np.int64)
+        spread[ends[:-1] - 1] = following
+        none = np.full(len(self.start), -1, dtype=np.int64)
+        plans = (self.vectors(content), np.append(following, -1)), (tokens, spread)
+        pair = [TrainingSequence(np.concatenate([self.start, plan]), np.concatenate([none, labels]), content)
+                for plan, labels in plans]
+        return Item(*pair, where)
+
+
+class ReconLessons(TextLessons):
+    """Reconstruction: all vectors of a text, then the text; short texts first."""
+
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, recon: ReconConfig):
+        super().__init__(encoder, texts, train)
+        self.recon = recon
+
+    def lengths(self, k: int) -> list[int]:
+        """Text lengths in chunks that fit --seq_tokens: 1, 2, 4, .."""
+        return [2**n for n in range(int(math.log2(self.train.seq_tokens // k)) + 1)]
+
+    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
+        k = int(rng.choice(self.train.k))
+        lengths = self.lengths(k)
+        chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), self.recon.curriculum)))
+        tokens = self.train.seq_tokens if self.recon.curriculum == "none" else chunks * k
+        ids, whole, where = self.pick(cache, window, tokens, rng)
+        return Item(self.reconstruction(ids, whole, k), None, where)
+
+    def exam(self) -> dict[str, list[Item]]:
+        if self.held_out is None:
+            return {}
+        exam, (cache, windows) = {}, self.exam_windows(self.train.eval_limit)
+        for k in self.train.k:
+            for chunks in self.lengths(k):
+                rng = np.random.default_rng([k, chunks])
+                picked = [self.pick(cache, w, chunks * k, rng) for w in windows if w[2] - w[1] >= chunks * k]
+                if picked:
+                    exam[f"k{k}/{chunks}"] = [Item(self.reconstruction(ids, whole, k), None, where)
+                                              for ids, whole, where in picked]
+        return exam
+
+
+class NextLessons(TextLessons):
+    """The next paragraph from compressed context, some texts reconstructed instead."""
+
+    shortest = 2
+
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, following: NextConfig):
+        super().__init__(encoder, texts, train)
+        self.following = following
+
+    def split(self, length: int, declared: int) -> int:
+        """Tokens to compress: what the file says, else a share of the text; one is always left to predict."""
+        wanted = declared if 0 < declared < length else round(length * (1 - self.following.next_frac))
+        return min(max(wanted, 1), length - 1)
+
+    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
+        k = int(rng.choice(self.train.k))
+        ids, whole, where = self.pick(cache, window, None, rng)
+        declared = int(cache.contexts[window[0]]) if window[1] == 0 else 0
+        s = self.split(len(ids), declared)
+        context, cuts = ids[:s], np.append(whole[:s], True)
+        if rng.random() < self.following.recon_frac and progress < 1:  # the evaluation asks for the continuation alone
+            return Item(self.reconstruction(context, cuts, k), None, where)
+        content = self.encoder.content_of_tokens(context, cuts, k)
+        share = rng.uniform(0, min(1.0, 2 * self.following.expand_frac)) if progress < 1 else 0.0
+        opened = rng.random(len(content.chunks)) < share
+        parts = [chunk if opened[c] else np.asarray([-c - 1]) for c, chunk in enumerate(content.chunks)]
+        sequence = continue_plan(np.concatenate([self.start, *parts]), ids[s:], content)
+        return Item(sequence, with_text(sequence) if self.following.distill else None, where)
+
+
+class AnswerLessons(Lessons):
+    """Questions on retrieved passages; the answer alone is learned."""
+
+    def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
+                 search: SearchConfig):
+        super().__init__(encoder, train)
+        self.sft, self.index, self.topk = sft, searcher.index, search.topk
+        self.questions, self.ranked = self.prepare(sft.rag_json, "--rag_json", searcher, search.hops, sft.limit)
+        self.held_out = None
+        if sft.eval_json is not None:
+            self.held_out = self.prepare(sft.eval_json, "--eval_json", searcher, search.hops, train.eval_limit)
+        self.end = np.asarray([self.tokenizer.decoder.eos_token_id])
+
+    def prepare(self, name: str, flag: str, searcher: Searcher, hops: int,
+                limit: int | None) -> tuple[list[dict[str, Any]], list[list[int]]]:
+        """Checked questions, and for each the rows of its passages: first the right ones, then the others by rank."""
+        questions = read_question_file(name, flag)
+        for number, item in enumerate(questions, start=1):
+            answers = item.get("answers")
+            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+            require(strings and bool(answers), f"{flag} {name}: question {number} has no list of answers")
+        if limit is not None and limit < len(questions):
+            questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
+        return questions, retrieved_rows(questions, searcher, self.topk, hops)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def facts(self) -> list[dict[str, Any]]:
+        index = {"file": str(self.index.path), "sha256": self.index.manifest["digest"]}
+        return [*file_facts([name for name in (self.sft.rag_json, self.sft.eval_json) if name]), index]
+
+    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
+        return self.item(self.questions[number], self.ranked[number], rng, float(rng.choice(self.sft.p)),
+                         int(rng.choice(self.train.k)), bool(rng.random() < self.sft.no_answer_frac))
+
+    def right_rows(self, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
+        """The rows of the documents in positive_ids, those alone that hold an answer if any do; without ids, these."""
+        wanted, answers = set(item.get("positive_ids") or ()), [a.casefold() for a in item["answers"]]
+        right = [row for row in rows if self.index.document_id(row) in wanted or self.index.ids[row] in wanted]
+        holding = [row for row in (right or ([] if wanted else rows))
+                   if any(a in self.index.texts[row].casefold() for a in answers)]
+        return holding or right
+
+    def item(self, item: dict[str, Any], rows: list[int], rng: np.random.Generator, p: float, k: int,
+             taken_away: bool) -> Item:
+        """A question with its passages, which fit --seq_tokens together."""
+        right = self.right_rows(item, rows)
+        others = [row for row in rows if row not in set(right)]
+        if taken_away or not right:
+            shown, gold, answer = others[: self.topk], None, NO_ANSWER
+        else:
+            gold, answer = right[0], str(rng.choice(item["answers"]))
+            shown = [row for row in rows if row == gold or row in others][: self.topk]
+            if gold not in shown:  # retrieval missed it: somewhere among the others
+                shown = [*shown[: self.topk - 1]]
+                shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
+        prompt, docs, sizes, kept = self.pack(item["question"], shown, gold, k)
+        plan = mixed_plan(prompt, self.choose(prompt, docs, answer, p, rng))
+        plan = np.where(plan >= 0, prompt.input_ids[plan], plan)
+        label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
+        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
+        chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
+        content = Content(chunks, self.rows(docs, sizes))
+        sequence = continue_plan(plan, np.concatenate([ids, self.end]), content)
+        return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}")
+
+    def pack(self, question: str, shown: list[int], gold: int | None,
+             k: int) -> tuple[Prompt, list[Doc], list[np.ndarray], list[int]]:
+        """The prompt, its documents, the sizes of their chunks in encoder tokens, and their rows in the index.
+
+        The last passages that do not fit --seq_tokens together are left out, the right one excepted.
+        """
+        contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
+        runs = self.tokenizer.runs(contents, k) if contents else []
+        lengths = [int(size.sum()) for _, size in runs]
+        keep = list(range(len(contents)))
+        while len(keep) > 1 and sum(lengths[i] for i in keep) > self.train.seq_tokens:
+            keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
+        docs = [Doc(str(rank), contents[i], runs[i][0]) for rank, i in enumerate(keep, start=1)]
+        prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
+        return prompt, docs, [runs[i][1] for i in keep], [shown[i] for i in keep]
+
+    def choose(self, prompt: Prompt, docs: list[Doc], answer: str, p: float, rng: np.random.Generator) -> np.ndarray:
+        """(L,) the chunks that stay text: at random, but mostly those with the answer first, as a gate would."""
+        scores, wanted = rng.random(len(prompt.chunks)), answer.casefold()
+        if rng.random() < ANSWER_AS_TEXT:
+            for number, chunk in enumerate(prompt.chunks):
+                at = docs[chunk.doc].content.casefold().find(wanted)
+                scores[number] += 0 <= at < chunk.end and at + len(wanted) > chunk.start
+        return select_chunks(scores, np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64), p)
+
+    def rows(self, docs: list[Doc], sizes: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the encoder reads for several passages, their chunks numbered through."""
+        rows, base = [], 0
+        for doc, size in zip(docs, sizes, strict=True):
+            rows += [(ids, np.where(owner < 0, -1, owner + base))
+                     for ids, owner in self.encoder.text_rows(doc.content, doc.ends, size)]
+            base += len(size)
+        return rows
+
+    def exam(self) -> dict[str, list[Item]]:
+        if self.held_out is None:
+            return {}
+        return {f"k{k}/p{p:g}": [self.item(q, rows, np.random.default_rng([0, i]), p, k, False)
+                                 for i, (q, rows) in enumerate(zip(*self.held_out, strict=True))]
+                for k in self.train.k for p in self.sft.p}
+
+
+def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, topk: int, hops: int) -> list[list[int]]:
+    """Rows of the passages retrieved for each question, and of right ones that were missed. Cached on disk."""
+    index = searcher.index
+    asked = [[q["question"], q.get("positive_ids")] for q in questions]
+    key = dumps([index.manifest["digest"], searcher.retriever, topk, hops, asked])
+    path = cache_home() / "retrieved" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    wanted = {i for q in questions for i in q.get("positive_ids") or ()}
+    places: dict[str, list[int]] = {}
+    for row in range(len(index)):
+        if index.document_id(row) in wanted:
+            places.setdefault(index.document_id(row), []).append(row)
+    ranked = []
+    for q in progress(questions, "retrieving", total=len(questions), unit="question"):
+        found = [passage.row for passage in searcher.search(q["question"], topk + 1, hops)]
+        missed = [row for i in q.get("positive_ids") or () for row in places.get(i, ()) if row not in found]
+        ranked.append([*found, *missed])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(ranked))
+    return ranked
+
+
+# -- the order of the data ------------------------------------------------------
+
+
+class Sampler:
+    """Fills the rows of each step with items, in an order that depends on the seed alone.
+
+    A step has batch_size * grad_accum * processes rows. Draw n is item permutation(epoch)[n % len], with a random
+    generator of its own, so that a run can go on from (drawn, carried), and two processes share one order.
+    """
+
+    def __init__(self, lessons: Lessons, rows: int, steps: int, seed: int, packs: bool):
+        self.lessons, self.rows, self.steps, self.seed, self.packs = lessons, rows, steps, seed, packs
+        self.drawn = 0
+        self.carried: list[tuple[int, int]] = []  # (draw, step in which it was drawn) that found no room yet
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  one sampler lives as long as the program
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
+
+    def item(self, draw: int, step: int) -> Item:
+        """A draw, as it was in that step."""
+        epoch, place = divmod(draw, len(self.lessons))
+        rng = np.random.default_rng([self.seed, 1, draw])
+        return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
+
+    def step(self, step: int) -> list[list[Item]]:
+        """The rows of a step, the longest first."""
+        waiting, carried, rows, room = list(self.carried), [], [], []
+        capacity = self.lessons.train.seq_tokens
+        while len(carried) < 8 and (len(rows) < self.rows or sum(room) > (1 - FULL_ROWS) * capacity * self.rows):
+            if not waiting:
+                waiting.append((self.drawn, step))
+                self.drawn += 1
+            draw, made = waiting.pop(0)
+            item = self.item(draw, made)
+            if item.positions > capacity:  # a row is as long as the longest item allows
+                room = [free + item.positions - capacity for free in room]
+                capacity = item.positions
+            place = next((r for r, free in enumerate(room) if self.packs and item.positions <= free), len(rows))
+            if place == self.rows:
+                carried.append((draw, made))
+                continue
+            if place == len(rows):
+                rows.append([])
+                room.append(capacity)
+            rows[place].append(item)
+            room[place] -= item.positions
+            if not self.packs and len(rows) == self.rows:
+                break
+        self.carried = carried + waiting
+        return sorted(rows, key=lambda row: -sum(item.positions for item in row))
+
+
+# -- the loop -------------------------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """What each term of the loss counts."""
+
+    text: float = 1.0  # cross entropy of the tokens that follow
+    kl: float = 0.0  # divergence from the teacher
+    argmax: float = 0.0  # cross entropy to the teacher's likeliest token
+    mse: float = 0.0  # vectors against mean token embeddings
+
+
+class Phase(NamedTuple):
+    """What is particular to a training phase."""
+
+    name: str
+    weights: Weights
+
+    def settled(self, train: TrainConfig) -> TrainConfig:
+        """The options with this phase's own defaults filled in."""
+        letters, lr = PHASE_DEFAULTS[self.name]
+        letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
+        require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
+        return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
+
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over a share of the steps, then a cosine to zero. Range (0, 1].
+
+    Example: 10 steps, warmup .2: .5, 1, 1, .96, ..
+    """
+    rise = max(1, round(steps * warmup)) if warmup else 0
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+
+
+def mark_trained(model: RefragModel, letters: str, rank: int) -> None:
+    """Freeze everything but what the letters name; with a rank, the decoder trains through adapters of it.
+
+    What is trained is float32, whatever the rest is.
+    """
+    config = model.config
+    model.requires_grad_(False)
+    modules = {"p": model.projector, "e": model.encoder, "d": model.decoder}
+    if "d" in letters and rank:
+        if config.lora is None:
+            add_lora(model.decoder, rank)
+        config.lora = {"r": rank}
+        for name, parameter in model.decoder.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        letters = letters.replace("d", "")
+    for letter in letters:
+        modules[letter].float().requires_grad_(True)
+    config.training_model = "".join(x for x in "ped" if x in config.training_model or x in letters)
+
+
+def parameter_groups(model: RefragModel, train: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: the projector has its own learning rate, and only matrices decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr = train.projector_lr if name.startswith("projector.") else train.lr
+            groups.setdefault((lr, train.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [{"params": params, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: Weights) -> dict[str, Tensor]:
+    """Sums over the asked positions (mse: means over the chunks, times the positions) of each weighted term.
+
+    output.logits: (N, V); labels: (N,); teacher: (N, V) or None.
+    """
+    logits, cross_entropy = output.logits.float(), functools.partial(nn.functional.cross_entropy, reduction="sum")
+    terms = {"text": cross_entropy(logits, labels)} if weights.text else {}
+    if weights.kl:
+        terms["kl"] = divergence(logits, teacher).sum()
+    if weights.argmax:
+        terms["argmax"] = cross_entropy(logits, teacher.argmax(-1))
+    if weights.mse and len(output.vectors):
+        terms["mse"] = relative_error(output.vectors, output.means).mean() * len(labels)
+    return terms
+
+
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C, so that the loop can save before it leaves; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def __enter__(self) -> StopSignal:
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, signum: int, frame: Any) -> None:
+        """Note the first, act on the second."""
+        if self.signum:
+            raise_exit(signum, frame)
+        self.signum = signum
+        notice("stopping after this step, with a checkpoint; once more to stop at once")
+
+    def __exit__(self, *error: Any) -> None:
+        if self.main:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+
+class Trainer:
+    """A model, its lessons, and everything between them and a checkpoint."""
+
+    def __init__(self, model: RefragModel, lessons: Lessons, phase: Phase, train: TrainConfig, accelerator: Any,
+                 teacher: nn.Module | None, facts: dict[str, Any], seed: int):
+        self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
+        self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
+        self.packs = can_pack(model.decoder)
+        processes = accelerator.num_processes
+        rows = train.batch_size * train.grad_accum * processes
+        self.sampler = Sampler(lessons, rows, train.steps, seed, self.packs)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
+        if train.activation_checkpointing:
+            checkpoint_activations(model)
+        if train.torch_compile:
+            model.decoder.compile(dynamic=True)
+            model.encoder.backbone.compile(dynamic=True)
+        self.wrapped, self.optimizer = accelerator.prepare(model, self.optimizer)
+        self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, {}
+
+    # -- one step --
+
+    def batches(self, rows: list[list[Item]]) -> list[list[list[Item]]]:
+        """This process's rows of a step, by pass."""
+        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        return batched(own, self.train.batch_size)
+
+    def collate(self, rows: list[list[TrainingSequence]]) -> Batch:
+        """A batch on this process's device."""
+        return collate(rows, self.model.encoder, self.packs).to(self.accelerator.device)
+
+    def teach(self, rows: list[list[Item]]) -> Tensor | None:
+        """What the teacher expects at the asked positions, (N, V); None where a phase has no teacher."""
+        if rows[0][0].teacher is None:
+            return None
+        batch = self.collate([[item.teacher for item in row] for row in rows])
+        with torch.no_grad(), self.accelerator.autocast():
+            reader = self.teacher if self.teacher is not None else self.model.decoder
+            return read_tokens(reader, batch)
+
+    def run_pass(self, rows: list[list[Item]], asked: int) -> dict[str, float]:
+        """Forward and backward of one pass. asked: labels of the whole step, all processes. Returns its loss terms."""
+        batch = self.collate([[item.sequence for item in row] for row in rows])
+        teacher = self.teach(rows)
+        with self.accelerator.autocast():
+            output = self.wrapped(batch)
+        terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
+        loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
+        if not torch.isfinite(loss):
+            places = ", ".join(dict.fromkeys(item.where for row in rows for item in row))
+            raise UserError(f"step {self.step + 1}: the loss is {loss.item()} on {places[:300]}: lower --lr, or mend "
+                            "these texts; the last checkpoint stays")
+        self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
+        return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
+
+    def run_step(self) -> dict[str, float]:
+        """One optimizer step. Returns its loss terms and gradient norm."""
+        rows = self.sampler.step(self.step)
+        asked = sum(item.sequence.asked for row in rows for item in row)
+        factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        terms: dict[str, float] = {}
+        passes = self.batches(rows)
+        for number, part in enumerate(passes, start=1):
+            alone = self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext()
+            with alone:
+                for name, value in self.run_pass(part, asked).items():
+                    terms[name] = terms.get(name, 0.0) + value
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
+        if not math.isfinite(float(norm)):
+            raise UserError(f"step {self.step + 1}: the gradient is {float(norm)}: lower --lr; the last checkpoint "
+                            "stays")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        filled = sum(item.positions for row in rows for item in row)
+        padded = sum(len(part) * max(sum(i.positions for i in row) for row in part) for part in batched(
+            rows, self.train.batch_size))
+        self.tokens += sum(item.tokens for row in rows for item in row)
+        padding = round(1 - filled / padded, 4)
+        return terms | {"grad_norm": float(norm), "lr": self.train.lr * factor, "padding": padding}
+
+    # -- the run --
+
+    def fit(self) -> dict[str, Any]:
+        """Train up to --steps. Returns the summary."""
+        log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
+        if self.step == 0:
+            log.write({"step": 0, "eval": self.evaluate()})
+        bar = progress_bar(self.phase.name, self.train.steps, "step")
+        bar.update(self.step)
+        with StopSignal() as stop, contextlib.closing(bar):
+            start, since = time.perf_counter() - self.seconds, (time.perf_counter(), self.tokens)
+            while self.step < self.train.steps:
+                terms = self.run_step()
+                self.seconds = time.perf_counter() - start
+                pace = self.tokens / self.seconds
+                bar.set_postfix_str(f"loss {terms['loss']:.4f}, {pace:,.0f} tokens/s", refresh=False)
+                bar.update(1)
+                last = self.step == self.train.steps
+                if self.step % self.train.log_every == 0 or last:
+                    now, record = time.perf_counter(), {"step": self.step, "tokens": self.tokens, **terms}
+                    record["tokens_per_s"] = round((self.tokens - since[1]) / (now - since[0]), 1)
+                    log.write(self.reduce(record) | {"seconds": round(self.seconds, 2)})
+                    since = (now, self.tokens)
+                if last or (self.train.eval_every and self.step % self.train.eval_every == 0):
+                    log.write({"step": self.step, "eval": self.evaluate()})
+                leaving = self.agree(stop.signum)
+                if leaving or last or self.step % self.train.save_every == 0:
+                    self.save(log)
+                if leaving and not last:
+                    raise KeyboardInterrupt if leaving == signal.SIGINT else SystemExit(128 + leaving)
+        return self.summary(log)
+
+    def agree(self, signum: int) -> int:
+        """The signal that any process has received, 0 if none."""
+        if self.accelerator.num_processes == 1:
+            return signum
+        received = torch.tensor([float(signum)], device=self.accelerator.device)
+        return int(self.accelerator.gather(received).max().item())
+
+    def reduce(self, record: dict[str, float]) -> dict[str, float]:
+        """Loss terms summed over the processes, each of which has its share."""
+        if self.accelerator.num_processes == 1:
+            return record
+        names = [name for name in (*Weights._fields, "loss") if name in record]
+        values = torch.tensor([record[name] for name in names], device=self.accelerator.device)
+        return record | dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
+
+    def evaluate(self) -> dict[str, Any]:
+        """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
+        exam = self.exam() if not self.best else self.best
+        results = {}
+        for name, items in progress(exam.items(), "evaluating", total=len(exam)):
+            sequences = [item.sequence for item in items]
+            results[name] = {kind: self.measure(made) for kind, made in controls(sequences).items()}
+        return results
+
+    def exam(self) -> dict[str, list[Item]]:
+        """The held-out items, made once."""
+        self.best = self.lessons.exam()
+        return self.best
+
+    @torch.no_grad()
+    def measure(self, sequences: list[TrainingSequence]) -> dict[str, float]:
+        """Mean loss and accuracy over all asked positions of some sequences."""
+        lengths = [len(s.plan) for s in sequences]
+        alone = [[i] for i in range(len(lengths))]
+        lines = first_fit(lengths, max(self.train.seq_tokens, *lengths)) if self.packs else alone
+        loss = right = total = 0.0
+        for part in batched(lines, self.train.batch_size):
+            batch = self.collate([[sequences[i] for i in line] for line in part])
+            with self.accelerator.autocast():
+                logits = self.model(batch).logits.float()
+            loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
+            right += (logits.argmax(-1) == batch.labels).sum().item()
+            total += len(batch.labels)
+        return {"loss": round(loss / max(total, 1), 5), "accuracy": round(right / max(total, 1), 5)}
+
+    def summary(self, log: RunLog) -> dict[str, Any]:
+        """What the command prints at the end."""
+        final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
+        losses = [r["loss"] for r in log.records if "loss" in r]
+        return {"phase": self.phase.name, "steps": self.step, "loss": losses[-1] if losses else None,
+                "tokens": self.tokens, "seconds": round(self.seconds, 2),
+                "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "eval": final,
+                "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+                "checkpoint": str(self.folder / f"step-{self.step:06d}"), "peak_rss_mb": round(peak_rss_mb(), 1)}
+
+    # -- checkpoints --
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What continuing needs beside the model: optimizer tensors by parameter name, and plain values."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        moments = get_optimizer_state_dict(self.wrapped, unwrap_optimizer(self.optimizer), options=options)["state"]
+        tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
+        tensors["rng/torch"] = torch.get_rng_state()
+        return tensors, {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+                         "drawn": self.sampler.drawn, "carried": self.sampler.carried}
+
+    def save(self, log: RunLog) -> None:
+        """Write a checkpoint, whole or not at all, and drop those before the last two."""
+        tensors, values = self.state()
+        config = self.model.config
+        entry = {"phase": self.phase.name, "steps": self.step, "tokens": self.tokens, **self.facts}
+        config.history = [*(h for h in config.history if h.get("run") != self.facts["run"]), entry]
+        parts = self.model.parts()
+        if self.accelerator.is_main_process:
+            with new_folder(self.folder / f"step-{self.step:06d}") as temporary:
+                config.save_pretrained(temporary)
+                for name, part in (parts | {"trainer": tensors}).items():
+                    write_tensors(temporary / f"{name}.safetensors", part)
+                (temporary / "trainer.json").write_text(dumps(values), encoding="utf-8")
+                (temporary / "README.md").write_text(model_card(config, log.records), encoding="utf-8")
+                write_manifest(temporary / CHECKPOINT_MANIFEST, temporary, {}, CHECKPOINT_FORMAT)
+            for old in step_folders(self.folder)[KEPT_CHECKPOINTS:]:
+                shutil.rmtree(old, ignore_errors=True)
+            log.plot()
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, folder: Path) -> None:
+        """Continue where a checkpoint stands; the model itself is loaded already."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        tensors = load_file(folder / "trainer.safetensors")
+        values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        torch.set_rng_state(tensors.pop("rng/torch"))
+        state: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            state.setdefault(name, {})[kind] = value
+        optimizer = unwrap_optimizer(self.optimizer)
+        groups = [{**{k: v for k, v in group.items() if k != "params"}, "params": group["names"]}
+                  for group in named_groups(self.model, optimizer)]
+        set_optimizer_state_dict(self.wrapped, optimizer, {"state": state, "param_groups": groups},
+                                 options=StateDictOptions(full_state_dict=True))
+        self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
+        self.sampler.drawn, self.sampler.carried = values["drawn"], [tuple(pair) for pair in values["carried"]]
+
+
+def named_groups(model: nn.Module, optimizer: Any) -> list[dict[str, Any]]:
+    """The optimizer's groups with the names of their parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [{**group, "names": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
+    """(N, V) logits at the asked positions of a batch that feeds tokens alone."""
+    known = {"position_ids": batch.position_ids} if accepts(decoder, "position_ids") else {}
+    with head_reads(decoder, batch.asked):
+        return decoder(input_ids=batch.input_ids, use_cache=False, **known).logits
+
+
+def controls(sequences: list[TrainingSequence]) -> dict[str, list[TrainingSequence]]:
+    """What every evaluation compares: the vectors, none, another text's, and the full text."""
+    L = len(sequences)
+    others = [next((o for o in (sequences[(i + n) % L] for n in range(1, L)) if len(o.content.chunks)), sequences[i])
+              for i in range(L)]
+    return {"vectors": sequences, "none": [without_vectors(s) for s in sequences],
+            "wrong": [with_content_of(s, o) for s, o in zip(sequences, others, strict=True)],
+            "full": [with_text(s) for s in sequences]}
+
+
+def checkpoint_activations(model: RefragModel) -> None:
+    """Compute the layers' activations again in the backward pass.
+
+    transformers does so only for layers in training mode; the flag is set on these layers alone, so that dropout
+    inside them stays off.
+    """
+    for module in (model.decoder, model.encoder.backbone):
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in module.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+
+
+class RunLog:
+    """metrics.jsonl of a run, and the picture drawn from it."""
+
+    def __init__(self, folder: Path, writes: bool, step: int):
+        self.path, self.picture, self.writes = folder / "metrics.jsonl", folder / "loss.png", writes
+        self.records: list[dict[str, Any]] = []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            records = [json.loads(line) for line in lines if line.endswith("}")]
+            self.records = [record for record in records if step and record["step"] <= step]
+        if writes:
+            write_atomic(self.path, "".join(dumps(record) + "\n" for record in self.records))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        self.records.append(record)
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(dumps(record) + "\n")
+
+    def plot(self) -> None:
+        """Draw the loss, and the evaluations with their controls."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+        losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
+        left.plot(*zip(*losses, strict=True) if losses else ([], []))
+        left.set(xlabel="step", ylabel="training loss")
+        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for record in self.records:
+            for name, kinds in record.get("eval", {}).items():
+                for kind, measured in kinds.items():
+                    curves.setdefault((name, kind), []).append((record["step"], measured["accuracy"]))
+        colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(name for name, _ in curves))}
+        styles = {"vectors": "-", "none": ":", "wrong": "--", "full": "-."}
+        for (name, kind), points in curves.items():
+            right.plot(*zip(*points, strict=True), styles[kind], color=colours[name],
+                       label=name if kind == "vectors" else None)
+        right.set(xlabel="step", ylabel="held-out token accuracy",
+                  title="solid: vectors, dotted: none, dashed: wrong, dash-dot: full text")
+        right.title.set_fontsize(8)
+        if curves:
+            right.legend(fontsize=7)
+        figure.tight_layout()
+        temporary = self.picture.with_suffix(".tmp.png")
+        figure.savefig(temporary, dpi=100)
+        pyplot.close(figure)
+        temporary.replace(self.picture)
+
+
+def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
+    """The README.md of a checkpoint."""
+    final = next((record for record in reversed(records) if record.get("eval")), None)
+    lines = ["# REFRAG checkpoint", "",
+             f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
+             f"pooling. Projector: {config.projector}. Made by refrag.py {__version__}.", "",
+             "Load it with `python refrag.py generate --load_dir FOLDER`. The licences of the base models and of the "
+             "training data apply.", "",
+             "| Phase | Steps | Tokens | Trained | Device | Data |", "|---|---|---|---|---|---|"]
+    for h in config.history:
+        files = ", ".join(Path(fact["file"]).name for fact in h["data"])
+        lines.append(f"| {h['phase']} | {h['steps']:,} | {h['tokens']:,} | {h['train']} | {h['device']} | {files} |")
+    if final:
+        lines += ["", f"Held-out token accuracy after step {final['step']}:", "",
+                  "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
+        for name, kinds in final["eval"].items():
+            shown = " | ".join(f"{kinds[kind]['accuracy']:.3f}" for kind in ("vectors", "none", "wrong", "full"))
+            lines.append(f"| {name} | {shown} |")
+    return "\n".join([*lines, ""])
+
+
+# -- runs -----------------------------------------------------------------------
+
+RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|loss(\.tmp)?\.png|\.lock|step-\d+|\..*\.(tmp|old)")
+FREE_TO_CHANGE = {"out_dir", "resume", "log_every", "save_every", "eval_every", "threads", "quiet", "json", "debug",
+                  "config", "offline", "torch_compile", "activation_checkpointing"}
+
+
+def make_accelerator(runtime: RuntimeConfig, train: TrainConfig) -> Any:
+    """accelerate's process group and precision; bfloat16 by autocast, the trained weights stay float32."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    device = pick_device(runtime.device)
+    mixed = "bf16" if pick_dtype(runtime.dtype, device) == torch.bfloat16 else "no"
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may have no vector at all
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[unused])
+
+
+def run_settings(phase: Phase, configs: Sequence[Any]) -> dict[str, Any]:
+    """Every option of a run by name."""
+    merged = {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
+    return json.loads(json.dumps({"phase": phase.name, **merged}))
+
+
+def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> Path | None:
+    """Check the run's folder; with --resume, the checkpoint to continue from. Raises UserError, MismatchError."""
+    require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = [p.name for p in folder.iterdir() if not RUN_FILES.fullmatch(p.name)]
+    require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    require(resume, f"--out_dir {folder} holds a run: add --resume to continue it, or name another folder")
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise CorruptError(f"{path} is damaged: name another --out_dir") from None
+    changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
+    if changed:
+        was = ", ".join(f"--{k} was {before.get(k)}, now {settings[k]}" for k in changed)
+        raise MismatchError(f"--resume with changed options: {was}: use the same, or name another --out_dir")
+    return newest_checkpoint(folder)
+
+
+def write_run(folder: Path, settings: dict[str, Any], lessons: Lessons, accelerator: Any) -> None:
+    """run.json: what it takes to make the run again."""
+    facts = {"settings": settings, "data": lessons.facts(), "versions": library_versions(),
+             "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
+    write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
+
+
+def train_phase(phase: Phase, configs: tuple[Any, ...],
+                make_lessons: Callable[[ChunkEncoder, TrainConfig], Lessons]) -> dict[str, Any]:
+    """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
+    train, models, runtime = configs[-3:]
+    settled, accelerator = phase.settled(train), make_accelerator(runtime, train)
+    folder, settings = Path(train.out_dir), run_settings(phase, configs)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = exclusive(folder / ".lock", f"run {folder}") if accelerator.is_main_process else contextlib.nullcontext()
+    with lock:
+        checkpoint = open_run(folder, settings, train.resume)
+        source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
+        model = load_model(source, max(train.k), runtime, settled.train, train.lora_r).to(accelerator.device)
+        lessons = make_lessons(model.encoder, settled)
+        teacher = load_teacher(phase, settled, models, runtime)
+        mark_trained(model, settled.train, train.lora_r)
+        facts = {"run": str(folder), "train": settled.train + (f" (LoRA {train.lora_r})" if train.lora_r else ""),
+                 "device": str(accelerator.device), "data": lessons.facts()}
+        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, facts, runtime.seed)
+        if checkpoint:
+            trainer.restore(checkpoint)
+        elif accelerator.is_main_process:
+            write_run(folder, settings, lessons, accelerator)
+        return trainer.fit()
+
+
+def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
+    """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
+    if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
+        return None
+    return load_model(models, max(train.k), runtime).decoder.requires_grad_(False)
+
+
+def training_text(summary: dict[str, Any]) -> str:
+    """A run's summary for people."""
+    lines = [f"{summary['phase']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens in "
+             f"{summary['seconds']:.0f} s ({summary['tokens_per_s']:,.0f} tokens/s), loss {summary['loss']:.4f} -> "
+             f"{summary['checkpoint']}"]
+    for name, kinds in summary["eval"].items():
+        shown = ", ".join(f"{kind} {values['accuracy']:.3f}" for kind, values in kinds.items())
+        lines.append(f"held out {name}: token accuracy {shown}")
+    return "\n".join(lines)
+
+
+# =============================================================================
 # 12. Generation. Prefill, decode, citations, and the clock on all of it.
 # =============================================================================
 
@@ -2891,17 +4846,6 @@ class State(NamedTuple):
     cache: Any
     mask: Tensor | None  # (B, T)
     position: Tensor  # (B,)
-
-
-@functools.cache
-def forward_arguments(decoder_class: type) -> frozenset[str]:
-    """Names of the arguments of a decoder's forward; cached, since every token asks."""
-    return frozenset(inspect.signature(decoder_class.forward).parameters)
-
-
-def accepts(decoder: nn.Module, name: str) -> bool:
-    """Whether the decoder's forward takes an argument."""
-    return name in forward_arguments(type(decoder))
 
 
 def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
