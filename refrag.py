@@ -60,6 +60,7 @@ import typing
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -308,7 +309,7 @@ class TrainConfig:
     lr: float | None = opt(None, "peak learning rate; default " + ", ".join(
         f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r")
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr")
-    batch_size: int = opt(8, "rows of about --seq_tokens in one pass, each packed with several short texts")
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together")
     grad_accum: int = opt(1, "passes per optimizer step and process")
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
     warmup: float = opt(0.04, "share of the steps in which the learning rate rises")
@@ -3742,7 +3743,6 @@ RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead
 NO_ANSWER = "Not in the documents."
 ANSWER_AS_TEXT = 0.75  # how often the chunk with the answer is first among those that stay text
 CURRICULUM_STAGES = 9
-FULL_ROWS = 0.95  # a step's rows are filled up to this share
 KEPT_CHECKPOINTS = 2
 
 
@@ -4235,54 +4235,66 @@ def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, topk: in
 
 
 class Sampler:
-    """Fills the rows of each step with items, in an order that depends on the seed alone.
+    """Draws the items of each step, in an order that depends on the seed alone, and lays them into rows.
 
-    A step has batch_size * grad_accum * processes rows. Draw n is item permutation(epoch)[n % len], with a random
-    generator of its own, so that a run can go on from (drawn, carried), and two processes share one order.
+    A step has about sequences * seq_tokens positions, over all its passes, which are grad_accum * processes. Draw n is
+    item permutation(epoch)[n % len] with a random generator of its own: a run can go on from `drawn`, and two processes
+    see what one would.
     """
 
-    def __init__(self, lessons: Lessons, rows: int, steps: int, seed: int, packs: bool):
-        self.lessons, self.rows, self.steps, self.seed, self.packs = lessons, rows, steps, seed, packs
+    def __init__(self, lessons: Lessons, sequences: int, passes: int, steps: int, seed: int, row: int):
+        """row: positions of a packed row, about; 0 where sequences may not share a row."""
+        self.lessons, self.passes, self.steps, self.seed, self.row = lessons, passes, steps, seed, row
+        self.positions = sequences * lessons.train.seq_tokens
         self.drawn = 0
-        self.carried: list[tuple[int, int]] = []  # (draw, step in which it was drawn) that found no room yet
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  one sampler lives as long as the program
     def order(self, epoch: int) -> np.ndarray:
         """The order of an epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
 
-    def item(self, draw: int, step: int) -> Item:
-        """A draw, as it was in that step."""
-        epoch, place = divmod(draw, len(self.lessons))
-        rng = np.random.default_rng([self.seed, 1, draw])
+    def draw(self, step: int) -> Item:
+        """The next item."""
+        epoch, place = divmod(self.drawn, len(self.lessons))
+        rng = np.random.default_rng([self.seed, 1, self.drawn])
+        self.drawn += 1
         return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
 
-    def step(self, step: int) -> list[list[Item]]:
-        """The rows of a step, the longest first."""
-        waiting, carried, rows, room = list(self.carried), [], [], []
-        capacity = self.lessons.train.seq_tokens
-        while len(carried) < 8 and (len(rows) < self.rows or sum(room) > (1 - FULL_ROWS) * capacity * self.rows):
-            if not waiting:
-                waiting.append((self.drawn, step))
-                self.drawn += 1
-            draw, made = waiting.pop(0)
-            item = self.item(draw, made)
-            if item.positions > capacity:  # a row is as long as the longest item allows
-                room = [free + item.positions - capacity for free in room]
-                capacity = item.positions
-            place = next((r for r, free in enumerate(room) if self.packs and item.positions <= free), len(rows))
-            if place == self.rows:
-                carried.append((draw, made))
-                continue
-            if place == len(rows):
-                rows.append([])
-                room.append(capacity)
-            rows[place].append(item)
-            room[place] -= item.positions
-            if not self.packs and len(rows) == self.rows:
-                break
-        self.carried = carried + waiting
-        return sorted(rows, key=lambda row: -sum(item.positions for item in row))
+    def step(self, step: int) -> list[list[list[Item]]]:
+        """The rows of each pass of a step."""
+        items: list[Item] = []
+        while len(items) < self.passes or sum(item.positions for item in items) < self.positions:
+            items.append(self.draw(step))
+        items.sort(key=lambda item: -item.positions)
+        if not self.row:
+            rows = [[item] for item in items]  # alike in length within a pass
+            return [rows[i * len(rows) // self.passes : (i + 1) * len(rows) // self.passes] for i in range(self.passes)]
+        row = max(self.row, 2 * items[0].positions)  # shorter ones would leave much empty beside the longest item
+        wanted = round(sum(item.positions for item in items) / self.passes / row)
+        rows = balance(items, self.passes * min(max(wanted, 1), len(items) // self.passes))
+        return [rows[i :: self.passes] for i in range(self.passes)]
+
+    def run(self, step: int) -> Iterator[tuple[list[list[list[Item]]], int]]:
+        """The passes of each step from `step` on, and the draws up to it; the next are made while these are used."""
+        with ThreadPoolExecutor(1) as worker:
+            ahead = worker.submit(lambda: (self.step(step), self.drawn))
+            while step < self.steps:
+                ready = ahead.result()
+                step += 1
+                if step < self.steps:
+                    ahead = worker.submit(lambda now: (self.step(now), self.drawn), step)
+                yield ready
+
+
+def balance(items: list[Item], rows: int) -> list[list[Item]]:
+    """Lay items, the longest first, each into the row that is shortest so far."""
+    laid: list[list[Item]] = [[] for _ in range(rows)]
+    lengths = [0] * rows
+    for item in items:
+        shortest = lengths.index(min(lengths))
+        laid[shortest].append(item)
+        lengths[shortest] += item.positions
+    return laid
 
 
 # -- the loop -------------------------------------------------------------------
@@ -4402,9 +4414,10 @@ class Trainer:
         self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
         self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
         self.packs = can_pack(model.decoder)
-        processes = accelerator.num_processes
-        rows = train.batch_size * train.grad_accum * processes
-        self.sampler = Sampler(lessons, rows, train.steps, seed, self.packs)
+        passes = train.grad_accum * accelerator.num_processes
+        # Rows as long as the decoder is wide: attention over them costs a sixth of the rest (T / 6D).
+        row = model.config.decoder_width if self.packs else 0
+        self.sampler = Sampler(lessons, train.batch_size * passes, passes, train.steps, seed, row)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
         if train.activation_checkpointing:
             checkpoint_activations(model)
@@ -4412,14 +4425,10 @@ class Trainer:
             model.decoder.compile(dynamic=True)
             model.encoder.backbone.compile(dynamic=True)
         self.wrapped, self.optimizer = accelerator.prepare(model, self.optimizer)
-        self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, {}
+        self.step, self.tokens, self.seconds, self.drawn = 0, 0, 0.0, 0
+        self.exam = lessons.exam()
 
     # -- one step --
-
-    def batches(self, rows: list[list[Item]]) -> list[list[list[Item]]]:
-        """This process's rows of a step, by pass."""
-        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        return batched(own, self.train.batch_size)
 
     def collate(self, rows: list[list[TrainingSequence]]) -> Batch:
         """A batch on this process's device."""
@@ -4449,19 +4458,19 @@ class Trainer:
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
 
-    def run_step(self) -> dict[str, float]:
-        """One optimizer step. Returns its loss terms and gradient norm."""
-        rows = self.sampler.step(self.step)
-        asked = sum(item.sequence.asked for row in rows for item in row)
+    def run_step(self, passes: list[list[list[Item]]]) -> dict[str, float]:
+        """One optimizer step; passes: of all processes. Returns its loss terms and gradient norm."""
+        items = [item for rows in passes for row in rows for item in row]
+        asked = sum(item.sequence.asked for item in items)
         factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         terms: dict[str, float] = {}
-        passes = self.batches(rows)
-        for number, part in enumerate(passes, start=1):
-            alone = self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext()
+        own = passes[self.accelerator.process_index :: self.accelerator.num_processes]
+        for number, rows in enumerate(own, start=1):
+            alone = self.accelerator.no_sync(self.wrapped) if number < len(own) else contextlib.nullcontext()
             with alone:
-                for name, value in self.run_pass(part, asked).items():
+                for name, value in self.run_pass(rows, asked).items():
                     terms[name] = terms.get(name, 0.0) + value
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
         if not math.isfinite(float(norm)):
@@ -4470,11 +4479,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        filled = sum(item.positions for row in rows for item in row)
-        padded = sum(len(part) * max(sum(i.positions for i in row) for row in part) for part in batched(
-            rows, self.train.batch_size))
-        self.tokens += sum(item.tokens for row in rows for item in row)
-        padding = round(1 - filled / padded, 4)
+        self.tokens += sum(item.tokens for item in items)
+        padded = sum(len(rows) * max(sum(item.positions for item in row) for row in rows) for rows in passes)
+        padding = round(1 - sum(item.positions for item in items) / padded, 4)
         return terms | {"grad_norm": float(norm), "lr": self.train.lr * factor, "padding": padding}
 
     # -- the run --
@@ -4488,8 +4495,8 @@ class Trainer:
         bar.update(self.step)
         with StopSignal() as stop, contextlib.closing(bar):
             start, since = time.perf_counter() - self.seconds, (time.perf_counter(), self.tokens)
-            while self.step < self.train.steps:
-                terms = self.run_step()
+            for passes, drawn in self.sampler.run(self.step):
+                terms, self.drawn = self.run_step(passes), drawn
                 self.seconds = time.perf_counter() - start
                 pace = self.tokens / self.seconds
                 bar.set_postfix_str(f"loss {terms['loss']:.4f}, {pace:,.0f} tokens/s", refresh=False)
@@ -4526,17 +4533,11 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
-        exam = self.exam() if not self.best else self.best
         results = {}
-        for name, items in progress(exam.items(), "evaluating", total=len(exam)):
+        for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
             sequences = [item.sequence for item in items]
             results[name] = {kind: self.measure(made) for kind, made in controls(sequences).items()}
         return results
-
-    def exam(self) -> dict[str, list[Item]]:
-        """The held-out items, made once."""
-        self.best = self.lessons.exam()
-        return self.best
 
     @torch.no_grad()
     def measure(self, sequences: list[TrainingSequence]) -> dict[str, float]:
@@ -4575,7 +4576,7 @@ class Trainer:
         tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
         tensors["rng/torch"] = torch.get_rng_state()
         return tensors, {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-                         "drawn": self.sampler.drawn, "carried": self.sampler.carried}
+                         "drawn": self.drawn}
 
     def save(self, log: RunLog) -> None:
         """Write a checkpoint, whole or not at all, and drop those before the last two."""
@@ -4614,7 +4615,7 @@ class Trainer:
         set_optimizer_state_dict(self.wrapped, optimizer, {"state": state, "param_groups": groups},
                                  options=StateDictOptions(full_state_dict=True))
         self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
-        self.sampler.drawn, self.sampler.carried = values["drawn"], [tuple(pair) for pair in values["carried"]]
+        self.drawn = self.sampler.drawn = values["drawn"]
 
 
 def named_groups(model: nn.Module, optimizer: Any) -> list[dict[str, Any]]:
@@ -4804,7 +4805,8 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
         trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, facts, runtime.seed)
         if checkpoint:
             trainer.restore(checkpoint)
-        elif accelerator.is_main_process:
+        accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
+        if not checkpoint and accelerator.is_main_process:
             write_run(folder, settings, lessons, accelerator)
         return trainer.fit()
 
