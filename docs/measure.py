@@ -5,6 +5,8 @@
     python docs/measure.py decode
     python docs/measure.py untrained --index_dir runs/wiki --questions data/wiki_questions.jsonl
     python docs/measure.py gate --index_dir runs/wiki --questions data/wiki_questions.jsonl
+    python docs/measure.py anchors --texts data/cpt_train.jsonl
+    python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
 
 What is timed is warmed up, and what is compared takes turns within one run, so that drift of the machine hits all
 alike; the figures are medians.
@@ -22,6 +24,7 @@ import re
 import statistics
 import string
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -256,12 +259,85 @@ def gold_chunks(packed: refrag.Packed, passages: list, item: dict) -> list[list[
     return spans
 
 
+# -- alignment and training ------------------------------------------------------
+
+
+def measure_anchors(args: argparse.Namespace) -> dict:
+    """Exact and cost-aware anchors between the tokens of MiniLM (uncased) and of SmolLM2, per decoder token."""
+    tokenizers = [refrag.load_tokenizer(name) for name in ("all-MiniLM-L6-v2", "SmolLM2-135M-Instruct")]
+    counts: collections.Counter = collections.Counter()
+    costs, seconds = [], 0.0
+    for text in itertools.islice(refrag.read_training_texts([args.texts]), args.limit):
+        start = time.perf_counter()
+        encoder, decoder = (refrag.tokenize_pieces(text.text, tokenizer) for tokenizer in tokenizers)
+        exact, anchors = refrag.exact_anchors(encoder, decoder), refrag.cost_anchors(encoder, decoder)
+        seconds += time.perf_counter() - start
+        counts.update(texts=1, decoder=len(decoder.ids), encoder=len(encoder.ids), exact=len(exact),
+                      anchors=len(anchors), good=sum(a.cost <= refrag.AlignConfig.max_cost for a in anchors))
+        costs += [a.cost for a in anchors]
+    tokens = counts["decoder"]
+    return {**counts, "exact_share": counts["exact"] / tokens, "anchor_share": counts["anchors"] / tokens,
+            "good_share": counts["good"] / tokens, "mean_cost": statistics.mean(costs),
+            "seconds_per_10k_tokens": 1e4 * seconds / tokens}
+
+
+def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Path) -> refrag.Trainer:
+    """A trainer at the start of a run, on the bundled models."""
+    size = int(args.contexts.split(",")[0])
+    train = refrag.TrainConfig(out_dir=str(folder), k=(args.k,), seq_tokens=size, batch_size=args.batch_size,
+                               steps=10**6, train=letters)
+    texts = refrag.TextConfig(train_json=(args.texts,))
+    phase = refrag.Phase(f"cpt_{lessons}", refrag.Weights(kl=float(lessons == "align")))
+    settled = phase.settled(train)
+    model = refrag.load_model(refrag.ModelConfig(), args.k, RUNTIME, letters)
+    made = {"recon": lambda: refrag.ReconLessons(model.encoder, texts, settled, refrag.ReconConfig()),
+            "next": lambda: refrag.NextLessons(model.encoder, texts, settled, refrag.NextConfig()),
+            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled, refrag.AlignConfig())}[lessons]()
+    refrag.mark_trained(model, letters, 0)
+    facts = {"run": "", "data": []}
+    return refrag.Trainer(model, made, phase, settled, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)
+
+
+def by_hand(trainer: refrag.Trainer, batches: list[refrag.Batch]) -> None:
+    """The same forward and backward passes without the loop: encoder, projector, decoder, cross entropy."""
+    model = trainer.model
+    for batch in batches:
+        output = model(batch)
+        torch.nn.functional.cross_entropy(output.logits.float(), batch.labels).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def measure_training(args: argparse.Namespace) -> dict:
+    """Seconds of whole training steps against their bare forward and backward passes, taking turns; peak memory."""
+    rows = []
+    for lessons, letters in (("recon", "pe"), ("next", "ped")):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_of(args, lessons, letters, Path(folder))
+            steps = itertools.islice(trainer.sampler.run(0), args.repeats + 1)
+            times = [time_step(trainer, passes) for passes, _ in steps]
+        whole, bare = zip(*times[1:], strict=True)  # the first warms up
+        rows.append({"phase": lessons, "step_s": statistics.median(whole), "bare_s": statistics.median(bare),
+                     "ratio": statistics.median(w / b for w, b in times[1:]), "peak_rss_mb": refrag.peak_rss_mb()})
+    return {"rows": rows}
+
+
+def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
+    """Seconds of a training step and of its bare passes."""
+    batches = [trainer.collate([[item.sequence for item in row] for row in rows]) for rows in passes]
+    start = time.perf_counter()
+    by_hand(trainer, batches)
+    middle = time.perf_counter()
+    trainer.run_step(passes)
+    return time.perf_counter() - middle, middle - start
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("retrieval", "speed", "decode", "untrained", "gate"))
+    parser.add_argument("what", choices=("retrieval", "speed", "decode", "untrained", "gate", "anchors", "training"))
     parser.add_argument("--index_dir")
     parser.add_argument("--questions")
+    parser.add_argument("--texts")
     parser.add_argument("--question")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--contexts", default="1000,4000")

@@ -3,8 +3,8 @@
     python docs/prove_reading.py --passages PASSAGES.jsonl.gz --out_dir runs/bytes
 
 Makes a 2.9M-parameter Llama over bytes with random weights, trains it and its first two layers as the encoder with
-`refrag.py cpt_recon --k 4` on the passages whose `split` is train, and reports the token accuracy on the others at every
-length of the curriculum: with the vectors, with none, and with another text's. About nine minutes.
+`refrag.py cpt_recon --k 4` on the passages whose `split` is train, and reports the token accuracy on the others at
+every length of the curriculum: with the vectors, with none, and with another text's. About nine minutes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def make_decoder(folder: Path, hidden: int, layers: int) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={piece: n for n, piece in enumerate([*specials, *letters])}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1],
-                                                pad_token=specials[1])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0],
+                                                eos_token=specials[1], pad_token=specials[1])
     config = transformers.LlamaConfig(
         vocab_size=len(fast), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
         num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=2048, tie_word_embeddings=True,

@@ -1,0 +1,551 @@
+"""Section 8: anchors between two tokenizers, what their spans cost, the losses read out at them, and `align`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import random
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TEXTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders
+
+import refrag
+
+KINDS = ("bpe", "wordpiece", "sentencepiece")
+PAIRS = list(itertools.product(KINDS, KINDS))
+ODD = ["👨‍👩‍👧", "🇫🇷🇪🇸", "🙂", "👍🏽", "e\u0301", "a\u0300\u0323", "\u0301", "长江", "日本語。", "한국", "ﬁ",
+       "\u200b", "\x00", "\ufffd", "\u2028", " ", "   ", "\n", "\n\n", "\t", "\u00a0", "▁", "Ġ", "\U0001d518"]
+WORDS = sorted({word for text in TEXTS for word in text.split()})
+wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=4), max_size=12).map("".join)
+few = settings(max_examples=60, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def loaded(tokenizers):
+    """The three kinds of tokenizers; WordPiece decodes as BERT's does, "##" joins."""
+    made = {kind: transformers.AutoTokenizer.from_pretrained(tokenizers[kind]) for kind in KINDS}
+    made["wordpiece"].backend_tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return made
+
+
+def random_text(rng):
+    """Words with single blanks, or anything run together."""
+    if rng.random() < 0.5:
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 12)))
+    return "".join(rng.choice(WORDS + ODD * 2 + [" "] * 20) for _ in range(rng.randint(0, 12)))
+
+
+def both_sides(loaded, text, pair):
+    """A text as each tokenizer of a pair cuts it."""
+    return tuple(refrag.tokenize_pieces(text, loaded[kind]) for kind in pair)
+
+
+# -- a text in pieces -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=wild)
+@few
+def test_pieces_join_to_the_decoded_text(loaded, kind, text):
+    """All prefixes of the pieces are decoded prefixes. A mark of replacement at the end waits for what follows it."""
+    tokens, tokenizer = refrag.tokenize_pieces(text, loaded[kind]), loaded[kind]
+    assert tokens.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(tokens.pieces) == len(tokens.ends) == len(tokens.ids)
+    for n in range(1, len(tokens.ids) + 1):
+        decoded = tokenizer.decode(tokens.ids[:n], clean_up_tokenization_spaces=False)
+        joined = "".join(tokens.pieces[:n])
+        assert joined == decoded or (decoded.startswith(joined) and decoded.endswith("\ufffd"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=wild)
+@few
+def test_ends_are_those_of_the_offsets_and_never_inside_a_character(loaded, kind, text):
+    offsets = loaded[kind](text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    for number, end in enumerate(refrag.tokenize_pieces(text, loaded[kind]).ends):
+        following = offsets[number + 1][0] if number + 1 < len(offsets) else len(text)
+        assert end == (offsets[number][1] if offsets[number][1] <= following else -1)
+
+
+def test_a_character_of_several_tokens_ends_with_its_last(loaded):
+    """The face is four byte tokens; only after the fourth is there text, and only there may a cut stand."""
+    tokens = refrag.tokenize_pieces("x🙂z", loaded["bpe"])
+    assert tokens.pieces == ["x", "", "", "", "🙂", "z"]
+    assert tokens.ends == [1, -1, -1, -1, 2, 3]
+
+
+def test_special_tokens_are_left_out(loaded):
+    """This tokenizer puts [CLS] and [SEP] around a text; they stand for nothing in it."""
+    tokenizer = loaded["wordpiece"]
+    assert tokenizer.cls_token_id in tokenizer("the river")["input_ids"]
+    tokens = refrag.tokenize_pieces("the sea", tokenizer)
+    assert not set(tokens.ids) & set(tokenizer.all_special_ids)
+    assert "".join(tokens.pieces) == "the sea" and tokens.ends == [3, 7]
+
+
+# -- common boundaries ------------------------------------------------------------------
+
+
+def test_common_boundaries_golden():
+    """3 stands at places 1 and 2 of the first and at 0 of the second: the first counts. 7 at 3 and 2. -1 is no place"""
+    assert refrag.common_boundaries([1, 3, 3, 7], [3, 5, 7]) == [(1, 0), (3, 2)]
+    assert refrag.common_boundaries([3, 5, 7], [1, 3, 3, 7]) == [(0, 1), (2, 3)]
+    assert refrag.common_boundaries([-1, 2, -1, 4], [2, -1, -1, 4]) == [(1, 0), (3, 3)]
+    assert refrag.common_boundaries([0, 0, 1], [0, 1]) == [(2, 1)]
+    assert refrag.common_boundaries([2, 2], [2, 2]) == [(0, 0)]
+    assert refrag.common_boundaries([], [1]) == refrag.common_boundaries([1], []) == []
+
+
+@st.composite
+def boundary_lists(draw):
+    """Ascending numbers, some of them twice, with values below 1 strewn in."""
+    values = sorted(draw(st.lists(st.integers(1, 12), max_size=14)))
+    for place in draw(st.lists(st.integers(0, 14), max_size=4)):
+        values.insert(place, draw(st.sampled_from([-1, 0])))
+    return values
+
+
+@given(a=boundary_lists(), b=boundary_lists())
+@settings(max_examples=300, deadline=None)
+def test_common_boundaries_equal_all_comparisons(a, b):
+    """Against every pair of places, by the rule that a number counts where it stands first."""
+    expected = [(i, j) for i, x in enumerate(a) for j, y in enumerate(b)
+                if x == y and x >= 1 and x not in a[:i] and y not in b[:j]]
+    assert refrag.common_boundaries(a, b) == expected
+
+
+# -- exact anchors ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_exact_anchors_equal_the_table(loaded, pair):
+    """The linear walk against the full table of decoded prefixes, 25 texts for each of 9 pairs of tokenizers."""
+    rng, found = random.Random(str(pair)), 0
+    for text in ["", *(random_text(rng) for _ in range(24))]:
+        table = refrag.anchor_table(text, *(loaded[kind] for kind in pair))
+        a, b = both_sides(loaded, text, pair)
+        assert table.shape == (len(a.ids), len(b.ids))
+        assert refrag.exact_anchors(a, b) == [tuple(place) for place in np.argwhere(table).tolist()], text
+        found += int(table.sum())
+    assert found > (0 if "wordpiece" in pair and pair[0] != pair[1] else 20)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@given(text=wild)
+@settings(max_examples=25, deadline=None)
+def test_exact_anchors_equal_the_table_on_any_text(loaded, pair, text):
+    table = refrag.anchor_table(text, *(loaded[kind] for kind in pair))
+    assert refrag.exact_anchors(*both_sides(loaded, text, pair)) == [tuple(p) for p in np.argwhere(table).tolist()]
+
+
+def test_the_table_is_what_its_docstring_says(loaded):
+    """All pairs of decoded prefixes; here no prefix is empty, none stands twice and none ends inside a character."""
+    pair, prefixes = (loaded["bpe"], loaded["sentencepiece"]), []
+    for tokenizer in pair:
+        ids = tokenizer("Ada notes", add_special_tokens=False)["input_ids"]
+        prefixes.append([tokenizer.decode(ids[:n]) for n in range(1, len(ids) + 1)])
+    table = refrag.anchor_table("Ada notes", *pair)
+    assert table.tolist() == [[p == q for q in prefixes[1]] for p in prefixes[0]]
+    assert table[-1, -1] and table.sum() > 1
+
+
+def test_a_tokenizer_against_itself_has_an_anchor_at_every_token_that_ends_a_character(loaded):
+    tokens = refrag.tokenize_pieces("The 🙂 长江 flows", loaded["bpe"])
+    expected = [(i, i) for i, piece in enumerate(tokens.pieces) if piece]
+    assert refrag.exact_anchors(tokens, tokens) == expected
+    assert [(a.i, a.j) for a in refrag.cost_anchors(tokens, tokens)] == expected
+    assert {a.cost for a in refrag.cost_anchors(tokens, tokens)} == {0.0}
+
+
+# -- edit distance ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "cost"),
+    [
+        ("", "", 0.0),
+        ("abc", "abc", 0.0),
+        ("abc", "", 3.0),  # three letters go
+        ("a b", "", 2.1),  # two letters and a blank
+        ("Caf\u00e9 x", "cafex", 0.3),  # C to c, é to e, the blank goes
+        ("\u00c9", "e", 0.1),  # case and accent at once are one change
+        ("kitten", "sitting", 3.0),  # k to s, e to i, g comes: Wagner and Fischer's own
+        ("the", " the", 0.1),
+        ("a\u00a0b", "a b", 0.1),  # one blank for another
+        ("ab", "ba", 2.0),  # two substitutions; letters do not change places
+        ("a", " ", 1.0),  # a letter for a blank, which is less than a letter gone and a blank come, 1.1
+        ("\ufb01n", "fin", 1.1),  # the ligature counts as its first letter: fi to f .1, i comes
+    ],
+)
+def test_edit_distance_golden(a, b, cost):
+    assert refrag.edit_distance(a, b) == pytest.approx(cost)
+    assert refrag.edit_distance(b, a) == pytest.approx(cost)
+
+
+def plain_distance(a, b):
+    """The same costs by plain recursion over both strings' beginnings."""
+    def letter(c):
+        return unicodedata.normalize("NFD", c)[0].lower()
+
+    def gap(c):
+        return 0.1 if c.isspace() else 1.0
+
+    @functools.cache
+    def least(i, j):
+        if not i or not j:
+            return sum(map(gap, a[:i])) + sum(map(gap, b[:j]))
+        x, y = a[i - 1], b[j - 1]
+        change = 0.0 if x == y else 0.1 if letter(x) == letter(y) else 1.0
+        return min(least(i - 1, j - 1) + change, least(i - 1, j) + gap(x), least(i, j - 1) + gap(y))
+
+    return least(len(a), len(b))
+
+
+letters = st.text(alphabet="aAáÁbBcCéeE \t\n,.1长", max_size=9)
+
+
+@given(a=letters, b=letters)
+@settings(max_examples=300, deadline=None)
+def test_edit_distance_equals_plain_recursion(a, b):
+    assert refrag.edit_distance(a, b) == pytest.approx(plain_distance(a, b))
+
+
+@given(a=letters, b=letters, c=letters)
+@settings(max_examples=200, deadline=None)
+def test_edit_distance_is_a_distance(a, b, c):
+    """Zero for equal strings alone, the same both ways, and no detour is shorter; bounded by the longer string."""
+    d = refrag.edit_distance
+    assert (d(a, b) == 0) == (a == b)
+    assert d(a, b) == pytest.approx(d(b, a))
+    assert d(a, c) <= d(a, b) + d(b, c) + 1e-9
+    assert d(a, b) <= max(len(a), len(b)) + 1e-9
+    assert d(a, "") == pytest.approx(sum(0.1 if x.isspace() else 1 for x in a))
+
+
+# -- anchors with a cost ----------------------------------------------------------------
+
+
+def test_cost_anchors_golden():
+    """"The Café!": the -> The changes one letter of 3; cafe -> Café two of 5 (with the blank); "!" is alike.
+
+    Costs .1 / 3, .2 / 5 and 0. The decoder's cut inside "Café" is no anchor.
+    """
+    a = refrag.Tokens([1, 2, 3], [3, 8, 9], ["the", " cafe", "!"])
+    b = refrag.Tokens([4, 5, 6, 7], [3, 5, 8, 9], ["The", " C", "afé", "!"])
+    anchors = refrag.cost_anchors(a, b)
+    assert [(x.i, x.j) for x in anchors] == [(0, 0), (1, 2), (2, 3)]
+    assert [x.cost for x in anchors] == pytest.approx([0.1 / 3, 0.2 / 5, 0.0])
+
+
+def test_spans_that_decode_to_nothing_cost_nothing():
+    a, b = refrag.Tokens([1, 2], [1, 2], ["", "x"]), refrag.Tokens([1, 2], [1, 2], ["", "x"])
+    assert refrag.cost_anchors(a, b) == [(0, 0, 0.0), (1, 1, 0.0)]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@given(text=wild)
+@settings(max_examples=25, deadline=None)
+def test_cost_anchors_stand_where_both_end(loaded, pair, text):
+    """Every common end in the source text is one anchor, in order; a cost is a share."""
+    a, b = both_sides(loaded, text, pair)
+    anchors = refrag.cost_anchors(a, b)
+    assert [a.ends[x.i] for x in anchors] == [b.ends[x.j] for x in anchors]
+    assert {a.ends[x.i] for x in anchors} == (set(a.ends) & set(b.ends)) - {-1, 0}
+    assert all(x.i < y.i and x.j < y.j for x, y in itertools.pairwise(anchors))
+    assert all(0.0 <= x.cost <= 1.0 for x in anchors)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@given(text=wild)
+@settings(max_examples=15, deadline=None)
+def test_spans_together_cost_no_less_than_the_whole(loaded, pair, text):
+    """Edits that keep to the spans are edits of the whole text too; the costs are those of the spans by length."""
+    a, b = both_sides(loaded, text, pair)
+    total, i, j = 0.0, 0, 0
+    for anchor in [*refrag.cost_anchors(a, b), refrag.Anchor(len(a.ids) - 1, len(b.ids) - 1, math.nan)]:
+        spans = "".join(a.pieces[i : anchor.i + 1]), "".join(b.pieces[j : anchor.j + 1])
+        edits = refrag.edit_distance(*spans)
+        assert math.isnan(anchor.cost) or anchor.cost == pytest.approx(edits / max(*map(len, spans), 1))
+        total, i, j = total + edits, anchor.i + 1, anchor.j + 1
+    assert total >= refrag.edit_distance("".join(a.pieces), "".join(b.pieces)) - 1e-9
+
+
+def test_uncased_and_byte_level_tokenizers_agree_by_cost_alone(loaded):
+    """From the first capital on, no decoded prefix is equal; the ends in the text still are, and edits are few."""
+    for text in (TEXTS[0], TEXTS[1], TEXTS[2]):
+        a, b = both_sides(loaded, text, ("wordpiece", "bpe"))
+        anchors = refrag.cost_anchors(a, b)
+        assert refrag.exact_anchors(a, b) == []
+        assert len(anchors) >= 0.7 * len(text.split())
+        assert np.mean([x.cost for x in anchors]) < 0.15
+
+
+def test_a_text_in_lower_case_has_exact_anchors_for_both(loaded):
+    a, b = both_sides(loaded, "the notes on seven bridges", ("wordpiece", "bpe"))
+    exact = refrag.exact_anchors(a, b)
+    assert [a.ends[i] for i, _ in exact] == [b.ends[j] for _, j in exact] and len(exact) >= 4
+    assert exact == [(x.i, x.j) for x in refrag.cost_anchors(a, b)]
+
+
+# -- long texts -------------------------------------------------------------------------
+
+
+def lines_run(function, *args):
+    """Lines of refrag.py that a call runs: a count of steps, the same on every machine."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        if frame.f_code.co_filename != refrag.__file__:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function(*args)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("function", ["exact_anchors", "cost_anchors", "anchor_rows"])
+@pytest.mark.parametrize("capital", [False, True], ids=["exact", "by cost"])
+def test_steps_grow_with_the_tokens_alone(loaded, function, capital):
+    """A text of 10,000 tokens takes about twice the steps of its first half; a table would take four times."""
+    word = ["The Rhone leaves Lake Geneva and crosses the old city. ", "the notes on seven bridges; it floods in may. "]
+    counts, sizes = [], []
+    for repeats in (400, 800):
+        a, b = both_sides(loaded, word[0 if capital else 1] * repeats, ("wordpiece", "bpe"))
+        counts.append(lines_run(getattr(refrag, function), a, b))
+        sizes.append(len(a.ids) + len(b.ids))
+    assert sizes[1] >= 15_000 and sizes[1] == pytest.approx(2 * sizes[0], rel=0.01)
+    assert counts[1] <= 2.05 * counts[0]
+    assert counts[1] <= 500 * sizes[1]
+
+
+def test_common_boundaries_read_each_place_a_few_times():
+    class Counted(list):
+        """A list that counts what is read from it."""
+
+        reads = 0
+
+        def __getitem__(self, place):
+            Counted.reads += 1
+            return super().__getitem__(place)
+
+    a, b = Counted(range(0, 30_000, 3)), Counted(range(0, 20_000, 2))
+    assert len(refrag.common_boundaries(a, b)) == 3333
+    assert Counted.reads <= 8 * (len(a) + len(b))
+
+
+# -- spans side by side -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@given(text=wild)
+@settings(max_examples=25, deadline=None)
+def test_rows_hold_all_tokens_of_both_sides_in_order(loaded, pair, text):
+    a, b = both_sides(loaded, text, pair)
+    rows = refrag.anchor_rows(a, b)
+    assert [piece for row in rows for piece in row["encoder"]] == a.pieces
+    assert [piece for row in rows for piece in row["decoder"]] == b.pieces
+    anchors = refrag.cost_anchors(a, b)
+    assert [row["cost"] for row in rows if row["cost"] is not None] == [round(x.cost, 4) for x in anchors]
+    assert all(row["cost"] is not None for row in rows[:-1])
+    assert all(row["encoder"] or row["decoder"] for row in rows)
+    assert all(row["cost"] is not None for row in rows if row["exact"])
+    assert sum(row["exact"] for row in rows) == len({(x.i, x.j) for x in anchors} & set(refrag.exact_anchors(a, b)))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@given(text=wild)
+@settings(max_examples=15, deadline=None)
+def test_the_table_has_a_line_for_each_span(loaded, pair, text):
+    """Line breaks in the text do not break its lines."""
+    rows = refrag.anchor_rows(*both_sides(loaded, text, pair))
+    lines = refrag.anchor_text(rows).splitlines()
+    assert len(lines) == len(rows) + 1
+    for row, line in zip(rows, lines[1:], strict=True):
+        assert line.startswith(" ".join(map(repr, row["encoder"])))
+        assert line.endswith("  =") if row["exact"] else not line.endswith("=")
+
+
+def test_rows_and_their_text_golden():
+    """The spans of `test_cost_anchors_golden` and a rest: exact is what also decodes alike from the start.
+
+    The first span differs, so no later one is exact. Costs .1 / 3 = .0333 and .2 / 5 = .04.
+    """
+    a = refrag.Tokens([1, 2], [3, 8], ["the", " cafe"])
+    b = refrag.Tokens([4, 5, 6, 7], [3, 5, 8, 9], ["The", " C", "afé", "\n"])
+    rows = refrag.anchor_rows(a, b)
+    assert rows == [
+        {"encoder": ["the"], "decoder": ["The"], "exact": False, "cost": 0.0333},
+        {"encoder": [" cafe"], "decoder": [" C", "afé"], "exact": False, "cost": 0.04},
+        {"encoder": [], "decoder": ["\n"], "exact": False, "cost": None},
+    ]
+    assert refrag.anchor_text(rows).splitlines() == [
+        "encoder  decoder     cost",
+        "'the'    'The'       0.03",
+        "' cafe'  ' C' 'afé'  0.04",
+        r"         '\n'        -",
+    ]
+    same = refrag.Tokens([1], [1], ["x"])
+    assert refrag.anchor_text(refrag.anchor_rows(same, same)).splitlines()[1] == "'x'      'x'      ="
+    assert refrag.anchor_text([]) == "encoder  decoder  cost"
+
+
+# -- losses at anchors ------------------------------------------------------------------
+
+
+def test_divergence_golden():
+    """Teacher (1/2, 1/2), student (3/4, 1/4): .5 ln(.5/.75) + .5 ln(.5/.25) = .5 ln(4/3) = .1438."""
+    student, teacher = torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)
+    assert refrag.divergence(student, teacher).tolist() == pytest.approx([0.5 * math.log(4 / 3)])
+    assert refrag.divergence(teacher, student).tolist() == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergence_equals_torch(dtype):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(7, 50, generator=generator).mul(3).to(dtype) for _ in range(2))
+    expected = torch.nn.functional.kl_div(student.float().log_softmax(-1), teacher.float().softmax(-1),
+                                          reduction="none").sum(-1)
+    got = refrag.divergence(student, teacher)
+    assert got.dtype == torch.float32 and got.shape == (7,) and (got > 0).all()
+    torch.testing.assert_close(got, expected)
+
+
+def test_divergence_of_equal_distributions_is_zero():
+    """A constant added to all logits changes no distribution."""
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0)) * 10
+    assert (refrag.divergence(logits, logits) == 0).all()
+    torch.testing.assert_close(refrag.divergence(logits + 3, logits), torch.zeros(5), atol=1e-5, rtol=0)
+
+
+def test_relative_error_golden():
+    """Mean square of the means: (1 + 1 + 9 + 1) / 4 = 3. Errors (1, 0) and (0, 4): means .5 and 8, by 3."""
+    means, vectors = torch.tensor([[1.0, 1.0], [3.0, 1.0]]), torch.tensor([[2.0, 1.0], [3.0, 5.0]])
+    assert refrag.relative_error(vectors, means).tolist() == pytest.approx([0.5 / 3, 8 / 3])
+    assert refrag.relative_error(means, means).tolist() == [0.0, 0.0]
+
+
+@given(scale=st.floats(1e-3, 1e3))
+@settings(max_examples=20, deadline=None)
+def test_relative_error_does_not_know_the_unit(scale):
+    """Decoders differ a hundredfold in the size of their embeddings; zero vectors have an error of 1 by definition."""
+    generator = torch.Generator().manual_seed(0)
+    vectors, means = torch.randn(4, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    torch.testing.assert_close(refrag.relative_error(vectors * scale, means * scale),
+                               refrag.relative_error(vectors, means))
+    assert refrag.relative_error(torch.zeros(4, 8), means).mean().item() == pytest.approx(1.0)
+    assert torch.isfinite(refrag.relative_error(vectors, torch.zeros(4, 8))).all()
+
+
+# -- the command ------------------------------------------------------------------------
+
+
+def test_align_shows_where_the_tokens_end_together(run, bert, llama, tokenizers):
+    """The tiny BERT beside the tiny Llama: the spans hold both tokenizers' tokens, and the counts are theirs."""
+    text = TEXTS[2]
+    code, out, err = run("align", "--enc", bert, "--dec", llama, "--text", text, "--json", "--quiet")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    result = json.loads(out)
+    a, b = (refrag.tokenize_pieces(text, transformers.AutoTokenizer.from_pretrained(tokenizers[kind]))
+            for kind in ("wordpiece", "bpe"))
+    assert (result["encoder_tokens"], result["decoder_tokens"]) == (len(a.ids), len(b.ids))
+    assert result["spans"] == refrag.anchor_rows(a, b)
+    assert result["exact_anchors"] == len(refrag.exact_anchors(a, b))
+    costs = [anchor.cost for anchor in refrag.cost_anchors(a, b)]
+    assert result["anchors"] == sum(cost <= 0.5 for cost in costs)
+    assert 0 < result["anchors"] <= len(costs)
+
+
+def test_align_in_text_form(run, bert, llama):
+    """The same as a table, with the counts in the last line."""
+    argv = ("align", "--enc", bert, "--dec", llama, "--text", "The notes\non bridges", "--quiet")
+    _, out, _ = run(*argv, "--json")
+    result = json.loads(out)
+    code, out, err = run(*argv)
+    assert (code, err) == (0, "")
+    *table, last = out.splitlines()
+    assert "\n".join(table) == refrag.anchor_text(result["spans"])
+    assert last == (f"{result['encoder_tokens']} encoder tokens, {result['decoder_tokens']} decoder tokens, "
+                    f"{result['exact_anchors']} exact anchors, {result['anchors']} with a cost of 0.5 or less")
+
+
+def test_align_of_a_decoder_with_its_own_layers(run, llama):
+    """decoder:N reads with the decoder's tokenizer: every token that ends a character is an exact anchor."""
+    code, out, _ = run("align", "--enc", "decoder:2", "--dec", llama, "--text", "The 🙂 notes", "--json", "--quiet")
+    result = json.loads(out)
+    assert code == 0 and result["encoder_tokens"] == result["decoder_tokens"]
+    assert result["anchors"] == result["exact_anchors"] == len(result["spans"]) == result["encoder_tokens"] - 3
+    assert all(span["encoder"] == span["decoder"] and span["exact"] and span["cost"] == 0 for span in result["spans"])
+
+
+def test_align_of_a_checkpoint(run, tmp_path, bert, llama):
+    """Its config names the two models."""
+    config = refrag.RefragConfig(str(bert), str(llama), compression=4)
+    refrag.build_model(config, torch.device("cpu"), torch.float32).save_pretrained(tmp_path / "c")
+    rest = ("--text", TEXTS[0], "--json", "--quiet")
+    named = run("align", "--enc", bert, "--dec", llama, *rest)
+    assert named == run("align", "--load_dir", tmp_path / "c", *rest) and named[0] == 0
+
+
+@pytest.mark.parametrize("argv", [[], ["--text", ""]], ids=str)
+def test_align_without_a_text_is_refused(run, argv):
+    code, out, err = run("align", *argv)
+    assert (code, out, err) == (2, "", "error: --text is missing: give the text to align\n")
+
+
+@pytest.mark.parametrize("text", [" ", "\n\t", "x", "</doc> [CLS] <|im_end|>", "🙂"])
+def test_align_takes_any_text(run, bert, llama, text):
+    code, out, err = run("align", "--enc", bert, "--dec", llama, "--text", text, "--json", "--quiet")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    for side in ("encoder", "decoder"):
+        assert sum(len(span[side]) for span in result["spans"]) == result[f"{side}_tokens"]
+
+
+@pytest.mark.models
+class TestBundledModels:
+    """all-MiniLM-L6-v2, an uncased WordPiece tokenizer, beside SmolLM2-135M-Instruct, a byte-level one."""
+
+    @pytest.fixture
+    def pair(self):
+        return [refrag.load_tokenizer(name) for name in ("all-MiniLM-L6-v2", "SmolLM2-135M-Instruct")]
+
+    def test_exact_anchors_equal_the_table(self, pair):
+        rng, found = random.Random(0), 0
+        for number in range(40):
+            text = random_text(rng).lower() if number % 2 else random_text(rng)
+            got = refrag.exact_anchors(*(refrag.tokenize_pieces(text, side) for side in pair))
+            assert got == [tuple(place) for place in np.argwhere(refrag.anchor_table(text, *pair)).tolist()], text
+            found += len(got)
+        assert found > 20
+
+    def test_capitalised_text_has_anchors_by_cost_alone(self, pair):
+        for text in TEXTS[:3]:
+            a, b = (refrag.tokenize_pieces(text, side) for side in pair)
+            anchors = refrag.cost_anchors(a, b)
+            assert refrag.exact_anchors(a, b) == []
+            assert sum(anchor.cost <= 0.1 for anchor in anchors) >= 0.8 * min(len(a.ids), len(b.ids))
+
+    def test_align(self, run):
+        """Six words and marks, each one token for both, and in lower case both decode them alike."""
+        code, out, _ = run("align", "--enc", "all-MiniLM-L6-v2", "--text", "the old city, in may", "--json", "--quiet")
+        result = json.loads(out)
+        assert code == 0 and result["encoder_tokens"] == result["decoder_tokens"] == 6
+        assert result["exact_anchors"] == result["anchors"] == 6
+        assert [span["encoder"] for span in result["spans"]] == [["the"], [" old"], [" city"], [","], [" in"], [" may"]]

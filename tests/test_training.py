@@ -1,0 +1,1764 @@
+"""Section 11: the curriculum, what each phase reads, the loop, its checkpoints, and phases one after the other."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TEXTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import refrag
+
+CPU = torch.device("cpu")
+RUNTIME = refrag.RuntimeConfig(device="cpu", quiet=True)
+PHASES = ("cpt_align", "cpt_recon", "cpt_next", "sft")
+PLOT = refrag.RunLog.plot
+START, END = 1, 2  # the tiny decoders' tokens for the start of a sequence and the end of an answer
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    """Caches go to a folder of the test. Pictures take longer than a step; they are drawn where they are tested."""
+    monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(refrag.RunLog, "plot", lambda log: None)
+    return tmp_path / "home"
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """A file of JSON lines, compressed if its name says so."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def build(enc: object, dec: object, **options: object) -> refrag.RefragModel:
+    """An untrained model of an encoder and a decoder folder, on the CPU in float32."""
+    config = refrag.RefragConfig(str(enc), str(dec), **({"compression": 4} | options))
+    return refrag.build_model(config, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def whole(llama) -> refrag.ChunkEncoder:
+    """The first two layers of the tiny Llama, which read a content whole."""
+    return build("decoder:2", llama).encoder
+
+
+@pytest.fixture(scope="module")
+def separate(llama, bert) -> refrag.ChunkEncoder:
+    """The tiny BERT, which reads each chunk by itself."""
+    return build(bert, llama).encoder
+
+
+@pytest.fixture(params=["whole", "separate"])
+def encoder(request) -> refrag.ChunkEncoder:
+    """Each kind of encoder in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    """A random generator of its own for every draw."""
+    return np.random.default_rng(seed)
+
+
+# -- the curriculum and the learning rate ---------------------------------------------
+
+
+def test_the_curriculum_is_the_published_one():
+    """Rows of one chunk and of 256, as the paper prints them."""
+    table = np.round(refrag.curriculum_table(9)).astype(int)
+    assert table.shape == (9, 9)
+    assert table[0].tolist() == [1333, 445, 148, 49, 16, 6, 2, 1, 0]
+    assert table[8].tolist() == [1, 3, 9, 25, 73, 212, 618, 1802, 5259]
+
+
+def test_every_row_of_the_curriculum_is_geometric_and_has_its_sum():
+    """2000 samples for 1 to 4 chunks, 4000 for 8 to 32, 8000 for 64 to 256; each first value a quarter of the last."""
+    table = refrag.curriculum_table(9)
+    assert table.sum(1) == pytest.approx([2000] * 3 + [4000] * 3 + [8000] * 3)
+    assert table[:, 0].tolist() == [1333, 333, 83, 20, 5, 1, 1, 1, 1]
+    ratios = table[:, 1:] / table[:, :-1]
+    assert np.ptp(ratios, axis=1).max() < 1e-9 and (np.diff(ratios[:, 0]) > -1e-9).all()
+
+
+@pytest.mark.parametrize("kind", ["paper", "even"])
+@pytest.mark.parametrize("tasks", [2, 5, 9])
+def test_the_mixture_moves_from_short_texts_to_long_ones(kind, tasks):
+    weights = np.stack([refrag.curriculum_weights(p, tasks, kind) for p in np.linspace(0, 0.999, 50)])
+    assert weights.sum(1) == pytest.approx(np.ones(50)) and (weights > 0.01).all()  # nothing learned is left out
+    assert weights[0].argmax() == 0 and weights[0, 0] > 0.5
+    assert weights[-1, -1] == weights[-1].max() > weights[-1, 0]
+    lengths = weights @ 2 ** np.arange(tasks)
+    assert (np.diff(lengths) > -1e-9).all() and lengths[-1] > 1.4 * lengths[0]
+
+
+def test_the_last_stage_is_mostly_the_longest_texts():
+    """Half of the samples at least are of the longest three kinds; the shortest have two in a hundred."""
+    weights = refrag.curriculum_weights(0.999, 9, "even")
+    assert weights[-3:].sum() > 0.5 and weights[0] == pytest.approx(0.02, abs=0.005)
+
+
+def test_stages_are_even_or_as_long_as_their_samples():
+    """Two kinds: 1666 samples in the first stage, 138 in the last, of 4000; its share is 138 / 4000 = .035."""
+    def changes(kind):
+        at = np.linspace(0, 1, 1000, endpoint=False)
+        weights = [refrag.curriculum_weights(p, 2, kind)[0] for p in at]
+        return [at[i + 1] for i in range(len(at) - 1) if weights[i] != weights[i + 1]]
+
+    assert changes("even") == pytest.approx([n / 9 for n in range(1, 9)], abs=2e-3)
+    counts = refrag.curriculum_table(2).sum(0)
+    assert changes("paper") == pytest.approx((np.cumsum(counts) / counts.sum())[:-1].tolist(), abs=2e-3)
+
+
+def test_without_a_curriculum_texts_are_as_long_as_can_be():
+    for progress in (0.0, 0.5, 1.0):
+        assert refrag.curriculum_weights(progress, 4, "none").tolist() == [0, 0, 0, 1]
+        assert refrag.curriculum_weights(progress, 1, "even").tolist() == [1]
+
+
+def test_learning_rate_by_hand():
+    """Ten steps, two of warm-up: 1/2, 1, then (1 + cos(pi n / 8)) / 2 for n = 0 .. 7."""
+    factors = [refrag.learning_rate_factor(step, 10, 0.2) for step in range(10)]
+    root = math.sqrt(0.5)  # cos(pi / 4)
+    assert factors[:3] == [0.5, 1, 1]
+    assert factors[4:10:2] == pytest.approx([(1 + root) / 2, 0.5, (1 - root) / 2])
+    assert [refrag.learning_rate_factor(step, 4, 0.0) for step in (0, 2)] == pytest.approx([1, 0.5])
+    assert refrag.learning_rate_factor(0, 1, 0.04) == 1
+
+
+@given(steps=st.integers(1, 300), warmup=st.floats(0, 0.99))
+@settings(max_examples=60, deadline=None)
+def test_the_learning_rate_rises_then_falls_and_is_never_zero(steps, warmup):
+    factors = np.asarray([refrag.learning_rate_factor(step, steps, warmup) for step in range(steps)])
+    assert (factors > 0).all() and (factors <= 1).all()
+    peak = int(factors.argmax())
+    assert (np.diff(factors[: peak + 1]) > 0).all() and (np.diff(factors[peak:]) <= 1e-12).all()
+
+
+# -- the token cache ---------------------------------------------------------------------
+
+
+def caches(home: Path) -> list[str]:
+    """Names of the token caches."""
+    return sorted(path.name for path in (home / "tokens").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.jsonl.gz"])
+def test_cached_texts_are_their_tokens(tmp_path, whole, name):
+    """Against the tokenizer itself. A cut may stand where what comes before decodes without a broken character."""
+    decoder = whole.tokenizer.decoder
+    texts = [*TEXTS, "\U0001f642 is four bytes."]
+    cache = refrag.cache_tokens([str(write(tmp_path / name, [{"text": text} for text in texts]))], whole.tokenizer)
+    assert len(cache) == len(texts)
+    broken = 0
+    for number, text in enumerate(texts):
+        expected = decoder(text, add_special_tokens=False)["input_ids"]
+        ids, cuts = cache.tokens_of(number, 0, len(expected))
+        assert ids.tolist() == expected and ids.dtype == np.int64
+        clean = [not decoder.decode(expected[:i]).endswith("\ufffd") for i in range(len(expected) + 1)]
+        assert cuts.tolist() == clean
+        broken += clean.count(False)
+        assert cache.tokens_of(number, 2, 5)[0].tolist() == expected[2:5]
+        assert cache.where(number) == f"{tmp_path / name}:{number + 1}" and cache.contexts[number] == 0
+    assert broken, "no character of several tokens: the test would show nothing"
+
+
+def test_tokens_of_a_file_are_taken_as_they_are(tmp_path, whole):
+    """Cut to s + o tokens, where the file says so; s is kept as the length of the context."""
+    ids = list(range(10, 30))
+    rows = [{"tokens": ids}, {"tokens": ids, "split": {"s": 8, "o": 4}}, {"text": "The Rhone floods in May."}]
+    cache = refrag.cache_tokens([str(write(tmp_path / "t.jsonl", rows))], whole.tokenizer)
+    assert np.diff(cache.offsets)[:2].tolist() == [20, 12]
+    assert cache.tokens_of(1, 0, 12)[0].tolist() == ids[:12] and cache.tokens_of(1, 0, 12)[1].all()
+    assert cache.contexts.tolist() == [0, 8, 0]
+
+
+def test_a_token_that_the_decoder_does_not_have_is_refused(tmp_path, whole):
+    last = len(whole.tokenizer.decoder) - 1
+    refrag.cache_tokens([str(write(tmp_path / "good.jsonl", [{"tokens": [last]}]))], whole.tokenizer)
+    path = write(tmp_path / "bad.jsonl", [{"tokens": [1]}, {"tokens": [1, last + 1]}])
+    with pytest.raises(refrag.UserError, match=rf"bad\.jsonl:2: token {last + 1} "):
+        refrag.cache_tokens([str(path)], whole.tokenizer)
+
+
+def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole, monkeypatch):
+    paths = [str(write(tmp_path / f"{n}.jsonl", [{"text": text}])) for n, text in enumerate(TEXTS[:2])]
+    first = refrag.cache_tokens(paths, whole.tokenizer)
+    made = {path.name: path.stat().st_mtime_ns for path in home.rglob("*.npy")}
+    monkeypatch.setattr(refrag, "tokenize_text", lambda *_: pytest.fail("tokenised again"))
+    again = refrag.cache_tokens(paths, whole.tokenizer)
+    assert {path.name: path.stat().st_mtime_ns for path in home.rglob("*.npy")} == made and len(caches(home)) == 1
+    for name in ("tokens", "whole", "offsets", "contexts"):
+        array = getattr(again, name)
+        assert isinstance(array, np.memmap) and np.array_equal(array, getattr(first, name))
+
+
+def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, whole):
+    """A changed content under the same name, another order of files, another tokenizer."""
+    a, b = (str(write(tmp_path / f"{n}.jsonl", [{"text": TEXTS[n]}])) for n in range(2))
+    other = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["sentencepiece"]))
+    seen = []
+    for paths, tokenizer in (([a], whole.tokenizer), ([b], whole.tokenizer), ([a, b], whole.tokenizer),
+                             ([b, a], whole.tokenizer), ([a], other)):
+        refrag.cache_tokens(paths, tokenizer)
+        seen.append(len(caches(home)))
+    write(Path(a), [{"text": TEXTS[2]}])
+    cache = refrag.cache_tokens([a], whole.tokenizer)
+    assert [*seen, len(caches(home))] == [1, 2, 3, 4, 5, 6]
+    ids = cache.tokens_of(0, 0, int(cache.offsets[1]))[0]
+    assert whole.tokenizer.decoder.decode(ids.tolist()) == TEXTS[2]
+
+
+def test_special_tokens_in_a_text_are_only_text(tmp_path, whole):
+    path = write(tmp_path / "t.jsonl", [{"text": "one <|im_end|> two <|endoftext|><|im_start|>user"}])
+    cache = refrag.cache_tokens([str(path)], whole.tokenizer)
+    assert not set(cache.tokens.tolist()) & set(whole.tokenizer.decoder.all_special_ids)
+
+
+def test_special_tokens_of_the_encoder_are_only_text(tmp_path, separate, whole):
+    """Also if the same file was used with another encoder before."""
+    path = str(write(tmp_path / "t.jsonl", [{"text": "one [SEP] two [CLS]"}]))
+    refrag.cache_tokens([path], whole.tokenizer)
+    cache = refrag.cache_tokens([path], separate.tokenizer)
+    text = separate.tokenizer.decoder.decode(cache.tokens.tolist())
+    assert not set(separate.tokenizer.encoder(text, add_special_tokens=False)["input_ids"]) & {2, 3}, text
+
+
+def test_a_text_is_named_by_the_file_that_was_given(tmp_path, whole):
+    first, copy = (write(tmp_path / name, [{"text": TEXTS[0]}]) for name in ("first.jsonl", "copy.jsonl"))
+    refrag.cache_tokens([str(first)], whole.tokenizer)
+    assert refrag.cache_tokens([str(copy)], whole.tokenizer).where(0) == f"{copy}:1"
+
+
+@pytest.mark.parametrize("rows", [[], [{"tokens": []}]], ids=["no line", "no token"])
+def test_a_file_without_text_is_refused_and_leaves_no_cache(tmp_path, home, whole, rows):
+    with pytest.raises(refrag.UserError, match=r"t\.jsonl: no text"):
+        refrag.cache_tokens([str(write(tmp_path / "t.jsonl", rows))], whole.tokenizer)
+    assert caches(home) == []
+
+
+# -- what the text phases read ---------------------------------------------------------------
+
+SETTINGS = {refrag.ReconLessons: refrag.ReconConfig, refrag.NextLessons: refrag.NextConfig,
+            refrag.AlignLessons: refrag.AlignConfig}
+
+
+def text_lessons(kind: type, encoder: refrag.ChunkEncoder, train: Path, *, k: tuple[int, ...] = (4,),
+                 seq_tokens: int = 32, held_out: Path | None = None, eval_limit: int = 32, **options: object):
+    """The lessons of a phase on a file of texts."""
+    texts = refrag.TextConfig((str(train),), (str(held_out),) if held_out else ())
+    config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens, eval_limit=eval_limit)
+    return kind(encoder, texts, config, SETTINGS[kind](**options))
+
+
+def asked(sequence: refrag.TrainingSequence) -> list[int]:
+    """What should be said, in order."""
+    return sequence.labels[sequence.labels >= 0].tolist()
+
+
+def mark(encoder: refrag.ChunkEncoder) -> list[int]:
+    """The tokens that ask for a reconstruction."""
+    return encoder.tokenizer.decoder("\n\nRepeat:\n", add_special_tokens=False)["input_ids"]
+
+
+def test_reconstruction_reads_all_vectors_then_the_mark_then_the_text(tmp_path, whole):
+    """Ten tokens, k = 4: chunks of 4, 4 and 2. The last token is only said, never read."""
+    ids = list(range(10, 20))
+    lessons = text_lessons(refrag.ReconLessons, whole, write(tmp_path / "t.jsonl", [{"tokens": ids}]),
+                           curriculum="none")
+    item, repeat = lessons.draw(0, rng(), 0.0), mark(whole)
+    plan, labels, content = item.sequence
+    assert plan.tolist() == [START, -1, -2, -3, *repeat, *ids[:-1]]
+    assert labels.tolist() == [-1] * (3 + len(repeat)) + ids
+    assert [chunk.tolist() for chunk in content.chunks] == [ids[:4], ids[4:8], ids[8:]]
+    [(read, owner)] = content.rows
+    assert read.tolist() == ids and owner.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert item.teacher is None and item.where == f"{tmp_path / 't.jsonl'}:1"
+    assert (item.positions, item.tokens) == (4 + len(repeat) + 9, 1 + len(repeat) + 9 + 10)
+
+
+def test_reconstruction_draws_runs_of_the_curriculums_lengths(tmp_path, whole):
+    """1, 2, 4 or 8 chunks of 4 tokens, from anywhere in the text; first short ones, then long ones."""
+    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(100, 140))}])
+    lessons = text_lessons(refrag.ReconLessons, whole, path, seq_tokens=40)
+    lengths, starts = {}, set()
+    for progress in (0.0, 0.99):
+        drawn = [asked(lessons.draw(0, rng(n), progress).sequence) for n in range(60)]
+        assert all(ids == list(range(ids[0], ids[0] + len(ids))) for ids in drawn)
+        lengths[progress] = Counter(len(ids) for ids in drawn)
+        starts |= {ids[0] for ids in drawn}
+    assert set(lengths[0.0]) | set(lengths[0.99]) == {4, 8, 16, 32}
+    assert lengths[0.0][4] > 30 and lengths[0.99][32] > lengths[0.99][4]
+    assert min(starts) == 100 and max(starts) > 130
+
+
+def test_a_text_that_is_shorter_than_the_drawn_length_is_used_whole(tmp_path, whole):
+    path = write(tmp_path / "t.jsonl", [{"tokens": [7, 8, 9, 10, 11]}])
+    lessons = text_lessons(refrag.ReconLessons, whole, path, seq_tokens=64)
+    drawn = [asked(lessons.draw(0, rng(n), progress).sequence) for n in range(20) for progress in (0.0, 0.99)]
+    assert [7, 8, 9, 10, 11] in drawn and {len(ids) for ids in drawn} == {4, 5}
+
+
+def test_long_texts_become_several_windows_and_short_ones_are_told(tmp_path, whole, capsys):
+    """70 tokens in windows of 32, 32 and 6; 3 tokens are no chunk of 4."""
+    rows = [{"tokens": list(range(100, 170))}, {"tokens": [5, 6, 7]}, {"tokens": list(range(30, 35))}]
+    lessons = text_lessons(refrag.ReconLessons, whole, write(tmp_path / "t.jsonl", rows), curriculum="none")
+    said = [asked(lessons.draw(n, rng(), 0.0).sequence) for n in range(len(lessons))]
+    assert said == [list(range(100, 132)), list(range(132, 164)), list(range(164, 170)), list(range(30, 35))]
+    assert "1 texts of fewer than 4 tokens are left out" in capsys.readouterr().err
+    short = write(tmp_path / "short.jsonl", rows[1:])
+    with pytest.raises(refrag.UserError, match=r"short\.jsonl: every text is shorter than 16 tokens, which --k 16"):
+        text_lessons(refrag.ReconLessons, whole, short, k=(16,))
+
+
+NEXT = {"recon_frac": 0.0, "expand_frac": 0.0}
+
+
+def test_next_compresses_the_context_and_asks_for_what_follows(tmp_path, whole):
+    """s = 8 and o = 6 of 20 tokens: two vectors, six tokens asked, six never seen."""
+    ids = list(range(10, 30))
+    path = write(tmp_path / "t.jsonl", [{"tokens": ids, "split": {"s": 8, "o": 6}}])
+    item = text_lessons(refrag.NextLessons, whole, path, **NEXT).draw(0, rng(), 0.0)
+    assert item.sequence.plan.tolist() == [START, -1, -2, *ids[8:13]]
+    assert item.sequence.labels.tolist() == [-1, -1, *ids[8:14]]
+    assert [chunk.tolist() for chunk in item.sequence.content.chunks] == [ids[:4], ids[4:8]]
+    assert item.teacher is None
+
+
+@pytest.mark.parametrize(("tokens", "split", "context"), [
+    (20, {}, 10), (21, {}, 10), (10, {"s": 8, "o": 6}, 8), (9, {"s": 8, "o": 6}, 8), (8, {"s": 8, "o": 6}, 4),
+    (5, {"s": 8, "o": 6}, 2), (20, {"s": 1, "o": 19}, 1), (20, {"s": 19, "o": 1}, 19),
+])
+def test_texts_shorter_than_their_split_are_used(tmp_path, whole, tokens, split, context):
+    """As far as the split goes; where nothing would be left to predict, half of the text is."""
+    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(10, 10 + tokens)), "split": split}])
+    sequence = text_lessons(refrag.NextLessons, whole, path, **NEXT).draw(0, rng(), 0.0).sequence
+    assert sum(map(len, sequence.content.chunks)) == context
+    assert asked(sequence) == list(range(10 + context, 10 + tokens))
+
+
+def test_the_split_holds_for_the_first_window_alone(tmp_path, whole):
+    """40 tokens with a context of 6, windows of 16: then halves."""
+    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(100, 140)), "split": {"s": 6, "o": 34}}])
+    lessons = text_lessons(refrag.NextLessons, whole, path, seq_tokens=16, next_frac=0.25, **NEXT)
+    assert [len(asked(lessons.draw(n, rng(), 0.0).sequence)) for n in range(3)] == [10, 4, 2]
+
+
+def test_a_split_without_o_means_the_rest_of_the_tokens(tmp_path, whole):
+    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(10, 30)), "split": {"s": 8}}])
+    sequence = text_lessons(refrag.NextLessons, whole, path, **NEXT).draw(0, rng(), 0.0).sequence
+    assert asked(sequence) == list(range(18, 30))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_a_share_of_the_chunks_stays_text_on_average(tmp_path, whole, share):
+    """40 chunks, 120 draws: the mean is within .06 of the share; order and place stay as they were."""
+    ids = list(range(100, 300))
+    path = write(tmp_path / "t.jsonl", [{"tokens": ids, "split": {"s": 160, "o": 40}}])
+    lessons = text_lessons(refrag.NextLessons, whole, path, seq_tokens=200, recon_frac=0.0, expand_frac=share)
+    shares = []
+    for n in range(120):
+        sequence = lessons.draw(0, rng(n), 0.0).sequence
+        assert refrag.with_text(sequence).plan.tolist() == [START, *ids[:-1]]
+        assert asked(sequence) == ids[160:]
+        shares.append(1 - (sequence.plan < 0).sum() / 40)
+    assert np.mean(shares) == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_contexts_is_reconstructed_instead(tmp_path, whole, share):
+    ids = list(range(10, 30))
+    path = write(tmp_path / "t.jsonl", [{"tokens": ids, "split": {"s": 8, "o": 6}}])
+    lessons = text_lessons(refrag.NextLessons, whole, path, recon_frac=share, expand_frac=0.0)
+    drawn = [lessons.draw(0, rng(n), 0.0).sequence for n in range(200)]
+    repeated = [s for s in drawn if asked(s) == ids[:8]]
+    assert len(repeated) / 200 == pytest.approx(share, abs=0.1)
+    assert all(asked(s) == ids[8:14] for s in drawn if not any(s is r for r in repeated))
+    assert all(s.plan.tolist() == [START, -1, -2, *mark(whole), *ids[:7]] for s in repeated)
+
+
+def test_next_has_the_full_text_for_a_teacher(tmp_path, whole):
+    ids = list(range(10, 30))
+    path = write(tmp_path / "t.jsonl", [{"tokens": ids, "split": {"s": 8, "o": 6}}])
+    item = text_lessons(refrag.NextLessons, whole, path, distill=1.0, **NEXT).draw(0, rng(), 0.0)
+    assert item.teacher.plan.tolist() == [START, *ids[:13]]
+    assert item.teacher.labels.tolist() == [-1] * 8 + ids[8:14]
+    assert item.positions == 14
+
+
+def test_alignment_asks_teacher_and_student_the_same(tmp_path, whole):
+    """Chunks of 4, 4 and 2 tokens: after the first two, what comes next; nothing is known after the last."""
+    ids = list(range(10, 20))
+    item = text_lessons(refrag.AlignLessons, whole, write(tmp_path / "t.jsonl", [{"tokens": ids}])).draw(0, rng(), 0.0)
+    assert item.sequence.plan.tolist() == [START, -1, -2, -3]
+    assert item.sequence.labels.tolist() == [-1, 14, 18, -1]
+    assert item.teacher.plan.tolist() == [START, *ids]
+    assert item.teacher.labels.tolist() == [-1, -1, -1, -1, 14, -1, -1, -1, 18, -1, -1]
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_alignment_with_a_separate_encoder_cuts_at_anchors(tmp_path, separate, k):
+    """Both tokenizers, asked themselves, end a token at the end of each chunk."""
+    path = write(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS])
+    lessons = text_lessons(refrag.AlignLessons, separate, path, k=(k,), seq_tokens=512)
+    encoder, decoder = separate.tokenizer.encoder, separate.tokenizer.decoder
+    cuts = 0
+    for number, text in enumerate(TEXTS):
+        student, teacher, _ = lessons.draw(number, rng(), 0.0)
+        chunks = student.content.chunks
+        assert np.concatenate(chunks).tolist() == decoder(text, add_special_tokens=False)["input_ids"]
+        assert student.plan.tolist() == [START, *range(-1, -len(chunks) - 1, -1)]
+        assert asked(student) == asked(teacher) == [chunk[0] for chunk in chunks[1:]]
+        ends = np.cumsum([len(decoder.decode(chunk.tolist())) for chunk in chunks])
+        for tokenizer in (encoder, decoder):
+            offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            assert set(ends[:-1].tolist()) <= {end for _, end in offsets}
+        read = [encoder.decode(ids, skip_special_tokens=True) for ids, _ in student.content.rows]
+        assert [owner.max() for _, owner in student.content.rows] == list(range(len(chunks)))
+        assert [encoder(decoder.decode(c.tolist()))["input_ids"] for c in chunks] == [
+            ids.tolist() for ids, _ in student.content.rows], read
+        cuts += len(chunks) - 1
+    assert cuts > 10
+
+
+def test_anchors_that_cost_too_much_are_left_out(tmp_path, separate):
+    """An uncased encoder: where nothing may differ there are fewer anchors, so fewer and longer chunks."""
+    path = write(tmp_path / "t.jsonl", [{"text": text.upper()} for text in TEXTS[:3]])
+    counts = {}
+    for cost in (0.0, 1.0):
+        lessons = text_lessons(refrag.AlignLessons, separate, path, seq_tokens=512, max_cost=cost)
+        counts[cost] = sum(len(lessons.draw(n, rng(), 0.0).sequence.content.chunks) for n in range(3))
+    assert counts[0.0] < counts[1.0]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_every_draw_asks_for_something(tmp_path, encoder, kind):
+    """Short texts, and of two k the larger one makes a single chunk of them."""
+    path = write(tmp_path / "t.jsonl", [{"text": text[:40]} for text in TEXTS[:3]])
+    lessons = text_lessons(kind, encoder, path, k=(4, 64), seq_tokens=64)
+    assert all(lessons.draw(n, rng(seed), 0.0).sequence.asked for n in range(len(lessons)) for seed in range(20))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_of_several_k_one_is_drawn_for_each_text(tmp_path, whole, kind):
+    """Chunks of a text are of one length, but for the last; over the draws both lengths come."""
+    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(100, 164))}])
+    lessons = text_lessons(kind, whole, path, k=(4, 8), seq_tokens=64)
+    lengths = Counter()
+    for seed in range(30):
+        chunks = lessons.draw(0, rng(seed), 0.99).sequence.content.chunks
+        lengths[len(chunks[0])] += 1
+        assert {len(chunk) for chunk in chunks[:-1]} <= {len(chunks[0])}
+    assert set(lengths) == {4, 8} and min(lengths.values()) > 5
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_token_longer_than_a_chunk_gives_no_nan(tmp_path, llama, bert, kind):
+    """Chunks of two Chinese characters, each a token of the encoder, where one token of the decoder has several."""
+    model = build(bert, llama)
+    text = "\u957f\u6c5f\u662f\u4e9a\u6d32\u6700\u957f\u7684\u6cb3\u6d41\u3002"
+    assert len(model.encoder.tokenizer.decoder(text, add_special_tokens=False)["input_ids"]) < len(text) / 2
+    path = write(tmp_path / "t.jsonl", [{"text": f"{TEXTS[1]} {text} {TEXTS[0]}"}])
+    lessons = text_lessons(kind, model.encoder, path, seq_tokens=512, k=(2,))
+    for seed in range(5):
+        output = model(refrag.collate([[lessons.draw(0, rng(seed), 0.99).sequence]], model.encoder, True))
+        assert output.logits.isfinite().all() and output.vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_separate_encoder_reads_no_half_characters(tmp_path, separate, kind):
+    """Windows and runs may begin inside a character of several tokens; what is read as text may not."""
+    path = write(tmp_path / "t.jsonl", [{"text": "río más allá 🙂🙂 ñandú año " * 3}])
+    lessons = text_lessons(kind, separate, path, seq_tokens=21)
+    drawn = [lessons.draw(n, rng(seed), 0.0) for n in range(len(lessons)) for seed in range(9)]
+    texts = [separate.tokenizer.decoder.decode(np.concatenate(i.sequence.content.chunks).tolist()) for i in drawn]
+    assert [text for text in texts if "\ufffd" in text] == []
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_exam_is_always_the_same_and_has_each_k(tmp_path, encoder, kind):
+    train = write(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS])
+    dev = write(tmp_path / "d.jsonl", [{"tokens": list(range(n, n + 32))} for n in (100, 200, 300)])
+    assert text_lessons(kind, encoder, train).exam() == {}
+    exams = [text_lessons(kind, encoder, train, k=(4, 8), held_out=dev, eval_limit=2).exam() for _ in range(2)]
+    names = {"k4", "k8"} if kind is not refrag.ReconLessons else {f"k4/{n}" for n in (1, 2, 4, 8)} | {
+        f"k8/{n}" for n in (1, 2, 4)}
+    assert set(exams[0]) == names
+    for name in names:
+        ours, theirs = (exam[name] for exam in exams)
+        assert [item.where for item in ours] == [f"{dev}:1", f"{dev}:3"]
+        for a, b in zip(ours, theirs, strict=True):
+            assert np.array_equal(a.sequence.plan, b.sequence.plan) and asked(a.sequence) == asked(b.sequence)
+
+
+def test_the_exam_of_continuation_compresses_all_and_repeats_nothing(tmp_path, whole):
+    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(n, n + 20))} for n in (100, 200, 300)])
+    lessons = text_lessons(refrag.NextLessons, whole, path, held_out=path, recon_frac=1.0, expand_frac=1.0)
+    for n, item in zip((100, 200, 300), lessons.exam()["k4"], strict=True):
+        assert item.sequence.plan.tolist() == [START, -1, -2, -3, *range(n + 10, n + 19)]
+        assert asked(item.sequence) == list(range(n + 10, n + 20))
+
+
+def test_the_exam_of_reconstruction_has_each_length(tmp_path, whole):
+    train = write(tmp_path / "t.jsonl", [{"tokens": list(range(100, 140))}, {"tokens": list(range(200, 210))}])
+    exam = text_lessons(refrag.ReconLessons, whole, train, held_out=train).exam()
+    assert {name: [len(asked(i.sequence)) for i in items] for name, items in exam.items()} == {
+        "k4/1": [4, 4, 4], "k4/2": [8, 8, 8], "k4/4": [16], "k4/8": [32]}
+
+
+# -- what the answer phase reads ---------------------------------------------------------------
+
+QUESTIONS = [
+    {"id": "q1", "question": "Which river crosses the old city?", "answers": ["Rhone"], "positive_ids": ["a"]},
+    {"id": "q2", "question": "What do smiths in the valley cast?", "answers": ["bells"], "positive_ids": ["b"]},
+    {"id": "q3", "question": "Where did the first modern games open?", "answers": ["Athens"], "positive_ids": ["f"]},
+    {"id": "q4", "question": "Who wrote notes on the engine?", "answers": ["Ada Lovelace", "Lovelace"]},
+]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory, corpus, llama) -> Path:
+    """An index of the six texts by their words alone."""
+    folder = tmp_path_factory.mktemp("words") / "index"
+    argv = ["index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama, "--quiet"]
+    assert refrag.main([str(a) for a in argv]) == 0
+    return folder
+
+
+def answer_lessons(encoder: refrag.ChunkEncoder, index: Path, questions: Path, *, topk: int = 3, k: tuple = (4,),
+                   seq_tokens: int = 512, **options: object) -> refrag.AnswerLessons:
+    """The lessons of question answering on an index."""
+    search = refrag.SearchConfig(topk=topk)
+    searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(index)), search, RUNTIME)
+    config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens)
+    return refrag.AnswerLessons(encoder, config, refrag.SftConfig(str(questions), **options), searcher, search)
+
+
+@pytest.fixture
+def lessons_on(tmp_path, encoder, words):
+    """Lessons on the four questions, or on others."""
+    return lambda rows=QUESTIONS, index=words, **options: answer_lessons(
+        encoder, index, write(tmp_path / "q.jsonl", rows), **options)
+
+
+def full_text(lessons: refrag.Lessons, item: refrag.Item) -> str:
+    """All that an item's prompt holds, its vectors spelled out, up to where the answer begins."""
+    sequence = refrag.with_text(item.sequence)
+    first = int(np.flatnonzero(sequence.labels >= 0)[0])
+    return lessons.tokenizer.decoder.decode(sequence.plan[: first + 1].tolist())
+
+
+def shown(prompt: str) -> list[int]:
+    """Which of the six texts a prompt shows, in order; each whole, with its title and its tag."""
+    at = {prompt.find(f"\nTitle {n}\n{text}\n</doc>"): n for n, text in enumerate(TEXTS)}
+    found = [at[place] for place in sorted(at) if place >= 0]
+    for number, n in enumerate(found, start=1):
+        assert f'<doc id="{number}">\nTitle {n}\n' in prompt
+    assert prompt.count("<doc id=") == len(found)
+    return found
+
+
+def answer(lessons: refrag.Lessons, item: refrag.Item) -> str:
+    """What is to be said."""
+    return lessons.tokenizer.decoder.decode(asked(item.sequence))
+
+
+@pytest.fixture
+def ranked(monkeypatch):
+    """Let every search find these of the six texts, in this order."""
+    return lambda *rows: monkeypatch.setattr(refrag.Searcher, "search", lambda searcher, question, topk, hops=1: [
+        types.SimpleNamespace(row=row) for row in rows[:topk]])
+
+
+GOLD = {"q1": (0, ("Rhone",)), "q2": (1, ("bells",)), "q3": (5, ("Athens",)), "q4": (2, ("Ada Lovelace", "Lovelace"))}
+
+
+@pytest.mark.parametrize("topk", [1, 3, 6])
+def test_the_right_passage_is_shown_and_cited(lessons_on, topk):
+    """The answer, the number in the passage's tag, the end token; only this is asked."""
+    lessons = lessons_on(topk=topk, no_answer_frac=0.0)
+    answers = Counter()
+    for number, seed in itertools.product(range(4), range(8)):
+        item, question = lessons.draw(number, rng(seed), 0.0), QUESTIONS[number]
+        prompt, (gold, wordings) = full_text(lessons, item), GOLD[question["id"]]
+        assert prompt.endswith(f"Question: {question['question']}<|im_end|>\n<|im_start|>assistant\n")
+        passages = shown(prompt)
+        assert gold in passages and len(passages) <= topk
+        said = answer(lessons, item)
+        assert said in {f"{wording} [{passages.index(gold) + 1}]<|im_end|>" for wording in wordings}
+        asks = item.sequence.labels >= 0
+        assert asks[int(asks.argmax()) :].all() and asked(item.sequence)[-1] == END
+        assert item.where == f"question {question['id']}" and item.teacher is None
+        answers[said] += 1
+    assert len(answers) > 4  # both wordings of the last question come
+
+
+def test_passages_come_by_rank_and_a_missed_one_somewhere(lessons_on, ranked):
+    """The right one is not found at all: it is put among the others, which lose their last."""
+    rows = [{"id": "q", "question": "Which river crosses the old city?", "answers": ["Athens"], "positive_ids": ["f"]}]
+    places = Counter()
+    ranked(3, 0, 4, 1)
+    lessons = lessons_on(rows, no_answer_frac=0.0)
+    for seed in range(30):
+        passages = shown(full_text(lessons, lessons.draw(0, rng(seed), 0.0)))
+        places[passages.index(5)] += 1
+        assert [n for n in passages if n != 5] == [3, 0]
+    assert set(places) == {0, 1, 2}
+
+
+def test_a_passage_taken_away_means_no_answer(lessons_on, ranked):
+    """Others are shown instead, as many as there would have been."""
+    ranked(0, 1, 5, 2, 3)
+    lessons = lessons_on(no_answer_frac=1.0)
+    for number, expected in enumerate([[1, 5, 2], [0, 5, 2], [0, 1, 2], [0, 1, 5]]):
+        item = lessons.draw(number, rng(number), 0.0)
+        assert shown(full_text(lessons, item)) == expected
+        assert answer(lessons, item) == "Not in the documents.<|im_end|>"
+
+
+def test_a_share_of_the_questions_has_no_answer(lessons_on):
+    lessons = lessons_on(no_answer_frac=0.3)
+    said = [answer(lessons, lessons.draw(0, rng(seed), 0.0)) for seed in range(100)]
+    assert 0.15 < said.count("Not in the documents.<|im_end|>") / 100 < 0.45
+
+
+def test_a_question_without_a_right_passage_has_no_answer(lessons_on):
+    rows = [{"question": "Who?", "answers": ["Nobody at all"]}, {"question": "A?", "answers": ["Rhone"],
+                                                                  "positive_ids": ["elsewhere"]}]
+    lessons = lessons_on(rows, no_answer_frac=0.0)
+    assert {answer(lessons, lessons.draw(n, rng(), 0.0)) for n in range(2)} == {"Not in the documents.<|im_end|>"}
+
+
+def test_everything_as_text_is_the_plain_prompt(lessons_on):
+    """p = 1: token for token what `build_prompt` makes of the same passages, then the answer."""
+    lessons = lessons_on(no_answer_frac=0.0, p=(1.0,))
+    for number in range(4):
+        item = lessons.draw(number, rng(number), 0.0)
+        plan, said = item.sequence.plan, asked(item.sequence)
+        contents = [f"Title {n}\n{TEXTS[n]}" for n in shown(full_text(lessons, item))]
+        docs = [refrag.Doc(str(rank), content, lessons.tokenizer.runs([content], 4)[0][0])
+                for rank, content in enumerate(contents, start=1)]
+        pieces = refrag.question_pieces(QUESTIONS[number]["question"], docs)
+        prompt = refrag.build_prompt(lessons.tokenizer, pieces)
+        assert plan.tolist() == [*prompt.input_ids.tolist(), *said[:-1]]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.25, 0.6])
+def test_no_more_than_a_share_of_the_context_stays_text(lessons_on, p):
+    lessons = lessons_on(no_answer_frac=0.0, p=(p,))
+    realised = []
+    for number, seed in itertools.product(range(4), range(4)):
+        sequence = lessons.draw(number, rng(seed), 0.0).sequence
+        vectors = {-v - 1 for v in sequence.plan.tolist() if v < 0}
+        sizes = [len(chunk) for chunk in sequence.content.chunks]
+        realised.append(sum(size for n, size in enumerate(sizes) if n not in vectors) / sum(sizes))
+        assert realised[-1] <= p
+    assert np.mean(realised) > p - 0.08
+
+
+def test_the_shares_are_drawn_by_question(lessons_on):
+    lessons = lessons_on(no_answer_frac=0.0, p=(0.0, 1.0))
+    vectors = [int((lessons.draw(0, rng(seed), 0.0).sequence.plan < 0).sum()) for seed in range(20)]
+    assert vectors.count(0) in range(4, 17) and set(vectors) - {0}
+
+
+def test_the_chunk_with_the_answer_mostly_stays_text(lessons_on):
+    """As a gate would have it: about three times in four, and by chance at a quarter of the context otherwise."""
+    lessons = lessons_on(no_answer_frac=0.0, p=(0.25,))
+    kept = 0
+    for seed in range(100):
+        item = lessons.draw(0, rng(seed), 0.0)
+        text = lessons.tokenizer.decoder.decode([max(v, 0) for v in item.sequence.plan.tolist()])
+        kept += "Rhone" in text.rpartition("<|im_start|>")[0]
+    assert 65 <= kept <= 95
+
+
+@pytest.mark.parametrize("seq_tokens", [8, 60, 100, 150])
+def test_passages_fit_and_the_right_one_stays(lessons_on, seq_tokens):
+    """The last ones by rank go; the right one stays even if it alone is too long."""
+    lessons, counts = lessons_on(no_answer_frac=0.0, seq_tokens=seq_tokens, p=(0.0,), topk=6), []
+    for number, seed in itertools.product(range(4), range(3)):
+        item = lessons.draw(number, rng(seed), 0.0)
+        passages = shown(full_text(lessons, item))
+        gold = GOLD[QUESTIONS[number]["id"]][0]
+        assert gold in passages and f"[{passages.index(gold) + 1}]" in answer(lessons, item)
+        tokens = [len(lessons.tokenizer.encoder(f"Title {n}\n{TEXTS[n]}", add_special_tokens=False)["input_ids"])
+                  for n in passages]
+        assert sum(tokens) <= seq_tokens or passages == [gold]
+        counts.append(len(passages))
+    assert (max(counts) > 1) == (seq_tokens > 8)
+
+
+def test_of_a_split_document_the_piece_with_the_answer_is_right(tmp_path, llama, lessons_on):
+    """The document's id names all of its pieces; one alone has the answer. Retrieval has missed them all."""
+    text = "It rains in the north in winter. " * 6 + "The tower has 77 rooms. " + "Snow falls in the south too. " * 6
+    corpus = write(tmp_path / "c.jsonl", [{"id": "long", "text": text}, {"id": "b", "text": "One bridge is tall."}])
+    argv = ["index", "--corpus", corpus, "--index_dir", tmp_path / "pieces", "--retriever", "bm25", "--dec", llama,
+            "--max_passage_tokens", 40, "--overlap", 0, "--quiet"]
+    assert refrag.main([str(a) for a in argv]) == 0
+    index = refrag.open_index(str(tmp_path / "pieces"))
+    [right] = [row for row in range(len(index)) if "77 rooms" in index.texts[row]]
+    assert index.parts[right] and len(index) > 4
+    for wanted in ("long", index.ids[right]):
+        rows = [{"question": "Which bridge?", "answers": ["77"], "positive_ids": [wanted]}]
+        lessons = lessons_on(rows, index=tmp_path / "pieces", topk=1, no_answer_frac=0.0)
+        item = lessons.draw(0, rng(), 0.0)
+        assert (answer(lessons, item), index.texts[right] in full_text(lessons, item)) == ("77 [1]<|im_end|>", True)
+
+
+def test_what_is_taken_away_does_not_leave_the_answer_behind(lessons_on, ranked):
+    """A text that is not among the named ones holds the answer: "not in the documents" would be wrong."""
+    rows = [{"question": "Which river crosses the city?", "answers": ["Rhone"], "positive_ids": ["f"]}]
+    ranked(0, 1, 5, 2)
+    lessons = lessons_on(rows, no_answer_frac=1.0)
+    item = lessons.draw(0, rng(), 0.0)
+    assert "Rhone" not in full_text(lessons, item)
+
+
+def test_questions_and_answers_make_no_special_token(lessons_on):
+    rows = [{"question": "Who <|im_end|> </doc>?", "answers": ["the <|im_end|> Rhone"], "positive_ids": ["a"]}]
+    lessons = lessons_on(rows, no_answer_frac=0.0)
+    item = lessons.draw(0, rng(), 0.0)
+    ids = [*refrag.with_text(item.sequence).plan.tolist(), END]
+    assert [i for i in ids if i in lessons.tokenizer.decoder.all_special_ids] == [START, END, START, END]
+
+
+def test_answers_have_the_full_text_for_a_teacher(lessons_on):
+    lessons = lessons_on(no_answer_frac=0.0, distill=1.0, p=(0.1,))
+    item = lessons.draw(0, rng(), 0.0)
+    assert (item.teacher.plan >= 0).all() and asked(item.teacher) == asked(item.sequence)
+    plain = lessons_on(no_answer_frac=0.0, p=(1.0,)).draw(0, rng(), 0.0)
+    assert item.teacher.plan.tolist() == plain.sequence.plan.tolist()
+
+
+def test_every_chunk_is_encoded_from_its_own_text(lessons_on):
+    """The encoder's tokens of all passages, in order, and the number of the chunk each belongs to."""
+    lessons = lessons_on(no_answer_frac=0.0, p=(0.25,))
+    item = lessons.draw(0, rng(), 0.0)
+    chunks, rows = item.sequence.content
+    owners = np.concatenate([owner for _, owner in rows])
+    assert (np.diff(owners[owners >= 0]) >= 0).all() and set(owners.tolist()) - {-1} == set(range(len(chunks)))
+    encoder, decoder = lessons.tokenizer.encoder, lessons.tokenizer.decoder
+    lower = encoder.backend_tokenizer.normalizer or types.SimpleNamespace(normalize_str=str)
+    ids, read, spelled = np.concatenate([ids for ids, _ in rows]), "", ""
+    for number, chunk in enumerate(chunks):
+        read += encoder.decode(ids[owners == number].tolist(), skip_special_tokens=True).replace("##", "")
+        spelled += decoder.decode(chunk.tolist())
+        ours, theirs = ("".join(lower.normalize_str(text).split()) for text in (read, spelled))
+        assert theirs.startswith(ours) and len(theirs) - len(ours) < 12  # a token belongs to where it starts
+    assert ours == theirs
+
+
+def test_retrieval_is_done_once(lessons_on, monkeypatch):
+    """Another number of passages or other questions are retrieved anew."""
+    first = lessons_on()
+    monkeypatch.setattr(refrag.Searcher, "search", lambda *_, **__: pytest.fail("searched again"))
+    assert lessons_on().ranked == first.ranked
+    for rows, topk in ((QUESTIONS, 4), (QUESTIONS[:2], 3)):
+        with pytest.raises(pytest.fail.Exception):
+            lessons_on(rows, topk=topk)
+
+
+def test_a_reranker_is_not_taken_for_the_retriever_alone(tmp_path, words, whole):
+    """Another order of the passages is another result."""
+    searchers = [refrag.load_searcher(refrag.IndexConfig(index_dir=str(words)), refrag.SearchConfig(), RUNTIME)
+                 for _ in range(2)]
+    searchers[1].reranker = lambda question, contents: np.arange(len(contents), dtype=np.float32)
+    ranked = [refrag.retrieved_rows(QUESTIONS, searcher, 3, 1) for searcher in searchers]
+    assert ranked[0] != ranked[1]
+
+
+def test_the_exam_has_each_k_and_p_and_takes_nothing_away(tmp_path, words, whole):
+    path = write(tmp_path / "q.jsonl", QUESTIONS)
+    lessons = answer_lessons(whole, words, path, k=(4, 8), p=(0.0, 0.25), no_answer_frac=1.0, eval_json=str(path))
+    exam, again = lessons.exam(), lessons.exam()
+    assert set(exam) == {"k4/p0", "k4/p0.25", "k8/p0", "k8/p0.25"}
+    for name, items in exam.items():
+        assert len(items) == 4 and not any("Not in" in answer(lessons, item) for item in items)
+        assert all(np.array_equal(a.sequence.plan, b.sequence.plan) for a, b in zip(items, again[name], strict=True))
+
+
+@pytest.mark.parametrize("answers", [None, [], "Rhone", [1], [" "]])
+def test_questions_need_answers(lessons_on, answers):
+    with pytest.raises(refrag.UserError, match="question 2 has no list of answers"):
+        lessons_on([QUESTIONS[0], {"question": "Who?", "answers": answers}])
+
+
+# -- the order of the data -------------------------------------------------------------------
+
+
+def sized(number: int, positions: int, tag: object = "") -> refrag.Item:
+    """An item of so many positions, known by its number."""
+    plan = np.arange(positions) + 3
+    return refrag.Item(refrag.TrainingSequence(plan, plan, refrag.Content([], [])), None, f"{number}{tag}")
+
+
+class Sizes(refrag.Lessons):
+    """Items of given numbers of positions; each draw also shows its random generator and the progress."""
+
+    def __init__(self, sizes: list[int], seq_tokens: int = 64):
+        self.sizes, self.train = sizes, refrag.TrainConfig("unused", seq_tokens=seq_tokens)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def draw(self, number: int, rng: np.random.Generator, progress: float) -> refrag.Item:
+        return sized(number, self.sizes[number], f" {rng.random():.9f} {progress:.4f}")
+
+
+MIXED = [int(size) for size in np.random.default_rng(0).choice([3, 5, 9, 17, 33, 64], 40)]
+
+
+def sampler(sizes: list[int] = MIXED, *, sequences: int = 4, passes: int = 1, seed: int = 1, row: int = 64,
+            steps: int = 30) -> refrag.Sampler:
+    """The order of some items; row 0 for decoders that can not share a row."""
+    return refrag.Sampler(Sizes(sizes), sequences, passes, steps, seed, row)
+
+
+def drawn(step: list) -> list[str]:
+    """What a step reads, whatever the passes and rows."""
+    return sorted(item.where for rows in step for row in rows for item in row)
+
+
+@pytest.mark.parametrize("row", [0, 64])
+def test_every_item_is_drawn_once_an_epoch(row):
+    samples = sampler(row=row)
+    counts, total = Counter(), 0
+    for step in range(30):
+        counts.update(where.split()[0] for where in drawn(samples.step(step)))
+        total = sum(counts.values())
+        assert total == samples.drawn
+        assert set(counts.values()) <= {total // 40, total // 40 + 1} or total < 40
+    assert total > 120 and len(counts) == 40
+
+
+@pytest.mark.parametrize("row", [0, 64])
+def test_passes_share_one_order(row):
+    """One process with batches of 4, two with 2 or two passes of 2 read the same in every step."""
+    one, two = sampler(row=row), sampler(row=row, passes=2)
+    for step in range(30):
+        a, b = one.step(step), two.step(step)
+        assert (len(a), len(b)) == (1, 2) and all(b) and drawn(a) == drawn(b)
+
+
+def test_the_order_goes_on_where_it_stood():
+    """From the number of draws alone."""
+    samples = sampler()
+    steps = [(samples.drawn, drawn(samples.step(step))) for step in range(20)]
+    for at in (0, 1, 7, 19):
+        again = sampler()
+        again.drawn = steps[at][0]
+        assert [drawn(again.step(step)) for step in range(at, 20)] == [items for _, items in steps[at:]]
+
+
+def test_steps_made_ahead_are_those_steps():
+    """With the draws up to each, which is where a run goes on; nothing is made beyond the last."""
+    plain, ahead = sampler(steps=6), sampler(steps=6)
+    expected = [(drawn(plain.step(step)), plain.drawn) for step in range(6)]
+    assert [(drawn(step), count) for step, count in ahead.run(0)] == expected
+    later = sampler(steps=6)
+    later.drawn = expected[3][1]
+    assert [(drawn(step), count) for step, count in later.run(4)] == expected[4:]
+
+
+def test_an_error_in_what_is_made_ahead_arrives():
+    lessons = Sizes(MIXED)
+    lessons.draw = lambda *_: (_ for _ in ()).throw(refrag.UserError("a bad text"))
+    with pytest.raises(refrag.UserError, match="a bad text"):
+        list(refrag.Sampler(lessons, 4, 1, 3, 1, 64).run(0))
+
+
+def test_seeds_epochs_and_draws_differ():
+    orders = {tuple(sampler(seed=seed).order(epoch).tolist()) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    samples = sampler([8] * 4, sequences=1)
+    seen = [where.split()[1] for step in range(30) for where in drawn(samples.step(step))]
+    assert len(set(seen)) == len(seen) > 100
+
+
+def test_progress_is_the_share_of_the_steps():
+    assert {where.split()[2] for where in drawn(sampler(steps=8).step(6))} == {"0.7500"}
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+@pytest.mark.parametrize("row", [64, 256])
+def test_little_of_a_step_is_padding(passes, row):
+    """Under a tenth, over texts of 3 to 64 positions; a step holds what was asked for, and no more than an item."""
+    samples, filled, padded = sampler(sequences=16, passes=passes, row=row), 0, 0
+    for step in range(30):
+        made = samples.step(step)
+        lengths = [[sum(item.positions for item in row) for row in rows] for rows in made]
+        assert 16 * 64 <= sum(map(sum, lengths)) < 16 * 64 + 64 * 4
+        filled += sum(map(sum, lengths))
+        padded += sum(len(rows) * max(rows) for rows in lengths)
+    assert 1 - filled / padded < 0.1
+
+
+def test_an_item_longer_than_a_row_is_used():
+    samples = sampler([*MIXED, 500], sequences=1)
+    seen = {where.split()[0] for step in range(60) for where in drawn(samples.step(step))}
+    assert seen == {str(n) for n in range(41)}
+
+
+def test_recurrent_decoders_get_one_sequence_a_row():
+    samples = sampler(row=0, passes=2)
+    for step in range(10):
+        assert {len(row) for rows in samples.step(step) for row in rows} == {1}
+
+
+def test_a_pass_is_never_empty():
+    """Even if one item is as long as all passes together."""
+    for row in (0, 64):
+        samples = sampler([900, 3], sequences=4, passes=4, row=row)
+        for step in range(8):
+            assert [bool(rows) and all(rows) for rows in samples.step(step)] == [True] * 4
+
+
+# -- the loss -----------------------------------------------------------------------------------
+
+
+def output_of(probabilities: list[list[float]], vectors: object = (), means: object = ()) -> refrag.Output:
+    """An output with these next-token probabilities."""
+    return refrag.Output(torch.tensor(probabilities).log(), torch.tensor(vectors), torch.tensor(means))
+
+
+def test_loss_terms_by_hand():
+    """Text: -ln 1/4 - ln 1/2 = ln 8. KL of a teacher (1/2, 1/2) from (3/4, 1/4): ln(2/3)/2 + ln(2)/2 = ln(4/3)/2; from
+    itself: 0. Argmax: the teacher's likeliest tokens are 0 by a tie and 1: -ln 3/4 - ln 1/2. Error: squares 1 and 1 by
+    a mean square of (0 + 4) / 2 = 2 are 1/2, times two positions.
+    """
+    output = output_of([[0.75, 0.25], [0.5, 0.5]], [[1.0, 1.0]], [[0.0, 2.0]])
+    teacher = torch.tensor([[0.5001, 0.4999], [0.4999, 0.5001]]).log()
+    terms = refrag.loss_terms(output, torch.tensor([1, 0]), teacher, refrag.Weights(1.0, 1.0, 1.0, 1.0))
+    assert set(terms) == {"text", "kl", "argmax", "mse"}
+    assert terms["text"].item() == pytest.approx(math.log(8))
+    assert terms["kl"].item() == pytest.approx(math.log(4 / 3) / 2, abs=1e-3)
+    assert terms["argmax"].item() == pytest.approx(math.log(4 / 3) + math.log(2))
+    assert terms["mse"].item() == pytest.approx(1.0)
+
+
+def test_terms_without_weight_are_not_computed():
+    """Nor is the error of vectors that are not there."""
+    output = output_of([[0.75, 0.25]])
+    terms = refrag.loss_terms(output, torch.tensor([1]), None, refrag.Weights(mse=1.0))
+    assert set(terms) == {"text"}
+    only = refrag.loss_terms(output, torch.tensor([1]), torch.zeros(1, 2), refrag.Weights(text=0.0, kl=0.5))
+    assert set(only) == {"kl"}
+
+
+# -- runs ---------------------------------------------------------------------------------------
+
+SHORT = ("--k", "4", "--seq_tokens", "32", "--batch_size", "2", "--steps", "2", "--device", "cpu", "--quiet", "--json")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, words) -> dict[str, list[object]]:
+    """The options that name each phase's data."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = ["--train_json", write(folder / "t.jsonl", [{"text": text} for text in TEXTS])]
+    questions = ["--rag_json", write(folder / "q.jsonl", QUESTIONS), "--index_dir", words, "--topk", "2"]
+    return {"cpt_align": texts, "cpt_recon": texts, "cpt_next": texts, "sft": questions}
+
+
+@pytest.fixture
+def train(run, sources, llama, tmp_path):
+    """Run a phase into a folder of the test; returns its summary. Without --load_dir, from the tiny Llama."""
+
+    def call(phase: str, out: object, *options: object) -> dict:
+        models = [] if {"--load_dir", "--dec"} & set(options) else ["--dec", llama, "--enc", "decoder:2"]
+        code, printed, err = run(phase, *sources[phase], *models, *SHORT, "--out_dir", tmp_path / out, *options)
+        assert code == 0, err
+        return json.loads(printed)
+
+    return call
+
+
+def tensors(folder: object, **options: object) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's model, those it does not hold from the models it stands on."""
+    return refrag.RefragModel.from_pretrained(folder, **options).state_dict()
+
+
+def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
+    """Names of tensors that are not bit for bit the same."""
+    assert a.keys() == b.keys()
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged(folder: Path) -> list[dict]:
+    """Those of them that tell of steps."""
+    return [record for record in metrics(folder) if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, llama) -> Path:
+    """A checkpoint whose projector is not at its start, where the encoder would have no gradient."""
+    model = build("decoder:2", llama, training_model="p")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.projector.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    folder = tmp_path_factory.mktemp("start") / "checkpoint"
+    model.save_pretrained(folder)
+    return folder
+
+
+PARTS = {"p": "projector", "e": "encoder", "d": "decoder"}
+
+
+@pytest.mark.parametrize("letters", ["p", "e", "d", "pe", "pd", "ed", "ped", "dep"])
+def test_exactly_the_named_parts_move(train, start, tmp_path, letters):
+    """Every tensor of theirs, and not a bit of the others; only they are saved, beside the projector."""
+    summary = train("cpt_next", "run", "--load_dir", start, "--train", letters, "--steps", 3, "--lr", "1e-2")
+    before, after = tensors(start), tensors(summary["checkpoint"])
+    assert different(before, after) == {name for name in before if name[0] in letters}
+    saved = {path.stem for path in Path(summary["checkpoint"]).glob("*.safetensors")}
+    assert saved == {"projector", "trainer", *(PARTS[letter] for letter in letters)}
+    assert summary["trained_parameters"] == sum(t.numel() for name, t in before.items() if name[0] in letters)
+    config = refrag.read_model_config(Path(summary["checkpoint"]))
+    assert config.training_model == "".join(x for x in "ped" if x in {"p", *letters})
+    assert config.history[0]["train"] == letters
+
+
+@pytest.mark.parametrize(("phase", "letters"), [("cpt_align", "p"), ("cpt_recon", "pe"), ("cpt_next", "ped"),
+                                                ("sft", "ped")])
+def test_each_phase_trains_its_own_parts(train, start, phase, letters):
+    summary = train(phase, "run", "--load_dir", start, "--steps", 3, "--projector_lr", "1e-2")
+    before, after = tensors(start), tensors(summary["checkpoint"])
+    assert {name[0] for name in different(before, after)} == set(letters)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("letters", ["d", "ped"])
+def test_adapters_move_instead_of_the_decoder(train, start, phase, letters):
+    """Its weights stay bit for bit; loading adds B A times alpha / r = 2 to each of the matrices."""
+    summary = train(phase, "run", "--load_dir", start, "--train", letters, "--lora_r", 2, "--steps", 3, "--lr", "1e-2")
+    folder, before = Path(summary["checkpoint"]), tensors(start)
+    assert {path.stem for path in folder.glob("*.safetensors")} == {
+        "projector", "trainer", "lora", *(["encoder"] if "e" in letters else [])}
+    adapters = load_file(folder / "lora.safetensors")
+    kept = {name.replace(".base_layer.", "."): value for name, value in
+            tensors(folder, train="d", lora_r=2).items() if ".lora_" not in name}
+    assert {name[0] for name in different(before, kept)} == set(letters) - {"d"}
+    merged = tensors(folder)
+    moved = {name for name in different(before, merged) if name.startswith("decoder.")}
+    assert moved == {f"decoder.{name.replace('lora_A.default.', '')}" for name in adapters if ".lora_A." in name}
+    assert len(moved) == 3 * 7  # all linear layers of three layers, the head left out
+    for name in moved:
+        a, b = (adapters[name.removeprefix("decoder.").replace(".weight", f".lora_{x}.default.weight")] for x in "AB")
+        assert (a.shape[0], b.shape[1]) == (2, 2) and b.any()
+        torch.testing.assert_close(merged[name], before[name] + 2 * b @ a)
+
+
+def test_the_projector_has_its_own_learning_rate(train, start):
+    """With one of almost nothing it stays where it was, up to rounding, and the rest moves."""
+    summary = train("cpt_next", "run", "--load_dir", start, "--projector_lr", "1e-30", "--lr", "1e-2")
+    before, after = tensors(start), tensors(summary["checkpoint"])
+    assert {name[0] for name in different(before, after)} == {"e", "d"}
+
+
+def test_lora_needs_the_decoder(run, sources, tmp_path, llama):
+    code, _, err = run("cpt_recon", *sources["cpt_recon"], *SHORT, "--dec", llama, "--lora_r", 2, "--out_dir", tmp_path)
+    assert code == 2 and "--lora_r needs the decoder in --train, got pe" in err
+
+
+# -- phases one after the other -------------------------------------------------------------------
+
+VARIANTS = {"full": ["--train", "ped"], "lora": ["--train", "ped", "--lora_r", "2"]}
+
+
+@pytest.fixture(scope="module")
+def firsts(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """First phases that were run, by phase and variant."""
+    return {}
+
+
+@pytest.mark.parametrize("second", PHASES)
+@pytest.mark.parametrize("first", PHASES)
+def test_every_phase_goes_on_from_every_other(train, run, firsts, tmp_path_factory, first, second):
+    """With the whole decoder or adapters in either; `generate` reads each result. Over the sixteen pairs each phase is
+    first and second with each combination."""
+    place = PHASES.index(first) + PHASES.index(second)
+    ways = [("full", "full"), ("lora", "full"), ("full", "lora"), ("lora", "lora")][(place + PHASES.index(second)) % 4]
+    if (first, ways[0]) not in firsts:
+        folder = tmp_path_factory.mktemp(f"{first}-{ways[0]}") / "run"
+        train(first, folder, *VARIANTS[ways[0]])
+        firsts[first, ways[0]] = folder
+        check_answers(run, folder)
+    summary = train(second, "second", "--load_dir", firsts[first, ways[0]], *VARIANTS[ways[1]])
+    folder = Path(summary["checkpoint"])
+    config = refrag.read_model_config(folder)
+    assert [entry["phase"] for entry in config.history] == [first, second]
+    assert [entry["steps"] for entry in config.history] == [2, 2]
+    assert config.lora == ({"r": 2} if ways[1] == "lora" else None)
+    has = {"projector", "encoder", "trainer", *(["lora"] if ways[1] == "lora" else []),
+           *(["decoder"] if ways != ("lora", "lora") else [])}
+    assert {path.stem for path in folder.glob("*.safetensors")} == has
+    check_answers(run, folder.parent)
+
+
+def check_answers(run: object, folder: Path) -> None:
+    """`generate` answers with the checkpoint, from a run's folder or its own."""
+    prompt = f"Where? <doc id='a'>{TEXTS[0]}</doc> Say:"
+    code, out, err = run("generate", "--prompt", prompt, "--load_dir", folder, "--k", 4, "--p", 0, "--max_new", 2,
+                         "--compressed", "feed", "--device", "cpu", "--quiet", "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["positions"] > 0
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ("--lora_r 2", "--lora_r 2"), ("--lora_r 2", "--lora_r 4"), ("--lora_r 2", ""), ("", "--lora_r 2"), ("", ""),
+    ("--lora_r 2", "--train pe"), ("", "--train pe"), ("--train p", "--lora_r 2 --train d"),
+])
+def test_the_next_phase_begins_where_the_last_one_ended(train, sources, tmp_path, first, second):
+    """The held-out losses before the first step are those after the last; then training goes on."""
+    dev = ["--eval_json", sources["cpt_next"][1], "--eval_limit", 4, "--lr", "1e-2"]
+    options = [option.split() for option in (first, second)]
+    train("cpt_next", "first", *dev, *options[0])
+    summary = train("cpt_next", "second", *dev, *options[1], "--load_dir", tmp_path / "first")
+    ended, begun = metrics(tmp_path / "first")[-1]["eval"]["k4"], metrics(tmp_path / "second")[0]["eval"]["k4"]
+    for kind, values in ended.items():
+        assert begun[kind]["loss"] == pytest.approx(values["loss"], abs=1e-4)
+    assert summary["eval"]["k4"]["vectors"] != begun["vectors"]
+
+
+def test_a_decoder_trained_whole_then_by_adapters_keeps_both(train, tmp_path):
+    """The whole one is bit for bit that of the first phase."""
+    train("cpt_next", "first", "--lr", "1e-2")
+    train("sft", "second", "--load_dir", tmp_path / "first", "--lora_r", 2, "--train", "d", "--lr", "1e-2")
+    ours, theirs = (load_file(tmp_path / run / "step-000002" / "decoder.safetensors") for run in ("first", "second"))
+    assert different(ours, theirs) == set()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("options", ["", "--lora_r 4 --train ped --lr 2e-2"], ids=["full", "lora"])
+def test_a_few_steps_learn_a_small_text(train, tmp_path, llama, phase, options):
+    """One text, or one question: the loss of the last steps is well below that of the first."""
+    one = write(tmp_path / "one.jsonl", [{"text": "The Rhone floods in May. The bells ring."}] if phase != "sft" else [
+        QUESTIONS[0]])
+    data = ["--rag_json", one, "--no_answer_frac", 0] if phase == "sft" else ["--train_json", one]
+    data += {"cpt_recon": ["--curriculum", "none"], "cpt_next": ["--expand_frac", 0]}.get(phase, [])
+    train(phase, "run", *data, "--train", "ped", "--steps", 20, "--lr", "3e-3", "--log_every", 1, *options.split())
+    losses = [record["loss"] for record in logged(tmp_path / "run")]
+    assert len(losses) == 20 and np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+# -- a run's folder -------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_takes_to_make_it_again(train, sources, tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["refrag.py", "cpt_next", "--and_so_on"])
+    train("cpt_next", "run", "--seed", 7, "--lr", "1e-3")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    data = Path(sources["cpt_next"][1])
+    assert facts["data"] == [{"file": str(data), "bytes": data.stat().st_size, "sha256": refrag.sha256_file(data)}]
+    chosen = {"phase": "cpt_next", "seed": 7, "lr": 1e-3, "steps": 2, "k": [4], "train_json": [str(data)], "lora_r": 0,
+              "dec": str(llama), "enc": "decoder:2", "expand_frac": 0.25, "warmup": 0.04, "resume": False}
+    assert {name: facts["settings"][name] for name in chosen} == chosen
+    assert facts["versions"] == refrag.library_versions() and {"torch", "transformers"} <= set(facts["versions"])
+    assert (facts["device"], facts["processes"]) == ("cpu", 1)
+    assert facts["command"] == ["refrag.py", "cpt_next", "--and_so_on"]
+
+
+def test_a_run_on_an_index_names_its_digest(train, sources, words, tmp_path):
+    train("sft", "run")
+    questions, index = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert questions["sha256"] == refrag.sha256_file(Path(sources["sft"][1]))
+    assert index == {"file": str(words), "sha256": json.loads((words / "manifest.json").read_text())["digest"]}
+
+
+def test_a_run_keeps_its_last_two_checkpoints(train, tmp_path):
+    summary = train("cpt_recon", "run", "--steps", 7, "--save_every", 2)
+    folder = tmp_path / "run"
+    assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == [
+        "metrics.jsonl", "run.json", "step-000006", "step-000007"]
+    assert summary["checkpoint"] == str(folder / "step-000007") and summary["steps"] == 7
+    for step in (6, 7):
+        files = {path.name for path in (folder / f"step-00000{step}").iterdir()}
+        assert files == {"config.json", "encoder.safetensors", "manifest.json", "projector.safetensors", "README.md",
+                         "trainer.json", "trainer.safetensors"}
+        refrag.verify_checkpoint(folder / f"step-00000{step}", required=True)
+
+
+def test_steps_are_logged_at_the_intervals_asked_for(train, sources, tmp_path):
+    """Every third step and the last; evaluations before the first step, every fourth and after the last."""
+    train("cpt_next", "run", "--steps", 8, "--log_every", 3, "--eval_every", 4, "--eval_json", sources["cpt_next"][1],
+          "--eval_limit", 1)
+    records = metrics(tmp_path / "run")
+    assert [r["step"] for r in logged(tmp_path / "run")] == [3, 6, 8]
+    assert [r["step"] for r in records if "eval" in r] == [0, 4, 8]
+    record = records[1]
+    assert {"text", "loss", "lr", "grad_norm", "padding", "tokens", "tokens_per_s", "seconds"} <= set(record)
+    assert record["loss"] == pytest.approx(record["text"]) and 0 <= record["padding"] < 1
+    assert [r["lr"] for r in records if "lr" in r] == pytest.approx(
+        [5e-5 * refrag.learning_rate_factor(step, 8, 0.04) for step in (2, 5, 7)])
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(train, start, tmp_path):
+    train("cpt_align", "run", "--load_dir", start, "--mse", 0.5, "--kl", 2, "--argmax", 0.25, "--log_every", 1)
+    for record in logged(tmp_path / "run"):
+        expected = 0.5 * record["mse"] + 2 * record["kl"] + 0.25 * record["argmax"]
+        assert record["loss"] == pytest.approx(expected, rel=1e-4) and min(record["mse"], record["kl"]) > 0
+
+
+@pytest.mark.parametrize(("options", "terms"), [
+    ("--kl 0 --argmax 0", {"mse"}), ("--mse 0 --kl 0", {"argmax"}), ("--mse 0 --argmax 0 --train ped", {"kl"})])
+def test_terms_of_the_alignment_can_be_left_out(train, tmp_path, options, terms):
+    train("cpt_align", "run", *options.split())
+    assert set(logged(tmp_path / "run")[0]) & set(refrag.Weights._fields) == terms
+
+
+def test_a_picture_is_drawn(train, sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(refrag.RunLog, "plot", PLOT)
+    train("cpt_next", "run", "--eval_json", sources["cpt_next"][1], "--eval_limit", 1)
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "run" / "loss.tmp.png").exists()
+
+
+def log_of(folder: Path, *lines: str) -> refrag.RunLog:
+    """A log that goes on after step 4, over a file of these lines."""
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return refrag.RunLog(folder, True, 4)
+
+
+LINES = ('{"step": 0, "eval": {}}\n', '{"step": 2, "loss": 1.5}\n', '{"step": 4, "loss": 1.25}\n')
+
+
+def test_a_log_that_goes_on_forgets_what_came_after_the_checkpoint(tmp_path):
+    log = log_of(tmp_path, *LINES, '{"step": 6, "loss": 1.0}\n', '{"step": 6, "eval": {}}\n')
+    assert [record["step"] for record in log.records] == [0, 2, 4] and metrics(tmp_path) == log.records
+    log.write({"step": 6, "loss": 0.5})
+    assert metrics(tmp_path) == log.records == [*(json.loads(line) for line in LINES), {"step": 6, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("half", ['{"step": 5, "lo', '{"step": 3, "eval": {"k4": {"vectors": {"loss": 1.0}', '{"st\n'])
+def test_a_line_that_was_not_finished_is_forgotten(tmp_path, half):
+    assert [record["step"] for record in log_of(tmp_path, *LINES, half).records] == [0, 2, 4]
+
+
+def test_a_new_log_forgets_everything_and_a_reader_changes_nothing(tmp_path):
+    log_of(tmp_path, *LINES)
+    watcher = refrag.RunLog(tmp_path, False, 2)
+    watcher.write({"step": 9})
+    assert [record["step"] for record in watcher.records] == [0, 2, 9] and len(metrics(tmp_path)) == 3
+    assert refrag.RunLog(tmp_path, True, 0).records == [] == metrics(tmp_path)
+
+
+def test_the_model_card_tells_models_phases_and_results():
+    entry = {"phase": "cpt_recon", "steps": 1200, "tokens": 3456789, "train": "pe", "device": "cuda", "run": "runs/a",
+             "data": [{"file": "/data/a.jsonl"}, {"file": "b.jsonl.gz"}]}
+    config = refrag.RefragConfig("decoder:3", "some/decoder", history=[entry, entry | {
+        "phase": "sft", "train": "ped (LoRA 8)", "data": [{"file": "q.jsonl"}]}])
+    measured = {kind: {"loss": 1.0, "accuracy": value} for kind, value in zip(
+        ("vectors", "none", "wrong", "full"), (0.5, 0.25, 0.125, 0.75), strict=True)}
+    records = [{"step": 0, "eval": {"k4": {}}}, {"step": 7, "eval": {"k8": measured}}, {"step": 8}]
+    card = refrag.model_card(config, records)
+    assert "Decoder: some/decoder. Encoder: decoder:3, mean pooling. Projector: residual_mlp." in card
+    rows = [line for line in card.splitlines() if line.startswith("| ")]
+    assert rows == ["| Phase | Steps | Tokens | Trained | Device | Data |",
+                    "| cpt_recon | 1,200 | 3,456,789 | pe | cuda | a.jsonl, b.jsonl.gz |",
+                    "| sft | 1,200 | 3,456,789 | ped (LoRA 8) | cuda | q.jsonl |",
+                    "| Set | Vectors | None | Wrong | Full |", "| k8 | 0.500 | 0.250 | 0.125 | 0.750 |"]
+    assert "after step 7" in card and "Held-out" not in refrag.model_card(config, [{"step": 0, "eval": {}}])
+
+
+@posix
+def test_a_first_signal_is_noted_and_a_second_one_leaves(capsys, monkeypatch):
+    monkeypatch.setattr(refrag, "QUIET", False)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with refrag.StopSignal() as stop:
+        assert stop.signum == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        assert "stopping after this step" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 143
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [[], ["--lora_r", "2"], ["--train", "pe"]], ids=["full", "lora", "frozen"])
+def test_activations_computed_again_change_nothing(train, start, tmp_path, monkeypatch, options):
+    """The same weights up to rounding; the decoder's layers run twice a pass instead of once."""
+    marked, calls = refrag.mark_trained, Counter()
+
+    def watch(model, *rest):
+        model.decoder.base_model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.update([now]))
+        return marked(model, *rest)
+
+    monkeypatch.setattr(refrag, "mark_trained", watch)
+    made = {}
+    for now, extra in (("plain", []), ("again", ["--activation_checkpointing"])):
+        summary = train("cpt_next", now, "--load_dir", start, "--lr", "1e-2", "--steps", 3, *options, *extra)
+        made[now] = tensors(summary["checkpoint"])
+    for name, tensor in made["plain"].items():
+        torch.testing.assert_close(made["again"][name], tensor, rtol=1e-3, atol=1e-4)
+    assert different(made["plain"], tensors(start))
+    assert calls == {"plain": 3, "again": 6}
+
+
+@pytest.mark.parametrize(("phase", "options"), [("sft", ""), ("cpt_next", "--recon_frac 0"),
+                                                ("cpt_next", "--recon_frac 0.5")])
+def test_distillation_adds_the_divergence(train, tmp_path, phase, options):
+    """The loss is the text's and half of the divergence, also where some texts are reconstructed."""
+    train(phase, "run", "--distill", 0.5, "--log_every", 1, "--batch_size", 4, *options.split())
+    for record in logged(tmp_path / "run"):
+        assert record["loss"] == pytest.approx(record["text"] + 0.5 * record["kl"], rel=1e-4) and record["kl"] > 0
+
+
+@pytest.mark.parametrize("way", ["full", "lora"])
+def test_the_teacher_is_the_decoder_before_the_phase(train, monkeypatch, tmp_path, way):
+    """Its weights at the end are those of the checkpoint that the phase began with."""
+    train("cpt_next", "first", "--lr", "1e-2", *VARIANTS[way])
+    before = {name[8:]: value for name, value in tensors(tmp_path / "first").items() if name.startswith("decoder.")}
+    teachers, load = [], refrag.load_teacher
+    monkeypatch.setattr(refrag, "load_teacher", lambda *args: teachers.append(load(*args)) or teachers[0])
+    train("sft", "second", "--distill", 1, "--load_dir", tmp_path / "first", "--lr", "1e-2", *VARIANTS[way])
+    assert different(teachers[0].state_dict(), before) == set()
+
+
+def test_a_reader_of_the_whole_text_starts_with_its_teacher(train, tmp_path):
+    """p = 1: both read the same, so before the first step there is no divergence; then there is."""
+    train("sft", "run", "--distill", 1, "--p", 1, "--log_every", 1, "--lr", "1e-2", "--steps", 3)
+    first, *_, last = [record["kl"] for record in logged(tmp_path / "run")]
+    assert first == pytest.approx(0, abs=1e-5) and last > 1e-3
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_each_phase_with_a_separate_encoder(train, run, llama, bert, tmp_path, phase):
+    """Without the residual, as in the paper, with one state per chunk."""
+    models = ["--dec", llama, "--enc", bert, "--projector", "mlp", "--pooling", "cls"]
+    data = [] if phase == "sft" else ["--train_json", write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS[:3]])]
+    summary = train(phase, "run", *models, *data, "--train", "ped")
+    config = refrag.read_model_config(Path(summary["checkpoint"]))
+    assert (config.projector, config.pooling, config.encoder_name_or_path) == ("mlp", "cls", str(bert))
+    check_answers(run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_each_phase_with_several_k(train, sources, tmp_path, phase):
+    held_out = ["--eval_json", sources[phase][1], "--eval_limit", 2]
+    summary = train(phase, "run", "--k", 2, 4, 8, *held_out)
+    assert {name.partition("/")[0] for name in summary["eval"]} == {"k2", "k4", "k8"}
+    assert refrag.read_model_config(Path(summary["checkpoint"])).compression == 8
+
+
+@pytest.mark.parametrize("phase", ["cpt_next", "sft"])
+@pytest.mark.parametrize("options", ["", "--train ped --lora_r 2"], ids=["full", "lora"])
+def test_every_architecture_trains_and_answers(train, run, any_decoder, tmp_path, phase, options):
+    summary = train(phase, "run", "--dec", any_decoder, "--enc", "decoder:2", *options.split())
+    assert math.isfinite(summary["loss"])
+    check_answers(run, tmp_path / "run")
+
+
+# -- evaluation -----------------------------------------------------------------------------------
+
+
+def sequence(first: int, chunks: int) -> refrag.TrainingSequence:
+    """A start, so many vectors of two tokens each, and two tokens to say."""
+    parts = [np.asarray([first + 2 * n, first + 2 * n + 1]) for n in range(chunks)]
+    rows = [(np.concatenate(parts), np.repeat(np.arange(chunks), 2))] if chunks else []
+    context = np.concatenate([[START], -np.arange(chunks) - 1])
+    return refrag.continue_plan(context, np.asarray([first + 90, first + 91]), refrag.Content(parts, rows))
+
+
+def test_the_controls_read_vectors_none_anothers_and_the_text():
+    """Three texts of 3, 0 and 1 chunks. The first gets the vector of the last three times over, not its own."""
+    made = [sequence(100, 3), sequence(200, 0), sequence(300, 1)]
+    kinds = refrag.controls(made)
+    assert list(kinds) == ["vectors", "none", "wrong", "full"]
+    assert all(kinds["vectors"][n] is made[n] for n in range(3))
+    assert [s.plan.tolist() for s in kinds["none"]] == [[1, 190], [1, 290], [1, 390]]
+    assert kinds["full"][0].plan.tolist() == [1, 100, 101, 102, 103, 104, 105, 190]
+    wrong = kinds["wrong"]
+    assert [s.plan.tolist() for s in wrong] == [[1, -1, -1, -1, 190], [1, 290], [1, -1, 390]]
+    assert [s.content is made[n].content for s, n in zip(wrong, (2, 2, 0), strict=True)] == [True] * 3
+    assert {tuple(asked(s)) for kind in kinds.values() for s in kind} == {(190, 191), (290, 291), (390, 391)}
+
+
+def test_without_another_text_there_is_no_wrong_one():
+    """Its own vectors would pass for another's."""
+    [wrong] = refrag.controls([sequence(100, 3)]).get("wrong", [None])
+    assert wrong is None or not (wrong.plan < 0).any() or wrong.content.chunks[0].tolist() != [100, 101]
+
+
+def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path, whole):
+    """The losses by hand: the decoder's own forward over embeddings laid by a loop, one text at a time."""
+    summary = train("cpt_next", "run", "--load_dir", start, "--eval_json", sources["cpt_next"][1])
+    model = refrag.RefragModel.from_pretrained(tmp_path / "run")
+    lessons = text_lessons(refrag.NextLessons, whole, Path(sources["cpt_next"][1]), held_out=sources["cpt_next"][1])
+    sequences = [item.sequence for item in lessons.exam()["k4"]]
+    assert len(sequences) == 6
+    embed, measured = model.decoder.get_input_embeddings(), {}
+    with torch.no_grad():
+        vectors = []
+        for s in sequences:
+            ids = torch.from_numpy(np.concatenate(s.content.chunks))
+            states = model.encoder(ids[None], None)[0]
+            pooled = torch.stack([states[i : i + 4].mean(0) for i in range(0, len(ids), 4)])
+            means = torch.stack([embed(ids[i : i + 4]).mean(0) for i in range(0, len(ids), 4)])
+            vectors.append(model.projector(pooled, means))
+        for kind in ("vectors", "none", "wrong", "full"):
+            loss, right, total = 0.0, 0, 0
+            for n, s in enumerate(sequences):
+                said, other = torch.tensor(asked(s)), vectors[(n + 1) % len(sequences)]
+                L = len(vectors[n])
+                context = {"vectors": vectors[n], "none": vectors[n][:0], "full": embed(ids_of(s)),
+                           "wrong": torch.cat([other] * (L // len(other) + 1))[:L]}[kind]
+                inputs = torch.cat([embed(torch.tensor([START])), context, embed(said[:-1])])
+                logits = model.decoder(inputs_embeds=inputs[None]).logits[0, -len(said) :]
+                loss += torch.nn.functional.cross_entropy(logits, said, reduction="sum").item()
+                right, total = right + int((logits.argmax(-1) == said).sum()), total + len(said)
+            measured[kind] = {"loss": loss / total, "accuracy": right / total}
+    for kind, values in measured.items():
+        assert summary["eval"]["k4"][kind] == pytest.approx(values, abs=2e-4), kind
+    assert len({round(values["loss"], 3) for values in measured.values()}) == 4
+
+
+def ids_of(s: refrag.TrainingSequence) -> torch.Tensor:
+    """The tokens of a sequence's chunks."""
+    return torch.from_numpy(np.concatenate(s.content.chunks))
+
+
+# -- a run that goes on ---------------------------------------------------------------------------
+
+KILLS = int(os.environ.get("REFRAG_KILLS", "4"))  # kills at random moments
+STEPS = 8
+SERVER = """
+import json, os, sys
+import accelerate, matplotlib, peft, refrag
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+def child(job):
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (0, 1, 2):
+        os.dup2(os.open(os.devnull, os.O_RDONLY) if number == 0 else log, number)
+    run_step = refrag.Trainer.run_step
+
+    def step(trainer, *args):
+        terms = run_step(trainer, *args)
+        if trainer.step == job["at"]:
+            os.kill(os.getpid(), job["signal"])
+        return terms
+
+    refrag.Trainer.run_step = step
+    os._exit(refrag.main(job["argv"]))
+
+for line in sys.stdin:
+    job = json.loads(line)
+    if "argv" in job:
+        answer = os.fork() or child(job)
+    else:
+        answer = os.waitstatus_to_exitcode(os.waitpid(job["pid"], 0)[1])
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Forks:
+    """Runs commands in processes of their own that need not import anything: forks of one that has done so.
+
+    A process can be told to send itself a signal in the middle of its n-th step.
+    """
+
+    def __init__(self, folder: Path):
+        self.log = folder / "log"
+        environment = os.environ | {"PYTHONPATH": str(Path(refrag.__file__).parent), "REFRAG_HOME": str(folder)}
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       env=environment, text=True)
+
+    def ask(self, **job: object) -> int:
+        """Send a job and read its answer."""
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, argv: list[object], at: int = 0, sig: int = signal.SIGTERM) -> int:
+        """Start a command; returns the process id."""
+        return self.ask(argv=[str(a) for a in argv], at=at, signal=int(sig), log=str(self.log))
+
+    def run(self, argv: list[object], **options: object) -> int:
+        """Run a command to its end: the exit code, or minus the signal that killed it."""
+        return self.ask(pid=self.start(argv, **options))
+
+    def close(self) -> None:
+        """End the server."""
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
+        self.server.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def long_run(sources, llama) -> dict[str, list[object]]:
+    """Options of runs that take some steps and write often, by name."""
+    often = [*SHORT, "--dec", llama, "--enc", "decoder:2", "--steps", STEPS, "--save_every", 2, "--log_every", 1,
+             "--lr", "1e-2", "--eval_every", 4, "--eval_limit", 2]
+    held_out = ["--eval_json", sources["cpt_next"][1]]
+    return {"cpt_recon": ["cpt_recon", *sources["cpt_recon"], *held_out, *often],
+            "cpt_align": ["cpt_align", *sources["cpt_align"], *held_out, *often],
+            "lora": ["cpt_next", *sources["cpt_next"], *held_out, *often, "--lora_r", 2, "--grad_accum", 2],
+            "sft": ["sft", *sources["sft"], "--eval_json", sources["sft"][1], *often, "--distill", 1]}
+
+
+@pytest.fixture(scope="module")
+def unhindered(tmp_path_factory, long_run) -> dict[str, Path]:
+    """The folder of each of these runs, made without a stop when first asked for."""
+
+    class Made(dict):
+        def __missing__(self, name: str) -> Path:
+            folder = self[name] = tmp_path_factory.mktemp(f"whole-{name}") / "run"
+            assert refrag.main([str(a) for a in [*long_run[name], "--out_dir", folder]]) == 0
+            return folder
+
+    return Made()
+
+
+def check_the_same(ours: Path, theirs: Path) -> None:
+    """Two finished runs: the last checkpoints bit for bit, each record once and the same but for times and paths."""
+    last = f"step-{STEPS:06d}"
+    assert sorted(p.name for p in ours.iterdir() if p.name[0] != ".") == sorted(
+        p.name for p in theirs.iterdir() if p.name[0] != ".")
+    for path in (theirs / last).glob("*.safetensors"):
+        a, b = load_file(ours / last / path.name), load_file(path)
+        assert different(a, b) == set(), path.name
+    timeless = [[{name: value for name, value in record.items() if name not in ("seconds", "tokens_per_s")}
+                 for record in metrics(folder)] for folder in (ours, theirs)]
+    assert timeless[0] == timeless[1]
+    assert [r["step"] for r in logged(ours)] == list(range(1, STEPS + 1))
+    histories = [refrag.read_model_config(folder / last).history for folder in (ours, theirs)]
+    assert [[{**h, "run": ""} for h in history] for history in histories][0] == [{**h, "run": ""} for h in histories[1]]
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpt_recon", "cpt_align", "lora", "sft"])
+@pytest.mark.parametrize(("sig", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_run_that_is_stopped_saves_and_goes_on(forks, long_run, unhindered, tmp_path, name, sig, code):
+    """In the middle of a step between two checkpoints: the step is finished and saved."""
+    argv = [*long_run[name], "--out_dir", tmp_path / "run"]
+    assert forks.run(argv, at=3, sig=sig) == code, forks.log.read_text()
+    assert [path.name for path in refrag.step_folders(tmp_path / "run")] == ["step-000003", "step-000002"]
+    assert forks.log.read_text().splitlines()[-2:] == [
+        "error: interrupted", f'{{"error": {{"code": {code}, "message": "interrupted"}}}}']
+    assert forks.run([*argv, "--resume"]) == 0, forks.log.read_text()
+    check_the_same(tmp_path / "run", unhindered[name])
+
+
+@posix
+@pytest.mark.slow
+def test_a_signal_in_the_last_step_changes_nothing(forks, long_run, unhindered, tmp_path):
+    argv = [*long_run["cpt_recon"], "--out_dir", tmp_path / "run"]
+    assert forks.run(argv, at=STEPS) == 0, forks.log.read_text()
+    check_the_same(tmp_path / "run", unhindered["cpt_recon"])
+
+
+@posix
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on(forks, long_run, unhindered, tmp_path):
+    """Random moments, spread over the time that an unhindered run takes; killed once more while it goes on.
+
+    REFRAG_KILLS sets how many.
+    """
+    argv, killed = [*long_run["cpt_recon"], "--resume", "--out_dir"], Counter()
+    begun = time.monotonic()
+    assert forks.run([*argv, tmp_path / "whole"]) == 0, forks.log.read_text()
+    seconds, chance = time.monotonic() - begun, random.Random(0)
+    check_the_same(tmp_path / "whole", unhindered["cpt_recon"])
+    for number in range(KILLS):
+        folder = tmp_path / f"run-{number}"
+        for wait in ((number + chance.random()) / KILLS * seconds, chance.random() * seconds):
+            pid = forks.start([*argv, folder])
+            time.sleep(wait)
+            os.kill(pid, signal.SIGKILL)  # one that has ended already is not harmed: its exit code was not read yet
+            killed.update([forks.ask(pid=pid)])
+        assert forks.run([*argv, folder]) == 0, forks.log.read_text()
+        check_the_same(folder, unhindered["cpt_recon"])
+    assert set(killed) <= {0, -signal.SIGKILL} and killed[-signal.SIGKILL] >= KILLS / 2
+
+
+def halve(path: Path) -> None:
+    """Leave the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["projector.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"])
+@pytest.mark.parametrize("gone", [False, True], ids=["half", "gone"])
+def test_a_damaged_checkpoint_is_passed_over(run, long_run, unhindered, tmp_path, name, gone):
+    """The one before it is continued from, with a notice, to the same end."""
+    folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
+    damaged = folder / f"step-{STEPS:06d}" / name
+    damaged.unlink() if gone else halve(damaged)
+    argv = [a for a in long_run["cpt_recon"] if a != "--quiet"]
+    code, _, err = run(*argv, "--resume", "--out_dir", folder)
+    assert code == 0, err
+    assert f"{damaged} is" in err and "falling back to the checkpoint before it" in err
+    check_the_same(folder, unhindered["cpt_recon"])
+
+
+def test_without_a_sound_checkpoint_a_run_starts_again(run, long_run, unhindered, tmp_path):
+    folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
+    for step in refrag.step_folders(folder):
+        halve(step / "encoder.safetensors")
+    code, _, err = run(*[a for a in long_run["cpt_recon"] if a != "--quiet"], "--resume", "--out_dir", folder)
+    assert code == 0 and err.count("falling back") == 2, err
+    check_the_same(folder, unhindered["cpt_recon"])
+
+
+def test_a_finished_run_that_is_resumed_says_the_same_again(run, long_run, unhindered, tmp_path):
+    folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, out, err = run(*long_run["cpt_recon"], "--resume", "--out_dir", folder)
+    assert code == 0, err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert json.loads(out)["steps"] == STEPS and json.loads(out)["loss"] == metrics(folder)[-2]["loss"]
+
+
+def test_what_a_killed_run_left_half_written_goes(run, long_run, unhindered, tmp_path):
+    """A checkpoint that was being written has another process's number; nothing else would ever remove it."""
+    folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
+    shutil.copytree(folder / "step-000008", folder / ".step-000008.4194305.tmp")
+    shutil.rmtree(folder / "step-000008")
+    assert run(*long_run["cpt_recon"], "--resume", "--out_dir", folder)[0] == 0
+    assert [path.name for path in folder.glob(".*") if path.name != ".lock"] == []
+
+
+def test_a_run_that_was_moved_has_its_phase_once(run, long_run, unhindered, tmp_path):
+    folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "elsewhere")
+    shutil.rmtree(folder / "step-000008")
+    assert run(*long_run["cpt_recon"], "--resume", "--out_dir", folder)[0] == 0
+    history = refrag.read_model_config(folder / "step-000008").history
+    assert [(entry["phase"], entry["steps"]) for entry in history] == [("cpt_recon", 8)]
+
+
+@pytest.mark.parametrize(("change", "told"), [("--lr 1e-3", "--lr was 0.01, now 0.001"), ("--steps 9", "--steps was 8"),
+                                              ("--seed 5", "--seed was 1337"), ("--k 8", r"--k was \[4\], now \[8\]"),
+                                              ("--train p", "--train was None, now p"), ("--curriculum none", "even")])
+def test_a_run_goes_on_with_the_same_options_only(run, long_run, unhindered, tmp_path, change, told):
+    folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    code, _, err = run(*long_run["cpt_recon"], "--resume", "--out_dir", folder, *change.split())
+    assert code == 5 and told.replace("\\", "") in err
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_how_often_is_logged_and_saved_may_change(run, long_run, unhindered, tmp_path):
+    """And what changes the speed alone."""
+    folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
+    shutil.rmtree(folder / "step-000008")
+    code, _, err = run(*long_run["cpt_recon"], "--resume", "--out_dir", folder, "--log_every", 2, "--save_every", 100,
+                       "--eval_every", 0, "--threads", 1)
+    assert code == 0, err
+    assert [record["step"] for record in logged(folder)] == [1, 2, 3, 4, 5, 6, 8]
+    ours, theirs = (load_file(path / "step-000008" / "encoder.safetensors") for path in (folder, unhindered["cpt_recon"]))
+    assert different(ours, theirs) == set()
+
+
+@pytest.mark.parametrize(("place", "told"), [("file", "is a file"), ("other", "holds other files (notes.txt)"),
+                                             ("run", "holds a run: add --resume")])
+def test_a_run_does_not_write_over_anything(run, long_run, unhindered, tmp_path, place, told):
+    folder = tmp_path / "run"
+    if place == "run":
+        shutil.copytree(unhindered["cpt_recon"], folder)
+    elif place == "other":
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    else:
+        folder.write_text("mine")
+    code, _, err = run(*long_run["cpt_recon"], "--out_dir", folder)
+    assert code == 2 and told in err
+    assert not (folder / "step-000002").exists()
+
+
+def test_a_damaged_run_file_is_told(run, long_run, unhindered, tmp_path):
+    folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
+    halve(folder / "run.json")
+    code, _, err = run(*long_run["cpt_recon"], "--resume", "--out_dir", folder)
+    assert code == 4 and "run.json is damaged" in err
+
+
+# -- several processes ------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "options"), [("cpt_recon", ""), ("cpt_next", "--lora_r 2"), ("sft", "--distill 1")])
+def test_two_processes_or_two_passes_are_one_large_batch(train, sources, llama, tmp_path, phase, options):
+    """Four sequences a step: in one pass, in two passes, in two processes. The losses agree up to rounding."""
+    given = ["--train", "ped", "--steps", 4, "--lr", "1e-3", "--log_every", 1, "--eval_json", sources[phase][1],
+             "--eval_limit", 2, *options.split()]
+    train(phase, "one", *given, "--batch_size", 4)
+    train(phase, "passes", *given, "--batch_size", 2, "--grad_accum", 2)
+    argv = [phase, *sources[phase], "--dec", llama, "--enc", "decoder:2", *SHORT, *given, "--batch_size", 2,
+            "--out_dir", tmp_path / "processes"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           refrag.__file__, *map(str, argv)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 4  # one summary, from the first process
+    assert json.loads((tmp_path / "processes" / "run.json").read_text())["processes"] == 2
+    one, passes, processes = (metrics(tmp_path / name) for name in ("one", "passes", "processes"))
+    for others in (passes, processes):
+        for a, b in zip(one, others, strict=True):
+            assert a.keys() == b.keys() and a.get("tokens") == b.get("tokens")
+            for name in set(a) & {"loss", "text", "kl", "grad_norm"}:
+                assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), (a["step"], name)
+    last = [tensors(tmp_path / name) for name in ("one", "passes", "processes")]
+    for name, tensor in last[0].items():
+        for other in last[1:]:
+            torch.testing.assert_close(other[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+@posix
+@pytest.mark.slow
+def test_two_processes_go_on_after_a_stop(tmp_path, sources, llama):
+    """Stopped by a full disk's stand-in, a kill of the launcher's group, then resumed."""
+    argv = ["cpt_recon", *sources["cpt_recon"], "--dec", llama, "--enc", "decoder:2", *SHORT, "--steps", 4,
+            "--save_every", 2, "--log_every", 1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", refrag.__file__]
+
+    def go(folder: str, *options: object) -> None:
+        done = subprocess.run([*launch, *map(str, [*argv, "--out_dir", tmp_path / folder, *options])],
+                              capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+
+    go("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "step-000004")
+    go("half", "--resume")
+    ours, theirs = (tensors(tmp_path / name / "step-000004") for name in ("half", "whole"))
+    assert different(ours, theirs) == set()
+    assert [record["loss"] for record in logged(tmp_path / "half")] == [r["loss"] for r in logged(tmp_path / "whole")]
