@@ -44,12 +44,14 @@ import functools
 import glob
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -290,6 +292,9 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.train_json), "--train_json is missing: name a file of JSON lines with a text each")
+        for flag in ("train_json", "eval_json"):
+            for name in getattr(self, flag):
+                require(os.path.isfile(name), f"--{flag} {name}: no such file")
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
@@ -331,10 +336,11 @@ class TrainConfig:
         for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_limit"):
             require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("lora_r", "eval_every", "weight_decay", "grad_clip"):
-            require(getattr(self, name) >= 0, f"--{name} must be 0 or more, got {getattr(self, name)}")
+            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("lr", "projector_lr"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"--{name} must be more than 0, got {value}")
+            require(value is None or value <= 1e30, f"--{name} {value} is beyond what weights can hold")
         require(0 <= self.warmup < 1, f"--warmup must lie in [0, 1), got {self.warmup}")
         require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
                 "not one chunk would fit")
@@ -396,6 +402,9 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         require(self.rag_json is not None, "--rag_json is missing: name a file of questions with answers")
+        for flag in ("rag_json", "eval_json"):
+            name = getattr(self, flag)
+            require(name is None or os.path.isfile(name), f"--{flag} {name}: no such file")
         require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
         require(0 <= self.no_answer_frac <= 1, f"--no_answer_frac must lie between 0 and 1, got {self.no_answer_frac}")
         require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
@@ -410,6 +419,7 @@ class AnchorConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.text), "--text is missing: give the text to align")
+        require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
 
 
 @dataclass(frozen=True)
@@ -505,7 +515,8 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Show where the tokens of encoder and decoder end together."""
     tokenizer = build_tokenizer(model_config(models, PackConfig.k))
-    encoder, decoder = (tokenize_pieces(anchor.text, side) for side in (tokenizer.encoder, tokenizer.decoder))
+    text = tokenizer.neutralize(anchor.text)
+    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     spans = anchor_rows(encoder, decoder)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
@@ -869,9 +880,11 @@ try:
     import Stemmer
     import torch
     import transformers
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from tokenizers.decoders import DecodeStream
     from torch import Tensor, nn
+    from torch.distributed.checkpoint import state_dict
     from tqdm import tqdm
     from transformers import (
         AutoConfig,
@@ -894,6 +907,14 @@ except ImportError as missing:
 # =============================================================================
 
 QUIET = False  # set once by prepare_runtime; progress and notices look here
+
+
+def late_import(name: str) -> Any:
+    """A module that only some commands need. Raises MissingError."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingError(f"library missing: {one_line(error)}: pip install {name.partition('.')[0]}") from None
 
 
 def notice(text: str) -> None:
@@ -1110,7 +1131,9 @@ def exclusive(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
 
 MANIFEST_FORMAT = "refrag-index"
 CHECKPOINT_FORMAT = "refrag-checkpoint"
-REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again"}
+TOKENS_FORMAT = "refrag-tokens"
+REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again",
+            TOKENS_FORMAT: "it is made again"}
 MANIFEST_VERSION = 1
 
 
@@ -1279,7 +1302,7 @@ class BadRecord(UserError):
 
 
 @contextlib.contextmanager
-def skipping(errors: str, counts: dict[str, int]) -> Iterator[None]:
+def skipping(errors: str | None, counts: dict[str, int]) -> Iterator[None]:
     """With --errors skip, a BadRecord in the block is counted instead of raised."""
     try:
         yield
@@ -1306,10 +1329,10 @@ def open_maybe_gzip(path: Path) -> typing.BinaryIO:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
-def decode_utf8(raw: bytes, offset: int, source: str, errors: str) -> tuple[str, bool]:
+def decode_utf8(raw: bytes, offset: int, source: str, errors: str | None) -> tuple[str, bool]:
     """Text of `raw`, which begins at byte `offset` of its file, and whether bytes were replaced.
 
-    Raises BadRecord that names the byte, unless errors == "replace".
+    errors: of --errors, None where a command does not have it. Raises BadRecord that names the byte, unless "replace".
     """
     try:
         return raw.decode("utf-8"), False
@@ -1317,10 +1340,12 @@ def decode_utf8(raw: bytes, offset: int, source: str, errors: str) -> tuple[str,
         if errors == "replace":
             return raw.decode("utf-8", errors="replace"), True
         place = offset + error.start
-        raise BadRecord(f"{source}: invalid UTF-8 at byte {place}: mend it or use --errors replace") from None
+        remedy = "mend it or use --errors replace" if errors else "mend it"
+        raise BadRecord(f"{source}: invalid UTF-8 at byte {place}: {remedy}") from None
 
 
-def read_lines(handle: typing.BinaryIO, source: str, counts: dict[str, int], errors: str) -> Iterator[tuple[int, str]]:
+def read_lines(handle: typing.BinaryIO, source: str, counts: dict[str, int],
+               errors: str | None) -> Iterator[tuple[int, str]]:
     """(1-based number, text without its line end) of every line that is not blank."""
     offset = 0
     with gzip_errors(source):
@@ -1455,13 +1480,13 @@ def parse_training_text(line: str, where: str) -> TrainingText:
     item = parse_object(line, where)
     text = item.get("tokens", item.get("text"))
     if isinstance(text, list):
-        if not all(type(token) is int and token >= 0 for token in text):
-            raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more")
+        if not all(type(token) is int and 0 <= token < 2**31 for token in text):
+            raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
     else:
         text = check_string(text, "text", where)
-    split = item.get("split") or {}
+    split = {} if item.get("split") is None else item["split"]
     sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
-    if not all(type(size) is int and size >= 0 for size in sizes):
+    if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
         raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
     if isinstance(text, list) and sum(sizes):
         text = text[: sum(sizes)]
@@ -1471,9 +1496,8 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
     """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
     for name in paths:
-        require(Path(name).is_file(), f"training file {name}: no such file")
         with open_maybe_gzip(Path(name)) as handle:
-            for number, line in read_lines(handle, name, {"skipped": 0, "replaced": 0}, "strict"):
+            for number, line in read_lines(handle, name, {"skipped": 0, "replaced": 0}, None):
                 yield parse_training_text(line, f"{name}:{number}")
 
 
@@ -1512,7 +1536,7 @@ def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
     path = Path(name)
     require(path.is_file(), f"{flag} {path}: no such file")
     with open_maybe_gzip(path) as handle:
-        lines = list(read_lines(handle, str(path), {"skipped": 0, "replaced": 0}, "strict"))
+        lines = list(read_lines(handle, str(path), {"skipped": 0, "replaced": 0}, None))
     places = [f"{path}:{number}" for number, _ in lines]
     items = [{"id": str(i), **parse_object(text, place)}
              for i, ((_, text), place) in enumerate(zip(lines, places, strict=True), 1)]
@@ -1578,10 +1602,12 @@ def check_local(name: str) -> str:
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Failures to load a model as MissingError."""
+    """Failures to load a model as MissingError, damaged weights as CorruptError."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except SafetensorError as error:
+        raise CorruptError(f"model {name} is damaged ({one_line(error)[:200]}): fetch it again") from None
+    except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise MissingError(f"model {name} could not be loaded ({one_line(error)[:300]}): "
@@ -2825,14 +2851,16 @@ class RefragConfig(PreTrainedConfig):
                  compression: int = 16, pooling: str = "mean", projector: str = "residual_mlp",
                  training_model: str = "", lora: dict[str, Any] | None = None,
                  encoder_width: int | None = None, decoder_width: int | None = None,
-                 decoder_fingerprint: str | None = None, history: list[dict[str, Any]] | None = None, **kwargs: Any):
+                 decoder_fingerprint: str | None = None, encoder_fingerprint: str | None = None,
+                 history: list[dict[str, Any]] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.encoder_name_or_path, self.decoder_name_or_path = encoder_name_or_path, decoder_name_or_path
         self.compression, self.pooling, self.projector = compression, pooling, projector
         self.training_model = training_model  # letters of what the folder holds: projector, encoder, decoder
         self.lora = lora  # rank and alpha of the decoder's adapters, None without
         self.encoder_width, self.decoder_width = encoder_width, decoder_width
-        self.decoder_fingerprint = decoder_fingerprint  # of the decoder before any training
+        self.decoder_fingerprint = decoder_fingerprint  # of the models before any training
+        self.encoder_fingerprint = encoder_fingerprint  # None where the encoder is cut from the decoder
         self.history = history or []  # one entry per training phase
 
 
@@ -2947,16 +2975,25 @@ def accepts(decoder: nn.Module, name: str) -> bool:
     return name in forward_arguments(type(decoder))
 
 
+def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Mean of the states of each owner. states: (T, E); owners: (T,), range [0, count], count for none.
+
+    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, 1], count 1 -> [[2]]
+    """
+    sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
+    sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
+    return (sums / sizes.to(states.dtype))[:count]
+
+
 def pool_runs(states: Tensor, sizes: Tensor) -> Tensor:
     """Mean of each run of token states.
 
-    states: (T, E); sizes: (L,) ints that add up to T, each >= 1. Returns (L, E).
+    states: (T, E); sizes: (L,) ints that add up to T; a run of size 0 gives zeros. Returns (L, E).
 
     Example: states [[1], [3], [7]], sizes [2, 1] -> [[2], [7]]
     """
     run = torch.repeat_interleave(torch.arange(len(sizes), device=states.device), sizes)  # (T,), range [0, L)
-    sums = states.new_zeros(len(sizes), states.shape[1]).index_add_(0, run, states)  # (L, E)
-    return sums / sizes.unsqueeze(1).to(states.dtype)
+    return pool_owners(states, run, len(sizes))
 
 
 class ChunkEncoder(nn.Module):
@@ -3006,7 +3043,7 @@ class ChunkEncoder(nn.Module):
         encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, starts = np.asarray(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
         ends, sizes = self.tokenizer.runs([text], k)[0]
-        chunks = np.split(ids, np.searchsorted(np.maximum.accumulate(starts), ends[:-1]))
+        chunks = np.split(ids, np.searchsorted(np.maximum.accumulate(starts), ends[:-1])) if len(ends) else []
         return Content(chunks, self.text_rows(text, ends, sizes)), ends
 
     def text_rows(self, text: str, ends: np.ndarray, sizes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -3200,16 +3237,6 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
         lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
 
 
-def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of the states of each owner. states: (T, E); owners: (T,), range [0, count], count for none.
-
-    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, 1], count 1 -> [[2]]
-    """
-    sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
-    sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
-    return (sums / sizes.to(states.dtype))[:count]
-
-
 @contextlib.contextmanager
 def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
     """Within the block, the LM head sees the asked positions alone. asked: (N,), numbers b * T + t.
@@ -3271,11 +3298,17 @@ def lora_names(decoder: nn.Module) -> set[str]:
 
 
 def add_lora(decoder: nn.Module, rank: int) -> None:
-    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place."""
-    from peft import LoraConfig, inject_adapter_in_model
+    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place.
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
-    inject_adapter_in_model(config, decoder)
+    Raises UserError for architectures whose layers can not have them, MissingError without the library.
+    """
+    peft = late_import("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
+    try:
+        peft.inject_adapter_in_model(config, decoder)
+    except ValueError as error:
+        reason = one_line(error)[:200]
+        raise UserError(f"--lora_r: this decoder takes no adapters ({reason}): train all of it") from None
     for name, parameter in decoder.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
@@ -3283,10 +3316,9 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
 
 def merge_lora(model: RefragModel) -> None:
     """Add the adapters to the decoder's weights, for good: it is then as fast as one that never had any."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    layer = late_import("peft.tuners.tuners_utils").BaseTunerLayer
     for name, module in list(model.decoder.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, layer):
             module.merge(safe_merge=True)
             model.decoder.set_submodule(name, module.base_layer)
     model.config.lora = None
@@ -3457,14 +3489,21 @@ def checkpoint_folder(name: str | Path) -> Path:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None if there is none; damaged ones are passed over with a notice."""
+    """The newest complete checkpoint of a run, None if it has none; damaged ones are passed over with a notice.
+
+    Raises CorruptError if all are damaged.
+    """
+    damage = None
     for folder in step_folders(run):
         restore_folder(folder)
         try:
             verify_checkpoint(folder, required=True)
             return folder
         except (CorruptError, MismatchError) as error:
+            damage = damage or error
             notice(f"{one_line(error)}; falling back to the checkpoint before it")
+    if damage is not None:
+        raise CorruptError(f"every checkpoint in {run} is damaged ({one_line(damage)[:200]})")
     return None
 
 
@@ -3482,12 +3521,27 @@ def verify_checkpoint(folder: Path, required: bool = False) -> None:
 
 
 def read_model_config(folder: Path) -> RefragConfig:
-    """A checkpoint's configuration. Raises UserError, CorruptError."""
-    require((folder / "config.json").is_file(), f"--load_dir {folder}: no checkpoint in this folder")
+    """A checkpoint's configuration, checked against its manifest. Raises UserError, CorruptError."""
+    path = folder / "config.json"
+    require(path.is_file(), f"--load_dir {folder}: no checkpoint in this folder")
+    damaged = CorruptError(f"{path} is damaged: save the checkpoint again")
+    if (folder / CHECKPOINT_MANIFEST).is_file():
+        entries = read_manifest(folder / CHECKPOINT_MANIFEST, CHECKPOINT_FORMAT)["files"]
+        if entries.get(path.name, {}).get("sha256") != sha256_file(path):
+            raise damaged
     try:
-        return RefragConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{folder / 'config.json'} is damaged ({one_line(error)[:100]}): save it again") from None
+        facts = json.loads(path.read_bytes())
+        require(facts.get("model_type") == RefragConfig.model_type, f"--load_dir {folder}: no checkpoint in this "
+                "folder, but a model of another kind")
+        config = RefragConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise damaged from None
+    strings = (config.encoder_name_or_path, config.decoder_name_or_path, config.pooling, config.projector)
+    lora = config.lora is None or (isinstance(config.lora, dict) and type(config.lora.get("r")) is int)
+    if not (all(isinstance(s, str) for s in strings) and type(config.compression) is int and lora
+            and isinstance(config.training_model, str) and isinstance(config.history, list)):
+        raise damaged
+    return config
 
 
 def encoder_layers(name: str) -> int | None:
@@ -3542,7 +3596,7 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
     letters = {*config.training_model, *train, *("d" if config.lora else "")}
     tokenizer = build_tokenizer(config)
     decoder = load_decoder(config.decoder_name_or_path, device, dtype)
-    check_decoder(config, decoder)
+    check_base(config, "decoder", decoder)
     layers = encoder_layers(config.encoder_name_or_path)
     if layers is not None:
         backbone = first_layers(decoder, layers, share=not letters & {"e", "d"})
@@ -3550,19 +3604,24 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
     else:
         with hub_errors(config.encoder_name_or_path):
             backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32)
+        check_base(config, "encoder", backbone)
         encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, whole=False, pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
 
 
-def check_decoder(config: RefragConfig, decoder: nn.Module) -> None:
-    """Raise MismatchError if a checkpoint's decoder has changed under its name; note it in a new configuration."""
-    found = weights_fingerprint(decoder)
-    if config.decoder_fingerprint not in (None, found):
-        raise MismatchError(f"the checkpoint was trained on another {config.decoder_name_or_path} than the one here "
-                            f"(fingerprint {config.decoder_fingerprint}, here {found}): use the same weights")
-    config.decoder_fingerprint = found
+def check_base(config: RefragConfig, kind: str, model: nn.Module) -> None:
+    """Raise MismatchError if a checkpoint's base model has changed under its name; note it in a new configuration.
+
+    kind: "decoder" or "encoder".
+    """
+    noted, found = getattr(config, f"{kind}_fingerprint"), weights_fingerprint(model)
+    name = getattr(config, f"{kind}_name_or_path")
+    if noted not in (None, found):
+        raise MismatchError(f"the checkpoint was trained on another {name} than the one here (fingerprint {noted}, "
+                            f"here {found}): use the same weights")
+    setattr(config, f"{kind}_fingerprint", found)
 
 
 def model_config(models: ModelConfig, k: int) -> RefragConfig:
@@ -3786,19 +3845,18 @@ def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
 
 
 def file_facts(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Name, size and digest of data files, for run.json and for the names of caches. Raises UserError."""
-    for name in paths:
-        require(Path(name).is_file(), f"training file {name}: no such file")
+    """Name, size and digest of data files, for run.json and for the names of caches."""
     return [{"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256_file(Path(name))} for name in paths]
 
 
 class TokenCache:
     """Training texts as the decoder's tokens, on disk and memory-mapped, made once for a set of files."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, paths: Sequence[str]):
+        verify_files(folder, read_manifest(folder / "manifest.json", TOKENS_FORMAT)["files"], TOKENS_FORMAT)
         self.tokens, self.whole, self.offsets, self.contexts, self.lines = (
             map_array(folder / f"{name}.npy") for name in ("tokens", "whole", "offsets", "contexts", "lines"))
-        self.files = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -3811,21 +3869,25 @@ class TokenCache:
 
     def where(self, text: int) -> str:
         """file:line of a text."""
-        return f"{self.files[self.lines[text, 0]]}:{self.lines[text, 1]}"
+        return f"{self.paths[self.lines[text, 0]]}:{self.lines[text, 1]}"
 
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
-    """The token cache of a set of files, made if it is not there. Its name holds the digest of all it depends on."""
+    """The token cache of a set of files, made if it is not there or damaged. Its name tells all it depends on."""
     facts = file_facts(paths)
     key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), [fact["sha256"] for fact in facts]])
     folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):
-            if not folder.is_dir():
-                with new_folder(folder) as temporary:
-                    write_tokens(paths, tokenizer, temporary)
-    return TokenCache(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):
+        if folder.is_dir():
+            try:
+                return TokenCache(folder, paths)
+            except (RefragError, OSError) as error:
+                notice(one_line(error))
+        with new_folder(folder) as temporary:
+            write_tokens(paths, tokenizer, temporary)
+            write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
+        return TokenCache(folder, paths)
 
 
 def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
@@ -3838,16 +3900,15 @@ def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path)
         writers["offsets"].append([0])
         for text in progress(read_training_texts(paths), "tokenising", unit="text"):
             ids, whole = tokenize_text(text, tokenizer)
-            file, _, line = text.where.rpartition(":")
+            name, _, line = text.where.rpartition(":")
             writers["tokens"].append(ids)
             writers["whole"].append(whole)
             writers["offsets"].append([writers["tokens"].rows])
             writers["contexts"].append([text.context])
-            lines.append([[list(paths).index(file), int(line)]])
+            lines.append([[list(paths).index(name), int(line)]])
         require(writers["tokens"].rows > 0, f"{', '.join(paths)}: no text to train on")
         for writer in (*writers.values(), lines):
             writer.close()
-    (folder / "files.json").write_text(json.dumps(list(paths)), encoding="utf-8")
 
 
 def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -3910,8 +3971,8 @@ class Lessons:
         raise NotImplementedError
 
     def vectors(self, content: Content) -> np.ndarray:
-        """A plan of all vectors of a content."""
-        return -np.arange(len(content.chunks)) - 1
+        """A plan of all vectors of a content; a chunk none of the decoder's tokens starts in has none."""
+        return np.asarray([-number - 1 for number, chunk in enumerate(content.chunks) if len(chunk)], dtype=np.int64)
 
 
 class TextLessons(Lessons):
@@ -3930,13 +3991,15 @@ class TextLessons(Lessons):
     def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
         """(W, 3) text, first and last token of each window. Raises UserError if no text has a chunk's length."""
         size, least = self.train.seq_tokens, min(self.train.k) + self.shortest - 1
+        require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {min(self.train.k)}: give "
+                f"{least} or more")
         windows, short = [], 0
         for text, length in enumerate(np.diff(cache.offsets).tolist()):
             spans = [(at, min(at + size, length)) for at in range(0, length, size)]
             spans = [span for span in spans if span[1] - span[0] >= least]
             windows += [(text, *span) for span in spans]
             short += not spans
-        require(bool(windows), f"{', '.join(cache.files)}: every text is shorter than {least} tokens, which --k "
+        require(bool(windows), f"{', '.join(cache.paths)}: every text is shorter than {least} tokens, which --k "
                 f"{min(self.train.k)} needs: give longer texts or a smaller --k")
         if short and notify:
             notice(f"{short:,} texts of fewer than {least} tokens are left out")
@@ -4113,7 +4176,9 @@ class AnswerLessons(Lessons):
         self.held_out = None
         if sft.eval_json is not None:
             self.held_out = self.prepare(sft.eval_json, "--eval_json", searcher, search.hops, train.eval_limit)
-        self.end = np.asarray([self.tokenizer.decoder.eos_token_id])
+        end = self.tokenizer.decoder.eos_token_id
+        require(end is not None, "the decoder's tokenizer has no end token, so it can not learn to stop: set one")
+        self.end = np.asarray([end])
 
     def prepare(self, name: str, flag: str, searcher: Searcher, hops: int,
                 limit: int | None) -> tuple[list[dict[str, Any]], list[list[int]]]:
@@ -4123,6 +4188,11 @@ class AnswerLessons(Lessons):
             answers = item.get("answers")
             strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
             require(strings and bool(answers), f"{flag} {name}: question {number} has no list of answers")
+            where, ids = f"{flag} {name}: question {number}", item.get("positive_ids") or []
+            for answer in answers:
+                check_string(answer, "an answer", where)
+            require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
+            item["positive_ids"] = [check_id(value, where) for value in ids]
         if limit is not None and limit < len(questions):
             questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
         return questions, retrieved_rows(questions, searcher, self.topk, hops)
@@ -4215,15 +4285,17 @@ def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, topk: in
     """Rows of the passages retrieved for each question, and of right ones that were missed. Cached on disk."""
     index = searcher.index
     asked = [[q["question"], q.get("positive_ids")] for q in questions]
-    key = dumps([index.manifest["digest"], searcher.retriever, topk, hops, asked])
+    key = dumps([index.manifest["digest"], searcher.uses, topk, hops, asked])
     path = cache_home() / "retrieved" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    if path.is_file():
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
     wanted = {i for q in questions for i in q.get("positive_ids") or ()}
     places: dict[str, list[int]] = {}
     for row in range(len(index)):
         if index.document_id(row) in wanted:
             places.setdefault(index.document_id(row), []).append(row)
+    if wanted and not places:
+        raise MismatchError(f"none of the questions' positive_ids is in {index.path}: index their passages")
     ranked = []
     for q in progress(questions, "retrieving", total=len(questions), unit="question"):
         found = [passage.row for passage in searcher.search(q["question"], topk + 1, hops)]
@@ -4434,7 +4506,10 @@ class Trainer:
     # -- one step --
 
     def collate(self, rows: list[list[TrainingSequence]]) -> Batch:
-        """A batch on this process's device."""
+        """A batch on this process's device. Raises UserError for a sequence beyond what the decoder was built for."""
+        longest, window = max(len(s.plan) for row in rows for s in row), self.model.window
+        require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
+                f"{window}: lower --seq_tokens")
         return collate(rows, self.model.encoder, self.packs).to(self.accelerator.device)
 
     def teach(self, rows: list[list[Item]]) -> Tensor | None:
@@ -4455,11 +4530,15 @@ class Trainer:
         terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
         loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
-            places = ", ".join(dict.fromkeys(item.where for row in rows for item in row))
-            raise UserError(f"step {self.step + 1}: the loss is {loss.item()} on {places[:300]}: lower --lr, or mend "
-                            "these texts; the last checkpoint stays")
+            raise self.diverged("loss", loss.item(), [item for row in rows for item in row])
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
+
+    def diverged(self, what: str, value: float, items: list[Item]) -> UserError:
+        """The error for a loss or gradient that is no number; it names the texts."""
+        places = ", ".join(dict.fromkeys(item.where for item in items))
+        return UserError(f"step {self.step + 1}: the {what} is {value} on {places[:300]}: lower --lr, or mend these "
+                         "texts; the last checkpoint stays")
 
     def run_step(self, passes: list[list[list[Item]]]) -> dict[str, float]:
         """One optimizer step; passes: of all processes. Returns its loss terms and gradient norm."""
@@ -4477,8 +4556,7 @@ class Trainer:
                     terms[name] = terms.get(name, 0.0) + value
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
         if not math.isfinite(float(norm)):
-            raise UserError(f"step {self.step + 1}: the gradient is {float(norm)}: lower --lr; the last checkpoint "
-                            "stays")
+            raise self.diverged("gradient", float(norm), items)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -4556,6 +4634,8 @@ class Trainer:
             loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
             right += (logits.argmax(-1) == batch.labels).sum().item()
             total += len(batch.labels)
+        if not math.isfinite(loss):
+            raise UserError(f"step {self.step}: the held-out loss is {loss}: mend the models or lower --lr")
         return {"loss": round(loss / max(total, 1), 5), "accuracy": round(right / max(total, 1), 5)}
 
     def summary(self, log: RunLog) -> dict[str, Any]:
@@ -4570,12 +4650,14 @@ class Trainer:
 
     # -- checkpoints --
 
+    def optimizer_state(self) -> dict[str, Any]:
+        """AdamW's state by parameter name, gathered where FSDP has split it."""
+        options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return state_dict.get_optimizer_state_dict(self.wrapped, unwrap_optimizer(self.optimizer), options=options)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What continuing needs beside the model: optimizer tensors by parameter name, and plain values."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        moments = get_optimizer_state_dict(self.wrapped, unwrap_optimizer(self.optimizer), options=options)["state"]
+        moments = self.optimizer_state()["state"]
         tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
         tensors["rng/torch"] = torch.get_rng_state()
         return tensors, {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
@@ -4588,6 +4670,9 @@ class Trainer:
         entry = {"phase": self.phase.name, "steps": self.step, "tokens": self.tokens, **self.facts}
         config.history = [*(h for h in config.history if h.get("run") != self.facts["run"]), entry]
         parts = self.model.parts()
+        for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
+            require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
+                    "this checkpoint is not written: lower --lr; the last one stays")
         if self.accelerator.is_main_process:
             with new_folder(self.folder / f"step-{self.step:06d}") as temporary:
                 config.save_pretrained(temporary)
@@ -4603,28 +4688,18 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Continue where a checkpoint stands; the model itself is loaded already."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
         tensors = load_file(folder / "trainer.safetensors")
         values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         torch.set_rng_state(tensors.pop("rng/torch"))
-        state: dict[str, dict[str, Tensor]] = {}
+        moments = self.optimizer_state()
+        moments["state"] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
-            state.setdefault(name, {})[kind] = value
-        optimizer = unwrap_optimizer(self.optimizer)
-        groups = [{**{k: v for k, v in group.items() if k != "params"}, "params": group["names"]}
-                  for group in named_groups(self.model, optimizer)]
-        set_optimizer_state_dict(self.wrapped, optimizer, {"state": state, "param_groups": groups},
-                                 options=StateDictOptions(full_state_dict=True))
+            moments["state"].setdefault(name, {})[kind] = value
+        state_dict.set_optimizer_state_dict(self.wrapped, unwrap_optimizer(self.optimizer), moments,
+                                            options=state_dict.StateDictOptions(full_state_dict=True))
         self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
         self.drawn = self.sampler.drawn = values["drawn"]
-
-
-def named_groups(model: nn.Module, optimizer: Any) -> list[dict[str, Any]]:
-    """The optimizer's groups with the names of their parameters."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [{**group, "names": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
@@ -4668,10 +4743,11 @@ class RunLog:
     def __init__(self, folder: Path, writes: bool, step: int):
         self.path, self.picture, self.writes = folder / "metrics.jsonl", folder / "loss.png", writes
         self.records: list[dict[str, Any]] = []
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines if line.endswith("}")]
-            self.records = [record for record in records if step and record["step"] <= step]
+        if self.path.is_file() and step:
+            for line in self.path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
+                    record = json.loads(line)
+                    self.records += [record] if record["step"] <= step else []
         if writes:
             write_atomic(self.path, "".join(dumps(record) + "\n" for record in self.records))
 
@@ -4684,11 +4760,11 @@ class RunLog:
 
     def plot(self) -> None:
         """Draw the loss, and the evaluations with their controls."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
+        try:
+            late_import("matplotlib").use("Agg")
+        except MissingError as error:
+            return notice(f"{one_line(error)}, for loss.png")
+        pyplot = late_import("matplotlib.pyplot")
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
         left.plot(*zip(*losses, strict=True) if losses else ([], []))
@@ -4745,13 +4821,12 @@ FREE_TO_CHANGE = {"out_dir", "resume", "log_every", "save_every", "eval_every", 
 
 def make_accelerator(runtime: RuntimeConfig) -> Any:
     """accelerate's process group and precision; bfloat16 by autocast, the trained weights stay float32."""
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
+    accelerate = late_import("accelerate")
     device = pick_device(runtime.device)
     mixed = "bf16" if pick_dtype(runtime.dtype, device) == torch.bfloat16 else "no"
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may have no vector at all
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[unused])
+    accelerate.state.AcceleratorState._reset_state()  # it would keep the precision of an earlier run in this process
+    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may have no vector at all
+    return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[unused])
 
 
 def run_settings(phase: Phase, configs: Sequence[Any]) -> dict[str, Any]:
@@ -4760,25 +4835,48 @@ def run_settings(phase: Phase, configs: Sequence[Any]) -> dict[str, Any]:
     return json.loads(json.dumps({"phase": phase.name, **merged}))
 
 
-def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> Path | None:
-    """Check the run's folder; with --resume, the checkpoint to continue from. Raises UserError, MismatchError."""
+@contextlib.contextmanager
+def run_folder(folder: Path, writes: bool) -> Iterator[None]:
+    """Hold a run's folder; one that was made for a run that did not begin goes again. Raises UserError, LockedError."""
     require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    foreign = [p.name for p in folder.iterdir() if not RUN_FILES.fullmatch(p.name)]
+    foreign = [p.name for p in folder.iterdir() if not RUN_FILES.fullmatch(p.name)] if folder.exists() else []
     require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
+    if not writes:
+        yield
+        return
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive(folder / ".lock", f"run {folder}"):
+            for left in folder.glob(".step-*.tmp"):  # of a save that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            yield
+    finally:
+        if made and not (folder / "run.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Path | None, list[dict[str, Any]]]:
+    """With --resume, the checkpoint to continue from and the data it was made with; nothing for a new run.
+
+    Raises UserError, CorruptError, MismatchError that names the options that changed.
+    """
     path = folder / "run.json"
     if not path.is_file():
-        return None
+        if step_folders(folder):
+            raise CorruptError(f"{path} is missing, but there are checkpoints: name another --out_dir")
+        return None, []
     require(resume, f"--out_dir {folder} holds a run: add --resume to continue it, or name another folder")
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        facts = json.loads(path.read_bytes())
+        before, data = dict(facts["settings"]), list(facts["data"])
     except (ValueError, KeyError, TypeError):
         raise CorruptError(f"{path} is damaged: name another --out_dir") from None
     changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
     if changed:
         was = ", ".join(f"--{k} was {before.get(k)}, now {settings[k]}" for k in changed)
         raise MismatchError(f"--resume with changed options: {was}: use the same, or name another --out_dir")
-    return newest_checkpoint(folder)
+    return newest_checkpoint(folder), data
 
 
 def write_run(folder: Path, settings: dict[str, Any], lessons: Lessons, accelerator: Any) -> None:
@@ -4794,13 +4892,12 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
     train, models, runtime = configs[-3:]
     settled, accelerator = phase.settled(train), make_accelerator(runtime)
     folder, settings = Path(train.out_dir), run_settings(phase, configs)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = exclusive(folder / ".lock", f"run {folder}") if accelerator.is_main_process else contextlib.nullcontext()
-    with lock:
-        checkpoint = open_run(folder, settings, train.resume)
+    with run_folder(folder, accelerator.is_main_process):
+        checkpoint, data = open_run(folder, settings, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
         model = load_model(source, max(train.k), runtime, settled.train, train.lora_r).to(accelerator.device)
         lessons = make_lessons(model.encoder, settled)
+        check_same_data(lessons.facts(), data)
         teacher = load_teacher(phase, settled, models, runtime)
         mark_trained(model, settled.train, train.lora_r)
         facts = {"run": str(folder), "train": settled.train + (f" (LoRA {train.lora_r})" if train.lora_r else ""),
@@ -4814,6 +4911,14 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
         return trainer.fit()
 
 
+def check_same_data(facts: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Raise MismatchError if a file is not what it was when the run began; before: empty for a new run."""
+    for now, then in zip(facts, before, strict=False):
+        if now != then:
+            raise MismatchError(f"--resume: {now['file']} has changed since the run began: restore it, or name another "
+                                "--out_dir")
+
+
 def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
     """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
     if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
@@ -4824,8 +4929,8 @@ def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime:
 def training_text(summary: dict[str, Any]) -> str:
     """A run's summary for people."""
     lines = [f"{summary['phase']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens in "
-             f"{summary['seconds']:.0f} s ({summary['tokens_per_s']:,.0f} tokens/s), loss {summary['loss']:.4f} -> "
-             f"{summary['checkpoint']}"]
+             f"{summary['seconds']:.0f} s ({summary['tokens_per_s']:,.0f} tokens/s), loss "
+             f"{summary['loss'] or math.nan:.4f} -> {summary['checkpoint']}"]
     for name, kinds in summary["eval"].items():
         shown = ", ".join(f"{kind} {values['accuracy']:.3f}" for kind, values in kinds.items())
         lines.append(f"held out {name}: token accuracy {shown}")
