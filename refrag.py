@@ -4650,14 +4650,14 @@ class Trainer:
 
     # -- checkpoints --
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """AdamW's state by parameter name, gathered where FSDP has split it."""
-        options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    def optimizer_state(self, offload: bool) -> dict[str, Any]:
+        """AdamW's state by parameter name, gathered where FSDP split it; offloaded, only the first process has it."""
+        options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=offload)
         return state_dict.get_optimizer_state_dict(self.wrapped, unwrap_optimizer(self.optimizer), options=options)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What continuing needs beside the model: optimizer tensors by parameter name, and plain values."""
-        moments = self.optimizer_state()["state"]
+        moments = self.optimizer_state(offload=True).get("state", {})
         tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
         tensors["rng/torch"] = torch.get_rng_state()
         return tensors, {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
@@ -4691,7 +4691,7 @@ class Trainer:
         tensors = load_file(folder / "trainer.safetensors")
         values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         torch.set_rng_state(tensors.pop("rng/torch"))
-        moments = self.optimizer_state()
+        moments = self.optimizer_state(offload=False)
         moments["state"] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")

@@ -458,7 +458,7 @@ def test_relative_error_does_not_know_the_unit(scale):
 
 def test_align_shows_where_the_tokens_end_together(run, bert, llama, tokenizers):
     """The tiny BERT beside the tiny Llama: the spans hold both tokenizers' tokens, and the counts are theirs."""
-    text = TEXTS[2]
+    text = f"{TEXTS[2]} \u6c34"  # water, a character that this BERT does not have: [UNK] costs 1
     code, out, err = run("align", "--enc", bert, "--dec", llama, "--text", text, "--json", "--quiet")
     assert (code, err, out.count("\n")) == (0, "", 1)
     result = json.loads(out)
@@ -469,7 +469,7 @@ def test_align_shows_where_the_tokens_end_together(run, bert, llama, tokenizers)
     assert result["exact_anchors"] == len(refrag.exact_anchors(a, b))
     costs = [anchor.cost for anchor in refrag.cost_anchors(a, b)]
     assert result["anchors"] == sum(cost <= 0.5 for cost in costs)
-    assert 0 < result["anchors"] <= len(costs)
+    assert 0 < result["anchors"] < len(costs)
 
 
 def test_align_in_text_form(run, bert, llama):

@@ -9,6 +9,7 @@ import inspect
 import textwrap
 import typing
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,13 @@ import torch
 import refrag
 
 CONFIGS = sorted({c for cmd in refrag.COMMANDS.values() for c in cmd.configs}, key=lambda c: c.__name__)
-NEEDED = {refrag.CorpusConfig: {"corpus": ("a.txt",)}}  # what has no default that stands by itself
+NEEDED = {  # what has no default that stands by itself; training files must be there, and this is one
+    refrag.CorpusConfig: {"corpus": ("a.txt",)},
+    refrag.AnchorConfig: {"text": "a"},
+    refrag.TextConfig: {"train_json": (__file__,)},
+    refrag.TrainConfig: {"out_dir": "run"},
+    refrag.SftConfig: {"rag_json": __file__},
+}
 
 
 def make(cls: type, **values: object) -> object:
@@ -86,6 +93,8 @@ def test_a_config_can_not_be_changed(cls):
 
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
+NAN, INF = float("nan"), float("inf")
+ROOT = Path(refrag.__file__).parent
 # Per check one row or more: class, values that break it, the flag the message names, the valid values it tells.
 BAD = [
     (refrag.RuntimeConfig, {"threads": -1}, "--threads", "0 or more"),
@@ -115,6 +124,43 @@ BAD = [
     (refrag.GenerateConfig, {"top_p": 1.1}, "--top_p", "(0, 1]"),
     (refrag.GenerateConfig, {"batch_size": 0}, "--batch_size", "1 or more"),
     (refrag.GenerateConfig, {"resume": True}, "--resume", "--out FILE"),
+    (refrag.TextConfig, {"train_json": ()}, "--train_json", "name a file of JSON lines"),
+    (refrag.TextConfig, {"train_json": (__file__, "nowhere.jsonl")}, "--train_json nowhere.jsonl:", "no such file"),
+    (refrag.TextConfig, {"eval_json": (str(ROOT),)}, f"--eval_json {ROOT}:", "no such file"),
+    (refrag.TrainConfig, {"out_dir": None}, "--out_dir", "name the folder for the run"),
+    *((refrag.TrainConfig, {"k": k}, "--k", "between 1 and 64") for k in ((), (0,), (65,), (16, 65))),
+    *((refrag.TrainConfig, {"train": letters}, "--train", "letters of ped") for letters in ("", "x", "pd e", "P")),
+    *((refrag.TrainConfig, {name: 0}, f"--{name}", "1 or more")
+      for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_limit")),
+    *((refrag.TrainConfig, {name: value}, f"--{name}", "0 or more")
+      for name in ("lora_r", "eval_every", "weight_decay", "grad_clip") for value in (-1, NAN, INF)),
+    *((refrag.TrainConfig, {name: value}, f"--{name}", "more than 0")
+      for name in ("lr", "projector_lr") for value in (0.0, -1e-4, NAN, INF)),
+    (refrag.TrainConfig, {"lr": 1e31}, "--lr", "beyond what weights can hold"),
+    (refrag.TrainConfig, {"warmup": 1.0}, "--warmup", "[0, 1)"),
+    (refrag.TrainConfig, {"warmup": -0.1}, "--warmup", "[0, 1)"),
+    (refrag.TrainConfig, {"k": (4, 32), "seq_tokens": 31}, "--k 32", "--seq_tokens 31"),
+    *((refrag.AlignConfig, {name: value}, f"--{name}", "0 or more")
+      for name in ("mse", "kl", "argmax") for value in (-0.1, NAN)),
+    *(pytest.param(refrag.AlignConfig, {name: INF}, f"--{name}", "0 or more", marks=pytest.mark.xfail(
+        strict=True, reason="an infinite weight is taken, and every loss with it is no number"))
+      for name in ("mse", "kl", "argmax")),
+    (refrag.AlignConfig, {"mse": 0.0, "kl": 0.0, "argmax": 0.0}, "--mse, --kl and --argmax", "nothing would be"),
+    *((refrag.AlignConfig, {"max_cost": value}, "--max_cost", "between 0 and 1") for value in (-0.1, 1.1, NAN)),
+    *((refrag.NextConfig, {name: value}, f"--{name}", "between 0 and 1")
+      for name in ("expand_frac", "recon_frac") for value in (-0.1, 1.1, NAN)),
+    *((refrag.NextConfig, {"next_frac": value}, "--next_frac", "between 0 and 1") for value in (0.0, 1.0, NAN)),
+    *((cls, {"distill": value}, "--distill", "0 or more")
+      for cls in (refrag.NextConfig, refrag.SftConfig) for value in (-0.1, NAN, INF)),
+    (refrag.SftConfig, {"rag_json": None}, "--rag_json", "name a file of questions"),
+    (refrag.SftConfig, {"rag_json": "nowhere.jsonl"}, "--rag_json nowhere.jsonl:", "no such file"),
+    (refrag.SftConfig, {"eval_json": "nowhere.jsonl"}, "--eval_json nowhere.jsonl:", "no such file"),
+    *((refrag.SftConfig, {"p": p}, "--p", "between 0 and 1") for p in ((), (-0.1,), (0.5, 1.1), (NAN,))),
+    *((refrag.SftConfig, {"no_answer_frac": value}, "--no_answer_frac", "between 0 and 1") for value in (-0.1, 1.1)),
+    (refrag.SftConfig, {"limit": 0}, "--limit", "1 or more"),
+    (refrag.AnchorConfig, {"text": None}, "--text", "give the text"),
+    (refrag.AnchorConfig, {"text": ""}, "--text", "give the text"),
+    (refrag.AnchorConfig, {"text": "a\udcffb"}, "--text", "no UTF-8"),
 ]
 # The outermost values that are still allowed.
 GOOD = [
@@ -130,6 +176,16 @@ GOOD = [
     (refrag.PackConfig, {"k": 64, "p": 1.0}),
     (refrag.GenerateConfig, {"max_new": 1, "temperature": 0.0, "top_p": 1e-9, "batch_size": 1}),
     (refrag.GenerateConfig, {"resume": True, "out": "answers.jsonl"}),
+    (refrag.TextConfig, {"train_json": (__file__, __file__), "eval_json": (__file__,)}),
+    (refrag.TrainConfig, {"k": (1, 64), "seq_tokens": 64, "train": "p", "steps": 1, "batch_size": 1, "grad_accum": 1}),
+    (refrag.TrainConfig, {"train": "dep", "lora_r": 0, "weight_decay": 0.0, "grad_clip": 0.0, "warmup": 0.0}),
+    (refrag.TrainConfig, {"lr": 1e-9, "projector_lr": 1e30, "eval_every": 0, "eval_limit": 1, "save_every": 1}),
+    (refrag.AlignConfig, {"mse": 0.0, "kl": 0.0, "argmax": 1e-9, "max_cost": 0.0}),
+    (refrag.AlignConfig, {"max_cost": 1.0}),
+    (refrag.NextConfig, {"expand_frac": 0.0, "recon_frac": 1.0, "next_frac": 0.01, "distill": 0.0}),
+    (refrag.NextConfig, {"expand_frac": 1.0, "recon_frac": 0.0, "next_frac": 0.99}),
+    (refrag.SftConfig, {"p": (0.0, 1.0), "no_answer_frac": 1.0, "limit": 1, "distill": 0.0}),
+    (refrag.AnchorConfig, {"text": " "}),
 ]
 
 

@@ -1,9 +1,14 @@
 """The model: pooling, chunk encoder, projector, decoders cut after a layer, checkpoints, and where models are found."""
 
+import dataclasses
 import errno
 import importlib.util
+import itertools
 import json
+import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -71,6 +76,12 @@ def test_pool_runs_golden():
     """(1 + 3) / 2 = 2; a run of one is itself."""
     pooled = refrag.pool_runs(torch.tensor([[1.0], [3.0], [7.0]]), torch.tensor([2, 1]))
     assert pooled.tolist() == [[2.0], [7.0]]
+
+
+def test_a_run_without_states_is_zeros():
+    """A decoder's token may be longer than a chunk; the chunks after its first have none."""
+    pooled = refrag.pool_runs(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 2, 0]))
+    assert pooled.tolist() == [[0.0], [2.0], [0.0]]
 
 
 # -- the projector ------------------------------------------------------------------
@@ -321,6 +332,15 @@ def test_first_layers_share_the_decoders_memory(any_decoder):
     assert decoder.config.num_hidden_layers == 3
 
 
+def test_layers_that_are_copied_share_nothing(any_decoder):
+    """For an encoder that is trained apart from the decoder."""
+    decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    cut = refrag.first_layers(decoder, 2, share=False)
+    owned = {parameter.data_ptr() for parameter in decoder.parameters()}
+    assert not owned & {parameter.data_ptr() for parameter in cut.parameters()}
+    disturb(cut)
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
 
 
 @pytest.mark.parametrize("enc", ["decoder:0", "decoder:4", "decoder:x", "decoder:", "decoder:-1", "decoder:1.5",
@@ -339,23 +359,489 @@ def test_a_decoder_that_is_no_stack_is_refused():
     with pytest.raises(refrag.UserError, match="name an encoder"):
         refrag.first_layers(decoder, 1)
 
+# -- texts made ready for training ------------------------------------------------------------
+
+TRAINING_TEXTS = [*CONTENTS, "x", " ".join(f"word{i}" for i in range(250))]  # the last is longer than the window
+
+
+@pytest.fixture(params=["whole", "mean", "cls"])
+def model(request, llama, bert):
+    """A model with each kind of encoder in turn, its projector disturbed."""
+    made = build("decoder:2", llama) if request.param == "whole" else build(bert, llama, pooling=request.param)
+    disturb(made.projector)
+    return made
+
+
+def sequence_of(content, plan=(1,), labels=(2,)):
+    """A training sequence with a content."""
+    return refrag.TrainingSequence(np.asarray(plan), np.asarray(labels), content)
+
+
+def states_in_training(model, contents, packs):
+    """What the projector is given for some contents in one batch: (L, E) for each."""
+    batch = refrag.collate([[sequence_of(content)] for content in contents], model.encoder, packs)
+    seen = []
+    hook = model.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.chunk_vectors(batch)
+    hook.remove()
+    return seen[0].detach().split([len(content.chunks) for content in contents])
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_states_in_training_are_those_an_index_stores(model, packs):
+    """Windows, packed rows, padding and owners give what `encode` gives, which rounds to float16."""
+    contents = [model.encoder.content_of_text(text, 4)[0] for text in TRAINING_TEXTS]
+    expected = model.encoder.encode(TRAINING_TEXTS)
+    for got, stored in zip(states_in_training(model, contents, packs), expected, strict=True):
+        assert_close(got.numpy(), stored)
+
+
+@pytest.mark.parametrize("k", [1, 4, 7, 16])
+def test_a_content_is_the_texts_tokens_and_chunks(model, k):
+    """Decoder tokens, each in the chunk in which it starts; chunks as everywhere; rows that the encoder can take."""
+    encoder, decoder = model.encoder, model.encoder.tokenizer.decoder
+    for text in TRAINING_TEXTS:
+        content, ends = encoder.content_of_text(text, k)
+        encoded = decoder(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert np.concatenate(content.chunks).tolist() == encoded["input_ids"]
+        assert ends.tolist() == encoder.tokenizer.runs([text], k)[0][0].tolist()
+        edges = [0, *ends.tolist()]
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        expected = [sum(a <= start < b for start in starts) for a, b in itertools.pairwise(edges)]
+        assert [len(chunk) for chunk in content.chunks] == expected
+        assert all(len(ids) == len(owner) <= refrag.ENCODER_WINDOW for ids, owner in content.rows)
+        if encoder.whole:
+            assert np.concatenate([ids for ids, _ in content.rows]).tolist() == encoded["input_ids"]
+            owners = np.concatenate([owner for _, owner in content.rows])
+            assert np.bincount(owners).tolist() == expected
+        else:
+            read = encoder.tokenizer.encoder([text[a:b] for a, b in itertools.pairwise(edges)])["input_ids"]
+            assert [ids.tolist() for ids, _ in content.rows] == read
+            first = [[n, *[n if encoder.pooling == "mean" else -1] * (len(ids) - 1)] for n, ids in enumerate(read)]
+            assert [owner.tolist() for _, owner in content.rows] == first
+
+
+@pytest.mark.parametrize("k", [4, 7])
+def test_a_content_of_tokens_is_that_of_their_text(model, k):
+    for text in TRAINING_TEXTS:
+        decoder = model.encoder.tokenizer.decoder
+        encoded = decoder(text, add_special_tokens=False, return_offsets_mapping=True)
+        whole = refrag.whole_tokens(encoded["offset_mapping"])
+        got = model.encoder.content_of_tokens(np.asarray(encoded["input_ids"]), whole, k)
+        expected, _ = model.encoder.content_of_text(text, k)
+        assert [c.tolist() for c in got.chunks] == [c.tolist() for c in expected.chunks]
+        assert [[a.tolist() for a in row] for row in got.rows] == [[a.tolist() for a in row] for row in expected.rows]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_vectors_are_numbers_where_a_token_is_longer_than_a_chunk(llama, bert, k):
+    """The encoder cuts 1896 into four tokens, the decoder takes it as one; rulers of dashes do the same at k = 16."""
+    model = build(bert, llama)
+    content, _ = model.encoder.content_of_text("In 1896 the first games opened", k)
+    batch = refrag.collate([[sequence_of(content, [1, *(-np.arange(len(content.chunks)) - 1)],
+                                         [-1] * len(content.chunks) + [2])]], model.encoder, True)
+    output = model(batch)
+    assert torch.isfinite(output.vectors).all() and torch.isfinite(output.logits).all()
+
+
+def test_an_empty_text_has_an_empty_content(model):
+    content, ends = model.encoder.content_of_text("", 4)
+    assert (content.chunks, content.rows, ends.tolist()) == ([], [], [])
+
+
+# -- batches ------------------------------------------------------------------------------------
+
+
+def three_sequences():
+    """Two chunks in all for the first two, none for the third."""
+    def arrays(*lists):
+        return [np.asarray(values) for values in lists]
+
+    first = refrag.Content(arrays([5, 6]), [tuple(arrays([5, 6], [0, 0]))])
+    second = refrag.Content(arrays([9], [10, 11]), [tuple(arrays([9, 10, 11], [0, 1, -1]))])
+    return (sequence_of(first, [1, -1, 7], [-1, 7, 8]), sequence_of(second, [2, -2, -1], [3, 4, -1]),
+            sequence_of(refrag.Content([], []), [3, 4], [-1, 5]))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_collate_golden(packs):
+    """Rows (first, third) and (second). Chunks are numbered through in the order of the rows: 0 of the first, 1 and 2
+    of the second; 3 is for encoder tokens of none. The decoder's rows are five positions; 7 and 8 are asked at places
+    1 and 2 of row 0, 5 at its place 4, 3 and 4 at the start of row 1, which is place 5 of all.
+    """
+    first, second, third = three_sequences()
+    batch = refrag.collate([[first, third], [second]], types.SimpleNamespace(whole=True), packs)
+    got = {name: None if value is None else value.tolist() for name, value in batch._asdict().items()}
+    encoder = {
+        True: {"encoder_ids": [[5, 6, 9, 10, 11]], "encoder_mask": None, "encoder_positions": [[0, 1, 0, 1, 2]],
+               "owners": [[0, 0, 1, 2, 3]]},
+        False: {"encoder_ids": [[5, 6, 0], [9, 10, 11]], "encoder_mask": [[1, 1, 0], [1, 1, 1]],
+                "encoder_positions": None, "owners": [[0, 0, 3], [1, 2, 3]]},
+    }
+    assert got == encoder[packs] | {
+        "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2],
+        "input_ids": [[1, 0, 7, 3, 4], [2, 0, 0, 0, 0]],
+        "chunks": [[-1, 0, -1, -1, -1], [-1, 2, 1, -1, -1]],
+        "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]],
+        "asked": [1, 2, 4, 5, 6], "labels": [7, 8, 5, 3, 4],
+    }
+    moved = batch.to(CPU)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(batch, moved, strict=True))
+
+
+def test_an_encoder_of_single_chunks_is_not_packed():
+    """A row of BERT's is a text of its own: it looks both ways, and its positions are counted from the row's start."""
+    first, second, _ = three_sequences()
+    batch = refrag.collate([[first, second]], types.SimpleNamespace(whole=False), True)
+    assert batch.encoder_ids.shape == (2, 3) and batch.encoder_positions is None and batch.encoder_mask is not None
+
+
+def test_encoder_rows_are_filled_up_to_the_window():
+    """Texts of 300, 200 and 100 tokens: the first two share a row of 512 at most."""
+    contents = [refrag.Content([np.ones(n, int)], [(np.ones(n, int), np.zeros(n, int))]) for n in (300, 200, 100)]
+    rows = [[sequence_of(content)] for content in contents]
+    assert refrag.collate(rows, types.SimpleNamespace(whole=True), True).encoder_ids.shape == (2, 500)
+
+
+def test_lay_rows_golden():
+    rows = [[np.array([1]), np.array([2, 3])], [np.array([4])]]
+    assert refrag.lay_rows(rows, 0).tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert refrag.lay_rows(rows, -1).tolist() == [[1, 2, 3], [4, -1, -1]]
+
+
+@given(owners=st.lists(st.integers(0, 4), min_size=1, max_size=12), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_pool_owners_is_the_mean_of_each_owners_states(owners, seed):
+    """Owner 4 of 4 is nobody; an owner without a state has zeros."""
+    states = np.random.default_rng(seed).standard_normal((len(owners), 3)).astype(np.float32)
+    mine = [states[np.asarray(owners) == c] for c in range(4)]
+    expected = np.stack([part.mean(0) if len(part) else np.zeros(3) for part in mine])
+    pooled = refrag.pool_owners(torch.as_tensor(states), torch.tensor(owners), 4)
+    np.testing.assert_allclose(pooled.numpy(), expected, atol=1e-6)
+
+
+# -- the forward pass of training -----------------------------------------------------------------
+
+QUESTIONS = [("The Rhone leaves Lake Geneva.", [40, 41, 42]), ("Bronze melts at 950 degrees in 长江", [50]),
+             ("notes", [60, 61, 62, 63, 64])]
+
+
+def sequences_for(model, k=4):
+    """One per text: a token, its vectors and one chunk as text, the answer."""
+    made = []
+    for text, answer in QUESTIONS:
+        content, _ = model.encoder.content_of_text(text, k)
+        vectors = -np.arange(len(content.chunks)) - 1
+        context = np.concatenate([[7], vectors[:-1], content.chunks[-1], vectors[-1:], [8]])
+        made.append(refrag.continue_plan(context, np.asarray(answer), content))
+    return made
+
+
+def plain_logits(model, sequence, text):
+    """The asked logits of one sequence from a plain call of the decoder on embeddings that are put together here."""
+    embed = model.decoder.get_input_embeddings()
+    states = torch.as_tensor(model.encoder.encode([text])[0])  # (L, E)
+    means = torch.stack([embed(torch.as_tensor(chunk)).mean(0) for chunk in sequence.content.chunks])
+    vectors = model.projector(states, means)
+    inputs = torch.stack([embed(torch.tensor(v)) if v >= 0 else vectors[-v - 1] for v in sequence.plan.tolist()])
+    return model.decoder(inputs_embeds=inputs[None], use_cache=False).logits[0][torch.as_tensor(sequence.labels >= 0)]
+
+
+def assert_like(got, expected):
+    """Equal up to float16's rounding of the states and the order of sums."""
+    torch.testing.assert_close(got, expected, atol=5e-3 * expected.abs().max().item(), rtol=0)
+
+
+@torch.no_grad()
+def test_forward_gives_the_asked_logits_of_a_plain_decoder(any_decoder):
+    """Rows of one sequence, padded on the right; where a decoder can pack, also two in a row."""
+    model = build("decoder:2", any_decoder)
+    disturb(model.projector)
+    sequences, packs = sequences_for(model), refrag.can_pack(model.decoder)
+    expected = [plain_logits(model, s, text) for s, (text, _) in zip(sequences, QUESTIONS, strict=True)]
+    assert expected[0].std() > 0.1 and not torch.allclose(expected[0][0], expected[1][0], atol=0.1)
+    layouts = [[0], [1], [2]], *([[[0, 1], [2]], [[2, 1, 0]]] if packs else [])
+    for rows in layouts:
+        batch = refrag.collate([[sequences[n] for n in row] for row in rows], model.encoder, packs)
+        output, order = model(batch), [n for row in rows for n in row]
+        assert_like(output.logits, torch.cat([expected[n] for n in order]))
+        assert batch.labels.tolist() == [t for n in order for t in QUESTIONS[n][1]]
+        assert len(output.vectors) == len(output.means) == sum(len(s.content.chunks) for s in sequences)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@torch.no_grad()
+def test_forward_with_a_separate_encoder(llama, bert, pooling):
+    model = build(bert, llama, pooling=pooling)
+    disturb(model.projector)
+    sequences = sequences_for(model)
+    expected = [plain_logits(model, s, text) for s, (text, _) in zip(sequences, QUESTIONS, strict=True)]
+    assert_like(model(refrag.collate([[*sequences[:2]], [sequences[2]]], model.encoder, True)).logits,
+                torch.cat(expected))
+
+
+@torch.no_grad()
+def test_forward_of_tokens_alone_does_not_run_the_encoder(whole, monkeypatch):
+    """The controls feed no vectors; nor does an answer without documents."""
+    monkeypatch.setattr(whole.encoder, "forward", None)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    sequence = sequence_of(refrag.Content([], []), ids[0].tolist(), [-1, 5, -1, -1, 9])
+    output = whole(refrag.collate([[sequence]], whole.encoder, True))
+    torch.testing.assert_close(output.logits, whole.decoder(input_ids=ids).logits[0, [1, 4]])
+    assert output.vectors.shape == output.means.shape == (0, 32)
+
+
+@torch.no_grad()
+def test_forward_gives_the_vectors_and_what_they_should_stand_for(model):
+    """Means of the embeddings of each chunk's tokens, in the order of the rows; an untrained projector gives these."""
+    sequences = sequences_for(model)
+    output = model(refrag.collate([[s] for s in sequences], model.encoder, True))
+    embed = model.decoder.get_input_embeddings()
+    means = [embed(torch.as_tensor(chunk)).mean(0) for s in sequences for chunk in s.content.chunks]
+    torch.testing.assert_close(output.means, torch.stack(means))
+    states = torch.as_tensor(np.concatenate(model.encoder.encode([text for text, _ in QUESTIONS])))
+    assert_like(output.vectors, model.projector(states, output.means))
+
+
+@pytest.mark.parametrize("letters", ["p", "pe", "ped", "d", "e"])
+@pytest.mark.parametrize("enc", ["decoder:2", "bert"])
+def test_gradients_reach_what_is_trained_and_nothing_else(llama, bert, enc, letters):
+    """Every weight of a trained part moves, but for BERT's pooler, which nothing reads, and unused rows of a table."""
+    config = refrag.RefragConfig(str(bert) if enc == "bert" else enc, str(llama), compression=4)
+    model = refrag.build_model(config, CPU, torch.float32, train=letters)
+    disturb(model.projector)
+    model.requires_grad_(False)
+    parts = {"p": model.projector, "e": model.encoder, "d": model.decoder}
+    for letter in letters:
+        parts[letter].requires_grad_(True)
+    output = model(refrag.collate([sequences_for(model)], model.encoder, True))
+    torch.nn.functional.cross_entropy(output.logits, torch.arange(len(output.logits))).backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad and "pooler" not in name}
+    # each key's bias adds the same to all of a query's scores, so softmax cancels it
+    silent = {name for name in wanted if name.endswith("key.bias")}
+    assert wanted - silent <= moved <= wanted and wanted
+    assert {name.split(".")[0] for name in moved} == {{"p": "projector", "e": "encoder", "d": "decoder"}[x]
+                                                     for x in letters}
+
+
+def test_an_encoder_that_is_not_trained_keeps_no_graph(llama):
+    """Its activations would be held for nothing."""
+    model = build("decoder:2", llama)
+    model.requires_grad_(False)
+    model.projector.requires_grad_(True)
+    seen = []
+    model.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    output = model(refrag.collate([sequences_for(model)], model.encoder, True))
+    assert not seen[0].requires_grad and output.vectors.requires_grad and not output.means.requires_grad
+
+
+def test_can_pack_is_found_by_trying(any_decoder):
+    """Attention looks at positions; recurrent layers carry over from one sequence to the next."""
+    decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
+    assert refrag.can_pack(decoder) == (decoder.config.model_type in ("llama", "qwen2", "gpt2"))
+
+
+def test_can_pack_with_a_tiny_vocabulary():
+    """The probe's tokens must exist."""
+    config = transformers.LlamaConfig(vocab_size=3, hidden_size=8, num_hidden_layers=1, intermediate_size=8,
+                                      num_attention_heads=1, bos_token_id=1, eos_token_id=2)
+    assert refrag.can_pack(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+def check_head(decoder):
+    """Within the block the head gives the asked rows of the full logits; afterwards all of them again."""
+    ids = torch.arange(3, 31).reshape(2, 14)
+    asked = torch.tensor([27, 0, 13, 14, 14, 5])
+    with torch.no_grad():
+        full = decoder(input_ids=ids, use_cache=False).logits
+        with refrag.head_reads(decoder, asked):
+            got = decoder(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(got, full.flatten(0, 1)[asked])
+        with pytest.raises(KeyError), refrag.head_reads(decoder, asked):
+            raise KeyError
+        torch.testing.assert_close(decoder(input_ids=ids, use_cache=False).logits, full)
+
+
+def test_the_head_reads_the_asked_positions(any_decoder):
+    check_head(refrag.load_decoder(str(any_decoder), CPU, torch.float32))
+
+
+@pytest.mark.parametrize("config", [transformers.GraniteConfig(logits_scaling=4.0, hidden_size=16),
+                                    transformers.Gemma2Config(final_logit_softcapping=0.5, head_dim=8, hidden_size=16)],
+                         ids=["scaled", "capped"])
+def test_what_an_architecture_does_to_its_logits_still_happens(config):
+    config.update({"vocab_size": 60, "num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 2,
+                   "num_key_value_heads": 2, "pad_token_id": 0})
+    torch.manual_seed(0)
+    decoder = transformers.AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(decoder.get_output_embeddings().weight)
+    check_head(decoder)
+
+
+# -- adapters ---------------------------------------------------------------------------------------
+
+
+def with_adapters(folder, enc="decoder:2", rank=2):
+    """A model whose decoder has disturbed adapters."""
+    config = refrag.RefragConfig(str(enc), str(folder), compression=4, training_model="p", lora={"r": rank})
+    model = refrag.build_model(config, CPU, torch.float32)
+    refrag.add_lora(model.decoder, rank)
+    for name, parameter in model.decoder.named_parameters():
+        if ".lora_" in name:
+            generator = torch.Generator().manual_seed(len(name))
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def logits_of(decoder):
+    """Logits of a decoder for some tokens."""
+    with torch.no_grad():
+        return decoder(input_ids=torch.arange(3, 23)[None], use_cache=False).logits
+
+
+@pytest.fixture
+def adaptable(any_decoder):
+    """The folder of a random decoder, once per architecture that takes adapters."""
+    if any_decoder.name.startswith("mamba2"):
+        pytest.skip("Mamba's layers use weights without calling the module that holds them")
+    return any_decoder
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_decoder_that_takes_no_adapters_is_told(any_decoder):
+    """Mamba-2's alone here, whose layers would read past an adapter."""
+    decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
+    if decoder.config.model_type == "mamba2":
+        with pytest.raises(refrag.UserError, match="--lora_r: this decoder takes no adapters"):
+            refrag.add_lora(decoder, 2)
+    else:
+        refrag.add_lora(decoder, 2)
+        assert refrag.lora_names(decoder)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_new_adapters_change_nothing(adaptable):
+    """One of each pair of matrices starts at zero. The head and the embeddings have none."""
+    decoder = refrag.load_decoder(str(adaptable), CPU, torch.float32)
+    before, count = logits_of(decoder), len(list(decoder.parameters()))
+    refrag.add_lora(decoder, 2)
+    names = refrag.lora_names(decoder)
+    assert len(names) == len(list(decoder.parameters())) - count > 0
+    assert not any("head" in name or "embed" in name or "wte" in name for name in names)
+    torch.testing.assert_close(logits_of(decoder), before)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_merged_adapters_give_the_same_logits(adaptable):
+    model = with_adapters(adaptable)
+    plain = refrag.load_decoder(str(adaptable), CPU, torch.float32)
+    adapted, encoded = logits_of(model.decoder), model.encoder.encode(CONTENTS)
+    refrag.merge_lora(model)
+    assert (adapted - logits_of(plain)).abs().max() > 0.1
+    torch.testing.assert_close(logits_of(model.decoder), adapted, atol=1e-3 * adapted.abs().max().item(), rtol=0)
+    assert refrag.lora_names(model.decoder) == set()
+    assert model.decoder.state_dict().keys() == plain.state_dict().keys()
+    assert model.config.lora is None and model.config.training_model == "pd"
+    for before, after in zip(encoded, model.encoder.encode(CONTENTS), strict=True):
+        assert (before == after).all()  # the encoder has its own copy of the layers
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, adaptable):
+    """The decoder's own weights are not written; its first layers, the encoder, stay what they were."""
+    model = with_adapters(adaptable)
+    model.save_pretrained(tmp_path / "c")
+    assert {path.stem for path in (tmp_path / "c").glob("*.safetensors")} == {"projector", "lora"}
+    again = refrag.RefragModel.from_pretrained(tmp_path / "c")
+    expected = logits_of(model.decoder)
+    torch.testing.assert_close(logits_of(again.decoder), expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
+    assert refrag.lora_names(again.decoder) == set() and again.config.lora is None
+    untouched = build("decoder:2", adaptable).encoder
+    assert again.encoder.fingerprint == untouched.fingerprint
+    for ours, theirs in zip(again.encoder.encode(CONTENTS), untouched.encode(CONTENTS), strict=True):
+        assert (ours == theirs).all()
+    again.save_pretrained(tmp_path / "d")
+    assert {path.stem for path in (tmp_path / "d").glob("*.safetensors")} == {"projector", "decoder"}
+    twice = refrag.RefragModel.from_pretrained(tmp_path / "d")
+    assert torch.equal(logits_of(twice.decoder), logits_of(again.decoder))
+
+
+@pytest.mark.parametrize(("train", "lora_r", "kept"), [("pd", 2, True), ("pd", 4, False), ("pd", 0, False),
+                                                       ("ped", 2, True)])
+def test_training_goes_on_with_adapters_of_the_same_rank(tmp_path, llama, train, lora_r, kept):
+    model = with_adapters(llama)
+    model.save_pretrained(tmp_path / "c")
+    again = refrag.RefragModel.from_pretrained(tmp_path / "c", train=train, lora_r=lora_r)
+    assert (again.config.lora == {"r": 2}, again.config.lora is None) == (kept, not kept)
+    ours = {name: value for name, value in model.decoder.state_dict().items() if ".lora_" in name}
+    theirs = {name: value for name, value in again.decoder.state_dict().items() if ".lora_" in name}
+    assert theirs.keys() == (ours.keys() if kept else set())
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+    torch.testing.assert_close(logits_of(again.decoder), logits_of(model.decoder), atol=1e-2, rtol=1e-3)
+
+
+# -- projectors ---------------------------------------------------------------------------------------
+
+
+def test_a_projector_without_the_residual_starts_at_random():
+    """The paper's: nothing of the token embeddings reaches the vector, so there must be something else."""
+    torch.manual_seed(0)
+    projector = refrag.Projector(6, 10, 0.3, "mlp")
+    states = torch.randn(5, 6)
+    got = projector(states, torch.randn(5, 10))
+    assert torch.equal(got, projector(states, torch.full((5, 10), math.nan)))
+    assert got.abs().min() > 0 and not torch.allclose(got[0], got[1])
+    assert projector.outer.weight.abs().sum() > 0
+
+
+def test_both_projectors_have_the_same_tensors_and_differ_by_the_residual():
+    torch.manual_seed(0)
+    plain, added = (refrag.Projector(6, 10, 0.3, kind) for kind in ("mlp", "residual_mlp"))
+    disturb(plain)
+    added.load_state_dict(plain.state_dict())
+    states, residual = torch.randn(5, 6), torch.randn(5, 10)
+    torch.testing.assert_close(added(states, residual), plain(states, residual) + residual)
+
+
+def test_the_kind_of_projector_is_kept_in_the_checkpoint(tmp_path, llama, bert):
+    model = trained(bert, llama, "p", projector="mlp")
+    model.save_pretrained(tmp_path / "c")
+    again = refrag.RefragModel.from_pretrained(tmp_path / "c")
+    assert not again.projector.residual and again.config.projector == "mlp"
+    assert refrag.RefragModel(again.config, again.encoder, again.decoder).projector.outer.weight.abs().sum() > 0
+
 
 # -- checkpoints ----------------------------------------------------------------------------
 
 
 def trained(enc, dec, letters, **options):
-    """A model whose named parts were changed."""
+    """A model whose projector and named parts were changed."""
     model = build(enc, dec, training_model=letters, **options)
-    for part in model.parts().values():
-        disturb(part)
+    for letter, part in {"p": model.projector, "e": model.encoder, "d": model.decoder}.items():
+        if letter in letters + "p":
+            disturb(part)
     return model
 
 
+def sign(folder):
+    """Write the manifest again, as if the folder had been saved with what it holds now."""
+    (folder / "manifest.json").unlink()
+    refrag.write_manifest(folder / "manifest.json", folder, {}, refrag.CHECKPOINT_FORMAT)
+
+
+@pytest.fixture(scope="module")
+def saved_checkpoint(tmp_path_factory, llama, bert):
+    """A checkpoint with a trained projector and encoder."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoint"
+    trained(bert, llama, "pe").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def checkpoint(tmp_path, llama, bert):
-    """The folder of a checkpoint with a trained projector and encoder."""
-    trained(bert, llama, "pe").save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+def checkpoint(tmp_path, saved_checkpoint):
+    """A copy of it, free to be damaged."""
+    return shutil.copytree(saved_checkpoint, tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -371,14 +857,17 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, llama, bert, letters, files
     """Trained parts from the checkpoint, bit for bit; the others from the models that its config names."""
     model = trained(bert, llama, letters, compression=8, pooling="cls")
     model.save_pretrained(tmp_path / "c")
-    assert {p.name for p in (tmp_path / "c").iterdir()} == {"config.json"} | {f"{n}.safetensors" for n in files}
+    written = {"config.json", "manifest.json"} | {f"{n}.safetensors" for n in files}
+    assert {p.name for p in (tmp_path / "c").iterdir()} == written
+    assert {n: {k: v.shape for k, v in tensors.items()} for n, tensors in model.parts().items()} == {
+        n: {k: v.shape for k, v in load_file(tmp_path / "c" / f"{n}.safetensors").items()} for n in files}
     again = refrag.RefragModel.from_pretrained(tmp_path / "c")
     assert not again.training and again.trained == ("p" in letters)
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     names = ("encoder_name_or_path", "decoder_name_or_path", "compression", "pooling", "projector", "training_model",
-             "encoder_width", "decoder_width")
+             "encoder_width", "decoder_width", "decoder_fingerprint", "encoder_fingerprint", "lora", "history")
     assert {n: getattr(again.config, n) for n in names} == {n: getattr(model.config, n) for n in names}
     assert again.config.compression == 8 and again.encoder.pooling == "cls"
     again.save_pretrained(tmp_path / "d")
@@ -398,16 +887,18 @@ def test_a_trained_encoder_of_decoder_layers_leaves_the_decoder(tmp_path, llama)
     model.save_pretrained(tmp_path / "c")
     path = tmp_path / "c" / "encoder.safetensors"
     save_file({name: value + 0.1 for name, value in load_file(path).items()}, path)
+    sign(tmp_path / "c")
     again = refrag.RefragModel.from_pretrained(tmp_path / "c")
     original = refrag.load_decoder(str(llama), CPU, torch.float32).state_dict()
     assert all(torch.equal(value, original[name]) for name, value in again.decoder.state_dict().items())
 
 
 def rewrite(path, change):
-    """Change the tensors of a safetensors file."""
+    """Change the tensors of a safetensors file, and the manifest with it."""
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+    sign(path.parent)
 
 
 @pytest.mark.parametrize(
@@ -430,10 +921,27 @@ def test_a_tensor_that_does_not_fit_is_named(checkpoint, part, name, change):
     assert caught.value.code == 5
 
 
+@pytest.fixture(params=["listed", "signed", "unlisted"])
+def damaged(request, checkpoint):
+    """Write other bytes into the projector's file of a checkpoint.
+
+    With the manifest as it was, with one that was made for these bytes, and without any, as another program leaves it.
+    """
+
+    def call(content):
+        (checkpoint / "projector.safetensors").write_bytes(content)
+        if request.param == "signed":
+            sign(checkpoint)
+        elif request.param == "unlisted":
+            (checkpoint / "manifest.json").unlink()
+        return checkpoint
+
+    return call
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_truncated_file_is_damaged(checkpoint, keep):
-    path = checkpoint / "projector.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
+def test_a_truncated_file_is_damaged(checkpoint, damaged, keep):
+    damaged((checkpoint / "projector.safetensors").read_bytes()[:keep])
     with pytest.raises(refrag.CorruptError, match=r"projector\.safetensors") as caught:
         refrag.RefragModel.from_pretrained(checkpoint)
     assert caught.value.code == 4
@@ -449,8 +957,9 @@ class Trap:
         return (open, (self.path, "w"))
 
 
-def test_a_pickle_is_refused_and_not_run(checkpoint, tmp_path):
-    torch.save({"scale": Trap(tmp_path / "sprung")}, checkpoint / "projector.safetensors")
+def test_a_pickle_is_refused_and_not_run(checkpoint, damaged, tmp_path):
+    torch.save({"scale": Trap(tmp_path / "sprung")}, tmp_path / "pickle")
+    damaged((tmp_path / "pickle").read_bytes())
     with pytest.raises(refrag.CorruptError):
         refrag.RefragModel.from_pretrained(checkpoint)
     assert not (tmp_path / "sprung").exists()
@@ -460,6 +969,28 @@ def test_a_missing_part_is_named(checkpoint):
     (checkpoint / "encoder.safetensors").unlink()
     with pytest.raises(refrag.CorruptError, match=r"encoder\.safetensors is missing"):
         refrag.RefragModel.from_pretrained(checkpoint)
+    sign(checkpoint)
+    with pytest.raises(refrag.CorruptError, match=r"encoder\.safetensors is missing: the checkpoint is incomplete"):
+        refrag.RefragModel.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["projector.safetensors", "encoder.safetensors", "config.json", "manifest.json"])
+def test_one_other_byte_in_any_file_is_noticed(checkpoint, name):
+    """A weight that changed by itself would still load."""
+    content = bytearray((checkpoint / name).read_bytes())
+    content[-20] ^= 1
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(refrag.CorruptError, match=re.escape(name)) as caught:
+        refrag.RefragModel.from_pretrained(checkpoint)
+    assert caught.value.code == 4
+
+
+def test_a_checkpoint_of_another_program_needs_no_manifest(checkpoint):
+    """Its tensors are checked one by one still."""
+    expected = refrag.RefragModel.from_pretrained(checkpoint).state_dict()
+    (checkpoint / "manifest.json").unlink()
+    got = refrag.RefragModel.from_pretrained(checkpoint).state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
@@ -467,9 +998,12 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
         refrag.RefragModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("content", ["{", "[]", "\x00"])
-def test_a_damaged_config_is_told(checkpoint, content):
+def test_a_damaged_config_is_told(checkpoint, content, signed):
     (checkpoint / "config.json").write_text(content)
+    if signed:
+        sign(checkpoint)
     with pytest.raises(refrag.CorruptError, match=r"config\.json"):
         refrag.RefragModel.from_pretrained(checkpoint)
 
@@ -494,6 +1028,207 @@ def test_load_model_takes_k_from_the_command(checkpoint):
     assert model.config.compression == model.encoder.tokenizer.compression == 8
     config = refrag.model_config(models, 8)
     assert (config.training_model, config.compression) == ("pe", 8)
+
+# -- which checkpoint is meant ------------------------------------------------------------------
+
+
+def test_a_decoder_that_changed_under_its_name_does_not_fit(tmp_path, llama, bert):
+    """One weight of the decoder the checkpoint was trained on is another now."""
+    folder = shutil.copytree(llama, tmp_path / "decoder")
+    trained(bert, folder, "p").save_pretrained(tmp_path / "c")
+    assert refrag.RefragModel.from_pretrained(tmp_path / "c")
+    changed = load_file(folder / "model.safetensors")
+    changed["model.norm.weight"][0] += 0.5
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(refrag.MismatchError, match=f"trained on another {folder}") as caught:
+        refrag.RefragModel.from_pretrained(tmp_path / "c")
+    assert caught.value.code == 5
+
+
+def test_an_encoder_that_changed_under_its_name_does_not_fit(tmp_path, llama, bert):
+    """A projector reads the states of one encoder."""
+    folder = shutil.copytree(bert, tmp_path / "encoder")
+    trained(folder, llama, "p").save_pretrained(tmp_path / "c")
+    assert refrag.RefragModel.from_pretrained(tmp_path / "c")
+    changed = load_file(folder / "model.safetensors")
+    changed["embeddings.LayerNorm.weight"][0] += 0.5
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(refrag.MismatchError, match=f"trained on another {folder}"):
+        refrag.RefragModel.from_pretrained(tmp_path / "c")
+
+
+def test_a_decoder_in_bfloat16_is_the_same_decoder(tmp_path, llama, bert):
+    trained(bert, llama, "p").save_pretrained(tmp_path / "c")
+    assert refrag.RefragModel.from_pretrained(tmp_path / "c", dtype=torch.bfloat16)
+
+
+def test_a_trained_decoder_is_told_by_what_it_was_before(tmp_path, llama, bert):
+    """The fingerprint is that of the named decoder, not of the weights in the checkpoint."""
+    model = trained(bert, llama, "ped")
+    model.save_pretrained(tmp_path / "c")
+    again = refrag.RefragModel.from_pretrained(tmp_path / "c")
+    named = refrag.weights_fingerprint(refrag.load_decoder(str(llama), CPU, torch.float32))
+    assert again.config.decoder_fingerprint == named != refrag.weights_fingerprint(again.decoder)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".pkl", ".ckpt"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_pickle_is_refused_by_its_name(tmp_path, suffix, there):
+    path = tmp_path / f"model{suffix}"
+    if there:
+        torch.save({"scale": Trap(tmp_path / "sprung")}, path)
+    with pytest.raises(refrag.UserError, match="pickle") as caught:
+        refrag.checkpoint_folder(path)
+    assert caught.value.code == 2 and str(path) in str(caught.value) and not (tmp_path / "sprung").exists()
+
+
+def test_a_folder_of_pickles_is_refused(checkpoint, tmp_path):
+    """As another program leaves it: config.json and pytorch_model.bin. Beside safetensors files they do not matter."""
+    torch.save({"scale": Trap(tmp_path / "sprung")}, checkpoint / "pytorch_model.bin")
+    assert refrag.checkpoint_folder(checkpoint) == checkpoint
+    for path in checkpoint.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(refrag.UserError, match=r"pytorch_model\.bin"):
+        refrag.checkpoint_folder(checkpoint)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["projector.safetensors", "config.json"])
+def test_a_file_of_a_checkpoint_is_not_the_checkpoint(checkpoint, name):
+    with pytest.raises(refrag.UserError, match="is a file: name the checkpoint's folder"):
+        refrag.checkpoint_folder(checkpoint / name)
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory, llama, bert):
+    """A training run with checkpoints of steps 9, 80 and 100, and what else may stand in such a folder."""
+    folder, model = tmp_path_factory.mktemp("saved") / "run", build(bert, llama, training_model="p")
+    for step in (9, 80, 100):
+        disturb(model.projector, seed=step)
+        model.save_pretrained(folder / f"step-{step}")
+    for name in ("step-200x", "step-", "steps", ".step-300.77.tmp"):
+        shutil.copytree(folder / "step-80", folder / name)
+    (folder / "step-400").write_text("a file")
+    (folder / "run.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path, saved_run):
+    """A copy of it, free to be damaged."""
+    return shutil.copytree(saved_run, tmp_path / "run")
+
+
+def scale_of(folder):
+    """A number of the projector that each checkpoint of the run has another of."""
+    return refrag.RefragModel.from_pretrained(folder).projector.scale.item()
+
+
+def test_a_run_stands_for_its_newest_checkpoint(run_folder, capsys):
+    """By number, not by name; folders of other names do not count."""
+    assert [path.name for path in refrag.step_folders(run_folder)] == ["step-100", "step-80", "step-9"]
+    assert refrag.checkpoint_folder(run_folder) == run_folder / "step-100"
+    assert capsys.readouterr().err == ""
+    assert scale_of(run_folder) == scale_of(run_folder / "step-100") != scale_of(run_folder / "step-80")
+
+
+@pytest.mark.parametrize("damage", ["byte", "part", "manifest", "config", "signature"])
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_notice(run_folder, capsys, damage):
+    """A bit flipped in a tensor, a file gone, the manifest gone, as when a copy was cut short, a newer format."""
+    newest = run_folder / "step-100"
+    if damage == "byte":
+        content = bytearray((newest / "projector.safetensors").read_bytes())
+        content[-1] ^= 1
+        (newest / "projector.safetensors").write_bytes(content)
+    elif damage == "signature":
+        (newest / "manifest.json").unlink()
+        refrag.write_manifest(newest / "manifest.json", newest, {"version": 99}, refrag.CHECKPOINT_FORMAT)
+    else:
+        names = {"part": "projector.safetensors", "manifest": "manifest.json", "config": "config.json"}
+        (newest / names[damage]).unlink()
+    assert refrag.checkpoint_folder(run_folder) == run_folder / "step-80"
+    told = capsys.readouterr().err
+    assert str(newest) in told and told.endswith("falling back to the checkpoint before it\n") and told.count("\n") == 1
+    with pytest.raises(refrag.RefragError):
+        refrag.verify_checkpoint(newest, required=True)
+
+
+def test_a_run_without_a_whole_checkpoint_is_damaged(run_folder):
+    for folder in refrag.step_folders(run_folder):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(refrag.CorruptError, match="every checkpoint in ") as caught:
+        refrag.checkpoint_folder(run_folder)
+    assert caught.value.code == 4 and str(run_folder / "step-100") in str(caught.value)
+
+
+def test_a_run_that_has_saved_nothing_has_no_checkpoint(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(refrag.UserError, match="no checkpoint in this folder"):
+        refrag.checkpoint_folder(tmp_path)
+
+
+def test_the_folder_of_another_kind_of_model_is_no_checkpoint(llama):
+    with pytest.raises(refrag.UserError, match="no checkpoint in this folder, but a model of another kind"):
+        refrag.RefragModel.from_pretrained(llama)
+
+
+@pytest.mark.parametrize("change", [{"encoder_name_or_path": 3}, {"decoder_name_or_path": None}, {"pooling": []},
+                                    {"projector": 1}, {"compression": "4"}, {"lora": 2}, {"lora": {"r": "2"}},
+                                    {"training_model": None}, {"history": {"a": 1}}], ids=str)
+def test_a_config_with_values_of_other_types_is_damaged(checkpoint, change):
+    facts = json.loads((checkpoint / "config.json").read_text()) | change
+    (checkpoint / "config.json").write_text(json.dumps(facts))
+    sign(checkpoint)
+    with pytest.raises(refrag.CorruptError, match=r"config\.json is damaged"):
+        refrag.RefragModel.from_pretrained(checkpoint)
+
+
+def test_a_checkpoint_moved_aside_by_a_killed_writer_is_found(checkpoint):
+    checkpoint.rename(checkpoint.with_name(".checkpoint.77.old"))
+    assert refrag.checkpoint_folder(checkpoint) == checkpoint and (checkpoint / "config.json").is_file()
+
+
+# -- the options and the checkpoint ---------------------------------------------------------------
+
+
+def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint, llama, bert):
+    assert all(getattr(refrag.ModelConfig(), f.name) is None for f in dataclasses.fields(refrag.ModelConfig))
+    untrained = refrag.model_config(refrag.ModelConfig(), 8)
+    assert (untrained.decoder_name_or_path, untrained.encoder_name_or_path) == ("SmolLM2-135M-Instruct", "decoder:8")
+    assert (untrained.pooling, untrained.projector, untrained.compression) == ("mean", "residual_mlp", 8)
+    named = refrag.ModelConfig(dec="x", enc="decoder:3", pooling="cls", projector="mlp")
+    config = refrag.model_config(named, 8)
+    assert (config.decoder_name_or_path, config.encoder_name_or_path) == ("x", "decoder:3")
+    assert (config.pooling, config.projector) == ("cls", "mlp")
+    found = refrag.model_config(refrag.ModelConfig(load_dir=str(checkpoint)), 8)
+    assert (found.decoder_name_or_path, found.encoder_name_or_path) == (str(llama), str(bert))
+    repeated = refrag.ModelConfig(dec=str(llama), enc=str(bert), pooling="mean", projector="residual_mlp",
+                                  load_dir=str(checkpoint))
+    assert refrag.model_config(repeated, 8).to_dict() == found.to_dict()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("dec", "SmolLM2-135M-Instruct"), ("enc", "decoder:8"),
+                                             ("pooling", "cls"), ("projector", "mlp")])
+def test_other_models_than_the_checkpoints_do_not_fit(checkpoint, flag, value):
+    """The defaults too, if they are named."""
+    with pytest.raises(refrag.MismatchError, match=f"with --{flag} ") as caught:
+        refrag.model_config(refrag.ModelConfig(load_dir=str(checkpoint), **{flag: value}), 8)
+    assert caught.value.code == 5 and value in str(caught.value)
+
+
+def test_load_model_takes_the_folder_of_a_run(run_folder):
+    models = refrag.ModelConfig(load_dir=str(run_folder))
+    model = refrag.load_model(models, 8, refrag.RuntimeConfig(device="cpu", dtype="float32"))
+    assert model.projector.scale.item() == scale_of(run_folder / "step-100")
+    assert model.config.compression == model.encoder.tokenizer.compression == 8
+
+
+@pytest.mark.parametrize("name", ["model.pt", "run/nothing", "empty"])
+def test_a_bad_load_dir_is_one_line_and_exit_code_2(run, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    code, out, err = run("align", "--text", "a", "--load_dir", tmp_path / name)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"error: --load_dir {tmp_path / name}")
 
 
 # -- where models are -----------------------------------------------------------------------

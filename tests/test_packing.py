@@ -155,6 +155,86 @@ def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, text):
     assert (tokens[mask == 0] == 0).all()
     assert (np.diff(mask, axis=1) <= 0).all()  # padding is on the right
 
+# -- where tokens may be cut ------------------------------------------------------
+
+placements = st.lists(st.booleans(), max_size=40).map(lambda inner: np.array([True, *inner, True]))
+
+
+def test_whole_tokens_golden():
+    """A letter, a face of three byte tokens, a letter: no cut before the face's second and third token."""
+    assert refrag.whole_tokens([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]).tolist() == [True, True, False, False, True,
+                                                                                      True]
+    assert refrag.whole_tokens([(0, 3), (4, 7)]).tolist() == [True] * 3  # a blank between them is no character of both
+    assert refrag.whole_tokens([]).tolist() == [True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=wild)
+@few
+def test_a_cut_stands_where_a_character_is_done(loaded, kind, text):
+    offsets = loaded[kind](text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    whole = refrag.whole_tokens(offsets)
+    assert whole.dtype == bool and len(whole) == len(offsets) + 1 and whole[0] and whole[-1]
+    for i in range(1, len(offsets)):
+        before, after = ({*range(*span)} for span in offsets[i - 1 : i + 1])
+        assert whole[i] == (not before & after)
+
+
+def test_token_cuts_golden():
+    """Nine whole tokens; then a letter, a character of four tokens and a letter: 0 | 1 2 3 4 | 5.
+
+    At k = 4 the first unit ends before the long character, at k = 2 the second is as long as that character.
+    """
+    nine, face = np.ones(10, bool), np.array([True, True, False, False, False, True, True])
+    assert refrag.token_cuts(nine, 4).tolist() == [0, 4, 8, 9]
+    assert refrag.token_cuts(nine, 8).tolist() == [0, 8, 9]
+    assert refrag.token_cuts(nine, 3).tolist() == [0, 3, 6, 9]
+    assert refrag.token_cuts(face, 4).tolist() == refrag.token_cuts(face, 2).tolist() == [0, 1, 5, 6]
+    assert refrag.token_cuts(face, 8).tolist() == [0, 5, 6]  # two units, then the rest
+    assert refrag.token_cuts(np.ones(1, bool), 4).tolist() == [0]
+
+
+@given(whole=placements, k=st.integers(1, 64))
+@settings(max_examples=200, deadline=None)
+def test_token_cuts_are_never_inside_a_character(whole, k):
+    cuts = refrag.token_cuts(whole, k)
+    assert cuts[0] == 0 and cuts[-1] == len(whole) - 1
+    assert (np.diff(cuts) > 0).all() and whole[cuts].all()
+    for a, b in itertools.pairwise(cuts.tolist()):
+        assert b - a <= k or (k % 4 == 0 and k > 4) or not whole[a + 1 : b].any()
+
+
+@given(whole=placements, k=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 63]))
+@settings(max_examples=200, deadline=None)
+def test_a_unit_is_as_long_as_it_can_be(whole, k):
+    """It ends at the last place within k tokens, or where there is none at the first one after."""
+    for a, b in itertools.pairwise(refrag.token_cuts(whole, k).tolist()):
+        within = [j for j in range(a + 1, min(a + k, len(whole) - 1) + 1) if whole[j]]
+        assert b == (within[-1] if within else next(j for j in range(a + 1, len(whole)) if whole[j]))
+
+
+@given(whole=placements)
+@settings(max_examples=200, deadline=None)
+def test_token_cuts_of_multiples_of_4_nest(whole):
+    """k / 4 units of those of 4 in each chunk but the last."""
+    units = refrag.token_cuts(whole, 4).tolist()
+    for k in (8, 12, 16, 32, 64):
+        places = [units.index(cut) for cut in refrag.token_cuts(whole, k).tolist()]
+        assert places[:-1] == list(range(0, len(units) - 1, k // 4)) and places[-1] == len(units) - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=wild)
+@few
+def test_chunk_runs_cut_where_token_cuts_do(loaded, kind, text):
+    """The same chunks for a text and for its tokens; without tokens there is nothing to cut but the text."""
+    offsets = loaded[kind](text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    for k in (1, 3, 4, 16):
+        cuts = refrag.token_cuts(refrag.whole_tokens(offsets), k)
+        _, sizes = refrag.chunk_runs(text, offsets, k)
+        cumulated = [0, *np.cumsum(sizes).tolist()] if offsets else [0]
+        assert cumulated == cuts.tolist() if all(a < b for a, b in offsets) else set(cumulated) <= set(cuts.tolist())
+
 
 # -- neutralised text -----------------------------------------------------------
 
@@ -566,6 +646,111 @@ def test_show_plan_shows_what_each_vector_stands_for(chat):
     piece = contents[0][chunk.start : chunk.end]
     assert shown.count("[[") == 1 and f"[[{piece}]]" in shown
     assert shown.replace(f"[[{piece}]]", piece) == prompt.text
+
+
+# -- training sequences -----------------------------------------------------------
+
+
+def content_of(*chunks):
+    """A content of chunks of decoder tokens, without encoder rows."""
+    return refrag.Content([np.asarray(chunk, dtype=np.int64) for chunk in chunks], [])
+
+
+def shown(sequence):
+    """Plan and labels of a sequence."""
+    return sequence.plan.tolist(), sequence.labels.tolist()
+
+
+def test_continue_plan_golden():
+    """The last position of the context is asked for the answer's first token, each answer token for the next."""
+    content = content_of([5, 6])
+    sequence = refrag.continue_plan(np.array([1, -1]), np.array([7, 8]), content)
+    assert shown(sequence) == ([1, -1, 7], [-1, 7, 8])
+    assert sequence.asked == 2 and sequence.content is content
+    assert shown(refrag.continue_plan(np.array([1]), np.array([7]), content)) == ([1], [7])
+
+
+@pytest.mark.parametrize(("context", "answer"), [([], [7]), ([1], [])])
+def test_a_sequence_needs_a_context_and_an_answer(context, answer):
+    with pytest.raises(ValueError, match="one position each"):
+        refrag.continue_plan(np.array(context, dtype=int), np.array(answer, dtype=int), content_of())
+
+
+def test_the_controls_golden():
+    """Token 7, two vectors, token 8, a vector, token 9; asked for 5 after the second vector, for 4 after the third and
+    for 3 after the 9. Without vectors the 7 is asked for 5 and the 8 for 4. As text the second chunk's last token, 21,
+    is asked for 5, and 30 for 4. Another text has two chunks: its first is taken again for the third.
+    """
+    content = content_of([10, 11, 12], [20, 21], [30])
+    sequence = refrag.TrainingSequence(np.array([7, -1, -2, 8, -3, 9]), np.array([-1, -1, 5, -1, 4, 3]), content)
+    assert shown(refrag.without_vectors(sequence)) == ([7, 8, 9], [5, 4, 3])
+    assert shown(refrag.with_text(sequence)) == ([7, 10, 11, 12, 20, 21, 8, 30, 9], [-1, -1, -1, -1, -1, 5, -1, 4, 3])
+    other = refrag.TrainingSequence(np.array([1]), np.array([2]), content_of([40], [50]))
+    wrong = refrag.with_content_of(sequence, other)
+    assert shown(wrong) == ([7, -1, -2, 8, -1, 9], [-1, -1, 5, -1, 4, 3])
+    assert wrong.content is other.content
+    assert shown(refrag.with_content_of(sequence, sequence)) == shown(sequence)
+    for control in (refrag.without_vectors, refrag.with_text):
+        assert control(sequence).content is content
+    assert shown(sequence) == ([7, -1, -2, 8, -3, 9], [-1, -1, 5, -1, 4, 3])  # not changed by all this
+
+
+def test_a_label_on_a_vector_that_nothing_stands_before_is_not_asked():
+    sequence = refrag.TrainingSequence(np.array([-1, 7]), np.array([5, 6]), content_of([10]))
+    assert shown(refrag.without_vectors(sequence)) == ([7], [6])
+
+
+@st.composite
+def answered(draw):
+    """A start token, then vectors and tokens in any order, then an answer."""
+    chunks = draw(st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=4), min_size=1, max_size=5))
+    vectors = st.integers(0, len(chunks) - 1).map(lambda c: -c - 1)
+    context = draw(st.lists(vectors | st.integers(10, 99), max_size=10))
+    answer = draw(st.lists(st.integers(10, 99), min_size=1, max_size=5))
+    return refrag.continue_plan(np.array([1, *context]), np.array(answer), content_of(*chunks)), answer
+
+
+@given(made=answered(), other=answered())
+@settings(max_examples=100, deadline=None)
+def test_the_controls_are_asked_the_same(made, other):
+    """The whole answer, in order; only what is read before it differs."""
+    sequence, answer = made
+    none, full = refrag.without_vectors(sequence), refrag.with_text(sequence)
+    wrong = refrag.with_content_of(sequence, other[0])
+    for control in (sequence, none, full, wrong):
+        assert len(control.plan) == len(control.labels)
+        assert control.labels[control.labels >= 0].tolist() == answer and control.asked == len(answer)
+        assert control.plan[len(control.plan) - len(answer) + 1 :].tolist() == answer[:-1]
+    plan = sequence.plan.tolist()
+    assert none.plan.tolist() == [v for v in plan if v >= 0]
+    chunks = [chunk.tolist() for chunk in sequence.content.chunks]
+    assert full.plan.tolist() == [t for v in plan for t in (chunks[-v - 1] if v < 0 else [v])]
+    theirs = len(other[0].content.chunks)
+    assert [w if w >= 0 else -(v - w) % theirs for v, w in zip(plan, wrong.plan.tolist(), strict=True)] == [
+        max(v, 0) for v in plan]  # a vector's number changes by a multiple of the other text's chunks
+    assert ((wrong.plan >= -theirs) | (wrong.plan >= 0)).all()
+
+
+def test_first_fit_golden():
+    """3 opens a bin of 4; 2 opens another; 2 goes beside it; 1 goes to the 3. 9 is too long for any and stays alone."""
+    assert refrag.first_fit([3, 2, 2, 1], 4) == [[0, 3], [1, 2]]
+    assert refrag.first_fit([9, 1, 3], 4) == [[0], [1, 2]]
+    assert refrag.first_fit([], 4) == []
+
+
+@given(lengths=st.lists(st.integers(1, 12), max_size=30), capacity=st.integers(1, 10))
+@settings(max_examples=200, deadline=None)
+def test_first_fit_keeps_to_the_capacity_and_places_every_item_once(lengths, capacity):
+    """Each item in the first bin that had room for it among those before it."""
+    bins = refrag.first_fit(lengths, capacity)
+    assert sorted(n for items in bins for n in items) == list(range(len(lengths)))
+    for place, items in enumerate(bins):
+        assert items == sorted(items)
+        assert sum(lengths[n] for n in items) <= capacity or len(items) == 1
+        for n in items:
+            for earlier in bins[:place]:
+                assert sum(lengths[m] for m in earlier if m < n) + lengths[n] > capacity
+    assert [items[0] for items in bins] == sorted(items[0] for items in bins)
 
 
 # -- selection under the budget ---------------------------------------------------

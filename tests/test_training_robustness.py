@@ -1153,13 +1153,17 @@ def stop_in(monkeypatch):
 
 
 @pytest.mark.parametrize(("sig", "code"), SIGNALS)
-@pytest.mark.parametrize(("method", "calls", "last"), [("run_step", 2, 2), ("run_pass", 3, 3), ("save", 2, 3)])
+@pytest.mark.parametrize(("method", "calls", "every", "last"), [
+    ("run_step", 2, 99, 2),
+    ("run_pass", 3, 99, 3),
+    ("save", 1, 2, 3),  # the save of step 2 is finished, then the next step
+])
 def test_an_interrupted_run_saves_and_goes_on(
-    refused, done, resume, stop_in, finished, tmp_path, method, calls, last, sig, code
+    refused, done, resume, stop_in, finished, tmp_path, method, calls, every, last, sig, code
 ):
     """The step is finished and a checkpoint written, and what follows is what would have followed."""
     stop_in(refrag.Trainer, method, sig, calls)
-    assert refused(code, *resume(tmp_path / "run")) == "interrupted"
+    assert refused(code, *resume(tmp_path / "run", "--save_every", every)) == "interrupted"
     assert refrag.newest_checkpoint(tmp_path / "run").name == f"step-{last:06d}"
     assert done(*resume(tmp_path / "run"))["steps"] == STEPS
     torch.testing.assert_close(weights(tmp_path / "run" / "step-000004"), weights(finished / "run" / "step-000004"))
