@@ -21,6 +21,9 @@ set "ACCEL_NOTE=.venv\.refrag-accel"
 set "CORPUS=data\wiki_passages.jsonl"
 set "INDEX_DIR=runs\quickstart\index"
 set "INDEX_STAMP=runs\quickstart\index.settings"
+set "TRAIN_TEXTS=data\cpt_train.jsonl"
+set "RECON_DIR=runs\quickstart\recon"
+set "NEXT_DIR=runs\quickstart\next"
 set "DEFAULT_QUESTION=In which Canadian province were the oldest woody plants found?"
 set "NEW_ENOUGH=import sys; sys.exit(sys.version_info[:2] not in [(3, n) for n in range(11, 99)])"
 set "KEY_FILE=%TEMP%\refrag-key-%RANDOM%%RANDOM%.txt"
@@ -191,6 +194,7 @@ if defined EMBED_MODEL set INDEX_ARGS=%INDEX_ARGS% --embed_model "%EMBED_MODEL%"
 if defined ENC_MODEL set INDEX_ARGS=%INDEX_ARGS% --enc "%ENC_MODEL%"
 if defined DEC_MODEL set INDEX_ARGS=%INDEX_ARGS% --dec "%DEC_MODEL%"
 if defined K set INDEX_ARGS=%INDEX_ARGS% --k "%K%"
+if defined STEPS set INDEX_ARGS=%INDEX_ARGS% --load_dir %NEXT_DIR%
 
 set "GENERATE_ARGS="
 if defined ENC_MODEL set GENERATE_ARGS=%GENERATE_ARGS% --enc "%ENC_MODEL%"
@@ -200,9 +204,30 @@ if defined K set GENERATE_ARGS=%GENERATE_ARGS% --k "%K%"
 if defined P set GENERATE_ARGS=%GENERATE_ARGS% --p "%P%"
 if defined CTX_MAX set GENERATE_ARGS=%GENERATE_ARGS% --ctx_max "%CTX_MAX%"
 if defined MAX_NEW set GENERATE_ARGS=%GENERATE_ARGS% --max_new "%MAX_NEW%"
+if defined STEPS set GENERATE_ARGS=%GENERATE_ARGS% --load_dir %NEXT_DIR%
 if not defined QUESTION set "QUESTION=%DEFAULT_QUESTION%"
 rem A double quote would end the argument.
 set "QUESTION=%QUESTION:"='%"
+
+if not defined STEPS goto trained
+if not defined K set "K=16"
+set "TRAIN_ARGS=--train_json %TRAIN_TEXTS% --steps "%STEPS%" --train ped --seq_tokens 128 --k "%K%""
+if defined ENC_MODEL set TRAIN_ARGS=%TRAIN_ARGS% --enc "%ENC_MODEL%"
+if defined DEC_MODEL set TRAIN_ARGS=%TRAIN_ARGS% --dec "%DEC_MODEL%"
+set "RECON_ARGS=%TRAIN_ARGS% --out_dir %RECON_DIR%"
+if defined LR_RECON set RECON_ARGS=%RECON_ARGS% --lr "%LR_RECON%"
+if exist "%RECON_DIR%\run.json" set "RECON_ARGS=%RECON_ARGS% --resume"
+set "NEXT_ARGS=%TRAIN_ARGS% --out_dir %NEXT_DIR% --load_dir %RECON_DIR%"
+if defined LR_NEXT set NEXT_ARGS=%NEXT_ARGS% --lr "%LR_NEXT%"
+if exist "%NEXT_DIR%\run.json" set "NEXT_ARGS=%NEXT_ARGS% --resume"
+rem A run that has ended, or was stopped, goes on from where it is.
+echo [%TIME%] cpt_recon
+%RUN% %VENV_PY% refrag.py cpt_recon %RECON_ARGS%
+if not %ERRORLEVEL%==0 goto job_failed
+echo [%TIME%] cpt_next
+%RUN% %VENV_PY% refrag.py cpt_next %NEXT_ARGS%
+if not %ERRORLEVEL%==0 goto job_failed
+:trained
 
 echo [%TIME%] index
 for %%F in ("%CORPUS%") do >"%KEY_FILE%" echo %INDEX_ARGS% corpus %%~zF %%~tF
@@ -291,7 +316,9 @@ echo   ENC_MODEL    --enc, the chunk encoder          DEC_MODEL   --dec, the lan
 echo   EMBED_MODEL  --embed_model, for the index      TOPK        --topk, passages to retrieve
 echo   K            --k, tokens per vector            P           --p, largest fraction kept as text
 echo   CTX_MAX      --ctx_max, prompt budget          MAX_NEW     --max_new, longest answer
-echo   STEPS LR_RECON LR_NEXT LR_POLICY               used by training when present; no effect today
+echo   STEPS        train first: this many steps of cpt_recon, then of cpt_next, on the sample texts (minutes each)
+echo   LR_RECON     --lr of cpt_recon                 LR_NEXT     --lr of cpt_next
+echo   LR_POLICY                                      for a phase that is not there yet; no effect
 echo   ACCEL        cuda or cpu: use this one and do not look
 echo   PYTHON       the python.exe that .venv is made with (3.11 or newer)
 echo.

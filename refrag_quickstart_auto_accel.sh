@@ -21,6 +21,9 @@ ACCEL_NOTE=.venv/.refrag-accel # the accelerator that torch was, or is being, in
 CORPUS=data/wiki_passages.jsonl
 INDEX_DIR=runs/quickstart/index
 INDEX_STAMP=runs/quickstart/index.settings
+TRAIN_TEXTS=data/cpt_train.jsonl
+RECON_DIR=runs/quickstart/recon
+NEXT_DIR=runs/quickstart/next
 DEFAULT_QUESTION="In which Canadian province were the oldest woody plants found?"
 
 DRY_RUN=0
@@ -43,7 +46,9 @@ Environment variables. What is not set keeps refrag.py's own default.
   EMBED_MODEL  --embed_model, for the index      TOPK        --topk, passages to retrieve
   K            --k, tokens per vector            P           --p, largest fraction kept as text
   CTX_MAX      --ctx_max, prompt budget          MAX_NEW     --max_new, longest answer
-  STEPS LR_RECON LR_NEXT LR_POLICY               used by training when present; no effect today
+  STEPS        train first: this many steps of cpt_recon, then of cpt_next, on the sample texts (minutes each)
+  LR_RECON     --lr of cpt_recon                 LR_NEXT     --lr of cpt_next
+  LR_POLICY                                      for a phase that is not there yet; no effect
   ACCEL        cuda, rocm, mps or cpu: use this one and do not look
   PYTHON       the interpreter that .venv is made with (3.11 or newer)
 
@@ -322,7 +327,8 @@ install_everything() {
 build_index() {
     local args settings
     args=(index --corpus "$CORPUS" --index_dir "$INDEX_DIR" ${EMBED_MODEL:+--embed_model "$EMBED_MODEL"}
-        ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} ${K:+--k "$K"})
+        ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} ${K:+--k "$K"}
+        ${STEPS:+--load_dir "$NEXT_DIR"})
     settings="$(quoted "${args[@]}") corpus $(cksum <"$CORPUS")"
     step "index"
     if [[ -f $INDEX_DIR/manifest.json && -f $INDEX_STAMP && $(cat "$INDEX_STAMP") == "$settings" ]]; then
@@ -334,11 +340,23 @@ build_index() {
     write_stamp "$INDEX_STAMP" "$settings"
 }
 
+# train PHASE FOLDER [FLAGS]: a run that has ended, or was stopped, goes on from where it is.
+train() {
+    local phase=$1 folder=$2 resume=()
+    shift 2
+    if [[ -f $folder/run.json ]]; then resume=(--resume); fi
+    step "$phase"
+    run "$VENV_PY" refrag.py "$phase" --train_json "$TRAIN_TEXTS" --out_dir "$folder" --steps "$STEPS" \
+        --train ped --seq_tokens 128 --k "${K:-16}" ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} \
+        "$@" ${resume[@]+"${resume[@]}"} || failed_in "refrag.py $phase" $?
+}
+
 answer_question() {
     step "answer"
     run "$VENV_PY" refrag.py generate --index_dir "$INDEX_DIR" --question "${QUESTION:-$DEFAULT_QUESTION}" \
         ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} ${TOPK:+--topk "$TOPK"} ${K:+--k "$K"} \
-        ${P:+--p "$P"} ${CTX_MAX:+--ctx_max "$CTX_MAX"} ${MAX_NEW:+--max_new "$MAX_NEW"} --compare ||
+        ${P:+--p "$P"} ${CTX_MAX:+--ctx_max "$CTX_MAX"} ${MAX_NEW:+--max_new "$MAX_NEW"} \
+        ${STEPS:+--load_dir "$NEXT_DIR"} --compare ||
         failed_in "refrag.py generate" $?
 }
 
@@ -406,6 +424,10 @@ install_everything
 if [[ $RUN_TESTS -eq 1 ]]; then
     run_tests
 else
+    if [[ -n ${STEPS:-} ]]; then
+        train cpt_recon "$RECON_DIR" ${LR_RECON:+--lr "$LR_RECON"}
+        train cpt_next "$NEXT_DIR" --load_dir "$RECON_DIR" ${LR_NEXT:+--lr "$LR_NEXT"}
+    fi
     build_index
     answer_question
 fi

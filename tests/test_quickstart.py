@@ -271,3 +271,30 @@ def test_bat_jumps_to_labels_that_exist():
     labels = re.findall(r"^:(\w+)", bat, re.M)
     assert len(labels) == len(set(labels))
     assert jumps <= set(labels)
+
+
+def test_steps_train_before_the_index_is_built(box):
+    """Both phases, each on the checkpoint of the one before; index and answer use the last one."""
+    plan = box.plan(STEPS="7", LR_RECON="1e-3", LR_NEXT="2e-4", K="8", DEC_MODEL="some/decoder")
+    recon, following = planned(plan, "refrag.py cpt_recon"), planned(plan, "refrag.py cpt_next")
+    for line, lr, folder in ((recon, "1e-3", "recon"), (following, "2e-4", "next")):
+        for flags in ("--steps 7", "--k 8", "--dec some/decoder", f"--lr {lr}", f"--out_dir runs/quickstart/{folder}"):
+            assert f" {flags}" in line
+    assert "--load_dir runs/quickstart/recon" in following
+    for command in ("refrag.py index", "refrag.py generate"):
+        assert "--load_dir runs/quickstart/next" in planned(plan, command)
+    assert plan.index("cpt_recon:") < plan.index("cpt_next:") < plan.index("index:")
+
+
+def test_a_run_that_was_begun_goes_on(box):
+    (box.tree / "runs/quickstart/recon").mkdir(parents=True)
+    (box.tree / "runs/quickstart/recon/run.json").write_text("{}")
+    plan = box.plan(STEPS="7")
+    assert planned(plan, "refrag.py cpt_recon").endswith("--resume")
+    assert "--resume" not in planned(plan, "refrag.py cpt_next")
+
+
+def test_without_steps_nothing_is_trained(box):
+    plan = box.plan(LR_RECON="1e-3")
+    assert "cpt_" not in plan
+    assert "--load_dir" not in plan
