@@ -39,14 +39,16 @@ def test_every_linked_file_exists():
 
 @pytest.mark.models
 def test_the_commands_run_in_order(tmp_path, run):
-    """Their own words, on 40 of the passages, 2 of the questions and with short answers, to be done in a minute."""
+    """Their own words, on 40 passages, 2 questions, with short answers and one short training step each."""
     questions = tmp_path / "questions.jsonl"
     lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     questions.write_text("".join(lines[:2]), encoding="utf-8")
     for line in COMMANDS:
         line = line.replace("data/wiki_questions.jsonl", str(questions)).replace("data/", f"{ROOT}/data/")
         argv = shlex.split(line.replace("runs/", f"{tmp_path}/"))
-        argv += {"index": ["--limit", "40"], "generate": ["--max_new", "6"]}.get(argv[0], [])
+        step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
+        argv += {"index": ["--limit", "40"], "generate": ["--max_new", "6"], "cpt_align": step, "cpt_recon": step,
+                 "cpt_next": step, "sft": step}.get(argv[0], [])
         code, out, err = run(*argv)
         assert code == 0, f"{line}\n{err}"
         assert out or "--out" in argv, line

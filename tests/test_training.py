@@ -246,7 +246,6 @@ def test_special_tokens_of_the_encoder_are_only_text(tmp_path, separate, whole):
     assert not set(separate.tokenizer.encoder(text, add_special_tokens=False)["input_ids"]) & {2, 3}, text
 
 
-@fault(reason="the cache keeps the names of the files it was made from")
 def test_a_text_is_named_by_the_file_that_was_given(tmp_path, whole):
     first, copy = (write(tmp_path / name, [{"text": TEXTS[0]}]) for name in ("first.jsonl", "copy.jsonl"))
     refrag.cache_tokens([str(first)], whole.tokenizer)
@@ -481,11 +480,7 @@ def test_of_several_k_one_is_drawn_for_each_text(tmp_path, whole, kind):
     assert set(lengths) == {4, 8} and min(lengths.values()) > 5
 
 
-no_tokens = fault(reason="a chunk without tokens of the decoder has 0 / 0 for its mean")
-
-
-@pytest.mark.parametrize("kind", [refrag.AlignLessons, pytest.param(refrag.ReconLessons, marks=no_tokens),
-                                  pytest.param(refrag.NextLessons, marks=no_tokens)])
+@pytest.mark.parametrize("kind", SETTINGS)
 def test_a_token_longer_than_a_chunk_gives_no_nan(tmp_path, llama, bert, kind):
     """Chunks of two Chinese characters, each a token of the encoder, where one token of the decoder has several."""
     model = build(bert, llama)
@@ -657,8 +652,10 @@ def test_a_share_of_the_questions_has_no_answer(lessons_on):
 
 
 def test_a_question_without_a_right_passage_has_no_answer(lessons_on):
-    rows = [{"question": "Who?", "answers": ["Nobody at all"]}, {"question": "A?", "answers": ["Rhone"],
-                                                                  "positive_ids": ["elsewhere"]}]
+    """No text has the answer; the named one is not in the index."""
+    rows = [{"question": "Which of the rivers is it?", "answers": ["Nobody at all"]},
+            {"question": "Which of the rivers is it?", "answers": ["Rhone"], "positive_ids": ["elsewhere"]},
+            QUESTIONS[0]]
     lessons = lessons_on(rows, no_answer_frac=0.0)
     assert {answer(lessons, lessons.draw(n, rng(), 0.0)) for n in range(2)} == {"Not in the documents.<|im_end|>"}
 
@@ -1272,9 +1269,7 @@ def test_a_log_that_goes_on_forgets_what_came_after_the_checkpoint(tmp_path):
     assert metrics(tmp_path) == log.records == [*(json.loads(line) for line in LINES), {"step": 6, "loss": 0.5}]
 
 
-@pytest.mark.parametrize("half", [
-    '{"step": 5, "lo', '{"st\n', pytest.param('{"step": 3, "eval": {"k4": {"vectors": {"loss": 1.0}', marks=fault(
-        reason="half a line that ends with a brace is read as a whole one"))])
+@pytest.mark.parametrize("half", ['{"step": 5, "lo', '{"step": 3, "eval": {"k4": {"vectors": {"loss": 1.0}', '{"st\n'])
 def test_a_line_that_was_not_finished_is_forgotten(tmp_path, half):
     assert [record["step"] for record in log_of(tmp_path, *LINES, half).records] == [0, 2, 4]
 
@@ -1392,9 +1387,12 @@ def test_each_phase_with_several_k(train, sources, tmp_path, phase):
 
 @pytest.mark.parametrize("phase", ["cpt_next", "sft"])
 @pytest.mark.parametrize("options", ["", "--train ped --lora_r 2"], ids=["full", "lora"])
-def test_every_architecture_trains_and_answers(train, run, any_decoder, tmp_path, phase, options, request):
+def test_every_architecture_trains_and_answers(train, run, any_decoder, tmp_path, phase, options):
+    """But for adapters in a decoder of nothing but recurrent layers, which peft refuses."""
     if options and any_decoder.name.startswith("mamba2"):
-        request.applymarker(fault(reason="adapters are put on layers of Mamba that peft refuses"))
+        with pytest.raises(AssertionError, match="error: --lora_r: this decoder takes no adapters"):
+            train(phase, "run", "--dec", any_decoder, "--enc", "decoder:2", *options.split())
+        return
     summary = train(phase, "run", "--dec", any_decoder, "--enc", "decoder:2", *options.split())
     assert math.isfinite(summary["loss"])
     check_answers(run, tmp_path / "run")
@@ -1590,7 +1588,7 @@ def check_the_same(ours: Path, theirs: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "sig", "code"), [
     ("cpt_recon", signal.SIGTERM, 143), ("cpt_align", signal.SIGINT, 130), ("lora", signal.SIGTERM, 143),
-    ("sft", signal.SIGINT, 130)])
+    ("sft", signal.SIGINT, 130)], ids=["cpt_recon", "cpt_align", "lora", "sft"])
 def test_a_run_that_is_stopped_saves_and_goes_on(forks, long_run, unhindered, tmp_path, name, sig, code):
     """In the middle of a step between two checkpoints: the step is finished and saved."""
     argv = [*long_run[name], "--out_dir", tmp_path / "run"]
@@ -1656,13 +1654,15 @@ def test_a_damaged_checkpoint_is_passed_over(run, long_run, unhindered, tmp_path
     check_the_same(folder, unhindered["cpt_recon"])
 
 
-def test_without_a_sound_checkpoint_a_run_starts_again(run, long_run, unhindered, tmp_path):
+def test_without_a_sound_checkpoint_a_run_is_not_begun_again(run, long_run, unhindered, tmp_path):
+    """It is told, and everything stays as it is."""
     folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
     for step in refrag.step_folders(folder):
         halve(step / "encoder.safetensors")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, _, err = run(*[a for a in long_run["cpt_recon"] if a != "--quiet"], "--resume", "--out_dir", folder)
-    assert code == 0 and err.count("falling back") == 2, err
-    check_the_same(folder, unhindered["cpt_recon"])
+    assert code == 4 and err.count("falling back") == 2 and "every checkpoint in" in err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_finished_run_that_is_resumed_says_the_same_again(run, long_run, unhindered, tmp_path):
@@ -1674,7 +1674,6 @@ def test_a_finished_run_that_is_resumed_says_the_same_again(run, long_run, unhin
     assert json.loads(out)["steps"] == STEPS and json.loads(out)["loss"] == metrics(folder)[-2]["loss"]
 
 
-@fault(reason="half a checkpoint of a killed process is never removed")
 def test_what_a_killed_run_left_half_written_goes(run, long_run, unhindered, tmp_path):
     """A checkpoint that was being written has another process's number; nothing else would ever remove it."""
     folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
@@ -1717,8 +1716,7 @@ def test_how_often_is_logged_and_saved_may_change(run, long_run, unhindered, tmp
 
 
 @pytest.mark.parametrize(("place", "told"), [
-    pytest.param("file", "--out_dir", marks=fault(reason="the folder is made before it is checked")),
-    ("other", "holds other files (notes.txt)"), ("run", "holds a run: add --resume")])
+    ("file", "is a file"), ("other", "holds other files (notes.txt)"), ("run", "holds a run: add --resume")])
 def test_a_run_does_not_write_over_anything(run, long_run, unhindered, tmp_path, place, told):
     folder = tmp_path / "run"
     if place == "run":
@@ -1746,7 +1744,8 @@ def test_a_damaged_run_file_is_told(run, long_run, unhindered, tmp_path):
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize(("phase", "options"), [
-    ("cpt_recon", "--batch_size {}"), ("sft", "--batch_size {} --seq_tokens 128 --distill 1 --lora_r 2")])
+    ("cpt_recon", "--batch_size {}"), ("sft", "--batch_size {} --seq_tokens 128 --distill 1 --lora_r 2")],
+    ids=["cpt_recon", "sft"])
 def test_two_processes_or_two_passes_are_one_large_batch(train, sources, llama, tmp_path, phase, options):
     """Four sequences a step: in one pass, in two passes, in two processes. The losses agree up to rounding.
 

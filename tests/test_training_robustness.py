@@ -237,25 +237,19 @@ TEXT_FILES = {
     "huge split": ([{"text": LONG, "split": {"s": 2**40, "o": 9}}], r"texts\.jsonl:1: split"),
     "short": ([{"text": "ab"}] * 3, "texts.jsonl: every text is shorter than . tokens, which --k 4 needs"),
 }
-TEXT_FAULTS = {
-    "huge token": "OverflowError: tokens are checked after they became int64",
-    "huge split": "OverflowError: contexts are stored as int32, unchecked",
-    "split []": "an empty list counts as no split",
-}
 
 
 @pytest.mark.parametrize("flag", ["--train_json", "--eval_json"])
-@pytest.mark.parametrize("case", [pytest.param(case, marks=fault(TEXT_FAULTS[case]) if case in TEXT_FAULTS else ())
-                                  for case in TEXT_FILES])
+@pytest.mark.parametrize("case", TEXT_FILES)
 def test_a_bad_text_file_is_refused(refused, argv, write, tmp_path, flag, case):
-    """And the same command works once the file is mended: nothing was begun."""
+    """And nothing is begun: no folder stays."""
     content, told = TEXT_FILES[case]
     (tmp_path / "bad").mkdir()
     path = write("bad/texts.jsonl", content)
     line = refused(2, *argv("cpt_next", flag, path))
     assert re.search(told, line)
     assert str(path) in line
-    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("phase", ["cpt_align", "cpt_recon"])
@@ -268,12 +262,7 @@ def test_a_bad_line_is_named_in_the_other_phases(refused, argv, write, phase):
 @pytest.mark.parametrize("kind", ["missing", "folder"])
 def test_a_text_file_that_is_not_there(refused, argv, tmp_path, flag, kind):
     path = tmp_path if kind == "folder" else tmp_path / "nowhere.jsonl"
-    assert f"training file {path}: no such file" in refused(2, *argv("cpt_recon", flag, path))
-
-
-@fault("the folder and its lock are made before anything is checked")
-def test_a_missing_text_file_makes_no_folder(refused, argv, tmp_path):
-    refused(2, *argv("cpt_recon", "--train_json", "nowhere.jsonl"))
+    assert f"{flag} {path}: no such file" in refused(2, *argv("cpt_recon", flag, path))
     assert not (tmp_path / "run").exists()
 
 
@@ -295,7 +284,6 @@ def test_a_damaged_gzip_file(refused, done, argv, write, home, flag, content):
     assert list((home / "tokens").glob(".*")) == []
 
 
-@fault("the message proposes --errors, which the training commands do not have")
 def test_invalid_utf8_is_not_answered_with_a_flag_that_is_not_there(run, refused, argv, write):
     line = refused(2, *argv("cpt_recon", "--train_json", write("bad.jsonl", b'{"text": "b\xff"}\n')))
     code, _, err = run(*argv("cpt_recon", *re.findall(r"--\w+(?: [a-z]+)?", line)))
@@ -307,21 +295,21 @@ def test_the_texts_of_two_files_are_named_by_their_own_file(refused, argv, write
     assert f"{files[1]}:2: text must be a string" in refused(2, *argv("cpt_next", "--train_json", *files))
 
 
-@fault("the token cache keeps the names of the files that it was first made from")
 def test_a_copy_of_a_file_is_named_by_its_own_name(refused, argv, write):
     for name in ("first.jsonl", "second.jsonl"):
         assert f"{name}: every text is shorter" in refused(2, *argv("cpt_recon", "--train_json", write(
             name, [{"text": "ab"}])))
 
 
-@pytest.mark.parametrize("file", ["tokens.npy", "offsets.npy", "files.json"])
-@fault("a damaged cache ends in an internal fault, again and again")
-def test_a_damaged_cache_of_tokens_is_made_anew_or_named(run, argv, home, tmp_path, file):
-    assert run(*argv("cpt_recon"))[0] == 0
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("file", ["tokens.npy", "offsets.npy", "lines.npy", "manifest.json"])
+def test_a_damaged_cache_of_tokens_is_made_anew(done, argv, home, tmp_path, file, kind):
+    before = done(*argv("cpt_recon"))
     (path,) = (home / "tokens").glob(f"*/{file}")
-    path.write_bytes(path.read_bytes()[:-1])
-    code, _, err = run(*argv("cpt_recon", "--out_dir", tmp_path / "again"))
-    assert code == 0 or (code == 4 and str(path) in err), err
+    with unchanged(home):
+        damage(path, kind)
+        again = done(*argv("cpt_recon", "--out_dir", tmp_path / "again"))
+    assert again["loss"] == before["loss"]
 
 
 def test_a_cache_that_can_not_be_made(refused, argv, write, monkeypatch):
@@ -329,8 +317,7 @@ def test_a_cache_that_can_not_be_made(refused, argv, write, monkeypatch):
     assert "Not a directory" in refused(2, *argv("cpt_recon"))
 
 
-@fault("a chunk without a decoder token has no mean: the loss is NaN, and the texts are blamed")
-@pytest.mark.parametrize("phase", ["cpt_recon", "cpt_next"])
+@pytest.mark.parametrize("phase", ["cpt_align", "cpt_recon", "cpt_next"])
 def test_one_token_over_several_chunks_of_a_separate_encoder(done, argv, write, bert, phase):
     """The encoder reads each letter of an unknown word as a token, the decoder has learned the word whole."""
     text = "长江是亚洲最长的河流。 The Yangtze rises in Qinghai and reaches the sea near Shanghai."
@@ -353,9 +340,11 @@ OPTIONS = [
     ("cpt_recon", ["--lr", "-1"], "--lr must be more than 0, got -1.0"),
     ("cpt_recon", ["--lr", "nan"], "--lr must be more than 0, got nan"),
     ("cpt_recon", ["--lr", "inf"], "--lr must be more than 0, got inf"),
+    ("cpt_recon", ["--lr", "1e39"], "--lr 1e+39 is beyond what weights can hold"),
     ("cpt_recon", ["--projector_lr", "nan"], "--projector_lr must be more than 0, got nan"),
     ("cpt_recon", ["--grad_clip", "nan"], "--grad_clip must be 0 or more, got nan"),
     ("cpt_recon", ["--weight_decay", "-1"], "--weight_decay must be 0 or more, got -1.0"),
+    ("cpt_recon", ["--weight_decay", "inf"], "--weight_decay must be 0 or more, got inf"),
     ("cpt_recon", ["--warmup", "1"], "--warmup must lie in [0, 1), got 1.0"),
     ("cpt_recon", ["--warmup", "nan"], "--warmup must lie in [0, 1), got nan"),
     ("cpt_recon", ["--train", "xyz"], "--train must be letters of ped (projector, encoder, decoder), got 'xyz'"),
@@ -387,15 +376,20 @@ def test_a_bad_option_is_refused_before_anything_is_made(refused, argv, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@fault("the weights of the losses may be infinite: the loss is NaN")
+@pytest.mark.parametrize("flag", ["--mse", "--kl", "--argmax"])
+def test_an_infinite_weight_of_a_loss_is_refused(refused, argv, flag):
+    assert f"{flag} must be " in refused(2, *argv("cpt_align", flag, "inf"))
+
+
 def test_a_chunk_longer_than_every_text(refused, argv):
     line = refused(2, *argv("cpt_recon", "--k", "64"))
     assert re.search(r"texts\.jsonl: every text is shorter than 64 tokens, which --k 64 needs", line)
 
 
 @pytest.mark.parametrize("phase", ["cpt_align", "cpt_next"])
-@fault("--seq_tokens is at fault: it leaves no token beyond the one chunk, but the texts are blamed")
 def test_no_room_beyond_one_chunk(refused, argv, phase):
-    assert "--seq_tokens" in refused(2, *argv(phase, "--seq_tokens", "4"))
+    assert "--seq_tokens 4 leaves nothing beyond one chunk" in refused(2, *argv(phase, "--seq_tokens", "4"))
 
 
 @pytest.mark.parametrize(("options", "code", "told"), [
@@ -415,39 +409,33 @@ def test_a_device_that_is_not_there(refused, argv, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@fault("the decoder's number of positions is not looked at: IndexError in the first pass that is too long")
 def test_a_decoder_with_too_few_positions(refused, argv, write, tokenizers, tmp_path):
     config = transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=4, n_positions=32)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"]).save_pretrained(tmp_path / "gpt2")
-    assert "--seq_tokens" in refused(2, *argv("cpt_recon", "--dec", tmp_path / "gpt2", "--curriculum", "none"))
+    line = refused(2, *argv("cpt_recon", "--dec", tmp_path / "gpt2", "--curriculum", "none"))
+    assert "the decoder's window is 32: lower --seq_tokens" in line
 
 
 @pytest.mark.parametrize("library", ["accelerate", "peft"])
-@fault("a library that is imported late is an internal fault when it is missing")
-def test_a_library_that_is_missing(refused, argv, monkeypatch, library):
+def test_a_library_that_is_missing(refused, argv, tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
-    assert library in refused(3, *argv("cpt_recon", "--train", "d", "--lora_r", "2"))
+    line = refused(3, *argv("cpt_recon", "--train", "d", "--lora_r", "2"))
+    assert re.search(rf"library missing: .*: pip install {library}$", line)
+    assert not (tmp_path / "run").exists()
 
 
-@fault("without matplotlib the run ends in an internal fault, after its checkpoint is written")
-def test_without_matplotlib_no_training_is_lost(run, argv, tmp_path, monkeypatch):
-    """Either there is no picture, or it is said before the work."""
+def test_without_matplotlib_there_is_no_picture(done, argv, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, _, err = run(*argv("cpt_recon"))
-    assert code == 0 or (code == 3 and not list((tmp_path / "run").glob("step-*"))), err
+    assert done(*argv("cpt_recon"))["steps"] == 1
+    assert not (tmp_path / "run" / "loss.png").exists()
 
 
-@fault("accelerate keeps the first run's precision for the whole process")
-def test_runs_of_two_precisions_in_one_program(run, argv, tmp_path):
-    from accelerate.state import AcceleratorState
-
-    try:
-        for number, dtype in enumerate(["float32", "bfloat16", "float32"]):
-            code, _, err = run(*argv("cpt_recon", "--dtype", dtype, "--out_dir", tmp_path / str(number)))
-            assert code == 0, err
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+def test_runs_of_two_precisions_in_one_program(done, argv, tmp_path):
+    losses = [done(*argv("cpt_recon", "--dtype", dtype, "--out_dir", tmp_path / str(number)))["loss"]
+              for number, dtype in enumerate(["float32", "bfloat16", "float32"])]
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 # ---- The run's folder -----------------------------------------------------------------------------------------------
@@ -460,13 +448,10 @@ def test_no_folder_is_named(refused, argv, phase):
     assert "--out_dir is missing" in refused(2, *command[:at], *command[at + 2 :])
 
 
-@fault("mkdir comes first: the message is the system's, `File exists`")
 def test_an_out_dir_that_is_a_file(refused, argv, write):
     path = write("file", "precious")
-    try:
-        assert f"--out_dir {path} is a file" in refused(2, *argv("cpt_recon", "--out_dir", path))
-    finally:
-        assert path.read_text() == "precious"
+    assert f"--out_dir {path} is a file" in refused(2, *argv("cpt_recon", "--out_dir", path))
+    assert path.read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "step-last", "my-run.json", "model.safetensors"])
@@ -477,14 +462,7 @@ def test_a_foreign_folder_is_refused(refused, argv, tmp_path, name):
         for options in ([], ["--resume"]):
             line = refused(2, *argv("cpt_recon", "--out_dir", tmp_path / "mine", *options))
             assert f"--out_dir {tmp_path / 'mine'} holds other files ({name})" in line
-
-
-@fault("the lock is made before the folder is looked at, and stays")
-def test_nothing_is_left_in_a_foreign_folder(refused, argv, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    refused(2, *argv("cpt_recon", "--out_dir", tmp_path / "mine"))
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == [name]  # and no lock
 
 
 def test_an_empty_folder_is_accepted(done, argv, tmp_path):
@@ -499,13 +477,11 @@ def test_a_run_is_not_overwritten(refused, argv, unfinished):
 
 
 @pytest.mark.parametrize("options", [[], ["--resume"]], ids=["new", "resume"])
-@fault("without run.json the checkpoints count as nothing: the run begins anew and drops its own newest ones")
-def test_checkpoints_without_their_run_json_are_not_overwritten(run, finished, resume, whole, options):
+def test_checkpoints_without_their_run_json_are_not_overwritten(refused, resume, whole, options):
     (whole / "run.json").unlink()
-    command = [a for a in resume(whole, "--seed", 7) if a != "--resume"] + options
     with unchanged(whole):
-        code, _, err = run(*command)
-        assert code in (2, 4), err
+        line = refused(4, *(a for a in resume(whole) if a != "--resume"), *options)
+    assert f"{whole / 'run.json'} is missing" in line
 
 
 def test_a_second_run_in_one_folder_is_told_so(refused, argv, resume, unfinished):
@@ -513,6 +489,22 @@ def test_a_second_run_in_one_folder_is_told_so(refused, argv, resume, unfinished
         for command in (resume(unfinished), argv("cpt_recon", "--out_dir", unfinished)):
             line = refused(75, *command)
             assert f"run {unfinished} is being written by another process" in line
+
+
+@fault("who finds a new folder locked by a faster run removes it with all it holds")
+def test_a_folder_that_another_run_made_a_moment_ago_stays(refused, argv, tmp_path, monkeypatch):
+    """Two runs are started at once; both found no folder, and the other one has the lock."""
+    exclusive = refrag.exclusive
+    with contextlib.ExitStack() as other:
+
+        def later(path: Path, *options: object) -> contextlib.AbstractContextManager:
+            monkeypatch.setattr(refrag, "exclusive", exclusive)
+            other.enter_context(exclusive(path, "the other run"))
+            return exclusive(path, *options)
+
+        monkeypatch.setattr(refrag, "exclusive", later)
+        assert "another process" in refused(75, *argv("cpt_recon"))
+        assert (tmp_path / "run" / ".lock").exists()
 
 
 # ---- Going on -------------------------------------------------------------------------------------------------------
@@ -565,7 +557,6 @@ def test_a_run_does_not_go_on_in_another_phase(refused, argv, unfinished):
 
 
 @pytest.mark.parametrize("name", ["texts.jsonl", "eval.jsonl"])
-@fault("only the names of the files are compared, not the digests that run.json holds")
 def test_a_run_does_not_go_on_with_other_texts_under_the_same_name(refused, finished, resume, unfinished, name):
     path = finished / name
     intact = path.read_bytes()
@@ -577,12 +568,8 @@ def test_a_run_does_not_go_on_with_other_texts_under_the_same_name(refused, fini
         path.write_bytes(intact)
 
 
-WRONG_KIND = fault("AttributeError: the settings are taken for an object")
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"damaged", b"[]", b"{}", b"\xff", b'{"settings"',
-    pytest.param(b'{"settings": []}', marks=WRONG_KIND), pytest.param(b'{"settings": null}', marks=WRONG_KIND)])
+@pytest.mark.parametrize("content", [b"", b"damaged", b"[]", b"{}", b"\xff", b'{"settings"', b'{"settings": [1]}',
+                                     b'{"settings": null}', b'{"settings": {}}', b'{"settings": {}, "data": 5}'])
 def test_a_damaged_run_json(refused, resume, unfinished, content):
     (unfinished / "run.json").write_bytes(content)
     with unchanged(unfinished):
@@ -590,29 +577,26 @@ def test_a_damaged_run_json(refused, resume, unfinished, content):
 
 
 METRICS = {
-    "cut": (b'{"step": 4, "lo', None),
-    "cut after a brace": (b'{"step": 4, "eval": {"k4/1": {"vectors": {"loss": 6.9}', "JSONDecodeError"),
-    "zeros": (b"\0" * 99, None),
-    "zeros and a brace": (b"\0" * 99 + b"}\n", "JSONDecodeError"),
-    "invalid UTF-8": (b"\xff\xfe\n", "UnicodeDecodeError"),
-    "no step": (b'{"loss": 1}\n', "KeyError"),
+    "cut": b'{"step": 4, "lo',
+    "cut after a brace": b'{"step": 4, "eval": {"k4/1": {"vectors": {"loss": 6.9}',
+    "zeros": b"\0" * 99,
+    "zeros and a brace": b"\0" * 99 + b"}\n",
+    "invalid UTF-8": b"\xff\xfe\n",
+    "no step": b'{"loss": 1}\n',
+    "a number": b"5\n",
 }
 
 
-@pytest.mark.parametrize("tail", [
-    pytest.param(tail, marks=fault(f"{error}: a line counts as a whole record when it ends with a brace"))
-    if error else tail for tail, error in METRICS.values()], ids=METRICS)
-def test_a_damaged_end_of_the_metrics_does_not_stop_a_run(run, resume, unfinished, tail):
+@pytest.mark.parametrize("tail", METRICS.values(), ids=METRICS)
+def test_a_damaged_end_of_the_metrics_does_not_stop_a_run(done, resume, unfinished, tail):
     """A process that is killed, or a full disk, can leave any part of the last line."""
     path = unfinished / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + tail)
-    code, _, err = run(*resume(unfinished))
-    assert code == 0, err
+    done(*resume(unfinished))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4, 4]
 
 
-@pytest.mark.parametrize("which", ["unfinished", pytest.param("whole", marks=fault(
-    "TypeError: a finished run without metrics has no loss to print"))])
+@pytest.mark.parametrize("which", ["unfinished", "whole"])
 def test_missing_metrics_do_not_stop_a_run(run, resume, request, which):
     folder = request.getfixturevalue(which)
     (folder / "metrics.jsonl").unlink()
@@ -648,15 +632,15 @@ def test_passing_over_is_told(run, resume, whole):
     assert "falling back to the checkpoint before it" in err
 
 
-@fault("the run begins anew at the first step, and its new checkpoints fall to the damaged ones of higher number")
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(refused, resume, whole):
     for folder in whole.glob("step-*"):
         damage(folder / "projector.safetensors", "flipped")
     with unchanged(whole):
-        assert "step-000004" in refused(4, *resume(whole))
+        line = refused(4, *resume(whole))
+    assert f"every checkpoint in {whole} is damaged" in line
+    assert "step-000004" in line
 
 
-@fault("nothing removes what a killed save leaves: a whole checkpoint each time")
 def test_what_a_killed_save_left_is_removed(done, resume, unfinished):
     left = unfinished / ".step-000004.99999999.tmp"
     shutil.copytree(unfinished / "step-000003", left)
@@ -742,21 +726,19 @@ def test_a_pickle_that_is_called_safetensors_is_not_read(refused, load, checkpoi
 
 
 @pytest.mark.parametrize("flag", ["--dec", "--enc"])
-@fault("UnpicklingError is an internal fault of several lines")
-def test_a_model_folder_of_pickles_is_refused(run, argv, llama, tmp_path, malice, flag):
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_model_folder_of_pickles_is_not_executed(refused, argv, llama, tmp_path, malice, flag):
     folder = shutil.copytree(llama, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(malice)
-    code, _, err = run(*argv("cpt_recon", flag, folder))
-    assert code in (2, 3, 4) and re.fullmatch(r"error: [^\n]+\n", err), (code, err)
+    assert f"model {folder} could not be loaded" in refused(3, *argv("cpt_recon", flag, folder))
 
 
 @pytest.mark.parametrize("flag", ["--dec", "--enc"])
-@fault("SafetensorError is an internal fault")
 def test_a_damaged_model_folder(refused, argv, llama, tmp_path, flag):
     folder = shutil.copytree(llama, tmp_path / "model")
     damage(folder / "model.safetensors", "truncated")
-    assert str(folder) in refused(4, *argv("cpt_recon", flag, folder))
+    assert f"model {folder} is damaged" in refused(4, *argv("cpt_recon", flag, folder))
 
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "missing"])
@@ -796,7 +778,6 @@ def test_a_damaged_configuration_is_named(refused, load, checkpoint, content):
 
 @pytest.mark.parametrize("wrong", [{"decoder_name_or_path": 5}, {"encoder_name_or_path": ["decoder:2"]}, {"lora": 5},
                                    {"training_model": None}], ids=str)
-@fault("the values of a hand-made config.json are not checked: AttributeError, TypeError")
 def test_a_configuration_of_wrong_types_is_named(refused, load, checkpoint, wrong):
     (checkpoint / "manifest.json").unlink()
     path = checkpoint / "config.json"
@@ -804,16 +785,15 @@ def test_a_configuration_of_wrong_types_is_named(refused, load, checkpoint, wron
     assert f"{checkpoint / 'config.json'} is damaged" in refused(4, *load(checkpoint))
 
 
-@fault("the configuration is believed before the manifest is looked at")
 def test_a_flipped_byte_of_the_configuration_is_damage(refused, load, checkpoint, llama):
     path = checkpoint / "config.json"
     path.write_text(path.read_text().replace(str(llama), f"{str(llama)[:-1]}?"))
     assert "is damaged" in refused(4, *load(checkpoint, "--dec", llama))
 
 
-@fault("any folder with a config.json counts as a checkpoint; what it lacks is taken from the defaults")
 def test_the_folder_of_a_decoder_is_no_checkpoint(refused, load, llama):
-    assert "no checkpoint" in refused(2, *load(llama, "--dec", llama))
+    for options in ([], ["--dec", llama]):
+        assert f"--load_dir {llama}: no checkpoint in this folder" in refused(2, *load(llama, *options))
 
 
 def test_a_tensor_of_another_shape_is_named(refused, load, checkpoint):
@@ -855,8 +835,7 @@ def scaled(folder: Path) -> None:
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("flag", ["--dec", pytest.param("--enc", marks=fault("a checkpoint has no digest of a separate "
-                                                                             "encoder, whose states it was made for"))])
+@pytest.mark.parametrize("flag", ["--dec", "--enc"])
 def test_a_model_that_changed_under_its_name_does_not_fit(done, refused, argv, load, llama, bert, tmp_path, flag):
     folder = shutil.copytree(llama if flag == "--dec" else bert, tmp_path / "model")
     trained = done(*argv("cpt_recon", flag, folder, "--train", "p", "--k", "16"))["checkpoint"]
@@ -865,12 +844,11 @@ def test_a_model_that_changed_under_its_name_does_not_fit(done, refused, argv, l
     assert str(folder) in refused(5, *load(trained))
 
 
-@fault("a run of damaged checkpoints is said to have none")
 def test_a_run_of_damaged_checkpoints_to_start_from(refused, load, whole):
     for folder in whole.glob("step-*"):
         damage(folder / "projector.safetensors", "flipped")
     with unchanged(whole):
-        assert "damaged" in refused(4, *load(whole))
+        assert f"every checkpoint in {whole} is damaged" in refused(4, *load(whole))
 
 
 # ---- Losses that are no numbers -------------------------------------------------------------------------------------
@@ -886,6 +864,23 @@ def ill(llama, tmp_path) -> Path:
     return folder
 
 
+@fault("0 / 0: a step without a label has the loss NaN, and the texts and the learning rate are blamed")
+@pytest.mark.parametrize("text", ["\U0001f642" * 12, " \n\t" * 20], ids=["one token", "blanks"])
+def test_texts_without_an_anchor_inside(refused, argv, write, bert, text):
+    """To the encoder each is one token, or none: there is nothing to align within."""
+    line = refused(2, *argv("cpt_align", "--train_json", write("odd.jsonl", [{"text": text}] * 3), "--enc", bert))
+    assert "odd.jsonl" in line
+    assert "nan" not in line
+
+
+@fault("the list of texts is cut within a name")
+def test_each_text_with_a_loss_that_is_no_number_is_named_in_full(refused, argv, write, ill):
+    texts = write(f"{'long' * 20}.jsonl", TEXTS)
+    line = refused(2, *argv("cpt_recon", "--dec", ill, "--train_json", texts))
+    places = re.search(r"the loss is nan on (.*): lower", line)[1].split(", ")
+    assert [p for p in places if not re.fullmatch(rf"{re.escape(str(texts))}:[1-4]", p)] == []
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_loss_that_is_no_number_names_the_step_and_the_texts(refused, argv, ill, tmp_path, phase):
     line = refused(2, *argv(phase, "--dec", ill))
@@ -894,10 +889,10 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_texts(refused, argv, il
     assert list((tmp_path / "run").glob("step-*")) == []
 
 
-@fault("NaN is no JSON: the evaluation before the first step is an internal fault")
 def test_an_evaluation_that_is_no_number(refused, argv, write, ill, tmp_path):
     line = refused(2, *argv("cpt_recon", "--dec", ill, "--eval_json", write("eval.jsonl", TEXTS)))
-    assert re.search(r"step \d.* nan", line)
+    assert "step 0: the held-out loss is nan" in line
+    assert list((tmp_path / "run").glob("step-*")) == []
 
 
 def test_the_checkpoint_before_a_loss_that_is_no_number_stays(
@@ -912,22 +907,16 @@ def test_the_checkpoint_before_a_loss_that_is_no_number_stays(
     assert done(*resume(unfinished))["steps"] == STEPS
 
 
-@pytest.mark.parametrize("told", ["step 2: ", pytest.param("texts.jsonl:", marks=fault(
-    "a gradient that is no number does not name the texts of its step"))], ids=["step", "texts"])
-def test_a_learning_rate_beyond_all_measure(refused, argv, tmp_path, told):
+def test_a_learning_rate_beyond_all_measure(refused, argv, tmp_path):
     line = refused(2, *argv("cpt_recon", "--lr", "1e30", "--train", "ped", "--save_every", "1", steps=9))
-    assert told in line
+    assert re.search(r"step 2: the (loss|gradient) is (nan|inf) on \S+texts\.jsonl:[1-4](, |: )", line)
     assert refrag.RefragModel.from_pretrained(tmp_path / "run").config.history[-1]["steps"] == 1
 
 
-@pytest.mark.parametrize("options", [["--lr", "1e39"], ["--weight_decay", "inf"]], ids=" ".join)
-@fault("a value beyond float32 ends in an internal fault, or in a checkpoint of weights that are no numbers")
-def test_weights_that_are_no_numbers_are_not_saved(refused, argv, tmp_path, options):
-    try:
-        refused(2, *argv("cpt_recon", *options))
-    finally:
-        for folder in (tmp_path / "run").glob("step-*"):
-            assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+def test_weights_that_are_no_numbers_are_not_saved(refused, argv, tmp_path):
+    line = refused(2, *argv("cpt_recon", "--weight_decay", "1e38", "--lr", "1e30", steps=1))
+    assert re.search(r"step 1: .* holds values that are no numbers, so this checkpoint is not written", line)
+    assert list((tmp_path / "run").glob("*step-*")) == []
 
 
 # ---- Full disks and folders that can not be written -----------------------------------------------------------------
@@ -1022,34 +1011,37 @@ def test_a_checkpoint_in_a_read_only_folder_can_be_started_from(done, load, moun
 # ---- Questions ------------------------------------------------------------------------------------------------------
 
 GOOD, SPOILED = QUESTIONS[:2], QUESTIONS[2]
-NOT_CHECKED = "positive_ids are not checked: {}"
 QUESTION_FILES = {
-    "empty": (b"", "--rag_json PATH: the file holds no question", None),
-    "blank lines": (b"\n \n", "--rag_json PATH: the file holds no question", None),
-    "malformed": (b'{"question": "a"}\n{"question": \n', "PATH:2: malformed JSON", None),
-    "a list": (b"[1]\n", "PATH:1: expected a JSON object, got list", None),
-    "invalid UTF-8": (b'{"question": "\xff"}\n', "PATH: invalid UTF-8 at byte 14", None),
-    "no question": ([*GOOD, {"answers": ["x"]}], "PATH:3: question must be a string, got NoneType", None),
-    "empty question": ([*GOOD, SPOILED | {"question": " "}], "PATH:3: the question is empty", None),
-    "ids twice": ([q | {"id": 7} for q in QUESTIONS], "PATH: ids are not unique", None),
-    "no answers": ([*GOOD, {"question": "Who?"}], "PATH: question 3 has no list of answers", None),
-    "answers null": ([*GOOD, SPOILED | {"answers": None}], "PATH: question 3 has no list of answers", None),
-    "answers empty": ([*GOOD, SPOILED | {"answers": []}], "PATH: question 3 has no list of answers", None),
-    "answers a string": ([*GOOD, SPOILED | {"answers": "Ada"}], "PATH: question 3 has no list of answers", None),
-    "answers numbers": ([*GOOD, SPOILED | {"answers": [1843]}], "PATH: question 3 has no list of answers", None),
-    "answers blank": ([*GOOD, SPOILED | {"answers": ["Ada", " "]}], "PATH: question 3 has no list of answers", None),
-    "half a pair": ([q | {"answers": ["\ud800"]} for q in QUESTIONS], "PATH", "answers may be no valid Unicode"),
-    "positive_ids 5": ([*GOOD, SPOILED | {"positive_ids": 5}], "PATH", NOT_CHECKED.format("TypeError")),
-    "positive_ids [[]]": ([*GOOD, SPOILED | {"positive_ids": [["c"]]}], "PATH", NOT_CHECKED.format("TypeError")),
-    "positive_ids abc": ([*GOOD, SPOILED | {"positive_ids": "abc"}], "PATH", NOT_CHECKED.format("one id per letter")),
-    "positive_ids {}": ([*GOOD, SPOILED | {"positive_ids": {"c": 1}}], "PATH", NOT_CHECKED.format("taken as a list")),
+    "empty": (b"", "--rag_json PATH: the file holds no question"),
+    "blank lines": (b"\n \n", "--rag_json PATH: the file holds no question"),
+    "malformed": (b'{"question": "a"}\n{"question": \n', "PATH:2: malformed JSON"),
+    "a list": (b"[1]\n", "PATH:1: expected a JSON object, got list"),
+    "invalid UTF-8": (b'{"question": "\xff"}\n', "PATH: invalid UTF-8 at byte 14"),
+    "no question": ([*GOOD, {"answers": ["x"]}], "PATH:3: question must be a string, got NoneType"),
+    "empty question": ([*GOOD, SPOILED | {"question": " "}], "PATH:3: the question is empty"),
+    "ids twice": ([q | {"id": 7} for q in QUESTIONS], "PATH: ids are not unique"),
+    "no answers": ([*GOOD, {"question": "Who?"}], "PATH: question 3 has no list of answers"),
+    "answers null": ([*GOOD, SPOILED | {"answers": None}], "PATH: question 3 has no list of answers"),
+    "answers empty": ([*GOOD, SPOILED | {"answers": []}], "PATH: question 3 has no list of answers"),
+    "answers a string": ([*GOOD, SPOILED | {"answers": "Ada"}], "PATH: question 3 has no list of answers"),
+    "answers numbers": ([*GOOD, SPOILED | {"answers": [1843]}], "PATH: question 3 has no list of answers"),
+    "answers blank": ([*GOOD, SPOILED | {"answers": ["Ada", " "]}], "PATH: question 3 has no list of answers"),
+    "half a pair": ([q | {"answers": ["\ud800"]} for q in QUESTIONS],
+                    "PATH: question 1: an answer holds half of a surrogate pair"),
+    "positive_ids 5": ([*GOOD, SPOILED | {"positive_ids": 5}],
+                       "PATH: question 3: positive_ids must be a list of ids"),
+    "positive_ids [[]]": ([*GOOD, SPOILED | {"positive_ids": [["c"]]}],
+                          "PATH: question 3: id must be a string, got list"),
+    "positive_ids abc": ([*GOOD, SPOILED | {"positive_ids": "abc"}],
+                         "PATH: question 3: positive_ids must be a list of ids"),
+    "positive_ids {}": ([*GOOD, SPOILED | {"positive_ids": {"c": 1}}],
+                        "PATH: question 3: positive_ids must be a list of ids"),
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=fault(reason) if reason else ())
-                                  for case, (_, _, reason) in QUESTION_FILES.items()])
+@pytest.mark.parametrize("case", QUESTION_FILES)
 def test_a_bad_question_file_is_refused(refused, argv, write, tmp_path, case):
-    content, told, _ = QUESTION_FILES[case]
+    content, told = QUESTION_FILES[case]
     path = write("bad.jsonl", content)
     assert told.replace("PATH", str(path)) in refused(2, *argv("sft", "--rag_json", path))
     assert not (tmp_path / "run" / "run.json").exists()
@@ -1104,29 +1096,48 @@ def test_questions_without_positive_ids_are_learned_from_what_is_found(done, arg
     assert done(*argv("sft", "--rag_json", write("q.jsonl", questions)))["steps"] == 1
 
 
-@fault("unknown ids are dropped in silence: every question is then taught the answer `Not in the documents.`")
 def test_questions_on_another_index_do_not_fit(refused, argv, write):
     questions = [q | {"positive_ids": ["unknown"]} for q in QUESTIONS]
     assert "positive_ids" in refused(5, *argv("sft", "--rag_json", write("q.jsonl", questions)))
 
 
-@fault("TypeError: an answer ends with the end token, None here")
+@fault("pieces of a split document have ids of their own, which are looked up among the documents' alone")
+def test_questions_may_name_a_piece_of_a_document(done, argv, corpus, llama, write, tmp_path):
+    done("index", "--corpus", corpus, "--index_dir", tmp_path / "i", "--retriever", "bm25", "--dec", llama,
+         "--max_passage_tokens", "16", "--overlap", "0", *QUIET)
+    index = refrag.open_index(str(tmp_path / "i"))
+    assert [index.ids[row] for row in range(3)] == ["a#1", "a#2", "b#1"]
+    questions = write("q.jsonl", [QUESTIONS[0] | {"positive_ids": ["a#1"]}])
+    assert done(*argv("sft", "--rag_json", questions, "--index_dir", tmp_path / "i"))["steps"] == 1
+
+
+def test_a_run_does_not_go_on_with_another_index(done, refused, argv, corpus, llama, write, tmp_path):
+    build = ["index", "--index_dir", tmp_path / "i", "--retriever", "bm25", "--dec", llama, *QUIET, "--corpus"]
+    command = argv("sft", "--index_dir", tmp_path / "i")
+    done(*build, corpus)
+    done(*command)
+    done(*build, write("other.jsonl", [{"id": "a", "text": "A text about Lake Geneva."}]))
+    with unchanged(tmp_path / "run"):
+        assert f"--resume: {tmp_path / 'i'} has changed since the run began" in refused(5, *command, "--resume")
+
+
 def test_a_tokenizer_without_an_end_token_can_not_learn_to_stop(refused, argv, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "endless")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
     assert transformers.AutoTokenizer.from_pretrained(folder).eos_token_id is None
-    assert "end" in refused(2, *argv("sft", "--dec", folder))
+    assert "the decoder's tokenizer has no end token" in refused(2, *argv("sft", "--dec", folder))
 
 
-@fault("JSONDecodeError: a damaged cache is an internal fault, again and again")
-def test_a_damaged_cache_of_passages_is_made_anew_or_named(run, argv, home, tmp_path):
-    assert run(*argv("sft"))[0] == 0
+@pytest.mark.parametrize("kind", ["truncated", "missing"])
+def test_a_damaged_cache_of_passages_is_made_anew(done, argv, home, tmp_path, kind):
+    before = done(*argv("sft"))
     (path,) = (home / "retrieved").glob("*.json")
-    path.write_bytes(path.read_bytes()[:-3])
-    code, _, err = run(*argv("sft", "--out_dir", tmp_path / "again"))
-    assert code == 0 or (code == 4 and str(path) in err), err
+    with unchanged(home):
+        damage(path, kind)
+        again = done(*argv("sft", "--out_dir", tmp_path / "again"))
+    assert again["loss"] == before["loss"]
 
 
 # ---- Interrupts -----------------------------------------------------------------------------------------------------
@@ -1245,7 +1256,6 @@ def test_align_of_odd_characters(run, done, aligned, text):
     assert run(*aligned("--text", text))[0] == 0
 
 
-@fault("TypeError: the tokenizer takes no such text")
 def test_align_of_a_text_that_is_no_unicode(refused, aligned):
     """What a shell passes for a byte that is no UTF-8."""
     assert "--text" in refused(2, *aligned("--text", "a\udcffb"))
@@ -1260,7 +1270,6 @@ def test_align_of_special_tokens_shows_all_of_the_text(done, aligned):
     assert [a for a, b in zip(shown, SPECIAL, strict=True) if a != b and b not in "<["] == []
 
 
-@fault("training reads special tokens in a text as plain text, align does not")
 def test_align_reads_special_tokens_as_training_does(done, aligned):
     pieces = [piece for span in done(*aligned("--text", SPECIAL))["spans"] for piece in span["decoder"]]
     assert not {"<|im_end|>", "<|endoftext|>"} & set(pieces)
@@ -1271,7 +1280,7 @@ def test_training_reads_special_tokens_as_text(done, argv, write, home, llama):
     done(*argv("cpt_align", "--train_json", write("special.jsonl", [{"text": SPECIAL * 3}])))
     (folder,) = (home / "tokens").glob("*/")
     special = set(transformers.AutoTokenizer.from_pretrained(llama).all_special_ids)
-    assert not special & set(refrag.TokenCache(folder).tokens.tolist())
+    assert not special & set(refrag.map_array(folder / "tokens.npy").tolist())
 
 
 def test_align_with_models_that_are_not_there(refused, aligned, tmp_path):
