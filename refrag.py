@@ -3805,6 +3805,7 @@ RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead
 NO_ANSWER = "Not in the documents."
 ANSWER_AS_TEXT = 0.75  # how often the chunk with the answer is first among those that stay text
 CURRICULUM_STAGES = 9
+LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
 KEPT_CHECKPOINTS = 2
 
 
@@ -3831,6 +3832,7 @@ def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     """(tasks,) probabilities of the text lengths at a point of the run. progress: range [0, 1).
 
     kind: paper (stages as long as their sample counts), even (stages of equal length), none (the longest alone).
+    No length falls below a small share; the paper's table lets single chunks die out.
     """
     if kind == "none" or tasks == 1:
         return np.eye(tasks)[-1]
@@ -3838,7 +3840,8 @@ def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     lengths = table.sum(0) if kind == "paper" else np.ones(CURRICULUM_STAGES)
     stage = int(np.searchsorted(np.cumsum(lengths) / lengths.sum(), progress, side="right"))
     weights = table[:, min(stage, CURRICULUM_STAGES - 1)]
-    return np.maximum(weights / weights.sum(), 0.02) / np.maximum(weights / weights.sum(), 0.02).sum()
+    shares = np.maximum(weights / weights.sum(), LEAST_SHARE)
+    return shares / shares.sum()
 
 
 # -- data ---------------------------------------------------------------------
@@ -4321,12 +4324,13 @@ class Sampler:
         """row: positions of a packed row, about; 0 where sequences may not share a row."""
         self.lessons, self.passes, self.steps, self.seed, self.row = lessons, passes, steps, seed, row
         self.positions = sequences * lessons.train.seq_tokens
-        self.drawn = 0
+        self.drawn, self.known = 0, (-1, np.zeros(0))  # the last epoch asked for, and its order
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  one sampler lives as long as the program
     def order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch."""
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
+        """The order of an epoch: a permutation of the items."""
+        if self.known[0] != epoch:
+            self.known = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
+        return self.known[1]
 
     def draw(self, step: int) -> Item:
         """The next item."""
@@ -4396,7 +4400,6 @@ class Phase(NamedTuple):
         letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
         require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
         return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
-
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -4575,19 +4578,18 @@ class Trainer:
         bar = progress_bar(self.phase.name, self.train.steps, "step")
         bar.update(self.step)
         with StopSignal() as stop, contextlib.closing(bar):
-            start, since = time.perf_counter() - self.seconds, (time.perf_counter(), self.tokens)
+            start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
                 terms, self.drawn = self.run_step(passes), drawn
-                self.seconds = time.perf_counter() - start
-                pace = self.tokens / self.seconds
+                self.seconds += time.perf_counter() - start
+                pace = (self.tokens - since[1]) / (self.seconds - since[0])
                 bar.set_postfix_str(f"loss {terms['loss']:.4f}, {pace:,.0f} tokens/s", refresh=False)
                 bar.update(1)
                 last = self.step == self.train.steps
                 if self.step % self.train.log_every == 0 or last:
-                    now, record = time.perf_counter(), {"step": self.step, "tokens": self.tokens, **terms}
-                    record["tokens_per_s"] = round((self.tokens - since[1]) / (now - since[0]), 1)
-                    log.write(self.reduce(record) | {"seconds": round(self.seconds, 2)})
-                    since = (now, self.tokens)
+                    log.write(self.reduce({"step": self.step, "tokens": self.tokens, **terms})
+                              | {"tokens_per_s": round(pace, 1), "seconds": round(self.seconds, 2)})
+                    since = (self.seconds, self.tokens)
                 if last or (self.train.eval_every and self.step % self.train.eval_every == 0):
                     log.write({"step": self.step, "eval": self.evaluate()})
                 leaving = self.agree(stop.signum)
@@ -4595,6 +4597,7 @@ class Trainer:
                     self.save(log)
                 if leaving and not last:
                     raise KeyboardInterrupt if leaving == signal.SIGINT else SystemExit(128 + leaving)
+                start = time.perf_counter()  # evaluating and saving count in no throughput
         return self.summary(log)
 
     def agree(self, signum: int) -> int:
