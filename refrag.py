@@ -357,7 +357,7 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         for name in ("mse", "kl", "argmax"):
-            require(getattr(self, name) >= 0, f"--{name} must be 0 or more, got {getattr(self, name)}")
+            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
         require(self.mse + self.kl + self.argmax > 0, "--mse, --kl and --argmax are all 0: nothing would be trained")
         require(0 <= self.max_cost <= 1, f"--max_cost must lie between 0 and 1, got {self.max_cost}")
 
@@ -1488,7 +1488,7 @@ def parse_training_text(line: str, where: str) -> TrainingText:
     sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
     if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
         raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
-    if isinstance(text, list) and sum(sizes):
+    if isinstance(text, list) and sizes[1]:
         text = text[: sum(sizes)]
     return TrainingText(text, sizes[0], where)
 
@@ -3864,6 +3864,18 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def whole_span(self, text: int, first: int, last: int) -> tuple[int, int]:
+        """A span of a text's tokens moved back to where no character is cut; it grows if nothing would be left."""
+        base, end = int(self.offsets[text]), int(self.offsets[text + 1])
+        while first and not self.whole[base + first]:
+            first -= 1
+        cut = last
+        while base + cut < end and not self.whole[base + cut]:
+            cut -= 1
+        while cut <= first or (base + cut < end and not self.whole[base + cut]):
+            cut += 1
+        return first, cut
+
     def tokens_of(self, text: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids (T,), whole (T + 1,)) of a run of a text's tokens; see `whole_tokens`."""
         base = int(self.offsets[text])
@@ -3878,7 +3890,8 @@ class TokenCache:
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
     """The token cache of a set of files, made if it is not there or damaged. Its name tells all it depends on."""
     facts = file_facts(paths)
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), [fact["sha256"] for fact in facts]])
+    special = tokenizer.special.pattern if tokenizer.special else ""
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, [f["sha256"] for f in facts]])
     folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):
@@ -4021,7 +4034,7 @@ class TextLessons(Lessons):
         if tokens is not None and tokens < last - first:
             first += int(rng.integers(0, last - first - tokens + 1))
             last = first + tokens
-        ids, whole = cache.tokens_of(text, first, last)
+        ids, whole = cache.tokens_of(text, *cache.whole_span(text, first, last))
         return ids, whole, cache.where(text)
 
     def reconstruction(self, ids: np.ndarray, whole: np.ndarray, k: int) -> TrainingSequence:
@@ -4159,12 +4172,16 @@ class NextLessons(TextLessons):
         s = self.split(len(ids), declared)
         context, cuts = ids[:s], np.append(whole[:s], True)
         if rng.random() < self.following.recon_frac and progress < 1:  # the evaluation asks for the continuation alone
-            return Item(self.reconstruction(context, cuts, k), None, where)
+            return self.taught(self.reconstruction(context, cuts, k), where)
         content = self.encoder.content_of_tokens(context, cuts, k)
-        share = rng.uniform(0, min(1.0, 2 * self.following.expand_frac)) if progress < 1 else 0.0
+        mean = self.following.expand_frac  # of a share that is different for every text
+        share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if progress < 1 else 0.0
         opened = rng.random(len(content.chunks)) < share
         parts = [chunk if opened[c] else np.asarray([-c - 1]) for c, chunk in enumerate(content.chunks)]
-        sequence = continue_plan(np.concatenate([self.start, *parts]), ids[s:], content)
+        return self.taught(continue_plan(np.concatenate([self.start, *parts]), ids[s:], content), where)
+
+    def taught(self, sequence: TrainingSequence, where: str) -> Item:
+        """An item whose teacher, with --distill, reads the full text."""
         return Item(sequence, with_text(sequence) if self.following.distill else None, where)
 
 
@@ -4174,17 +4191,16 @@ class AnswerLessons(Lessons):
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
                  search: SearchConfig):
         super().__init__(encoder, train)
-        self.sft, self.index, self.topk = sft, searcher.index, search.topk
-        self.questions, self.ranked = self.prepare(sft.rag_json, "--rag_json", searcher, search.hops, sft.limit)
+        self.sft, self.index, self.searcher, self.search = sft, searcher.index, searcher, search
+        self.questions, self.ranked = self.prepare(sft.rag_json, "--rag_json", sft.limit)
         self.held_out = None
         if sft.eval_json is not None:
-            self.held_out = self.prepare(sft.eval_json, "--eval_json", searcher, search.hops, train.eval_limit)
+            self.held_out = self.prepare(sft.eval_json, "--eval_json", train.eval_limit)
         end = self.tokenizer.decoder.eos_token_id
         require(end is not None, "the decoder's tokenizer has no end token, so it can not learn to stop: set one")
         self.end = np.asarray([end])
 
-    def prepare(self, name: str, flag: str, searcher: Searcher, hops: int,
-                limit: int | None) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    def prepare(self, name: str, flag: str, limit: int | None) -> tuple[list[dict[str, Any]], list[list[int]]]:
         """Checked questions, and for each the rows of its passages: first the right ones, then the others by rank."""
         questions = read_question_file(name, flag)
         for number, item in enumerate(questions, start=1):
@@ -4198,7 +4214,7 @@ class AnswerLessons(Lessons):
             item["positive_ids"] = [check_id(value, where) for value in ids]
         if limit is not None and limit < len(questions):
             questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
-        return questions, retrieved_rows(questions, searcher, self.topk, hops)
+        return questions, retrieved_rows(questions, self.searcher, self.search)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -4213,11 +4229,14 @@ class AnswerLessons(Lessons):
 
     def right_rows(self, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
         """The rows of the documents in positive_ids, those alone that hold an answer if any do; without ids, these."""
-        wanted, answers = set(item.get("positive_ids") or ()), [a.casefold() for a in item["answers"]]
-        right = [row for row in rows if self.index.document_id(row) in wanted or self.index.ids[row] in wanted]
-        holding = [row for row in (right or ([] if wanted else rows))
-                   if any(a in self.index.texts[row].casefold() for a in answers)]
-        return holding or right
+        wanted = set(item["positive_ids"])
+        right = [row for row in rows if {self.index.document_id(row), self.index.ids[row]} & wanted]
+        return [row for row in (right if wanted else rows) if self.holds_answer(item, row)] or right
+
+    def holds_answer(self, item: dict[str, Any], row: int) -> bool:
+        """Whether an answer stands in a passage."""
+        text = self.index.texts[row].casefold()
+        return any(answer.casefold() in text for answer in item["answers"])
 
     def item(self, item: dict[str, Any], rows: list[int], rng: np.random.Generator, p: float, k: int,
              taken_away: bool) -> Item:
@@ -4225,12 +4244,13 @@ class AnswerLessons(Lessons):
         right = self.right_rows(item, rows)
         others = [row for row in rows if row not in set(right)]
         if taken_away or not right:
-            shown, gold, answer = others[: self.topk], None, NO_ANSWER
+            lacking = [row for row in others if not self.holds_answer(item, row)]
+            shown, gold, answer = lacking[: self.search.topk], None, NO_ANSWER
         else:
             gold, answer = right[0], str(rng.choice(item["answers"]))
-            shown = [row for row in rows if row == gold or row in others][: self.topk]
+            shown = [row for row in rows if row == gold or row in others][: self.search.topk]
             if gold not in shown:  # retrieval missed it: somewhere among the others
-                shown = [*shown[: self.topk - 1]]
+                shown = [*shown[: self.search.topk - 1]]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
         prompt, docs, sizes, kept = self.pack(item["question"], shown, gold, k)
         plan = mixed_plan(prompt, self.choose(prompt, docs, answer, p, rng))
@@ -4284,24 +4304,24 @@ class AnswerLessons(Lessons):
                 for k in self.train.k for p in self.sft.p}
 
 
-def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, topk: int, hops: int) -> list[list[int]]:
+def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[list[int]]:
     """Rows of the passages retrieved for each question, and of right ones that were missed. Cached on disk."""
     index = searcher.index
     asked = [[q["question"], q.get("positive_ids")] for q in questions]
-    key = dumps([index.manifest["digest"], searcher.uses, topk, hops, asked])
+    key = dumps([index.manifest["digest"], searcher.uses, search.topk, search.hops, search.rerank, asked])
     path = cache_home() / "retrieved" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
     wanted = {i for q in questions for i in q.get("positive_ids") or ()}
     places: dict[str, list[int]] = {}
     for row in range(len(index)):
-        if index.document_id(row) in wanted:
-            places.setdefault(index.document_id(row), []).append(row)
+        for name in {index.document_id(row), index.ids[row]} & wanted:  # a piece of a split document has its own id
+            places.setdefault(name, []).append(row)
     if wanted and not places:
         raise MismatchError(f"none of the questions' positive_ids is in {index.path}: index their passages")
     ranked = []
     for q in progress(questions, "retrieving", total=len(questions), unit="question"):
-        found = [passage.row for passage in searcher.search(q["question"], topk + 1, hops)]
+        found = [passage.row for passage in searcher.search(q["question"], search.topk + 1, search.hops)]
         missed = [row for i in q.get("positive_ids") or () for row in places.get(i, ()) if row not in found]
         ranked.append([*found, *missed])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -4342,8 +4362,15 @@ class Sampler:
     def step(self, step: int) -> list[list[list[Item]]]:
         """The rows of each pass of a step."""
         items: list[Item] = []
+        empty = 0
         while len(items) < self.passes or sum(item.positions for item in items) < self.positions:
-            items.append(self.draw(step))
+            item = self.draw(step)
+            if item.sequence.asked:
+                items.append(item)
+                continue
+            empty += 1  # a text of one chunk has nothing to align within
+            require(empty <= 2 * len(self.lessons) + 100, f"{item.where} and the other texts leave nothing to predict: "
+                    "give longer texts or a smaller --k")
         items.sort(key=lambda item: -item.positions)
         if not self.row:
             rows = [[item] for item in items]  # alike in length within a pass
@@ -4539,9 +4566,10 @@ class Trainer:
 
     def diverged(self, what: str, value: float, items: list[Item]) -> UserError:
         """The error for a loss or gradient that is no number; it names the texts."""
-        places = ", ".join(dict.fromkeys(item.where for item in items))
-        return UserError(f"step {self.step + 1}: the {what} is {value} on {places[:300]}: lower --lr, or mend these "
-                         "texts; the last checkpoint stays")
+        places = list(dict.fromkeys(item.where for item in items))
+        named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+        return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or mend these texts; "
+                         "the last checkpoint stays")
 
     def run_step(self, passes: list[list[list[Item]]]) -> dict[str, float]:
         """One optimizer step; passes: of all processes. Returns its loss terms and gradient norm."""
@@ -4718,13 +4746,14 @@ def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
 
 
 def controls(sequences: list[TrainingSequence]) -> dict[str, list[TrainingSequence]]:
-    """What every evaluation compares: the vectors, none, another text's, and the full text."""
-    L = len(sequences)
-    others = [next((o for o in (sequences[(i + n) % L] for n in range(1, L)) if len(o.content.chunks)), sequences[i])
-              for i in range(L)]
-    return {"vectors": sequences, "none": [without_vectors(s) for s in sequences],
-            "wrong": [with_content_of(s, o) for s, o in zip(sequences, others, strict=True)],
-            "full": [with_text(s) for s in sequences]}
+    """What every evaluation compares: the vectors, none, another text's (where there is another), the full text."""
+    with_chunks = [s for s in sequences if s.content.chunks]
+    made = {"vectors": sequences, "none": [without_vectors(s) for s in sequences]}
+    if len(with_chunks) > 1:  # the next one that has any
+        places = {id(s): n for n, s in enumerate(with_chunks)}
+        made["wrong"] = [with_content_of(s, with_chunks[(places.get(id(s), 0) + 1) % len(with_chunks)])
+                         for s in sequences]
+    return made | {"full": [with_text(s) for s in sequences]}
 
 
 def checkpoint_activations(model: RefragModel) -> None:
@@ -4810,7 +4839,8 @@ def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
         lines += ["", f"Held-out token accuracy after step {final['step']}:", "",
                   "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
         for name, kinds in final["eval"].items():
-            shown = " | ".join(f"{kinds[kind]['accuracy']:.3f}" for kind in ("vectors", "none", "wrong", "full"))
+            shown = " | ".join(f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-"
+                               for kind in ("vectors", "none", "wrong", "full"))
             lines.append(f"| {name} | {shown} |")
     return "\n".join([*lines, ""])
 
@@ -4838,6 +4868,12 @@ def run_settings(phase: Phase, configs: Sequence[Any]) -> dict[str, Any]:
     return json.loads(json.dumps({"phase": phase.name, **merged}))
 
 
+def run_digest(settings: dict[str, Any], data: list[dict[str, Any]]) -> str:
+    """What makes a run the same run, wherever its folder stands."""
+    fixed = {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE}
+    return hashlib.sha256(dumps([fixed, data]).encode()).hexdigest()[:16]
+
+
 @contextlib.contextmanager
 def run_folder(folder: Path, writes: bool) -> Iterator[None]:
     """Hold a run's folder; one that was made for a run that did not begin goes again. Raises UserError, LockedError."""
@@ -4849,14 +4885,14 @@ def run_folder(folder: Path, writes: bool) -> Iterator[None]:
         return
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with exclusive(folder / ".lock", f"run {folder}"):
-            for left in folder.glob(".step-*.tmp"):  # of a save that was killed
-                shutil.rmtree(left, ignore_errors=True)
+    with exclusive(folder / ".lock", f"run {folder}"):
+        for left in folder.glob(".step-*.tmp"):  # of a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        try:
             yield
-    finally:
-        if made and not (folder / "run.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            if made and not (folder / "run.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Path | None, list[dict[str, Any]]]:
@@ -4903,7 +4939,8 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
         check_same_data(lessons.facts(), data)
         teacher = load_teacher(phase, settled, models, runtime)
         mark_trained(model, settled.train, train.lora_r)
-        facts = {"run": str(folder), "train": settled.train + (f" (LoRA {train.lora_r})" if train.lora_r else ""),
+        adapters = f" (LoRA {train.lora_r})" if train.lora_r else ""
+        facts = {"run": run_digest(settings, lessons.facts()), "train": settled.train + adapters,
                  "device": str(accelerator.device), "data": lessons.facts()}
         trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, facts, runtime.seed)
         if checkpoint:

@@ -768,6 +768,19 @@ def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, adaptable):
     assert torch.equal(logits_of(twice.decoder), logits_of(again.decoder))
 
 
+def test_a_trained_decoder_with_adapters_is_written_in_two_files(tmp_path, llama):
+    """Its own weights under their own names, and the adapters."""
+    model = with_adapters(llama)
+    model.config.training_model = "pd"
+    disturb(model.decoder)
+    model.save_pretrained(tmp_path / "c")
+    plain = refrag.load_decoder(str(llama), CPU, torch.float32).state_dict()
+    assert load_file(tmp_path / "c" / "decoder.safetensors").keys() == plain.keys()
+    assert load_file(tmp_path / "c" / "lora.safetensors").keys() == refrag.lora_names(model.decoder)
+    again, expected = refrag.RefragModel.from_pretrained(tmp_path / "c"), logits_of(model.decoder)
+    torch.testing.assert_close(logits_of(again.decoder), expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
+
+
 @pytest.mark.parametrize(("train", "lora_r", "kept"), [("pd", 2, True), ("pd", 4, False), ("pd", 0, False),
                                                        ("ped", 2, True)])
 def test_training_goes_on_with_adapters_of_the_same_rank(tmp_path, llama, train, lora_r, kept):
@@ -1090,7 +1103,7 @@ def test_a_pickle_is_refused_by_its_name(tmp_path, suffix, there):
     path = tmp_path / f"model{suffix}"
     if there:
         torch.save({"scale": Trap(tmp_path / "sprung")}, path)
-    with pytest.raises(refrag.UserError, match="pickle") as caught:
+    with pytest.raises(refrag.UserError, match="is a pickle, which can run code") as caught:
         refrag.checkpoint_folder(path)
     assert caught.value.code == 2 and str(path) in str(caught.value) and not (tmp_path / "sprung").exists()
 
@@ -1234,6 +1247,15 @@ def test_load_model_takes_the_folder_of_a_run(run_folder):
     model = refrag.load_model(models, 8, refrag.RuntimeConfig(device="cpu", dtype="float32"))
     assert model.projector.scale.item() == scale_of(run_folder / "step-100")
     assert model.config.compression == model.encoder.tokenizer.compression == 8
+
+
+def test_generate_takes_the_folder_of_a_run(run, run_folder):
+    """Its newest checkpoint, whose vectors are fed, since the projector is trained."""
+    prompt = f"Where? <doc id='1'>{CONTENTS[0]}</doc>"
+    code, out, err = run("generate", "--prompt", prompt, "--load_dir", run_folder, "--k", "4", "--p", "0",
+                         "--gate", "none", "--max_new", "3", "--json", "--quiet")
+    assert code == 0, err
+    assert json.loads(out)["config"]["compressed"] == "feed"
 
 
 @pytest.mark.xfail(strict=True, reason="the folder is looked for once for the config and once for the weights")

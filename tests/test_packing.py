@@ -696,8 +696,8 @@ def test_the_controls_golden():
 
 
 def test_a_label_on_a_vector_that_nothing_stands_before_is_not_asked():
-    sequence = refrag.TrainingSequence(np.array([-1, 7]), np.array([5, 6]), content_of([10]))
-    assert shown(refrag.without_vectors(sequence)) == ([7], [6])
+    sequence = refrag.TrainingSequence(np.array([-1, 7, 8]), np.array([5, 6, -1]), content_of([10]))
+    assert shown(refrag.without_vectors(sequence)) == ([7, 8], [6, -1])
 
 
 @st.composite

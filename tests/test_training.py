@@ -236,7 +236,6 @@ def test_special_tokens_in_a_text_are_only_text(tmp_path, whole):
     assert not set(cache.tokens.tolist()) & set(whole.tokenizer.decoder.all_special_ids)
 
 
-@fault(reason="the cache's name does not hold the encoder's special tokens")
 def test_special_tokens_of_the_encoder_are_only_text(tmp_path, separate, whole):
     """Also if the same file was used with another encoder before."""
     path = str(write(tmp_path / "t.jsonl", [{"text": "one [SEP] two [CLS]"}]))
@@ -366,17 +365,13 @@ def test_the_split_holds_for_the_first_window_alone(tmp_path, whole):
     assert [len(asked(lessons.draw(n, rng(), 0.0).sequence)) for n in range(3)] == [10, 4, 2]
 
 
-@fault(reason="without o the tokens after s are cut off, and s is ignored")
 def test_a_split_without_o_means_the_rest_of_the_tokens(tmp_path, whole):
     path = write(tmp_path / "t.jsonl", [{"tokens": list(range(10, 30)), "split": {"s": 8}}])
     sequence = text_lessons(refrag.NextLessons, whole, path, **NEXT).draw(0, rng(), 0.0).sequence
     assert asked(sequence) == list(range(18, 30))
 
 
-too_few = fault(reason="above a half, --expand_frac gives a half")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, pytest.param(0.75, marks=too_few), pytest.param(1.0, marks=too_few)])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_a_share_of_the_chunks_stays_text_on_average(tmp_path, whole, share):
     """40 chunks, 120 draws: the mean is within .06 of the share; order and place stay as they were."""
     ids = list(range(100, 300))
@@ -457,14 +452,17 @@ def test_anchors_that_cost_too_much_are_left_out(tmp_path, separate):
     assert counts[0.0] < counts[1.0]
 
 
-@pytest.mark.parametrize("kind", [
-    refrag.ReconLessons, refrag.NextLessons, pytest.param(refrag.AlignLessons, marks=fault(
-        reason="a text of one chunk asks for nothing; a step of such texts ends with a loss that is no number"))])
-def test_every_draw_asks_for_something(tmp_path, encoder, kind):
-    """Short texts, and of two k the larger one makes a single chunk of them."""
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_every_item_of_a_step_asks_for_something(tmp_path, encoder, kind):
+    """Short texts, and of two k the larger one makes a single chunk of them, with no place to align at."""
     path = write(tmp_path / "t.jsonl", [{"text": text[:40]} for text in TEXTS[:3]])
     lessons = text_lessons(kind, encoder, path, k=(4, 64), seq_tokens=64)
-    assert all(lessons.draw(n, rng(seed), 0.0).sequence.asked for n in range(len(lessons)) for seed in range(20))
+    samples = refrag.Sampler(lessons, 4, 2, 10, 1, 64)
+    steps = [samples.step(step) for step in range(10)]
+    assert all(item.sequence.asked for made in steps for rows in made for row in rows for item in row)
+    if kind is refrag.AlignLessons:
+        with pytest.raises(refrag.UserError, match="longer texts or a smaller --k"):
+            refrag.Sampler(text_lessons(kind, encoder, path, k=(40,), seq_tokens=64), 4, 2, 10, 1, 64).step(0)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -493,8 +491,8 @@ def test_a_token_longer_than_a_chunk_gives_no_nan(tmp_path, llama, bert, kind):
         assert output.logits.isfinite().all() and output.vectors.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
-@fault(reason="runs and windows are cut at any token, and decoded so")
+@pytest.mark.parametrize("kind", [refrag.AlignLessons, refrag.ReconLessons, pytest.param(
+    refrag.NextLessons, marks=fault(reason="the context may end inside a character of several tokens"))])
 def test_a_separate_encoder_reads_no_half_characters(tmp_path, separate, kind):
     """Windows and runs may begin inside a character of several tokens; what is read as text may not."""
     path = write(tmp_path / "t.jsonl", [{"text": "río más allá 🙂🙂 ñandú año " * 3}])
@@ -720,8 +718,7 @@ def test_passages_fit_and_the_right_one_stays(lessons_on, seq_tokens):
     assert (max(counts) > 1) == (seq_tokens > 8)
 
 
-@pytest.mark.parametrize("piece", [False, pytest.param(True, marks=fault(
-    reason="a piece's own id is not looked for among what retrieval missed"))], ids=["document", "piece"])
+@pytest.mark.parametrize("piece", [False, True], ids=["document", "piece"])
 def test_of_a_split_document_the_piece_with_the_answer_is_right(tmp_path, llama, lessons_on, piece):
     """The document's id names all of its pieces; one alone has the answer. Retrieval has missed them all."""
     text = "It rains in the north in winter. " * 6 + "The tower has 77 rooms. " + "Snow falls in the south too. " * 6
@@ -738,7 +735,6 @@ def test_of_a_split_document_the_piece_with_the_answer_is_right(tmp_path, llama,
     assert (answer(lessons, item), index.texts[right] in full_text(lessons, item)) == ("77 [1]<|im_end|>", True)
 
 
-@fault(reason="only the named passages are taken away")
 def test_what_is_taken_away_does_not_leave_the_answer_behind(lessons_on, ranked):
     """A text that is not among the named ones holds the answer: "not in the documents" would be wrong."""
     rows = [{"question": "Which river crosses the city?", "answers": ["Rhone"], "positive_ids": ["f"]}]
@@ -792,14 +788,15 @@ def test_retrieval_is_done_once(lessons_on, monkeypatch):
             lessons_on(rows, topk=topk)
 
 
-@fault(reason="the name of the cached ranking does not hold the reranker")
-def test_a_reranker_is_not_taken_for_the_retriever_alone(tmp_path, words, whole):
+def test_a_reranker_is_not_taken_for_the_retriever_alone(words):
     """Another order of the passages is another result."""
-    searchers = [refrag.load_searcher(refrag.IndexConfig(index_dir=str(words)), refrag.SearchConfig(), RUNTIME)
-                 for _ in range(2)]
-    searchers[1].reranker = lambda question, contents: np.arange(len(contents), dtype=np.float32)
-    ranked = [refrag.retrieved_rows(QUESTIONS, searcher, 3, 1) for searcher in searchers]
-    assert ranked[0] != ranked[1]
+    ranked = []
+    for name in (None, "a-reranker"):
+        searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(words)), refrag.SearchConfig(), RUNTIME)
+        if name:
+            searcher.reranker = lambda question, contents: np.arange(len(contents), dtype=np.float32)
+        ranked.append(refrag.retrieved_rows(QUESTIONS, searcher, refrag.SearchConfig(topk=3, rerank=name)))
+    assert ranked[0] != ranked[1] and [set(rows) for rows in ranked[0]] == [set(rows) for rows in ranked[1]]
 
 
 def test_the_exam_has_each_k_and_p_and_takes_nothing_away(tmp_path, words, whole):
@@ -1339,8 +1336,7 @@ def test_activations_computed_again_change_nothing(train, start, tmp_path, monke
 
 
 @pytest.mark.parametrize(("phase", "options"), [
-    ("sft", ""), ("cpt_next", "--recon_frac 0"), pytest.param("cpt_next", "--recon_frac 0.5", marks=fault(
-        reason="a text that is reconstructed has no teacher, and the others of its pass have"))])
+    ("sft", ""), ("cpt_next", "--recon_frac 0"), ("cpt_next", "--recon_frac 0.5")])
 def test_distillation_adds_the_divergence(train, tmp_path, phase, options):
     """The loss is the text's and half of the divergence, also where some texts are reconstructed."""
     train(phase, "run", "--distill", 0.5, "--log_every", 1, "--batch_size", 4, *options.split())
@@ -1423,11 +1419,12 @@ def test_the_controls_read_vectors_none_anothers_and_the_text():
     assert {tuple(asked(s)) for kind in kinds.values() for s in kind} == {(190, 191), (290, 291), (390, 391)}
 
 
-@fault(reason="of a single text, its own vectors are taken for the wrong ones")
 def test_without_another_text_there_is_no_wrong_one():
-    """Its own vectors would pass for another's."""
-    [wrong] = refrag.controls([sequence(100, 3)]).get("wrong", [None])
-    assert wrong is None or not (wrong.plan < 0).any() or wrong.content.chunks[0].tolist() != [100, 101]
+    """Its own vectors would pass for another's. The model card has a gap."""
+    assert set(refrag.controls([sequence(100, 3)])) == {"vectors", "none", "full"}
+    measured = {kind: {"loss": 1.0, "accuracy": 0.5} for kind in ("vectors", "none", "full")}
+    card = refrag.model_card(refrag.RefragConfig(), [{"step": 0, "eval": {"k4": measured}}])
+    assert "| k4 | 0.500 | 0.500 | - | 0.500 |" in card
 
 
 def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path, whole):
@@ -1683,7 +1680,6 @@ def test_what_a_killed_run_left_half_written_goes(run, long_run, unhindered, tmp
     assert [path.name for path in folder.glob(".*") if path.name != ".lock"] == []
 
 
-@fault(reason="a run is known by its folder's path, which may change")
 def test_a_run_that_was_moved_has_its_phase_once(run, long_run, unhindered, tmp_path):
     folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "elsewhere")
     shutil.rmtree(folder / "step-000008")
