@@ -4105,7 +4105,8 @@ class AlignLessons(TextLessons):
 
     def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
         ids, whole, where = self.pick(cache, window, None, rng)
-        content = self.content(ids, whole, where, int(rng.choice(self.train.k)))
+        several = [k for k in self.train.k if k < len(ids)] or [min(self.train.k)]  # one chunk alone has no next token
+        content = self.content(ids, whole, where, int(rng.choice(several)))
         following = np.asarray([chunk[0] for chunk in content.chunks[1:]])
         ends = np.cumsum([len(chunk) for chunk in content.chunks])
         tokens = np.concatenate(content.chunks)
@@ -4170,6 +4171,7 @@ class NextLessons(TextLessons):
         ids, whole, where = self.pick(cache, window, None, rng)
         declared = int(cache.contexts[window[0]]) if window[1] == 0 else 0
         s = self.split(len(ids), declared)
+        s = next((cut for cut in (*range(s, 0, -1), *range(s, len(ids))) if whole[cut]), s)  # no half characters
         context, cuts = ids[:s], np.append(whole[:s], True)
         if rng.random() < self.following.recon_frac and progress < 1:  # the evaluation asks for the continuation alone
             return self.taught(self.reconstruction(context, cuts, k), where)

@@ -1249,13 +1249,16 @@ def test_load_model_takes_the_folder_of_a_run(run_folder):
     assert model.config.compression == model.encoder.tokenizer.compression == 8
 
 
-def test_generate_takes_the_folder_of_a_run(run, run_folder):
+def test_generate_takes_the_folder_of_a_run(run, run_folder, bert):
     """Its newest checkpoint, whose vectors are fed, since the projector is trained."""
     prompt = f"Where? <doc id='1'>{CONTENTS[0]}</doc>"
     code, out, err = run("generate", "--prompt", prompt, "--load_dir", run_folder, "--k", "4", "--p", "0",
                          "--gate", "none", "--max_new", "3", "--json", "--quiet")
     assert code == 0, err
-    assert json.loads(out)["config"]["compressed"] == "feed"
+    result = json.loads(out)
+    made, metrics = result["settings"], result["metrics"]
+    assert (made["projector_trained"], made["compressed"], made["enc"]) == (True, "feed", str(bert))
+    assert metrics["full_positions"] - metrics["positions"] == metrics["context_tokens"] - len(result["chunks"])
 
 
 @pytest.mark.xfail(strict=True, reason="the folder is looked for once for the config and once for the weights")
