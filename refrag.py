@@ -60,6 +60,7 @@ import threading
 import time
 import typing
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1604,7 +1605,9 @@ def check_local(name: str) -> str:
 def hub_errors(name: str) -> Iterator[None]:
     """Failures to load a model as MissingError, damaged weights as CorruptError."""
     try:
-        yield
+        with warnings.catch_warnings():  # torch warns before it refuses a pickle
+            warnings.simplefilter("ignore", UserWarning)
+            yield
     except SafetensorError as error:
         raise CorruptError(f"model {name} is damaged ({one_line(error)[:200]}): fetch it again") from None
     except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
@@ -3033,7 +3036,8 @@ class ChunkEncoder(nn.Module):
         A separate encoder reads the text the tokens decode to.
         """
         if not self.whole:
-            return self.content_of_text(self.tokenizer.decoder.decode(ids.tolist()), k)[0]
+            text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+            return self.content_of_text(text, k)[0]
         cuts = token_cuts(whole, k)
         owner = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
         return Content(np.split(ids, cuts[1:-1]), self.encoder_rows(ids, owner))
@@ -3302,10 +3306,14 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
 
     Raises UserError for architectures whose layers can not have them, MissingError without the library.
     """
+    width = decoder.get_input_embeddings().weight.shape[1]
+    require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     peft = late_import("peft")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
     try:
-        peft.inject_adapter_in_model(config, decoder)
+        with warnings.catch_warnings():  # that GPT-2's layers are transposed, which the library sees to
+            warnings.simplefilter("ignore")
+            peft.inject_adapter_in_model(config, decoder)
     except ValueError as error:
         reason = one_line(error)[:200]
         raise UserError(f"--lora_r: this decoder takes no adapters ({reason}): train all of it") from None
@@ -3536,10 +3544,11 @@ def read_model_config(folder: Path) -> RefragConfig:
         config = RefragConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError):
         raise damaged from None
-    strings = (config.encoder_name_or_path, config.decoder_name_or_path, config.pooling, config.projector)
+    strings = (config.encoder_name_or_path, config.decoder_name_or_path, config.training_model)
+    kinds = config.pooling in ("mean", "cls") and config.projector in ("residual_mlp", "mlp")
     lora = config.lora is None or (isinstance(config.lora, dict) and type(config.lora.get("r")) is int)
-    if not (all(isinstance(s, str) for s in strings) and type(config.compression) is int and lora
-            and isinstance(config.training_model, str) and isinstance(config.history, list)):
+    if not (all(isinstance(s, str) for s in strings) and type(config.compression) is int and lora and kinds
+            and isinstance(config.history, list)):
         raise damaged
     return config
 
@@ -3647,6 +3656,8 @@ def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig, train: str =
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
+    if models.load_dir is not None:  # of a run, the newest: looked for once, so that a damaged one is told once
+        models = dataclasses.replace(models, load_dir=str(checkpoint_folder(models.load_dir)))
     config = model_config(models, k)
     if models.load_dir is None:
         return build_model(config, device, dtype, train)
@@ -3893,17 +3904,28 @@ def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache
     special = tokenizer.special.pattern if tokenizer.special else ""
     key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, [f["sha256"] for f in facts]])
     folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    cached = open_tokens(folder, paths)
+    if cached is not None:
+        return cached
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):
-        if folder.is_dir():
-            try:
-                return TokenCache(folder, paths)
-            except (RefragError, OSError) as error:
-                notice(one_line(error))
-        with new_folder(folder) as temporary:
-            write_tokens(paths, tokenizer, temporary)
-            write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
+        cached = open_tokens(folder, paths)  # another process may have made it
+        if cached is None:
+            with new_folder(folder) as temporary:
+                write_tokens(paths, tokenizer, temporary)
+                write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
+        return cached or TokenCache(folder, paths)
+
+
+def open_tokens(folder: Path, paths: Sequence[str]) -> TokenCache | None:
+    """A token cache that is there and sound, else None."""
+    if not folder.is_dir():
+        return None
+    try:
         return TokenCache(folder, paths)
+    except (RefragError, OSError) as error:
+        notice(one_line(error))
+        return None
 
 
 def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
@@ -4093,7 +4115,7 @@ class AlignLessons(TextLessons):
         """A text cut into chunks that end at anchors."""
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
             return self.encoder.content_of_tokens(ids, whole, k)
-        text = self.tokenizer.decoder.decode(ids.tolist())
+        text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
         ends, _ = self.tokenizer.runs([text], k)[0]
         anchors = np.asarray([0, *self.anchor_ends((where, hash(text)), text)])
         snapped = np.unique(anchors[np.searchsorted(anchors, ends[:-1], side="right") - 1])
@@ -4321,6 +4343,8 @@ def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, search: 
             places.setdefault(name, []).append(row)
     if wanted and not places:
         raise MismatchError(f"none of the questions' positive_ids is in {index.path}: index their passages")
+    if len(places) < len(wanted):
+        notice(f"{len(wanted) - len(places):,} of {len(wanted):,} positive_ids are not in {index.path}")
     ranked = []
     for q in progress(questions, "retrieving", total=len(questions), unit="question"):
         found = [passage.row for passage in searcher.search(q["question"], search.topk + 1, search.hops)]
@@ -4748,9 +4772,11 @@ def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
 
 
 def controls(sequences: list[TrainingSequence]) -> dict[str, list[TrainingSequence]]:
-    """What every evaluation compares: the vectors, none, another text's (where there is another), the full text."""
+    """What every evaluation compares: the vectors, none, another text's (where there is another), and the full text."""
+    made, none = {"vectors": sequences}, [without_vectors(s) for s in sequences]
+    if sum(s.asked for s in none) == sum(s.asked for s in sequences):  # not where the vectors themselves are asked
+        made["none"] = none
     with_chunks = [s for s in sequences if s.content.chunks]
-    made = {"vectors": sequences, "none": [without_vectors(s) for s in sequences]}
     if len(with_chunks) > 1:  # the next one that has any
         places = {id(s): n for n, s in enumerate(with_chunks)}
         made["wrong"] = [with_content_of(s, with_chunks[(places.get(id(s), 0) + 1) % len(with_chunks)])
@@ -4903,10 +4929,10 @@ def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Path
     Raises UserError, CorruptError, MismatchError that names the options that changed.
     """
     path = folder / "run.json"
-    if not path.is_file():
-        if step_folders(folder):
-            raise CorruptError(f"{path} is missing, but there are checkpoints: name another --out_dir")
+    if not step_folders(folder):  # whatever was begun here has left nothing to lose
         return None, []
+    if not path.is_file():
+        raise CorruptError(f"{path} is missing, but there are checkpoints: name another --out_dir")
     require(resume, f"--out_dir {folder} holds a run: add --resume to continue it, or name another folder")
     try:
         facts = json.loads(path.read_bytes())

@@ -115,6 +115,12 @@ def save_decoder(kind: str, folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def speaking(monkeypatch) -> None:
+    """No test inherits --quiet from the one before."""
+    monkeypatch.setattr(refrag, "QUIET", False)
+
+
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory) -> dict[str, Path]:
     """Folders of the three kinds of tokenizers."""

@@ -1261,7 +1261,6 @@ def test_generate_takes_the_folder_of_a_run(run, run_folder, bert):
     assert metrics["full_positions"] - metrics["positions"] == metrics["context_tokens"] - len(result["chunks"])
 
 
-@pytest.mark.xfail(strict=True, reason="the folder is looked for once for the config and once for the weights")
 def test_a_fall_back_is_told_once(run_folder, capsys):
     (run_folder / "step-100" / "manifest.json").unlink()
     models = refrag.ModelConfig(load_dir=str(run_folder))

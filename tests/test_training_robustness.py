@@ -43,11 +43,6 @@ QUESTIONS = [
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 
 
-def fault(reason: str) -> pytest.MarkDecorator:
-    """A test that shows a fault of the program."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 # ---- Runs, their state, and what is written -------------------------------------------------------------------------
 
 
@@ -376,7 +371,6 @@ def test_a_bad_option_is_refused_before_anything_is_made(refused, argv, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@fault("the weights of the losses may be infinite: the loss is NaN")
 @pytest.mark.parametrize("flag", ["--mse", "--kl", "--argmax"])
 def test_an_infinite_weight_of_a_loss_is_refused(refused, argv, flag):
     assert f"{flag} must be " in refused(2, *argv("cpt_align", flag, "inf"))
@@ -491,7 +485,6 @@ def test_a_second_run_in_one_folder_is_told_so(refused, argv, resume, unfinished
             assert f"run {unfinished} is being written by another process" in line
 
 
-@fault("who finds a new folder locked by a faster run removes it with all it holds")
 def test_a_folder_that_another_run_made_a_moment_ago_stays(refused, argv, tmp_path, monkeypatch):
     """Two runs are started at once; both found no folder, and the other one has the lock."""
     exclusive = refrag.exclusive
@@ -864,21 +857,23 @@ def ill(llama, tmp_path) -> Path:
     return folder
 
 
-@fault("0 / 0: a step without a label has the loss NaN, and the texts and the learning rate are blamed")
 @pytest.mark.parametrize("text", ["\U0001f642" * 12, " \n\t" * 20], ids=["one token", "blanks"])
 def test_texts_without_an_anchor_inside(refused, argv, write, bert, text):
     """To the encoder each is one token, or none: there is nothing to align within."""
     line = refused(2, *argv("cpt_align", "--train_json", write("odd.jsonl", [{"text": text}] * 3), "--enc", bert))
-    assert "odd.jsonl" in line
-    assert "nan" not in line
+    assert re.search(r"odd\.jsonl:[1-3] and the other texts leave nothing to predict", line)
 
 
-@fault("the list of texts is cut within a name")
+def test_texts_without_an_anchor_among_others_are_passed_over(done, argv, write, bert):
+    texts = write("odd.jsonl", [{"text": "\U0001f642" * 12}] * 9 + TEXTS)
+    assert done(*argv("cpt_align", "--train_json", texts, "--enc", bert, "--batch_size", "1", steps=8))["steps"] == 8
+
+
 def test_each_text_with_a_loss_that_is_no_number_is_named_in_full(refused, argv, write, ill):
     texts = write(f"{'long' * 20}.jsonl", TEXTS)
     line = refused(2, *argv("cpt_recon", "--dec", ill, "--train_json", texts))
-    places = re.search(r"the loss is nan on (.*): lower", line)[1].split(", ")
-    assert [p for p in places if not re.fullmatch(rf"{re.escape(str(texts))}:[1-4]", p)] == []
+    place = rf"{re.escape(str(texts))}:[1-4]"
+    assert re.search(rf"the loss is nan on {place}(, {place})*( and \d+ more)?: lower", line)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -1101,7 +1096,6 @@ def test_questions_on_another_index_do_not_fit(refused, argv, write):
     assert "positive_ids" in refused(5, *argv("sft", "--rag_json", write("q.jsonl", questions)))
 
 
-@fault("pieces of a split document have ids of their own, which are looked up among the documents' alone")
 def test_questions_may_name_a_piece_of_a_document(done, argv, corpus, llama, write, tmp_path):
     done("index", "--corpus", corpus, "--index_dir", tmp_path / "i", "--retriever", "bm25", "--dec", llama,
          "--max_passage_tokens", "16", "--overlap", "0", *QUIET)
