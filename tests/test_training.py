@@ -1492,7 +1492,8 @@ KILLS = int(os.environ.get("REFRAG_KILLS", "4"))  # runs that are killed at rand
 STEPS = 8
 SERVER = """
 import json, os, sys
-import accelerate, matplotlib, peft, refrag
+import accelerate, matplotlib, peft, refrag, torch
+torch.set_num_threads(1)  # as conftest does: other sums round in another order
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
