@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -929,11 +930,14 @@ def progress(items: Iterable, label: str, total: int | None = None, unit: str = 
     return progress_bar(label, total, unit, items)
 
 
-def progress_bar(label: str, total: int | None, unit: str, items: Iterable | None = None) -> tqdm:
-    """The bar itself, for work that is not a loop over items. In a log, where nothing is erased, it is drawn rarely."""
+def progress_bar(label: str, total: int | None, unit: str, items: Iterable | None = None, done: int = 0) -> tqdm:
+    """The bar itself, for work that is not a loop over items, `done` of it before this process.
+
+    In a log, where nothing is erased, it is drawn rarely.
+    """
     pace = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(items, desc=label, total=total, unit=unit, delay=1.0, mininterval=pace, disable=QUIET, leave=False,
-                dynamic_ncols=True)
+    return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
+                leave=False, dynamic_ncols=True)
 
 
 def batched(items: Sequence, size: int) -> list[Sequence]:
@@ -1641,11 +1645,16 @@ class Embedder:
         self.prompt = (model.prompts or {}).get("document") or ""
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
+        self.queries: dict[str, np.ndarray] = {}  # of the question in work: retrieval and the gate both ask for it
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32."""
-        options = {"show_progress_bar": False, "normalize_embeddings": self.normalize}
-        return np.asarray(self.model.encode_query([question], **options), dtype=np.float32)
+        if question not in self.queries:
+            if len(self.queries) == 8:  # one question has a query for each hop
+                self.queries.clear()
+            options = {"show_progress_bar": False, "normalize_embeddings": self.normalize}
+            self.queries[question] = np.asarray(self.model.encode_query([question], **options), dtype=np.float32)
+        return self.queries[question]
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
@@ -4629,8 +4638,7 @@ class Trainer:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
-        bar = progress_bar(self.phase.name, self.train.steps, "step")
-        bar.update(self.step)
+        bar = progress_bar(self.phase.name, self.train.steps, "step", done=self.step)
         with StopSignal() as stop, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
@@ -5231,8 +5239,6 @@ class Pipeline:
         self.device = next(model.decoder.parameters()).device
         self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
         self.sampler = torch.Generator().manual_seed(runtime.seed)
-        self.gate = "ppl" if pack.heuristic else pack.gate
-        self.feed = pack.compressed == "feed" or (pack.compressed == "auto" and model.trained)
         self.load_s, self.batches = 0.0, False  # warm_up finds out
         index = searcher.index if searcher else None
         built = index.manifest["chunking"] if index else {}
@@ -5240,6 +5246,29 @@ class Pipeline:
         if built.get("encoder") not in (None, self.chunking.stored["encoder"]):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
                                 "it was built with, or build it again")
+
+    @property
+    def gate(self) -> str:
+        """The gate's name, --heuristic resolved."""
+        return "ppl" if self.pack.heuristic else self.pack.gate
+
+    @property
+    def feed(self) -> bool:
+        """Whether compressed chunks are fed as vectors, or left out."""
+        return self.pack.compressed == "feed" or (self.pack.compressed == "auto" and self.model.trained)
+
+    def variant(self, *, search: SearchConfig | None = None, generate: GenerateConfig | None = None,
+                **changes: Any) -> Pipeline:
+        """The same loaded models with other settings. changes: fields of PackConfig."""
+        other = copy.copy(self)
+        other.search, other.generate = search or self.search, generate or self.generate
+        other.pack = dataclasses.replace(self.pack, **changes)
+        if other.pack.k != self.pack.k:
+            encoder = copy.copy(self.model.encoder)  # the weights are shared, the tokenizer is not
+            other.tokenizer = encoder.tokenizer = copy.copy(self.tokenizer)
+            other.tokenizer.compression = other.pack.k
+            other.chunking = self.chunking._replace(k=other.pack.k, runs=other.tokenizer.runs, encode=encoder.encode)
+        return other
 
     # -- stages, in order ----------------------------------------------------
 
@@ -5351,6 +5380,8 @@ class Pipeline:
     def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
         """Everything before the prefill. Returns the context and the decoder's inputs (T, D)."""
         watch = Stopwatch(self.device)
+        if self.embedder is not None:
+            self.embedder.queries.clear()  # so that a question asked again takes as long as at first
         with watch.stage("retrieve_s"):
             passages = self.retrieve(item)
         with watch.stage("pack_s"):
@@ -5474,16 +5505,10 @@ class Pipeline:
                        "compressed": "feed" if self.feed else "drop", "device": str(self.device),
                        "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
-    def in_mode(self, mode: str) -> Pipeline:
-        """The same pipeline in another mode."""
-        other = object.__new__(Pipeline)
-        other.__dict__ = {**self.__dict__, "pack": dataclasses.replace(self.pack, mode=mode)}
-        return other
-
     def compare(self, item: dict[str, Any], on_text: Callable[[str], None] | None = None) -> dict[str, Any]:
         """An answer, with the full-context answer beside it and the ratio of their times to first token."""
         [result] = self.answer([item], on_text)
-        [full] = self.in_mode("full").answer([item])
+        [full] = self.variant(mode="full").answer([item])
         result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
         result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
         return result

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import itertools
 import json
 import math
@@ -49,12 +48,6 @@ def pipeline_of(args: argparse.Namespace, search: dict | None = None, pack: dict
     return refrag.load_pipeline(
         refrag.IndexConfig(index_dir=args.index_dir), refrag.SearchConfig(**(search or {})),
         refrag.PackConfig(**(pack or {})), refrag.GenerateConfig(**(generate or {})), refrag.ModelConfig(), RUNTIME)
-
-
-def with_pack(pipeline: refrag.Pipeline, **changes) -> refrag.Pipeline:
-    """The same loaded models with other packing."""
-    return refrag.Pipeline(pipeline.model, pipeline.searcher, pipeline.embedder, pipeline.search,
-                           dataclasses.replace(pipeline.pack, **changes), pipeline.generate, RUNTIME)
 
 
 # -- retrieval ----------------------------------------------------------------
@@ -102,8 +95,7 @@ def measure_speed(args: argparse.Namespace) -> dict:
         runs = collections.defaultdict(list)
         for _ in range(args.repeats + 1):
             for mode in ("full", "refrag", "none"):
-                one = with_pack(pipeline, mode=mode, ctx_max=context)
-                one.search = search
+                one = pipeline.variant(mode=mode, ctx_max=context, search=search)
                 [result] = one.answer([item])
                 runs[mode].append(result["metrics"])
         for mode, all_metrics in runs.items():
@@ -185,8 +177,7 @@ def measure_untrained(args: argparse.Namespace) -> dict:
             variants[f"p={p} {compressed}"] = {"mode": "refrag", "p": p, "compressed": compressed}
     results = {}
     for name, changes in variants.items():
-        one, rows = with_pack(pipeline, **changes), []
-        one.batches = pipeline.batches
+        one, rows = pipeline.variant(**changes), []
         for batch in refrag.progress(refrag.batched(questions, args.batch_size), name):
             for question, result in zip(batch, one.answer(batch), strict=True):
                 cited = {c["id"] for c in result["citations"]}
