@@ -248,8 +248,9 @@ class PackConfig:
                     choices=("refrag", "full", "none", "truncate"))
     k: int = opt(16, "tokens compressed into one vector")
     p: float = opt(0.25, "largest fraction of the context's tokens that stays text")
-    gate: str = opt("auto", "what chooses the chunks that stay text; auto: the best there is",
-                    choices=("auto", "blend", "cosine", "ppl", "random", "none"))
+    gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
+                            "embedder, else blend", choices=("auto", "learned", "policy", "blend", "cosine", "ppl",
+                                                             "random", "none"))
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
                           choices=("auto", "feed", "drop"))
@@ -272,6 +273,7 @@ class GenerateConfig:
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
     stream: bool = opt(True, "print the answer as it is decoded")
     show_prompt: bool = opt(False, "print the prompt, compressed chunks as [[..]]")
+    explain: bool = opt(False, "tell for each chunk its score, what the score is made of, and why it stays text or not")
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
@@ -411,6 +413,75 @@ class SftConfig:
         require(0 <= self.no_answer_frac <= 1, f"--no_answer_frac must lie between 0 and 1, got {self.no_answer_frac}")
         require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
         require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+
+
+@dataclass(frozen=True)
+class GateDataConfig:
+    """What gate and policy learn from."""
+
+    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz")
+    eval_json: str | None = opt(None, "held-out questions of the same form")
+    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained")
+    k: int = opt(PackConfig.k, "tokens of a chunk")
+    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at")
+    limit: int | None = opt(None, "read at most this many questions of each file")
+    eval_limit: int = opt(600, "held-out questions at most")
+
+    def __post_init__(self) -> None:
+        require(bool(self.rag_json), "--rag_json is missing: name a file of questions with answers")
+        require(self.out_dir is not None, "--out_dir is missing: name the folder for the checkpoint")
+        for name in (*self.rag_json, self.eval_json):
+            require(name is None or os.path.isfile(name), f"--rag_json or --eval_json {name}: no such file")
+        folder = Path(self.out_dir)
+        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        require(empty, f"--out_dir {folder} is there already: name a new folder")
+        require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
+        require(bool(self.p) and all(0 < p < 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
+        for name in ("limit", "eval_limit"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} must be 1 or more, got {value}")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How the gate learns."""
+
+    epochs: int = opt(3, "times through the questions")
+    gate_lr: float = opt(1e-3, "peak learning rate")
+    batch_size: int = opt(32, "questions of an optimizer step")
+    bce: float = opt(0.2, "weight of the chunkwise cross entropy beside the listwise one")
+    utility: int = opt(0, "also learn from what each chunk adds to the answer's log-probability, for this many "
+                          "questions; the decoder reads each nine times")
+    utility_weight: float = opt(0.5, "weight of that")
+    tau: float = opt(1.0, "temperature of that, in nats")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("bce", "utility", "utility_weight"):
+            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("gate_lr", "tau"):
+            require(0 < getattr(self, name) < math.inf, f"--{name} must be more than 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How the paper's policy learns."""
+
+    steps: int = opt(200, "updates")
+    batch_size: int = opt(4, "questions of an update")
+    policy_lr: float = opt(1e-4, "learning rate")
+    group: int = opt(4, "choices drawn for each question")
+    clip: float = opt(0.2, "how far the ratio of new to old probability counts")
+    reuse: int = opt(2, "optimizer steps on what was drawn")
+    blind: bool = opt(False, "do not look at the question, as in the paper")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "reuse"):
+            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+        require(self.group >= 2, f"--group must be 2 or more, got {self.group}: the advantage is over the group")
+        require(0 < self.policy_lr < math.inf, f"--policy_lr must be more than 0, got {self.policy_lr}")
+        require(0 < self.clip < 1, f"--clip must lie between 0 and 1, got {self.clip}")
 
 
 @dataclass(frozen=True)
@@ -562,6 +633,22 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
     phase = Phase("sft", Weights(kl=sft.distill))
     run_training(phase, (sft, index, search, train, models, runtime),
                  lambda encoder, settled: AnswerLessons(encoder, settled, sft, searcher, search))
+
+
+@command("train_gate", GateDataConfig, GateConfig, IndexConfig, SearchConfig, ModelConfig)
+def cmd_train_gate(data: GateDataConfig, gate: GateConfig, index: IndexConfig, search: SearchConfig,
+                   models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Train the gate to find the chunks that hold the answer."""
+    summary = train_gate(data, gate, index, search, models, runtime)
+    emit(summary, runtime, gate_text(summary))
+
+
+@command("train_policy", GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ModelConfig)
+def cmd_train_policy(data: GateDataConfig, policy: PolicyConfig, index: IndexConfig, search: SearchConfig,
+                     models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Train the paper's policy: it draws the chunks, the decoder's answer rewards it."""
+    summary = train_policy(data, policy, index, search, models, runtime)
+    emit(summary, runtime, gate_text(summary))
 
 
 def run_training(phase: Phase, configs: tuple[Any, ...], make_lessons: Callable[..., Lessons]) -> None:
@@ -1895,6 +1982,10 @@ class Index:
         """A passage's title and text."""
         return passage_content(self.titles[row], self.texts[row])
 
+    def idf(self, term: str) -> float:
+        """Inverse document frequency of a stemmed term. Only where there is BM25."""
+        return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
+
     def document_id(self, row: int) -> str:
         """The id of the document a passage was cut from."""
         return self.ids[row].rpartition("#")[0] if self.parts[row] else self.ids[row]
@@ -2864,6 +2955,7 @@ class RefragConfig(PreTrainedConfig):
                  training_model: str = "", lora: dict[str, Any] | None = None,
                  encoder_width: int | None = None, decoder_width: int | None = None,
                  decoder_fingerprint: str | None = None, encoder_fingerprint: str | None = None,
+                 gate: dict[str, Any] | None = None, policy: dict[str, Any] | None = None,
                  history: list[dict[str, Any]] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.encoder_name_or_path, self.decoder_name_or_path = encoder_name_or_path, decoder_name_or_path
@@ -2873,6 +2965,7 @@ class RefragConfig(PreTrainedConfig):
         self.encoder_width, self.decoder_width = encoder_width, decoder_width
         self.decoder_fingerprint = decoder_fingerprint  # of the models before any training
         self.encoder_fingerprint = encoder_fingerprint  # None where the encoder is cut from the decoder
+        self.gate, self.policy = gate, policy  # shape of each and the embedder it reads; None without
         self.history = history or []  # one entry per training phase
 
 
@@ -3360,6 +3453,7 @@ class RefragModel(PreTrainedModel):
         self.encoder, self.decoder = encoder, decoder
         projector = Projector(encoder.width, embeddings.shape[1], rms, config.projector)
         self.projector = projector.to(embeddings.device)
+        self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, which the model hands on unread
         self.eval()
 
     @property
@@ -3435,19 +3529,11 @@ class RefragModel(PreTrainedModel):
                                 for name, tensor in part_tensors(self.decoder).items() if name not in lora}
         if lora:
             parts["lora"] = {name: tensor for name, tensor in part_tensors(self.decoder).items() if name in lora}
-        return parts
-
-    def write_files(self, folder: Path) -> None:
-        """Write config.json and one safetensors file per trained part."""
-        self.config.save_pretrained(folder)
-        for name, tensors in self.parts().items():
-            write_tensors(folder / f"{name}.safetensors", tensors)
+        return parts | self.carried
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the checkpoint folder, whole or not at all."""
-        with new_folder(Path(folder)) as temporary:
-            self.write_files(temporary)
-            write_manifest(temporary / CHECKPOINT_MANIFEST, temporary, {}, CHECKPOINT_FORMAT)
+        write_checkpoint(Path(folder), self.config, self.parts())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu",
@@ -3463,7 +3549,9 @@ class RefragModel(PreTrainedModel):
         verify_checkpoint(path)
         saved, lora = config.training_model, config.lora
         model = build_model(config, torch.device(device), dtype, train)
-        parts = {"projector": model.projector} | ({"encoder": model.encoder} if "e" in saved else {})
+        model.carried = {name: read_tensors(path / f"{name}.safetensors") for name in carried_parts(config)}
+        parts = {} if holds_no_model(path, config) else {"projector": model.projector}
+        parts |= ({"encoder": model.encoder} if "e" in saved else {})
         parts |= {"decoder": model.decoder} if "d" in saved else {}
         for name, part in parts.items():
             load_part(part, path / f"{name}.safetensors")
@@ -3477,6 +3565,29 @@ class RefragModel(PreTrainedModel):
 
 CHECKPOINT_MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+def carried_parts(config: RefragConfig) -> list[str]:
+    """Parts of a checkpoint that the model itself does not use."""
+    return [name for name in ("gate", "policy") if getattr(config, name) is not None]
+
+
+def holds_no_model(folder: Path, config: RefragConfig) -> bool:
+    """Whether a checkpoint is a gate or a policy alone."""
+    alone = bool(carried_parts(config)) and not config.training_model and config.lora is None
+    return alone and not (folder / "projector.safetensors").exists()
+
+
+def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
+                     texts: dict[str, str] | None = None) -> None:
+    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files."""
+    with new_folder(folder) as temporary:
+        config.save_pretrained(temporary)
+        for name, tensors in parts.items():
+            write_tensors(temporary / f"{name}.safetensors", tensors)
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        write_manifest(temporary / CHECKPOINT_MANIFEST, temporary, {}, CHECKPOINT_FORMAT)
 
 
 def step_folders(run: Path) -> list[Path]:
@@ -3556,7 +3667,8 @@ def read_model_config(folder: Path) -> RefragConfig:
     strings = (config.encoder_name_or_path, config.decoder_name_or_path, config.training_model)
     kinds = config.pooling in ("mean", "cls") and config.projector in ("residual_mlp", "mlp")
     lora = config.lora is None or (isinstance(config.lora, dict) and type(config.lora.get("r")) is int)
-    if not (all(isinstance(s, str) for s in strings) and type(config.compression) is int and lora and kinds
+    carried = all(isinstance(getattr(config, name), dict) for name in carried_parts(config))
+    if not (all(isinstance(s, str) for s in strings) and type(config.compression) is int and lora and kinds and carried
             and isinstance(config.history, list)):
         raise damaged
     return config
@@ -3571,14 +3683,19 @@ def encoder_layers(name: str) -> int | None:
     return int(number)
 
 
-def load_part(part: nn.Module, path: Path, only: set[str] | None = None) -> None:
-    """Load one part's weights, exactly. Raises CorruptError, or MismatchError that names the tensor."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CorruptError."""
     if not path.is_file():
         raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except Exception as error:  # safetensors raises its own type for every kind of damage
         raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
+
+
+def load_part(part: nn.Module, path: Path, only: set[str] | None = None) -> None:
+    """Load one part's weights, exactly. Raises CorruptError, or MismatchError that names the tensor."""
+    tensors = read_tensors(path)
     own = {name: tensor for name, tensor in part_tensors(part).items() if only is None or name in only}
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -3712,7 +3829,7 @@ NEIGHBOUR_SHARE = 0.5  # of the best neighbour's score: an answer often stands b
 
 
 class GateInput(NamedTuple):
-    """What a gate may look at. Chunks are numbered as in the prompt."""
+    """What a gate may look at. Chunks are numbered as in the prompt, documents by rank."""
 
     question: str
     query: np.ndarray | None  # (dim,), the embedder's vector of the question
@@ -3720,9 +3837,38 @@ class GateInput(NamedTuple):
     texts: list[str]  # (L,)
     docs: np.ndarray  # (L,), the document of each chunk
     idf: Callable[[str], float]  # of a stemmed term
-    prompt: Prompt
-    decoder: nn.Module
+    prompt: Prompt | None  # for the decoder's own reading
+    decoder: nn.Module | None
     seed: int
+
+
+def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str], tables: Sequence[ChunkTable],
+               idf: Callable[[str], float], seed: int = 0, prompt: Prompt | None = None,
+               decoder: nn.Module | None = None) -> GateInput:
+    """What a gate may look at. contents and tables: of the documents, by rank; vectors only if all tables have them."""
+    texts = [content[a:b] for content, table in zip(contents, tables, strict=True)
+             for a, b in itertools.pairwise([0, *table.ends.tolist()])]
+    has_vectors = query is not None and all(table.gate is not None for table in tables)
+    vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
+    docs = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
+    return GateInput(question, query, vectors, texts, docs, idf, prompt, decoder, seed)
+
+
+def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
+                  answers: Sequence[str]) -> list[list[int]]:
+    """For each place where an answer stands, as whole words, in a right document: the chunks that it covers.
+
+    ends: of the chunks of each document, in characters; chunks are numbered through.
+    Example: "an old mill", ends [4, 11], answer "old mill" -> [[0, 1]]
+    """
+    spans, base = [], 0
+    for content, edges, counts in zip(contents, ends, right, strict=True):
+        for answer in answers if counts else ():
+            for match in re.finditer(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", content, re.IGNORECASE):
+                first, last = np.searchsorted(edges, [match.start(), match.end() - 1], side="right")
+                spans.append(list(range(base + int(first), base + int(last) + 1)))
+        base += len(edges)
+    return spans
 
 
 def cosine_scores(given: GateInput) -> np.ndarray:
@@ -3733,12 +3879,34 @@ def cosine_scores(given: GateInput) -> np.ndarray:
     return given.vectors @ given.query / np.maximum(norms, 1e-12)
 
 
+def term_hits(given: GateInput) -> tuple[np.ndarray, np.ndarray]:
+    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) their shares of its idf mass)."""
+    analyze = WordAnalyzer()
+    terms = list(dict.fromkeys(analyze(given.question)))
+    place = {term: column for column, term in enumerate(terms)}
+    hits = np.zeros((len(given.texts), len(terms)), dtype=bool)
+    for row, text in enumerate(given.texts):
+        hits[row, [place[term] for term in analyze(text) if term in place]] = True
+    idf = np.asarray([given.idf(term) for term in terms], dtype=np.float64)
+    return hits, idf / (idf.sum() or 1.0)
+
+
 def overlap_scores(given: GateInput) -> np.ndarray:
     """(L,) share of the question's idf mass that a chunk's terms cover, range [0, 1]."""
-    analyze = WordAnalyzer()
-    wanted = {term: given.idf(term) for term in analyze(given.question)}
-    total = sum(wanted.values()) or 1.0
-    return np.asarray([sum(wanted.get(t, 0.0) for t in set(analyze(text))) / total for text in given.texts])
+    hits, shares = term_hits(given)
+    return hits @ shares
+
+
+def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values (L, ..) of the chunks before and after in the same document, 0 where there is none.
+
+    Example: values [3, 1, 2], docs [0, 0, 1] -> [0, 3, 0], [1, 0, 0]
+    """
+    before, after = np.zeros_like(values), np.zeros_like(values)
+    same = docs[1:] == docs[:-1]
+    before[1:][same] = values[:-1][same]
+    after[:-1][same] = values[1:][same]
+    return before, after
 
 
 def best_neighbour(scores: np.ndarray, docs: np.ndarray) -> np.ndarray:
@@ -3746,12 +3914,7 @@ def best_neighbour(scores: np.ndarray, docs: np.ndarray) -> np.ndarray:
 
     Example: scores [3, 1, 2], docs [0, 0, 1] -> [1, 3, 0]
     """
-    if not len(scores):
-        return scores
-    same = docs[1:] == docs[:-1]
-    before = np.concatenate([[0.0], np.where(same, scores[:-1], 0.0)])
-    after = np.concatenate([np.where(same, scores[1:], 0.0), [0.0]])
-    return np.maximum(before, after)
+    return np.maximum(*beside(scores, docs))
 
 
 def blend_scores(given: GateInput) -> np.ndarray:
@@ -3789,13 +3952,229 @@ def random_scores(given: GateInput) -> np.ndarray:
     return np.random.default_rng(key).random(len(given.texts))
 
 
+# -- the learned gate -----------------------------------------------------------
+
+KINDS = {name: re.compile(pattern) for name, pattern in {  # what a question asks for
+    "who": r"\bwho(m|se)?\b", "when": r"\bwhen\b|\b(what|which) (year|date|day|month|century|decade)\b",
+    "where": r"\bwhere\b|\b(what|which) (country|city|state|place|town|region)\b",
+    "count": r"\bhow (many|much|long|old|far|often)\b",
+    "how": r"\bwhy\b|\bhow\b(?! (many|much|long|old|far|often)\b)",
+    "which": r"\bwhich\b", "what": r"\bwhat\b"}.items()}
+CAPITAL = re.compile(r"\b[A-Z\u00c0-\u00de]\w*")
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+FEATURES = {  # by what they tell; --explain shows each group's share
+    "meaning": ("cosine", "cosine_neighbour", "cosine_z", "cosine_rank", "cosine_doc"),
+    "words": ("overlap", "overlap_neighbour", "overlap_window", "overlap_z", "overlap_doc", "phrase"),
+    "passage": ("rank", "first_rank", "passages"),
+    "form": ("capitals", "new_capitals", "numbers", "new_numbers", "length", *KINDS, "question_length"),
+    "place": ("place", "first", "last", "chunks"),
+}
+
+
+def standard(values: np.ndarray) -> np.ndarray:
+    """Values less their mean, by their deviation; zeros where all are alike."""
+    return (values - values.mean()) / (values.std() + 1e-6)
+
+
+def per_document(values: np.ndarray, docs: np.ndarray, reduce: np.ufunc) -> np.ndarray:
+    """(L,) a reduction of the values of each chunk's document. docs: ascending."""
+    starts = np.flatnonzero(np.diff(docs, prepend=-1))
+    return reduce.reduceat(values, starts, axis=0)[np.cumsum(np.diff(docs, prepend=-1) > 0) - 1]
+
+
+def meaning_features(given: GateInput) -> list[np.ndarray]:
+    """The features of group "meaning"."""
+    cosine = cosine_scores(given)
+    order = np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(len(cosine) - 1, 1)
+    return [cosine, best_neighbour(cosine, given.docs), standard(cosine), order,
+            per_document(cosine, given.docs, np.maximum)]
+
+
+def word_features(given: GateInput) -> list[np.ndarray]:
+    """The features of group "words"."""
+    hits, shares = term_hits(given)
+    before, after = beside(hits, given.docs)
+    overlap = hits @ shares
+    whole = per_document(hits, given.docs, np.logical_or)
+    phrase = (hits[:, 1:] & hits[:, :-1]).sum(1) if hits.shape[1] else np.zeros(len(hits))
+    return [overlap, best_neighbour(overlap, given.docs), (hits | before | after) @ shares, standard(overlap),
+            whole @ shares, phrase]
+
+
+def form_features(given: GateInput) -> list[np.ndarray]:
+    """The features of group "form": names and numbers that the question does not have, and what it asks for."""
+    columns: list[list[float]] = [[] for _ in range(5)]
+    asked = set(re.findall(r"\w+", given.question.casefold()))
+    for text in given.texts:
+        capitals, numbers = CAPITAL.findall(text), NUMBER.findall(text)
+        new = sum(word.casefold() not in asked for word in capitals)
+        row = (len(capitals), new, len(numbers), sum(n not in asked for n in numbers), len(text) / 64)
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
+    L, lower = len(given.texts), given.question.lower()
+    kinds = [np.full(L, float(pattern.search(lower) is not None)) for pattern in KINDS.values()]
+    return [*map(np.asarray, columns), *kinds, np.full(L, len(asked) / 10)]
+
+
+def place_features(docs: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The features of groups "passage" and "place"."""
+    start = per_document(np.arange(len(docs)), docs, np.minimum)
+    count = per_document(np.ones(len(docs)), docs, np.add)
+    at = np.arange(len(docs)) - start
+    passage = [docs / 8, 1 / (1 + docs), np.full(len(docs), (docs.max(initial=0) + 1) / 8)]
+    return passage, [at / np.maximum(count - 1, 1), at == 0, at == count - 1, np.log(count)]
+
+
+def chunk_features(given: GateInput) -> np.ndarray:
+    """(L, F) float32, the features of FEATURES in order."""
+    passage, place = place_features(given.docs)
+    columns = [*meaning_features(given), *word_features(given), *passage, *form_features(given), *place]
+    assert len(columns) == sum(map(len, FEATURES.values()))
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+class GateBatch(NamedTuple):
+    """Questions as tensors, padded to the most chunks."""
+
+    features: Tensor  # (B, L, F)
+    queries: Tensor  # (B, dim)
+    vectors: Tensor  # (B, L, dim)
+    docs: Tensor  # (B, L), -1 where padded
+
+
+class QueryGate(nn.Module):
+    """A logit for every chunk of a question, all chunks of the question in view.
+
+    Features and the products of projected question and chunk vectors go through one layer, are joined with those of the
+    chunks beside them, and attend to all others. features False: vectors alone, as the paper's policy has them; blind:
+    without the question, too.
+    """
+
+    def __init__(self, dim: int, pairs: int = 128, width: int = 128, layers: int = 2, features: bool = True,
+                 blind: bool = False):
+        super().__init__()
+        self.shape = {"dim": dim, "pairs": pairs, "width": width, "layers": layers, "features": features,
+                      "blind": blind}
+        F = sum(map(len, FEATURES.values()))
+        self.register_buffer("mean", torch.zeros(F))
+        self.register_buffer("deviation", torch.ones(F))
+        self.ask, self.show = nn.Linear(dim, pairs), nn.Linear(dim, pairs)
+        self.enter = nn.Linear(F * features + pairs * (1 + (not blind)), width)
+        self.join = nn.Linear(3 * width, width)
+        layer = functools.partial(nn.TransformerEncoderLayer, width, 4, 2 * width, dropout=0.1, activation="gelu",
+                                  batch_first=True, norm_first=True)
+        self.across = nn.ModuleList(layer() for _ in range(layers))
+        self.leave = nn.Linear(width, 1)
+
+    def forward(self, batch: GateBatch) -> Tensor:
+        """(B, L) logits, -inf where padded."""
+        padded = batch.docs < 0
+        shown = self.show(nn.functional.normalize(batch.vectors, dim=-1))  # (B, L, pairs)
+        parts = [shown]
+        if not self.shape["blind"]:
+            asked = self.ask(nn.functional.normalize(batch.queries, dim=-1))
+            parts.append(shown * asked.unsqueeze(1))
+        if self.shape["features"]:
+            parts.append(((batch.features - self.mean) / self.deviation).clamp(-6, 6))
+        hidden = nn.functional.gelu(self.enter(torch.cat(parts, dim=-1)))  # (B, L, width)
+        same = ((batch.docs[:, 1:] == batch.docs[:, :-1]) & ~padded[:, 1:]).unsqueeze(-1)
+        before = nn.functional.pad(hidden[:, :-1] * same, (0, 0, 1, 0))
+        after = nn.functional.pad(hidden[:, 1:] * same, (0, 0, 0, 1))
+        hidden = hidden + nn.functional.gelu(self.join(torch.cat([before, hidden, after], dim=-1)))
+        for layer in self.across:
+            hidden = layer(hidden, src_key_padding_mask=padded if padded.any() else None)
+        return self.leave(hidden).squeeze(-1).masked_fill(padded, -math.inf)
+
+    @torch.inference_mode()
+    def scores(self, given: GateInput) -> np.ndarray:
+        """(L,) logits of one question's chunks. given: with vectors."""
+        features = chunk_features(given) if self.shape["features"] else None
+        return self(gate_batch(given, features, self.leave.weight.device))[0].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def shares(self, given: GateInput) -> dict[str, np.ndarray]:
+        """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
+        features, shares = chunk_features(given), {}
+        device = self.leave.weight.device
+        whole = self(gate_batch(given, features, device))[0]
+        at = 0
+        for group, names in FEATURES.items():
+            without = features.copy()
+            without[:, at : at + len(names)] = self.mean[at : at + len(names)].cpu().numpy()
+            at += len(names)
+            shares[group] = (whole - self(gate_batch(given, without, device))[0]).float().cpu().numpy()
+        return shares
+
+
+def gate_batch(given: GateInput, features: np.ndarray | None, device: torch.device) -> GateBatch:
+    """One question as a batch. features: (L, F), None for a gate that reads vectors alone."""
+    columns = np.zeros((len(given.docs), 0), dtype=np.float32) if features is None else features
+    return GateBatch(*(torch.as_tensor(values, device=device)[None]
+                       for values in (columns, given.query, given.vectors, given.docs)))
+
+
+SHIPPED_GATE = Path(__file__).resolve().parent / "data" / "gate"
+
+
+def gate_facts(gate: QueryGate, embedder: Embedder) -> dict[str, Any]:
+    """What a checkpoint keeps of a gate beside its tensors."""
+    names = [name for names in FEATURES.values() for name in names] if gate.shape["features"] else []
+    return {**gate.shape, "feature_names": names, "embedder": embedder.name,
+            "embedder_fingerprint": embedder.fingerprint}
+
+
+def build_gate(facts: dict[str, Any], tensors: dict[str, Tensor], kind: str) -> QueryGate:
+    """A gate from a checkpoint. Raises MismatchError if its features or tensors are not those of this program."""
+    try:
+        shape = {key: facts[key] for key in ("dim", "pairs", "width", "layers", "features", "blind")}
+        gate = QueryGate(**shape)
+        same = not shape["features"] or facts["feature_names"] == [n for names in FEATURES.values() for n in names]
+        gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
+    if not same:
+        raise MismatchError(f"{kind}: it was trained on other features than this program's: train it again")
+    return gate.eval()
+
+
+def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
+    """The checkpoint's gate or policy, or the gate that comes with the program; None where none can read the embedder.
+
+    kind: "gate" or "policy". Raises MismatchError if the checkpoint's was trained on another embedder's vectors.
+    """
+    facts, tensors = getattr(model.config, kind), model.carried.get(kind)
+    shipped = facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file()
+    if shipped:
+        verify_checkpoint(SHIPPED_GATE)
+        facts, tensors = read_model_config(SHIPPED_GATE).gate, read_tensors(SHIPPED_GATE / "gate.safetensors")
+    if facts is None or embedder is None:
+        return None
+    if facts.get("embedder_fingerprint") != embedder.fingerprint:
+        if shipped:
+            return None
+        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {facts.get('embedder')}, the index has "
+                            f"those of {embedder.name}: use --gate blend, or train it on this index")
+    return build_gate(facts, tensors, kind)
+
+
+VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
+TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # by the name of their part in a checkpoint
 GATES: dict[str, Callable[[GateInput], np.ndarray]] = {
-    "auto": blend_scores,
     "blend": blend_scores,
     "cosine": cosine_scores,
     "ppl": ppl_scores,
     "random": random_scores,
 }
+
+
+def spend_budget(scores: np.ndarray, tokens: np.ndarray, p: float) -> Iterator[tuple[int, int, bool]]:
+    """(chunk, tokens left before it, whether it is taken) for every chunk, best first. See `select_chunks`."""
+    left = math.floor(p * int(tokens.sum()) + 1e-9)
+    for number in np.argsort(-scores, kind="stable").tolist():
+        size = int(tokens[number])
+        taken = 0 < size <= left
+        yield number, left, taken
+        left -= size if taken else 0
 
 
 def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float) -> np.ndarray:
@@ -3806,13 +4185,19 @@ def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float) -> np.ndarra
     """
     if p >= 1:
         return np.ones(len(scores), dtype=bool)
-    budget = math.floor(p * int(tokens.sum()) + 1e-9)
     chosen = np.zeros(len(scores), dtype=bool)
-    for number in np.argsort(-scores, kind="stable"):
-        if 0 < tokens[number] <= budget:
-            chosen[number] = True
-            budget -= int(tokens[number])
+    chosen[[number for number, _, taken in spend_budget(scores, tokens, p) if taken]] = True
     return chosen
+
+
+def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float) -> list[str]:
+    """(L,) why each chunk stays text or not, in words."""
+    reasons = [""] * len(scores)
+    for rank, (number, left, taken) in enumerate(spend_budget(scores, tokens, p), start=1):
+        size = "1 token" if tokens[number] == 1 else f"{tokens[number]} tokens"
+        how = f"{size} of {left} left" if taken else f"{size}, {left} left"
+        reasons[number] = f"{'text' if taken else 'compressed'}: rank {rank} of {len(scores)}, {how}"
+    return reasons
 
 
 # =============================================================================
@@ -4218,6 +4603,86 @@ class NextLessons(TextLessons):
         return Item(sequence, with_text(sequence) if self.following.distill else None, where)
 
 
+def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
+    """The questions of a file, each with answers and a list of positive_ids, which may be empty. Raises UserError.
+
+    limit: this many, spread over the file.
+    """
+    questions = read_question_file(name, flag)
+    for number, item in enumerate(questions, start=1):
+        answers = item.get("answers")
+        strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+        require(strings and bool(answers), f"{flag} {name}: question {number} has no list of answers")
+        where, ids = f"{flag} {name}: question {number}", item.get("positive_ids") or []
+        for answer in answers:
+            check_string(answer, "an answer", where)
+        require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
+        item["positive_ids"] = [check_id(value, where) for value in ids]
+    if limit is not None and limit < len(questions):
+        questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
+    return questions
+
+
+class Asked(NamedTuple):
+    """A question with its passages, before it is settled which of their chunks stay text."""
+
+    prompt: Prompt
+    docs: list[Doc]
+    content: Content
+    answer: str
+    target: np.ndarray  # tokens to be said
+
+
+class AnswerPrompts:
+    """Makes sequences of a question, passages of an index and the answer to be said."""
+
+    def __init__(self, encoder: ChunkEncoder, index: Index, seq_tokens: int):
+        """seq_tokens: of all passages together, at most."""
+        self.encoder, self.tokenizer, self.index, self.seq_tokens = encoder, encoder.tokenizer, index, seq_tokens
+        end = self.tokenizer.decoder.eos_token_id
+        require(end is not None, "the decoder's tokenizer has no end token, so it can not learn to stop: set one")
+        self.end = np.asarray([end])
+
+    def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
+        """A question over the passages of some rows; the answer names the row `gold`."""
+        prompt, docs, sizes, kept = self.pack(question, shown, gold, k)
+        label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
+        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
+        chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
+        return Asked(prompt, docs, Content(chunks, self.rows(docs, sizes)), answer, np.concatenate([ids, self.end]))
+
+    def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
+        """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
+        plan = mixed_plan(asked.prompt, expanded, feed)
+        plan = np.where(plan >= 0, asked.prompt.input_ids[plan], plan)
+        return continue_plan(plan, asked.target, asked.content)
+
+    def pack(self, question: str, shown: list[int], gold: int | None,
+             k: int) -> tuple[Prompt, list[Doc], list[np.ndarray], list[int]]:
+        """The prompt, its documents, the sizes of their chunks in encoder tokens, and their rows in the index.
+
+        The last passages that do not fit seq_tokens together are left out, the right one excepted.
+        """
+        contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
+        runs = self.tokenizer.runs(contents, k) if contents else []
+        lengths = [int(size.sum()) for _, size in runs]
+        keep = list(range(len(contents)))
+        while len(keep) > 1 and sum(lengths[i] for i in keep) > self.seq_tokens:
+            keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
+        docs = [Doc(str(rank), contents[i], runs[i][0]) for rank, i in enumerate(keep, start=1)]
+        prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
+        return prompt, docs, [runs[i][1] for i in keep], [shown[i] for i in keep]
+
+    def rows(self, docs: list[Doc], sizes: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the encoder reads for several passages, their chunks numbered through."""
+        rows, base = [], 0
+        for doc, size in zip(docs, sizes, strict=True):
+            rows += [(ids, np.where(owner < 0, -1, owner + base))
+                     for ids, owner in self.encoder.text_rows(doc.content, doc.ends, size)]
+            base += len(size)
+        return rows
+
+
 class AnswerLessons(Lessons):
     """Questions on retrieved passages; the answer alone is learned."""
 
@@ -4229,24 +4694,11 @@ class AnswerLessons(Lessons):
         self.held_out = None
         if sft.eval_json is not None:
             self.held_out = self.prepare(sft.eval_json, "--eval_json", train.eval_limit)
-        end = self.tokenizer.decoder.eos_token_id
-        require(end is not None, "the decoder's tokenizer has no end token, so it can not learn to stop: set one")
-        self.end = np.asarray([end])
+        self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
 
     def prepare(self, name: str, flag: str, limit: int | None) -> tuple[list[dict[str, Any]], list[list[int]]]:
         """Checked questions, and for each the rows of its passages: first the right ones, then the others by rank."""
-        questions = read_question_file(name, flag)
-        for number, item in enumerate(questions, start=1):
-            answers = item.get("answers")
-            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-            require(strings and bool(answers), f"{flag} {name}: question {number} has no list of answers")
-            where, ids = f"{flag} {name}: question {number}", item.get("positive_ids") or []
-            for answer in answers:
-                check_string(answer, "an answer", where)
-            require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
-            item["positive_ids"] = [check_id(value, where) for value in ids]
-        if limit is not None and limit < len(questions):
-            questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
+        questions = read_answered_questions(name, flag, limit)
         return questions, retrieved_rows(questions, self.searcher, self.search)
 
     def __len__(self) -> int:
@@ -4263,7 +4715,7 @@ class AnswerLessons(Lessons):
     def right_rows(self, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
         """The rows of the documents in positive_ids, those alone that hold an answer if any do; without ids, these."""
         wanted = set(item["positive_ids"])
-        right = [row for row in rows if {self.index.document_id(row), self.index.ids[row]} & wanted]
+        right = [row for row in rows if is_right(self.index, row, wanted)]
         return [row for row in (right if wanted else rows) if self.holds_answer(item, row)] or right
 
     def holds_answer(self, item: dict[str, Any], row: int) -> bool:
@@ -4285,49 +4737,19 @@ class AnswerLessons(Lessons):
             if gold not in shown:  # retrieval missed it: somewhere among the others
                 shown = [*shown[: self.search.topk - 1]]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
-        prompt, docs, sizes, kept = self.pack(item["question"], shown, gold, k)
-        plan = mixed_plan(prompt, self.choose(prompt, docs, answer, p, rng))
-        plan = np.where(plan >= 0, prompt.input_ids[plan], plan)
-        label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
-        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
-        chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
-        content = Content(chunks, self.rows(docs, sizes))
-        sequence = continue_plan(plan, np.concatenate([ids, self.end]), content)
+        asked = self.prompts.ask(item["question"], shown, gold, answer, k)
+        sequence = self.prompts.answered(asked, self.choose(asked, p, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}")
 
-    def pack(self, question: str, shown: list[int], gold: int | None,
-             k: int) -> tuple[Prompt, list[Doc], list[np.ndarray], list[int]]:
-        """The prompt, its documents, the sizes of their chunks in encoder tokens, and their rows in the index.
-
-        The last passages that do not fit --seq_tokens together are left out, the right one excepted.
-        """
-        contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        runs = self.tokenizer.runs(contents, k) if contents else []
-        lengths = [int(size.sum()) for _, size in runs]
-        keep = list(range(len(contents)))
-        while len(keep) > 1 and sum(lengths[i] for i in keep) > self.train.seq_tokens:
-            keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], runs[i][0]) for rank, i in enumerate(keep, start=1)]
-        prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
-        return prompt, docs, [runs[i][1] for i in keep], [shown[i] for i in keep]
-
-    def choose(self, prompt: Prompt, docs: list[Doc], answer: str, p: float, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, asked: Asked, p: float, rng: np.random.Generator) -> np.ndarray:
         """(L,) the chunks that stay text: at random, but mostly those with the answer first, as a gate would."""
-        scores, wanted = rng.random(len(prompt.chunks)), answer.casefold()
+        chunks, docs = asked.prompt.chunks, asked.docs
+        scores = rng.random(len(chunks))
         if rng.random() < ANSWER_AS_TEXT:
-            for number, chunk in enumerate(prompt.chunks):
-                at = docs[chunk.doc].content.casefold().find(wanted)
-                scores[number] += 0 <= at < chunk.end and at + len(wanted) > chunk.start
-        return select_chunks(scores, np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64), p)
-
-    def rows(self, docs: list[Doc], sizes: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for several passages, their chunks numbered through."""
-        rows, base = [], 0
-        for doc, size in zip(docs, sizes, strict=True):
-            rows += [(ids, np.where(owner < 0, -1, owner + base))
-                     for ids, owner in self.encoder.text_rows(doc.content, doc.ends, size)]
-            base += len(size)
-        return rows
+            spans = answer_chunks([doc.content for doc in docs], [doc.ends for doc in docs], [True] * len(docs),
+                                  [asked.answer])
+            scores[[number for span in spans for number in span]] += 1
+        return select_chunks(scores, np.asarray([chunk.tokens for chunk in chunks], dtype=np.int64), p)
 
     def exam(self) -> dict[str, list[Item]]:
         if self.held_out is None:
@@ -4739,13 +5161,8 @@ class Trainer:
             require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
                     "this checkpoint is not written: lower --lr; the last one stays")
         if self.accelerator.is_main_process:
-            with new_folder(self.folder / f"step-{self.step:06d}") as temporary:
-                config.save_pretrained(temporary)
-                for name, part in (parts | {"trainer": tensors}).items():
-                    write_tensors(temporary / f"{name}.safetensors", part)
-                (temporary / "trainer.json").write_text(dumps(values), encoding="utf-8")
-                (temporary / "README.md").write_text(model_card(config, log.records), encoding="utf-8")
-                write_manifest(temporary / CHECKPOINT_MANIFEST, temporary, {}, CHECKPOINT_FORMAT)
+            texts = {"trainer.json": dumps(values), "README.md": model_card(config, log.records)}
+            write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors}, texts)
             for old in step_folders(self.folder)[KEPT_CHECKPOINTS:]:
                 shutil.rmtree(old, ignore_errors=True)
             log.plot()
@@ -5002,6 +5419,380 @@ def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime:
     return load_model(models, max(train.k), runtime).decoder.requires_grad_(False)
 
 
+# -- the gate and the policy ------------------------------------------------------
+
+
+class GateExample(NamedTuple):
+    """A question for the gate to learn from, or to be examined on."""
+
+    number: int  # of the question
+    given: GateInput  # without its texts
+    features: np.ndarray  # (L, F)
+    tokens: np.ndarray  # (L,), encoder tokens of each chunk
+    gold: list[list[int]]  # chunks of each place where an answer stands in a right passage
+    utility: np.ndarray | None = None  # (L,), what each chunk adds to the answer's log-probability; NaN: unknown
+
+    @property
+    def positive(self) -> np.ndarray:
+        """(L,) bool: chunks that hold an answer, or a part of one."""
+        marks = np.zeros(len(self.tokens), dtype=bool)
+        marks[[chunk for span in self.gold for chunk in span]] = True
+        return marks
+
+
+def is_right(index: Index, row: int, wanted: set[str]) -> bool:
+    """Whether a row is one of these passages, or a piece of one of these documents."""
+    return bool({index.document_id(row), index.ids[row]} & wanted)
+
+
+def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], searcher: Searcher, chunking: Chunking,
+                  topk: int) -> list[GateExample]:
+    """Examples of the questions of which a right passage with an answer in it was retrieved."""
+    examples, index = [], searcher.index
+    pairs = enumerate(zip(questions, ranked, strict=True))
+    for number, (question, rows) in progress(pairs, "features", total=len(questions), unit="question"):
+        rows = rows[:topk]
+        contents = [chunking.prepare(index.content(row)) for row in rows]
+        tables = [index.chunk_table(row, chunking.k) for row in rows]
+        right = [is_right(index, row, set(question["positive_ids"])) for row in rows]
+        gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
+        if gold:
+            query = searcher.embedder.embed_query(question["question"])[0]
+            given = gate_input(question["question"], query, contents, tables, index.idf)
+            sizes = np.concatenate([table.sizes for table in tables]).astype(np.int64)
+            slim = given._replace(texts=[], vectors=given.vectors.astype(np.float16))
+            examples.append(GateExample(number, slim, chunk_features(given), sizes, gold))
+    return examples
+
+
+def collate_gate(examples: Sequence[GateExample], device: torch.device) -> GateBatch:
+    """Examples as a batch, padded to the most chunks."""
+    L = max(len(example.tokens) for example in examples)
+
+    def padded(rows: list[np.ndarray], fill: float = 0.0) -> Tensor:
+        wide = [np.pad(row, [(0, L - len(row)), *[(0, 0)] * (row.ndim - 1)], constant_values=fill) for row in rows]
+        return torch.from_numpy(np.stack(wide)).to(device)
+
+    given = [example.given for example in examples]
+    return GateBatch(padded([example.features for example in examples]),
+                     torch.from_numpy(np.stack([g.query for g in given])).to(device),
+                     padded([g.vectors for g in given]).float(), padded([g.docs for g in given], -1))
+
+
+def gate_loss(logits: Tensor, positive: Tensor, utility: Tensor | None, settings: GateConfig) -> Tensor:
+    """Listwise and chunkwise cross entropy against the chunks that hold the answer, mean over questions.
+
+    logits: (B, L), -inf where padded; positive: (B, L) bool; utility: (B, L), NaN where unknown, or None: then a
+    divergence from softmax(utility / tau) over the known chunks is added.
+    """
+    real = logits > -math.inf
+    chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
+    each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
+    loss = (logits.logsumexp(-1) - chosen).mean() + settings.bce * each / len(logits)
+    if utility is None:
+        return loss
+    known = ~utility.isnan() & real
+    rows = known.sum(-1) > 1
+    target = (utility / settings.tau).masked_fill(~known, -math.inf)[rows].softmax(-1)
+    student = logits.masked_fill(~known, -math.inf)[rows].log_softmax(-1)
+    terms = torch.where(known[rows], target * (target.clamp_min(1e-9).log() - student), 0.0)
+    return loss + settings.utility_weight * terms.sum() / len(logits)
+
+
+@torch.inference_mode()
+def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.ndarray]:
+    """(L,) logits of each example."""
+    device, out = gate.leave.weight.device, []
+    for part in batched(examples, 64):
+        rows = gate.eval()(collate_gate(part, device)).float().cpu().numpy()
+        out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
+    return out
+
+
+def gate_recall(scores: Sequence[np.ndarray], examples: Sequence[GateExample], p: float) -> float:
+    """Share of the examples of which all chunks of one place of an answer stay text at p."""
+    chosen = [select_chunks(score, example.tokens, p) for score, example in zip(scores, examples, strict=True)]
+    return sum(any(mask[span].all() for span in example.gold)
+               for mask, example in zip(chosen, examples, strict=True)) / max(len(examples), 1)
+
+
+def padded_rows(rows: Sequence[np.ndarray], fill: Any, L: int) -> Tensor:
+    """(B, L) from rows of different lengths."""
+    return torch.from_numpy(np.stack([np.pad(row, (0, L - len(row)), constant_values=fill) for row in rows]))
+
+
+def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
+             p: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    """Train a gate in place. Returns a record per epoch: loss, and recall on the held-out examples at each p."""
+    device, rng = gate.leave.weight.device, np.random.default_rng(seed)
+    stacked = np.concatenate([example.features for example in examples])
+    gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
+    gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=settings.gate_lr, weight_decay=0.01)
+    parts, records = math.ceil(len(examples) / settings.batch_size), []
+    bar = progress_bar("train_gate", settings.epochs * parts, "step")
+    with contextlib.closing(bar):
+        for epoch in range(settings.epochs):
+            losses = []
+            for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
+                factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
+                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, settings, factor, device))
+                bar.update(1)
+            scores = gate_logits(gate, held_out)
+            recall = {f"{share:g}": round(gate_recall(scores, held_out, share), 4) for share in p}
+            records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4), "recall": recall})
+            bar.set_postfix_str(f"loss {records[-1]['loss']:.3f}, recall {recall}")
+    return records
+
+
+def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, settings: GateConfig,
+              factor: float, device: torch.device) -> float:
+    """One optimizer step. Returns the loss."""
+    batch = collate_gate(examples, device)
+    L = batch.docs.shape[1]
+    positive, utility = padded_rows([e.positive for e in examples], False, L).to(device), None
+    if any(e.utility is not None for e in examples):
+        rows = [np.full(len(e.tokens), np.nan) if e.utility is None else e.utility for e in examples]
+        utility = padded_rows(rows, np.nan, L).float().to(device)
+    for group in optimizer.param_groups:
+        group["lr"] = settings.gate_lr * factor
+    loss = gate_loss(gate.train()(batch), positive, utility, settings)
+    loss.backward()
+    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+class GateData(NamedTuple):
+    """What gate and policy are trained on."""
+
+    searcher: Searcher
+    questions: list[dict[str, Any]]
+    ranked: list[list[int]]
+    examples: list[GateExample]
+    held_out: list[GateExample]
+
+
+class AnswerReader:
+    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy, and utility."""
+
+    def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
+        self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
+        self.prompts = AnswerPrompts(model.encoder, data.searcher.index, model.window or PackConfig.ctx_max)
+        self.packs = can_pack(model.decoder)
+
+    def ask(self, example: GateExample) -> Asked:
+        """An example's question over its retrieved passages, with the first answer and the best right passage."""
+        question = self.data.questions[example.number]
+        rows = self.data.ranked[example.number][: self.topk]
+        wanted = set(question["positive_ids"])
+        right = next(row for row in rows if is_right(self.data.searcher.index, row, wanted))
+        return self.prompts.ask(question["question"], rows, right, question["answers"][0], self.k)
+
+    @torch.inference_mode()
+    def log_probabilities(self, asked: Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
+        """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
+        feed = self.model.trained  # an untrained projector's vectors only disturb
+        rows = [[self.prompts.answered(asked, mask, feed)] for mask in masks]
+        batch = collate(rows, self.model.encoder, self.packs).to(next(self.model.parameters()).device)
+        logits = self.model(batch).logits.float()
+        logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
+        return logs.reshape(len(masks), -1).mean(1)
+
+
+def utility_labels(reader: AnswerReader, example: GateExample, candidates: int = 8) -> np.ndarray:
+    """(L,) what each chunk as text, alone, adds to the answer's log-probability; NaN where it was not tried.
+
+    Tried are the chunks with the answer and those that the untrained blend likes best.
+    """
+    names = [name for names in FEATURES.values() for name in names]
+    blend = example.features[:, [names.index("cosine"), names.index("overlap_window")]].sum(1)
+    ranked = np.argsort(-(blend + 10 * example.positive), kind="stable")[:candidates]
+    masks = [np.isin(np.arange(len(blend)), [number]) for number in (-1, *ranked)]
+    logs = reader.log_probabilities(reader.ask(example), masks)
+    utility = np.full(len(blend), np.nan)
+    utility[ranked] = logs[1:] - logs[0]
+    return utility
+
+
+def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
+    """(n, picks) chunks drawn one after another without replacement, by their logits (L,): the Gumbel top-k draw."""
+    uniform = torch.rand(n, len(logits), generator=generator).clamp(1e-9, 1 - 1e-9)
+    return (logits.cpu() - (-uniform.log()).log()).topk(picks, dim=-1).indices
+
+
+def order_log_probability(logits: Tensor, orders: Tensor) -> Tensor:
+    """(n,) log-probability of drawing these chunks in this order without replacement (Plackett 1975, Luce 1959).
+
+    logits: (L,); orders: (n, picks). Example: logits [0, 0, 0], order [2, 0] -> log(1/3 * 1/2)
+    """
+    left = logits.expand(len(orders), -1)
+    total = logits.new_zeros(len(orders))
+    for picked in orders.T:
+        total = total + left.log_softmax(-1).gather(1, picked[:, None]).squeeze(1)
+        left = left.scatter(1, picked[:, None], -math.inf)
+    return total
+
+
+def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor, clip: float) -> Tensor:
+    """The clipped ratio of proximal policy optimisation with the advantage over the group (Shao et al. 2024).
+
+    logits: (L,), now; before: (n,) log-probability of each order when it was drawn; rewards: (n,).
+    """
+    advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+    ratio = (order_log_probability(logits, orders) - before).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
+class PolicyTrainer:
+    """The paper's policy: which chunks stay text is drawn, and the answer's log-probability is the reward."""
+
+    def __init__(self, policy: QueryGate, reader: AnswerReader, settings: PolicyConfig, p: Sequence[float], seed: int):
+        self.policy, self.reader, self.examples = policy, reader, reader.data.examples
+        self.settings, self.p, self.rng = settings, p, np.random.default_rng(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
+
+    def logits(self, example: GateExample) -> Tensor:
+        """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
+        return self.policy.eval()(collate_gate([example], self.policy.leave.weight.device))[0]
+
+    def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
+        """An example with a group of orders, their log-probabilities and rewards."""
+        example = self.examples[number]
+        picks = max(1, math.floor(float(self.rng.choice(self.p)) * len(example.tokens)))
+        with torch.no_grad():
+            logits = self.logits(example)
+            orders = sample_orders(logits, picks, self.settings.group, self.generator).to(logits.device)
+            before = order_log_probability(logits, orders)
+        masks = [np.isin(np.arange(len(example.tokens)), order) for order in orders.cpu().numpy()]
+        asked = self.reader.ask(example)
+        rewards = torch.from_numpy(self.reader.log_probabilities(asked, masks)).to(logits.device)
+        return example, orders, before, rewards
+
+    def step(self) -> float:
+        """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
+        drawn = [self.draw(int(number)) for number in self.rng.choice(len(self.examples), self.settings.batch_size)]
+        for _ in range(self.settings.reuse):
+            losses = [policy_loss(self.logits(example), before, orders, rewards, self.settings.clip)
+                      for example, orders, before, rewards in drawn]
+            torch.stack(losses).mean().backward()
+            nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return float(torch.stack([rewards.mean() for *_, rewards in drawn]).mean())
+
+    def fit(self, held_out: list[GateExample]) -> list[dict[str, Any]]:
+        """Train. Returns records of mean reward, and of recall on the held-out examples at each p."""
+        records, rewards, every = [], [], max(1, self.settings.steps // 8)
+        bar = progress_bar("train_policy", self.settings.steps, "step")
+        with contextlib.closing(bar):
+            for step in range(1, self.settings.steps + 1):
+                rewards.append(self.step())
+                bar.update(1)
+                bar.set_postfix_str(f"reward {np.mean(rewards[-20:]):.4f}", refresh=False)
+                if step % every == 0 or step == self.settings.steps:
+                    scores = gate_logits(self.policy, held_out)
+                    recall = {f"{share:g}": round(gate_recall(scores, held_out, share), 4) for share in self.p}
+                    records.append({"step": step, "reward": round(float(np.mean(rewards[-every:])), 4),
+                                    "recall": recall})
+        return records
+
+
+def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+                   runtime: RuntimeConfig) -> GateData:
+    """Read, retrieve and prepare. Raises UserError, MismatchError."""
+    searcher = load_searcher(index, search, runtime)
+    opened = searcher.index
+    require(searcher.embedder is not None and opened.bm25 is not None and opened.gate is not None,
+            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
+            "hybrid")
+    chunking = make_chunking(build_tokenizer(model_config(models, data.k)), None)
+    if opened.manifest["chunking"]["tokenizer"] != chunking.stored["tokenizer"]:
+        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
+    stored = opened.manifest["chunking"]["k"]
+    require(data.k % stored == 0, f"--k {data.k} is no multiple of the index's {stored}")
+    made = []
+    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
+                               ([data.eval_json] if data.eval_json else [], "--eval_json", data.eval_limit)):
+        questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
+        ranked = retrieved_rows(questions, searcher, search) if questions else []
+        made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
+    require(bool(made[0][2]), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
+    return GateData(searcher, *made[0], made[1][2])
+
+
+def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConfig, models: ModelConfig,
+              entry: dict[str, Any]) -> None:
+    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy.
+
+    kind: "gate" or "policy".
+    """
+    config, parts = model_config(models, settings.k), {}
+    if models.load_dir is not None:
+        folder = checkpoint_folder(models.load_dir)
+        verify_checkpoint(folder)
+        parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
+    setattr(config, kind, gate_facts(gate, data.searcher.embedder))
+    parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
+    files = [*settings.rag_json, *([settings.eval_json] if settings.eval_json else [])]
+    config.history = [*config.history, entry | {"data": file_facts(files)}]
+    write_checkpoint(Path(settings.out_dir), config, parts, {"README.md": model_card(config, [])})
+
+
+def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, search: SearchConfig,
+               models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
+    """Train a gate on retrieved questions and write it. Returns a summary."""
+    start = time.perf_counter()
+    loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
+    if settings.utility:
+        reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
+        first = progress(loaded.examples[: settings.utility], "utility", total=settings.utility, unit="question")
+        loaded.examples[: settings.utility] = [e._replace(utility=utility_labels(reader, e)) for e in first]
+    torch.manual_seed(runtime.seed)
+    gate = QueryGate(loaded.searcher.embedder.dim).to(pick_device(runtime.device))
+    records = fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
+    return finish_gate("gate", gate, loaded, data, models, records, settings.epochs, (start, prepared))
+
+
+def train_policy(data: GateDataConfig, settings: PolicyConfig, index: IndexConfig, search: SearchConfig,
+                 models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
+    """Train the paper's policy by the decoder's rewards and write it. Returns a summary."""
+    start = time.perf_counter()
+    loaded = load_gate_data(data, index, search, models, runtime)
+    reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
+    prepared = time.perf_counter()
+    torch.manual_seed(runtime.seed)
+    policy = QueryGate(loaded.searcher.embedder.dim, features=False, blind=settings.blind)
+    trainer = PolicyTrainer(policy.to(pick_device(runtime.device)), reader, settings, data.p, runtime.seed)
+    records = trainer.fit(loaded.held_out)
+    return finish_gate("policy", policy, loaded, data, models, records, settings.steps, (start, prepared))
+
+
+def finish_gate(kind: str, gate: QueryGate, loaded: GateData, data: GateDataConfig, models: ModelConfig,
+                records: list[dict[str, Any]], steps: int, times: tuple[float, float]) -> dict[str, Any]:
+    """Round the weights as they are stored, examine them and write the checkpoint. Returns the command's summary."""
+    gate.half().float()
+    scores = gate_logits(gate, loaded.held_out)
+    recall = {f"{p:g}": round(gate_recall(scores, loaded.held_out, p), 4) for p in data.p} if scores else {}
+    trained_s = time.perf_counter() - times[1]
+    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
+             "device": str(gate.leave.weight.device), "recall": recall}
+    save_gate(kind, gate, loaded, data, models, entry)
+    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+            "prepare_s": round(times[1] - times[0], 1), "train_s": round(trained_s, 1), "checkpoint": data.out_dir}
+
+
+def gate_text(summary: dict[str, Any]) -> str:
+    """The summary of a gate's or policy's training for people."""
+    shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in summary["recall"].items())
+    return (f"{summary['examples']:,} of {summary['questions']:,} questions, {summary['parameters']:,} parameters, "
+            f"prepared in {summary['prepare_s']:.0f} s, trained in {summary['train_s']:.0f} s -> "
+            f"{summary['checkpoint']}\n{summary['held_out']:,} held-out questions, answer recall: {shown or 'none'}")
+
+
 def training_text(summary: dict[str, Any]) -> str:
     """A run's summary for people."""
     lines = [f"{summary['phase']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens in "
@@ -5249,8 +6040,15 @@ class Pipeline:
 
     @property
     def gate(self) -> str:
-        """The gate's name, --heuristic resolved."""
-        return "ppl" if self.pack.heuristic else self.pack.gate
+        """The gate's name, --heuristic and auto resolved."""
+        name = "ppl" if self.pack.heuristic else self.pack.gate
+        return name if name != "auto" else "learned" if self.trained_gates["learned"] is not None else "blend"
+
+    @functools.cached_property
+    def trained_gates(self) -> dict[str, QueryGate | None]:
+        """The gates that have weights."""
+        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
+        return {name: gate and gate.to(self.device) for name, gate in gates.items()}
 
     @property
     def feed(self) -> bool:
@@ -5330,26 +6128,26 @@ class Pipeline:
 
     def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
         """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
-        docs, prompt, _, rows = packed
-        if self.gate == "none" or self.pack.mode in ("full", "none") or self.pack.p in (0.0, 1.0) or not docs:
-            return np.zeros(len(prompt.chunks))
-        uses_vectors = self.gate in ("auto", "blend", "cosine") and self.embedder is not None
-        vectors = query = None
-        if uses_vectors:
-            tables = self.chunk_tables([doc.content for doc in docs], rows, {"gate"})
-            vectors = np.concatenate([table.gate for table in tables])
+        if self.gate == "none" or self.pack.mode in ("full", "none") or self.pack.p in (0.0, 1.0) or not packed.docs:
+            return np.zeros(len(packed.prompt.chunks))
+        given = self.gate_input(item, packed)
+        return self.trained_gates[self.gate].scores(given) if self.gate in TRAINED_GATES else GATES[self.gate](given)
+
+    def gate_input(self, item: dict[str, Any], packed: Packed) -> GateInput:
+        """What the gate may look at."""
+        contents, query = [doc.content for doc in packed.docs], None
+        needs = {"gate"} if self.gate in VECTOR_GATES and self.embedder is not None else set()
+        tables = self.chunk_tables(contents, packed.rows, needs)
+        if needs:
             query = self.embedder.embed_query(item["question"])[0]
-        texts = [docs[c.doc].content[c.start : c.end] for c in prompt.chunks]
-        given = GateInput(item["question"], query, vectors, texts, np.asarray([c.doc for c in prompt.chunks]),
-                          self.idf(texts), prompt, self.model.decoder, self.runtime.seed)
-        return GATES[self.gate](given)
+        given = gate_input(item["question"], query, contents, tables, lambda term: 1.0, self.runtime.seed,
+                           packed.prompt, self.model.decoder)
+        return given._replace(idf=self.idf(given.texts))
 
     def idf(self, texts: list[str]) -> Callable[[str], float]:
         """Inverse document frequency of a term over the index, or over the given chunks where there is no BM25."""
-        bm25 = self.searcher.index.bm25 if self.searcher else None
-        if bm25 is not None:
-            total = len(self.searcher.index)
-            return lambda term: math.log(1 + total / (0.5 + bm25.document_frequency(term)))
+        if self.searcher is not None and self.searcher.index.bm25 is not None:
+            return self.searcher.index.idf
         analyze = WordAnalyzer()
         sets = [set(analyze(text)) for text in texts]
         return lambda term: math.log(1 + len(sets) / (0.5 + sum(term in s for s in sets)))
@@ -5416,6 +6214,11 @@ class Pipeline:
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
             decode_one_token(self.model.decoder, logits.argmax(-1), state)
         self.batches = all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
+        if self.gate in TRAINED_GATES:
+            gate = self.trained_gates[self.gate]
+            vectors = np.ones((8, gate.shape["dim"]), dtype=np.float32)
+            one = gate_input("warm up", vectors[0], [], [], lambda term: 1.0)
+            gate.scores(one._replace(vectors=vectors, texts=["warm"] * 8, docs=np.arange(8)))
 
     def answer(self, items: Sequence[dict[str, Any]], on_text: Callable[[str], None] | None = None) -> list[dict]:
         """Results for questions that are decoded together."""
@@ -5470,10 +6273,25 @@ class Pipeline:
         chunks = [{"passage_id": ids[docs[chunk.doc].label], "start": chunk.start, "end": chunk.end,
                    "score": round(float(score), 6), "expanded": bool(expanded)}
                   for chunk, score, expanded in numbered]
+        if self.generate.explain:
+            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(context), strict=True)]
         return {"id": context.item["id"], "question": context.item["question"], "answer": answer,
                 "passages": [p.to_json() for p in context.passages[: len(docs)]], "dropped_passages": dropped,
                 "citations": citations, "chunks": chunks, "metrics": self.metrics(context, out),
                 "settings": self.settings()}
+
+    def explain(self, context: Context) -> list[dict[str, Any]]:
+        """For each chunk why it stays text or not, and the shares of its score by group of features."""
+        prompt, L = context.packed.prompt, len(context.packed.prompt.chunks)
+        if self.pack.mode != "refrag" or self.gate == "none" or self.pack.p in (0.0, 1.0):
+            whole = bool(context.expanded.all())
+            return [{"why": f"{'text' if whole else 'compressed'}: no choice to make", "shares": {}}] * L
+        shares: dict[str, np.ndarray] = {}
+        if self.gate == "learned":
+            shares = self.trained_gates["learned"].shares(self.gate_input(context.item, context.packed))
+        reasons = selection_reasons(context.scores, np.asarray([c.tokens for c in prompt.chunks]), self.pack.p)
+        return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
+                for i, why in enumerate(reasons)]
 
     def metrics(self, context: Context, out: Decoded) -> dict[str, Any]:
         """Times and sizes as section 7 of the definitions has them; times in seconds."""
@@ -5501,7 +6319,7 @@ class Pipeline:
     def settings(self) -> dict[str, Any]:
         """What the answer depends on."""
         made = settings_of(self.pack, self.search, self.generate, self.model.config)
-        return made | {"gate": "blend" if self.gate == "auto" else self.gate, "projector_trained": self.model.trained,
+        return made | {"gate": self.gate, "projector_trained": self.model.trained,
                        "compressed": "feed" if self.feed else "drop", "device": str(self.device),
                        "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
@@ -5529,10 +6347,13 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     needs_index = generate.prompt is None and pack.mode != "none"
     searcher = load_searcher(index, search, runtime) if needs_index else None
     embedder = searcher.embedder if searcher else None
-    gated = pack.gate in ("auto", "blend", "cosine") and not pack.heuristic and 0 < pack.p < 1
+    gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
     if embedder is None and generate.prompt is not None and gated:
         embedder = load_embedder(index.embed_model, runtime)
     pipeline = Pipeline(load_model(models, pack.k, runtime), searcher, embedder, search, pack, generate, runtime)
+    require(pipeline.gate not in TRAINED_GATES or pipeline.trained_gates[pipeline.gate] is not None,
+            f"--gate {pipeline.gate}: there is none trained for these models and this index: make one with "
+            f"train_{TRAINED_GATES.get(pipeline.gate)}, or use --gate blend")
     pipeline.warm_up()
     pipeline.load_s = time.perf_counter() - start
     if not pipeline.model.trained and pack.mode == "refrag":
@@ -5610,6 +6431,15 @@ def write_text(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
+    """A chunk of --explain for people."""
+    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
+    content = passage_content(passage["title"], passage["text"]) if passage else ""
+    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
+    text = " ".join(content[chunk["start"] : chunk["end"]].split())
+    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
+
+
 def answer_text(result: dict[str, Any], shown: bool) -> str:
     """An answer for people: citations, what compression saved, where the time went. shown: it was streamed already."""
     m = result["metrics"]
@@ -5626,6 +6456,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
               f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
               f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
               f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
+    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "

@@ -1,10 +1,13 @@
-"""The gate: what scores a chunk, and what those scores are worth."""
+"""The gate: what scores a chunk, what those scores are worth, and how gate and policy learn."""
 
+import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,10 +105,6 @@ def test_blend_prefers_the_chunk_beside_the_questions_words():
     assert scores[0] == scores[2]
 
 
-def test_auto_is_the_blend():
-    assert refrag.GATES["auto"] is refrag.GATES["blend"] is refrag.blend_scores
-
-
 # -- random -----------------------------------------------------------------------------
 
 
@@ -174,3 +173,525 @@ def test_ppl_of_a_single_token_is_zero(model):
     """There is nothing to predict it from."""
     prompt, scores = ppl(model, ["x", "Copper and tin make bronze."])
     assert prompt.chunks[0].tokens == 1 and scores[0] == 0 and (scores[1:] > 0).all()
+
+
+# -- where the answer stands --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("contents", "ends", "right", "answers", "expected"),
+    [
+        (["an old mill"], [[4, 11]], [True], ["old mill"], [[0, 1]]),
+        (["an old mill"], [[4, 11]], [True], ["mill"], [[1]]),
+        (["an old mill"], [[6, 11]], [True], ["old"], [[0]]),  # the chunk ends with the word
+        (["the mills mill"], [[4, 9, 14]], [True], ["mill"], [[2]]),  # whole words only
+        (["May or may not"], [[4, 14]], [True], ["may"], [[0], [1]]),  # whatever the case
+        (["a (b) c"], [[7]], [True], ["(b)"], [[0]]),  # no pattern
+        (["x y", "x y"], [[1, 3], [2, 3]], [False, True], ["y"], [[3]]),  # numbered through, right ones only
+        (["x", "y"], [[1], [1]], [True, True], ["x", "y"], [[0], [1]]),
+        (["x"], [[1]], [True], ["y"], []),
+        ([], [], [], ["y"], []),
+    ],
+)
+def test_answer_chunks_golden(contents, ends, right, answers, expected):
+    assert refrag.answer_chunks(contents, [np.asarray(e) for e in ends], right, answers) == expected
+
+
+# -- features -------------------------------------------------------------------------------------
+
+NAMES = [name for names in refrag.FEATURES.values() for name in names]
+QUESTION = "When did the river flood the old city of Ulm?"
+CHUNKS = ["Ulm lies on a river.", "The river flooded it in 1374, 1,500 died.", "Bells", "of the Old City rang"]
+
+
+def features(texts=CHUNKS, docs=(0, 0, 1, 1), question=QUESTION):
+    """(L, F) features by name, with made-up vectors."""
+    vectors = np.random.default_rng(0).normal(size=(len(texts), 5)).astype(np.float32)
+    given = given_chunks(texts, docs, question, vectors, vectors[:1].mean(0))
+    return given, dict(zip(NAMES, refrag.chunk_features(given).T, strict=True))
+
+
+def test_features_golden():
+    """Terms of the question: when, did, river, flood, old, citi, ulm, each 1/7 of the mass. Chunk 0 has ulm and river,
+    chunk 1 river and flood, chunk 3 old and citi; the last two pairs follow each other in the question, too."""
+    _, found = features()
+    close = np.testing.assert_allclose
+    close(found["overlap"], [2 / 7, 2 / 7, 0, 2 / 7], atol=1e-6)
+    close(found["overlap_neighbour"], [2 / 7, 2 / 7, 2 / 7, 0], atol=1e-6)
+    close(found["overlap_window"], [3 / 7, 3 / 7, 2 / 7, 2 / 7], atol=1e-6)  # ulm, river, flood; old, citi
+    close(found["overlap_doc"], [3 / 7, 3 / 7, 2 / 7, 2 / 7], atol=1e-6)
+    assert found["phrase"].tolist() == [0, 1, 0, 1]  # river flood; old citi
+    assert found["rank"].tolist() == [0, 0, 1 / 8, 1 / 8] and found["first_rank"].tolist() == [1, 1, 0.5, 0.5]
+    assert found["passages"].tolist() == [0.25] * 4
+    assert found["capitals"].tolist() == [1, 1, 1, 2]
+    assert found["new_capitals"].tolist() == [0, 0, 1, 0]  # the question has ulm, the, old and city
+    assert found["numbers"].tolist() == [0, 2, 0, 0] == found["new_numbers"].tolist()
+    assert found["when"].tolist() == [1] * 4 and not found["who"].any() and not found["count"].any()
+    assert found["place"].tolist() == [0, 1, 0, 1]
+    assert found["first"].tolist() == [1, 0, 1, 0] and found["last"].tolist() == [0, 1, 0, 1]
+    close(found["chunks"], [math.log(2)] * 4, rtol=1e-6)
+
+
+def test_meaning_features_are_the_cosines_and_their_places():
+    given, found = features()
+    cosine = refrag.cosine_scores(given)
+    np.testing.assert_allclose(found["cosine"], cosine, rtol=1e-6)
+    assert found["cosine_rank"].tolist() == [np.float32(sorted(-cosine).index(-c) / 3) for c in cosine]
+    np.testing.assert_allclose(found["cosine_doc"], np.repeat([cosine[:2].max(), cosine[2:].max()], 2), rtol=1e-6)
+    assert abs(found["cosine_z"].mean()) < 1e-6 and found["cosine_z"].std() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("question", "kinds"),
+    [("Who built it?", {"who"}), ("Whose is it?", {"who"}), ("In what year was it built?", {"when", "what"}),
+     ("How many died?", {"count"}), ("How is it made?", {"how"}), ("Why?", {"how"}),
+     ("Which city is it?", {"where", "which"}), ("Name it.", set())],
+)
+def test_kinds_of_questions(question, kinds):
+    assert {name for name, pattern in refrag.KINDS.items() if pattern.search(question.lower())} == kinds
+
+
+@pytest.mark.parametrize("question", ["", "the of"])
+def test_features_are_numbers_whatever_is_missing(question):
+    """A question without terms, one chunk alone, all chunks alike, no embedder."""
+    for texts, docs in ((["a"], [0]), (["a", "a"], [0, 0])):
+        given = given_chunks(texts, docs, question)
+        assert np.isfinite(refrag.chunk_features(given)).all()
+
+
+# -- the network --------------------------------------------------------------------------------------
+
+
+def random_batch(L, docs, seed=0, dim=6):
+    """One question with random features and vectors."""
+    rng = np.random.default_rng(seed)
+    given = given_chunks([""] * L, docs, vectors=rng.normal(size=(L, dim)).astype(np.float32),
+                         query=rng.normal(size=dim).astype(np.float32))
+    return given, rng.normal(size=(L, len(NAMES))).astype(np.float32)
+
+
+def small_gate(**shape):
+    """A random gate for vectors of width 6."""
+    torch.manual_seed(0)
+    return refrag.QueryGate(6, **({"pairs": 8, "width": 16, "layers": 1} | shape)).eval()
+
+
+def example_of(given, columns, gold=((0,),), tokens=None):
+    """A GateExample; 4 tokens a chunk."""
+    sizes = np.full(len(given.docs), 4) if tokens is None else np.asarray(tokens)
+    return refrag.GateExample(0, given, columns, sizes, [list(span) for span in gold])
+
+
+def test_padding_changes_nothing():
+    gate = small_gate()
+    examples = [example_of(*random_batch(L, sorted(i % 3 for i in range(L)), seed)) for seed, L in enumerate((5, 2, 9))]
+    together = refrag.gate_logits(gate, examples)
+    for example, row in zip(examples, together, strict=True):
+        assert len(row) == len(example.tokens) and np.isfinite(row).all()
+        np.testing.assert_allclose(refrag.gate_logits(gate, [example])[0], row, atol=1e-5)
+
+
+def test_a_neighbour_counts_only_within_its_document():
+    """Without attention a chunk's logit depends on the chunks beside it in the same document, on nothing else."""
+    gate = small_gate(layers=0)
+    given, columns = random_batch(4, [0, 0, 1, 1])
+    changed = columns.copy()
+    changed[1] += 1
+    before, after = (refrag.gate_logits(gate, [example_of(given, c)])[0] for c in (columns, changed))
+    assert (np.abs(before - after) > 1e-6).tolist() == [True, True, False, False]
+
+
+def test_what_a_gate_may_see():
+    given, columns = random_batch(5, [0, 0, 1, 1, 1])
+    other, _ = random_batch(5, [0, 0, 1, 1, 1], seed=9)
+    asked = given._replace(query=other.query)
+
+    def differs(gate, a, b):
+        return not np.allclose(*(refrag.gate_logits(gate, [example_of(*x)])[0] for x in (a, b)), atol=1e-6)
+
+    whole, policy, blind = small_gate(), small_gate(features=False), small_gate(features=False, blind=True)
+    assert differs(whole, (given, columns), (given, columns + 1)) and differs(whole, (given, columns), (asked, columns))
+    assert not differs(policy, (given, columns), (given, columns + 1))
+    assert differs(policy, (given, columns), (asked, columns))
+    assert not differs(blind, (given, columns), (asked, columns))
+    assert differs(blind, (given, columns), (given._replace(vectors=other.vectors), columns))
+
+
+def test_shares_are_what_is_lost_without_a_group():
+    gate = small_gate()
+    given, _ = features()
+    given = given._replace(query=np.ones(6, np.float32), vectors=np.random.default_rng(1).normal(size=(4, 6)))
+    given = given._replace(vectors=given.vectors.astype(np.float32))
+    gate.mean.copy_(torch.arange(len(NAMES)) / 10)
+    columns = refrag.chunk_features(given)
+    shares, at = gate.shares(given), 0
+    assert list(shares) == list(refrag.FEATURES)
+    for group, names in refrag.FEATURES.items():
+        without = columns.copy()
+        without[:, at : at + len(names)] = np.arange(at, at + len(names)) / 10
+        at += len(names)
+        one, two = (refrag.gate_logits(gate, [example_of(given, c)])[0] for c in (columns, without))
+        np.testing.assert_allclose(shares[group], one - two, atol=1e-5)
+
+
+# -- the choice -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 9)), max_size=12), st.floats(0, 0.99))
+@few
+def test_reasons_agree_with_the_choice(chunks, p):
+    scores, tokens = np.array([s for s, _ in chunks], float), np.array([t for _, t in chunks], int)
+    chosen, reasons = refrag.select_chunks(scores, tokens, p), refrag.selection_reasons(scores, tokens, p)
+    assert [reason.startswith("text:") for reason in reasons] == chosen.tolist()
+    assert all(reason.startswith(("text: rank", "compressed: rank")) for reason in reasons)
+
+
+def test_reasons_golden():
+    """.6 of 9 tokens are 5: the first chunk takes 4, the third does not fit the 1 left, the second does."""
+    assert refrag.selection_reasons(np.array([0.9, 0.5, 0.7]), np.array([4, 1, 4]), 0.6) == [
+        "text: rank 1 of 3, 4 tokens of 5 left", "text: rank 3 of 3, 1 token of 1 left",
+        "compressed: rank 2 of 3, 4 tokens, 1 left"]
+
+
+# -- learning ---------------------------------------------------------------------------------------------
+
+GATE = refrag.GateConfig(epochs=4, batch_size=8, gate_lr=3e-3)
+
+
+def marked(seed, L=12):
+    """A question whose answer is in the chunk whose overlap stands out."""
+    given, columns = random_batch(L, sorted(i % 3 for i in range(L)), seed)
+    columns[seed % L, NAMES.index("overlap")] += 4
+    return example_of(given, columns, [[seed % L]])
+
+
+def test_gate_loss_golden():
+    """Two chunks, the first positive, logits [0, 0] and bce .5: log 2 listwise, and .5 * 2 log 2 chunkwise."""
+    logits, positive = torch.zeros(1, 2), torch.tensor([[True, False]])
+    settings = refrag.GateConfig(bce=0.5)
+    assert refrag.gate_loss(logits, positive, None, settings).item() == pytest.approx(2 * math.log(2))
+    padded = torch.tensor([[0.0, 0.0, -math.inf]])
+    positive = torch.tensor([[True, False, False]])
+    assert refrag.gate_loss(padded, positive, None, settings).item() == pytest.approx(2 * math.log(2))
+
+
+def test_utility_is_a_divergence_over_the_known_chunks():
+    """Known are the first two of three: softmax([log 3, 0]) is (3/4, 1/4) against (1/2, 1/2)."""
+    logits, positive = torch.zeros(1, 3), torch.tensor([[True, False, False]])
+    settings = refrag.GateConfig(bce=0.0, utility_weight=1.0)
+    utility = torch.tensor([[math.log(3), 0.0, math.nan]])
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    added = refrag.gate_loss(logits, positive, utility, settings) - refrag.gate_loss(logits, positive, None, settings)
+    assert added.item() == pytest.approx(expected, abs=1e-6)
+    alone = torch.tensor([[1.0, math.nan, math.nan]])  # one known chunk says nothing
+    assert refrag.gate_loss(logits, positive, alone, settings) == refrag.gate_loss(logits, positive, None, settings)
+
+
+def test_a_gate_learns_and_is_the_same_again():
+    examples, held_out = [marked(i) for i in range(300)], [marked(i) for i in range(400, 430)]
+    gates = []
+    for _ in range(2):
+        gate = small_gate()
+        torch.manual_seed(1)
+        records = refrag.fit_gate(gate, examples, held_out, GATE, (0.1,), seed=0)
+        gates.append(gate)
+    assert [r["epoch"] for r in records] == [1, 2, 3, 4] and records[-1]["loss"] < records[0]["loss"] / 2
+    assert records[-1]["recall"]["0.1"] > 0.85 > 0.3 > refrag.gate_recall(
+        [np.random.default_rng(i).random(12) for i in range(30)], held_out, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(*(g.state_dict().values() for g in gates), strict=True))
+
+
+def test_recall_asks_for_all_chunks_of_one_place():
+    """4 tokens a chunk, 12 in all: p = .4 takes one chunk, p = .7 two."""
+    given, columns = random_batch(3, [0, 0, 0])
+    example, scores = example_of(given, columns, [[0, 1], [2]]), [np.array([3.0, 2.0, 1.0])]
+    assert refrag.gate_recall(scores, [example], 0.4) == 0
+    assert refrag.gate_recall(scores, [example], 0.7) == 1
+    assert refrag.gate_recall([-scores[0]], [example], 0.4) == 1
+
+
+# -- the policy ----------------------------------------------------------------------------------------------
+
+
+def test_order_probability_golden():
+    assert refrag.order_log_probability(torch.zeros(3), torch.tensor([[2, 0]])).item() == pytest.approx(math.log(1 / 6))
+
+
+@pytest.mark.parametrize("picks", [1, 2, 3, 4])
+def test_probabilities_of_all_orders_add_up_to_one(picks):
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    orders = torch.tensor(list(itertools.permutations(range(4), picks)))
+    assert refrag.order_log_probability(logits, orders).exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_draws_follow_these_probabilities_without_repeats():
+    """20,000 draws of two of three; each of the six orders within five standard errors of its probability."""
+    logits, n = torch.tensor([0.5, -0.5, 1.0]), 20_000
+    drawn = refrag.sample_orders(logits, 2, n, torch.Generator().manual_seed(0))
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    for order in itertools.permutations(range(3), 2):
+        expected = refrag.order_log_probability(logits, torch.tensor([order])).exp().item()
+        share = (drawn == torch.tensor(order)).all(1).float().mean().item()
+        assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
+
+
+def test_the_first_update_is_the_plain_policy_gradient():
+    """At a ratio of 1 the gradient is that of the mean advantage times log-probability."""
+    logits = torch.tensor([0.1, 0.7, -0.2], requires_grad=True)
+    orders, rewards = torch.tensor([[0], [1], [2]]), torch.tensor([1.0, 2.0, 6.0])
+    logs = refrag.order_log_probability(logits, orders)
+    advantage = (rewards - 3) / (rewards.std(correction=0) + 1e-6)
+    [plain] = torch.autograd.grad(-(advantage * logs).mean(), logits, retain_graph=True)
+    [found] = torch.autograd.grad(refrag.policy_loss(logits, logs.detach(), orders, rewards, 0.2), logits)
+    torch.testing.assert_close(found, plain)
+
+
+def test_beyond_the_clip_nothing_pulls():
+    """The good order is far likelier than when it was drawn, the bad one far less likely: both are clipped."""
+    logits = torch.tensor([2.0, -2.0], requires_grad=True)
+    orders, before = torch.tensor([[0], [1]]), torch.log(torch.tensor([0.5, 0.5]))
+    refrag.policy_loss(logits, before, orders, torch.tensor([1.0, 0.0]), 0.2).backward()
+    assert logits.grad.abs().max() == 0
+
+
+class Liking:
+    """A stand-in for the decoder that likes one chunk, and notes how many it was given."""
+
+    def __init__(self, examples):
+        self.data = refrag.GateData(None, [], [], examples, [])
+        self.sizes = []
+
+    def ask(self, example):
+        return example
+
+    def log_probabilities(self, example, masks):
+        self.sizes += [int(mask.sum()) for mask in masks]
+        return np.asarray([float(mask[example.gold[0]].all()) for mask in masks])
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_policy_learns_what_is_rewarded_within_its_budget(blind):
+    """The liked chunk has a vector of its own kind."""
+    examples = []
+    for seed in range(20):
+        given, columns = random_batch(10, [0] * 10, seed)
+        given.vectors[seed % 10] = [5, 5, 5, 5, 5, 5]
+        examples.append(example_of(given, columns, [[seed % 10]]))
+    reader = Liking(examples)
+    settings = refrag.PolicyConfig(steps=60, batch_size=4, policy_lr=5e-3, group=6, blind=blind)
+    trainer = refrag.PolicyTrainer(small_gate(features=False, blind=blind), reader, settings, (0.25,), seed=0)
+    records = trainer.fit(examples)
+    assert set(reader.sizes) == {2}  # a quarter of ten, always exactly
+    assert records[-1]["step"] == 60 and records[-1]["reward"] > 0.8 > 0.5 > records[0]["reward"]
+    assert records[-1]["recall"]["0.25"] > 0.9
+
+
+# -- the commands -----------------------------------------------------------------------------------------------
+
+TINY = ["--enc", "decoder:2", "--k", "4"]
+ASKED = [("Which river leaves Lake Geneva?", "Rhone", "a"), ("What do smiths cast?", "bells", "b"),
+         ("Who wrote notes?", "Ada Lovelace", "c"), ("Where did the games open?", "Athens", "f"),
+         ("Which machine were the notes on?", "Analytical Engine", "c")]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A file of answered questions on the six texts."""
+    path = tmp_path_factory.mktemp("asked") / "q.jsonl"
+    rows = [{"id": str(n), "question": q, "answers": [a], "positive_ids": [i]} for n, (q, a, i) in enumerate(ASKED)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def train(run, index_dir, asked, llama, tmp_path, monkeypatch):
+    """Train a gate or policy on the tiny models: train("gate", flags) -> (code, stdout, stderr, folder)."""
+    monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
+
+    def call(kind, *flags, out="made"):
+        argv = [f"train_{kind}", "--rag_json", asked, "--eval_json", asked, "--index_dir", index_dir, "--dec", llama,
+                *TINY, "--p", ".2", "--json", "--quiet", "--out_dir", tmp_path / out, *flags]
+        return *run(*argv), tmp_path / out
+
+    return call
+
+
+def test_train_gate_writes_a_gate_that_generate_uses(train, run, index_dir, llama):
+    code, out, err, folder = train("gate", "--epochs", "30", "--batch_size", "2")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["examples"] == summary["questions"] == summary["held_out"] == 5 and summary["recall"] == {
+        "0.2": summary["records"][-1]["recall"]["0.2"]}
+    assert {p.name for p in folder.iterdir()} == {"README.md", "config.json", "gate.safetensors", "manifest.json"}
+    argv = ["generate", "--index_dir", index_dir, "--question", ASKED[0][0], "--load_dir", folder,
+            "--dec", llama, *TINY, "--p", ".2", "--max_new", "2", "--explain", "--json", "--quiet"]
+    code, out, err = run(*argv)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["settings"]["gate"] == "learned"
+    for chunk in result["chunks"]:
+        assert set(chunk["shares"]) == set(refrag.FEATURES)
+        assert chunk["why"].startswith("text" if chunk["expanded"] else "compressed")
+    assert 0 < sum(chunk["expanded"] for chunk in result["chunks"]) < len(result["chunks"])
+    assert json.loads(run(*argv, "--gate", "blend")[1])["settings"]["gate"] == "blend"
+    code, out, _ = run(*[a for a in argv if a != "--json"], "--no_stream")
+    assert code == 0 and out.count(" rank ") == len(result["chunks"]) and "meaning" in out
+
+
+def test_utility_is_learned_from_the_decoder(train, monkeypatch):
+    """Every tried chunk's label is what it adds to the answer's log-probability."""
+    labels = []
+    monkeypatch.setattr(refrag, "fit_gate", lambda gate, examples, *rest: labels.extend(examples) or [])
+    code, _, err, _ = train("gate", "--utility", "3")
+    assert code == 0, err
+    assert [e.utility is not None for e in labels] == [True] * 3 + [False] * 2
+    for example in labels[:3]:
+        known = ~np.isnan(example.utility)
+        assert known.sum() == 8 and known[example.positive].all() and len(set(example.utility[known])) > 1
+
+
+def test_train_policy_writes_a_policy_that_generate_uses(train, run, index_dir, llama):
+    code, out, err, folder = train("policy", "--steps", "2", "--batch_size", "1", "--group", "2")
+    assert code == 0, err
+    assert json.loads(out)["records"][-1]["step"] == 2 and (folder / "policy.safetensors").is_file()
+    argv = ["generate", "--index_dir", index_dir, "--question", ASKED[0][0], "--load_dir", folder,
+            "--dec", llama, *TINY, "--p", ".2", "--max_new", "2", "--json", "--quiet", "--gate"]
+    assert json.loads(run(*argv, "policy")[1])["settings"]["gate"] == "policy"
+    code, _, err = run(*argv, "learned")
+    assert code == 2 and "train_gate" in err
+
+
+def test_rewards_are_the_answers_log_probability(train, monkeypatch):
+    """By a plain forward over the prompt with these chunks alone and the answer: the projector is untrained."""
+    readers = []
+    monkeypatch.setattr(refrag.PolicyTrainer, "fit", lambda self, held_out: readers.append(self.reader) or [])
+    code, _, err, _ = train("policy")
+    assert code == 0, err
+    reader, example = readers[0], readers[0].data.examples[1]
+    asked = reader.ask(example)
+    mask = np.zeros(len(asked.prompt.chunks), dtype=bool)
+    mask[[0, 2]] = True
+    ids = [asked.prompt.input_ids[i] for i in refrag.mixed_plan(asked.prompt, mask, feed=False)]
+    with torch.inference_mode():
+        logits = reader.model.decoder(input_ids=torch.tensor([[*ids, *asked.target]])).logits[0].log_softmax(-1)
+    logs = [logits[len(ids) - 1 + n, token].item() for n, token in enumerate(asked.target)]
+    assert reader.log_probabilities(asked, [mask, ~mask])[0] == pytest.approx(np.mean(logs), abs=1e-4)
+    tokenizer = reader.prompts.tokenizer.decoder
+    assert tokenizer.decode(asked.target).startswith("bells [")
+
+
+def tensors(folder):
+    """All tensors of a checkpoint but the optimizer's."""
+    return {(p.stem, name): tensor for p in sorted(folder.glob("*.safetensors")) if p.stem != "trainer"
+            for name, tensor in refrag.read_tensors(p).items()}
+
+
+def test_gate_policy_and_phases_compose(train, run, tmp_path, llama):
+    """Recon, then gate, then policy, then recon again: each part stays as it was but the one that is trained."""
+    texts = tmp_path / "t.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    recon = ["cpt_recon", "--train_json", texts, "--k", "4", "--seq_tokens", "16", "--steps", "2", "--quiet",
+             "--train", "p"]
+    code, _, err = run(*recon, "--dec", llama, "--enc", "decoder:2", "--out_dir", tmp_path / "r1")
+    assert code == 0, err
+    assert train("gate", "--epochs", "1", "--load_dir", tmp_path / "r1", out="g")[0] == 0
+    assert train("policy", "--steps", "1", "--load_dir", tmp_path / "g", out="p")[0] == 0
+    code, _, err = run(*recon, "--load_dir", tmp_path / "p", "--out_dir", tmp_path / "r2")
+    assert code == 0, err
+    stages = [tensors(tmp_path / name) for name in ("r1/step-000002", "g", "p", "r2/step-000002")]
+    parts = [{part for part, _ in stage} for stage in stages]
+    assert parts == [{"projector"}, {"projector", "gate"}, {"projector", "gate", "policy"},
+                     {"projector", "gate", "policy"}]
+    for before, after in itertools.pairwise(stages[:3]):
+        assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    same = {key: torch.equal(tensor, stages[3][key]) for key, tensor in stages[2].items()}
+    assert all(equal for (part, _), equal in same.items() if part != "projector")
+    assert not all(equal for (part, _), equal in same.items() if part == "projector")
+    history = json.loads((tmp_path / "r2/step-000002/config.json").read_text())["history"]
+    assert [entry["phase"] for entry in history] == ["cpt_recon", "train_gate", "train_policy", "cpt_recon"]
+
+
+def test_a_gate_of_another_embedder_is_refused(train, run, corpus, other_embedder, llama, tmp_path):
+    folder = train("gate", "--epochs", "1")[-1]
+    index = tmp_path / "other"
+    assert run("index", "--corpus", corpus, "--index_dir", index, "--embed_model", other_embedder,
+               "--dec", llama, *TINY, "--quiet")[0] == 0
+    argv = ["generate", "--index_dir", index, "--question", "Who?", "--load_dir", folder, "--dec", llama, *TINY,
+            "--max_new", "1", "--quiet"]
+    code, _, err = run(*argv)
+    assert code == 5 and "another" not in err.splitlines()[0][:6] and "--gate blend" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_auto_is_the_blend_where_the_shipped_gate_does_not_know_the_embedder(run, index_dir, llama):
+    code, out, err = run("generate", "--index_dir", index_dir, "--question", "Who?", "--dec", llama, *TINY,
+                         "--max_new", "1", "--json", "--quiet")
+    assert code == 0, err
+    assert json.loads(out)["settings"]["gate"] == "blend"
+
+
+def test_a_gate_with_other_features_is_refused(embedder):
+    gate = small_gate()
+    facts = refrag.gate_facts(gate, type("E", (), {"name": "x", "fingerprint": "y"})())
+    state = gate.state_dict()
+    again = refrag.build_gate(facts, state, "gate")
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), again.state_dict().values(), strict=True))
+    for wrong, kept in (({"feature_names": ["cosine"]}, state), ({"width": 32}, state),
+                        ({}, dict(list(state.items())[1:]))):
+        with pytest.raises(refrag.MismatchError, match="train it again"):
+            refrag.build_gate(facts | wrong, kept, "gate")
+    with pytest.raises(refrag.MismatchError, match="train it again"):
+        refrag.build_gate({}, state, "gate")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--p", "0"], "--p must lie"), (["--epochs", "0"], "--epochs"), (["--bce", "-1"], "--bce"),
+     (["--gate_lr", "0"], "--gate_lr"), (["--limit", "0"], "--limit"), (["--k", "65"], "--k must lie"),
+     (["--k", "6"], "no multiple of the index's 4"), (["--rag_json", "nowhere.jsonl"], "no such file")],
+)
+def test_bad_options(train, flags, message):
+    code, out, err, folder = train("gate", *flags)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert json.loads(out)["error"]["code"] == 2 and not folder.exists()
+
+
+@pytest.mark.parametrize(("flags", "message"), [(["--group", "1"], "--group"), (["--clip", "1"], "--clip"),
+                                                (["--steps", "0"], "--steps"), (["--policy_lr", "0"], "--policy_lr")])
+def test_bad_policy_options(train, flags, message):
+    code, _, err, _ = train("policy", *flags)
+    assert code == 2 and message in err
+
+
+def test_what_is_there_is_not_written_over(train, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "x").write_text("mine")
+    code, _, err, folder = train("gate")
+    assert code == 2 and "there already" in err and [p.name for p in folder.iterdir()] == ["x"]
+
+
+def test_an_index_without_vectors_or_of_another_tokenizer(train, run, corpus, llama, embedder, bert, tmp_path):
+    words, other = tmp_path / "words", tmp_path / "bert"
+    index = ["index", "--corpus", corpus, "--quiet", "--dec", llama, "--index_dir"]
+    assert run(*index, words, "--retriever", "bm25")[0] == 0
+    code, _, err, _ = train("gate", "--index_dir", words)
+    assert code == 2 and "--retriever hybrid" in err
+    assert run(*index, other, "--embed_model", embedder, "--enc", bert, "--k", "4")[0] == 0
+    code, _, err, _ = train("gate", "--index_dir", other)
+    assert code == 5 and "--enc" in err
+
+
+def test_questions_whose_answers_were_not_retrieved(train, tmp_path):
+    path = tmp_path / "none.jsonl"
+    path.write_text(json.dumps({"question": "Where?", "answers": ["nowhere at all"], "positive_ids": ["a"]}) + "\n")
+    code, _, err, _ = train("gate", "--rag_json", path)
+    assert code == 2 and "not one question" in err
+
+
+def test_a_damaged_gate(train, run, index_dir, llama):
+    folder = train("gate", "--epochs", "1")[-1]
+    path = folder / "gate.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    code, _, err = run("generate", "--index_dir", index_dir, "--question", "Who?", "--load_dir", folder,
+                       "--dec", llama, *TINY, "--max_new", "1", "--quiet")
+    assert code == 4 and "gate.safetensors" in err
