@@ -6059,6 +6059,19 @@ def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: s
     return axes.errorbar(lengths, values, yerr=around, marker=".", capsize=2, label=name).lines[0].get_color()
 
 
+def log_axes(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Logarithmic axes with the context lengths that were timed, plain numbers and a legend."""
+    ticks = sorted({row["context_tokens"] for row in rows} - {0})
+    axes.set(xscale="log", yscale="log", xlabel="context tokens")
+    if ticks:
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        each("{x:g}")
+    axes.title.set_fontsize(9)
+    axes.legend(fontsize=7)
+
+
 def paint_ttft(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Time to first token against context length, and full context's over k and over k squared."""
     curves = bench_curves(rows)
@@ -6070,16 +6083,12 @@ def paint_ttft(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         for power, style in ((1, "--"), (2, ":")):
             label = f"full / {k}" + "²" * (power == 2)
             axes.plot(lengths, [s / k**power for s in seconds], style, color="grey", linewidth=0.8)
-            axes.annotate(label, (lengths[-1], seconds[-1] / k**power), fontsize=7, color="grey")
+            axes.annotate(label, (lengths[-1], seconds[-1] / k**power), fontsize=7, color="grey", ha="right")
     for row in rows:
         if row["mode"] == "none":
             axes.axhline(row["ttft_s"], color="black", linestyle="-.", linewidth=0.8, label="question alone")
-    ticks = sorted({row["context_tokens"] for row in rows} - {0})
-    axes.set(xscale="log", yscale="log", xlabel="context tokens", ylabel="time to first token, s")
-    if ticks:
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
-    axes.legend(fontsize=7)
+    log_axes(axes, rows)
+    axes.set(ylabel="time to first token, s", title="dashed and dotted: full context's over k and k²")
 
 
 def paint_ratio(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -6089,9 +6098,8 @@ def paint_ratio(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         if known:
             colour = paint_curve(axes, name, known, "ttft_ratio")
             axes.axhline(known[0]["theoretical_ratio"], color=colour, linestyle="--", linewidth=0.8)
-    axes.set(xlabel="context tokens", ylabel="full context's time to first token over this", xscale="log",
-             yscale="log")
-    axes.legend(fontsize=7)
+    log_axes(axes, rows)
+    axes.set(ylabel="full context's time to first token over this", title="dashed: 1 / (p + (1 - p) / k)")
 
 
 def bench_cells(row: dict[str, Any]) -> dict[str, str]:
@@ -6102,8 +6110,8 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
 
     low, high = row["spread"]["ttft_s"]
     times = {"TTFT ms": f"{ms(row['ttft_s'])} ({ms(low)}-{ms(high)})"}
-    ratios = {column: "-" if row[name] is None else f"{row[name]:.2f}x"
-              for column, name in (("faster", "ttft_ratio"), ("theory", "theoretical_ratio"))}
+    ratios = {column: "-" if row[name] is None else f"{row[name]:.2f}x" for column, name in (
+        ("shorter", "compression"), ("faster", "ttft_ratio"), ("theory", "theoretical_ratio"))}
     stages = {name.removesuffix("_s"): ms(value) for name, value in row["stages"].items()}
     shown = {name: "-" if row[name] is None else f"{row[name]:g}" for name in ("k", "p")}
     return {"mode": row["mode"], **shown, "context": f"{row['context_tokens']:,}",
