@@ -339,6 +339,24 @@ def test_contexts_that_the_index_can_not_fill_are_left_out_and_told(bench):
     assert all(f"{text}\n" in err for text in (short, long))
 
 
+def test_all_passages_of_the_index_may_fill_a_context_exactly(bench):
+    [told] = bench("--contexts", "1000,60", "--modes", "full", "--repeats", 1)[0]["left_out"]
+    tokens = int(told.split()[-2])
+    result, _ = bench("--contexts", f"{tokens},{tokens + 1}", "--modes", "full", "--repeats", 1)
+    [row] = result["rows"]
+    assert (row["context"], row["context_tokens"]) == (tokens, tokens)
+    assert len(result["left_out"]) == 1
+
+
+def test_as_many_passages_are_asked_for_as_it_takes(bench, monkeypatch):
+    """The search begins with a number of passages, here 1, and doubles it until the context is full."""
+    monkeypatch.setattr(refrag.SearchConfig, "topk", 1)
+    by_ones = bench("--modes", "full", "--repeats", 1)[0]["rows"]
+    monkeypatch.undo()
+    assert [row["positions"] for row in by_ones] == [
+        row["positions"] for row in bench("--modes", "full", "--repeats", 1)[0]["rows"]]
+
+
 def test_what_exceeds_the_window_is_left_out_and_told(bench, monkeypatch):
     """In a window of one position fewer than full context and its new tokens take, compressed context has room."""
     [full] = bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["rows"]
