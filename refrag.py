@@ -6060,16 +6060,14 @@ def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: s
 
 
 def log_axes(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Logarithmic axes with the context lengths that were timed, plain numbers and a legend."""
+    """Logarithmic axes with the context lengths that were timed, plain numbers, and the legend beside them."""
     ticks = sorted({row["context_tokens"] for row in rows} - {0})
     axes.set(xscale="log", yscale="log", xlabel="context tokens")
     if ticks:
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        each("{x:g}")
-    axes.title.set_fontsize(9)
-    axes.legend(fontsize=7)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def paint_ttft(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -6083,12 +6081,14 @@ def paint_ttft(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         for power, style in ((1, "--"), (2, ":")):
             label = f"full / {k}" + "²" * (power == 2)
             axes.plot(lengths, [s / k**power for s in seconds], style, color="grey", linewidth=0.8)
-            axes.annotate(label, (lengths[-1], seconds[-1] / k**power), fontsize=7, color="grey", ha="right")
+            axes.annotate(label, (lengths[0], seconds[0] / k**power), (0, 3), textcoords="offset points",
+                          fontsize=7, color="grey")
     for row in rows:
         if row["mode"] == "none":
             axes.axhline(row["ttft_s"], color="black", linestyle="-.", linewidth=0.8, label="question alone")
     log_axes(axes, rows)
-    axes.set(ylabel="time to first token, s", title="dashed and dotted: full context's over k and k²")
+    axes.set(ylabel="time to first token, s")
+    axes.set_title("dashed and dotted: full context's over k and k²", fontsize=9)
 
 
 def paint_ratio(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -6099,7 +6099,9 @@ def paint_ratio(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
             colour = paint_curve(axes, name, known, "ttft_ratio")
             axes.axhline(known[0]["theoretical_ratio"], color=colour, linestyle="--", linewidth=0.8)
     log_axes(axes, rows)
-    axes.set(ylabel="full context's time to first token over this", title="dashed: 1 / (p + (1 - p) / k)")
+    axes.yaxis.set_minor_formatter("{x:g}")  # there may be no power of ten among the ratios
+    axes.set(ylabel="full context's time to first token over this")
+    axes.set_title("dashed: 1 / (p + (1 - p) / k)", fontsize=9)
 
 
 def bench_cells(row: dict[str, Any]) -> dict[str, str]:

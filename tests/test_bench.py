@@ -636,6 +636,9 @@ def test_the_commit_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(refrag, "__file__", str(program))
     assert refrag.source_commit() is None
     git("init", "-q")
+    (tmp_path / "other.py").write_text("b")
+    git("add", "other.py")
+    git("commit", "-qm", "another file")
     assert refrag.source_commit() is None
     git("add", "program.py")
     git("commit", "-qm", "first")
