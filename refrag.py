@@ -28,6 +28,7 @@ Contents:
     10. Gate            which chunks stay text, under an exact budget
     11. Training        phases, curriculum, the loop, resume
     12. Generation      prefill, decode, citations, TTFT and TTIT
+    13. Evaluation      metrics, controls and their report
 
 Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D decoder width, V vocabulary.
 """
@@ -54,8 +55,10 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -120,7 +123,10 @@ class LockedError(RefragError):
 
 
 def opt(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
-    """A dataclass field that is also a command line option. A tuple default takes one or more values."""
+    """A dataclass field that is also a command line option. A tuple default takes one or more values.
+
+    choices: what a value, or each of several, may be.
+    """
     return field(default=default, metadata={"help": help, "choices": tuple(choices)})
 
 
@@ -285,6 +291,34 @@ class GenerateConfig:
         require(0 < self.top_p <= 1, f"--top_p must lie in (0, 1], got {self.top_p}")
         require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is timed, side by side."""
+
+    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "context lengths in tokens; whole passages, as many "
+                                                                   "as fit")
+    modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
+                                                             "floor", choices=("full", "refrag", "none"))
+    k: tuple[int, ...] = opt((8, 16, 32), "tokens compressed into one vector")
+    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text")
+    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them")
+    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up")
+    question: str = opt("Which people, places and events are described, and when did it happen?",
+                        "what is asked each time")
+    out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
+
+    def __post_init__(self) -> None:
+        require(bool(self.contexts) and all(c >= 1 for c in self.contexts),
+                f"--contexts must be 1 or more, got {self.contexts}")
+        require(bool(self.modes), "--modes is empty: name one of full, refrag and none at least")
+        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
+        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
+        for name in ("new", "repeats"):
+            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+        require(self.out_dir is None or not os.path.isfile(self.out_dir),
+                f"--out_dir {self.out_dir} is a file: name a folder")
 
 
 @dataclass(frozen=True)
@@ -674,6 +708,18 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
                 write(result)
 
 
+@command("bench", BenchConfig, IndexConfig, ModelConfig)
+def cmd_bench(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Time the first token and those after it against context length, side by side in one run."""
+    with bench_folder(bench.out_dir) as folder:
+        benchmark = load_benchmark(bench, index, models, runtime)
+        for done in benchmark.rounds(runtime.seed):
+            if folder is not None:  # an interrupted run keeps its finished rounds
+                write_bench(folder, benchmark.result(), last=done == bench.repeats)
+    result = benchmark.result()
+    emit(result, runtime, bench_text(result))
+
+
 @command("doctor", IndexConfig, ModelConfig, DoctorConfig)
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
     """Show what was found: device, versions, models, an index's integrity."""
@@ -719,8 +765,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation: Any) -> None:
     """Add one dataclass field as an option. No default here: what was not given must stay visible as such."""
-    kind = option_type(annotation)
-    shown = "" if f.default in (None, (), False) else f" (default {f.default})"
+    kind, several = option_type(annotation), isinstance(f.default, tuple)
+    default = " ".join(map(str, f.default)) if several else f.default
+    shown = "" if default in (None, "", False) else f" (default {default})"
     common = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:
         parser.add_argument(f"--{f.name}", action="store_true", **common)
@@ -728,9 +775,12 @@ def add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation
             parser.add_argument(f"--no_{f.name}", action="store_false", **(common | {"help": f"not --{f.name}"}))
         return
     choices = f.metadata["choices"] or None
-    nargs = {"nargs": "+"} if isinstance(f.default, tuple) else {}
-    metavar = None if choices else kind.__name__.upper()
-    parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=metavar, **nargs, **common)
+    if several:  # `coerce` takes the words apart and checks them, as it does for the environment
+        metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+        parser.add_argument(f"--{f.name}", nargs="+", metavar=metavar, **common)
+        return
+    parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(),
+                        **common)
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -760,9 +810,25 @@ def underscore_flags(argv: Sequence[str]) -> list[str]:
     return out
 
 
+def listed(raw: Any, f: dataclasses.Field, kind: type) -> list[Any]:
+    """The items of an option of several values: a list, or words in a text.
+
+    Numbers and choices may also stand between commas; names of files may not, since they can hold them.
+    Example: "512, 1024 2048" -> ["512", "1024", "2048"]
+    """
+    words = raw if isinstance(raw, list) else str(raw).split()
+    if kind in (int, float) or f.metadata["choices"]:
+        return [part for word in words
+                for part in (word.removesuffix(",").split(",") if isinstance(word, str) else [word])]
+    return words
+
+
 def coerce(raw: Any, f: dataclasses.Field, annotation: Any, source: str) -> Any:
-    """A value from the environment or a TOML file as the option's type. Raises UserError."""
-    kind = option_type(annotation)
+    """A value from the environment or a TOML file, or the words after a flag of several values, as the option's type.
+
+    Raises UserError.
+    """
+    kind, choices = option_type(annotation), f.metadata["choices"]
     truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
     def scalar(item: Any) -> Any:
@@ -772,16 +838,16 @@ def coerce(raw: Any, f: dataclasses.Field, annotation: Any, source: str) -> Any:
             return kind(item)
         raise TypeError
 
-    try:
-        if isinstance(f.default, tuple):
-            value = tuple(map(scalar, raw if isinstance(raw, list) else str(raw).split()))
-        else:
-            value = scalar(raw)
-    except (KeyError, ValueError, TypeError):
-        raise UserError(f"{source}: {f.name} must be a {kind.__name__}, got {raw!r}") from None
-    choices = f.metadata["choices"]
-    require(not choices or value in choices, f"{source}: {f.name} must be one of {', '.join(choices)}, got {raw!r}")
-    return value
+    def checked(item: Any) -> Any:
+        try:
+            value = scalar(item)
+        except (KeyError, ValueError, TypeError):
+            raise UserError(f"{source}: {f.name} must be a {kind.__name__}, got {item!r}") from None
+        require(not choices or value in choices,
+                f"{source}: {f.name} must be one of {', '.join(choices)}, got {item!r}")
+        return value
+
+    return tuple(map(checked, listed(raw, f, kind))) if isinstance(f.default, tuple) else checked(raw)
 
 
 def read_config_file(path: str, cmd: Command) -> dict[str, Any]:
@@ -824,7 +890,8 @@ def parse(argv: Sequence[str]) -> Invocation:
     for key, (f, annotation) in fields.items():
         variable = f"REFRAG_{key.upper()}"
         if key in values:
-            values[key] = tuple(values[key]) if isinstance(f.default, tuple) else values[key]
+            several = isinstance(f.default, tuple)
+            values[key] = coerce(values[key], f, annotation, f"--{key}") if several else values[key]
         elif variable in os.environ:
             values[key] = coerce(os.environ[variable], f, annotation, f"environment variable {variable}")
         elif key in from_file:
@@ -1104,6 +1171,20 @@ def peak_rss_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def peak_device_mb(device: torch.device) -> float | None:
+    """Largest memory that tensors took on a CUDA device since the last reset, in MiB; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let both peaks begin anew. The resident memory's can not on other systems than Linux; there it stays."""
+    trim_memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
     """The device that --device auto picks, with its name, memory and precision."""
     device = pick_device(runtime.device)
@@ -1119,6 +1200,20 @@ def library_versions() -> dict[str, str]:
     """Versions of what results depend on."""
     modules = (torch, transformers, faiss, np, bm25s)
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
+
+
+def source_commit() -> str | None:
+    """The commit this file stands at, "+" after it where the file was changed since; None outside a checkout."""
+    path = Path(__file__).resolve()
+
+    def git(*argv: str) -> str:
+        return subprocess.run(["git", "-C", str(path.parent), *argv], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", path.name)  # fails in another project's checkout
+        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", path.name))
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def all_reduce_check() -> dict[str, Any]:
@@ -1168,6 +1263,22 @@ def write_atomic(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+def draw(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
+    """Replace a picture, whole. paint is given the axes of its panels. Without matplotlib, a notice says so instead."""
+    try:
+        late_import("matplotlib").use("Agg")
+    except MissingError as error:
+        return notice(f"{one_line(error)}, for {path.name}")
+    pyplot = late_import("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False)
+    paint(*axes[0])
+    figure.tight_layout()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=100)
+    pyplot.close(figure)
+    temporary.replace(path)
 
 
 def restore_folder(final: Path) -> None:
@@ -5245,12 +5356,10 @@ class RunLog:
 
     def plot(self) -> None:
         """Draw the loss, and the evaluations with their controls."""
-        try:
-            late_import("matplotlib").use("Agg")
-        except MissingError as error:
-            return notice(f"{one_line(error)}, for loss.png")
-        pyplot = late_import("matplotlib.pyplot")
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+        draw(self.picture, 2, (11, 4), self.paint)
+
+    def paint(self, left: Any, right: Any) -> None:
+        """The two panels of the picture."""
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
         left.plot(*zip(*losses, strict=True) if losses else ([], []))
         left.set(xlabel="step", ylabel="training loss")
@@ -5269,11 +5378,6 @@ class RunLog:
         right.title.set_fontsize(8)
         if curves:
             right.legend(fontsize=7)
-        figure.tight_layout()
-        temporary = self.picture.with_suffix(".tmp.png")
-        figure.savefig(temporary, dpi=100)
-        pyplot.close(figure)
-        temporary.replace(self.picture)
 
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
@@ -5315,10 +5419,15 @@ def make_accelerator(runtime: RuntimeConfig) -> Any:
     return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[unused])
 
 
+def option_values(configs: Sequence[Any]) -> dict[str, Any]:
+    """Every option of a command by name, as JSON has them."""
+    merged = {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
+    return json.loads(json.dumps(merged))
+
+
 def run_settings(phase: Phase, configs: Sequence[Any]) -> dict[str, Any]:
     """Every option of a run by name."""
-    merged = {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
-    return json.loads(json.dumps({"phase": phase.name, **merged}))
+    return {"phase": phase.name, **option_values(configs)}
 
 
 def run_digest(settings: dict[str, Any], data: list[dict[str, Any]]) -> str:
@@ -5825,6 +5934,21 @@ class State(NamedTuple):
     position: Tensor  # (B,)
 
 
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the tensors in a decoder's cache, whatever its layers keep: keys and values, or recurrent states."""
+    tensors: dict[int, Tensor] = {}
+    seen, waiting = set(), [cache]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            tensors[id(part)] = part
+        elif id(part) not in seen and not isinstance(part, type):
+            seen.add(id(part))
+            inside = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else None
+            waiting += getattr(part, "__dict__", {}).values() if inside is None else inside
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
                  **inputs: Tensor) -> tuple[Tensor, Any]:
     """One decoder call: (logits of the last position (B, V), cache). Hides how architectures name their cache."""
@@ -6011,6 +6135,7 @@ class Context:
     expanded: np.ndarray  # (L,) bool
     plan: np.ndarray  # (T,)
     seconds: dict[str, float]
+    kv_bytes: int = 0  # its share of the decoder's cache after the prefill
 
     @property
     def labels(self) -> list[str]:
@@ -6168,12 +6293,15 @@ class Pipeline:
             expanded = np.asarray([all(t in kept for t in range(c.first, c.last)) for c in prompt.chunks], dtype=bool)
         return expanded, plan
 
+    def fits_window(self, positions: int) -> bool:
+        """Whether prompt and answer are within what the decoder was built for."""
+        return self.model.window is None or positions + self.generate.max_new <= self.model.window
+
     def check_window(self, positions: int) -> None:
         """Raises UserError when prompt and answer exceed what the decoder was built for."""
-        window = self.model.window
-        require(window is None or positions + self.generate.max_new <= window,
+        require(self.fits_window(positions),
                 f"the prompt takes {positions} positions and --max_new {self.generate.max_new}, the decoder's window "
-                f"is {window}: lower --topk, --p or --max_new")
+                f"is {self.model.window}: lower --topk, --p or --max_new")
 
     def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
         """Everything before the prefill. Returns the context and the decoder's inputs (T, D)."""
@@ -6234,6 +6362,8 @@ class Pipeline:
         stream = TextStream(self.tokenizer.decoder, on_text) if on_text else None
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, inputs)
+        for context in contexts:
+            context.kv_bytes = cache_bytes(state.cache) // len(contexts)
         start = watch.clock()
         outs, state = decode(decoder, logits, state, max_new=self.generate.max_new, stops=self.stops, pick=self.pick,
                              watch=watch, on_token=(lambda b, tokens: stream(tokens)) if stream else None)
@@ -6309,6 +6439,7 @@ class Pipeline:
             "full_positions": full,
             "context_tokens": prompt.context_tokens,
             "compression": round(full / len(context.plan), 4),
+            "kv_bytes": context.kv_bytes,
             "p_realised": round(opened / max(prompt.context_tokens, 1), 6),
             "stages": {name: round(context.seconds.get(name, 0.0), 6)
                        for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")},
@@ -6464,6 +6595,386 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     if not result["settings"]["projector_trained"] and result["settings"]["mode"] == "refrag":
         lines.append(UNTRAINED[result["settings"]["compressed"] == "feed"])
     return "\n".join(lines)
+
+
+# =============================================================================
+# 13. Evaluation. Metrics, controls and their report.
+# =============================================================================
+
+# -- speed --------------------------------------------------------------------
+
+TIMED = ("ttft_s", "ttit_s", "tokens_per_s")
+SIZED = ("context_tokens", "positions", "full_positions", "compression", "p_realised", "new_tokens", "kv_bytes")
+
+
+class Setting(NamedTuple):
+    """One combination that is timed; what its mode does not know is None, and the question alone has context 0."""
+
+    mode: str
+    context: int
+    k: int | None
+    p: float | None
+
+    @property
+    def curve(self) -> str:
+        """Its name without the context. Example: "refrag k=16 p=0.25" """
+        return " ".join([self.mode, *(f"{name}={value:g}" for name, value in (("k", self.k), ("p", self.p))
+                                      if value is not None)])
+
+
+def bench_settings(bench: BenchConfig) -> list[Setting]:
+    """Every combination once, though some are named twice: full context knows no k and p, the question no context."""
+    made = []
+    for context, mode in itertools.product(bench.contexts, bench.modes):
+        compression = itertools.product(bench.k, bench.p) if mode == "refrag" else [(None, None)]
+        made += [Setting(mode, 0 if mode == "none" else context, k, p) for k, p in compression]
+    return list(dict.fromkeys(made))
+
+
+def theoretical_ratio(k: int, p: float) -> float:
+    """Tokens of the context over positions fed for it, a share p of them as text: 1 / (p + (1 - p) / k).
+
+    Example: k = 16, p = 0.25 -> 1 / (0.25 + 0.75 / 16) = 3.368
+    """
+    return 1 / (p + (1 - p) / k)
+
+
+def growth_exponent(lengths: Sequence[float], seconds: Sequence[float]) -> float:
+    """The e that fits seconds ~ lengths ** e best: least squares of the logarithms. Example: [1, 2], [3, 12] -> 2.0"""
+    return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
+
+
+def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
+    """For each round a random order of `count` runs, never that of the round before (unless there is only one).
+
+    What a run leaves behind in caches and clock rates then meets another successor each time.
+    """
+    generator, last = np.random.default_rng(seed), []
+    for _ in range(rounds):
+        order = generator.permutation(count).tolist()
+        while order == last and count > 1:
+            order = generator.permutation(count).tolist()
+        yield order
+        last = order
+
+
+@dataclass
+class Trial:
+    """A setting that fits, the pipeline that runs it, and what its runs measured."""
+
+    setting: Setting
+    pipeline: Pipeline
+    stored_vectors: bool | None  # whether the index holds what it reads; None where no vectors are read
+    runs: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each counted round
+    memory: dict[str, float | None] = field(default_factory=dict)
+
+    def run(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Answer once; returns the metrics."""
+        [result] = self.pipeline.answer([item])
+        return result["metrics"]
+
+    def warm_up(self, item: dict[str, Any]) -> None:
+        """A run that does not count, and shows the memory taken: giving back what is free would slow one that does."""
+        reset_peak_memory(self.pipeline.device)
+        peak, device_peak = self.run(item)["peak_rss_mb"], peak_device_mb(self.pipeline.device)
+        self.memory = {"peak_rss_mb": peak, "peak_device_mb": device_peak and round(device_peak, 1)}
+
+
+def reads_stored(pipeline: Pipeline) -> bool:
+    """Whether the index holds the encoder's states at the pipeline's k."""
+    if pipeline.stored is None:
+        return False
+    table = pipeline.stored.chunk_table(0, pipeline.pack.k, pipeline.chunking.stored["encoder"])
+    return table is not None and table.states is not None
+
+
+class Benchmark:
+    """Settings that take turns over one loaded pipeline, and their result."""
+
+    def __init__(self, pipeline: Pipeline, bench: BenchConfig, item: dict[str, Any], facts: dict[str, Any]):
+        self.pipeline, self.bench, self.item, self.facts = pipeline, bench, item, facts
+        self.left_out: list[str] = []
+        self.trials = self.plan()
+
+    def leave_out(self, text: str) -> None:
+        """Tell what is not timed, now and in the result."""
+        self.left_out.append(text)
+        notice(text)
+
+    def fill(self, context: int) -> SearchConfig | None:
+        """The search for as many passages as `context` tokens hold; None, and told, where they can not be filled."""
+        for topk in (SearchConfig.topk * 2**doubled for doubled in itertools.count()):
+            probe = self.pipeline.variant(mode="full", ctx_max=context, search=SearchConfig(topk=topk))
+            found = probe.retrieve(self.item)
+            packed = probe.pack_docs(self.item, found)
+            if packed.dropped or len(found) < topk:
+                break
+        tokens = packed.prompt.context_tokens
+        if packed.dropped and not packed.docs:
+            self.leave_out(f"--contexts {context} left out: the best passage alone is longer")
+        elif tokens < context and not packed.dropped:
+            self.leave_out(f"--contexts {context} left out: all {len(found)} passages that the question finds hold "
+                           f"{tokens} tokens")
+        else:
+            return SearchConfig(topk=len(packed.docs))
+        return None
+
+    def make_trial(self, setting: Setting, search: SearchConfig | None) -> Trial:
+        """A setting's pipeline. Its answers have all of --new tokens: nothing stops them."""
+        stored = self.pipeline.stored
+        k = setting.k or (stored.manifest["chunking"]["k"] if stored else self.pipeline.pack.k)  # full text: no recount
+        changes = {"mode": setting.mode, "k": k} | ({} if setting.p is None else {"p": setting.p})
+        one = self.pipeline.variant(search=search, **changes, ctx_max=setting.context or self.pipeline.pack.ctx_max)
+        one.stops = frozenset()
+        reads_vectors = setting.mode == "refrag" and setting.p < 1
+        return Trial(setting, one, reads_stored(one) if reads_vectors else None)
+
+    def positions(self, pipeline: Pipeline) -> int:
+        """Positions the question will take: all that comes before vectors and prefill."""
+        packed = pipeline.pack_docs(self.item, pipeline.retrieve(self.item))
+        _, plan = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
+        return len(plan)
+
+    def plan(self) -> list[Trial]:
+        """The trials that fit the index and the decoder's window. Raises UserError if none does."""
+        settings = bench_settings(self.bench)
+        searches = {context: self.fill(context) for context in dict.fromkeys(s.context for s in settings) if context}
+        trials = [self.make_trial(s, searches.get(s.context)) for s in settings if not s.context or searches[s.context]]
+        kept = []
+        for trial in trials:
+            positions = self.positions(trial.pipeline)
+            if trial.pipeline.fits_window(positions):
+                kept.append(trial)
+            else:
+                self.leave_out(f"{trial.setting.curve} at --contexts {trial.setting.context} left out: {positions} "
+                               f"positions and --new {self.bench.new} exceed the decoder's window "
+                               f"{self.pipeline.model.window}")
+        require(bool(kept), f"nothing to time: {self.left_out[-1] if self.left_out else 'no combination'}")
+        for k in dict.fromkeys(trial.setting.k for trial in kept if trial.stored_vectors is False):
+            notice(f"--k {k}: the index holds no vectors that serve it, so they are computed while the clock runs")
+        return kept
+
+    def rounds(self, seed: int) -> Iterator[int]:
+        """Run every trial once a round, after a round that warms up. Yields the number of counted rounds after each."""
+        orders = round_orders(len(self.trials), self.bench.repeats + 1, seed)
+        with progress_bar("timing", len(self.trials) * (self.bench.repeats + 1), "run") as bar:
+            for done, order in enumerate(orders):
+                for trial in (self.trials[number] for number in order):
+                    if done:
+                        trial.runs.append(trial.run(self.item))
+                    else:
+                        trial.warm_up(self.item)
+                    bar.update()
+                if done:
+                    yield done
+
+    def result(self) -> dict[str, Any]:
+        """What the counted rounds so far show, as JSON."""
+        full = {trial.setting.context: trial for trial in self.trials if trial.setting.mode == "full"}
+        rows = [bench_row(trial, full.get(trial.setting.context)) for trial in self.trials]
+        return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "growth": bench_growth(rows),
+                "left_out": self.left_out}
+
+
+def median_of(values: Sequence[float | None], digits: int = 6) -> float | None:
+    """The rounded median; None where nothing was measured."""
+    return None if not values or None in values else round(float(np.median(values)), digits)
+
+
+def bench_row(trial: Trial, full: Trial | None) -> dict[str, Any]:
+    """A trial's medians, their spread and every round's values. full: the full context of the same length, if timed.
+
+    Ratios are full context over this, round by round: more than 1 is faster, or smaller.
+    """
+    runs, (mode, _, k, p) = trial.runs, trial.setting
+    series = {name: [run[name] for run in runs] for name in TIMED}
+    for name in ("ttft", "ttit"):
+        pairs = [(one[f"{name}_s"], run[f"{name}_s"]) for one, run in zip(full.runs, runs, strict=True)] if full else []
+        series[f"{name}_ratio"] = [round(a / b, 6) for a, b in pairs if a and b]
+    spread = {name: [min(values), max(values)] for name, values in series.items() if values and None not in values}
+    return {
+        **trial.setting._asdict(),
+        **{name: runs[-1][name] for name in SIZED},
+        **{name: median_of(values) for name, values in series.items()},
+        "theoretical_ratio": round(theoretical_ratio(k, p), 6) if mode == "refrag" else None,
+        "stages": {name: median_of([run["stages"][name] for run in runs]) for name in runs[0]["stages"]},
+        **trial.memory,
+        "stored_vectors": trial.stored_vectors,
+        "spread": spread,
+        "runs": series,
+    }
+
+
+def bench_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows with a context by curve, shortest first."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["context_tokens"]):
+        if row["context"]:
+            curves.setdefault(Setting(*(row[name] for name in Setting._fields)).curve, []).append(row)
+    return curves
+
+
+def bench_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per curve of three context lengths or more: the exponent with which the time to first token grows."""
+    found = []
+    for curve in bench_curves(rows).values():
+        lengths, seconds = ([row[name] for row in curve] for name in ("context_tokens", "ttft_s"))
+        if len(set(lengths)) >= 3:
+            exponent = round(growth_exponent(lengths, seconds), 4)
+            found.append({**{name: curve[0][name] for name in ("mode", "k", "p")}, "lengths": len(set(lengths)),
+                          "ttft_exponent": exponent})
+    return found
+
+
+def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> Benchmark:
+    """Load what `bench` times, with what its result must say to be made again."""
+    [item] = read_questions(QuestionConfig(question=bench.question))
+    pack = PackConfig(mode="refrag" if "refrag" in bench.modes else "full", compressed="feed")
+    generate = GenerateConfig(max_new=bench.new, cite=False)
+    pipeline = load_pipeline(index, SearchConfig(), pack, generate, models, runtime)
+    known = ("enc", "dec", "projector_trained", "gate", "compressed", "dtype")
+    settings = {name: value for name, value in pipeline.settings().items() if name in known}
+    facts = {"device": describe_device(runtime), "settings": option_values((bench, index, models, runtime)) | settings,
+             "versions": library_versions(), "command": sys.argv, "commit": source_commit(),
+             "index": index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
+    return Benchmark(pipeline, bench, item, facts)
+
+
+@contextlib.contextmanager
+def bench_folder(out_dir: str | None) -> Iterator[Path | None]:
+    """Hold the folder of --out_dir, made where needed; if nothing comes to stand in it, it goes. Raises LockedError."""
+    if out_dir is None:
+        yield None
+        return
+    folder = Path(out_dir)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / ".lock", f"--out_dir {folder}"):
+        try:
+            yield folder
+        finally:
+            if made and not (folder / "bench.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+BENCH_PICTURES = ("ttft.png", "ratio.png")
+
+
+def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
+    """bench.json and report.md after a round; the pictures after the last one. Those of another result go first."""
+    for name in BENCH_PICTURES:
+        (folder / name).unlink(missing_ok=True)
+    write_atomic(folder / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if last:
+        draw_bench(folder, result["rows"])
+    pictures = [f"![]({name})" for name in BENCH_PICTURES if (folder / name).is_file()]
+    command = shlex.join(result["command"]).encode("utf-8", "replace").decode()  # arguments may be any bytes
+    made = [f"Command: `{command}`", f"Device: {dumps(result['device'])}",
+            f"Versions: {dumps(result['versions'])}", f"Commit: {result['commit']}",
+            f"Medians of {result['rounds']} rounds in which all rows take turns (least and greatest in brackets)."]
+    write_atomic(folder / "report.md", "\n\n".join(["# Speed against context length", *made, bench_text(result),
+                                                    *pictures]) + "\n")
+
+
+def draw_bench(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """ttft.png, and ratio.png where full context was timed too."""
+    draw(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
+    if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
+        draw(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
+
+
+def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: str) -> Any:
+    """One column of a curve against its context tokens, medians with their spread. Returns the colour."""
+    lengths, values = ([row[key] for row in curve] for key in ("context_tokens", column))
+    around = [[abs(row["spread"][column][side] - row[column]) for row in curve] for side in (0, 1)]
+    return axes.errorbar(lengths, values, yerr=around, marker=".", capsize=2, label=name).lines[0].get_color()
+
+
+def log_axes(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Logarithmic axes with the context lengths that were timed, plain numbers, and the legend beside them."""
+    ticks = sorted({row["context_tokens"] for row in rows} - {0})
+    axes.set(xscale="log", yscale="log", xlabel="context tokens")
+    if ticks:
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def paint_ttft(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Time to first token against context length, and full context's over k and over k squared."""
+    curves = bench_curves(rows)
+    for name, curve in curves.items():
+        paint_curve(axes, name, curve, "ttft_s")
+    full = curves.get("full", [])
+    lengths, seconds = ([row[key] for row in full] for key in ("context_tokens", "ttft_s"))
+    for k in sorted({row["k"] for row in rows} - {None}) if full else ():
+        for power, style in ((1, "--"), (2, ":")):
+            label = f"full / {k}" + "²" * (power == 2)
+            axes.plot(lengths, [s / k**power for s in seconds], style, color="grey", linewidth=0.8)
+            axes.annotate(label, (lengths[0], seconds[0] / k**power), (0, 3), textcoords="offset points",
+                          fontsize=7, color="grey")
+    for row in rows:
+        if row["mode"] == "none":
+            axes.axhline(row["ttft_s"], color="black", linestyle="-.", linewidth=0.8, label="question alone")
+    log_axes(axes, rows)
+    axes.set(ylabel="time to first token, s")
+    axes.set_title("dashed and dotted: full context's over k and k²", fontsize=9)
+
+
+def paint_ratio(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """How many times sooner the first token comes than from full context; dashed: tokens over positions in theory."""
+    for name, curve in bench_curves(rows).items():
+        known = [row for row in curve if row["mode"] == "refrag" and row["ttft_ratio"] is not None]
+        if known:
+            colour = paint_curve(axes, name, known, "ttft_ratio")
+            axes.axhline(known[0]["theoretical_ratio"], color=colour, linestyle="--", linewidth=0.8)
+    log_axes(axes, rows)
+    axes.yaxis.set_minor_formatter("{x:g}")  # there may be no power of ten among the ratios
+    axes.set(ylabel="full context's time to first token over this")
+    axes.set_title("dashed: 1 / (p + (1 - p) / k)", fontsize=9)
+
+
+def bench_cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row for people: column -> text. Times in ms."""
+
+    def ms(seconds: float | None) -> str:
+        return "-" if seconds is None else f"{1000 * seconds:,.1f}"
+
+    low, high = row["spread"]["ttft_s"]
+    times = {"TTFT ms": f"{ms(row['ttft_s'])} ({ms(low)}-{ms(high)})"}
+    ratios = {column: "-" if row[name] is None else f"{row[name]:.2f}x" for column, name in (
+        ("shorter", "compression"), ("faster", "ttft_ratio"), ("theory", "theoretical_ratio"))}
+    stages = {name.removesuffix("_s"): ms(value) for name, value in row["stages"].items()}
+    shown = {name: "-" if row[name] is None else f"{row[name]:g}" for name in ("k", "p")}
+    return {"mode": row["mode"], **shown, "context": f"{row['context_tokens']:,}",
+            "positions": f"{row['positions']:,}", **times, **ratios, **stages, "TTIT ms": ms(row["ttit_s"]),
+            "tokens/s": "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
+            "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}"}
+
+
+def aligned_table(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table that can be read as it is. rows: column -> text, all with the same columns."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |"
+                     for line in lines)
+
+
+def bench_text(result: dict[str, Any]) -> str:
+    """A benchmark for people: the table, how the time grows, what was left out."""
+    lines = [aligned_table([bench_cells(row) for row in result["rows"]]), ""]
+    for entry in result["growth"]:
+        curve = Setting(entry["mode"], 0, entry["k"], entry["p"]).curve
+        lines.append(f"- {curve}: the time to first token grows with the {entry['ttft_exponent']:.2f}th power of the "
+                     "context tokens")
+    fresh = sorted({row["k"] for row in result["rows"] if row["stored_vectors"] is False})
+    if fresh:
+        lines.append(f"- vectors that the index does not hold, computed while the clock runs: k = "
+                     f"{', '.join(map(str, fresh))}")
+    lines += [f"- {text}" for text in result["left_out"]]
+    return "\n".join(lines).rstrip()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Makes the figures of docs/RESULTS.md. Each command prints one JSON object on the last line.
 
     python docs/measure.py retrieval --index_dir runs/scifact --questions qa.test.jsonl.gz
-    python docs/measure.py speed --index_dir runs/squad --question "..." --contexts 1000,4000
     python docs/measure.py decode
     python docs/measure.py untrained --index_dir runs/wiki --questions data/wiki_questions.jsonl
     python docs/measure.py gate --index_dir runs/wiki --questions data/wiki_questions.jsonl
@@ -82,32 +81,7 @@ def measure_retrieval(args: argparse.Namespace) -> dict:
     return {"passages": len(searcher.index), "n": len(questions), "results": results}
 
 
-# -- speed --------------------------------------------------------------------
-
-
-def measure_speed(args: argparse.Namespace) -> dict:
-    """Time to first token of full context and of --p 0 with stored vectors, taking turns."""
-    pipeline = pipeline_of(args, pack={"p": 0.0, "k": args.k, "compressed": "feed"}, generate={"max_new": 2,
-                           "cite": False})
-    item, rows = {"id": "1", "question": args.question}, []
-    for context in map(int, args.contexts.split(",")):
-        search = refrag.SearchConfig(topk=max(8, context // 60))
-        runs = collections.defaultdict(list)
-        for _ in range(args.repeats + 1):
-            for mode in ("full", "refrag", "none"):
-                one = pipeline.variant(mode=mode, ctx_max=context, search=search)
-                [result] = one.answer([item])
-                runs[mode].append(result["metrics"])
-        for mode, all_metrics in runs.items():
-            kept = all_metrics[1:]  # the first round warms the caches for this length
-            ttft = statistics.median(m["ttft_s"] for m in kept)
-            other = statistics.median(m["ttft_s"] - m["stages"]["prefill_s"] for m in kept)
-            stages = {name: round(statistics.median(m["stages"][name] for m in kept), 5) for name in kept[0]["stages"]}
-            rows.append({"mode": mode, "context_tokens": kept[0]["context_tokens"], "positions": kept[0]["positions"],
-                         "ttft_s": round(ttft, 4), "not_prefill_share": round(other / ttft, 4), "stages": stages})
-        by_mode = {row["mode"]: row for row in rows[-3:]}
-        by_mode["refrag"]["ttft_ratio"] = round(by_mode["full"]["ttft_s"] / by_mode["refrag"]["ttft_s"], 2)
-    return {"k": args.k, "p": 0.0, "repeats": args.repeats, "rows": rows}
+# -- decoding ------------------------------------------------------------------
 
 
 def measure_decode(args: argparse.Namespace) -> dict:
@@ -325,13 +299,12 @@ def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("retrieval", "speed", "decode", "untrained", "gate", "anchors", "training"))
+    parser.add_argument("what", choices=("retrieval", "decode", "untrained", "gate", "anchors", "training"))
     parser.add_argument("--index_dir")
     parser.add_argument("--questions")
     parser.add_argument("--texts")
-    parser.add_argument("--question")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--contexts", default="1000,4000")
+    parser.add_argument("--contexts", default="512")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--p", default="0,0.25")

@@ -251,6 +251,12 @@ def test_flags_are_not_abbreviated(short):
         (["search", "--topk", "many"], "--topk: invalid int value: 'many'"),
         (["search", "--retriever", "magic"], "choose from 'hybrid', 'dense', 'bm25'"),
         (["search", "--topk", "0"], "--topk must be 1 or more, got 0"),
+        (["bench", "--k", "8,x"], "--k: k must be a int, got 'x'"),
+        (["bench", "--k", "8,,16"], "--k: k must be a int, got ''"),
+        (["bench", "--k", "1.5"], "--k: k must be a int, got '1.5'"),
+        (["bench", "--p", ".1,many"], "--p: p must be a float, got 'many'"),
+        (["bench", "--k"], "--k: expected at least one argument"),
+        (["bench", "--modes", "full,magic"], "--modes: modes must be one of full, refrag, none, got 'magic'"),
         (["serch"], "invalid choice: 'serch' (choose from 'index', 'search'"),
         (["--json"], "unrecognized arguments: --json"),
     ],
@@ -274,6 +280,46 @@ def test_without_a_command_the_help_and_the_commands_are_shown(run):
     assert (code, out) == (2, "")
     assert err.startswith("usage: refrag.py")
     assert err.splitlines()[-1] == f"error: no command: name one of {', '.join(refrag.COMMANDS)}"
+
+
+BENCH = ["bench", "--index_dir", "i"]
+
+
+@pytest.mark.parametrize("words", [["8", "16", "32"], ["8,16,32"], ["8,16", "32"], ["8,", "16,", "32"]], ids=str)
+def test_numbers_stand_between_spaces_or_commas(words, monkeypatch, toml):
+    """After the flag, in the environment and in a file."""
+    for name, command in (("k", BENCH), ("k", ["cpt_recon", "--train_json", __file__, "--out_dir", "run"])):
+        assert value_of(name, [*command, f"--{name}", *words]) == (8, 16, 32)
+        assert value_of(name, [*command, "--config", toml(f"k = '{' '.join(words)}'")]) == (8, 16, 32)
+        monkeypatch.setenv("REFRAG_K", " ".join(words))
+        assert value_of(name, command) == (8, 16, 32)
+        monkeypatch.delenv("REFRAG_K")
+
+
+def test_fractions_and_choices_may_stand_between_commas_too(toml):
+    assert value_of("p", [*BENCH, "--p", "0,.1", "1e-2"]) == (0.0, 0.1, 0.01)
+    assert value_of("p", [*BENCH, "--config", toml("p = [0, 0.5]")]) == (0.0, 0.5)
+    assert value_of("modes", [*BENCH, "--modes", "full,none"]) == ("full", "none")
+    assert value_of("modes", [*BENCH, "--modes", "full", "none"]) == ("full", "none")
+
+
+def test_names_of_files_keep_their_commas(monkeypatch, toml):
+    assert value_of("corpus", ["index", "--corpus", "a,b.txt", "c d.txt"]) == ("a,b.txt", "c d.txt")
+    assert value_of("corpus", ["index", "--config", toml("corpus = ['a,b c.txt']")]) == ("a,b c.txt",)
+    monkeypatch.setenv("REFRAG_CORPUS", "a,b.txt c.txt")
+    assert value_of("corpus", ["index"]) == ("a,b.txt", "c.txt")
+
+
+def test_the_last_of_two_lists_counts():
+    assert value_of("k", [*BENCH, "--k", "4,8", "--k", "16"]) == (16,)
+
+
+def test_help_shows_several_defaults_as_they_are_written(run):
+    _, out, _ = run("bench", "--help")
+    text = " ".join(out.split())
+    assert "--contexts INT [INT ...]" in text
+    assert "as many as fit (default 512 1024 2048 4096 8192)" in text
+    assert "--modes {full,refrag,none} [{full,refrag,none} ...]" in text
 
 
 # ---- Flag, environment, file, default -------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def test_a_default_has_the_type_of_its_option(cls, field):
 def test_a_default_is_one_of_the_choices(cls, field):
     choices = field.metadata["choices"]
     optional = type(None) in typing.get_args(typing.get_type_hints(cls)[field.name])
-    assert field.default in choices or (optional and field.default is None)
+    values = field.default if isinstance(field.default, tuple) else (field.default,)
+    assert set(values) <= set(choices) or (optional and field.default is None)
     assert len(set(choices)) == len(choices)
 
 
@@ -124,6 +125,12 @@ BAD = [
     (refrag.GenerateConfig, {"top_p": 1.1}, "--top_p", "(0, 1]"),
     (refrag.GenerateConfig, {"batch_size": 0}, "--batch_size", "1 or more"),
     (refrag.GenerateConfig, {"resume": True}, "--resume", "--out FILE"),
+    *((refrag.BenchConfig, {"contexts": contexts}, "--contexts", "1 or more") for contexts in ((), (512, 0), (-1,))),
+    (refrag.BenchConfig, {"modes": ()}, "--modes", "full, refrag and none"),
+    *((refrag.BenchConfig, {"k": k}, "--k", "between 1 and 64") for k in ((), (0,), (16, 65))),
+    *((refrag.BenchConfig, {"p": p}, "--p", "between 0 and 1") for p in ((), (-0.1,), (0.5, 1.1), (NAN,))),
+    *((refrag.BenchConfig, {name: 0}, f"--{name}", "1 or more") for name in ("new", "repeats")),
+    (refrag.BenchConfig, {"out_dir": __file__}, f"--out_dir {__file__}", "name a folder"),
     (refrag.TextConfig, {"train_json": ()}, "--train_json", "name a file of JSON lines"),
     (refrag.TextConfig, {"train_json": (__file__, "nowhere.jsonl")}, "--train_json nowhere.jsonl:", "no such file"),
     (refrag.TextConfig, {"eval_json": (str(ROOT),)}, f"--eval_json {ROOT}:", "no such file"),
@@ -173,6 +180,8 @@ GOOD = [
     (refrag.PackConfig, {"k": 64, "p": 1.0}),
     (refrag.GenerateConfig, {"max_new": 1, "temperature": 0.0, "top_p": 1e-9, "batch_size": 1}),
     (refrag.GenerateConfig, {"resume": True, "out": "answers.jsonl"}),
+    (refrag.BenchConfig, {"contexts": (1,), "modes": ("none",), "k": (1, 64), "p": (0.0, 1.0), "new": 1, "repeats": 1}),
+    (refrag.BenchConfig, {"out_dir": str(ROOT)}),
     (refrag.TextConfig, {"train_json": (__file__, __file__), "eval_json": (__file__,)}),
     (refrag.TrainConfig, {"k": (1, 64), "seq_tokens": 64, "train": "p", "steps": 1, "batch_size": 1, "grad_accum": 1}),
     (refrag.TrainConfig, {"train": "dep", "lora_r": 0, "weight_decay": 0.0, "grad_clip": 0.0, "warmup": 0.0}),

@@ -1,0 +1,653 @@
+"""Section 13, speed: `bench` on tiny models, with known times instead of the machine's."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import refrag
+
+QUESTION = "Where do smiths cast bells?"
+NAMED = ["mode", "context", "k", "p", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb", "kv_bytes"]
+
+
+class Clock:
+    """Seconds that pass only where a test lets them."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """A clock on which a prefill takes 1 ms a position, a decoding step 10 ms, and nothing else any time."""
+    clock, prefill, step = Clock(), refrag.prefill, refrag.decode_one_token
+
+    def timed_prefill(decoder, inputs):
+        clock.now += 0.001 * len(inputs[0])
+        return prefill(decoder, inputs)
+
+    def timed_step(*args):
+        clock.now += 0.01
+        return step(*args)
+
+    monkeypatch.setattr(refrag, "Stopwatch", functools.partial(refrag.Stopwatch, clock=clock))
+    monkeypatch.setattr(refrag, "prefill", timed_prefill)
+    monkeypatch.setattr(refrag, "decode_one_token", timed_step)
+    return clock
+
+
+@pytest.fixture
+def argv(index_dir, llama):
+    """A short bench command line; later flags win over these."""
+
+    def line(*more: object) -> list[object]:
+        return ["bench", "--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--question", QUESTION,
+                "--contexts", "60,120", "--k", "4,8", "--p", "0", "--new", "3", "--repeats", "2", *more]
+
+    return line
+
+
+@pytest.fixture
+def bench(run, argv):
+    """Run a bench that succeeds with --json; returns its result and what stderr said."""
+
+    def call(*more: object) -> tuple[dict, str]:
+        code, out, err = run(*argv("--json", *more))
+        assert code == 0, err
+        assert out.count("\n") == 1
+        return json.loads(out), err
+
+    return call
+
+
+def rows_of(result: dict, mode: str, **values: object) -> list[dict]:
+    """The rows of a mode with these values."""
+    return [r for r in result["rows"] if r["mode"] == mode and all(r[key] == value for key, value in values.items())]
+
+
+def metrics(**changes: object) -> dict:
+    """The metrics of one run, as a pipeline gives them."""
+    stages = dict.fromkeys(("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s"), 0.125)
+    return {"ttft_s": 1.0, "ttit_s": 0.5, "tokens_per_s": 2.0, "new_tokens": 3, "positions": 10, "full_positions": 40,
+            "context_tokens": 32, "compression": 4.0, "p_realised": 0.0, "kv_bytes": 640, "stages": stages,
+            "peak_rss_mb": 50.0} | changes
+
+
+def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = None, **changes: object):
+    """A trial whose counted rounds took these times to the first token."""
+    runs = [metrics(ttft_s=seconds, ttit_s=seconds / 4) for seconds in ttft]
+    setting = refrag.Setting(mode, 512, k, p)._replace(**changes)
+    return refrag.Trial(setting, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_the_theoretical_ratio():
+    """A quarter of the tokens as text and a sixteenth of the rest: 1 / (.25 + .75 / 16) = 1 / .296875."""
+    assert refrag.theoretical_ratio(16, 0.25) == pytest.approx(1 / 0.296875)
+    assert refrag.theoretical_ratio(16, 0.0) == 16
+    assert refrag.theoretical_ratio(16, 1.0) == 1
+
+
+@given(st.floats(0.1, 3), st.floats(1e-4, 10), st.lists(st.integers(10, 10**5), min_size=3, max_size=8, unique=True))
+def test_the_exponent_of_an_exact_power_law_is_found(exponent, factor, lengths):
+    seconds = [factor * length**exponent for length in lengths]
+    assert refrag.growth_exponent(lengths, seconds) == pytest.approx(exponent, abs=1e-6)
+
+
+def test_the_exponent_is_the_least_squares_line_of_the_logarithms():
+    """Lengths 1, e, e^2 and times 1, e, e^4 have logarithms 0, 1, 2 and 0, 1, 4, whose line has the slope 2."""
+    lengths, seconds = [1, math.e, math.e**2], [1, math.e, math.e**4]
+    assert refrag.growth_exponent(lengths, seconds) == pytest.approx(2)
+
+
+def test_growth_needs_three_lengths_and_a_context():
+    def row(mode, context, tokens, seconds):
+        return {"mode": mode, "context": context, "k": None, "p": None, "context_tokens": tokens, "ttft_s": seconds}
+
+    full = [row("full", c, c, c**1.5) for c in (100, 400, 1600)]
+    none = [row("none", 0, 0, 1.0)] * 3
+    assert refrag.bench_growth([*none, *full]) == [
+        {"mode": "full", "k": None, "p": None, "lengths": 3, "ttft_exponent": 1.5}]
+    assert refrag.bench_growth(full[:2]) == []
+    assert refrag.bench_growth([*full[:2], row("full", 450, 400, 9.0)]) == [], "the same passages are no third length"
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 99))
+def test_every_round_has_every_run_once_in_another_order_than_the_last(count, rounds, seed):
+    orders = list(refrag.round_orders(count, rounds, seed))
+    assert len(orders) == rounds
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert count == 1 or all(a != b for a, b in itertools.pairwise(orders))
+    assert orders == list(refrag.round_orders(count, rounds, seed))
+
+
+def test_the_seed_changes_the_order():
+    assert len({str(list(refrag.round_orders(6, 3, seed))) for seed in range(5)}) == 5
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios():
+    """Ratios 5, 2 and 9 by round; the ratio of the medians would be 20 / 10 = 2."""
+    full, ours = trial("full", [10.0, 20.0, 90.0]), trial("refrag", [2.0, 10.0, 10.0], k=16, p=0.0)
+    row = refrag.bench_row(ours, full)
+    assert (row["ttft_s"], row["ttft_ratio"]) == (10.0, 5.0)
+    assert row["runs"]["ttft_ratio"] == [5.0, 2.0, 9.0]
+    assert row["spread"]["ttft_s"] == [2.0, 10.0]
+    assert row["spread"]["ttft_ratio"] == [2.0, 9.0]
+    assert (row["ttit_s"], row["ttit_ratio"]) == (2.5, 5.0)
+    assert row["theoretical_ratio"] == 16
+    assert refrag.bench_row(full, full)["ttft_ratio"] == 1.0
+
+
+def test_a_median_of_an_even_number_of_rounds_lies_between():
+    assert refrag.bench_row(trial("full", [1.0, 2.0, 4.0, 9.0]), None)["ttft_s"] == 3.0
+
+
+def test_without_full_context_there_is_no_ratio():
+    row = refrag.bench_row(trial("refrag", [1.0, 2.0], k=16, p=0.0), None)
+    assert row["ttft_ratio"] is row["ttit_ratio"] is None
+    assert "ttft_ratio" not in row["spread"]
+
+
+def test_one_new_token_has_no_time_between_tokens():
+    one = trial("full", [1.0, 2.0])
+    for run in one.runs:
+        run.update(ttit_s=None, tokens_per_s=None)
+    row = refrag.bench_row(one, one)
+    assert row["ttit_s"] is row["tokens_per_s"] is row["ttit_ratio"] is None
+    assert refrag.bench_cells(row)["TTIT ms"] == refrag.bench_cells(row)["tokens/s"] == "-"
+
+
+def test_the_stages_are_medians_by_themselves():
+    one = trial("full", [1.0, 2.0, 3.0])
+    for run, seconds in zip(one.runs, (0.1, 0.9, 0.2), strict=True):
+        run["stages"] = run["stages"] | {"prefill_s": seconds}
+    assert refrag.bench_row(one, None)["stages"] == dict.fromkeys(run["stages"], 0.125) | {"prefill_s": 0.2}
+
+
+def test_every_combination_is_timed_once():
+    config = refrag.BenchConfig(contexts=(64, 128, 64), modes=("none", "full", "refrag"), k=(4, 8), p=(0.0, 0.5, 0.5))
+    settings = refrag.bench_settings(config)
+    assert sorted(settings, key=str) == sorted([
+        refrag.Setting("none", 0, None, None),
+        *(refrag.Setting("full", context, None, None) for context in (64, 128)),
+        *(refrag.Setting("refrag", *rest) for rest in itertools.product((64, 128), (4, 8), (0.0, 0.5))),
+    ], key=str)
+    assert len({s.curve for s in settings}) == 1 + 1 + 4
+
+
+def test_a_table_is_markdown_with_aligned_columns():
+    table = refrag.aligned_table([{"a": "1", "long": "x"}, {"a": "1,000", "long": "y"}])
+    assert table == ("|     a | long |\n"
+                     "| ----- | ---- |\n"
+                     "|     1 |    x |\n"
+                     "| 1,000 |    y |")
+
+
+# ---- The cache ------------------------------------------------------------------------------------------------------
+
+
+def bytes_after_prefill(folder, length: int) -> int:
+    """Bytes of a decoder's cache after a prompt of random embeddings."""
+    import transformers
+
+    decoder = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    _, state = refrag.prefill(decoder, [torch.randn(length, 32)])
+    return refrag.cache_bytes(state.cache)
+
+
+def test_the_cache_of_a_llama_by_hand(llama):
+    """3 layers, keys and values, 2 heads of 8 numbers of 4 bytes: 3 * 2 * 2 * 8 * 4 = 384 bytes a position."""
+    assert bytes_after_prefill(llama, 1) == 384
+    assert bytes_after_prefill(llama, 50) == 384 * 50
+
+
+def test_the_cache_of_every_architecture_is_counted(any_decoder):
+    """Per position: attention layers as above, GPT-2 with 4 heads; Mamba's states do not grow, but they are there."""
+    short, long = (bytes_after_prefill(any_decoder, length) for length in (40, 100))
+    kind = refrag.AutoConfig.from_pretrained(any_decoder).model_type
+    per_layer = 2 * (4 if kind == "gpt2" else 2) * 8 * 4
+    growing = {"mamba2": 0, "bamba": 1}.get(kind, 3)
+    assert long - short == 60 * per_layer * growing
+    assert (short > 40 * per_layer * growing) == (kind in ("mamba2", "bamba"))
+
+
+def test_a_tensor_that_stands_twice_in_a_cache_counts_once():
+    tensor, other = torch.zeros(10), torch.zeros(3, dtype=torch.float16)
+    circular = {"a": [tensor, (tensor, other)], "kind": dict}
+    circular["again"] = circular
+    assert refrag.cache_bytes(circular) == 46
+
+
+def test_an_answers_share_of_the_cache_is_in_its_metrics(llama, index_dir):
+    pipeline = refrag.load_pipeline(
+        refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2), refrag.PackConfig(mode="full"),
+        refrag.GenerateConfig(max_new=2, cite=False), refrag.ModelConfig(dec=str(llama), enc="decoder:2"),
+        refrag.RuntimeConfig(quiet=True))
+    items = [{"id": str(i), "question": QUESTION} for i in range(2)]
+    for results in (pipeline.answer(items), pipeline.answer(items[:1])):
+        assert [r["metrics"]["kv_bytes"] for r in results] == [384 * r["metrics"]["positions"] for r in results]
+
+
+# ---- Rounds ---------------------------------------------------------------------------------------------------------
+
+
+def test_known_times_give_known_rows(bench, clock):
+    result, _ = bench("--p", "0", "0.3")
+    assert result["rounds"] == 2
+    for row in result["rows"]:
+        assert row["ttft_s"] == pytest.approx(0.001 * row["positions"])
+        assert row["stages"]["prefill_s"] == pytest.approx(row["ttft_s"])
+        assert row["ttit_s"] == pytest.approx(0.01)
+        assert row["tokens_per_s"] == pytest.approx(100)
+        assert row["kv_bytes"] == 384 * row["positions"]
+    assert len(rows_of(result, "refrag")) == 2 * 2 * 2
+    for row in rows_of(result, "refrag"):
+        [full] = rows_of(result, "full", context=row["context"])
+        assert full["positions"] == row["full_positions"] > row["positions"]
+        assert full["context_tokens"] == row["context_tokens"]
+        assert row["ttft_ratio"] == pytest.approx(full["positions"] / row["positions"], abs=1e-5)
+        assert row["ttit_ratio"] == pytest.approx(1)
+        assert row["p_realised"] <= row["p"]
+    [none] = rows_of(result, "none")
+    assert (none["context"], none["context_tokens"], none["k"], none["ttft_ratio"]) == (0, 0, None, None)
+    assert none["positions"] < min(r["positions"] for r in result["rows"] if r["mode"] != "none")
+
+
+def test_more_tokens_per_vector_and_less_text_take_fewer_positions(bench):
+    result, _ = bench("--contexts", 120, "--p", "0,0.3", "--repeats", 1)
+    positions = {(r["k"], r["p"]): r["positions"] for r in rows_of(result, "refrag")}
+    assert positions[8, 0.0] < positions[4, 0.0] < positions[4, 0.3]
+    assert positions[8, 0.0] < positions[8, 0.3]
+
+
+def test_rounds_hold_every_combination_once_in_changing_order(bench, monkeypatch):
+    """The first round warms up: what it measures, here an absurd time, is in no row."""
+    turns: list[refrag.Setting] = []
+
+    def run(self, item):
+        turns.append(self.setting)
+        return metrics(ttft_s=1e6 if len(turns) <= 7 else 0.5)
+
+    monkeypatch.setattr(refrag.Trial, "run", run)
+    result, _ = bench("--repeats", 4)
+    rounds = refrag.batched(turns, 7)  # 2 contexts of full text and of two k, and the question alone
+    assert len(rounds) == 5
+    assert all(len(set(one)) == 7 for one in rounds)
+    assert all(a != b for a, b in itertools.pairwise(rounds))
+    assert all(row["runs"]["ttft_s"] == [0.5] * 4 for row in result["rows"])
+
+
+def test_no_end_token_stops_a_run(bench, monkeypatch):
+    monkeypatch.setattr(refrag, "stop_tokens", lambda *_: frozenset(range(600)))
+    result, _ = bench("--contexts", 120, "--k", 4, "--repeats", 1, "--new", 7)
+    assert [row["new_tokens"] for row in result["rows"]] == [7, 7, 7]
+
+
+def test_two_runs_of_one_seed_have_one_order(bench, monkeypatch):
+    turns: list[str] = []
+    monkeypatch.setattr(refrag.Trial, "run", lambda self, item: turns.append(str(self.setting)) or metrics())
+    seen = []
+    for seed in (1, 1, 2):
+        bench("--seed", seed)
+        seen.append(tuple(turns))
+        turns.clear()
+    assert seen[0] == seen[1] != seen[2]
+
+
+# ---- What fits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_context_is_filled_with_whole_passages(bench, index_dir, llama):
+    """No passage more would fit. The oracle counts tokens of contents, best passage first."""
+    result, _ = bench("--contexts", "30,60,120", "--modes", "full", "--repeats", 1)
+    index, tokenizer = refrag.open_index(str(index_dir)), refrag.AutoTokenizer.from_pretrained(llama)
+    searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(),
+                                    refrag.RuntimeConfig())
+    sizes = [len(tokenizer(index.content(p.row))["input_ids"]) for p in searcher.search(QUESTION, 6)]
+    totals = np.cumsum(sizes)
+    for row in rows_of(result, "full"):
+        fitting = [total for total in totals if total <= row["context"]]
+        assert abs(row["context_tokens"] - fitting[-1]) <= len(fitting)  # a token may span a border of the content
+        assert row["context_tokens"] <= row["context"]
+    assert [row["context"] for row in result["rows"]] == [30, 60, 120]
+
+
+def test_contexts_that_the_index_can_not_fill_are_left_out_and_told(bench):
+    result, err = bench("--contexts", "3,120,100000", "--repeats", 1)
+    assert {row["context"] for row in result["rows"]} == {0, 120}
+    short, long = result["left_out"]
+    assert short == "--contexts 3 left out: the best passage alone is longer"
+    assert long.startswith("--contexts 100000 left out: all 6 passages that the question finds hold ")
+    assert all(f"{text}\n" in err for text in (short, long))
+
+
+def test_all_passages_of_the_index_may_fill_a_context_exactly(bench):
+    [told] = bench("--contexts", "1000,60", "--modes", "full", "--repeats", 1)[0]["left_out"]
+    tokens = int(told.split()[-2])
+    result, _ = bench("--contexts", f"{tokens},{tokens + 1}", "--modes", "full", "--repeats", 1)
+    [row] = result["rows"]
+    assert (row["context"], row["context_tokens"]) == (tokens, tokens)
+    assert len(result["left_out"]) == 1
+
+
+def test_as_many_passages_are_asked_for_as_it_takes(bench, monkeypatch):
+    """The search begins with a number of passages, here 1, and doubles it until the context is full."""
+    monkeypatch.setattr(refrag.SearchConfig, "topk", 1)
+    by_ones = bench("--modes", "full", "--repeats", 1)[0]["rows"]
+    monkeypatch.undo()
+    assert [row["positions"] for row in by_ones] == [
+        row["positions"] for row in bench("--modes", "full", "--repeats", 1)[0]["rows"]]
+
+
+def test_what_exceeds_the_window_is_left_out_and_told(bench, monkeypatch):
+    """In a window of one position fewer than full context and its new tokens take, compressed context has room."""
+    [full] = bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["rows"]
+    monkeypatch.setattr(refrag.RefragModel, "window", full["positions"] + 2)
+    result, err = bench("--contexts", 120, "--k", 8, "--repeats", 1)
+    [row] = rows_of(result, "refrag")
+    assert rows_of(result, "full") == []
+    assert row["ttft_ratio"] is None
+    assert result["left_out"] == [f"full at --contexts 120 left out: {full['positions']} positions and --new 3 exceed "
+                                  f"the decoder's window {full['positions'] + 2}"]
+    assert f"{result['left_out'][0]}\n" in err
+
+
+def test_new_tokens_count_in_the_window(bench, monkeypatch):
+    """The window ends exactly at the last new token, or one before it."""
+    [row] = bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["rows"]
+    monkeypatch.setattr(refrag.RefragModel, "window", row["positions"] + 3)
+    assert bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["left_out"] == []
+    result, _ = bench("--contexts", 120, "--modes", "full,none", "--new", 4, "--repeats", 1)
+    assert [row["mode"] for row in result["rows"]] == ["none"]
+
+
+def test_where_nothing_fits_it_is_an_error(run, argv):
+    code, out, err = run(*argv("--modes", "full", "--contexts", 100000, "--json"))
+    assert code == 2
+    assert json.loads(out)["error"]["message"].startswith("nothing to time: --contexts 100000 left out: ")
+    assert err.splitlines()[-1].startswith("error: nothing to time: ")
+
+
+# ---- Stored vectors -------------------------------------------------------------------------------------------------
+
+
+def test_stored_vectors_serve_the_multiples_of_their_k(bench, monkeypatch):
+    """k = 4 is stored. k = 6 is none of its multiples: its vectors are made in each run, and that is told."""
+    encoded: list[int] = []
+    encode = refrag.ChunkEncoder.encode
+
+    def counting(self, contents):
+        encoded.append(self.tokenizer.compression)
+        return encode(self, contents)
+
+    monkeypatch.setattr(refrag.ChunkEncoder, "encode", counting)
+    result, err = bench("--contexts", 120, "--k", "4,8,6", "--repeats", 2)
+    assert {row["k"]: row["stored_vectors"] for row in rows_of(result, "refrag")} == {4: True, 8: True, 6: False}
+    assert [row["stored_vectors"] for row in result["rows"] if row["mode"] != "refrag"] == [None, None]
+    assert encoded.count(6) == 3  # one warm-up and two rounds
+    assert 4 not in encoded and 8 not in encoded
+    assert "--k 6: the index holds no vectors that serve it, so they are computed while the clock runs\n" in err
+    assert "--k 4" not in err and "--k 8" not in err
+
+
+def test_an_index_without_vectors_is_timed_with_vectors_made_on_the_fly(bench, run, corpus, embedder, llama, tmp_path):
+    code, _, err = run("index", "--corpus", corpus, "--index_dir", tmp_path / "plain", "--embed_model", embedder,
+                       "--dec", llama, "--quiet")
+    assert code == 0, err
+    result, err = bench("--index_dir", tmp_path / "plain", "--contexts", 120, "--k", 16, "--repeats", 1)
+    [row] = rows_of(result, "refrag")
+    assert row["stored_vectors"] is False
+    assert "--k 16: the index holds no vectors" in err
+
+
+def test_all_text_reads_no_vectors(bench):
+    result, err = bench("--contexts", 120, "--k", 6, "--p", 1, "--repeats", 1)
+    [row], [full] = rows_of(result, "refrag"), rows_of(result, "full")
+    assert row["stored_vectors"] is None
+    assert (row["positions"], row["theoretical_ratio"]) == (full["positions"], 1)
+    assert "no vectors that serve it" not in err
+
+
+# ---- The result -----------------------------------------------------------------------------------------------------
+
+
+def test_the_result_has_the_promised_names(bench, index_dir):
+    result, _ = bench("--repeats", 1)
+    assert {"device", "rows", "rounds", "settings", "versions", "command", "commit", "growth"} <= set(result)
+    assert all(set(NAMED) <= set(row) for row in result["rows"])
+    assert result["device"]["device"] == "cpu"
+    assert result["versions"] == refrag.library_versions()
+    assert result["settings"] | {"contexts": [60, 120], "new": 3, "gate": "blend", "compressed": "feed",
+                                 "index_dir": str(index_dir)} == result["settings"]
+    assert result["command"] == sys.argv
+    assert all(row["peak_rss_mb"] > 0 and row["peak_device_mb"] is None for row in result["rows"])
+
+
+def test_growth_is_reported_for_three_lengths(bench, clock):
+    """On this clock the time is 1 ms a position, of which the context's tokens are a part: less than linear."""
+    result, _ = bench("--contexts", "30,60,120", "--k", 4, "--repeats", 1)
+    assert {(g["mode"], g["lengths"]) for g in result["growth"]} == {("full", 3), ("refrag", 3)}
+    full = rows_of(result, "full")
+    expected = refrag.growth_exponent([r["context_tokens"] for r in full], [0.001 * r["positions"] for r in full])
+    assert result["growth"][0]["ttft_exponent"] == pytest.approx(expected, abs=1e-3)
+    assert 0 < expected < 1
+
+
+def test_the_folder_holds_result_report_and_pictures(bench, tmp_path, clock):
+    folder = tmp_path / "deep" / "bench"
+    result, _ = bench("--out_dir", folder, "--contexts", "30,60,120")
+    assert {path.name for path in folder.iterdir()} - {".lock"} == {"bench.json", "report.md", "ttft.png", "ratio.png"}
+    assert json.loads((folder / "bench.json").read_text(encoding="utf-8")) == result
+    for name in refrag.BENCH_PICTURES:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert "![](ttft.png)" in report and "![](ratio.png)" in report
+    table = [line for line in report.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(result["rows"])
+    for line, row in zip(table[2:], result["rows"], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == row["mode"]
+        assert f"{1000 * row['ttft_s']:,.1f} (" in cells[5]
+    assert "- full: the time to first token grows with the " in report
+
+
+def test_the_curves_of_the_pictures_are_the_rows(bench, clock):
+    """Medians against context tokens, and full context's over k and k squared."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    result, _ = bench("--contexts", "60,120", "--repeats", 1)
+    figure, (left, right) = pyplot.subplots(1, 2)
+    refrag.paint_ttft(left, result["rows"])
+    refrag.paint_ratio(right, result["rows"])
+    drawn = [tuple(line.get_ydata()) for line in left.lines]
+    full = [row["ttft_s"] for row in rows_of(result, "full")]
+    for k in (4, 8):
+        assert tuple(row["ttft_s"] for row in rows_of(result, "refrag", k=k)) in drawn
+        assert tuple(s / k for s in full) in drawn and tuple(s / k**2 for s in full) in drawn
+        ratios = tuple(row["ttft_ratio"] for row in rows_of(result, "refrag", k=k))
+        assert ratios in [tuple(line.get_ydata()) for line in right.lines]
+    assert (left.get_xscale(), left.get_yscale()) == ("log", "log")
+    pyplot.close(figure)
+
+
+def test_without_full_context_there_is_one_picture_and_an_older_one_goes(bench, tmp_path):
+    bench("--out_dir", tmp_path / "b", "--repeats", 1)
+    assert (tmp_path / "b" / "ratio.png").exists()
+    bench("--out_dir", tmp_path / "b", "--repeats", 1, "--modes", "refrag")
+    assert (tmp_path / "b" / "ttft.png").exists()
+    assert not (tmp_path / "b" / "ratio.png").exists()
+    assert "ratio.png" not in (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
+
+
+def test_without_matplotlib_there_are_no_pictures(bench, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    _, err = bench("--out_dir", tmp_path / "b", "--repeats", 1)
+    assert {path.name for path in (tmp_path / "b").iterdir()} - {".lock"} == {"bench.json", "report.md"}
+    assert "pip install matplotlib, for ttft.png" in err
+
+
+def test_people_get_a_table(run, argv):
+    code, out, err = run(*argv("--modes", "full,refrag", "--k", "6", "--contexts", "120,100000", "--repeats", 1))
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[:4]] == ["mode", "------", "full", "refrag"]
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert "- vectors that the index does not hold, computed while the clock runs: k = 6" in lines
+    assert any(line.startswith("- --contexts 100000 left out") for line in lines)
+
+
+@pytest.mark.parametrize("argument", ["\udcff", "a b"])
+def test_the_report_holds_any_command_line(bench, tmp_path, monkeypatch, argument):
+    """An argument that is no UTF-8 reaches Python as a lone surrogate."""
+    monkeypatch.setattr(sys, "argv", ["refrag.py", "bench", argument])
+    bench("--out_dir", tmp_path / "b", "--repeats", 1, "--modes", "none")
+    report = (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
+    assert "Command: `refrag.py bench '?'`" in report or "Command: `refrag.py bench 'a b'`" in report
+
+
+# ---- Interruptions and other writers --------------------------------------------------------------------------------
+
+
+def test_finished_rounds_are_kept_when_interrupted(run, argv, tmp_path, monkeypatch):
+    """Seven runs a round: the warm-up, two rounds that count, and an interrupt within the third."""
+    count = itertools.count(1)
+
+    def interrupted(self, item):
+        if next(count) == 3 * 7 + 4:
+            raise KeyboardInterrupt
+        return metrics()
+
+    monkeypatch.setattr(refrag.Trial, "run", interrupted)
+    code, out, err = run(*argv("--out_dir", tmp_path / "b", "--repeats", 5))
+    assert (code, out, err.splitlines()[-1]) == (130, "", "error: interrupted")
+    kept = json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8"))
+    assert kept["rounds"] == 2
+    assert [len(row["runs"]["ttft_s"]) for row in kept["rows"]] == [2] * 7
+    assert "Medians of 2 rounds" in (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_in_which_nothing_came_to_stand_goes_again(run, argv, tmp_path, monkeypatch, there):
+    def interrupted(self, item):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refrag.Trial, "run", interrupted)
+    if there:
+        (tmp_path / "b").mkdir()
+    assert run(*argv("--out_dir", tmp_path / "b"))[0] == 130
+    assert (tmp_path / "b").exists() == there
+
+
+def test_a_second_writer_is_told_so(run, argv, tmp_path):
+    with refrag.bench_folder(str(tmp_path / "b")):
+        code, _, err = run(*argv("--out_dir", tmp_path / "b"))
+    assert code == 75
+    assert err == f"error: --out_dir {tmp_path / 'b'} is being written by another process: wait for it to end\n"
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "told"), [
+    (["--contexts", "512,0"], "--contexts must be 1 or more"),
+    (["--contexts", "many"], "--contexts: contexts must be a int, got 'many'"),
+    (["--modes", "magic"], "--modes: modes must be one of full, refrag, none, got 'magic'"),
+    (["--k", "0"], "--k must lie between 1 and 64"),
+    (["--p", "1.5"], "--p must lie between 0 and 1"),
+    (["--repeats", "0"], "--repeats must be 1 or more"),
+    (["--new", "0"], "--new must be 1 or more"),
+    (["--question", " "], "the question is empty"),
+    (["--out_dir", __file__], "is a file: name a folder"),
+    (["--index_dir", "nowhere"], "--index_dir nowhere: no such folder"),
+], ids=str)
+def test_bad_input_is_one_line_before_a_model_is_loaded(run, argv, monkeypatch, flags, told):
+    monkeypatch.setattr(refrag, "load_model", None)  # calling it would be another error
+    code, out, err = run(*argv(*flags))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert told in err
+
+
+def test_an_index_must_be_named(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(refrag, "load_model", None)
+    code, _, err = run("bench", "--out_dir", tmp_path / "b")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: --index_dir is missing")
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_index_of_another_encoder_is_refused(run, argv):
+    code, _, err = run(*argv("--enc", "decoder:1"))
+    assert code == 5
+    assert "another encoder" in err
+
+
+# ---- Helpers of section 4 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps the peak of memory")
+def test_the_peak_of_memory_begins_anew():
+    block = np.ones(20_000_000)  # 153 MiB
+    high = refrag.peak_rss_mb()
+    del block
+    refrag.reset_peak_memory(torch.device("cpu"))
+    assert refrag.peak_rss_mb() < high - 100
+
+
+def test_a_peak_that_can_not_begin_anew_stays(monkeypatch):
+    monkeypatch.setattr(refrag.Path, "write_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
+    refrag.reset_peak_memory(torch.device("cpu"))
+    assert refrag.peak_rss_mb() > 0
+    assert refrag.peak_device_mb(torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_the_file(tmp_path, monkeypatch):
+    """None outside a checkout and for a file that a checkout does not track; a + after a change."""
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True,
+                              text=True).stdout
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    program = tmp_path / "program.py"
+    program.write_text("a")
+    monkeypatch.setattr(refrag, "__file__", str(program))
+    assert refrag.source_commit() is None
+    git("init", "-q")
+    (tmp_path / "other.py").write_text("b")
+    git("add", "other.py")
+    git("commit", "-qm", "another file")
+    assert refrag.source_commit() is None
+    git("add", "program.py")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "HEAD").strip()
+    assert refrag.source_commit() == head
+    program.write_text("b")
+    assert refrag.source_commit() == f"{head}+"
+
+
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refrag.source_commit() is None
