@@ -5872,7 +5872,9 @@ def ranking_scores(ranked: Sequence[str], positives: set[str]) -> dict[str, floa
 def bootstrap_interval(values: Sequence[float], seed: int) -> list[float]:
     """95% percentile interval of the mean: [low, high]. One seed, one interval."""
     rng, drawn = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
-    means = [drawn[rng.integers(0, len(drawn), len(drawn))].mean() for _ in range(RESAMPLES)]
+    n = len(drawn)
+    blocks = batched(range(RESAMPLES), max(1, 10**6 // n))  # of resamples, so that n may be large
+    means = np.concatenate([drawn[rng.integers(0, n, (len(block), n))].mean(1) for block in blocks])
     return [round(float(edge), 4) for edge in np.quantile(means, [0.025, 0.975])]
 
 
