@@ -4665,7 +4665,7 @@ def checked_batch(model: RefragModel, rows: list[list[TrainingSequence]], packs:
     """Rows as a batch, see `collate`. Raises UserError for a sequence beyond what the decoder was built for."""
     longest, window = max(len(s.plan) for row in rows for s in row), model.window
     require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
-            f"{window}: use shorter texts (--seq_tokens; in eval --context_tokens, --next_tokens)")
+            f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
     return collate(rows, model.encoder, packs)
 
 
@@ -6023,6 +6023,7 @@ class Task:
 
     notes = ""  # how to read the table
     unused: frozenset[str] = frozenset()  # options that change no line
+    accelerator: Any = None  # set by `evaluate`
 
     def __init__(self, options: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
                  runtime: RuntimeConfig):
@@ -6416,7 +6417,6 @@ class TextTask(Task):
 
     def load(self) -> None:
         ks, options = tuple(dict.fromkeys(self.options.k)), self.options
-        self.accelerator = make_accelerator(self.runtime)
         self.model = load_model(self.models, max(ks), self.runtime).to(self.accelerator.device)
         train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
         self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
@@ -6530,9 +6530,9 @@ EVAL_FILES = re.compile(
 
 def evaluate(task: Task) -> dict[str, Any]:
     """Measure what is not measured yet, and write the report. Returns the summary that the command prints."""
-    accelerator = make_accelerator(task.runtime)
+    accelerator = task.accelerator = make_accelerator(task.runtime)
     if task.options.out_dir is None:
-        return summary_of(task, measure_lines(task, accelerator, {}, lambda line: None))
+        return summary_of(task, measure_lines(task, {}, lambda line: None))
     folder = Path(task.options.out_dir)
     with run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"):
         with accelerator.main_process_first():  # which mends what a kill left
@@ -6541,7 +6541,7 @@ def evaluate(task: Task) -> dict[str, Any]:
         accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
         rank = accelerator.process_index
         path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
-        found = measure_lines(task, accelerator, done, lambda line: append_line(path, line | {"settings": settings}))
+        found = measure_lines(task, done, lambda line: append_line(path, line | {"settings": settings}))
         summary = summary_of(task, found)
         if accelerator.is_main_process:
             write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
@@ -6563,15 +6563,16 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         handle.write(dumps(line) + "\n")
 
 
-def measure_lines(task: Task, accelerator: Any, done: dict[Key, dict[str, Any]],
+def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
                   write: Callable[[dict[str, Any]], None]) -> dict[Key, dict[str, Any]]:
     """All lines of a task: those done and those measured now, each process its share of the units."""
     new: list[dict[str, Any]] = []
-    if any(key not in done for key in task.wanted()):
+    finished = set(done)
+    if not finished.issuperset(task.wanted()):
         task.load()
-        units = task.units()[accelerator.process_index :: accelerator.num_processes]
+        units = task.units()[task.accelerator.process_index :: task.accelerator.num_processes]
         for unit in progress(units, f"eval {task.options.task}", total=len(units)):
-            for line in task.lines(unit, set(done)):
+            for line in task.lines(unit, finished):
                 new.append(line)
                 write(line)
     gathered = late_import("accelerate.utils").gather_object(new)

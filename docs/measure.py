@@ -15,10 +15,7 @@ import argparse
 import collections
 import itertools
 import json
-import math
-import re
 import statistics
-import string
 import sys
 import tempfile
 import time
@@ -26,7 +23,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 
 import refrag
