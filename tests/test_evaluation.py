@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -259,13 +260,14 @@ class TestControls:
     def test_answers_are_found_as_whole_words_if_they_stand_as_such(self, task):
         tokenizer, index = task.pipeline.tokenizer, task.pipeline.searcher.index
         text = "In 1896 or 96, games; gamesters in athens"
-        doc = refrag.Doc("1", text, np.asarray([8, 15, 23, len(text)]))
+        doc = refrag.Doc("1", text, np.asarray([7, 15, 23, len(text)]))
         prompt = refrag.build_prompt(tokenizer, [doc])
         packed = refrag.Packed([doc], prompt, 0, [0])
         where = lambda *answers: refrag.answer_spans(  # noqa: E731
             packed, {"answers": answers, "positive_ids": ["a"]}, index, tokenizer)
         assert where("96") == [[1]]
         assert where("89") == [[0]]  # nowhere a word of its own
+        assert where("1896") == [[0]]  # it ends where the next chunk begins
         assert where("Athens", "or 96, games") == [[3], [1, 2]]
         assert refrag.answer_spans(packed, {"answers": ["96"], "positive_ids": ["b"]}, index, tokenizer) == []
 
@@ -274,6 +276,11 @@ class TestControls:
         assert refrag.texts_fed(full, task.pipeline.tokenizer) == [d.content for d in full.packed.docs]
         nothing, _ = self.prepare(task, "refrag", 0.0)
         assert refrag.texts_fed(nothing, task.pipeline.tokenizer) == []
+        first, last = full.packed.prompt.chunks[0].first, full.packed.prompt.chunks[-1].last
+        gap = dataclasses.replace(full, plan=np.delete(full.plan, first + 2))
+        ids = full.packed.prompt.input_ids[first:last]
+        decode = task.pipeline.tokenizer.decoder.decode
+        assert refrag.texts_fed(gap, task.pipeline.tokenizer)[0] == decode(ids[:2])  # what misses a token is two runs
         some, _ = self.prepare(task, "refrag", 0.3)
         runs = refrag.texts_fed(some, task.pipeline.tokenizer)
         tokens = sum(c.tokens for c, e in zip(some.packed.prompt.chunks, some.expanded, strict=True) if e)
