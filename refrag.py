@@ -36,6 +36,7 @@ Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D d
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import ctypes
@@ -58,6 +59,8 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
+import string
 import subprocess
 import sys
 import threading
@@ -128,6 +131,12 @@ def opt(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
     choices: what a value, or each of several, may be.
     """
     return field(default=default, metadata={"help": help, "choices": tuple(choices)})
+
+
+def like(cls: type, name: str) -> Any:
+    """An option that another class has too: the same default, help and choices."""
+    known = cls.__dataclass_fields__[name]
+    return opt(known.default, known.metadata["help"], choices=known.metadata["choices"])
 
 
 def require(condition: bool, message: str) -> None:
@@ -449,6 +458,71 @@ class SftConfig:
         require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
 
 
+EVAL_MODES = {  # what --modes may name
+    "qa": ("full", "refrag", "none", "truncate", "expanded_only", "random_gate", "wrong_vectors", "cosine_gate",
+           "oracle_gate"),
+    "retrieval": ("bm25", "dense", "hybrid"),
+    "gate": tuple(name for name in PackConfig.__dataclass_fields__["gate"].metadata["choices"]
+                  if name not in ("auto", "none")),
+    "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
+    "recon": (),
+}
+EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes names them
+TEXT_TASKS = ("ppl", "recon")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is evaluated, and against which controls."""
+
+    task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
+                          "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
+    qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
+    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz")
+    modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
+        f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
+        + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
+    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most")
+    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several")
+    gate: str = like(PackConfig, "gate")
+    ctx_max: int = like(PackConfig, "ctx_max")
+    max_new: int = like(GenerateConfig, "max_new")
+    cite: bool = like(GenerateConfig, "cite")
+    batch_size: int = like(GenerateConfig, "batch_size")
+    context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
+    next_tokens: int = opt(128, "with ppl: tokens after them that are predicted")
+    limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files")
+    out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
+                                    "sample.md; without it the results are printed alone")
+    resume: bool = opt(False, "continue the evaluation in --out_dir")
+
+    def __post_init__(self) -> None:
+        textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
+        require(textual or self.qa is not None, "--qa is missing: name a file of questions")
+        require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
+        for name in self.texts:
+            require(os.path.isfile(name), f"--texts {name}: no such file")
+        unknown = [name for name in self.named if name not in valid]
+        require(not unknown, f"--modes {', '.join(unknown)}: --task {self.task} knows {', '.join(valid) or 'none'}")
+        require(bool(self.p), "--p is empty: give shares between 0 and 1")
+        require(len(self.k) == 1 or (textual and bool(self.k)), f"--k takes one value with --task {self.task}")
+        require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
+        for k, p in itertools.product(self.k, self.p):
+            PackConfig(k=k, p=p, ctx_max=self.ctx_max)  # checks them
+        GenerateConfig(max_new=self.max_new, batch_size=self.batch_size)
+        require(self.context_tokens >= max(self.k), f"--context_tokens must be --k {max(self.k)} or more, got "
+                f"{self.context_tokens}")
+        require(self.next_tokens >= 1, f"--next_tokens must be 1 or more, got {self.next_tokens}")
+        require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
+        require(not self.resume or self.out_dir is not None, "--resume needs --out_dir, the folder to continue")
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The modes to run, each once; commas part them too."""
+        given = dict.fromkeys(name for part in self.modes for name in part.split(",") if name)
+        return tuple(given) or tuple(name for name in EVAL_MODES[self.task] if name not in EVAL_ONLY_NAMED)
+
+
 @dataclass(frozen=True)
 class GateDataConfig:
     """What gate and policy learn from."""
@@ -706,6 +780,15 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
             results = [pipeline.compare(batch[0], live)] if generate.compare else pipeline.answer(batch, live)
             for result in results:
                 write(result)
+
+
+@command("eval", EvalConfig, IndexConfig, SearchConfig, ModelConfig)
+def cmd_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+             runtime: RuntimeConfig) -> None:
+    """Measure answers, rankings, the gate or the vectors, each against its controls."""
+    task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
+    summary = evaluate(task)
+    emit(summary, runtime, task.table(summary))
 
 
 @command("bench", BenchConfig, IndexConfig, ModelConfig)
@@ -1747,6 +1830,29 @@ def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
     return check_questions(items, places, f"{flag} {path}")
 
 
+def check_answers(item: dict[str, Any], where: str) -> None:
+    """Raise UserError unless a question has a list of true answers."""
+    answers = item.get("answers")
+    strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+    require(strings and bool(answers), f"{where} has no list of answers")
+    for answer in answers:
+        check_string(answer, "an answer", where)
+
+
+def check_positive_ids(item: dict[str, Any], where: str) -> list[str]:
+    """The ids of the documents that hold the answer, may be none. Raises UserError."""
+    ids = item.get("positive_ids") or []
+    require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
+    return [check_id(value, where) for value in ids]
+
+
+def spread(items: Sequence, limit: int | None) -> Sequence:
+    """At most `limit` items, evenly spread over all. Example: [1, 2, 3, 4, 5], 3 -> [1, 3, 5]"""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, limit).astype(int)]
+
+
 def check_questions(items: list[dict[str, Any]], places: list[str], source: str) -> list[dict[str, Any]]:
     """Questions with checked text and ids. Raises UserError that names the place."""
     for item, place in zip(items, places, strict=True):
@@ -2101,6 +2207,10 @@ class Index:
         """The id of the document a passage was cut from."""
         return self.ids[row].rpartition("#")[0] if self.parts[row] else self.ids[row]
 
+    def names(self, row: int) -> set[str]:
+        """The ids that positive_ids may mean a passage by: its own, and that of the document it was cut from."""
+        return {self.ids[row], self.document_id(row)}
+
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
         """A passage's chunks at k, None if k is no multiple of the stored one.
 
@@ -2127,19 +2237,25 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     return exclusive(path / ".lock", f"index {path}")
 
 
-def open_index(index_dir: str | None) -> Index:
-    """Open and verify an index. Raises UserError, CorruptError, MismatchError."""
+def index_manifest(index_dir: str | None) -> dict[str, Any]:
+    """An index's manifest. Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
     require(path.is_dir(), f"--index_dir {path}: no such folder: build it with `python refrag.py index`")
     manifest_path = path / "manifest.json"
     require(manifest_path.is_file(), f"--index_dir {path}: no index in this folder: build it with `index`")
-    manifest = read_manifest(manifest_path)
+    return read_manifest(manifest_path)
+
+
+def open_index(index_dir: str | None) -> Index:
+    """Open and verify an index. Raises UserError, CorruptError, MismatchError."""
+    manifest = index_manifest(index_dir)
+    path = Path(index_dir)
     try:
         return Index(path, manifest)
     except (FileNotFoundError, CorruptError):
         # A writer may have replaced the generation between the two reads; then the manifest says so.
-        renewed = read_manifest(manifest_path)
+        renewed = read_manifest(path / "manifest.json")
         if renewed["generation"] == manifest["generation"]:
             raise
         return Index(path, renewed)
@@ -3967,15 +4083,17 @@ def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str],
 
 def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
                   answers: Sequence[str]) -> list[list[int]]:
-    """For each place where an answer stands, as whole words, in a right document: the chunks that it covers.
+    """For each place where an answer stands in a right document: the chunks that it covers.
 
-    ends: of the chunks of each document, in characters; chunks are numbered through.
-    Example: "an old mill", ends [4, 11], answer "old mill" -> [[0, 1]]
+    Whole words, where an answer stands anywhere as such; letters of either case. ends: of the chunks of each document,
+    in characters; chunks are numbered through. Example: "an old mill", ends [4, 11], answer "old mill" -> [[0, 1]]
     """
     spans, base = [], 0
     for content, edges, counts in zip(contents, ends, right, strict=True):
         for answer in answers if counts else ():
-            for match in re.finditer(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", content, re.IGNORECASE):
+            plain = re.escape(answer.strip())
+            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", content, re.IGNORECASE))
+            for match in found or re.finditer(plain, content, re.IGNORECASE):
                 first, last = np.searchsorted(edges, [match.start(), match.end() - 1], side="right")
                 spans.append(list(range(base + int(first), base + int(last) + 1)))
         base += len(edges)
@@ -4248,24 +4366,32 @@ def build_gate(facts: dict[str, Any], tensors: dict[str, Tensor], kind: str) -> 
     return gate.eval()
 
 
+def gate_knows(config: RefragConfig, kind: str, fingerprint: str | None) -> bool:
+    """Whether a gate of this kind reads the vectors of an embedder: the checkpoint's, or the one that is shipped.
+
+    kind: "gate" or "policy"; fingerprint: the embedder's, None without one.
+    """
+    facts = getattr(config, kind)
+    if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
+        facts = read_model_config(SHIPPED_GATE).gate
+    return facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
+
+
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
-    """The checkpoint's gate or policy, or the gate that comes with the program; None where none can read the embedder.
+    """The checkpoint's gate or policy, or the shipped gate; None where there is none for this embedder.
 
     kind: "gate" or "policy". Raises MismatchError if the checkpoint's was trained on another embedder's vectors.
     """
-    facts, tensors = getattr(model.config, kind), model.carried.get(kind)
-    shipped = facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file()
-    if shipped:
-        verify_checkpoint(SHIPPED_GATE)
-        facts, tensors = read_model_config(SHIPPED_GATE).gate, read_tensors(SHIPPED_GATE / "gate.safetensors")
-    if facts is None or embedder is None:
-        return None
-    if facts.get("embedder_fingerprint") != embedder.fingerprint:
-        if shipped:
-            return None
+    facts, known = getattr(model.config, kind), gate_knows(model.config, kind, embedder and embedder.fingerprint)
+    if facts is not None and embedder is not None and not known:
         raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {facts.get('embedder')}, the index has "
                             f"those of {embedder.name}: use --gate blend, or train it on this index")
-    return build_gate(facts, tensors, kind)
+    if not known:
+        return None
+    if facts is not None:
+        return build_gate(facts, model.carried[kind], kind)
+    verify_checkpoint(SHIPPED_GATE)
+    return build_gate(read_model_config(SHIPPED_GATE).gate, read_tensors(SHIPPED_GATE / "gate.safetensors"), kind)
 
 
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
@@ -4679,6 +4805,12 @@ class ReconLessons(TextLessons):
         return exam
 
 
+def part_whole(ids: np.ndarray, whole: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Part a text after s tokens, or near there where no character is cut: (context, its `whole`, what follows)."""
+    s = next((cut for cut in (*range(s, 0, -1), *range(s, len(ids))) if whole[cut]), s)
+    return ids[:s], np.append(whole[:s], True), ids[s:]
+
+
 class NextLessons(TextLessons):
     """The next paragraph from compressed context, some texts reconstructed instead."""
 
@@ -4698,8 +4830,7 @@ class NextLessons(TextLessons):
         ids, whole, where = self.pick(cache, window, None, rng)
         declared = int(cache.contexts[window[0]]) if window[1] == 0 else 0
         s = self.split(len(ids), declared)
-        s = next((cut for cut in (*range(s, 0, -1), *range(s, len(ids))) if whole[cut]), s)  # no half characters
-        context, cuts = ids[:s], np.append(whole[:s], True)
+        context, cuts, following = part_whole(ids, whole, s)
         if rng.random() < self.following.recon_frac and progress < 1:  # the evaluation asks for the continuation alone
             return self.taught(self.reconstruction(context, cuts, k), where)
         content = self.encoder.content_of_tokens(context, cuts, k)
@@ -4707,7 +4838,7 @@ class NextLessons(TextLessons):
         share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if progress < 1 else 0.0
         opened = rng.random(len(content.chunks)) < share
         parts = [chunk if opened[c] else np.asarray([-c - 1]) for c, chunk in enumerate(content.chunks)]
-        return self.taught(continue_plan(np.concatenate([self.start, *parts]), ids[s:], content), where)
+        return self.taught(continue_plan(np.concatenate([self.start, *parts]), following, content), where)
 
     def taught(self, sequence: TrainingSequence, where: str) -> Item:
         """An item whose teacher, with --distill, reads the full text."""
@@ -4721,17 +4852,10 @@ def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dic
     """
     questions = read_question_file(name, flag)
     for number, item in enumerate(questions, start=1):
-        answers = item.get("answers")
-        strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-        require(strings and bool(answers), f"{flag} {name}: question {number} has no list of answers")
-        where, ids = f"{flag} {name}: question {number}", item.get("positive_ids") or []
-        for answer in answers:
-            check_string(answer, "an answer", where)
-        require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
-        item["positive_ids"] = [check_id(value, where) for value in ids]
-    if limit is not None and limit < len(questions):
-        questions = [questions[i] for i in np.linspace(0, len(questions) - 1, limit).astype(int)]
-    return questions
+        where = f"{flag} {name}: question {number}"
+        check_answers(item, where)
+        item["positive_ids"] = check_positive_ids(item, where)
+    return list(spread(questions, limit))
 
 
 class Asked(NamedTuple):
@@ -4826,7 +4950,7 @@ class AnswerLessons(Lessons):
     def right_rows(self, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
         """The rows of the documents in positive_ids, those alone that hold an answer if any do; without ids, these."""
         wanted = set(item["positive_ids"])
-        right = [row for row in rows if is_right(self.index, row, wanted)]
+        right = [row for row in rows if self.index.names(row) & wanted]
         return [row for row in (right if wanted else rows) if self.holds_answer(item, row)] or right
 
     def holds_answer(self, item: dict[str, Any], row: int) -> bool:
@@ -4870,6 +4994,20 @@ class AnswerLessons(Lessons):
                 for k in self.train.k for p in self.sft.p}
 
 
+def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, list[int]]:
+    """The rows of each of the questions' positive_ids. Raises MismatchError if the index holds none of them."""
+    wanted = {i for q in questions for i in q.get("positive_ids") or ()}
+    places: dict[str, list[int]] = {}
+    for row in range(len(index)):
+        for name in index.names(row) & wanted:
+            places.setdefault(name, []).append(row)
+    if wanted and not places:
+        raise MismatchError(f"none of the questions' positive_ids is in {index.path}: index their passages")
+    if len(places) < len(wanted):
+        notice(f"{len(wanted) - len(places):,} of {len(wanted):,} positive_ids are not in {index.path}")
+    return places
+
+
 def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[list[int]]:
     """Rows of the passages retrieved for each question, and of right ones that were missed. Cached on disk."""
     index = searcher.index
@@ -4878,16 +5016,7 @@ def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, search: 
     path = cache_home() / "retrieved" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
-    wanted = {i for q in questions for i in q.get("positive_ids") or ()}
-    places: dict[str, list[int]] = {}
-    for row in range(len(index)):
-        for name in {index.document_id(row), index.ids[row]} & wanted:  # a piece of a split document has its own id
-            places.setdefault(name, []).append(row)
-    if wanted and not places:
-        raise MismatchError(f"none of the questions' positive_ids is in {index.path}: index their passages")
-    if len(places) < len(wanted):
-        notice(f"{len(wanted) - len(places):,} of {len(wanted):,} positive_ids are not in {index.path}")
-    ranked = []
+    places, ranked = positive_rows(questions, index), []
     for q in progress(questions, "retrieving", total=len(questions), unit="question"):
         found = [passage.row for passage in searcher.search(q["question"], search.topk + 1, search.hops)]
         missed = [row for i in q.get("positive_ids") or () for row in places.get(i, ()) if row not in found]
@@ -5054,6 +5183,35 @@ def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: 
     return terms
 
 
+def checked_batch(model: RefragModel, rows: list[list[TrainingSequence]], packs: bool) -> Batch:
+    """Rows as a batch, see `collate`. Raises UserError for a sequence beyond what the decoder was built for."""
+    longest, window = max(len(s.plan) for row in rows for s in row), model.window
+    require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
+            f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
+    return collate(rows, model.encoder, packs)
+
+
+@torch.no_grad()
+def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], packs: bool, length: int,
+                      batch_size: int, accelerator: Any) -> dict[str, float]:
+    """Mean loss (nats) and accuracy over all asked positions, teacher forced.
+
+    packs: see `can_pack`; sequences then share rows of `length` positions. batch_size: rows in one pass.
+    """
+    lengths = [len(s.plan) for s in sequences]
+    alone = [[i] for i in range(len(lengths))]
+    lines = first_fit(lengths, max(length, *lengths)) if packs else alone
+    loss = right = total = 0.0
+    for part in batched(lines, batch_size):
+        batch = checked_batch(model, [[sequences[i] for i in line] for line in part], packs).to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(batch).logits.float()
+        loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
+        right += (logits.argmax(-1) == batch.labels).sum().item()
+        total += len(batch.labels)
+    return {"loss": round(loss / max(total, 1), 5), "accuracy": round(right / max(total, 1), 5)}
+
+
 class StopSignal:
     """Remembers SIGTERM or Ctrl-C, so that the loop can save before it leaves; a second one leaves at once."""
 
@@ -5105,10 +5263,7 @@ class Trainer:
 
     def collate(self, rows: list[list[TrainingSequence]]) -> Batch:
         """A batch on this process's device. Raises UserError for a sequence beyond what the decoder was built for."""
-        longest, window = max(len(s.plan) for row in rows for s in row), self.model.window
-        require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
-                f"{window}: lower --seq_tokens")
-        return collate(rows, self.model.encoder, self.packs).to(self.accelerator.device)
+        return checked_batch(self.model, rows, self.packs).to(self.accelerator.device)
 
     def teach(self, rows: list[list[Item]]) -> Tensor | None:
         """What the teacher expects at the asked positions, (N, V); None where a phase has no teacher."""
@@ -5218,23 +5373,13 @@ class Trainer:
             results[name] = {kind: self.measure(made) for kind, made in controls(sequences).items()}
         return results
 
-    @torch.no_grad()
     def measure(self, sequences: list[TrainingSequence]) -> dict[str, float]:
         """Mean loss and accuracy over all asked positions of some sequences."""
-        lengths = [len(s.plan) for s in sequences]
-        alone = [[i] for i in range(len(lengths))]
-        lines = first_fit(lengths, max(self.train.seq_tokens, *lengths)) if self.packs else alone
-        loss = right = total = 0.0
-        for part in batched(lines, self.train.batch_size):
-            batch = self.collate([[sequences[i] for i in line] for line in part])
-            with self.accelerator.autocast():
-                logits = self.model(batch).logits.float()
-            loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
-            right += (logits.argmax(-1) == batch.labels).sum().item()
-            total += len(batch.labels)
-        if not math.isfinite(loss):
-            raise UserError(f"step {self.step}: the held-out loss is {loss}: mend the models or lower --lr")
-        return {"loss": round(loss / max(total, 1), 5), "accuracy": round(right / max(total, 1), 5)}
+        measured = measure_sequences(self.model, sequences, self.packs, self.train.seq_tokens, self.train.batch_size,
+                                     self.accelerator)
+        if not math.isfinite(measured["loss"]):
+            raise UserError(f"step {self.step}: the held-out loss is {measured['loss']}: mend the models or lower --lr")
+        return measured
 
     def summary(self, log: RunLog) -> dict[str, Any]:
         """What the command prints at the end."""
@@ -5419,15 +5564,10 @@ def make_accelerator(runtime: RuntimeConfig) -> Any:
     return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[unused])
 
 
-def option_values(configs: Sequence[Any]) -> dict[str, Any]:
-    """Every option of a command by name, as JSON has them."""
+def run_settings(configs: Sequence[Any], **more: Any) -> dict[str, Any]:
+    """Every option of a run by name, as JSON gives it back."""
     merged = {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
-    return json.loads(json.dumps(merged))
-
-
-def run_settings(phase: Phase, configs: Sequence[Any]) -> dict[str, Any]:
-    """Every option of a run by name."""
-    return {"phase": phase.name, **option_values(configs)}
+    return json.loads(json.dumps({**more, **merged}))
 
 
 def run_digest(settings: dict[str, Any], data: list[dict[str, Any]]) -> str:
@@ -5437,10 +5577,13 @@ def run_digest(settings: dict[str, Any], data: list[dict[str, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path, writes: bool) -> Iterator[None]:
-    """Hold a run's folder; one that was made for a run that did not begin goes again. Raises UserError, LockedError."""
+def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
+    """Hold a run's folder; one that was made for a run that did not begin goes again. Raises UserError, LockedError.
+
+    files: what such a folder may hold. first: the file that is there once the run has begun.
+    """
     require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
-    foreign = [p.name for p in folder.iterdir() if not RUN_FILES.fullmatch(p.name)] if folder.exists() else []
+    foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
     require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
     if not writes:
         yield
@@ -5453,7 +5596,7 @@ def run_folder(folder: Path, writes: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and not (folder / "run.json").is_file():
+            if made and not (folder / first).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -5492,8 +5635,8 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
     """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
     train, models, runtime = configs[-3:]
     settled, accelerator = phase.settled(train), make_accelerator(runtime)
-    folder, settings = Path(train.out_dir), run_settings(phase, configs)
-    with run_folder(folder, accelerator.is_main_process):
+    folder, settings = Path(train.out_dir), run_settings(configs, phase=phase.name)
+    with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         checkpoint, data = open_run(folder, settings, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
         model = load_model(source, max(train.k), runtime, settled.train, train.lora_r).to(accelerator.device)
@@ -5549,11 +5692,6 @@ class GateExample(NamedTuple):
         return marks
 
 
-def is_right(index: Index, row: int, wanted: set[str]) -> bool:
-    """Whether a row is one of these passages, or a piece of one of these documents."""
-    return bool({index.document_id(row), index.ids[row]} & wanted)
-
-
 def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], searcher: Searcher, chunking: Chunking,
                   topk: int) -> list[GateExample]:
     """Examples of the questions of which a right passage with an answer in it was retrieved."""
@@ -5563,7 +5701,7 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
         rows = rows[:topk]
         contents = [chunking.prepare(index.content(row)) for row in rows]
         tables = [index.chunk_table(row, chunking.k) for row in rows]
-        right = [is_right(index, row, set(question["positive_ids"])) for row in rows]
+        right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
         gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
         if gold:
             query = searcher.embedder.embed_query(question["question"])[0]
@@ -5696,7 +5834,7 @@ class AnswerReader:
         question = self.data.questions[example.number]
         rows = self.data.ranked[example.number][: self.topk]
         wanted = set(question["positive_ids"])
-        right = next(row for row in rows if is_right(self.data.searcher.index, row, wanted))
+        right = next(row for row in rows if self.data.searcher.index.names(row) & wanted)
         return self.prompts.ask(question["question"], rows, right, question["answers"][0], self.k)
 
     @torch.inference_mode()
@@ -6180,6 +6318,12 @@ class Pipeline:
         """Whether compressed chunks are fed as vectors, or left out."""
         return self.pack.compressed == "feed" or (self.pack.compressed == "auto" and self.model.trained)
 
+    def check_gate(self, name: str) -> None:
+        """Raise UserError if a gate needs weights that are not there."""
+        require(name not in TRAINED_GATES or self.trained_gates[name] is not None, f"--gate {name}: there is none "
+                f"trained for these models and this index: make one with train_{TRAINED_GATES.get(name)}, or use "
+                "--gate blend")
+
     def variant(self, *, search: SearchConfig | None = None, generate: GenerateConfig | None = None,
                 **changes: Any) -> Pipeline:
         """The same loaded models with other settings. changes: fields of PackConfig."""
@@ -6482,9 +6626,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     if embedder is None and generate.prompt is not None and gated:
         embedder = load_embedder(index.embed_model, runtime)
     pipeline = Pipeline(load_model(models, pack.k, runtime), searcher, embedder, search, pack, generate, runtime)
-    require(pipeline.gate not in TRAINED_GATES or pipeline.trained_gates[pipeline.gate] is not None,
-            f"--gate {pipeline.gate}: there is none trained for these models and this index: make one with "
-            f"train_{TRAINED_GATES.get(pipeline.gate)}, or use --gate blend")
+    pipeline.check_gate(pipeline.gate)
     pipeline.warm_up()
     pipeline.load_s = time.perf_counter() - start
     if not pipeline.model.trained and pack.mode == "refrag":
@@ -6513,13 +6655,19 @@ def check_generate(ask: QuestionConfig, index: IndexConfig, pack: PackConfig, ge
 
 
 def finished_questions(generate: GenerateConfig, settings: dict[str, Any]) -> set[str]:
-    """Ids already answered in --out, with --resume. Cuts off a last line that a kill left unfinished.
-
-    Raises MismatchError if the file was made with other settings, CorruptError if a line in it is no result.
-    """
+    """Ids already answered in --out, with --resume."""
     if not generate.resume or not Path(generate.out).exists():
         return set()
-    path, done, intact = Path(generate.out), set(), 0
+    return {result["id"] for result in finished_lines(Path(generate.out), settings, "--out")}
+
+
+def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
+    """The results in a JSON lines file that is to be continued. Cuts off a last line that a kill left unfinished.
+
+    flag: the option that names the file. Raises MismatchError if the file was made with other settings, CorruptError
+    if a line in it is no result.
+    """
+    found, intact = [], 0
     with path.open("rb") as handle:
         for number, raw in enumerate(handle, start=1):
             if not raw.endswith(b"\n"):
@@ -6527,17 +6675,17 @@ def finished_questions(generate: GenerateConfig, settings: dict[str, Any]) -> se
             try:
                 result = json.loads(raw)
                 made = {key: result["settings"][key] for key in settings}
+                found.append({"id": result["id"], **result})
             except (ValueError, KeyError, TypeError):
-                raise CorruptError(f"{path}:{number}: not a result of this command: name another --out") from None
+                raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
             changed = [key for key in settings if made[key] != settings[key]]
             if changed:
-                raise MismatchError(f"{path} was made with another --{changed[0]} ({made[changed[0]]}, now "
-                                    f"{settings[changed[0]]}): name another --out")
-            done.add(result["id"])
+                was = ", ".join(f"--{key} ({made[key]}, now {settings[key]})" for key in changed)
+                raise MismatchError(f"{path} was made with another {was}: name another {flag}")
             intact += len(raw)
     with path.open("r+b") as handle:
         handle.truncate(intact)
-    return done
+    return found
 
 
 @contextlib.contextmanager
@@ -6600,6 +6748,859 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 # =============================================================================
 # 13. Evaluation. Metrics, controls and their report.
 # =============================================================================
+
+CITATION_MARK = re.compile(
+    r"\[\s*(?:doc(?:ument)?\s*)?#?\d{1,3}(?:\s*[,;]\s*#?\d{1,3})*\s*\]|<doc[^<>]*>", re.IGNORECASE)
+RESAMPLES = 2000  # of the bootstrap
+SAMPLES = 20  # questions that sample.md shows
+SEARCH_DEPTH = 50  # passages, so that ten documents are left when their pieces count once
+CELL_NAMES = {"f1_ci": "F1, 95%", "em": "EM", "f1": "F1", "ttft_s": "TTFT, s", "ttit_s": "TTIT, s"}
+
+
+# -- metrics ----------------------------------------------------------------------
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces. Example: "The  U.S." -> "us" """
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(reply: str, truths: Sequence[str]) -> float:
+    """1 if the reply is a true answer after normalisation; an empty reply never is."""
+    return float(bool(reply.strip()) and any(normalize_answer(reply) == normalize_answer(t) for t in truths))
+
+
+def token_f1(reply: str, truths: Sequence[str]) -> float:
+    """Best F1 of the normalised words over the true answers, range [0, 1].
+
+    Example: "in the old town", truth "old town hall" -> 2 common of 3 and 3: .667
+    """
+    best, words = exact_match(reply, truths), normalize_answer(reply).split()
+    for truth in (normalize_answer(t).split() for t in truths):
+        common = sum((collections.Counter(words) & collections.Counter(truth)).values())
+        best = max(best, 2 * common / (len(words) + len(truth)) if common else 0.0)
+    return best
+
+
+def holds_answer(text: str, truths: Sequence[str]) -> bool:
+    """Whether a true answer stands in a text, word for word after normalisation."""
+    words = f" {normalize_answer(text)} "
+    return any(f" {truth} " in words for truth in map(normalize_answer, truths) if truth)
+
+
+def grounding(reply: str, texts: Sequence[str]) -> float | None:
+    """Share of the reply's words that occur in the texts; None without words or texts."""
+    words, known = normalize_answer(reply).split(), set(normalize_answer(" ".join(texts)).split())
+    return sum(word in known for word in words) / len(words) if words and texts else None
+
+
+def abstains(reply: str) -> bool:
+    """Whether a reply says that the documents do not hold the answer, or says nothing."""
+    return not reply.strip() or holds_answer(reply, [NO_ANSWER])
+
+
+def citation_scores(cited: Sequence[set[str]], positives: set[str]) -> tuple[float | None, float | None]:
+    """(precision, recall) of citations. cited: the ids each may be known by, empty for a forged one.
+
+    Precision is None without citations, both are without positives. Example: [{"a#1", "a"}, {"b"}], {"a"} -> (.5, 1)
+    """
+    if not positives:
+        return None, None
+    right = sum(bool(names & positives) for names in cited)
+    return right / len(cited) if cited else None, len(positives & set().union(*cited)) / len(positives)
+
+
+def ranking_scores(ranked: Sequence[str], positives: set[str]) -> dict[str, float]:
+    """recall@8, MRR@10 and nDCG@10 of document ids, best first, with binary relevance."""
+    gains = [1.0 / math.log2(rank + 1) for rank, doc in enumerate(ranked[:10], 1) if doc in positives]
+    ideal = sum(1.0 / math.log2(rank + 1) for rank in range(1, min(len(positives), 10) + 1))
+    first = next((rank for rank, doc in enumerate(ranked[:10], 1) if doc in positives), None)
+    return {"recall@8": len(positives & set(ranked[:8])) / len(positives), "mrr@10": 1 / first if first else 0.0,
+            "ndcg@10": sum(gains) / ideal}
+
+
+def bootstrap_interval(values: Sequence[float], seed: int) -> list[float]:
+    """95% percentile interval of the mean: [low, high]. One seed, one interval."""
+    rng, drawn = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
+    n = len(drawn)
+    blocks = batched(range(RESAMPLES), max(1, 10**6 // n))  # of resamples, so that n may be large
+    means = np.concatenate([drawn[rng.integers(0, n, (len(block), n))].mean(1) for block in blocks])
+    return [round(float(edge), 4) for edge in np.quantile(means, [0.025, 0.975])]
+
+
+def average(rows: Sequence[dict[str, Any]], name: str, of: Callable = statistics.fmean) -> float | None:
+    """Mean of what the rows have under a name, None left out; None if none has it."""
+    values = [float(row[name]) for row in rows if row[name] is not None]
+    return round(of(values), 4) if values else None
+
+
+# -- controls ---------------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """What a question is answered from. Modes that come to the same setup are the same by definition."""
+
+    mode: str  # of PackConfig
+    p: float
+    gate: str
+    compressed: str
+    oracle: bool = False
+    wrong: bool = False
+
+
+def setup_of(name: str, p: float, gate: str) -> Setup:
+    """The setup of a mode of `eval`. At p = 1 all but `none` are the full text; at p = 0 there is nothing to choose."""
+    if name == "none":
+        return Setup("none", 0.0, "none", "feed")
+    if name == "full" or p == 1:
+        return Setup("full", 1.0, "none", "feed")
+    gate = "none" if p == 0 else name.removesuffix("_gate") if name in ("random_gate", "cosine_gate") else gate
+    return Setup("truncate" if name == "truncate" else "refrag", p, gate, "drop" if name == "expanded_only" else "feed",
+                 name == "oracle_gate" and p > 0, name == "wrong_vectors")
+
+
+def answer_spans(packed: Packed, item: dict[str, Any], index: Index, tokenizer: RefragTokenizer) -> list[list[int]]:
+    """`answer_chunks` of a packed context: in positive passages, without chunks that no token starts in."""
+    right = [bool(index.names(row) & set(item["positive_ids"])) for row in packed.rows]
+    spans = answer_chunks([doc.content for doc in packed.docs], [doc.ends for doc in packed.docs], right,
+                          [tokenizer.neutralize(answer) for answer in item["answers"]])
+    filled = [[number for number in span if packed.prompt.chunks[number].tokens] for span in spans]
+    return [span for span in filled if span]
+
+
+def texts_fed(context: Context, tokenizer: RefragTokenizer) -> list[str]:
+    """The runs of the documents' text that the decoder was fed as tokens."""
+    prompt = context.packed.prompt
+    fed, runs = np.zeros(len(prompt.input_ids), dtype=bool), []
+    fed[context.plan[context.plan >= 0]] = True
+    for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
+        chunks = list(group)
+        kept = chunks[0].first + np.flatnonzero(fed[chunks[0].first : chunks[-1].last])
+        runs += [run for run in np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1) if len(run)]
+    return [tokenizer.decoder.decode(prompt.input_ids[run].tolist()) for run in runs]
+
+
+class ControlPipeline(Pipeline):
+    """A pipeline that can also feed another question's vectors, or open the chunks that hold the answer first."""
+
+    oracle = wrong = False
+
+    @classmethod
+    def over(cls, pipeline: Pipeline, questions: list[dict[str, Any]]) -> ControlPipeline:
+        """The same models for the questions of an evaluation."""
+        made = object.__new__(cls)
+        made.__dict__ = {**pipeline.__dict__, "questions": questions, "rows": {}, "foreign": {},
+                         "numbers": {q["id"]: number for number, q in enumerate(questions)}}
+        return made
+
+    def under(self, setup: Setup) -> ControlPipeline:
+        """This pipeline in another setup."""
+        other = self.variant(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
+        other.oracle, other.wrong = setup.oracle, setup.wrong
+        return other
+
+    def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
+        usual = super().score(item, packed)
+        if self.oracle and len(usual):
+            spans = answer_spans(packed, item, self.searcher.index, self.tokenizer)
+            right = list({number for span in spans for number in span})
+            usual = usual.astype(np.float64)
+            usual[right] += 1 + np.ptp(usual)  # above all others, in the usual order among themselves
+        return usual
+
+    @torch.inference_mode()
+    def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
+        context, inputs = super().prepare(item)
+        at = context.plan < 0
+        if self.wrong and at.any():
+            vectors = self.foreign_vectors(item)
+            inputs[torch.as_tensor(at)] = vectors[torch.as_tensor((-context.plan[at] - 1) % len(vectors))]
+        return context, inputs
+
+    def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
+        return super().result(context, out, answer, chosen) | {"context": context}
+
+    def rows_found(self, number: int) -> frozenset[int]:
+        """Rows of the index that are retrieved for a question, looked up once."""
+        if number not in self.rows:
+            self.rows[number] = frozenset(p.row for p in self.retrieve(self.questions[number]))
+        return self.rows[number]
+
+    def other_question(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The next question of the file that finds none of this one's passages; if all find some, the next one.
+
+        Questions on one text often stand together in a file: the plain next one would bring half of the right vectors.
+        """
+        number, n = self.numbers[item["id"]], len(self.questions)
+        following = [(number + step) % n for step in range(1, n)]
+        own = self.rows_found(number)
+        apart = next((i for i in following if self.rows_found(i) and not own & self.rows_found(i)), None)
+        chosen = apart if apart is not None else next((i for i in following if self.rows_found(i)), None)
+        require(chosen is not None, "--modes wrong_vectors: no other question finds any passage: leave it out")
+        return self.questions[chosen]
+
+    def foreign_vectors(self, item: dict[str, Any]) -> Tensor:
+        """(L, D) the vectors of all chunks of another question's context."""
+        if item["id"] not in self.foreign:
+            other = self.other_question(item)
+            packed = self.pack_docs(other, self.retrieve(other))
+            plan = np.asarray([-number - 1 for number, chunk in enumerate(packed.prompt.chunks) if chunk.tokens])
+            self.foreign[item["id"]] = self.model.embed_plan(packed.prompt, plan, self.states(packed, plan))
+        return self.foreign[item["id"]]
+
+
+# -- tasks --------------------------------------------------------------------------
+
+Key = tuple[str, str, Any]  # of a line: question, mode, and p or k
+
+
+def key_of(line: dict[str, Any]) -> Key:
+    """What a line of questions.jsonl is about."""
+    return line["id"], line["mode"], line.get("p", line.get("k"))
+
+
+class Task:
+    """What `eval` measures: units of work, the lines each gives, and what all lines come to."""
+
+    notes = ""  # how to read the table
+    unused: frozenset[str] = frozenset()  # options that change no line
+    accelerator: Any = None  # set by `evaluate`
+
+    def __init__(self, options: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+                 runtime: RuntimeConfig):
+        self.options, self.index, self.search, self.models, self.runtime = options, index, search, models, runtime
+
+    def wanted(self) -> list[Key]:
+        """Of all lines, in the order of the report."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Load what measuring needs; not called when every line is there already."""
+        raise NotImplementedError
+
+    def units(self) -> list[Any]:
+        """Pieces of work that do not depend on each other."""
+        raise NotImplementedError
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        """The lines of a unit that are not done yet, as they come."""
+        raise NotImplementedError
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        """The summary's fields: n, results and more."""
+        raise NotImplementedError
+
+    def table(self, summary: dict[str, Any]) -> str:
+        """The results for people."""
+        raise NotImplementedError
+
+    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+        """Files beside the report."""
+
+    def settings(self) -> dict[str, Any]:
+        """What every line depends on, beside its own mode, p and k. Files are named by their contents."""
+        merged = run_settings((self.options, self.index, self.search, self.models, self.runtime))
+        own = FREE_TO_CHANGE | self.unused | {"modes", "p", "qa", "texts", "index_dir", "load_dir"}
+        kept = {key: value for key, value in merged.items() if key not in own}
+        device = describe_device(self.runtime)
+        return kept | {"device": device["device"], "dtype": device["dtype"]} | self.sources()
+
+    def sources(self) -> dict[str, Any]:
+        """Digests of the files that are read, by option."""
+        raise NotImplementedError
+
+    def model_sources(self) -> dict[str, Any]:
+        """The models, with a checkpoint's digest."""
+        config, digest = model_config(self.models, self.options.k[0]), None
+        if self.models.load_dir is not None:
+            folder = checkpoint_folder(self.models.load_dir)
+            manifest = folder / CHECKPOINT_MANIFEST
+            digest = read_manifest(manifest, CHECKPOINT_FORMAT)["digest"] if manifest.is_file() else str(folder)
+        return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
+                "projector": config.projector, "load_dir": digest and digest[:16]}
+
+
+class QuestionTask(Task):
+    """A task over the questions of --qa and an index."""
+
+    needs = ("answers", "positive_ids")
+    unused = frozenset({"context_tokens", "next_tokens"})
+
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        name = self.options.qa
+        questions = read_question_file(name, "--qa")
+        for number, item in enumerate(questions, start=1):
+            where = f"--qa {name}: question {number} ({item['id']})"
+            if "answers" in self.needs:
+                check_answers(item, where)
+            item["positive_ids"] = check_positive_ids(item, where)
+            require(bool(item["positive_ids"]) or "positive_ids" not in self.needs, f"{where} has no positive_ids")
+        self.questions = list(spread(questions, self.options.limit))
+        self.manifest = index_manifest(self.index.index_dir)
+
+    def sources(self) -> dict[str, Any]:
+        return {"qa": sha256_file(Path(self.options.qa))[:16], "index_dir": self.manifest["digest"][:16]}
+
+    def load_pipeline(self) -> ControlPipeline:
+        """The pipeline that `generate` has, for the controls too."""
+        options = self.options
+        pack = PackConfig(k=options.k[0], gate=options.gate, compressed="feed", ctx_max=options.ctx_max)
+        generate = GenerateConfig(max_new=options.max_new, cite=options.cite)
+        pipeline = load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
+        positive_rows(self.questions, pipeline.searcher.index)  # the questions belong to this index
+        return ControlPipeline.over(pipeline, self.questions)
+
+
+class QaTask(QuestionTask):
+    """Answers, each mode at each p, with citations, sizes and times."""
+
+    means = ("em", "f1", "answer_in_passages", "answer_in_text", "answer_in_reply", "citation_precision",
+             "citation_recall", "citations_forged", "citation_chosen", "grounding", "abstention", "positions",
+             "full_positions", "compression", "p_realised", "new_tokens")
+    columns = ("em", "f1", "f1_ci", "f1_minus_full", "f1_minus_expanded_only", "answer_in_text", "answer_in_reply",
+               "citation_precision", "citation_recall", "grounding", "abstention", "positions", "compression", "ttft_s")
+    notes = ("EM and F1 are SQuAD's, without citation marks; an empty reply scores 0. Differences are of F1, paired "
+             "over the questions. Intervals are 95% percentile bootstrap intervals. Answer in text: a true answer "
+             "stands in what is fed as tokens; in reply: word for word in the reply. Grounding: share of the "
+             "reply's words that occur in the passages. Abstention: the reply is empty or says that the documents do "
+             "not hold the answer. Times are medians; those of wrong_vectors and oracle_gate mean nothing.")
+
+    def __init__(self, *configs: Any):
+        options = configs[0]
+        self.needs = ("answers", "positive_ids") if "oracle_gate" in options.named else ("answers",)
+        super().__init__(*configs)
+        require("wrong_vectors" not in options.named or len(self.questions) > 1,
+                "--modes wrong_vectors needs two questions at least: leave it out")
+        once = {"full": (1.0,), "none": (0.0,)}
+        self.cells = [(name, p) for name in options.named for p in once.get(name, dict.fromkeys(options.p))]
+        self.setups: dict[Setup, list[tuple[str, float]]] = {}
+        for name, p in self.cells:
+            self.setups.setdefault(setup_of(name, p, options.gate), []).append((name, p))
+        shares = sorted(set(options.p))
+        self.sample = ("refrag", shares[len(shares) // 2])
+
+    def wanted(self) -> list[Key]:
+        return [(q["id"], *cell) for q in self.questions for cell in self.cells]
+
+    def sources(self) -> dict[str, Any]:
+        return super().sources() | self.model_sources()
+
+    def load(self) -> None:
+        self.pipeline = self.load_pipeline()
+        require(self.pipeline.embedder is not None or "cosine_gate" not in self.options.named,
+                "--modes cosine_gate needs an embedder, and retrieval here is by words alone: leave it out")
+
+    def units(self) -> list[Any]:
+        return batched(self.questions, self.options.batch_size)
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        self.pipeline.foreign.clear()
+        for setup, cells in self.setups.items():
+            if all((q["id"], *cell) in done for q in unit for cell in cells):
+                continue  # else the whole batch again, since padding can move the last digits
+            results = self.pipeline.under(setup).answer(unit)
+            for item, result in zip(unit, results, strict=True):
+                scored = score_answer(result, item, self.pipeline.tokenizer)
+                for name, p in cells:
+                    if (item["id"], name, p) not in done:
+                        shown = self.shown(item, result) if (name, p) == self.sample else {}
+                        yield {"id": item["id"], "mode": name, "p": p, **scored, **shown}
+
+    def shown(self, item: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
+        """The prompt as a person can read it, of the first questions."""
+        if self.pipeline.numbers[item["id"]] >= SAMPLES:
+            return {}
+        context = result["context"]
+        contents = [doc.content for doc in context.packed.docs]
+        return {"prompt": show_plan(context.packed.prompt, context.plan, self.pipeline.tokenizer, contents)}
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        rows = {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
+        results: dict[str, Any] = {}
+        for (name, p), mine in rows.items():
+            rivals = {"full": rows.get(("full", 1.0)), "expanded_only": rows.get(("expanded_only", p))}
+            rivals = {rival: theirs for rival, theirs in rivals.items() if theirs and rival != name}
+            results.setdefault(name, {})[f"{p:g}"] = self.summarise(mine, rivals)
+        return {"n": len(self.questions), "results": results}
+
+    def summarise(self, rows: list[dict[str, Any]], rivals: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        """Means, medians of times, and intervals of one mode at one p."""
+        seed = self.runtime.seed
+        made: dict[str, Any] = {name: average(rows, name) for name in self.means}
+        made |= {name: average(rows, name, statistics.median) for name in ("ttft_s", "ttit_s")}
+        made |= {f"{name}_ci": bootstrap_interval([row[name] for row in rows], seed) for name in ("em", "f1")}
+        for rival, theirs in rivals.items():
+            gains = [row["f1"] - other["f1"] for row, other in zip(rows, theirs, strict=True)]
+            made[f"f1_minus_{rival}"] = {"mean": round(statistics.fmean(gains), 4),
+                                         "ci": bootstrap_interval(gains, seed)}
+        return made
+
+    def table(self, summary: dict[str, Any]) -> str:
+        rows = [[name, p, *map(cell.get, self.columns)]
+                for name, cells in summary["results"].items() for p, cell in cells.items()]
+        return markdown_table(["mode", "p", *self.columns], rows)
+
+    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+        draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
+        rows = [(q, found[q["id"], *self.sample]) for q in self.questions[:SAMPLES] if (q["id"], *self.sample) in found]
+        if rows:
+            write_atomic(folder / "sample.md", sample_text(rows, self.sample[1]))
+
+
+def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: RefragTokenizer) -> dict[str, Any]:
+    """The metrics of one answer; what does not apply is None."""
+    reply, truths, context = CITATION_MARK.sub(" ", result["answer"]), item["answers"], result["context"]
+    names = {p.id: {p.id, p.document_id} for p in context.passages}
+    cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
+    passages = [passage_content(p["title"], p["text"]) for p in result["passages"]]
+    precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages else set())
+    metrics = ("positions", "full_positions", "compression", "p_realised", "new_tokens", "ttft_s", "ttit_s")
+    return {
+        "reply": result["answer"],
+        "gate": result["settings"]["gate"],
+        "em": exact_match(reply, truths),
+        "f1": round(token_f1(reply, truths), 6),
+        "answer_in_passages": any(holds_answer(text, truths) for text in passages),
+        "answer_in_text": any(holds_answer(text, truths) for text in texts_fed(context, tokenizer)),
+        "answer_in_reply": holds_answer(reply, truths),
+        "cited": [c["id"] for c in result["citations"]],
+        "citation_precision": precision,
+        "citation_recall": recall,
+        "citations_forged": sum(c["forged"] for c in result["citations"]),
+        "citation_chosen": any(c["chosen"] for c in result["citations"]),
+        "grounding": grounding(reply, passages),
+        "abstention": abstains(reply),
+        **{name: result["metrics"][name] for name in metrics},
+    }
+
+
+class RetrievalTask(QuestionTask):
+    """Each retriever; the pieces of one document count once, at their best rank."""
+
+    needs = ("positive_ids",)
+    unused = QuestionTask.unused | {"k", "gate", "ctx_max", "max_new", "cite", "batch_size"} | {
+        f.name for f in dataclasses.fields(ModelConfig)}
+    columns = ("recall@8", "mrr@10", "ndcg@10", "ms_per_question")
+    notes = "Relevance is binary: the documents of positive_ids. Pieces of one document count once, at the best rank."
+
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        require(self.index.retriever is None, "--retriever does not go with --task retrieval: use --modes")
+        uses = self.manifest["uses"]
+        there = [name for name in EVAL_MODES["retrieval"] if name in uses or (name == "hybrid" and len(uses) == 2)]
+        lacking = [name for name in self.options.named if name not in there]
+        require(not (self.options.modes and lacking), f"--modes {', '.join(lacking)}: the index at --index_dir holds "
+                f"only {', '.join(there)}")
+        self.retrievers = [name for name in self.options.named if name in there]
+
+    def wanted(self) -> list[Key]:
+        return [(q["id"], name, None) for q in self.questions for name in self.retrievers]
+
+    def load(self) -> None:
+        whole = load_searcher(self.index, self.search, self.runtime)
+        positive_rows(self.questions, whole.index)
+        self.searchers = {name: Searcher(whole.index, name, whole.embedder, whole.reranker) for name in self.retrievers}
+
+    def units(self) -> list[Any]:
+        return self.questions
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        for name, searcher in self.searchers.items():
+            if (unit["id"], name, None) in done:
+                continue
+            if searcher.embedder is not None:
+                searcher.embedder.queries.clear()  # each retriever embeds the question itself
+            start = time.perf_counter()
+            found = searcher.search(unit["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops)
+            seconds = time.perf_counter() - start
+            scores = ranking_scores(ranked_ids(found, set(unit["positive_ids"])), set(unit["positive_ids"]))
+            yield {"id": unit["id"], "mode": name, **scores, "ms_per_question": round(1000 * seconds, 3)}
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        results = {}
+        for name in self.retrievers:
+            rows = [found[q["id"], name, None] for q in self.questions]
+            results[name] = {column: average(rows, column) for column in self.columns[:-1]}
+            results[name]["ms_per_question"] = average(rows, "ms_per_question", statistics.median)
+        return {"n": len(self.questions), "results": results, "passages": self.manifest["counts"]["passages"]}
+
+    def table(self, summary: dict[str, Any]) -> str:
+        rows = [[name, *(scores[c] for c in self.columns)] for name, scores in summary["results"].items()]
+        return markdown_table(["retriever", *self.columns], rows)
+
+
+def ranked_ids(passages: Sequence[Passage], positives: set[str]) -> list[str]:
+    """Ids of documents, best first, each once; a piece that positives name by its own id goes by that."""
+    return list(dict.fromkeys(p.id if p.id in positives else p.document_id for p in passages))
+
+
+class GateTask(QuestionTask):
+    """Whether each gate opens the chunks that hold an answer."""
+
+    unused = QuestionTask.unused | {"gate", "max_new", "cite", "batch_size"}
+    notes = ("Recall: all chunks of one place where an answer stands in a positive passage are opened, over the "
+             "questions for which such a passage was retrieved. Partial: any such chunk. All positives: of questions "
+             "with several positive passages, those where a chunk of each that was retrieved is opened.")
+
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        config, built = model_config(self.models, self.options.k[0]), self.manifest["embedder"].get("fingerprint")
+        known = {name for name, kind in TRAINED_GATES.items() if gate_knows(config, kind, built)}
+        self.gates = [n for n in self.options.named if self.options.modes or n not in TRAINED_GATES or n in known]
+        self.shares = list(dict.fromkeys(self.options.p))
+
+    def wanted(self) -> list[Key]:
+        return [(q["id"], gate, p) for q in self.questions for gate in self.gates for p in self.shares]
+
+    def sources(self) -> dict[str, Any]:
+        return super().sources() | self.model_sources()
+
+    def load(self) -> None:
+        self.pipeline = self.load_pipeline()
+        for name in self.gates:
+            self.pipeline.check_gate(name)
+
+    def units(self) -> list[Any]:
+        return self.questions
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        if all((unit["id"], gate, p) in done for gate in self.gates for p in self.shares):
+            return
+        passages = self.pipeline.retrieve(unit)
+        packed = self.pipeline.pack_docs(unit, passages)
+        index, watch = self.pipeline.searcher.index, Stopwatch(self.pipeline.device)
+        spans = answer_spans(packed, unit, index, self.pipeline.tokenizer)
+        right = [{number for number, row in enumerate(packed.rows) if name in index.names(row)}
+                 for name in dict.fromkeys(unit["positive_ids"])]
+        tokens = np.asarray([chunk.tokens for chunk in packed.prompt.chunks], dtype=np.int64)
+        for gate in self.gates:
+            with watch.stage(gate):  # between 0 and 1 the scores do not depend on p
+                scores = self.pipeline.variant(gate=gate, p=0.5).score(unit, packed)
+            for p in self.shares:
+                if (unit["id"], gate, p) not in done:
+                    opened = select_chunks(scores, tokens, p)
+                    yield {"id": unit["id"], "mode": gate, "p": p, "retrieved": any(right),
+                           **gate_scores(opened, spans, right, packed.prompt.chunks),
+                           "gate_ms": round(1000 * watch.seconds[gate], 4)}
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        tables: dict[str, Any] = {name: {} for name in ("recall", "partial", "all_positives", "gate_ms")}
+        for gate, p in itertools.product(self.gates, self.shares):
+            rows = [found[q["id"], gate, p] for q in self.questions]
+            for name in ("recall", "partial", "all_positives"):
+                tables[name].setdefault(gate, {})[f"{p:g}"] = average(rows, name)
+            tables["gate_ms"][gate] = average(rows, "gate_ms", statistics.median)
+        asked = [row for row in rows if row["recall"] is not None]
+        left_out = {"not_retrieved": sum(not row["retrieved"] for row in rows),
+                    "no_answer_in_passage": sum(row["retrieved"] and row["recall"] is None for row in rows)}
+        return {"n": len(self.questions), "results": tables.pop("recall"), "asked": len(asked), "left_out": left_out,
+                "several_positives": sum(row["all_positives"] is not None for row in rows), **tables}
+
+    def table(self, summary: dict[str, Any]) -> str:
+        rows = [[gate, p, recall, summary["partial"][gate][p], summary["all_positives"][gate][p],
+                 summary["gate_ms"][gate]]
+                for gate, cells in summary["results"].items() for p, recall in cells.items()]
+        left = ", ".join(f"{name} {count}" for name, count in summary["left_out"].items())
+        return markdown_table(["gate", "p", "recall", "partial", "all positives", "ms"], rows) + (
+            f"\n\n{summary['asked']} of {summary['n']} questions count; left out: {left}")
+
+
+def gate_scores(opened: np.ndarray, spans: list[list[int]], right: list[set[int]],
+                chunks: Sequence[Chunk]) -> dict[str, bool | None]:
+    """What a choice of chunks opens. opened: (L,) bool; right: of each positive id, the documents. None: not asked."""
+    docs = {chunks[number].doc for number in np.flatnonzero(opened)}
+    return {"recall": any(all(opened[i] for i in span) for span in spans) if spans else None,
+            "partial": any(opened[i] for span in spans for i in span) if spans else None,
+            "all_positives": all(ds & docs for ds in right if ds) if len(right) > 1 and any(right) else None}
+
+
+class ProbeLessons(TextLessons):
+    """Texts in windows of exactly --seq_tokens tokens."""
+
+    def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
+        size = self.train.seq_tokens
+        windows = super().cut(cache)
+        windows = windows[windows[:, 2] - windows[:, 1] == size]
+        require(len(windows) > 1, f"--texts {', '.join(cache.paths)}: needs two pieces of {size} tokens at "
+                "least: lower --context_tokens or --next_tokens")
+        return windows
+
+    def compressed(self, window: np.ndarray, k: int, s: int) -> tuple[TrainingSequence, TrainingSequence]:
+        """A window's first s tokens as vectors and then the rest; the same from as many of the last tokens."""
+        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
+        context, cuts, following = part_whole(ids, whole, s)
+        content = self.encoder.content_of_tokens(context, cuts, k)
+        vectors = self.vectors(content)
+        last = continue_plan(np.concatenate([self.start, context[-len(vectors) :]]), following, Content([], []))
+        return continue_plan(np.concatenate([self.start, vectors]), following, content), last
+
+    def repeated(self, window: np.ndarray, k: int) -> TrainingSequence:
+        """All of a window as vectors, then its text."""
+        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
+        return self.reconstruction(ids, whole, k)
+
+
+class TextTask(Task):
+    """A task over texts: what the decoder makes of vectors, teacher forced."""
+
+    modes: tuple[str, ...] = ()
+    unused = frozenset({"k", "gate", "ctx_max", "max_new", "cite"}) | {
+        f.name for config in (IndexConfig, SearchConfig) for f in dataclasses.fields(config)}
+
+    def wanted(self) -> list[Key]:
+        return [("texts", mode, k) for mode in self.modes for k in dict.fromkeys(self.options.k)]
+
+    def sources(self) -> dict[str, Any]:
+        files = [fact["sha256"][:16] for fact in file_facts(self.options.texts)]
+        return {"texts": files} | self.model_sources()
+
+    @property
+    def size(self) -> int:
+        """Tokens of a window."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        ks, options = tuple(dict.fromkeys(self.options.k)), self.options
+        self.model = load_model(self.models, max(ks), self.runtime).to(self.accelerator.device)
+        train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
+        self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
+        self.windows = spread(self.lessons.windows, options.limit)
+        self.packs = can_pack(self.model.decoder)
+
+    def units(self) -> list[Any]:
+        """(mode, values of k): what reads no vector is measured once for all k."""
+        ks = tuple(dict.fromkeys(self.options.k))
+        parts = [(mode, [ks] if mode in ("full", "none") else [(k,) for k in ks]) for mode in self.modes]
+        return [(mode, part) for mode, several in parts for part in several]
+
+    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
+        """What the decoder is asked in a mode."""
+        raise NotImplementedError
+
+    def control(self, sequences: list[TrainingSequence], mode: str) -> list[TrainingSequence]:
+        """One of the controls of some sequences."""
+        names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
+        made = controls(sequences)
+        require(names[mode] in made, f"--modes {mode}: needs two texts, and a decoder with a start token")
+        return made[names[mode]]
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        mode, ks = unit
+        if all(("texts", mode, k) in done for k in ks):
+            return
+        sequences = self.sequences(mode, ks[0])
+        measured = measure_sequences(self.model, sequences, self.packs, 2 * self.size, self.options.batch_size,
+                                     self.accelerator)
+        require(math.isfinite(measured["loss"]), f"--task {self.options.task}: the loss of {mode} is "
+                f"{measured['loss']}: mend the models")
+        for k in ks:
+            if ("texts", mode, k) not in done:
+                yield {"id": "texts", "mode": mode, "k": k, **measured, "texts": len(sequences),
+                       "tokens": sum(s.asked for s in sequences),
+                       "positions": round(statistics.fmean(len(s.plan) for s in sequences), 2)}
+
+    def tables(self, found: dict[Key, dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
+        """{mode: {k: value}}"""
+        return {mode: {str(k): found["texts", mode, k][name] for k in dict.fromkeys(self.options.k)}
+                for mode in self.modes}
+
+
+class PplTask(TextTask):
+    """Log-perplexity of the tokens after a compressed context."""
+
+    notes = ("Mean nats per token of the --next_tokens tokens after --context_tokens tokens that are compressed "
+             "(refrag, wrong_vectors), read as text (full), left out (none), or cut to their last tokens, as many as "
+             "there are vectors (truncate). Positions: the mean length of what is fed, with the tokens to be "
+             "predicted.")
+
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        self.modes = self.options.named
+
+    @property
+    def size(self) -> int:
+        return self.options.context_tokens + self.options.next_tokens
+
+    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
+        pairs = [self.lessons.compressed(window, k, self.options.context_tokens) for window in self.windows]
+        made, last = (list(side) for side in zip(*pairs, strict=True))
+        return last if mode == "truncate" else self.control(made, mode)
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        texts = next(iter(found.values()))["texts"]
+        return {"n": texts, "results": self.tables(found, "loss"), "accuracy": self.tables(found, "accuracy"),
+                "positions": self.tables(found, "positions")}
+
+    def table(self, summary: dict[str, Any]) -> str:
+        rows = [[mode, k, loss, summary["accuracy"][mode][k], summary["positions"][mode][k]]
+                for mode, cells in summary["results"].items() for k, loss in cells.items()]
+        return markdown_table(["mode", "k", "log_ppl", "accuracy", "positions"], rows)
+
+
+class ReconTask(TextTask):
+    """How much of a text comes back from its vectors."""
+
+    modes = ("refrag", "none", "wrong_vectors", "full")
+    columns = ("accuracy", "no_vectors", "wrong_vectors", "full_text")
+    notes = ("Share of the tokens of a text that are the likeliest next ones, teacher forced, after its vectors, after "
+             "none, after another text's, and after the text itself.")
+
+    @property
+    def size(self) -> int:
+        return self.options.context_tokens
+
+    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
+        return self.control([self.lessons.repeated(window, k) for window in self.windows], mode)
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        names, tables = dict(zip(self.modes, self.columns, strict=True)), self.tables(found, "accuracy")
+        results = {str(k): {names[mode]: tables[mode][str(k)] for mode in self.modes} for k in self.options.k}
+        return {"n": next(iter(found.values()))["texts"], "results": results}
+
+    def table(self, summary: dict[str, Any]) -> str:
+        return markdown_table(["k", *self.columns], [[k, *(cell[c] for c in self.columns)]
+                                                     for k, cell in summary["results"].items()])
+
+
+TASKS: dict[str, type[Task]] = {"qa": QaTask, "retrieval": RetrievalTask, "gate": GateTask, "ppl": PplTask,
+                                "recon": ReconTask}
+
+
+# -- the run and its report -----------------------------------------------------------
+
+EVAL_FILES = re.compile(
+    r"questions(-\d+)?\.jsonl|results\.json|(report|sample)\.md|quality(\.tmp)?\.png|\.lock|\..*\.tmp")
+
+
+def evaluate(task: Task) -> dict[str, Any]:
+    """Measure what is not measured yet, and write the report. Returns the summary that the command prints."""
+    accelerator = task.accelerator = make_accelerator(task.runtime)
+    if task.options.out_dir is None:
+        return summary_of(task, measure_lines(task, {}, lambda line: None))
+    folder = Path(task.options.out_dir)
+    with run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"):
+        with accelerator.main_process_first():  # which mends what a kill left
+            settings = task.settings()
+            done = measured_lines(folder, settings, task.options.resume)
+        accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
+        rank = accelerator.process_index
+        path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
+        found = measure_lines(task, done, lambda line: append_line(path, line | {"settings": settings}))
+        summary = summary_of(task, found)
+        if accelerator.is_main_process:
+            write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
+        accelerator.wait_for_everyone()
+        return summary
+
+
+def measured_lines(folder: Path, settings: dict[str, Any], resume: bool) -> dict[Key, dict[str, Any]]:
+    """The lines that are there already. Raises UserError without --resume, MismatchError for other settings."""
+    files = sorted(path for path in folder.glob("questions*.jsonl") if path.stat().st_size)
+    require(resume or not files, f"--out_dir {folder} holds an evaluation: add --resume to continue it, or name "
+            "another folder")
+    return {key_of(line): line for path in files for line in finished_lines(path, settings, "--out_dir")}
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a JSON line to a file at once, so that a kill loses no finished one."""
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(dumps(line) + "\n")
+
+
+def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
+                  write: Callable[[dict[str, Any]], None]) -> dict[Key, dict[str, Any]]:
+    """All lines of a task: those done and those measured now, each process its share of the units."""
+    new: list[dict[str, Any]] = []
+    finished = set(done)
+    if not finished.issuperset(task.wanted()):
+        task.load()
+        units = task.units()[task.accelerator.process_index :: task.accelerator.num_processes]
+        for unit in progress(units, f"eval {task.options.task}", total=len(units)):
+            for line in task.lines(unit, finished):
+                new.append(line)
+                write(line)
+    gathered = late_import("accelerate.utils").gather_object(new)
+    return done | {key_of(line): line for line in gathered}
+
+
+def summary_of(task: Task, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+    """The JSON object of the command."""
+    return {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
+
+
+def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+    """All files of --out_dir: the lines in order, and what they come to."""
+    wanted = dict.fromkeys(task.wanted())
+    lines = [*(found[key] for key in wanted), *(line for key, line in found.items() if key not in wanted)]
+    write_atomic(folder / "questions.jsonl", "".join(dumps(line) + "\n" for line in lines))
+    for part in folder.glob("questions-*.jsonl"):
+        part.unlink()
+    facts = {"settings": lines[0]["settings"], "command": [word for word in sys.argv if word != "--resume"],
+             "versions": library_versions(), "device": describe_device(task.runtime), "commit": source_commit()}
+    write_atomic(folder / "results.json", json.dumps(summary | facts, indent=1) + "\n")
+    write_atomic(folder / "report.md", report_text(task, summary, facts))
+    task.pictures(folder, found, summary)
+
+
+def cell_text(value: Any) -> str:
+    """A value for a table: [low, high] for an interval, the mean before it for a difference."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{value['mean']:+.3f} {cell_text(value['ci'])}"
+    if isinstance(value, list):
+        return f"[{', '.join(f'{v:.3f}' for v in value)}]"
+    return value if isinstance(value, str) else f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def aligned_table(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table that can be read as it is. rows: column -> text, all with the same columns."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |"
+                     for line in lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown of values of any kind, under readable names."""
+    names = [CELL_NAMES.get(name, name.replace("_", " ")) for name in header]
+    return aligned_table([dict(zip(names, map(cell_text, row), strict=True)) for row in rows])
+
+
+def report_text(task: Task, summary: dict[str, Any], facts: dict[str, Any]) -> str:
+    """report.md."""
+    rows = [[key, dumps(value)] for key, value in {**facts["settings"], "commit": facts["commit"]}.items()
+            if value is not None]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return "\n".join([f"# Evaluation: {task.options.task}", "", f"n = {summary['n']}, seed {summary['seed']}.", "",
+                      task.table(summary), "", task.notes, "", "## Settings", "",
+                      markdown_table(["setting", "value"], rows), "", f"Versions: {versions}.", ""])
+
+
+def sample_text(rows: list[tuple[dict[str, Any], dict[str, Any]]], p: float) -> str:
+    """sample.md: what was asked, what the decoder read, what it said."""
+    parts = [f"# What the decoder read, mode refrag, p = {p:g}", "",
+             "Compressed chunks, each one vector, stand in [[..]]; everything else was read as text.", ""]
+    for item, line in rows:
+        fence = "`" * (2 + max(map(len, re.findall(r"`+", line["prompt"])), default=1))
+        parts += [f"## {item['id']}: {item['question']}", "", f"- True answers: {'; '.join(item['answers'])}",
+                  f"- Reply: {' '.join(line['reply'].split())}", f"- F1 {line['f1']:.3f}, EM {line['em']:.0f}, "
+                  f"{line['positions']} positions of {line['full_positions']}", "", fence, line["prompt"], fence, ""]
+    return "\n".join(parts)
+
+
+def paint_quality(axes: Any, results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """F1 against the positions the decoder is fed, a curve per mode, with the intervals."""
+    for name, cells in results.items():
+        points = sorted((cell["positions"], cell["f1"], *cell["f1_ci"]) for cell in cells.values())
+        x, y, low, high = (np.asarray(values) for values in zip(*points, strict=True))
+        axes.errorbar(x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], marker="o", capsize=2, label=name)
+    axes.set(xlabel="decoder positions fed, mean", ylabel="F1, with 95% intervals", ylim=(0, None))
+    axes.legend(fontsize=7)
+
 
 # -- speed --------------------------------------------------------------------
 
@@ -6834,7 +7835,7 @@ def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, 
     pipeline = load_pipeline(index, SearchConfig(), pack, generate, models, runtime)
     known = ("enc", "dec", "projector_trained", "gate", "compressed", "dtype")
     settings = {name: value for name, value in pipeline.settings().items() if name in known}
-    facts = {"device": describe_device(runtime), "settings": option_values((bench, index, models, runtime)) | settings,
+    facts = {"device": describe_device(runtime), "settings": run_settings((bench, index, models, runtime)) | settings,
              "versions": library_versions(), "command": sys.argv, "commit": source_commit(),
              "index": index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
     return Benchmark(pipeline, bench, item, facts)
@@ -6951,15 +7952,6 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
             "positions": f"{row['positions']:,}", **times, **ratios, **stages, "TTIT ms": ms(row["ttit_s"]),
             "tokens/s": "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
             "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}"}
-
-
-def aligned_table(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table that can be read as it is. rows: column -> text, all with the same columns."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |"
-                     for line in lines)
 
 
 def bench_text(result: dict[str, Any]) -> str:

@@ -461,7 +461,8 @@ def test_a_bad_environment_variable_is_refused(run, monkeypatch, variable, text,
 
 
 # Options without a default that stands by itself; training files must be there, and this is one.
-NEEDED = {"corpus": "a.txt", "text": "a", "train_json": __file__, "rag_json": __file__, "out_dir": "run"}
+NEEDED = {"corpus": "a.txt", "text": "a", "train_json": __file__, "rag_json": __file__, "out_dir": "run",
+          "qa": __file__}
 
 
 def test_every_option_can_be_set_in_a_file(toml):

@@ -23,6 +23,7 @@ NEEDED = {  # what has no default that stands by itself; training files must be 
     refrag.TextConfig: {"train_json": (__file__,)},
     refrag.TrainConfig: {"out_dir": "run"},
     refrag.SftConfig: {"rag_json": __file__},
+    refrag.EvalConfig: {"qa": __file__},
 }
 
 
@@ -162,6 +163,25 @@ BAD = [
     *((refrag.SftConfig, {"p": p}, "--p", "between 0 and 1") for p in ((), (-0.1,), (0.5, 1.1), (NAN,))),
     *((refrag.SftConfig, {"no_answer_frac": value}, "--no_answer_frac", "between 0 and 1") for value in (-0.1, 1.1)),
     (refrag.SftConfig, {"limit": 0}, "--limit", "1 or more"),
+    (refrag.EvalConfig, {"qa": None}, "--qa", "name a file of questions"),
+    *((refrag.EvalConfig, {"task": task}, "--texts", "name a file of JSON lines") for task in ("ppl", "recon")),
+    (refrag.EvalConfig, {"task": "ppl", "texts": ("nowhere.jsonl",)}, "--texts nowhere.jsonl:", "no such file"),
+    (refrag.EvalConfig, {"modes": ("full", "fulll")}, "--modes fulll:", "knows full, refrag, none"),
+    (refrag.EvalConfig, {"modes": ("full,bm25",)}, "--modes bm25:", "--task qa knows"),
+    (refrag.EvalConfig, {"task": "retrieval", "modes": ("full",)}, "--modes full:", "bm25, dense, hybrid"),
+    (refrag.EvalConfig, {"task": "recon", "texts": (__file__,), "modes": ("full",)}, "--modes full:", "none"),
+    *((refrag.EvalConfig, {"p": p}, "--p", "between 0 and 1") for p in ((), (-0.1,), (0.5, 1.1), (NAN,))),
+    *((refrag.EvalConfig, {"k": k}, "--k", "one value") for k in ((), (4, 8))),
+    (refrag.EvalConfig, {"k": (65,)}, "--k", "between 1 and 64"),
+    (refrag.EvalConfig, {"task": "ppl", "texts": (__file__,), "k": (4, 0)}, "--k", "between 1 and 64"),
+    (refrag.EvalConfig, {"gate": "none"}, "--gate", "use --p 0"),
+    (refrag.EvalConfig, {"ctx_max": 0}, "--ctx_max", "1 or more"),
+    (refrag.EvalConfig, {"max_new": 0}, "--max_new", "1 or more"),
+    (refrag.EvalConfig, {"batch_size": 0}, "--batch_size", "1 or more"),
+    (refrag.EvalConfig, {"context_tokens": 15}, "--context_tokens", "--k 16 or more"),
+    (refrag.EvalConfig, {"next_tokens": 0}, "--next_tokens", "1 or more"),
+    (refrag.EvalConfig, {"limit": 0}, "--limit", "1 or more"),
+    (refrag.EvalConfig, {"resume": True}, "--resume", "--out_dir"),
     (refrag.AnchorConfig, {"text": None}, "--text", "give the text"),
     (refrag.AnchorConfig, {"text": ""}, "--text", "give the text"),
     (refrag.AnchorConfig, {"text": "a\udcffb"}, "--text", "no UTF-8"),
@@ -191,6 +211,8 @@ GOOD = [
     (refrag.NextConfig, {"expand_frac": 0.0, "recon_frac": 1.0, "next_frac": 0.01, "distill": 0.0}),
     (refrag.NextConfig, {"expand_frac": 1.0, "recon_frac": 0.0, "next_frac": 0.99}),
     (refrag.SftConfig, {"p": (0.0, 1.0), "no_answer_frac": 1.0, "limit": 1, "distill": 0.0}),
+    (refrag.EvalConfig, {"p": (0.0, 1.0), "limit": 1, "next_tokens": 1, "resume": True, "out_dir": "out"}),
+    (refrag.EvalConfig, {"task": "ppl", "texts": (__file__,), "qa": None, "k": (4, 64), "context_tokens": 64}),
     (refrag.AnchorConfig, {"text": " "}),
 ]
 

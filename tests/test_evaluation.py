@@ -1,0 +1,689 @@
+"""Section 13: metrics by hand, each control's plan, resuming, reports, and `eval` through the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS
+
+import refrag
+
+QUESTIONS = [
+    {"id": "bells", "question": "Where do smiths cast bells?", "answers": ["the valley"], "positive_ids": ["b"]},
+    {"id": "lake", "question": "Which river leaves Lake Geneva?", "answers": ["The Rhone"], "positive_ids": ["a"]},
+    {"id": "games", "question": "Where did the first modern games open?", "answers": ["Athens"], "positive_ids": ["f"]},
+    {"id": "notes", "question": "Who wrote notes on the Analytical Engine?", "answers": ["Ada Lovelace", "Ada"],
+     "positive_ids": ["c", "d"]},
+]
+TIMES = {"ttft_s", "ttit_s", "gate_ms", "ms_per_question"}
+MODELS = ["--enc", "decoder:2", "--quiet"]
+
+
+def write_lines(path, rows):
+    """A JSON lines file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def qa(tmp_path):
+    """The four questions as a file."""
+    return write_lines(tmp_path / "qa.jsonl", QUESTIONS)
+
+
+@pytest.fixture
+def evaluate(run, index_dir, llama, qa):
+    """Run `eval` on the small index; (exit code, stdout, stderr)."""
+
+    def call(*more):
+        return run("eval", "--qa", qa, "--index_dir", index_dir, "--dec", llama, "--k", 4, "--topk", 2, "--max_new", 3,
+                   *MODELS, *more)
+
+    return call
+
+
+def summary(done):
+    """The JSON of a run that went well."""
+    code, out, err = done
+    assert code == 0, err
+    return json.loads(out)
+
+
+def timeless(value):
+    """A result without what the clock says."""
+    if isinstance(value, dict):
+        return {key: timeless(v) for key, v in value.items() if key not in TIMES}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def lines_of(folder):
+    """The lines of questions.jsonl, without times."""
+    return [timeless(json.loads(line)) for line in (folder / "questions.jsonl").read_text().splitlines()]
+
+
+def load(index_dir, llama, qa, **options):
+    """A loaded task `qa`."""
+    settings = {"qa": str(qa), "k": (4,), "max_new": 3, "gate": "random", "p": (0.0, 0.3)} | options
+    task = refrag.QaTask(
+        refrag.EvalConfig(**settings), refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2),
+        refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.RuntimeConfig(quiet=True))
+    task.load()
+    return task
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory, index_dir, llama):
+    """One for the tests of plans."""
+    return load(index_dir, llama, write_lines(tmp_path_factory.mktemp("qa") / "qa.jsonl", QUESTIONS))
+
+
+# ---- Metrics --------------------------------------------------------------------------------------------------------
+
+
+class TestMetrics:
+    @pytest.mark.parametrize(("text", "expected"), [
+        ("The  U.S. Army", "us army"), ("a cat, an owl & the dog!", "cat owl dog"), ("A-team", "ateam"), ("the", ""),
+        ("theatre\tanother", "theatre another"), ("Ebro\u2013a river", "ebro\u2013 river"), ("", "")])
+    def test_normalisation_is_squads(self, text, expected):
+        assert refrag.normalize_answer(text) == expected
+
+    @pytest.mark.parametrize(("reply", "truths", "em", "f1"), [
+        ("The old town.", ["old town"], 1, 1),
+        ("in the old town", ["old town hall"], 0, 2 / 3),  # 2 common of 3 and 3
+        ("old old town", ["old town old bridge"], 0, 6 / 7),  # a word counts as often as both have it: 3 of 3 and 4
+        ("river", ["town", "the river Rhone"], 0, 2 / 3),  # the best truth: 1 common of 1 and 2
+        ("none of it", ["town"], 0, 0),
+        ("", ["town"], 0, 0),
+        (" ", ["the"], 0, 0),  # nothing was said, though both normalise to nothing
+        ("A", ["A"], 1, 1),  # an answer that is an article
+    ])
+    def test_exact_match_and_f1_by_hand(self, reply, truths, em, f1):
+        assert refrag.exact_match(reply, truths) == em
+        assert refrag.token_f1(reply, truths) == pytest.approx(f1)
+
+    @pytest.mark.parametrize(("reply", "left"), [
+        ("Ulm [1]", "Ulm"), ("Ulm [1, 12][3]", "Ulm"), ("Ulm [doc 2]", "Ulm"), ('<doc id="1">Ulm', "Ulm"),
+        ("Ulm [sic]", "Ulm [sic]"), ("in [1896]", "in [1896]"), ("f(1)", "f(1)")])
+    def test_citation_marks_are_no_part_of_the_answer(self, reply, left):
+        assert refrag.CITATION_MARK.sub(" ", reply).strip() == left
+
+    @pytest.mark.parametrize(("text", "truths", "held"), [
+        ("It was the Rhone, he said", ["The Rhone"], True), ("Rhoneland", ["Rhone"], False),
+        ("14 nations", ["4 nations"], False), ("", ["x"], False), ("anything", ["the"], False)])
+    def test_an_answer_is_held_word_for_word(self, text, truths, held):
+        assert refrag.holds_answer(text, truths) is held
+
+    @pytest.mark.parametrize(("reply", "says_no"), [
+        ("", True), (" \n", True), (refrag.NO_ANSWER, True), ("It is not in the documents", True), ("Ulm", False)])
+    def test_abstention(self, reply, says_no):
+        assert refrag.abstains(reply) is says_no
+
+    def test_grounding_is_the_share_of_words_found(self):
+        assert refrag.grounding("The old bridge of Ulm", ["An old", "bridge in Ulm!"]) == 3 / 4  # "of" is not there
+        assert refrag.grounding("the", ["the"]) is None
+        assert refrag.grounding("Ulm", []) is None
+
+    @pytest.mark.parametrize(("cited", "positives", "expected"), [
+        ([{"a#1", "a"}, {"b"}], {"a"}, (0.5, 1.0)),
+        ([set()], {"a"}, (0.0, 0.0)),  # forged
+        ([{"a"}], {"a", "c"}, (1.0, 0.5)),
+        ([], {"a"}, (None, 0.0)),
+        ([{"a"}], set(), (None, None)),
+    ])
+    def test_citations_by_hand(self, cited, positives, expected):
+        assert refrag.citation_scores(cited, positives) == expected
+
+    def test_rankings_by_hand(self):
+        """Hits at ranks 2 and 4 of three: DCG 1/log2(3) + 1/log2(5) = 1.0616, ideal 1 + 1/log2(3) + 1/2 = 2.1309."""
+        scores = refrag.ranking_scores(["x", "a", "y", "b"], {"a", "b", "c"})
+        assert scores == {"recall@8": pytest.approx(2 / 3), "mrr@10": 0.5, "ndcg@10": pytest.approx(0.49819, abs=1e-5)}
+        assert refrag.ranking_scores([*"12345678", "a"], {"a"}) == {
+            "recall@8": 0.0, "mrr@10": pytest.approx(1 / 9), "ndcg@10": pytest.approx(1 / math.log2(10))}
+        assert set(refrag.ranking_scores([*"0123456789", "a"], {"a"}).values()) == {0.0}
+
+    def test_pieces_of_a_document_count_once_at_their_best_rank(self):
+        found = [refrag.Passage(n, i, "", "", 0.0, n + 1, d) for n, (i, d) in enumerate(
+            [("b#2", "b"), ("a#1", "a"), ("b#1", "b"), ("c", "c"), ("a#2", "a")])]
+        assert refrag.ranked_ids(found, {"a"}) == ["b", "a", "c"]
+        assert refrag.ranked_ids(found, {"a#2"}) == ["b", "a", "c", "a#2"]
+
+    def test_the_bootstrap_agrees_with_another(self):
+        from scipy import stats
+
+        values = np.random.default_rng(5).random(60) ** 2
+        theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=9999).confidence_interval
+        assert refrag.bootstrap_interval(values, 0) == pytest.approx([theirs.low, theirs.high], abs=0.015)
+        assert refrag.bootstrap_interval(values, 3) == refrag.bootstrap_interval(values, 3)
+        assert refrag.bootstrap_interval(values, 3) != refrag.bootstrap_interval(values, 4)
+        assert refrag.bootstrap_interval([0.5], 0) == [0.5, 0.5]
+
+    def test_an_average_leaves_out_what_does_not_apply(self):
+        assert refrag.average([{"x": 1.0}, {"x": None}, {"x": True}, {"x": 4}], "x") == 2.0
+        assert refrag.average([{"x": None}], "x") is None
+
+    def test_gate_scores_by_hand(self):
+        chunks = [refrag.Chunk(doc, 0, 1, 0, 1) for doc in (0, 0, 1, 2)]
+        score = lambda opened, spans, right: tuple(refrag.gate_scores(  # noqa: E731
+            np.asarray(opened, dtype=bool), spans, right, chunks).values())
+        assert score([1, 0, 1, 0], [[0, 1], [2]], [{0}, {1}]) == (True, True, True)
+        assert score([1, 0, 0, 0], [[0, 1]], [{0}, {1}]) == (False, True, False)
+        assert score([0, 0, 0, 1], [[0, 1]], [{0}]) == (False, False, None)
+        assert score([1, 0, 0, 0], [], [{0, 1}, set()]) == (None, None, True)  # pieces of one; the other was missed
+
+
+# ---- Controls -------------------------------------------------------------------------------------------------------
+
+
+class TestControls:
+    @pytest.mark.parametrize("name", [name for name in refrag.EVAL_MODES["qa"] if name != "none"])
+    def test_with_everything_as_text_all_modes_are_the_full_text(self, name):
+        assert refrag.setup_of(name, 1.0, "blend") == refrag.setup_of("full", 0.3, "cosine")
+
+    def test_what_is_the_same_by_definition_has_one_setup(self):
+        gates = ("refrag", "random_gate", "cosine_gate", "oracle_gate")
+        assert len({refrag.setup_of(name, 0.0, "blend") for name in gates}) == 1
+        assert len({refrag.setup_of(name, 0.1, "blend") for name in gates}) == 4
+        assert refrag.setup_of("cosine_gate", 0.1, "auto") == refrag.setup_of("refrag", 0.1, "cosine")
+        others = ("expanded_only", "truncate", "wrong_vectors", "refrag", "none")
+        assert len({refrag.setup_of(name, 0.0, "blend") for name in others}) == 5
+
+    def prepare(self, task, mode, p, item=QUESTIONS[0]):
+        return task.pipeline.under(refrag.setup_of(mode, p, "random")).prepare(item)
+
+    @pytest.mark.parametrize("p", [0.0, 0.3])
+    def test_expanded_only_feeds_what_refrag_feeds_as_text(self, task, p):
+        fed, dropped = (self.prepare(task, mode, p)[0].plan for mode in ("refrag", "expanded_only"))
+        assert (fed < 0).any() and (dropped >= 0).all()
+        assert dropped.tolist() == fed[fed >= 0].tolist()
+
+    @pytest.mark.parametrize("p", [0.0, 0.3])
+    def test_truncate_feeds_text_alone_on_as_many_positions(self, task, p):
+        (kept, _), (cut, _) = self.prepare(task, "refrag", p), self.prepare(task, "truncate", p)
+        assert (cut.plan >= 0).all()
+        first, last = cut.packed.prompt.blocks[-1]
+        tags = last - first - sum(c.tokens for c in cut.packed.prompt.chunks if c.doc == len(cut.packed.docs) - 1)
+        assert len(kept.plan) - tags <= len(cut.plan) <= len(kept.plan)  # an emptied document goes with its tags
+
+    @pytest.mark.parametrize("p", [0.0, 0.3])
+    def test_wrong_vectors_are_anothers_and_all_else_is_the_same(self, task, p):
+        """Against the other question's own prompt at p = 0, which holds its vectors in order."""
+        (right, inputs), (wrong, swapped) = (self.prepare(task, mode, p) for mode in ("refrag", "wrong_vectors"))
+        assert right.plan.tolist() == wrong.plan.tolist()
+        at = torch.as_tensor(right.plan < 0)
+        torch.testing.assert_close(inputs[~at], swapped[~at], rtol=0, atol=0)
+        other, theirs = self.prepare(task, "refrag", 0.0, task.pipeline.other_question(QUESTIONS[0]))
+        vectors = theirs[torch.as_tensor(other.plan < 0)]
+        for number, vector in zip((-right.plan[at] - 1).tolist(), swapped[at], strict=True):
+            torch.testing.assert_close(vector, vectors[number % len(vectors)], rtol=0, atol=0)
+        assert not any(torch.equal(a, b) for a, b in zip(inputs[at], swapped[at], strict=True))
+
+    def test_the_other_question_shares_no_passage_if_one_does_not(self, task):
+        pipeline = task.pipeline
+        pipeline.rows.clear()
+        pipeline.rows.update({0: frozenset({1, 2}), 1: frozenset({2, 3}), 2: frozenset(), 3: frozenset({4})})
+        try:
+            assert pipeline.other_question(QUESTIONS[0])["id"] == "notes"  # 1 shares a passage, 2 has none
+            pipeline.rows[3] = frozenset({1})
+            assert pipeline.other_question(QUESTIONS[0])["id"] == "lake"  # all share one: the next
+            pipeline.rows.update({1: frozenset(), 3: frozenset()})
+            with pytest.raises(refrag.UserError, match="no other question"):
+                pipeline.other_question(QUESTIONS[0])
+        finally:
+            pipeline.rows.clear()
+
+    @pytest.mark.parametrize("item", QUESTIONS, ids=lambda q: q["id"])
+    def test_the_oracle_opens_an_answer_where_the_gate_may_not(self, task, item):
+        context, _ = self.prepare(task, "oracle_gate", 0.4, item)
+        spans = refrag.answer_spans(context.packed, item, task.pipeline.searcher.index, task.pipeline.tokenizer)
+        if not spans:
+            pytest.skip("the passage was not retrieved")
+        assert any(all(context.expanded[i] for i in span) for span in spans)
+        right = {i for span in spans for i in span}
+        rest = [i for i in range(len(context.scores)) if i not in right]
+        assert min(context.scores[list(right)]) > max(context.scores[rest])
+        usual, _ = self.prepare(task, "random_gate", 0.4, item)
+        assert np.argsort(context.scores[rest]).tolist() == np.argsort(usual.scores[rest]).tolist()
+
+    def test_most_questions_find_their_passage(self, task):
+        """Or the test above would test nothing."""
+        found = [task.pipeline.prepare(q)[0] for q in QUESTIONS]
+        index, tokenizer = task.pipeline.searcher.index, task.pipeline.tokenizer
+        assert sum(bool(refrag.answer_spans(c.packed, c.item, index, tokenizer)) for c in found) >= 2
+
+    def test_answers_are_found_as_whole_words_if_they_stand_as_such(self, task):
+        tokenizer, index = task.pipeline.tokenizer, task.pipeline.searcher.index
+        text = "In 1896 or 96, games; gamesters in athens"
+        doc = refrag.Doc("1", text, np.asarray([7, 15, 23, len(text)]))
+        prompt = refrag.build_prompt(tokenizer, [doc])
+        packed = refrag.Packed([doc], prompt, 0, [0])
+        where = lambda *answers: refrag.answer_spans(  # noqa: E731
+            packed, {"answers": answers, "positive_ids": ["a"]}, index, tokenizer)
+        assert where("96") == [[1]]
+        assert where("89") == [[0]]  # nowhere a word of its own
+        assert where("1896") == [[0]]  # it ends where the next chunk begins
+        assert where("Athens", "or 96, games") == [[3], [1, 2]]
+        assert refrag.answer_spans(packed, {"answers": ["96"], "positive_ids": ["b"]}, index, tokenizer) == []
+
+    def test_the_text_that_is_fed_is_that_of_the_opened_chunks(self, task):
+        full, _ = self.prepare(task, "full", 1.0)
+        assert refrag.texts_fed(full, task.pipeline.tokenizer) == [d.content for d in full.packed.docs]
+        nothing, _ = self.prepare(task, "refrag", 0.0)
+        assert refrag.texts_fed(nothing, task.pipeline.tokenizer) == []
+        first, last = full.packed.prompt.chunks[0].first, full.packed.prompt.chunks[-1].last
+        gap = dataclasses.replace(full, plan=np.delete(full.plan, first + 2))
+        ids = full.packed.prompt.input_ids[first:last]
+        decode = task.pipeline.tokenizer.decoder.decode
+        assert refrag.texts_fed(gap, task.pipeline.tokenizer)[0] == decode(ids[:2])  # what misses a token is two runs
+        some, _ = self.prepare(task, "refrag", 0.3)
+        runs = refrag.texts_fed(some, task.pipeline.tokenizer)
+        tokens = sum(c.tokens for c, e in zip(some.packed.prompt.chunks, some.expanded, strict=True) if e)
+        encoded = task.pipeline.tokenizer.decoder(runs, add_special_tokens=False)["input_ids"]
+        assert runs and abs(sum(map(len, encoded)) - tokens) <= 2 * len(runs)  # cut words may be cut anew
+        assert all(any(run in d.content for d in some.packed.docs) or "\ufffd" in run for run in runs)
+
+    def test_a_shared_setup_is_answered_once(self, task, monkeypatch):
+        asked = []
+        answer = refrag.ControlPipeline.answer
+        monkeypatch.setattr(refrag.ControlPipeline, "answer", lambda self, items: (
+            asked.append((self.pack.mode, self.pack.p)), answer(self, items))[1])
+        setups = {}
+        for name, p in [("full", 1.0), ("refrag", 1.0), ("refrag", 0.0), ("random_gate", 0.0), ("none", 0.0)]:
+            setups.setdefault(refrag.setup_of(name, p, "random"), []).append((name, p))
+        monkeypatch.setattr(task, "setups", setups)
+        lines = list(task.lines(QUESTIONS[:1], set()))
+        assert asked == [("full", 1.0), ("refrag", 0.0), ("none", 0.0)]
+        assert len(lines) == 5
+        shared = [{k: v for k, v in line.items() if k not in ("mode", "p", "prompt")} for line in lines]
+        assert shared[0] == shared[1] and shared[2] == shared[3] != shared[4]
+
+
+# ---- The scores of answers ------------------------------------------------------------------------------------------
+
+
+class TestScores:
+    def score(self, task, answer, item=QUESTIONS[0], mode="full"):
+        """The metrics if the decoder had said this."""
+        pipeline = task.pipeline.under(refrag.setup_of(mode, 0.0, "random"))
+        context, _ = pipeline.prepare(item)
+        result = pipeline.result(context, refrag.Decoded([5, 6], [1.0, 2.0, 4.0], True), answer, None)
+        return refrag.score_answer(result, item, task.pipeline.tokenizer), context
+
+    def test_a_right_answer_with_a_right_citation(self, task):
+        _, context = self.score(task, "")
+        label = next(doc.label for doc, p in zip(context.packed.docs, context.passages, strict=True) if p.id == "b")
+        scores, _ = self.score(task, f"The valley [{label}].")
+        assert scores["em"] == scores["f1"] == scores["citation_precision"] == scores["citation_recall"] == 1.0
+        assert scores["answer_in_passages"] and scores["answer_in_text"] and scores["answer_in_reply"]
+        assert scores["grounding"] == 1.0 and scores["citations_forged"] == 0 and not scores["abstention"]
+        assert scores["ttit_s"] == 1.5
+
+    def test_a_wrong_answer_with_a_forged_citation(self, task):
+        scores, _ = self.score(task, "Zanzibar [9]", mode="refrag")
+        assert scores["em"] == scores["f1"] == scores["citation_precision"] == scores["citation_recall"] == 0.0
+        assert scores["answer_in_passages"] and not scores["answer_in_text"]  # nothing is fed as text
+        assert scores["grounding"] == 0.0 and scores["citations_forged"] == 1
+
+    def test_without_documents_there_is_nothing_to_cite(self, task):
+        scores, _ = self.score(task, "Valley", mode="none")
+        assert scores["em"] == 1.0
+        assert scores["citation_precision"] is scores["citation_recall"] is scores["grounding"] is None
+
+    def test_an_empty_reply_scores_nothing(self, task):
+        scores, _ = self.score(task, "")
+        assert scores["em"] == scores["f1"] == 0.0 and scores["abstention"]
+        assert scores["grounding"] is None
+
+    def test_differences_are_paired(self, task):
+        """F1 (1, 0) against (0, 1): each interval reaches from -1 to 1; against itself it is nothing."""
+        zeros = dict.fromkeys(task.means, 0.0) | {"ttft_s": 1.0, "ttit_s": None}
+        one, two = ([zeros | {"f1": value} for value in values] for values in ((1.0, 0.0), (0.0, 1.0)))
+        made = task.summarise(one, {"full": two, "expanded_only": one})
+        assert made["f1"] == 0.5 and made["f1_ci"] == [0.0, 1.0]
+        assert made["f1_minus_full"] == {"mean": 0.0, "ci": [-1.0, 1.0]}
+        assert made["f1_minus_expanded_only"] == {"mean": 0.0, "ci": [0.0, 0.0]}
+        assert made["ttft_s"] == 1.0 and made["ttit_s"] is None
+
+
+# ---- The tasks ------------------------------------------------------------------------------------------------------
+
+
+def test_qa_has_the_promised_form_and_is_the_same_twice(evaluate):
+    options = ["--modes", ",".join(refrag.EVAL_MODES["qa"]), "--p", 0, 0.3, "--limit", 2, "--json"]
+    first, second = (summary(evaluate(*options)) for _ in range(2))
+    assert timeless(first) == timeless(second)
+    assert (first["task"], first["n"], first["seed"]) == ("qa", 2, 1337)
+    results = first["results"]
+    assert list(results) == list(refrag.EVAL_MODES["qa"])
+    assert {mode: list(cells) for mode, cells in results.items()} == {
+        mode: {"full": ["1"], "none": ["0"]}.get(mode, ["0", "0.3"]) for mode in results}
+    for cells in results.values():
+        for cell in cells.values():
+            assert {"em", "f1", "f1_ci", "positions", "compression", "ttft_s", "citation_precision", "citation_recall",
+                    "grounding"} <= cell.keys()
+            assert cell["f1_ci"][0] <= cell["f1"] <= cell["f1_ci"][1]
+    assert timeless(results["random_gate"]["0"]) == timeless(results["refrag"]["0"])
+    assert results["expanded_only"]["0.3"]["positions"] < results["refrag"]["0.3"]["positions"]
+    assert "f1_minus_expanded_only" in results["refrag"]["0"] and "f1_minus_full" not in results["full"]["1"]
+
+
+def test_batches_change_no_result(evaluate):
+    options = ["--modes", "refrag", "wrong_vectors", "--p", 0.3, "--json"]
+    one, three = (summary(evaluate(*options, "--batch_size", size)) for size in (1, 3))
+    assert timeless(one) == timeless(three)
+
+
+def test_retrieval(evaluate):
+    made = summary(evaluate("--task", "retrieval", "--json"))
+    assert made["n"] == 4 and set(made["results"]) == {"bm25", "dense", "hybrid"}
+    assert all({"recall@8", "mrr@10", "ndcg@10"} <= scores.keys() for scores in made["results"].values())
+    assert made["results"]["bm25"]["mrr@10"] == 1.0  # every question shares rare words with its passage
+    assert made["results"]["bm25"]["recall@8"] == 0.875  # one of two positives has none of the question's words
+    assert made["results"]["dense"]["recall@8"] == 1.0  # six passages in all
+    only = summary(evaluate("--task", "retrieval", "--modes", "dense", "--json"))["results"]
+    assert timeless(only) == {"dense": timeless(made["results"])["dense"]}
+
+
+def test_gate(evaluate, tmp_path):
+    more = [*QUESTIONS, {"question": "Where do smiths cast bells?", "answers": ["Zanzibar"], "positive_ids": ["b"]},
+            {"question": "Where do smiths cast bells?", "answers": ["rice"], "positive_ids": ["d"]}]
+    qa = write_lines(tmp_path / "more.jsonl", more)
+    options = ["--task", "gate", "--qa", qa, "--retriever", "bm25", "--p", 0, 0.5, 1, "--modes", "blend", "ppl",
+               "random", "--topk", 1, "--json"]
+    first, second = (summary(evaluate(*options)) for _ in range(2))
+    assert timeless(first) == timeless(second)
+    assert (first["n"], first["asked"]) == (6, 4)
+    assert first["left_out"] == {"not_retrieved": 1, "no_answer_in_passage": 1}
+    assert first["several_positives"] == 1 and first["all_positives"]["ppl"]["1"] == 1.0
+    for gate in ("blend", "ppl", "random"):
+        recall, partial = first["results"][gate], first["partial"][gate]
+        assert (recall["0"], recall["1"]) == (0.0, 1.0)
+        assert recall["0"] <= recall["0.5"] <= partial["0.5"] <= partial["1"]
+        assert first["gate_ms"][gate] > 0
+
+
+def test_gates_are_all_but_ppl_unless_it_is_named(evaluate):
+    made = summary(evaluate("--task", "gate", "--p", 0.5, "--limit", 1, "--json"))
+    named = set(refrag.GATES) - {"auto", "ppl"}
+    assert named <= set(made["results"]) and "ppl" not in made["results"]
+
+
+@pytest.fixture
+def probe(run, llama, tmp_path):
+    """Run ppl or recon over the six texts."""
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": " ".join(TEXTS[i:] + TEXTS[:i])} for i in range(3)])
+
+    def call(task, *more):
+        return run("eval", "--task", task, "--texts", texts, "--dec", llama, *MODELS, "--context_tokens", 16,
+                   "--next_tokens", 8, *more)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Token caches go under tmp_path."""
+    monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
+
+
+def test_ppl_against_plain_forwards(probe, llama):
+    """Without context and with all of it, log-perplexity is what transformers' own loss gives."""
+    import transformers
+
+    made = summary(probe("ppl", "--k", 4, 8, "--limit", 5, "--json"))
+    assert set(made["results"]) == set(refrag.EVAL_MODES["ppl"]) and made["n"] == 5
+    assert all(list(cells) == ["4", "8"] for cells in made["results"].values())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    decoder = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    windows = []
+    for i in range(3):
+        ids = tokenizer(" ".join(TEXTS[i:] + TEXTS[:i]), add_special_tokens=False)["input_ids"]
+        windows += [ids[at : at + 24] for at in range(0, len(ids) - 23, 24)]
+    chosen = [windows[i] for i in np.linspace(0, len(windows) - 1, 5).astype(int)]
+    for mode, skip in (("full", 0), ("none", 16), ("truncate", 12)):  # at k = 4, 16 tokens are 4 vectors
+        losses = []
+        for ids in chosen:
+            fed = torch.tensor([[tokenizer.bos_token_id, *ids[skip:]]])
+            labels = fed.clone()
+            labels[:, :-8] = -100
+            losses.append(decoder(input_ids=fed, labels=labels).loss.item())
+        assert made["results"][mode]["4"] == pytest.approx(np.mean(losses), abs=2e-3), mode
+    assert made["results"]["full"]["4"] == made["results"]["full"]["8"]
+    assert made["results"]["refrag"]["4"] != made["results"]["wrong_vectors"]["4"]
+    for k, vectors in ((4, 4), (8, 2)):
+        assert made["positions"]["refrag"][str(k)] == made["positions"]["truncate"][str(k)] == 1 + vectors + 8 - 1
+
+
+def test_recon_has_the_promised_form(probe):
+    made = summary(probe("recon", "--k", 4, 8, "--limit", 3, "--json"))
+    assert made["n"] == 3 and list(made["results"]) == ["4", "8"]
+    for cell in made["results"].values():
+        assert {"accuracy", "no_vectors", "wrong_vectors"} <= cell.keys()
+        assert all(0 <= value <= 1 for value in cell.values())
+
+
+def test_texts_resume_by_k_and_mode(probe, tmp_path):
+    out = tmp_path / "out"
+    first = summary(probe("ppl", "--k", 4, "--limit", 3, "--modes", "refrag", "none", "--out_dir", out, "--json"))
+    more = ["--k", 8, 4, "--limit", 3, "--modes", "refrag", "none", "truncate", "--json"]
+    grown = summary(probe("ppl", *more, "--out_dir", out, "--resume"))
+    assert grown == summary(probe("ppl", *more))
+    assert grown["results"]["refrag"]["4"] == first["results"]["refrag"]["4"]
+    assert probe("ppl", *more, "--out_dir", out, "--resume", "--context_tokens", 20)[0] == 5
+
+
+# ---- Folder, resuming, report ---------------------------------------------------------------------------------------
+
+OPTIONS = ["--modes", "full", "refrag", "expanded_only", "wrong_vectors", "--p", 0, 0.3, "--batch_size", 2, "--json"]
+
+
+def test_the_report_says_what_the_command_says(evaluate, tmp_path):
+    made = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {".lock", "questions.jsonl", "results.json", "report.md", "quality.png", "sample.md"}
+    stored = json.loads((tmp_path / "out/results.json").read_text())
+    assert {key: stored[key] for key in made} == made
+    assert {"settings", "command", "versions", "device", "commit"} <= stored.keys()
+    assert stored["settings"]["max_new"] == 3
+    report = (tmp_path / "out/report.md").read_text()
+    assert f"| expanded_only | 0.3 | {made['results']['expanded_only']['0.3']['em']:.3f} |" in report
+    assert (tmp_path / "out/quality.png").read_bytes().startswith(b"\x89PNG")
+    lines = lines_of(tmp_path / "out")
+    cells = [("full", 1.0), *((mode, p) for mode in ("refrag", "expanded_only", "wrong_vectors") for p in (0.0, 0.3))]
+    assert [(line["id"], line["mode"], line["p"]) for line in lines] == [
+        (q["id"], *cell) for q in QUESTIONS for cell in cells]
+    f1 = [line["f1"] for line in lines if (line["mode"], line["p"]) == ("refrag", 0.3)]
+    assert made["results"]["refrag"]["0.3"]["f1"] == pytest.approx(np.mean(f1), abs=1e-4)
+
+
+def test_the_sample_shows_what_was_text_and_what_a_vector(evaluate, tmp_path):
+    summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "out"))
+    sample = (tmp_path / "out/sample.md").read_text()
+    assert "mode refrag, p = 0.3" in sample
+    for item in QUESTIONS:
+        assert f"## {item['id']}: {item['question']}" in sample
+        assert f"True answers: {'; '.join(item['answers'])}" in sample
+    assert sample.count("<|im_start|>assistant") == 4 and "[[" in sample
+
+
+class TestResuming:
+    def killed_after(self, monkeypatch, calls):
+        """Answering is interrupted at a later batch."""
+        answer, seen = refrag.ControlPipeline.answer, []
+
+        def counted(self, items):
+            seen.append(items)
+            if len(seen) > calls:
+                raise KeyboardInterrupt
+            return answer(self, items)
+
+        monkeypatch.setattr(refrag.ControlPipeline, "answer", counted)
+        return seen
+
+    @pytest.mark.parametrize("calls", [1, 4, 9])
+    def test_killed_and_resumed_is_uninterrupted(self, evaluate, tmp_path, monkeypatch, calls):
+        whole = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "whole"))
+        with monkeypatch.context() as patch:
+            self.killed_after(patch, calls)
+            assert evaluate(*OPTIONS, "--out_dir", tmp_path / "part")[0] == 130
+        path = tmp_path / "part/questions.jsonl"
+        kept = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(kept[:-1]) + kept[-1][:40])  # and while it wrote a line
+        with monkeypatch.context() as patch:
+            seen = self.killed_after(patch, 99)
+            resumed = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "part", "--resume"))
+        assert len(seen) == 14 - calls + 1  # seven setups, two batches; the one with the broken line again
+        assert timeless(resumed) == timeless(whole)
+        assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
+        assert set(kept[:-1]) <= set(path.read_text().splitlines(keepends=True))  # what was done is as it was
+        for name in ("report.md", "sample.md"):
+            mine, theirs = ((tmp_path / folder / name).read_text() for folder in ("part", "whole"))
+            if name == "report.md":  # the last column is a time
+                mine, theirs = ([line.rpartition(" | ")[0] for line in text.splitlines()] for text in (mine, theirs))
+            assert mine == theirs
+
+    def test_a_finished_one_is_not_measured_again(self, evaluate, tmp_path, monkeypatch):
+        first = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "out"))
+        monkeypatch.setattr(refrag, "load_pipeline", None)
+        assert summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "out", "--resume")) == first
+
+    def test_modes_and_shares_may_be_added(self, evaluate, tmp_path):
+        base = ["--limit", 2, "--json", "--out_dir", tmp_path / "out"]
+        first = summary(evaluate(*base, "--modes", "refrag", "--p", 0.3))
+        more = summary(evaluate(*base, "--modes", "full", "refrag", "--p", 0, 0.3, "--resume"))
+        assert list(more["results"]["refrag"]) == ["0", "0.3"] and "full" in more["results"]
+        assert more["results"]["refrag"]["0.3"]["f1"] == first["results"]["refrag"]["0.3"]["f1"]
+
+    @pytest.mark.parametrize(("changed", "named"), [
+        (["--max_new", 4], "--max_new (3, now 4)"), (["--k", 8, "--limit", 3], "--k ([4], now [8])"),
+        (["--task", "gate", "--modes", "blend"], "--task (qa, now gate)"), (["--seed", 1], "--seed (1337, now 1)")])
+    def test_other_settings_are_refused_by_name(self, evaluate, tmp_path, changed, named):
+        base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
+        assert evaluate(*base)[0] == 0
+        before = (tmp_path / "out/questions.jsonl").read_bytes()
+        code, _, err = evaluate(*base, "--resume", *changed)
+        assert code == 5 and named in err and err.count("\n") == 1
+        assert (tmp_path / "out/questions.jsonl").read_bytes() == before
+
+    def test_other_questions_are_refused(self, evaluate, tmp_path):
+        base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
+        assert evaluate(*base)[0] == 0
+        other = write_lines(tmp_path / "other.jsonl", QUESTIONS[1:])
+        code, _, err = evaluate(*base, "--resume", "--qa", other)
+        assert code == 5 and "--qa (" in err
+
+    def test_a_folder_in_use_is_not_begun_anew(self, evaluate, tmp_path):
+        base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
+        assert evaluate(*base)[0] == 0
+        code, _, err = evaluate(*base)
+        assert code == 2 and "add --resume" in err
+
+    def test_a_second_writer_is_told(self, evaluate, tmp_path):
+        (tmp_path / "out").mkdir()
+        with refrag.exclusive(tmp_path / "out/.lock", "the test"):
+            assert evaluate("--modes", "none", "--out_dir", tmp_path / "out")[0] == 75
+
+    def test_a_folder_with_other_things_is_refused(self, evaluate, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.tex").write_text("mine")
+        code, _, err = evaluate("--modes", "none", "--out_dir", tmp_path / "out")
+        assert code == 2 and "thesis.tex" in err
+
+    def test_lines_that_are_no_results_are_refused(self, evaluate, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/questions.jsonl").write_text('{"id": "1"}\n')
+        assert evaluate("--modes", "none", "--out_dir", tmp_path / "out", "--resume")[0] == 4
+
+    def test_nothing_is_left_of_one_that_did_not_begin(self, evaluate, tmp_path, monkeypatch):
+        monkeypatch.setattr(refrag, "load_pipeline", None)
+        assert evaluate("--modes", "none", "--out_dir", tmp_path / "out")[0] == 1
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(evaluate, index_dir, llama, qa, tmp_path):
+    one = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "one"))
+    argv = ["eval", "--qa", qa, "--index_dir", index_dir, "--dec", llama, "--k", 4, "--topk", 2, "--max_new", 3,
+            *MODELS, *OPTIONS, "--out_dir", tmp_path / "two"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           refrag.__file__, *map(str, argv)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert timeless(json.loads(done.stdout)) == timeless(one)
+    assert lines_of(tmp_path / "two") == lines_of(tmp_path / "one")
+    assert not list((tmp_path / "two").glob("questions-*"))
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+class TestBadInput:
+    @pytest.fixture(autouse=True)
+    def nothing_slow(self, monkeypatch):
+        """Whatever is refused is refused before a model is loaded."""
+        for name in ("load_pipeline", "load_searcher", "load_model"):
+            monkeypatch.setattr(refrag, name, None)
+
+    @pytest.mark.parametrize(("item", "options", "told"), [
+        ({"answers": []}, [], "question 2 (2) has no list of answers"),
+        ({"answers": "Ulm"}, [], "question 2 (2) has no list of answers"),
+        ({"answers": ["x"]}, ["--task", "gate"], "question 2 (2) has no positive_ids"),
+        ({"answers": ["x"]}, ["--modes", "oracle_gate"], "question 2 (2) has no positive_ids"),
+        ({}, ["--task", "retrieval"], "question 2 (2) has no positive_ids"),
+        ({"answers": ["x"], "positive_ids": "a"}, [], "positive_ids must be a list"),
+    ])
+    def test_a_question_that_lacks_something_is_named(self, evaluate, tmp_path, item, options, told):
+        path = write_lines(tmp_path / "bad.jsonl", [QUESTIONS[0], {"question": "Why?"} | item])
+        code, out, err = evaluate("--qa", path, *options)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert f"--qa {path}: " in err and told in err
+
+    def test_wrong_vectors_need_two_questions(self, evaluate):
+        code, _, err = evaluate("--limit", 1)
+        assert code == 2 and "wrong_vectors needs two questions" in err
+
+    def test_no_index(self, run, qa):
+        code, _, err = run("eval", "--qa", qa)
+        assert code == 2 and "--index_dir is missing" in err
+
+    def test_retrievers_that_the_index_does_not_hold(self, run, qa, corpus, tmp_path, llama):
+        folder = tmp_path / "words"
+        assert run("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)[0] == 0
+        code, _, err = run("eval", "--task", "retrieval", "--qa", qa, "--index_dir", folder, "--modes", "dense")
+        assert code == 2 and "--modes dense: the index at --index_dir holds only bm25" in err
+        task = refrag.RetrievalTask(
+            refrag.EvalConfig(task="retrieval", qa=str(qa)), refrag.IndexConfig(index_dir=str(folder)),
+            refrag.SearchConfig(), refrag.ModelConfig(), refrag.RuntimeConfig())
+        assert task.retrievers == ["bm25"]
+
+    def test_a_retriever_is_no_option_of_the_task(self, evaluate):
+        code, _, err = evaluate("--task", "retrieval", "--retriever", "bm25")
+        assert code == 2 and "use --modes" in err
+
+    def test_texts_that_are_too_short(self, probe, monkeypatch):
+        monkeypatch.undo()  # texts are cut by the models' tokenizers
+        code, _, err = probe("ppl", "--context_tokens", 5000)
+        assert code == 2 and err.count("\n") == 1 and "two pieces of 5008 tokens" in err
+
+
+def test_questions_of_another_index_are_refused(evaluate, tmp_path):
+    path = write_lines(tmp_path / "other.jsonl", [q | {"positive_ids": ["elsewhere"]} for q in QUESTIONS])
+    for task in ("qa", "retrieval", "gate"):
+        code, _, err = evaluate("--qa", path, "--task", task)
+        assert code == 5 and "none of the questions' positive_ids" in err
+
+
+def test_a_gate_of_vectors_needs_an_embedder(evaluate):
+    code, _, err = evaluate("--modes", "cosine_gate", "--retriever", "bm25")
+    assert code == 2 and "cosine_gate needs an embedder" in err
+
+
+def test_text_output_is_the_table(evaluate):
+    code, out, _ = evaluate("--modes", "none", "--limit", 1)
+    assert code == 0
+    assert out.splitlines()[0].startswith("| mode | p | EM | F1 |") and "| none | 0 |" in out
