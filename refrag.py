@@ -538,8 +538,9 @@ class GateDataConfig:
     def __post_init__(self) -> None:
         require(bool(self.rag_json), "--rag_json is missing: name a file of questions with answers")
         require(self.out_dir is not None, "--out_dir is missing: name the folder for the checkpoint")
-        for name in (*self.rag_json, self.eval_json):
-            require(name is None or os.path.isfile(name), f"--rag_json or --eval_json {name}: no such file")
+        for flag, names in (("rag_json", self.rag_json), ("eval_json", [self.eval_json] if self.eval_json else [])):
+            for name in names:
+                require(os.path.isfile(name), f"--{flag} {name}: no such file")
         folder = Path(self.out_dir)
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         require(empty, f"--out_dir {folder} is there already: name a new folder")

@@ -686,4 +686,5 @@ def test_a_gate_of_vectors_needs_an_embedder(evaluate):
 def test_text_output_is_the_table(evaluate):
     code, out, _ = evaluate("--modes", "none", "--limit", 1)
     assert code == 0
-    assert out.splitlines()[0].startswith("| mode | p | EM | F1 |") and "| none | 0 |" in out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    assert rows[0][:4] == ["mode", "p", "EM", "F1"] and rows[2][:2] == ["none", "0"]

@@ -48,7 +48,7 @@ def test_the_commands_run_in_order(tmp_path, run):
         argv = shlex.split(line.replace("runs/", f"{tmp_path}/"))
         step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
         argv += {"index": ["--limit", "40"], "generate": ["--max_new", "6"], "cpt_align": step, "cpt_recon": step,
-                 "cpt_next": step, "sft": step,
+                 "cpt_next": step, "sft": step, "train_policy": ["--steps", "1", "--batch_size", "1"],
                  "bench": ["--contexts", "512", "--repeats", "1", "--new", "2"]}.get(argv[0], [])
         code, out, err = run(*argv)
         assert code == 0, f"{line}\n{err}"
