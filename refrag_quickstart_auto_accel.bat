@@ -24,6 +24,8 @@ set "INDEX_STAMP=runs\quickstart\index.settings"
 set "TRAIN_TEXTS=data\cpt_train.jsonl"
 set "RECON_DIR=runs\quickstart\recon"
 set "NEXT_DIR=runs\quickstart\next"
+set "QUESTIONS=data\wiki_questions.jsonl"
+set "POLICY_DIR=runs\quickstart\policy"
 set "DEFAULT_QUESTION=In which Canadian province were the oldest woody plants found?"
 set "NEW_ENOUGH=import sys; sys.exit(sys.version_info[:2] not in [(3, n) for n in range(11, 99)])"
 set "KEY_FILE=%TEMP%\refrag-key-%RANDOM%%RANDOM%.txt"
@@ -204,7 +206,16 @@ if defined K set GENERATE_ARGS=%GENERATE_ARGS% --k "%K%"
 if defined P set GENERATE_ARGS=%GENERATE_ARGS% --p "%P%"
 if defined CTX_MAX set GENERATE_ARGS=%GENERATE_ARGS% --ctx_max "%CTX_MAX%"
 if defined MAX_NEW set GENERATE_ARGS=%GENERATE_ARGS% --max_new "%MAX_NEW%"
+if defined LR_POLICY set GENERATE_ARGS=%GENERATE_ARGS% --load_dir %POLICY_DIR% --gate policy
+if defined LR_POLICY goto generate_args
 if defined STEPS set GENERATE_ARGS=%GENERATE_ARGS% --load_dir %NEXT_DIR%
+:generate_args
+set "POLICY_ARGS=--rag_json %QUESTIONS% --index_dir %INDEX_DIR% --out_dir %POLICY_DIR% --policy_lr "%LR_POLICY%""
+if defined STEPS set POLICY_ARGS=%POLICY_ARGS% --steps "%STEPS%" --load_dir %NEXT_DIR%
+if defined ENC_MODEL set POLICY_ARGS=%POLICY_ARGS% --enc "%ENC_MODEL%"
+if defined DEC_MODEL set POLICY_ARGS=%POLICY_ARGS% --dec "%DEC_MODEL%"
+if defined TOPK set POLICY_ARGS=%POLICY_ARGS% --topk "%TOPK%"
+if defined K set POLICY_ARGS=%POLICY_ARGS% --k "%K%"
 if not defined QUESTION set "QUESTION=%DEFAULT_QUESTION%"
 rem A double quote would end the argument.
 set "QUESTION=%QUESTION:"='%"
@@ -243,6 +254,14 @@ if defined DRY_RUN goto index_done
 copy /y "%KEY_FILE%" "%INDEX_STAMP%" >nul
 :index_done
 del "%KEY_FILE%" >nul 2>nul
+
+if not defined LR_POLICY goto policy_done
+rem Made anew each time: it depends on everything before it.
+echo [%TIME%] train_policy
+if not defined DRY_RUN if exist %POLICY_DIR% rmdir /s /q %POLICY_DIR%
+%RUN% %VENV_PY% refrag.py train_policy %POLICY_ARGS%
+if not %ERRORLEVEL%==0 goto job_failed
+:policy_done
 
 echo [%TIME%] answer
 %RUN% %VENV_PY% refrag.py generate --index_dir %INDEX_DIR% --question "%QUESTION%"%GENERATE_ARGS% --compare
@@ -318,7 +337,7 @@ echo   K            --k, tokens per vector            P           --p, largest f
 echo   CTX_MAX      --ctx_max, prompt budget          MAX_NEW     --max_new, longest answer
 echo   STEPS        train first: this many steps of cpt_recon, then of cpt_next, on the sample texts (minutes each)
 echo   LR_RECON     --lr of cpt_recon                 LR_NEXT     --lr of cpt_next
-echo   LR_POLICY                                      for a phase that is not there yet; no effect
+echo   LR_POLICY    train the paper's policy with this --policy_lr, for STEPS steps if set, and let it choose (an hour)
 echo   ACCEL        cuda or cpu: use this one and do not look
 echo   PYTHON       the python.exe that .venv is made with (3.11 or newer)
 echo.

@@ -24,6 +24,8 @@ INDEX_STAMP=runs/quickstart/index.settings
 TRAIN_TEXTS=data/cpt_train.jsonl
 RECON_DIR=runs/quickstart/recon
 NEXT_DIR=runs/quickstart/next
+QUESTIONS=data/wiki_questions.jsonl
+POLICY_DIR=runs/quickstart/policy
 DEFAULT_QUESTION="In which Canadian province were the oldest woody plants found?"
 
 DRY_RUN=0
@@ -48,7 +50,7 @@ Environment variables. What is not set keeps refrag.py's own default.
   CTX_MAX      --ctx_max, prompt budget          MAX_NEW     --max_new, longest answer
   STEPS        train first: this many steps of cpt_recon, then of cpt_next, on the sample texts (minutes each)
   LR_RECON     --lr of cpt_recon                 LR_NEXT     --lr of cpt_next
-  LR_POLICY                                      for a phase that is not there yet; no effect
+  LR_POLICY    train the paper's policy with this --policy_lr, for STEPS steps if set, and let it choose (an hour)
   ACCEL        cuda, rocm, mps or cpu: use this one and do not look
   PYTHON       the interpreter that .venv is made with (3.11 or newer)
 
@@ -351,12 +353,25 @@ train() {
         "$@" ${resume[@]+"${resume[@]}"} || failed_in "refrag.py $phase" $?
 }
 
+# Made anew each time: it depends on everything before it.
+train_policy() {
+    step "train_policy"
+    run rm -rf "$POLICY_DIR"
+    run "$VENV_PY" refrag.py train_policy --rag_json "$QUESTIONS" --index_dir "$INDEX_DIR" --out_dir "$POLICY_DIR" \
+        --policy_lr "$LR_POLICY" ${STEPS:+--steps "$STEPS"} ${STEPS:+--load_dir "$NEXT_DIR"} \
+        ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} ${TOPK:+--topk "$TOPK"} ${K:+--k "$K"} ||
+        failed_in "refrag.py train_policy" $?
+}
+
 answer_question() {
+    local trained=()
+    if [[ -n ${STEPS:-} ]]; then trained=(--load_dir "$NEXT_DIR"); fi
+    if [[ -n ${LR_POLICY:-} ]]; then trained=(--load_dir "$POLICY_DIR" --gate policy); fi
     step "answer"
     run "$VENV_PY" refrag.py generate --index_dir "$INDEX_DIR" --question "${QUESTION:-$DEFAULT_QUESTION}" \
         ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} ${TOPK:+--topk "$TOPK"} ${K:+--k "$K"} \
         ${P:+--p "$P"} ${CTX_MAX:+--ctx_max "$CTX_MAX"} ${MAX_NEW:+--max_new "$MAX_NEW"} \
-        ${STEPS:+--load_dir "$NEXT_DIR"} --compare ||
+        ${trained[@]+"${trained[@]}"} --compare ||
         failed_in "refrag.py generate" $?
 }
 
@@ -429,6 +444,7 @@ else
         train cpt_next "$NEXT_DIR" --load_dir "$RECON_DIR" ${LR_NEXT:+--lr "$LR_NEXT"}
     fi
     build_index
+    if [[ -n ${LR_POLICY:-} ]]; then train_policy; fi
     answer_question
 fi
 summary

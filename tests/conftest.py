@@ -187,6 +187,7 @@ def run(capsys):
     """Run a command line inside this process: run("search", "--topk", "3") -> (exit code, stdout, stderr)."""
 
     def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what fixtures printed is not this command's
         try:
             code = refrag.main([str(a) for a in argv])
         except SystemExit as stop:

@@ -294,6 +294,21 @@ def test_a_run_that_was_begun_goes_on(box):
     assert "--resume" not in planned(plan, "refrag.py cpt_next")
 
 
+def test_a_policy_is_trained_on_the_index_and_chooses(box):
+    """On top of what STEPS trained, if that was asked for."""
+    plan = box.plan(LR_POLICY="3e-4", K="8", TOPK="3")
+    made = planned(plan, "refrag.py train_policy")
+    for flags in ("--policy_lr 3e-4", "--index_dir runs/quickstart/index", "--k 8", "--topk 3"):
+        assert f" {flags}" in made
+    assert "--steps" not in made and "--load_dir" not in made
+    answer = planned(plan, "refrag.py generate")
+    assert " --load_dir runs/quickstart/policy --gate policy" in answer
+    assert plan.index("refrag.py index") < plan.index("refrag.py train_policy") < plan.index("refrag.py generate")
+    both = box.plan(LR_POLICY="3e-4", STEPS="7")
+    assert " --steps 7 --load_dir runs/quickstart/next" in planned(both, "refrag.py train_policy")
+    assert "--load_dir runs/quickstart/next" not in planned(both, "refrag.py generate")
+
+
 def test_without_steps_nothing_is_trained(box):
     plan = box.plan(LR_RECON="1e-3")
     assert "cpt_" not in plan
