@@ -2007,6 +2007,12 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]
 STOPWORDS = frozenset(bm25s.stopwords.STOPWORDS_EN)
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def term_of(word: str) -> str | None:
+    """The index term of a lower-cased word, None for a stop word. The gate asks for the same words again and again."""
+    return None if word in STOPWORDS else Stemmer.Stemmer("english").stemWord(word)
+
+
 class WordAnalyzer:
     """Text to stemmed index terms: lower-cased words without English stop words, Snowball stems."""
 
@@ -4109,14 +4115,25 @@ def cosine_scores(given: GateInput) -> np.ndarray:
     return given.vectors @ given.query / np.maximum(norms, 1e-12)
 
 
+CHUNK_END = "\0"  # between chunks that are searched as one string: a call for each would take longer than the search
+WORD_OR_END = re.compile(f"{CHUNK_END}|{WORD.pattern}")
+
+
+def joined_chunks(texts: Sequence[str]) -> str:
+    """Chunks as one string, CHUNK_END after each."""
+    return "".join(text.replace(CHUNK_END, " ") + CHUNK_END for text in texts)
+
+
 def term_hits(given: GateInput) -> tuple[np.ndarray, np.ndarray]:
     """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) their shares of its idf mass)."""
-    analyze = WordAnalyzer()
-    terms = list(dict.fromkeys(analyze(given.question)))
-    place = {term: column for column, term in enumerate(terms)}
+    terms = list(dict.fromkeys(WordAnalyzer()(given.question)))
+    place, row = {term: column for column, term in enumerate(terms)}, 0
     hits = np.zeros((len(given.texts), len(terms)), dtype=bool)
-    for row, text in enumerate(given.texts):
-        hits[row, [place[term] for term in analyze(text) if term in place]] = True
+    for word in WORD_OR_END.findall(joined_chunks(given.texts).lower()):
+        if word == CHUNK_END:
+            row += 1
+        elif (column := place.get(term_of(word))) is not None:
+            hits[row, column] = True
     idf = np.asarray([given.idf(term) for term in terms], dtype=np.float64)
     return hits, idf / (idf.sum() or 1.0)
 
@@ -4190,13 +4207,12 @@ KINDS = {name: re.compile(pattern) for name, pattern in {  # what a question ask
     "count": r"\bhow (many|much|long|old|far|often)\b",
     "how": r"\bwhy\b|\bhow\b(?! (many|much|long|old|far|often)\b)",
     "which": r"\bwhich\b", "what": r"\bwhat\b"}.items()}
-CAPITAL = re.compile(r"\b[A-Z\u00c0-\u00de]\w*")
-NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+NAME_OR_NUMBER = re.compile(rf"{CHUNK_END}|\b[A-Z\u00c0-\u00de]\w*|\d+(?:[.,]\d+)*")
 FEATURES = {  # by what they tell; --explain shows each group's share
     "meaning": ("cosine", "cosine_neighbour", "cosine_z", "cosine_rank", "cosine_doc"),
     "words": ("overlap", "overlap_neighbour", "overlap_window", "overlap_z", "overlap_doc", "phrase"),
     "passage": ("rank", "first_rank", "passages"),
-    "form": ("capitals", "new_capitals", "numbers", "new_numbers", "length", *KINDS, "question_length"),
+    "form": ("names", "new_names", "numbers", "new_numbers", "length", *KINDS, "question_length"),
     "place": ("place", "first", "last", "chunks"),
 }
 
@@ -4232,18 +4248,19 @@ def word_features(given: GateInput) -> list[np.ndarray]:
 
 
 def form_features(given: GateInput) -> list[np.ndarray]:
-    """The features of group "form": names and numbers that the question does not have, and what it asks for."""
-    columns: list[list[float]] = [[] for _ in range(5)]
+    """The features of group "form": names and numbers, also those that the question does not have, and what it asks."""
+    L, lower, row = len(given.texts), given.question.lower(), 0
     asked = set(re.findall(r"\w+", given.question.casefold()))
-    for text in given.texts:
-        capitals, numbers = CAPITAL.findall(text), NUMBER.findall(text)
-        new = sum(word.casefold() not in asked for word in capitals)
-        row = (len(capitals), new, len(numbers), sum(n not in asked for n in numbers), len(text) / 64)
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-    L, lower = len(given.texts), given.question.lower()
+    counts = np.zeros((4, L))  # names, new ones, numbers, new ones
+    for found in NAME_OR_NUMBER.findall(joined_chunks(given.texts)):
+        if found == CHUNK_END:
+            row += 1
+            continue
+        kind = 2 * found[0].isdigit()
+        counts[kind, row] += 1
+        counts[kind + 1, row] += found.casefold() not in asked
     kinds = [np.full(L, float(pattern.search(lower) is not None)) for pattern in KINDS.values()]
-    return [*map(np.asarray, columns), *kinds, np.full(L, len(asked) / 10)]
+    return [*counts, np.asarray([len(text) / 64 for text in given.texts]), *kinds, np.full(L, len(asked) / 10)]
 
 
 def place_features(docs: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -4280,7 +4297,7 @@ class QueryGate(nn.Module):
     without the question, too.
     """
 
-    def __init__(self, dim: int, pairs: int = 128, width: int = 128, layers: int = 2, features: bool = True,
+    def __init__(self, dim: int, pairs: int = 96, width: int = 96, layers: int = 1, features: bool = True,
                  blind: bool = False):
         super().__init__()
         self.shape = {"dim": dim, "pairs": pairs, "width": width, "layers": layers, "features": features,
@@ -5758,10 +5775,16 @@ def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.nda
 
 
 def gate_recall(scores: Sequence[np.ndarray], examples: Sequence[GateExample], p: float) -> float:
-    """Share of the examples of which all chunks of one place of an answer stay text at p."""
+    """Share of the examples, one at least, of which all chunks of one place of an answer stay text at p."""
     chosen = [select_chunks(score, example.tokens, p) for score, example in zip(scores, examples, strict=True)]
     return sum(any(mask[span].all() for span in example.gold)
-               for mask, example in zip(chosen, examples, strict=True)) / max(len(examples), 1)
+               for mask, example in zip(chosen, examples, strict=True)) / len(examples)
+
+
+def held_out_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
+    """`gate_recall` of a gate at each share; nothing without examples."""
+    scores = gate_logits(gate, examples)
+    return {f"{p:g}": round(gate_recall(scores, examples, p), 4) for p in shares} if scores else {}
 
 
 def padded_rows(rows: Sequence[np.ndarray], fill: Any, L: int) -> Tensor:
@@ -5786,10 +5809,9 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
                 factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
                 losses.append(gate_step(gate, [examples[i] for i in order], optimizer, settings, factor, device))
                 bar.update(1)
-            scores = gate_logits(gate, held_out)
-            recall = {f"{share:g}": round(gate_recall(scores, held_out, share), 4) for share in p}
-            records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4), "recall": recall})
-            bar.set_postfix_str(f"loss {records[-1]['loss']:.3f}, recall {recall}")
+            records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
+                            "recall": held_out_recall(gate, held_out, p)})
+            bar.set_postfix_str(f"loss {records[-1]['loss']:.3f}, recall {records[-1]['recall']}")
     return records
 
 
@@ -5941,10 +5963,8 @@ class PolicyTrainer:
                 bar.update(1)
                 bar.set_postfix_str(f"reward {np.mean(rewards[-20:]):.4f}", refresh=False)
                 if step % every == 0 or step == self.settings.steps:
-                    scores = gate_logits(self.policy, held_out)
-                    recall = {f"{share:g}": round(gate_recall(scores, held_out, share), 4) for share in self.p}
                     records.append({"step": step, "reward": round(float(np.mean(rewards[-every:])), 4),
-                                    "recall": recall})
+                                    "recall": held_out_recall(self.policy, held_out, self.p)})
         return records
 
 
@@ -6022,8 +6042,7 @@ def finish_gate(kind: str, gate: QueryGate, loaded: GateData, data: GateDataConf
                 records: list[dict[str, Any]], steps: int, times: tuple[float, float]) -> dict[str, Any]:
     """Round the weights as they are stored, examine them and write the checkpoint. Returns the command's summary."""
     gate.half().float()
-    scores = gate_logits(gate, loaded.held_out)
-    recall = {f"{p:g}": round(gate_recall(scores, loaded.held_out, p), 4) for p in data.p} if scores else {}
+    recall = held_out_recall(gate, loaded.held_out, data.p)
     trained_s = time.perf_counter() - times[1]
     entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
              "device": str(gate.leave.weight.device), "recall": recall}

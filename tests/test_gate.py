@@ -223,8 +223,8 @@ def test_features_golden():
     assert found["phrase"].tolist() == [0, 1, 0, 1]  # river flood; old citi
     assert found["rank"].tolist() == [0, 0, 1 / 8, 1 / 8] and found["first_rank"].tolist() == [1, 1, 0.5, 0.5]
     assert found["passages"].tolist() == [0.25] * 4
-    assert found["capitals"].tolist() == [1, 1, 1, 2]
-    assert found["new_capitals"].tolist() == [0, 0, 1, 0]  # the question has ulm, the, old and city
+    assert found["names"].tolist() == [1, 1, 1, 2]
+    assert found["new_names"].tolist() == [0, 0, 1, 0]  # the question has ulm, the, old and city
     assert found["numbers"].tolist() == [0, 2, 0, 0] == found["new_numbers"].tolist()
     assert found["when"].tolist() == [1] * 4 and not found["who"].any() and not found["count"].any()
     assert found["place"].tolist() == [0, 1, 0, 1]
@@ -249,6 +249,12 @@ def test_meaning_features_are_the_cosines_and_their_places():
 )
 def test_kinds_of_questions(question, kinds):
     assert {name for name, pattern in refrag.KINDS.items() if pattern.search(question.lower())} == kinds
+
+
+def test_a_chunk_with_the_separator_in_it_stays_one():
+    plain, odd = (refrag.term_hits(given_chunks([text, "river"], question="a river floods"))[0].tolist()
+                  for text in ("x floods y", "x\0floods\0y"))
+    assert plain == odd == [[False, True], [True, False]]
 
 
 @pytest.mark.parametrize("question", ["", "the of"])
