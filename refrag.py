@@ -1359,8 +1359,8 @@ def draw(path: Path, panels: int, size: tuple[float, float], paint: Callable[...
     figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False)
     paint(*axes[0])
     figure.tight_layout()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=100)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, dpi=100, format="png")
     pyplot.close(figure)
     temporary.replace(path)
 
@@ -5567,7 +5567,7 @@ def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
 
 # -- runs -----------------------------------------------------------------------
 
-RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|loss(\.tmp)?\.png|\.lock|step-\d+|\..*\.(tmp|old)")
+RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|loss\.png|\.lock|step-\d+|\..*\.(tmp|old)")
 FREE_TO_CHANGE = {"out_dir", "resume", "log_every", "save_every", "eval_every", "threads", "quiet", "json", "debug",
                   "config", "offline", "torch_compile", "activation_checkpointing"}
 
@@ -5609,8 +5609,11 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / ".lock", f"run {folder}"):
-        for left in folder.glob(".step-*.tmp"):  # of a save that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for left in folder.glob(".*.tmp"):  # of a checkpoint or a picture that was being written when it was killed
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -7491,7 +7494,7 @@ TASKS: dict[str, type[Task]] = {"qa": QaTask, "retrieval": RetrievalTask, "gate"
 # -- the run and its report -----------------------------------------------------------
 
 EVAL_FILES = re.compile(
-    r"questions(-\d+)?\.jsonl|results\.json|(report|sample)\.md|quality(\.tmp)?\.png|\.lock|\..*\.tmp")
+    r"questions(-\d+)?\.jsonl|results\.json|(report|sample)\.md|quality\.png|\.lock|\..*\.tmp")
 
 
 def evaluate(task: Task) -> dict[str, Any]:

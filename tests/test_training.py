@@ -1268,7 +1268,7 @@ def test_a_picture_is_drawn(train, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(refrag.RunLog, "plot", PLOT)
     train("cpt_next", "run", "--eval_json", sources["cpt_next"][1], "--eval_limit", 1)
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "run" / "loss.tmp.png").exists()
+    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def log_of(folder: Path, *lines: str) -> refrag.RunLog:
@@ -1696,9 +1696,10 @@ def test_a_finished_run_that_is_resumed_says_the_same_again(run, long_run, unhin
 
 
 def test_what_a_killed_run_left_half_written_goes(run, long_run, unhindered, tmp_path):
-    """A checkpoint that was being written has another process's number; nothing else would ever remove it."""
+    """A checkpoint or picture that was being written has another process's number; nothing else would remove it."""
     folder = shutil.copytree(unhindered["cpt_recon"], tmp_path / "run")
     shutil.copytree(folder / "step-000008", folder / ".step-000008.4194305.tmp")
+    (folder / ".loss.png.4194305.tmp").write_bytes(b"half a picture")
     shutil.rmtree(folder / "step-000008")
     assert run(*long_run["cpt_recon"], "--resume", "--out_dir", folder)[0] == 0
     assert [path.name for path in folder.glob(".*") if path.name != ".lock"] == []
