@@ -4512,6 +4512,11 @@ def file_facts(paths: Sequence[str]) -> list[dict[str, Any]]:
     return [{"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256_file(Path(name))} for name in paths]
 
 
+def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`file_facts` for a checkpoint, which travels: where the files lay is nobody's business."""
+    return [fact | {"file": Path(fact["file"]).name} for fact in facts]
+
+
 class TokenCache:
     """Training texts as the decoder's tokens, on disk and memory-mapped, made once for a set of files."""
 
@@ -5546,15 +5551,21 @@ class RunLog:
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     """The README.md of a checkpoint."""
     final = next((record for record in reversed(records) if record.get("eval")), None)
-    lines = ["# REFRAG checkpoint", "",
-             f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
-             f"pooling. Projector: {config.projector}. Made by refrag.py {__version__}.", "",
+    carried = carried_parts(config)
+    made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
+    if config.training_model or config.lora or not carried:
+        made = [f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
+                f"pooling. Projector: {config.projector}.", *made]
+    lines = ["# REFRAG checkpoint", "", " ".join([*made, f"Made by refrag.py {__version__}."]), "",
              "Load it with `python refrag.py generate --load_dir FOLDER`. The licences of the base models and of the "
              "training data apply.", "",
-             "| Phase | Steps | Tokens | Trained | Device | Data |", "|---|---|---|---|---|---|"]
+             "| Phase | Steps or epochs | Tokens or questions | Trained | Device | Data |", "|---|---|---|---|---|---|"]
     for h in config.history:
         files = ", ".join(Path(fact["file"]).name for fact in h["data"])
         lines.append(f"| {h['phase']} | {h['steps']:,} | {h['tokens']:,} | {h['train']} | {h['device']} | {files} |")
+    for h in (h for h in config.history if h.get("recall")):
+        shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in h["recall"].items())
+        lines += ["", f"{h['phase']}: share of held-out questions whose answer stays text whole: {shown}."]
     if final:
         lines += ["", f"Held-out token accuracy after step {final['step']}:", "",
                   "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
@@ -5667,7 +5678,7 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
         mark_trained(model, settled.train, train.lora_r)
         adapters = f" (LoRA {train.lora_r})" if train.lora_r else ""
         facts = {"run": run_digest(settings, lessons.facts()), "train": settled.train + adapters,
-                 "device": str(accelerator.device), "data": lessons.facts()}
+                 "device": str(accelerator.device), "data": without_folders(lessons.facts())}
         trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, facts, runtime.seed)
         if checkpoint:
             trainer.restore(checkpoint)
@@ -6008,7 +6019,7 @@ def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConf
     setattr(config, kind, gate_facts(gate, data.searcher.embedder))
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
     files = [*settings.rag_json, *([settings.eval_json] if settings.eval_json else [])]
-    config.history = [*config.history, entry | {"data": file_facts(files)}]
+    config.history = [*config.history, entry | {"data": without_folders(file_facts(files))}]
     write_checkpoint(Path(settings.out_dir), config, parts, {"README.md": model_card(config, [])})
 
 
