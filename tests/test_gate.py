@@ -705,7 +705,7 @@ def test_a_damaged_gate(train, run, index_dir, llama):
 
 @pytest.mark.models
 def test_the_shipped_gate_finds_the_answers_of_unseen_articles(run, tmp_path):
-    """The sample's articles are of SQuAD's development set, which the gate has not seen. By measurement .89 / .96 / .98
+    """The sample's articles are of SQuAD's development set, which the gate has not seen. By measurement .91 / .98 / .99
     of the answers stay text whole at p = .05 / .1 / .25; by the blend, which needs no training, .82 / .92 / .97."""
     data = refrag.SHIPPED_GATE.parent
     index = tmp_path / "index"
@@ -716,7 +716,7 @@ def test_the_shipped_gate_finds_the_answers_of_unseen_articles(run, tmp_path):
     results = json.loads(out)["results"]
     assert list(results) == ["learned", "blend", "cosine", "random"]
     assert results["learned"]["0.05"] > results["blend"]["0.05"] > results["cosine"]["0.05"] > results["random"]["0.05"]
-    assert results["learned"]["0.05"] > 0.85 and results["learned"]["0.25"] > 0.95
+    assert results["learned"]["0.05"] > 0.87 and results["learned"]["0.1"] > 0.95
     code, out, err = run("generate", "--index_dir", index, "--question", "What is botany?", "--p", ".1",
                          "--max_new", "2", "--explain", "--json", "--quiet")
     assert code == 0, err

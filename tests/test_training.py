@@ -1311,7 +1311,7 @@ def test_the_model_card_tells_models_phases_and_results():
     card = refrag.model_card(config, records)
     assert "Decoder: some/decoder. Encoder: decoder:3, mean pooling. Projector: residual_mlp." in card
     rows = [line for line in card.splitlines() if line.startswith("| ")]
-    assert rows == ["| Phase | Steps | Tokens | Trained | Device | Data |",
+    assert rows == ["| Phase | Steps or epochs | Tokens or questions | Trained | Device | Data |",
                     "| cpt_recon | 1,200 | 3,456,789 | pe | cuda | a.jsonl, b.jsonl.gz |",
                     "| sft | 1,200 | 3,456,789 | ped (LoRA 8) | cuda | q.jsonl |",
                     "| Set | Vectors | None | Wrong | Full |", "| k8 | 0.500 | 0.250 | 0.125 | 0.750 |"]
