@@ -44,8 +44,9 @@ def test_the_commands_run_in_order(tmp_path, run):
     lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     questions.write_text("".join(lines[:2]), encoding="utf-8")
     for line in COMMANDS:
-        line = line.replace("data/wiki_questions.jsonl", str(questions)).replace("data/", f"{ROOT}/data/")
-        argv = shlex.split(line.replace("runs/", f"{tmp_path}/"))
+        argv = [re.sub(r"^runs/", f"{tmp_path}/", word) for word in shlex.split(line)]
+        argv = [str(questions) if word == "data/wiki_questions.jsonl" else re.sub(r"^data/", f"{ROOT}/data/", word)
+                for word in argv]
         step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
         argv += {"index": ["--limit", "40"], "generate": ["--max_new", "6"], "cpt_align": step, "cpt_recon": step,
                  "cpt_next": step, "sft": step, "train_policy": ["--steps", "1", "--batch_size", "1"],
