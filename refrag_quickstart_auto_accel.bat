@@ -337,7 +337,7 @@ echo   K            --k, tokens per vector            P           --p, largest f
 echo   CTX_MAX      --ctx_max, prompt budget          MAX_NEW     --max_new, longest answer
 echo   STEPS        train first: this many steps of cpt_recon, then of cpt_next, on the sample texts (minutes each)
 echo   LR_RECON     --lr of cpt_recon                 LR_NEXT     --lr of cpt_next
-echo   LR_POLICY    train the paper's policy with this --policy_lr, for STEPS steps if set, and let it choose (an hour)
+echo   LR_POLICY    train the paper's policy with this --policy_lr, for STEPS steps if set, and let it choose
 echo   ACCEL        cuda or cpu: use this one and do not look
 echo   PYTHON       the python.exe that .venv is made with (3.11 or newer)
 echo.

@@ -50,7 +50,7 @@ Environment variables. What is not set keeps refrag.py's own default.
   CTX_MAX      --ctx_max, prompt budget          MAX_NEW     --max_new, longest answer
   STEPS        train first: this many steps of cpt_recon, then of cpt_next, on the sample texts (minutes each)
   LR_RECON     --lr of cpt_recon                 LR_NEXT     --lr of cpt_next
-  LR_POLICY    train the paper's policy with this --policy_lr, for STEPS steps if set, and let it choose (an hour)
+  LR_POLICY    train the paper's policy with this --policy_lr, for STEPS steps if set, and let it choose
   ACCEL        cuda, rocm, mps or cpu: use this one and do not look
   PYTHON       the interpreter that .venv is made with (3.11 or newer)
 
