@@ -2016,12 +2016,9 @@ def term_of(word: str) -> str | None:
 class WordAnalyzer:
     """Text to stemmed index terms: lower-cased words without English stop words, Snowball stems."""
 
-    def __init__(self) -> None:
-        self.stemmer = Stemmer.Stemmer("english")
-
     def __call__(self, text: str) -> list[str]:
         """Terms in order. Example: "The rivers of Spain" -> ["river", "spain"]"""
-        return self.stemmer.stemWords([w for w in WORD.findall(text.lower()) if w not in STOPWORDS])
+        return [term for term in map(term_of, WORD.findall(text.lower())) if term is not None]
 
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
@@ -3785,7 +3782,7 @@ class RefragModel(PreTrainedModel):
         model = build_model(config, torch.device(device), dtype, train)
         model.carried = {name: read_tensors(path / f"{name}.safetensors") for name in carried_parts(config)}
         parts = {} if holds_no_model(path, config) else {"projector": model.projector}
-        parts |= ({"encoder": model.encoder} if "e" in saved else {})
+        parts |= {"encoder": model.encoder} if "e" in saved else {}
         parts |= {"decoder": model.decoder} if "d" in saved else {}
         for name, part in parts.items():
             load_part(part, path / f"{name}.safetensors")
@@ -4215,6 +4212,7 @@ FEATURES = {  # by what they tell; --explain shows each group's share
     "form": ("names", "new_names", "numbers", "new_numbers", "length", *KINDS, "question_length"),
     "place": ("place", "first", "last", "chunks"),
 }
+FEATURE_NAMES = [name for names in FEATURES.values() for name in names]
 
 
 def standard(values: np.ndarray) -> np.ndarray:
@@ -4276,7 +4274,7 @@ def chunk_features(given: GateInput) -> np.ndarray:
     """(L, F) float32, the features of FEATURES in order."""
     passage, place = place_features(given.docs)
     columns = [*meaning_features(given), *word_features(given), *passage, *form_features(given), *place]
-    assert len(columns) == sum(map(len, FEATURES.values()))
+    assert len(columns) == len(FEATURE_NAMES)
     return np.stack(columns, axis=1).astype(np.float32)
 
 
@@ -4302,7 +4300,7 @@ class QueryGate(nn.Module):
         super().__init__()
         self.shape = {"dim": dim, "pairs": pairs, "width": width, "layers": layers, "features": features,
                       "blind": blind}
-        F = sum(map(len, FEATURES.values()))
+        F = len(FEATURE_NAMES)
         self.register_buffer("mean", torch.zeros(F))
         self.register_buffer("deviation", torch.ones(F))
         self.ask, self.show = nn.Linear(dim, pairs), nn.Linear(dim, pairs)
@@ -4332,32 +4330,43 @@ class QueryGate(nn.Module):
             hidden = layer(hidden, src_key_padding_mask=padded if padded.any() else None)
         return self.leave(hidden).squeeze(-1).masked_fill(padded, -math.inf)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.leave.weight.device
+
     @torch.inference_mode()
     def scores(self, given: GateInput) -> np.ndarray:
         """(L,) logits of one question's chunks. given: with vectors."""
-        features = chunk_features(given) if self.shape["features"] else None
-        return self(gate_batch(given, features, self.leave.weight.device))[0].float().cpu().numpy()
+        features = chunk_features(given) if self.shape["features"] else np.zeros((len(given.docs), 0), dtype=np.float32)
+        return self(gate_batch([given], [features], self.device))[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def shares(self, given: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
-        features, shares = chunk_features(given), {}
-        device = self.leave.weight.device
-        whole = self(gate_batch(given, features, device))[0]
-        at = 0
+        features, shares, at = chunk_features(given), {}, 0
+        whole = self(gate_batch([given], [features], self.device))[0]
         for group, names in FEATURES.items():
             without = features.copy()
             without[:, at : at + len(names)] = self.mean[at : at + len(names)].cpu().numpy()
             at += len(names)
-            shares[group] = (whole - self(gate_batch(given, without, device))[0]).float().cpu().numpy()
+            shares[group] = (whole - self(gate_batch([given], [without], self.device))[0]).float().cpu().numpy()
         return shares
 
 
-def gate_batch(given: GateInput, features: np.ndarray | None, device: torch.device) -> GateBatch:
-    """One question as a batch. features: (L, F), None for a gate that reads vectors alone."""
-    columns = np.zeros((len(given.docs), 0), dtype=np.float32) if features is None else features
-    return GateBatch(*(torch.as_tensor(values, device=device)[None]
-                       for values in (columns, given.query, given.vectors, given.docs)))
+def padded_rows(rows: Sequence[np.ndarray], fill: Any) -> Tensor:
+    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
+    out = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
+    for place, row in zip(out, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(out)
+
+
+def gate_batch(given: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> GateBatch:
+    """Questions as a batch. features: (L, F) of each."""
+    return GateBatch(*(part.to(device) for part in (
+        padded_rows(features, 0), torch.from_numpy(np.stack([g.query for g in given])),
+        padded_rows([g.vectors for g in given], 0).float(), padded_rows([g.docs for g in given], -1))))
 
 
 SHIPPED_GATE = Path(__file__).resolve().parent / "data" / "gate"
@@ -4365,8 +4374,7 @@ SHIPPED_GATE = Path(__file__).resolve().parent / "data" / "gate"
 
 def gate_facts(gate: QueryGate, embedder: Embedder) -> dict[str, Any]:
     """What a checkpoint keeps of a gate beside its tensors."""
-    names = [name for names in FEATURES.values() for name in names] if gate.shape["features"] else []
-    return {**gate.shape, "feature_names": names, "embedder": embedder.name,
+    return {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [], "embedder": embedder.name,
             "embedder_fingerprint": embedder.fingerprint}
 
 
@@ -4375,7 +4383,7 @@ def build_gate(facts: dict[str, Any], tensors: dict[str, Tensor], kind: str) -> 
     try:
         shape = {key: facts[key] for key in ("dim", "pairs", "width", "layers", "features", "blind")}
         gate = QueryGate(**shape)
-        same = not shape["features"] or facts["feature_names"] == [n for names in FEATURES.values() for n in names]
+        same = not shape["features"] or facts["feature_names"] == FEATURE_NAMES
         gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
@@ -4725,10 +4733,9 @@ class TextLessons(Lessons):
         """The item of a window."""
         raise NotImplementedError
 
-    def exam_windows(self, count: int) -> tuple[TokenCache, np.ndarray]:
+    def exam_windows(self, count: int) -> tuple[TokenCache, Sequence[np.ndarray]]:
         """Windows spread over the held-out texts. Only call with --eval_json."""
-        windows = self.cut(self.held_out)
-        return self.held_out, windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
+        return self.held_out, spread(self.cut(self.held_out), count)
 
     def exam(self) -> dict[str, list[Item]]:
         if self.held_out is None:
@@ -5745,17 +5752,8 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
 
 
 def collate_gate(examples: Sequence[GateExample], device: torch.device) -> GateBatch:
-    """Examples as a batch, padded to the most chunks."""
-    L = max(len(example.tokens) for example in examples)
-
-    def padded(rows: list[np.ndarray], fill: float = 0.0) -> Tensor:
-        wide = [np.pad(row, [(0, L - len(row)), *[(0, 0)] * (row.ndim - 1)], constant_values=fill) for row in rows]
-        return torch.from_numpy(np.stack(wide)).to(device)
-
-    given = [example.given for example in examples]
-    return GateBatch(padded([example.features for example in examples]),
-                     torch.from_numpy(np.stack([g.query for g in given])).to(device),
-                     padded([g.vectors for g in given]).float(), padded([g.docs for g in given], -1))
+    """Examples as a batch."""
+    return gate_batch([e.given for e in examples], [e.features for e in examples], device)
 
 
 def gate_loss(logits: Tensor, positive: Tensor, utility: Tensor | None, settings: GateConfig) -> Tensor:
@@ -5781,9 +5779,9 @@ def gate_loss(logits: Tensor, positive: Tensor, utility: Tensor | None, settings
 @torch.inference_mode()
 def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.ndarray]:
     """(L,) logits of each example."""
-    device, out = gate.leave.weight.device, []
+    out = []
     for part in batched(examples, 64):
-        rows = gate.eval()(collate_gate(part, device)).float().cpu().numpy()
+        rows = gate.eval()(collate_gate(part, gate.device)).float().cpu().numpy()
         out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
     return out
 
@@ -5801,15 +5799,10 @@ def held_out_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Se
     return {f"{p:g}": round(gate_recall(scores, examples, p), 4) for p in shares} if scores else {}
 
 
-def padded_rows(rows: Sequence[np.ndarray], fill: Any, L: int) -> Tensor:
-    """(B, L) from rows of different lengths."""
-    return torch.from_numpy(np.stack([np.pad(row, (0, L - len(row)), constant_values=fill) for row in rows]))
-
-
 def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
              p: Sequence[float], seed: int) -> list[dict[str, Any]]:
     """Train a gate in place. Returns a record per epoch: loss, and recall on the held-out examples at each p."""
-    device, rng = gate.leave.weight.device, np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     stacked = np.concatenate([example.features for example in examples])
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
     gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
@@ -5821,7 +5814,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
             losses = []
             for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
                 factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
-                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, settings, factor, device))
+                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, settings, factor))
                 bar.update(1)
             records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
                             "recall": held_out_recall(gate, held_out, p)})
@@ -5830,14 +5823,13 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
 
 
 def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, settings: GateConfig,
-              factor: float, device: torch.device) -> float:
+              factor: float) -> float:
     """One optimizer step. Returns the loss."""
-    batch = collate_gate(examples, device)
-    L = batch.docs.shape[1]
-    positive, utility = padded_rows([e.positive for e in examples], False, L).to(device), None
+    batch, utility = collate_gate(examples, gate.device), None
+    positive = padded_rows([e.positive for e in examples], False).to(gate.device)
     if any(e.utility is not None for e in examples):
         rows = [np.full(len(e.tokens), np.nan) if e.utility is None else e.utility for e in examples]
-        utility = padded_rows(rows, np.nan, L).float().to(device)
+        utility = padded_rows(rows, np.nan).float().to(gate.device)
     for group in optimizer.param_groups:
         group["lr"] = settings.gate_lr * factor
     loss = gate_loss(gate.train()(batch), positive, utility, settings)
@@ -5879,7 +5871,7 @@ class AnswerReader:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
         rows = [[self.prompts.answered(asked, mask, feed)] for mask in masks]
-        batch = collate(rows, self.model.encoder, self.packs).to(next(self.model.parameters()).device)
+        batch = checked_batch(self.model, rows, self.packs).to(next(self.model.parameters()).device)
         logits = self.model(batch).logits.float()
         logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
         return logs.reshape(len(masks), -1).mean(1)
@@ -5890,8 +5882,7 @@ def utility_labels(reader: AnswerReader, example: GateExample, candidates: int =
 
     Tried are the chunks with the answer and those that the untrained blend likes best.
     """
-    names = [name for names in FEATURES.values() for name in names]
-    blend = example.features[:, [names.index("cosine"), names.index("overlap_window")]].sum(1)
+    blend = example.features[:, [FEATURE_NAMES.index(name) for name in ("cosine", "overlap_window")]].sum(1)
     ranked = np.argsort(-(blend + 10 * example.positive), kind="stable")[:candidates]
     masks = [np.isin(np.arange(len(blend)), [number]) for number in (-1, *ranked)]
     logs = reader.log_probabilities(reader.ask(example), masks)
@@ -5940,7 +5931,7 @@ class PolicyTrainer:
 
     def logits(self, example: GateExample) -> Tensor:
         """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
-        return self.policy.eval()(collate_gate([example], self.policy.leave.weight.device))[0]
+        return self.policy.eval()(collate_gate([example], self.policy.device))[0]
 
     def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
@@ -6059,7 +6050,7 @@ def finish_gate(kind: str, gate: QueryGate, loaded: GateData, data: GateDataConf
     recall = held_out_recall(gate, loaded.held_out, data.p)
     trained_s = time.perf_counter() - times[1]
     entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
-             "device": str(gate.leave.weight.device), "recall": recall}
+             "device": str(gate.device), "recall": recall}
     save_gate(kind, gate, loaded, data, models, entry)
     return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
             "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
@@ -6352,6 +6343,11 @@ class Pipeline:
         """Whether compressed chunks are fed as vectors, or left out."""
         return self.pack.compressed == "feed" or (self.pack.compressed == "auto" and self.model.trained)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether there are chunks to be chosen; not where all or none stay text."""
+        return self.gate != "none" and self.pack.mode not in ("full", "none") and self.pack.p not in (0.0, 1.0)
+
     def check_gate(self, name: str) -> None:
         """Raise UserError if a gate needs weights that are not there."""
         require(name not in TRAINED_GATES or self.trained_gates[name] is not None, f"--gate {name}: there is none "
@@ -6431,7 +6427,7 @@ class Pipeline:
 
     def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
         """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
-        if self.gate == "none" or self.pack.mode in ("full", "none") or self.pack.p in (0.0, 1.0) or not packed.docs:
+        if not self.chooses or not packed.docs:
             return np.zeros(len(packed.prompt.chunks))
         given = self.gate_input(item, packed)
         return self.trained_gates[self.gate].scores(given) if self.gate in TRAINED_GATES else GATES[self.gate](given)
@@ -6590,10 +6586,10 @@ class Pipeline:
 
     def explain(self, context: Context) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        prompt, L = context.packed.prompt, len(context.packed.prompt.chunks)
-        if self.pack.mode != "refrag" or self.gate == "none" or self.pack.p in (0.0, 1.0):
-            whole = bool(context.expanded.all())
-            return [{"why": f"{'text' if whole else 'compressed'}: no choice to make", "shares": {}}] * L
+        prompt = context.packed.prompt
+        if self.pack.mode != "refrag" or not self.chooses:
+            return [{"why": f"{'text' if opened else 'compressed'}: no choice to make", "shares": {}}
+                    for opened in context.expanded]
         shares: dict[str, np.ndarray] = {}
         if self.gate == "learned":
             shares = self.trained_gates["learned"].shares(self.gate_input(context.item, context.packed))
