@@ -2007,10 +2007,13 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]
 STOPWORDS = frozenset(bm25s.stopwords.STOPWORDS_EN)
 
 
+STEMMER = Stemmer.Stemmer("english")  # making one takes longer than stemming a word
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def term_of(word: str) -> str | None:
     """The index term of a lower-cased word, None for a stop word. The gate asks for the same words again and again."""
-    return None if word in STOPWORDS else Stemmer.Stemmer("english").stemWord(word)
+    return None if word in STOPWORDS else STEMMER.stemWord(word)
 
 
 class WordAnalyzer:
