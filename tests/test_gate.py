@@ -556,6 +556,25 @@ def test_utility_is_learned_from_the_decoder(train, monkeypatch):
         assert known.sum() == 8 and known[example.positive].all() and len(set(example.utility[known])) > 1
 
 
+def test_utility_is_the_gain_over_no_text_at_all():
+    """A reader for which chunk i as text adds i + 1 to the 5 that the answer has without any."""
+    class Reader:
+        ask = staticmethod(lambda example: example)
+        log_probabilities = staticmethod(lambda example, masks: np.asarray([5.0 + mask @ [1, 2, 3, 4] for mask in masks]))
+
+    example = example_of(*random_batch(4, [0, 0, 0, 0]))
+    assert refrag.utility_labels(Reader(), example).tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("p", "why"), [(1, "text: no choice to make"), (0, "compressed: no choice to make")])
+def test_explain_where_nothing_is_chosen(run, index_dir, llama, p, why):
+    code, out, err = run("generate", "--index_dir", index_dir, "--question", "Who?", "--dec", llama, *TINY, "--p", p,
+                         "--max_new", "1", "--explain", "--json", "--quiet")
+    assert code == 0, err
+    chunks = json.loads(out)["chunks"]
+    assert chunks and {chunk["why"] for chunk in chunks} == {why}
+
+
 def test_train_policy_writes_a_policy_that_generate_uses(train, run, index_dir, llama):
     code, out, err, folder = train("policy", "--steps", "2", "--batch_size", "1", "--group", "2")
     assert code == 0, err
