@@ -279,7 +279,7 @@ def random_batch(L, docs, seed=0, dim=6):
 def small_gate(**shape):
     """A random gate for vectors of width 6."""
     torch.manual_seed(0)
-    return refrag.QueryGate(6, **({"pairs": 8, "width": 16, "layers": 1} | shape)).eval()
+    return refrag.QueryGate(6, **({"pairs": 8, "width": 16} | shape)).eval()
 
 
 def example_of(given, columns, gold=((0,),), tokens=None):
@@ -298,13 +298,23 @@ def test_padding_changes_nothing():
 
 
 def test_a_neighbour_counts_only_within_its_document():
-    """Without attention a chunk's logit depends on the chunks beside it in the same document, on nothing else."""
-    gate = small_gate(layers=0)
-    given, columns = random_batch(4, [0, 0, 1, 1])
+    """Without the view of all chunks, a logit depends on the two chunks on either side in its document, on no other."""
+    gate = small_gate()
+    torch.nn.init.zeros_(gate.all.weight)
+    given, columns = random_batch(6, [0, 0, 0, 0, 1, 1])
     changed = columns.copy()
-    changed[1] += 1
+    changed[3] += 1
     before, after = (refrag.gate_logits(gate, [example_of(given, c)])[0] for c in (columns, changed))
-    assert (np.abs(before - after) > 1e-6).tolist() == [True, True, False, False]
+    assert (np.abs(before - after) > 1e-6).tolist() == [False, True, True, True, False, False]
+
+
+def test_every_chunk_is_seen_by_all_others():
+    gate = small_gate()
+    given, columns = random_batch(6, [0, 0, 0, 0, 1, 1])
+    changed = columns.copy()
+    changed[3] += 1
+    before, after = (refrag.gate_logits(gate, [example_of(given, c)])[0] for c in (columns, changed))
+    assert (np.abs(before - after) > 1e-6).all()
 
 
 def test_what_a_gate_may_see():
