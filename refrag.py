@@ -7064,7 +7064,8 @@ class Task:
         """The summary's fields: n, results and more."""
         raise NotImplementedError
 
-    def table(self, summary: dict[str, Any]) -> str:
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
         """The results for people."""
         raise NotImplementedError
 
@@ -7210,10 +7211,11 @@ class QaTask(QuestionTask):
                                          "ci": bootstrap_interval(gains, seed)}
         return made
 
-    def table(self, summary: dict[str, Any]) -> str:
-        rows = [[name, p, *map(cell.get, self.columns)]
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
+        rows = [[name, p, *map(cell.get, cls.columns)]
                 for name, cells in summary["results"].items() for p, cell in cells.items()]
-        return markdown_table(["mode", "p", *self.columns], rows)
+        return markdown_table(["mode", "p", *cls.columns], rows)
 
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
         draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
@@ -7299,9 +7301,10 @@ class RetrievalTask(QuestionTask):
             results[name]["ms_per_question"] = average(rows, "ms_per_question", statistics.median)
         return {"n": len(self.questions), "results": results, "passages": self.manifest["counts"]["passages"]}
 
-    def table(self, summary: dict[str, Any]) -> str:
-        rows = [[name, *(scores[c] for c in self.columns)] for name, scores in summary["results"].items()]
-        return markdown_table(["retriever", *self.columns], rows)
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
+        rows = [[name, *(scores[c] for c in cls.columns)] for name, scores in summary["results"].items()]
+        return markdown_table(["retriever", *cls.columns], rows)
 
 
 def ranked_ids(passages: Sequence[Passage], positives: set[str]) -> list[str]:
@@ -7371,7 +7374,8 @@ class GateTask(QuestionTask):
         return {"n": len(self.questions), "results": tables.pop("recall"), "asked": len(asked), "left_out": left_out,
                 "several_positives": sum(row["all_positives"] is not None for row in rows), **tables}
 
-    def table(self, summary: dict[str, Any]) -> str:
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
         rows = [[gate, p, recall, summary["partial"][gate][p], summary["all_positives"][gate][p],
                  summary["gate_ms"][gate]]
                 for gate, cells in summary["results"].items() for p, recall in cells.items()]
@@ -7506,7 +7510,8 @@ class PplTask(TextTask):
         return {"n": texts, "results": self.tables(found, "loss"), "accuracy": self.tables(found, "accuracy"),
                 "positions": self.tables(found, "positions")}
 
-    def table(self, summary: dict[str, Any]) -> str:
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
         rows = [[mode, k, loss, summary["accuracy"][mode][k], summary["positions"][mode][k]]
                 for mode, cells in summary["results"].items() for k, loss in cells.items()]
         return markdown_table(["mode", "k", "log_ppl", "accuracy", "positions"], rows)
@@ -7532,8 +7537,9 @@ class ReconTask(TextTask):
         results = {str(k): {names[mode]: tables[mode][str(k)] for mode in self.modes} for k in self.options.k}
         return {"n": next(iter(found.values()))["texts"], "results": results}
 
-    def table(self, summary: dict[str, Any]) -> str:
-        return markdown_table(["k", *self.columns], [[k, *(cell[c] for c in self.columns)]
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
+        return markdown_table(["k", *cls.columns], [[k, *(cell[c] for c in cls.columns)]
                                                      for k, cell in summary["results"].items()])
 
 

@@ -1,0 +1,88 @@
+"""Fills the tables of docs/RESULTS.md from the JSON files in docs/results, each with its command, commit and device.
+
+    python docs/make_results.py                        writes the tables anew
+    python docs/make_results.py --check                exit status 1 if they are not what the files say
+    python docs/make_results.py --add NAME FILE        keeps a results.json or bench.json as docs/results/NAME.json
+
+A table stands between `<!-- results: NAME [NAME ..] -->` and `<!-- end -->`. A file is what `refrag.py eval` or `bench`
+wrote to --out_dir, or {columns, rows, command, commit, device} with the cells as text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from pathlib import Path, PurePath
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import refrag
+
+PAGE, FOLDER = Path(__file__).resolve().with_name("RESULTS.md"), Path(__file__).resolve().with_name("results")
+BLOCK = re.compile(r"(<!-- results: (?P<names>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table_of(result: dict) -> str:
+    """The table of one file, in Markdown."""
+    if "task" in result:
+        return refrag.TASKS[result["task"]].table(result)
+    if "growth" in result:
+        return refrag.bench_text(result)
+    return refrag.markdown_table(result["columns"], result["rows"])
+
+
+def device_of(result: dict) -> str:
+    """What it ran on, in words."""
+    device = result["device"]
+    if isinstance(device, str):
+        return device
+    name = device.get("name") or f"{device['device']}, {device['cpu_threads']} threads"
+    return f"{name}, {device['dtype']}, torch {result['versions']['torch']}"
+
+
+def block_of(names: list[str]) -> str:
+    """The tables of some files, each above where it comes from."""
+    parts = []
+    for name in names:
+        result = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+        command = result["command"] if isinstance(result["command"], str) else shlex.join(result["command"])
+        source = f"n = {result['n']}; " if "n" in result else ""
+        parts.append(f"{table_of(result)}\n\n`{command}`; {source}commit {result['commit'][:7]}; {device_of(result)}; "
+                     f"[{name}.json](results/{name}.json)\n\n")
+    return "".join(parts)
+
+
+def short_path(word: str) -> str:
+    """A path of this machine as the last two names in it; other words as they are."""
+    return str(PurePath(*PurePath(word).parts[-2:])) if word.startswith("/") else word
+
+
+def add(name: str, path: Path) -> None:
+    """Keep a result under a name, without the paths of this machine."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    program, *words = result["command"]
+    result["command"] = [PurePath(program).name, *map(short_path, words)]
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a table is stale")
+    parser.add_argument("--add", nargs=2, metavar=("NAME", "FILE"), help="keep a result first")
+    args = parser.parse_args()
+    if args.add:
+        add(args.add[0], Path(args.add[1]))
+    page = PAGE.read_text(encoding="utf-8")
+    made = BLOCK.sub(lambda found: found[1] + "\n" + block_of(found["names"].split()) + found[3], page)
+    if args.check:
+        return int(made != page)
+    PAGE.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
