@@ -153,6 +153,8 @@ class RuntimeConfig:
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = opt("auto", "decoder precision; auto: bfloat16 on CUDA, else float32",
                      choices=("auto", "float32", "bfloat16"))
+    engine: str = opt("auto", "how tokens after the first are decoded: by the decoder as it is, or on a CPU with its "
+                              "weights in 8 bits; auto: 8 bits where it can be done", choices=("auto", "model", "int8"))
     threads: int = opt(0, "CPU threads, 0 for the library's choice")
     seed: int = opt(1337, "random seed")
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -6188,6 +6190,136 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
     return logits, State(cache, mask, lengths)
 
 
+CITATION_TOKENS = 8  # that `choose_citation` may feed
+
+
+class Int8Matrix:
+    """A matrix in 8 bits with a scale per row, for vectors few at a time: what a step costs is reading the weights."""
+
+    def __init__(self, weight: Tensor):
+        """weight: (out, in)."""
+        scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
+        self.values = (weight / scale[:, None]).round().to(torch.int8).contiguous()
+        self.scale = scale.bfloat16()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, in) -> (n, out), in bfloat16, for which the kernel is made."""
+        return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
+
+
+class Int8Layer(NamedTuple):
+    """One layer's matrices. The weights of the norms and the scale of the scores are multiplied in."""
+
+    attend: Int8Matrix  # queries, keys and values, one below the other
+    leave: Int8Matrix
+    widen: Int8Matrix  # the feed-forward's gate and its input, one below the other
+    narrow: Int8Matrix
+
+
+class FixedCache(NamedTuple):
+    """Keys and values with room for the tokens to come: growing them by copies costs more than the step itself."""
+
+    stepper: Int8Stepper
+    keys: Tensor  # (layers, B * key heads, room, width of a head)
+    values: Tensor
+    length: int  # that are filled
+
+
+class Int8Stepper:
+    """Steps of one token a sequence for a Llama-like decoder on a CPU, without the detours of the library's modules.
+
+    The prompt is read by the decoder itself; from its cache on, all matrices are in 8 bits (`_weight_int8pack_mm`) and
+    what lies between them in float32.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, decoder: nn.Module):
+        """decoder: one that it `fits`."""
+        config, body = decoder.config, decoder.model
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.embed, self.rotary, self.eps = decoder.get_input_embeddings(), body.rotary_emb, config.rms_norm_eps
+        self.width, self.head_width = self.embed.embedding_dim, body.layers[0].self_attn.head_dim
+        self.layers = [self.layer(block) for block in body.layers]
+        self.head = Int8Matrix(decoder.get_output_embeddings().weight * body.norm.weight)
+
+    @staticmethod
+    def fits(decoder: nn.Module) -> bool:
+        """Whether it computes what the decoder does: Llama's layers without biases, on a CPU, none of them changed."""
+        if type(decoder).__name__ not in ("LlamaForCausalLM", "MistralForCausalLM"):
+            return False
+        config = decoder.config
+        plain = all(type(module) is nn.Linear and module.bias is None for name, module in decoder.named_modules()
+                    if name.endswith(("_proj", "lm_head")))
+        return (plain and decoder.device.type == "cpu" and config.hidden_act == "silu"
+                and getattr(config, "sliding_window", None) is None)
+
+    def layer(self, block: nn.Module) -> Int8Layer:
+        """The matrices of one layer."""
+        attention, mlp = block.self_attn, block.mlp
+        before, between = block.input_layernorm.weight, block.post_attention_layernorm.weight
+        query = attention.q_proj.weight * self.head_width**-0.5
+        return Int8Layer(
+            Int8Matrix(torch.cat([query, attention.k_proj.weight, attention.v_proj.weight]) * before),
+            Int8Matrix(attention.o_proj.weight),
+            Int8Matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * between),
+            Int8Matrix(mlp.down_proj.weight),
+        )
+
+    def adopt(self, state: State, room: int) -> State:
+        """The state of a prompt that the decoder has read, with room for so many tokens more."""
+        layers = state.cache.layers
+        B, G, T, D = layers[0].keys.shape
+
+        def fixed(parts: Iterable[Tensor]) -> Tensor:
+            held = torch.zeros(len(layers), B * G, T + room, D)
+            for place, part in zip(held, parts, strict=True):
+                place[:, :T] = part.reshape(B * G, T, D)
+            return held
+
+        cache = FixedCache(self, fixed(layer.keys for layer in layers), fixed(layer.values for layer in layers), T)
+        return state._replace(cache=cache)
+
+    def step(self, token: Tensor, cache: FixedCache, mask: Tensor | None,
+             position: Tensor) -> tuple[Tensor, FixedCache]:
+        """(logits (B, V), cache). token, position: (B,); mask: (B, T + 1) or None. The cache given is used up."""
+        if cache.length == cache.keys.shape[2]:
+            more = (0, 0, 0, max(32, cache.length // 4))
+            cache = FixedCache(self, *(nn.functional.pad(part, more) for part in cache[1:3]), cache.length)
+        T = cache.length + 1
+        x = self.embed.weight[token].float()  # (B, W)
+        cos, sin = (part[:, 0].float().unsqueeze(1) for part in self.rotary(x, position[:, None]))  # (B, 1, D)
+        hidden = None if mask is None else (mask == 0).repeat_interleave(self.kv_heads, 0)[:, None]  # (B * G, 1, T)
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            x = x + self.attend(layer, x, keys, values, T, (cos, sin), hidden)
+            gate, up = layer.widen(self.norm(x)).chunk(2, dim=-1)
+            x = x + layer.narrow(nn.functional.silu(gate) * up)
+        return self.head(self.norm(x)).float(), cache._replace(length=T)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """(B, W) by its root mean square; the weights are in the matrices."""
+        return nn.functional.rms_norm(x, (self.width,), None, self.eps)
+
+    def attend(self, layer: Int8Layer, x: Tensor, keys: Tensor, values: Tensor, T: int, turn: tuple[Tensor, Tensor],
+               hidden: Tensor | None) -> Tensor:
+        """(B, W), what attention adds. keys, values: (B * G, room, D), the token's own are filled in at T - 1."""
+        B, G, D = len(x), self.kv_heads, self.head_width
+        made = layer.attend(self.norm(x)).float().view(B, self.heads + 2 * G, D)
+        turned = rotate(made[:, : self.heads + G], *turn)
+        keys[:, T - 1] = turned[:, self.heads :].reshape(B * G, D)
+        values[:, T - 1] = made[:, self.heads + G :].reshape(B * G, D)
+        query = turned[:, : self.heads].reshape(B * G, self.heads // G, D)
+        scores = torch.bmm(query, keys[:, :T].transpose(1, 2))  # (B * G, heads of a key, T)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -math.inf)
+        return layer.leave(torch.bmm(scores.softmax(-1), values[:, :T]).view(B, -1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding as Llama's in transformers, halves side by side. x: (B, H, D); cos, sin: (B, 1, D)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
 @torch.inference_mode()
 def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
                      alive: Tensor | None = None) -> tuple[Tensor, State]:
@@ -6197,7 +6329,10 @@ def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
     if mask is not None:
         column = torch.ones_like(mask[:, :1]) if alive is None else alive.long()[:, None]
         mask, step = torch.cat([mask, column], dim=1), column[:, 0]
-    logits, cache = forward_step(decoder, state, mask, state.position[:, None], input_ids=token[:, None])
+    if isinstance(state.cache, FixedCache):
+        logits, cache = state.cache.stepper.step(token, state.cache, mask, state.position)
+    else:
+        logits, cache = forward_step(decoder, state, mask, state.position[:, None], input_ids=token[:, None])
     return logits, State(cache, mask, state.position + step)
 
 
@@ -6227,10 +6362,12 @@ def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
 @torch.inference_mode()
 def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, stops: frozenset[int],
            pick: Callable[[Tensor], Tensor], watch: Stopwatch,
-           on_token: Callable[[int, list[int]], None] | None = None) -> tuple[list[Decoded], State]:
+           on_token: Callable[[int, list[int]], None] | None = None,
+           stepper: Int8Stepper | None = None) -> tuple[list[Decoded], State]:
     """Decode until every sequence has ended or has max_new tokens. Returns the tokens and the final state.
 
-    pick: logits (B, V) -> tokens (B,). on_token(b, tokens of b so far) is called for each new token.
+    pick: logits (B, V) -> tokens (B,). on_token(b, tokens of b so far) is called for each new token. stepper: takes the
+    steps in the decoder's place.
     """
     B = len(logits)
     out = [Decoded([], [], False) for _ in range(B)]
@@ -6252,6 +6389,8 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
                 on_token(b, out[b].tokens)
         if not alive.any() or step + 1 == max_new:
             break
+        if stepper is not None and step == 0:
+            state = stepper.adopt(state, max_new + CITATION_TOKENS)
         logits, state = decode_one_token(decoder, token, state, alive)
     return out, state
 
@@ -6380,6 +6519,13 @@ class Pipeline:
         """The gates that have weights."""
         gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
         return {name: gate and gate.to(self.device) for name, gate in gates.items()}
+
+    @functools.cached_property
+    def stepper(self) -> Int8Stepper | None:
+        """What takes the steps after the first token, None for the decoder itself."""
+        fits = Int8Stepper.fits(self.model.decoder)
+        require(fits or self.runtime.engine != "int8", "--engine int8 is for Llama and its like on a CPU: leave it out")
+        return Int8Stepper(self.model.decoder) if fits and self.runtime.engine != "model" else None
 
     @property
     def feed(self) -> bool:
@@ -6558,6 +6704,8 @@ class Pipeline:
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
             decode_one_token(self.model.decoder, logits.argmax(-1), state)
+        if self.stepper is not None:
+            decode_one_token(self.model.decoder, logits.argmax(-1), self.stepper.adopt(state, 1))
         self.batches = all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
         if self.gate in TRAINED_GATES:
             gate = self.trained_gates[self.gate]
@@ -6583,7 +6731,8 @@ class Pipeline:
             context.kv_bytes = cache_bytes(state.cache) // len(contexts)
         start = watch.clock()
         outs, state = decode(decoder, logits, state, max_new=self.generate.max_new, stops=self.stops, pick=self.pick,
-                             watch=watch, on_token=(lambda b, tokens: stream(tokens)) if stream else None)
+                             watch=watch, on_token=(lambda b, tokens: stream(tokens)) if stream else None,
+                             stepper=self.stepper)
         results = []
         for row, (context, out) in enumerate(zip(contexts, outs, strict=True)):
             context.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
