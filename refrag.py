@@ -6817,7 +6817,8 @@ class Pipeline:
         """What the answer depends on."""
         made = settings_of(self.pack, self.search, self.generate, self.model.config)
         return made | {"gate": self.gate, "projector_trained": self.model.trained,
-                       "compressed": "feed" if self.feed else "drop", "device": str(self.device),
+                       "compressed": "feed" if self.feed else "drop",
+                       "engine": "int8" if self.stepper is not None else "model", "device": str(self.device),
                        "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
     def compare(self, item: dict[str, Any], on_text: Callable[[str], None] | None = None) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import save_decoder
 
 import refrag
 
@@ -391,6 +393,87 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.mark.models
+class ExactMatrix:
+    """In the place of Int8Matrix: the same product without rounding."""
+
+    def __init__(self, weight):
+        self.weight = weight.float()
+
+    def __call__(self, x):
+        return x.float() @ self.weight.T
+
+
+def step_both(decoder, stepper, inputs, steps, room, alive=None):
+    """Logits (2, steps, B, V) by the decoder itself and by its stepper, fed the decoder's choices."""
+    logits, state = refrag.prefill(decoder, inputs)
+    states = [stepper.adopt(state, room), refrag.State(copy.deepcopy(state.cache), state.mask, state.position)]
+    rows = []
+    for _ in range(steps):
+        token = logits.argmax(-1)
+        pairs = [refrag.decode_one_token(decoder, token, one, alive) for one in states]
+        states, logits = [one for _, one in pairs], pairs[1][0]
+        rows.append([logits, pairs[0][0]])
+    return torch.stack([torch.stack(side) for side in zip(*rows, strict=True)])
+
+
+class TestInt8:
+    @pytest.fixture()
+    def decoder(self, llama):
+        return load(llama).model.decoder
+
+    @pytest.mark.parametrize(("lengths", "room"), [((7,), 12), ((5, 9, 2), 12), ((6,), 1)])
+    def test_without_rounding_the_steps_are_the_decoder_s(self, decoder, monkeypatch, lengths, room):
+        """Alone, padded in a batch, and past the room that was made."""
+        monkeypatch.setattr(refrag, "Int8Matrix", ExactMatrix)
+        torch.manual_seed(0)
+        stepper = refrag.Int8Stepper(decoder)
+        expected, got = step_both(decoder, stepper, [torch.randn(n, 32) for n in lengths], 6, room)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+    def test_a_sequence_that_has_ended_is_hidden_from_the_rest(self, decoder, monkeypatch):
+        monkeypatch.setattr(refrag, "Int8Matrix", ExactMatrix)
+        torch.manual_seed(0)
+        alive, inputs = torch.tensor([True, False]), [torch.randn(4, 32) for _ in range(2)]
+        expected, got = step_both(decoder, refrag.Int8Stepper(decoder), inputs, 3, 8, alive)
+        torch.testing.assert_close(got[:, 0], expected[:, 0], rtol=1e-3, atol=1e-4)
+
+    def test_rounding_moves_logits_by_little(self, decoder):
+        torch.manual_seed(0)
+        expected, got = step_both(decoder, refrag.Int8Stepper(decoder), [torch.randn(9, 32)], 6, 8)
+        assert 0 < (got - expected).abs().max() < 0.1 * expected.std() * 4
+
+    def test_a_matrix_is_kept_to_a_two_hundred_and_fifty_fourth_of_its_rows_largest(self):
+        torch.manual_seed(0)
+        weight = torch.randn(8, 64) * torch.logspace(-3, 1, 8)[:, None]
+        kept = refrag.Int8Matrix(weight)
+        error = (kept.values * kept.scale.float()[:, None] - weight).abs().amax(1)
+        assert (error <= weight.abs().amax(1) * (1 / 254 + 2**-8)).all()
+        x = torch.randn(3, 64)
+        expected = x @ weight.T
+        torch.testing.assert_close(kept(x).float(), expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+
+    def test_only_decoders_that_it_computes_exactly(self, any_decoder):
+        decoder = load(any_decoder).model.decoder
+        assert refrag.Int8Stepper.fits(decoder) == (decoder.config.model_type == "llama")
+
+    def test_a_changed_layer_does_not_fit(self, decoder):
+        assert refrag.Int8Stepper.fits(decoder)
+        decoder.model.layers[0].mlp.up_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.up_proj)
+        assert not refrag.Int8Stepper.fits(decoder)
+
+    def test_the_engine_can_be_chosen(self, llama, run):
+        ask = ["generate", "--prompt", PROMPT, "--dec", llama, *FED, "--k", "4", "--max_new", "3"]
+        for engine, used in (("model", "model"), ("int8", "int8"), ("auto", "int8")):
+            code, out, err = run(*ask, "--engine", engine)
+            assert code == 0, err
+            assert json.loads(out)["settings"]["engine"] == used
+
+    def test_an_engine_for_another_decoder_is_an_error(self, tmp_path_factory, tokenizers, run):
+        gpt2 = save_decoder("gpt2", tmp_path_factory.mktemp("gpt2"), tokenizers["plain_bpe"])
+        code, _, err = run("generate", "--prompt", PROMPT, "--dec", gpt2, *FED, "--k", "4", "--engine", "int8")
+        assert code == 2 and "--engine int8" in err
+
+
 class TestBundledModels:
     """The same promises on SmolLM2-135M-Instruct and all-MiniLM-L6-v2."""
 
