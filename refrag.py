@@ -6265,8 +6265,9 @@ class Int8Stepper:
         attention, mlp = block.self_attn, block.mlp
         before, between = block.input_layernorm.weight, block.post_attention_layernorm.weight
         query = attention.q_proj.weight * self.head_width**-0.5
+        turned = torch.cat([query, attention.k_proj.weight]).T.unflatten(-1, (-1, self.head_width))  # (W, heads, D)
         return Int8Layer(
-            Int8Matrix(torch.cat([query, attention.k_proj.weight, attention.v_proj.weight]) * before),
+            Int8Matrix(torch.cat([paired(turned).flatten(-2).T, attention.v_proj.weight]) * before),
             Int8Matrix(attention.o_proj.weight),
             Int8Matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * between),
             Int8Matrix(mlp.down_proj.weight),
@@ -6283,7 +6284,8 @@ class Int8Stepper:
                 place[:, :T] = part.reshape(B * G, T, D)
             return held
 
-        cache = FixedCache(self, fixed(layer.keys for layer in layers), fixed(layer.values for layer in layers), T)
+        keys = fixed(paired(layer.keys) for layer in layers)
+        cache = FixedCache(self, keys, fixed(layer.values for layer in layers), T)
         return state._replace(cache=cache)
 
     def step(self, token: Tensor, cache: FixedCache, mask: Tensor | None,
@@ -6294,37 +6296,40 @@ class Int8Stepper:
             cache = FixedCache(self, *(nn.functional.pad(part, more) for part in cache[1:3]), cache.length)
         T = cache.length + 1
         x = self.embed.weight[token].float()  # (B, W)
-        cos, sin = (part[:, 0].float().unsqueeze(1) for part in self.rotary(x, position[:, None]))  # (B, 1, D)
+        cos, sin = (part[..., : self.head_width // 2].float() for part in self.rotary(x, position[:, None]))
+        turn = torch.complex(cos, sin)  # (B, 1, D / 2)
         hidden = None if mask is None else (mask == 0).repeat_interleave(self.kv_heads, 0)[:, None]  # (B * G, 1, T)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = x + self.attend(layer, x, keys, values, T, (cos, sin), hidden)
+            x = x + self.attend(layer, x, keys, values, T, turn, hidden)
             gate, up = layer.widen(self.norm(x)).chunk(2, dim=-1)
             x = x + layer.narrow(nn.functional.silu(gate) * up)
         return self.head(self.norm(x)).float(), cache._replace(length=T)
 
     def norm(self, x: Tensor) -> Tensor:
         """(B, W) by its root mean square; the weights are in the matrices."""
-        return nn.functional.rms_norm(x, (self.width,), None, self.eps)
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
-    def attend(self, layer: Int8Layer, x: Tensor, keys: Tensor, values: Tensor, T: int, turn: tuple[Tensor, Tensor],
+    def attend(self, layer: Int8Layer, x: Tensor, keys: Tensor, values: Tensor, T: int, turn: Tensor,
                hidden: Tensor | None) -> Tensor:
         """(B, W), what attention adds. keys, values: (B * G, room, D), the token's own are filled in at T - 1."""
         B, G, D = len(x), self.kv_heads, self.head_width
         made = layer.attend(self.norm(x)).float().view(B, self.heads + 2 * G, D)
-        turned = rotate(made[:, : self.heads + G], *turn)
-        keys[:, T - 1] = turned[:, self.heads :].reshape(B * G, D)
+        torch.view_as_complex(made[:, : self.heads + G].unflatten(-1, (-1, 2))).mul_(turn)
+        keys[:, T - 1] = made[:, self.heads : self.heads + G].reshape(B * G, D)
         values[:, T - 1] = made[:, self.heads + G :].reshape(B * G, D)
-        query = turned[:, : self.heads].reshape(B * G, self.heads // G, D)
+        query = made[:, : self.heads].reshape(B * G, self.heads // G, D)
         scores = torch.bmm(query, keys[:, :T].transpose(1, 2))  # (B * G, heads of a key, T)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
         return layer.leave(torch.bmm(scores.softmax(-1), values[:, :T]).view(B, -1))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding as Llama's in transformers, halves side by side. x: (B, H, D); cos, sin: (B, 1, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+def paired(x: Tensor) -> Tensor:
+    """A head's width (.., D) with its halves interleaved, so that rotary position embedding is one complex product.
+
+    With queries and keys alike, their products stay what they are. Example: [1, 2, 3, 4] -> [1, 3, 2, 4]
+    """
+    return torch.stack(x.chunk(2, -1), -1).flatten(-2)
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 from pathlib import Path, PurePath
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -55,16 +56,20 @@ def block_of(names: list[str]) -> str:
     return "".join(parts)
 
 
-def short_path(word: str) -> str:
-    """A path of this machine as the last two names in it; other words as they are."""
-    return str(PurePath(*PurePath(word).parts[-2:])) if word.startswith("/") else word
+def without_paths(value: Any) -> Any:
+    """A JSON value in which paths of this machine are their last two names."""
+    if isinstance(value, dict):
+        return {key: without_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_paths(part) for part in value]
+    is_path = isinstance(value, str) and value.startswith("/")
+    return str(PurePath(*PurePath(value).parts[-2:])) if is_path else value
 
 
 def add(name: str, path: Path) -> None:
     """Keep a result under a name, without the paths of this machine."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    program, *words = result["command"]
-    result["command"] = [PurePath(program).name, *map(short_path, words)]
+    result = without_paths(json.loads(path.read_text(encoding="utf-8")))
+    result["command"][0] = PurePath(result["command"][0]).name
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

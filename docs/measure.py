@@ -41,17 +41,20 @@ def pipeline_of(args: argparse.Namespace, search: dict | None = None, pack: dict
 
 
 def measure_decode(args: argparse.Namespace) -> dict:
-    """Our decode loop and transformers' generate on the same embeddings, taking turns."""
+    """Our decode loop, with the decoder and with its 8-bit steps, and transformers' generate, taking turns."""
     model = refrag.load_model(refrag.ModelConfig(), 16, RUNTIME)
     decoder, watch = model.decoder, refrag.Stopwatch(torch.device("cpu"))
     inputs = decoder.get_input_embeddings().weight[100 : 100 + args.prompt].detach()
+    start = time.perf_counter()
+    int8 = refrag.Int8Stepper(decoder)
+    made = {"prompt": args.prompt, "new": args.new, "int8_load_s": round(time.perf_counter() - start, 3)}
 
-    def ours() -> list[float]:
+    def ours(stepper: refrag.Int8Stepper | None) -> tuple[float, float]:
         start = time.perf_counter()
         logits, state = refrag.prefill(decoder, [inputs])
         [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, stops=frozenset(),
-                                 pick=lambda x: x.argmax(-1), watch=watch)
-        return [out.times[0] - start, time.perf_counter() - start]
+                                 pick=lambda x: x.argmax(-1), watch=watch, stepper=stepper)
+        return out.times[0] - start, (time.perf_counter() - out.times[0]) / (args.new - 1)
 
     def theirs(new: int) -> float:
         start = time.perf_counter()
@@ -61,15 +64,13 @@ def measure_decode(args: argparse.Namespace) -> dict:
 
     rows = collections.defaultdict(list)
     for turn in range(args.repeats + 1):
-        first, whole = ours()
         one, many = theirs(1), theirs(args.new)
-        if turn:
-            rows["ours_first_s"].append(first)
-            rows["ours_ttit_s"].append((whole - first) / (args.new - 1))
-            rows["generate_first_s"].append(one)
-            rows["generate_ttit_s"].append((many - one) / (args.new - 1))
-            rows["ratio_ttit"].append(rows["generate_ttit_s"][-1] / rows["ours_ttit_s"][-1])
-    return {"prompt": args.prompt, "new": args.new, **{k: round(statistics.median(v), 5) for k, v in rows.items()}}
+        times = {"model": ours(None), "int8": ours(int8), "generate": (one, (many - one) / (args.new - 1))}
+        for name, (first, each) in times.items() if turn else ():
+            rows[f"{name}_first_s"].append(first)
+            rows[f"{name}_ttit_s"].append(each)
+            rows[f"{name}_times_faster_than_generate"].append(times["generate"][1] / each)
+    return made | {name: round(statistics.median(values), 5) for name, values in rows.items()}
 
 
 # -- alignment and training ------------------------------------------------------
