@@ -223,6 +223,6 @@ def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
     """An index of that corpus with chunk vectors at k = 4, by the tiny models."""
     folder = tmp_path_factory.mktemp("index") / "index"
     code = refrag.main(["index", "--corpus", str(corpus), "--index_dir", str(folder), "--embed_model", str(embedder),
-                        "--dec", str(llama), "--enc", "decoder:2", "--k", "4", "--quiet"])
+                        "--dec", str(llama), "--enc", "decoder:2", "--k", "4", "--dtype", "float32", "--quiet"])
     assert code == 0
     return folder

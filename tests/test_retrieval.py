@@ -523,7 +523,7 @@ MANY = [{"id": f"p{i}", "title": f"River {i}" if i % 3 else "", "text": text} fo
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
 def test_adding_gives_what_building_at_once_gives(tmp_path, run, ask, spread, llama, kind):
-    models = ["--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--quiet"]
+    models = ["--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--dtype", "float32", "--quiet"]
     parts = [write_jsonl(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((MANY, MANY[:3], MANY[3:5], MANY[5:]))]
     build = ["--k", 4, "--faiss", kind]
     assert run("index", "--corpus", parts[0], "--index_dir", tmp_path / "once", *models, *build)[0] == 0
@@ -742,6 +742,23 @@ def test_chunk_tables_of_other_k_or_another_encoder_are_not_used(index_dir, enco
     assert index.chunk_table(0, 4).states is None and index.chunk_table(0, 4).gate is not None
 
 
+def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monkeypatch):
+    texts = ["A river floods the old town in spring.", "Bells are cast from bronze.", "Sheep graze on the hills."]
+    exact = refrag.load_embedder(str(embedder), RUNTIME)
+    for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False)
+        one = refrag.load_embedder(str(embedder), refrag.RuntimeConfig(device="cpu"))
+        assert next(one.model.parameters()).dtype == dtype and one.fingerprint == exact.fingerprint
+        vectors, states = one.embed_with_states(texts)
+        for made, expected in ((one.embed_passages(texts), exact.embed_passages(texts)),
+                               (vectors, exact.embed_with_states(texts)[0]),
+                               (one.embed_query(texts[0]), exact.embed_query(texts[0]))):
+            assert made.dtype == np.float32
+            np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
+            assert (made * expected).sum(1).min() > 0.999
+        assert all(state.dtype == np.float32 for state in states)
+
+
 def test_gate_vectors_beyond_what_the_embedder_reads_are_the_passages(embedder, encoders):
     """The embedder reads 64 tokens; chunks after those have the whole passage's vector."""
     model, chunking = refrag.load_embedder(str(embedder), RUNTIME), refrag.make_chunking(encoders[4].tokenizer, None)
@@ -785,7 +802,7 @@ def test_arrays_are_mapped_and_read_only(index_dir):
     arrays = [index.parts, index.chunk_offsets, index.chunk_ends, index.chunk_sizes, index.gate, index.chunks,
               index.ids.bytes, index.texts.bytes, index.texts.offsets]
     for array in arrays:
-        assert isinstance(array, np.memmap) and not array.flags.writeable
+        assert isinstance(array.base, np.memmap) and not array.flags.writeable
     assert index.chunks.dtype == index.gate.dtype == np.float16
     with pytest.raises(ValueError, match="read-only"):
         index.chunks[0] = 0
