@@ -6222,15 +6222,16 @@ CITATION_TOKENS = 8  # that `choose_citation` may feed
 class Int8Matrix:
     """A matrix in 8 bits with a scale per row, for vectors few at a time: what a step costs is reading the weights."""
 
-    def __init__(self, weight: Tensor):
-        """weight: (out, in)."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight: (out, in); bias: (out,)."""
         scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
         self.values = (weight / scale[:, None]).round().to(torch.int8).contiguous()
-        self.scale = scale.bfloat16()
+        self.scale, self.bias = scale.bfloat16(), bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, in) -> (n, out), in bfloat16, for which the kernel is made."""
-        return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
+        made = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
+        return made if self.bias is None else made + self.bias
 
 
 class Int8Layer(NamedTuple):
@@ -6270,12 +6271,12 @@ class Int8Stepper:
 
     @staticmethod
     def fits(decoder: nn.Module) -> bool:
-        """Whether it computes what the decoder does: Llama's layers without biases, on a CPU, none of them changed."""
-        if type(decoder).__name__ not in ("LlamaForCausalLM", "MistralForCausalLM"):
+        """Whether it computes what the decoder does: layers like Llama's, none of them changed, on a CPU."""
+        if type(decoder).__name__ not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"):
             return False
-        config = decoder.config
-        plain = all(type(module) is nn.Linear and module.bias is None for name, module in decoder.named_modules()
-                    if name.endswith(("_proj", "lm_head")))
+        config, biased = decoder.config, ("q_proj", "k_proj", "v_proj")
+        plain = all(type(module) is nn.Linear and (module.bias is None or name.endswith(biased))
+                    for name, module in decoder.named_modules() if name.endswith(("_proj", "lm_head")))
         return (plain and decoder.device.type == "cpu" and config.hidden_act == "silu"
                 and getattr(config, "sliding_window", None) is None)
 
@@ -6283,10 +6284,16 @@ class Int8Stepper:
         """The matrices of one layer."""
         attention, mlp = block.self_attn, block.mlp
         before, between = block.input_layernorm.weight, block.post_attention_layernorm.weight
-        query = attention.q_proj.weight * self.head_width**-0.5
-        turned = torch.cat([query, attention.k_proj.weight]).T.unflatten(-1, (-1, self.head_width))  # (W, heads, D)
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+
+        def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            """(.., heads D) each, for all queries, keys and values."""
+            turned = torch.cat([query * self.head_width**-0.5, key], dim=-1)
+            return torch.cat([paired(turned.unflatten(-1, (-1, self.head_width))).flatten(-2), value], dim=-1)
+
+        biases = None if query.bias is None else joined(query.bias, key.bias, value.bias).float()
         return Int8Layer(
-            Int8Matrix(torch.cat([paired(turned).flatten(-2).T, attention.v_proj.weight]) * before),
+            Int8Matrix(joined(query.weight.T, key.weight.T, value.weight.T).T * before, biases),
             Int8Matrix(attention.o_proj.weight),
             Int8Matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * between),
             Int8Matrix(mlp.down_proj.weight),

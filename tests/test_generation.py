@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import save_decoder
 
 import refrag
@@ -396,11 +397,11 @@ def pipeline(tmp_path_factory):
 class ExactMatrix:
     """In the place of Int8Matrix: the same product without rounding."""
 
-    def __init__(self, weight):
-        self.weight = weight.float()
+    def __init__(self, weight, bias=None):
+        self.weight, self.bias = weight.float(), 0 if bias is None else bias
 
     def __call__(self, x):
-        return x.float() @ self.weight.T
+        return x.float() @ self.weight.T + self.bias
 
 
 def step_both(decoder, stepper, inputs, steps, room, alive=None):
@@ -416,10 +417,24 @@ def step_both(decoder, stepper, inputs, steps, room, alive=None):
     return torch.stack([torch.stack(side) for side in zip(*rows, strict=True)])
 
 
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def stepped(request, tmp_path_factory, tokenizers):
+    """A decoder without and one with biases, here larger than zero."""
+    folder = save_decoder(request.param, tmp_path_factory.mktemp("stepped"), tokenizers["bpe"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+        elif name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
 class TestInt8:
     @pytest.fixture()
-    def decoder(self, llama):
-        return load(llama).model.decoder
+    def decoder(self, stepped):
+        return load(stepped).model.decoder
 
     @pytest.mark.parametrize(("lengths", "room"), [((7,), 12), ((5, 9, 2), 12), ((6,), 1)])
     def test_without_rounding_the_steps_are_the_decoder_s(self, decoder, monkeypatch, lengths, room):
@@ -454,7 +469,7 @@ class TestInt8:
 
     def test_only_decoders_that_it_computes_exactly(self, any_decoder):
         decoder = load(any_decoder).model.decoder
-        assert refrag.Int8Stepper.fits(decoder) == (decoder.config.model_type == "llama")
+        assert refrag.Int8Stepper.fits(decoder) == (decoder.config.model_type in ("llama", "qwen2"))
 
     def test_a_changed_layer_does_not_fit(self, decoder):
         assert refrag.Int8Stepper.fits(decoder)
