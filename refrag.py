@@ -51,6 +51,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -69,6 +70,7 @@ import time
 import typing
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -670,7 +672,7 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
         retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
         embedder = None if retriever == "bm25" else load_embedder(name, runtime)
         chunking = load_chunking(models, build.k, runtime, previous)
-        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous)
+        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
@@ -1350,11 +1352,11 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a text file: readers see the old one or the new one, never a part."""
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace a file: readers see the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         fsync_path(temporary)
         os.replace(temporary, path)
     finally:
@@ -2457,8 +2459,55 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     return vectors, [ChunkTable(*run, g, s) for run, g, s in zip(runs, gates, states, strict=True)]
 
 
+class FinishedBlocks:
+    """Blocks of passages that are embedded already, on disk, so that a build that was killed goes on where it stood.
+
+    A block is known by what it was made of, so that blocks of another corpus, model or precision are never taken.
+    """
+
+    def __init__(self, folder: Path, made_by: dict[str, Any]):
+        self.folder, self.made_by = folder, dumps(made_by).encode()
+        folder.mkdir(exist_ok=True)
+
+    def path(self, contents: list[str]) -> Path:
+        """Where the block of some passages is, or would be."""
+        key = hashlib.blake2b(self.made_by, digest_size=16)
+        for content in contents:
+            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
+        return self.folder / f"{key.hexdigest()}.npz"
+
+    def count(self) -> int:
+        """Blocks that are there, be they of this corpus or not."""
+        return sum(1 for _ in self.folder.glob("*.npz"))
+
+    def load(self, contents: list[str]) -> tuple[np.ndarray | None, list[ChunkTable]] | None:
+        """What `chunk_tables` made of these passages; None if that is not there, or damaged."""
+        try:
+            with np.load(self.path(contents), allow_pickle=False) as file:
+                parts = {name: file[name] for name in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+        cuts = np.cumsum(parts.pop("counts"))[:-1]
+        vectors = parts.pop("vectors", None)
+        columns = [np.split(parts[name], cuts) if name in parts else [None] * len(contents)
+                   for name in ChunkTable._fields]
+        return vectors, [ChunkTable(*row) for row in zip(*columns, strict=True)]
+
+    def save(self, contents: list[str], vectors: np.ndarray | None, tables: list[ChunkTable]) -> None:
+        """Keep a block, in the types that the index stores."""
+        types = {"ends": np.uint32, "sizes": np.uint16, "gate": np.float16, "states": np.float16}
+        parts = {name: np.concatenate([getattr(table, name) for table in tables]).astype(dtype)
+                 for name, dtype in types.items() if getattr(tables[0], name) is not None}
+        parts["counts"] = np.asarray([len(table.ends) for table in tables])
+        if vectors is not None:
+            parts["vectors"] = vectors
+        data = io.BytesIO()
+        np.savez(data, **parts)
+        write_atomic(self.path(contents), data.getvalue())
+
+
 def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, previous: Index | None,
-                 batch_size: int) -> None:
+                 batch_size: int, finished: FinishedBlocks | None) -> None:
     """Second pass: embed what is new and write vectors (a temporary file) and chunk tables."""
     titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
     first = len(previous) if previous is not None else 0
@@ -2471,7 +2520,10 @@ def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, pr
             writer.append(previous.chunk_table(row, previous.manifest["chunking"]["k"], encoder))
         for rows in batched(range(first, len(texts)), EMBED_BLOCK):
             contents = [passage_content(titles[row], texts[row]) for row in rows]
-            block, tables = chunk_tables(contents, chunking, embedder, batch_size)
+            done = finished.load(contents) if finished is not None else None
+            block, tables = done or chunk_tables(contents, chunking, embedder, batch_size)
+            if finished is not None and done is None:
+                finished.save(contents, block, tables)
             for table in tables:
                 writer.append(table)
             if vectors is not None:
@@ -2521,8 +2573,24 @@ def make_current(path: Path, generation: Path, manifest: dict[str, Any]) -> None
         leftover.unlink(missing_ok=True)
 
 
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+
+
+def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, build: BuildConfig,
+                    runtime: RuntimeConfig) -> FinishedBlocks | None:
+    """What a killed build of this index left, told if there is any; None where a block costs next to nothing."""
+    if embedder is None and chunking.encode is None:
+        return None
+    blocks = FinishedBlocks(path / FINISHED_BLOCKS, {
+        "embedder": embedder and embedder.fingerprint, "k": chunking.k, **chunking.stored, "dtype": runtime.dtype,
+        "device": str(pick_device(runtime.device)), "batch_size": build.batch_size})
+    if count := blocks.count():
+        notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
+    return blocks
+
+
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
-                chunking: Chunking, previous: Index | None) -> dict[str, int]:
+                chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
     """Build a generation beside the current one and make it current. Returns counts. The caller holds the lock."""
     path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
     uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
@@ -2532,7 +2600,8 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     generation = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(generation) as folder:
         ingest(folder, corpus, *cutter, previous, counts)
-        embed_corpus(folder, chunking, embedder, previous, build.batch_size)
+        finished = finished_blocks(path, embedder, chunking, build, runtime)
+        embed_corpus(folder, chunking, embedder, previous, build.batch_size, finished)
         kind = build_retrievers(folder, uses, build.faiss, previous)
     passages = len(StringColumn(generation, "ids"))
     chunks = len(map_array(generation / "chunk_ends.npy"))
@@ -2544,6 +2613,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         "counts": {"passages": passages, "chunks": chunks},
     }
     make_current(path, generation, manifest)
+    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
     added = passages - (len(previous) if previous is not None else 0)
     return {"passages": passages, "added": added, **counts, "dim": manifest["dim"], "chunks": chunks}
 

@@ -823,3 +823,72 @@ def test_a_row_that_is_not_there_is_an_error(index_dir):
     for row in (-1, len(texts)):
         with pytest.raises(IndexError):
             texts[row]
+
+
+# -- a build that ends early ----------------------------------------------------------------------
+
+
+@pytest.fixture()
+def blocks_of_two(monkeypatch):
+    monkeypatch.setattr(refrag, "EMBED_BLOCK", 2)
+
+
+def count_embedded(monkeypatch, stop_after=None):
+    """Contents that are embedded from now on; the process is interrupted before block number `stop_after`."""
+    seen, make = [], refrag.chunk_tables
+
+    def counted(contents, *rest):
+        if stop_after is not None and len(seen) >= stop_after:
+            raise KeyboardInterrupt
+        seen.append(list(contents))
+        return make(contents, *rest)
+
+    monkeypatch.setattr(refrag, "chunk_tables", counted)
+    return seen
+
+
+def files_of(index):
+    """The files of an index's generation by name."""
+    folder = folder_of(index)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3])
+def test_a_build_that_was_stopped_goes_on_where_it_stood(tmp_path, run, spread, llama, monkeypatch, blocks_of_two,
+                                                         stop_after):
+    """The same index, to the byte, as a build that nothing disturbed; what was embedded is not embedded again."""
+    corpus = write_jsonl(tmp_path / "c.jsonl", MANY)
+    build = ["index", "--corpus", corpus, "--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--k", 4]
+    assert run(*build, "--index_dir", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        count_embedded(patch, stop_after)
+        assert run(*build, "--index_dir", tmp_path / "stopped")[0] == 130
+    assert not (tmp_path / "stopped" / "manifest.json").exists()
+    with monkeypatch.context() as patch:
+        seen = count_embedded(patch)
+        code, _, err = run(*build, "--index_dir", tmp_path / "stopped")
+    blocks = -(-len(refrag.open_index(str(tmp_path / "whole"))) // 2)
+    assert code == 0 and len(seen) == blocks - stop_after
+    assert ("an earlier run ended early" in err) == (stop_after > 0)
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+    assert not (tmp_path / "stopped" / refrag.FINISHED_BLOCKS).exists()
+
+
+@pytest.mark.parametrize("change", ["text", "k", "dtype", "damage"])
+def test_blocks_of_another_build_are_not_taken(tmp_path, run, spread, llama, monkeypatch, blocks_of_two, change):
+    corpus = write_jsonl(tmp_path / "c.jsonl", MANY)
+    build = ["index", "--corpus", corpus, "--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--index_dir",
+             tmp_path / "index"]
+    with monkeypatch.context() as patch:
+        first = count_embedded(patch, 2)
+        assert run(*build, "--k", 4)[0] == 130
+    if change == "text":
+        write_jsonl(corpus, [{**row, "text": "Other. " + row["text"]} for row in MANY])
+    if change == "damage":
+        for path in (tmp_path / "index" / refrag.FINISHED_BLOCKS).glob("*.npz"):
+            path.write_bytes(path.read_bytes()[:-40])
+    with monkeypatch.context() as patch:
+        seen = count_embedded(patch)
+        options = ["--k", 8 if change == "k" else 4, "--dtype", "float32" if change == "dtype" else "auto"]
+        assert run(*build, *options)[0] == 0
+    assert len(seen) == -(-len(refrag.open_index(str(tmp_path / "index"))) // 2) and len(first) == 2
