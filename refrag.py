@@ -663,15 +663,11 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     """Read a corpus; build FAISS and BM25; store the chunk vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus)  # a path that is not there is told before anything is made
+    if several_processes() and not process_group().is_main_process:
+        return assist_build(index, build, models, runtime)
     start = time.perf_counter()
     with index_lock(index.index_dir):
-        previous = open_index(index.index_dir) if build.add else None
-        if previous is not None:
-            check_same_build(previous.manifest, index, build)
-        name = index.embed_model or (previous and previous.manifest["embedder"].get("name"))
-        retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
-        embedder = None if retriever == "bm25" else load_embedder(name, runtime)
-        chunking = load_chunking(models, build.k, runtime, previous)
+        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
         summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
@@ -1315,11 +1311,21 @@ def source_commit() -> str | None:
         return None
 
 
-def all_reduce_check() -> dict[str, Any]:
-    """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
+def several_processes() -> bool:
+    """Whether a launcher started more than this process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def process_group() -> Any:
+    """The processes that were launched together; each with a GPU of its own, if there are GPUs."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would not join the processes over gloo
+    return PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would not join the processes over gloo
+
+
+def all_reduce_check() -> dict[str, Any]:
+    """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
+    state = process_group()
     rank = torch.tensor([float(state.process_index)], device=state.device)
     if state.num_processes > 1:
         torch.distributed.all_reduce(rank)
@@ -2506,20 +2512,36 @@ class FinishedBlocks:
         write_atomic(self.path(contents), data.getvalue())
 
 
+def block_contents(folder: Path, first: int) -> Iterator[list[str]]:
+    """The contents of the passages from row `first` on, block by block."""
+    titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
+    for rows in batched(range(first, len(texts)), EMBED_BLOCK):
+        yield [passage_content(titles[row], texts[row]) for row in rows]
+
+
+def embed_share(folder: Path, first: int, chunking: Chunking, embedder: Embedder | None, batch_size: int,
+                finished: FinishedBlocks, group: Any) -> None:
+    """Embed this process's share of the blocks that are not there yet, and wait until all processes have theirs."""
+    own = itertools.islice(block_contents(folder, first), group.process_index, None, group.num_processes)
+    for contents in progress(own, "embedding a share", unit="block"):
+        if not finished.path(contents).exists():
+            finished.save(contents, *chunk_tables(contents, chunking, embedder, batch_size))
+            trim_memory()
+    group.wait_for_everyone()
+
+
 def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, previous: Index | None,
                  batch_size: int, finished: FinishedBlocks | None) -> None:
     """Second pass: embed what is new and write vectors (a temporary file) and chunk tables."""
-    titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
-    first = len(previous) if previous is not None else 0
+    first, passages = len(previous) if previous is not None else 0, len(StringColumn(folder, "texts"))
     vectors = ArrayWriter(folder / "vectors.npy", np.float32, embedder.dim) if embedder else None
     writer = ChunkWriter(folder, embedder and embedder.dim, chunking.width if chunking.encode else None)
-    bar = progress_bar("embedding", len(texts) - first, "passage")
+    bar = progress_bar("embedding", passages - first, "passage")
     with aborting(vectors, *writer.writers), bar:
         for row in range(first):
             encoder = previous.manifest["chunking"]["encoder"]
             writer.append(previous.chunk_table(row, previous.manifest["chunking"]["k"], encoder))
-        for rows in batched(range(first, len(texts)), EMBED_BLOCK):
-            contents = [passage_content(titles[row], texts[row]) for row in rows]
+        for contents in block_contents(folder, first):
             done = finished.load(contents) if finished is not None else None
             block, tables = done or chunk_tables(contents, chunking, embedder, batch_size)
             if finished is not None and done is None:
@@ -2528,9 +2550,9 @@ def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, pr
                 writer.append(table)
             if vectors is not None:
                 vectors.append(block)
-            del block, tables
+            del block, tables, done
             trim_memory()
-            bar.update(len(rows))
+            bar.update(len(contents))
         writer.close()
         if vectors is not None:
             vectors.close()
@@ -2576,10 +2598,15 @@ def make_current(path: Path, generation: Path, manifest: dict[str, Any]) -> None
 FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
 
 
+def computes(embedder: Embedder | None, chunking: Chunking) -> bool:
+    """Whether a build runs a model over its passages."""
+    return embedder is not None or chunking.encode is not None
+
+
 def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, build: BuildConfig,
                     runtime: RuntimeConfig) -> FinishedBlocks | None:
-    """What a killed build of this index left, told if there is any; None where a block costs next to nothing."""
-    if embedder is None and chunking.encode is None:
+    """What a killed build of this index left, told if there is any; None where no model computes anything."""
+    if not computes(embedder, chunking):
         return None
     blocks = FinishedBlocks(path / FINISHED_BLOCKS, {
         "embedder": embedder and embedder.fingerprint, "k": chunking.k, **chunking.stored, "dtype": runtime.dtype,
@@ -2587,6 +2614,27 @@ def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, b
     if count := blocks.count():
         notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
     return blocks
+
+
+def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
+               runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
+    """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
+    previous = open_index(index.index_dir) if build.add else None
+    if previous is not None:
+        check_same_build(previous.manifest, index, build)
+    name = index.embed_model or (previous and previous.manifest["embedder"].get("name"))
+    retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
+    embedder = None if retriever == "bm25" else load_embedder(name, runtime)
+    return previous, retriever, embedder, load_chunking(models, build.k, runtime, previous)
+
+
+def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """What every launched process but the first does of `index`: embed its share of the blocks."""
+    _, _, embedder, chunking = load_build(index, build, models, runtime)
+    if computes(embedder, chunking):
+        folder, first = late_import("accelerate.utils").broadcast_object_list([None, None])
+        finished = finished_blocks(Path(index.index_dir), embedder, chunking, build, runtime)
+        embed_share(Path(folder), first, chunking, embedder, build.batch_size, finished, process_group())
 
 
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
@@ -2601,6 +2649,10 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     with new_folder(generation) as folder:
         ingest(folder, corpus, *cutter, previous, counts)
         finished = finished_blocks(path, embedder, chunking, build, runtime)
+        if finished is not None and several_processes():
+            group, first = process_group(), len(previous) if previous is not None else 0
+            late_import("accelerate.utils").broadcast_object_list([str(folder), first])
+            embed_share(folder, first, chunking, embedder, build.batch_size, finished, group)
         embed_corpus(folder, chunking, embedder, previous, build.batch_size, finished)
         kind = build_retrievers(folder, uses, build.faiss, previous)
     passages = len(StringColumn(generation, "ids"))

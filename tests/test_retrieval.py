@@ -3,7 +3,10 @@
 import itertools
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import faiss
@@ -892,3 +895,20 @@ def test_blocks_of_another_build_are_not_taken(tmp_path, run, spread, llama, mon
         options = ["--k", 8 if change == "k" else 4, "--dtype", "float32" if change == "dtype" else "auto"]
         assert run(*build, *options)[0] == 0
     assert len(seen) == -(-len(refrag.open_index(str(tmp_path / "index"))) // 2) and len(first) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_build_the_index_of_one(tmp_path, run, spread, llama):
+    """Each embeds every other block: one has a full block, the other one that is not."""
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": f"River {i} floods field {i * 7}."}
+                                                for i in range(300)])
+    build = ["index", "--corpus", corpus, "--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--k", "4",
+             "--json"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           refrag.__file__, *map(str, build), "--index_dir", str(tmp_path / "two")],
+                          capture_output=True, text=True, timeout=240, env=os.environ | {"REFRAG_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passages"] == 300
+    assert run(*build, "--index_dir", tmp_path / "one", "--threads", 1)[0] == 0
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+    assert not (tmp_path / "two" / refrag.FINISHED_BLOCKS).exists()
