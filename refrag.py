@@ -2616,27 +2616,6 @@ def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, b
     return blocks
 
 
-def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
-               runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
-    """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
-    previous = open_index(index.index_dir) if build.add else None
-    if previous is not None:
-        check_same_build(previous.manifest, index, build)
-    name = index.embed_model or (previous and previous.manifest["embedder"].get("name"))
-    retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
-    embedder = None if retriever == "bm25" else load_embedder(name, runtime)
-    return previous, retriever, embedder, load_chunking(models, build.k, runtime, previous)
-
-
-def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """What every launched process but the first does of `index`: embed its share of the blocks."""
-    _, _, embedder, chunking = load_build(index, build, models, runtime)
-    if computes(embedder, chunking):
-        folder, first = late_import("accelerate.utils").broadcast_object_list([None, None])
-        finished = finished_blocks(Path(index.index_dir), embedder, chunking, build, runtime)
-        embed_share(Path(folder), first, chunking, embedder, build.batch_size, finished, process_group())
-
-
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
                 chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
     """Build a generation beside the current one and make it current. Returns counts. The caller holds the lock."""
@@ -4199,6 +4178,27 @@ def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, pr
     if built and {key: built[key] for key in chunking.stored} != chunking.stored:
         raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
     return chunking
+
+
+def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
+               runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
+    """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
+    previous = open_index(index.index_dir) if build.add else None
+    if previous is not None:
+        check_same_build(previous.manifest, index, build)
+    name = index.embed_model or (previous and previous.manifest["embedder"].get("name"))
+    retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
+    embedder = None if retriever == "bm25" else load_embedder(name, runtime)
+    return previous, retriever, embedder, load_chunking(models, build.k, runtime, previous)
+
+
+def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """What every launched process but the first does of `index`: embed its share of the blocks."""
+    _, _, embedder, chunking = load_build(index, build, models, runtime)
+    if computes(embedder, chunking):
+        folder, first = late_import("accelerate.utils").broadcast_object_list([None, None])
+        finished = finished_blocks(Path(index.index_dir), embedder, chunking, build, runtime)
+        embed_share(Path(folder), first, chunking, embedder, build.batch_size, finished, process_group())
 
 # =============================================================================
 # 10. Gate. A score for every chunk of the context, and the choice of those

@@ -2,6 +2,7 @@
 
     python docs/measure.py decode
     python docs/measure.py anchors --texts data/cpt_train.jsonl
+    python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
     python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
 
 What is timed is warmed up, and what is compared takes turns within one run, so that drift of the machine hits all
@@ -71,6 +72,34 @@ def measure_decode(args: argparse.Namespace) -> dict:
             rows[f"{name}_ttit_s"].append(each)
             rows[f"{name}_times_faster_than_generate"].append(times["generate"][1] / each)
     return made | {name: round(statistics.median(values), 5) for name, values in rows.items()}
+
+
+# -- embedding -------------------------------------------------------------------
+
+
+def measure_embed(args: argparse.Namespace) -> dict:
+    """Passages a second of plain `SentenceTransformer.encode` and of `index`, chunk vectors included, in turns."""
+    from sentence_transformers import SentenceTransformer
+
+    config = refrag.CorpusConfig(corpus=(args.texts,), limit=args.limit)
+    counts = {"skipped": 0, "replaced": 0}
+    texts = [refrag.passage_content(record.title, record.text) for record in refrag.read_corpus(config, counts)]
+    embedder = refrag.load_embedder(None, RUNTIME)
+    plain = SentenceTransformer(str(refrag.bundled_path(embedder.name)), device=str(refrag.pick_device("auto")))
+    chunking = refrag.make_chunking(refrag.build_tokenizer(refrag.RefragConfig()), None)
+    made, rows = {}, collections.defaultdict(list)
+    for turn in range(args.repeats + 1):
+        for name, embed in (("encode", lambda: plain.encode(texts, show_progress_bar=False)),
+                            ("index", lambda: refrag.chunk_tables(texts, chunking, embedder, 32)[0])):
+            start = time.perf_counter()
+            made[name] = embed()
+            if turn:
+                rows[name].append(len(texts) / (time.perf_counter() - start))
+    ratios = [b / a for a, b in zip(rows["encode"], rows["index"], strict=True)]
+    return {"passages": len(texts), "precision": str(next(embedder.model.parameters()).dtype),
+            "lowest_cosine": round(float((made["encode"] * made["index"]).sum(1).min()), 6),
+            **{f"{name}_per_s": round(statistics.median(values), 2) for name, values in rows.items()},
+            "times_faster": round(statistics.median(ratios), 3)}
 
 
 # -- alignment and training ------------------------------------------------------
@@ -148,7 +177,7 @@ def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("decode", "anchors", "training"))
+    parser.add_argument("what", choices=("decode", "embed", "anchors", "training"))
     parser.add_argument("--index_dir")
     parser.add_argument("--texts")
     parser.add_argument("--limit", type=int)
