@@ -6341,6 +6341,9 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
 CITATION_TOKENS = 8  # that `choose_citation` may feed
 
 
+KERNEL_STEP = 16  # columns `_weight_int8pack_mm` reads at once; with others left over it reads beyond the end, silently
+
+
 class Int8Matrix:
     """A matrix in 8 bits with a scale per row, for vectors few at a time: what a step costs is reading the weights."""
 
@@ -6398,6 +6401,7 @@ class Int8Stepper:
             return False
         config, biased = decoder.config, ("q_proj", "k_proj", "v_proj")
         plain = all(type(module) is nn.Linear and (module.bias is None or name.endswith(biased))
+                    and module.in_features % KERNEL_STEP == 0
                     for name, module in decoder.named_modules() if name.endswith(("_proj", "lm_head")))
         return (plain and decoder.device.type == "cpu" and config.hidden_act == "silu"
                 and getattr(config, "sliding_window", None) is None)

@@ -476,6 +476,13 @@ class TestInt8:
         decoder.model.layers[0].mlp.up_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.up_proj)
         assert not refrag.Int8Stepper.fits(decoder)
 
+    @pytest.mark.parametrize(("size", "fits"), [(48, True), (40, False)])
+    def test_widths_that_the_kernel_can_not_read_do_not_fit(self, size, fits):
+        """torch's kernel takes sixteen columns at once and does not look whether so many are left."""
+        config = transformers.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=size, num_hidden_layers=1,
+                                          num_attention_heads=4)
+        assert refrag.Int8Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
+
     def test_the_engine_can_be_chosen(self, llama, run):
         ask = ["generate", "--prompt", PROMPT, "--dec", llama, *FED, "--k", "4", "--max_new", "3"]
         for engine, used in (("model", "model"), ("int8", "int8"), ("auto", "int8")):
