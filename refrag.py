@@ -534,7 +534,7 @@ class GateDataConfig:
     """What gate and policy learn from."""
 
     rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    eval_json: str | None = opt(None, "held-out questions of the same form")
+    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form")
     out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained")
     k: int = opt(PackConfig.k, "tokens of a chunk")
     p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at")
@@ -544,8 +544,8 @@ class GateDataConfig:
     def __post_init__(self) -> None:
         require(bool(self.rag_json), "--rag_json is missing: name a file of questions with answers")
         require(self.out_dir is not None, "--out_dir is missing: name the folder for the checkpoint")
-        for flag, names in (("rag_json", self.rag_json), ("eval_json", [self.eval_json] if self.eval_json else [])):
-            for name in names:
+        for flag in ("rag_json", "eval_json"):
+            for name in getattr(self, flag):
                 require(os.path.isfile(name), f"--{flag} {name}: no such file")
         folder = Path(self.out_dir)
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -6181,7 +6181,7 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     require(data.k % stored == 0, f"--k {data.k} is no multiple of the index's {stored}")
     made = []
     for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
-                               ([data.eval_json] if data.eval_json else [], "--eval_json", data.eval_limit)):
+                               (data.eval_json, "--eval_json", data.eval_limit)):
         questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
         ranked = retrieved_rows(questions, searcher, search) if questions else []
         made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
@@ -6202,8 +6202,8 @@ def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConf
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
     setattr(config, kind, gate_facts(gate, data.searcher.embedder))
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
-    files = [*settings.rag_json, *([settings.eval_json] if settings.eval_json else [])]
-    config.history = [*config.history, entry | {"data": without_folders(file_facts(files))}]
+    files = file_facts([*settings.rag_json, *settings.eval_json])
+    config.history = [*config.history, entry | {"data": without_folders(files)}]
     write_checkpoint(Path(settings.out_dir), config, parts, {"README.md": model_card(config, [])})
 
 
@@ -6339,8 +6339,6 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
 
 
 CITATION_TOKENS = 8  # that `choose_citation` may feed
-
-
 KERNEL_STEP = 16  # columns `_weight_int8pack_mm` reads at once; with others left over it reads beyond the end, silently
 
 
@@ -6390,7 +6388,7 @@ class Int8Stepper:
         config, body = decoder.config, decoder.model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed, self.rotary, self.eps = decoder.get_input_embeddings(), body.rotary_emb, config.rms_norm_eps
-        self.width, self.head_width = self.embed.embedding_dim, body.layers[0].self_attn.head_dim
+        self.head_width = body.layers[0].self_attn.head_dim
         self.layers = [self.layer(block) for block in body.layers]
         self.head = Int8Matrix(decoder.get_output_embeddings().weight * body.norm.weight)
 
