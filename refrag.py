@@ -153,11 +153,12 @@ class RuntimeConfig:
     """Where and how to run; every command has these."""
 
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "precision; auto: bfloat16 on CUDA, else float32, but the embedder also on CPUs with "
-                             "instructions for bfloat16",
+    dtype: str = opt("auto", "precision; auto: bfloat16 on CUDA, else float32, but what encodes passages also on CPUs "
+                             "with instructions for bfloat16",
                      choices=("auto", "float32", "bfloat16"))
     engine: str = opt("auto", "how tokens after the first are decoded: by the decoder as it is, or on a CPU with its "
-                              "weights in 8 bits; auto: 8 bits where it can be done", choices=("auto", "model", "int8"))
+                              "weights in 8 or 4 bits; auto: 4 bits where these hold the weights as they are, else 8, "
+                              "where it can be done", choices=("auto", "model", "int8", "int4"))
     threads: int = opt(0, "CPU threads, 0 for the library's choice")
     seed: int = opt(1337, "random seed")
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -1218,9 +1219,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def pick_embedder_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The embedder's precision. auto is bfloat16 where the device computes in it: on a CPU three times as fast, and the
-    cosine to the vector in float32 is .9999."""
+def pick_encoding_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision that passages and chunks are encoded in. auto is bfloat16 where the device computes in it: on a CPU
+    two to three times as fast, and the cosine to the vector in float32 is .9999."""
     if name == "auto" and device.type == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict)()
         name = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
@@ -1486,6 +1487,9 @@ def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = M
             raise CorruptError(f"{folder / name} is damaged (checksum): {REMEDIES[form]}")
 
 
+COPY_BYTES = 1 << 26
+
+
 class ArrayWriter:
     """Appends rows to a .npy file without knowing their number, and without holding them.
 
@@ -1514,6 +1518,12 @@ class ArrayWriter:
         self.handle.write(block.tobytes())
         self.rows += len(block)
 
+    def extend(self, rows: np.ndarray) -> None:
+        """Append the rows of an array that may be larger than memory."""
+        step = max(1, COPY_BYTES // max(1, rows[:1].nbytes))
+        for start in progress(range(0, len(rows), step), "copying", unit="block"):
+            self.append(rows[start : start + step])
+
     def abort(self) -> None:
         """Let go of the file after an error; on a full disk even that can fail again."""
         with contextlib.suppress(OSError):
@@ -1538,6 +1548,11 @@ class StringWriter:
         """Append one string."""
         self.bytes.append(np.frombuffer(text.encode("utf-8"), dtype=np.uint8))
         self.offsets.append([self.bytes.rows])
+
+    def extend(self, column: StringColumn) -> None:
+        """Append all strings of a column."""
+        self.offsets.append(column.offsets[1:] + self.bytes.rows)
+        self.bytes.extend(column.bytes)
 
     def abort(self) -> None:
         """Let go of both files after an error."""
@@ -2020,7 +2035,7 @@ def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
         path = bundled_path(name) or check_local(name)
         device = pick_device(runtime.device)
         model = SentenceTransformer(str(path), device=str(device))
-        return Embedder(name, model, pick_embedder_dtype(runtime.dtype, device))
+        return Embedder(name, model, pick_encoding_dtype(runtime.dtype, device))
 
 
 def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]], np.ndarray]:
@@ -2357,12 +2372,14 @@ class CorpusWriter:
         self.columns = {name: StringWriter(folder, name) for name in ("ids", "titles", "texts")}
         self.parts = ArrayWriter(folder / "parts.npy", np.uint32)
         self.places = StringWriter(folder, "places")
-        self.records = 0
+        self.records = self.copied = 0
 
     def copy(self, old: Index) -> None:
-        """Append everything an index holds."""
-        for row in progress(range(len(old)), "copying", unit="passage"):
-            self.write(old.ids[row], old.titles[row], old.texts[row], int(old.parts[row]), "the index")
+        """Append everything an index holds. Only call at first."""
+        for name, writer in self.columns.items():
+            writer.extend(getattr(old, name))
+        self.parts.extend(old.parts)
+        self.copied = len(old)
 
     def write(self, identifier: str, title: str, text: str, part: int, place: str) -> None:
         """Append one passage."""
@@ -2392,10 +2409,12 @@ class CorpusWriter:
         keys = np.fromiter((int.from_bytes(hashlib.blake2b(ids[i].encode(), digest_size=8).digest(), "little")
                             for i in range(len(ids))), dtype=np.uint64, count=len(ids))
         order = np.argsort(keys, kind="stable")
-        for a, b in itertools.pairwise(order):
-            if keys[a] == keys[b] and ids[a] == ids[b]:
-                places = StringColumn(self.folder, "places")
-                raise UserError(f"duplicate id {ids[a]!r} at {places[a]} and {places[b]}: make ids unique")
+        for at in np.flatnonzero(keys[order[1:]] == keys[order[:-1]]):
+            first, second = order[at], order[at + 1]
+            if ids[first] == ids[second]:
+                told = StringColumn(self.folder, "places")
+                places = ["the index" if row < self.copied else told[row - self.copied] for row in (first, second)]
+                raise UserError(f"duplicate id {ids[first]!r} at {places[0]} and {places[1]}: make ids unique")
         for path in self.folder.glob("places*.npy"):
             path.unlink()
 
@@ -2428,6 +2447,14 @@ class ChunkWriter:
         self.gate = ArrayWriter(folder / "gate.npy", np.float16, gate_width) if gate_width else None
         self.states = ArrayWriter(folder / "chunks.npy", np.float16, states_width) if states_width else None
         self.offsets.append([0])
+
+    def copy(self, old: Index) -> None:
+        """Append everything an index holds. Only call at first."""
+        self.offsets.append(old.chunk_offsets[1:])
+        for writer, rows in ((self.ends, old.chunk_ends), (self.sizes, old.chunk_sizes), (self.gate, old.gate),
+                             (self.states, old.chunks)):
+            if writer is not None:
+                writer.extend(rows)
 
     def append(self, table: ChunkTable) -> None:
         """Append one passage's chunks."""
@@ -2538,9 +2565,8 @@ def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, pr
     writer = ChunkWriter(folder, embedder and embedder.dim, chunking.width if chunking.encode else None)
     bar = progress_bar("embedding", passages - first, "passage")
     with aborting(vectors, *writer.writers), bar:
-        for row in range(first):
-            encoder = previous.manifest["chunking"]["encoder"]
-            writer.append(previous.chunk_table(row, previous.manifest["chunking"]["k"], encoder))
+        if previous is not None:
+            writer.copy(previous)
         for contents in block_contents(folder, first):
             done = finished.load(contents) if finished is not None else None
             block, tables = done or chunk_tables(contents, chunking, embedder, batch_size)
@@ -3471,7 +3497,7 @@ class ChunkEncoder(nn.Module):
         super().__init__()
         require(not (whole and pooling == "cls"), "--pooling cls needs a separate encoder, not decoder:N")
         self.backbone, self.tokenizer, self.whole, self.pooling = backbone, tokenizer, whole, pooling
-        self.width = backbone.config.hidden_size
+        self.width, self.precision = backbone.config.hidden_size, backbone.dtype  # of `encode`, not of training
 
     @property
     def fingerprint(self) -> str:
@@ -3590,7 +3616,8 @@ class ChunkEncoder(nn.Module):
         """One state per chunk for each content: (L, E) float16-rounded float32, exactly what an index stores."""
         if not contents:
             return []
-        pooled = self.encode_whole(contents) if self.whole else self.encode_rows(contents)
+        with torch.autocast(self.backbone.device.type, self.precision, enabled=self.precision != self.backbone.dtype):
+            pooled = self.encode_whole(contents) if self.whole else self.encode_rows(contents)
         return [p.cpu().numpy().astype(np.float16).astype(np.float32) for p in pooled]
 
 
@@ -4145,9 +4172,11 @@ def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig, train: str =
         models = dataclasses.replace(models, load_dir=str(checkpoint_folder(models.load_dir)))
     config = model_config(models, k)
     if models.load_dir is None:
-        return build_model(config, device, dtype, train)
-    model = RefragModel.from_pretrained(models.load_dir, device=device, dtype=dtype, train=train, lora_r=lora_r)
-    model.config.compression = model.encoder.tokenizer.compression = k
+        model = build_model(config, device, dtype, train)
+    else:
+        model = RefragModel.from_pretrained(models.load_dir, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model.config.compression = model.encoder.tokenizer.compression = k
+    model.encoder.precision = pick_encoding_dtype(runtime.dtype, device)
     return model
 
 
@@ -6339,17 +6368,24 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
 
 
 CITATION_TOKENS = 8  # that `choose_citation` may feed
-KERNEL_STEP = 16  # columns `_weight_int8pack_mm` reads at once; with others left over it reads beyond the end, silently
 
 
 class Int8Matrix:
     """A matrix in 8 bits with a scale per row, for vectors few at a time: what a step costs is reading the weights."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight: (out, in); bias: (out,)."""
-        scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
+    kind = "int8"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
+        """weight: (out, in); bias: (out,); columns: (in,), what the input is multiplied with first."""
+        weight = weight.float() if columns is None else weight.float() * columns
+        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
         self.values = (weight / scale[:, None]).round().to(torch.int8).contiguous()
         self.scale, self.bias = scale.bfloat16(), bias
+
+    @staticmethod
+    def takes(rows: int, columns: int) -> bool:
+        """Whether torch's kernel can read such a matrix; with columns left over it reads beyond the end, silently."""
+        return columns % 16 == 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, in) -> (n, out), in bfloat16, for which the kernel is made."""
@@ -6357,57 +6393,108 @@ class Int8Matrix:
         return made if self.bias is None else made + self.bias
 
 
-class Int8Layer(NamedTuple):
-    """One layer's matrices. The weights of the norms and the scale of the scores are multiplied in."""
+class Int4Matrix:
+    """A matrix in 4 bits with a scale and a middle for every 32 columns of a row, as in a GGUF file of type Q4_1."""
 
-    attend: Int8Matrix  # queries, keys and values, one below the other
-    leave: Int8Matrix
-    widen: Int8Matrix  # the feed-forward's gate and its input, one below the other
-    narrow: Int8Matrix
+    kind = "int4"
+    group = 32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
+        """As `Int8Matrix`."""
+        levels, scale, least = self.levels(weight)
+        self.values = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.round().int(), 1)
+        self.scale = torch.stack([scale, least + 8 * scale], -1).transpose(0, 1).contiguous().bfloat16()
+        self.bias, self.columns = bias, columns
+
+    @classmethod
+    def levels(cls, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(levels from 0 to 15, not rounded (out, in), scale, least) with weight = levels * scale + least by group."""
+        groups = weight.float().unflatten(1, (-1, cls.group))
+        least = groups.amin(2)
+        scale = (groups.amax(2) - least).clamp_min(1e-12) / 15
+        return ((groups - least[..., None]) / scale[..., None]).flatten(1), scale, least
+
+    @classmethod
+    def takes(cls, rows: int, columns: int) -> bool:
+        """Whether torch's kernel takes such a matrix."""
+        return rows % 16 == 0 and columns % cls.group == 0
+
+    @classmethod
+    def holds(cls, weight: Tensor) -> bool:
+        """Whether a matrix is in 16 levels already, so that nothing is lost but the last bits of scale and middle."""
+        return all(float((levels - levels.round()).abs().max()) < 1 / 16
+                   for levels in (cls.levels(part)[0] for part in (weight[:1], weight)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, in) -> (n, out), in bfloat16."""
+        x = x if self.columns is None else x * self.columns
+        made = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.values, self.group, self.scale)
+        return made if self.bias is None else made + self.bias
+
+
+def smallest_matrix(weight: Tensor, bias: Tensor | None = None,
+                    columns: Tensor | None = None) -> Int4Matrix | Int8Matrix:
+    """A matrix in 4 bits where these hold it as it is and the kernel is a fast one, else in 8."""
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    small = fast and Int4Matrix.takes(*weight.shape) and Int4Matrix.holds(weight)
+    return (Int4Matrix if small else Int8Matrix)(weight, bias, columns)
+
+
+STEP_ENGINES = {"auto": smallest_matrix, "int8": Int8Matrix, "int4": Int4Matrix}
+
+
+class LayerMatrices(NamedTuple):
+    """One layer's matrices. The weights of the norms and the scale of the scores are in them."""
+
+    attend: Int4Matrix | Int8Matrix  # queries, keys and values, one below the other
+    leave: Int4Matrix | Int8Matrix
+    widen: Int4Matrix | Int8Matrix  # the feed-forward's gate and its input, one below the other
+    narrow: Int4Matrix | Int8Matrix
 
 
 class FixedCache(NamedTuple):
     """Keys and values with room for the tokens to come: growing them by copies costs more than the step itself."""
 
-    stepper: Int8Stepper
+    stepper: Stepper
     keys: Tensor  # (layers, B * key heads, room, width of a head)
     values: Tensor
     length: int  # that are filled
 
 
-class Int8Stepper:
+class Stepper:
     """Steps of one token a sequence for a Llama-like decoder on a CPU, without the detours of the library's modules.
 
-    The prompt is read by the decoder itself; from its cache on, all matrices are in 8 bits (`_weight_int8pack_mm`) and
-    what lies between them in float32.
+    The prompt is read by the decoder itself; from its cache on, all matrices are in 8 or 4 bits and what lies between
+    them in float32.
     """
 
     @torch.inference_mode()
-    def __init__(self, decoder: nn.Module):
-        """decoder: one that it `fits`."""
+    def __init__(self, decoder: nn.Module, engine: str = "auto"):
+        """decoder: one that it `fits`; engine: a key of STEP_ENGINES."""
         config, body = decoder.config, decoder.model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed, self.rotary, self.eps = decoder.get_input_embeddings(), body.rotary_emb, config.rms_norm_eps
         self.head_width = body.layers[0].self_attn.head_dim
-        self.layers = [self.layer(block) for block in body.layers]
-        self.head = Int8Matrix(decoder.get_output_embeddings().weight * body.norm.weight)
+        self.layers = [self.layer(block, STEP_ENGINES[engine]) for block in body.layers]
+        self.head = Int8Matrix(decoder.get_output_embeddings().weight, columns=body.norm.weight)
+        self.engine = "+".join(sorted({matrix.kind for layer in self.layers for matrix in layer}))
 
     @staticmethod
-    def fits(decoder: nn.Module) -> bool:
+    def fits(decoder: nn.Module, engine: str = "auto") -> bool:
         """Whether it computes what the decoder does: layers like Llama's, none of them changed, on a CPU."""
         if type(decoder).__name__ not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"):
             return False
         config, biased = decoder.config, ("q_proj", "k_proj", "v_proj")
+        takes = (Int4Matrix if engine == "int4" else Int8Matrix).takes
         plain = all(type(module) is nn.Linear and (module.bias is None or name.endswith(biased))
-                    and module.in_features % KERNEL_STEP == 0
+                    and (takes if name.endswith("_proj") else Int8Matrix.takes)(*module.weight.shape)
                     for name, module in decoder.named_modules() if name.endswith(("_proj", "lm_head")))
         return (plain and decoder.device.type == "cpu" and config.hidden_act == "silu"
                 and getattr(config, "sliding_window", None) is None)
 
-    def layer(self, block: nn.Module) -> Int8Layer:
+    def layer(self, block: nn.Module, matrix: Callable[..., Int4Matrix | Int8Matrix]) -> LayerMatrices:
         """The matrices of one layer."""
         attention, mlp = block.self_attn, block.mlp
-        before, between = block.input_layernorm.weight, block.post_attention_layernorm.weight
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 
         def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -6416,11 +6503,11 @@ class Int8Stepper:
             return torch.cat([paired(turned.unflatten(-1, (-1, self.head_width))).flatten(-2), value], dim=-1)
 
         biases = None if query.bias is None else joined(query.bias, key.bias, value.bias).float()
-        return Int8Layer(
-            Int8Matrix(joined(query.weight.T, key.weight.T, value.weight.T).T * before, biases),
-            Int8Matrix(attention.o_proj.weight),
-            Int8Matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * between),
-            Int8Matrix(mlp.down_proj.weight),
+        return LayerMatrices(
+            matrix(joined(query.weight.T, key.weight.T, value.weight.T).T, biases, block.input_layernorm.weight),
+            matrix(attention.o_proj.weight),
+            matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), None, block.post_attention_layernorm.weight),
+            matrix(mlp.down_proj.weight),
         )
 
     def adopt(self, state: State, room: int) -> State:
@@ -6459,7 +6546,7 @@ class Int8Stepper:
         """(B, W) by its root mean square; the weights are in the matrices."""
         return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
-    def attend(self, layer: Int8Layer, x: Tensor, keys: Tensor, values: Tensor, T: int, turn: Tensor,
+    def attend(self, layer: LayerMatrices, x: Tensor, keys: Tensor, values: Tensor, T: int, turn: Tensor,
                hidden: Tensor | None) -> Tensor:
         """(B, W), what attention adds. keys, values: (B * G, room, D), the token's own are filled in at T - 1."""
         B, G, D = len(x), self.kv_heads, self.head_width
@@ -6525,7 +6612,7 @@ def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
 def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, stops: frozenset[int],
            pick: Callable[[Tensor], Tensor], watch: Stopwatch,
            on_token: Callable[[int, list[int]], None] | None = None,
-           stepper: Int8Stepper | None = None) -> tuple[list[Decoded], State]:
+           stepper: Stepper | None = None) -> tuple[list[Decoded], State]:
     """Decode until every sequence has ended or has max_new tokens. Returns the tokens and the final state.
 
     pick: logits (B, V) -> tokens (B,). on_token(b, tokens of b so far) is called for each new token. stepper: takes the
@@ -6683,11 +6770,13 @@ class Pipeline:
         return {name: gate and gate.to(self.device) for name, gate in gates.items()}
 
     @functools.cached_property
-    def stepper(self) -> Int8Stepper | None:
+    def stepper(self) -> Stepper | None:
         """What takes the steps after the first token, None for the decoder itself."""
-        fits = Int8Stepper.fits(self.model.decoder)
-        require(fits or self.runtime.engine != "int8", "--engine int8 is for Llama and its like on a CPU: leave it out")
-        return Int8Stepper(self.model.decoder) if fits and self.runtime.engine != "model" else None
+        engine, decoder = self.runtime.engine, self.model.decoder
+        if engine == "model" or (engine == "auto" and not Stepper.fits(decoder)):
+            return None
+        require(Stepper.fits(decoder, engine), f"--engine {engine} is for Llama and its like on a CPU: leave it out")
+        return Stepper(decoder, engine)
 
     @property
     def feed(self) -> bool:
@@ -6978,9 +7067,9 @@ class Pipeline:
     def settings(self) -> dict[str, Any]:
         """What the answer depends on."""
         made = settings_of(self.pack, self.search, self.generate, self.model.config)
+        engine = "model" if self.stepper is None else self.stepper.engine
         return made | {"gate": self.gate, "projector_trained": self.model.trained,
-                       "compressed": "feed" if self.feed else "drop",
-                       "engine": "int8" if self.stepper is not None else "model", "device": str(self.device),
+                       "compressed": "feed" if self.feed else "drop", "engine": engine, "device": str(self.device),
                        "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
     def compare(self, item: dict[str, Any], on_text: Callable[[str], None] | None = None) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Makes the figures of docs/RESULTS.md that `refrag.py eval` does not make. Each command prints one JSON object.
 
-    python docs/measure.py decode
+    python docs/measure.py decode [--llama_cpp]
+    python docs/measure.py first_token --index_dir runs/long500 --contexts 4096 7900 [--llama_cpp]
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
     python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
+
+--llama_cpp: beside llama.cpp on the same GGUF file, which needs `pip install llama-cpp-python==0.3.36` (from source).
 
 What is timed is warmed up, and what is compared takes turns within one run, so that drift of the machine hits all
 alike; the figures are medians.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import itertools
 import json
 import statistics
@@ -23,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 
 import refrag
@@ -30,48 +35,129 @@ import refrag
 RUNTIME = refrag.RuntimeConfig()
 
 
-def pipeline_of(args: argparse.Namespace, search: dict | None = None, pack: dict | None = None,
-                generate: dict | None = None) -> refrag.Pipeline:
-    """A warmed-up pipeline over --index_dir."""
-    return refrag.load_pipeline(
-        refrag.IndexConfig(index_dir=args.index_dir), refrag.SearchConfig(**(search or {})),
-        refrag.PackConfig(**(pack or {})), refrag.GenerateConfig(**(generate or {})), refrag.ModelConfig(), RUNTIME)
-
-
 # -- decoding ------------------------------------------------------------------
 
 
-def measure_decode(args: argparse.Namespace) -> dict:
-    """Our decode loop, with the decoder and with its 8-bit steps, and transformers' generate, taking turns."""
-    model = refrag.load_model(refrag.ModelConfig(), 16, RUNTIME)
-    decoder, watch = model.decoder, refrag.Stopwatch(torch.device("cpu"))
-    inputs = decoder.get_input_embeddings().weight[100 : 100 + args.prompt].detach()
-    start = time.perf_counter()
-    int8 = refrag.Int8Stepper(decoder)
-    made = {"prompt": args.prompt, "new": args.new, "int8_load_s": round(time.perf_counter() - start, 3)}
+class LlamaReader:
+    """llama.cpp on the bundled decoder's GGUF file, with as many threads as torch has. Greedy, by the raw logits."""
 
-    def ours(stepper: refrag.Int8Stepper | None) -> tuple[float, float]:
+    def __init__(self, window: int):
+        """window: positions at most."""
+        import llama_cpp
+
+        start, threads = time.perf_counter(), torch.get_num_threads()
+        self.llama = llama_cpp.Llama(str(refrag.bundled_path("SmolLM2-135M-Instruct")), n_ctx=window, verbose=False,
+                                     n_threads=threads, n_threads_batch=threads, n_batch=512)
+        self.load_s = time.perf_counter() - start
+        self.logits = llama_cpp.llama_get_logits_ith
+
+    def best(self) -> int:
+        """The token after what was read."""
+        row = self.logits(self.llama._ctx.ctx, -1)
+        return int(np.ctypeslib.as_array(row, (self.llama.n_vocab(),)).argmax())
+
+    def answer(self, prompt: list[int], new: int) -> tuple[float, float]:
+        """Seconds to the first token, and per token after it."""
+        self.llama.reset()
+        start = time.perf_counter()
+        self.llama.eval(prompt)
+        token, first = self.best(), time.perf_counter()
+        for _ in range(new - 1):
+            self.llama.eval([token])
+            token = self.best()
+        return first - start, (time.perf_counter() - first) / max(new - 1, 1)
+
+
+def stepper_bytes(stepper: refrag.Stepper) -> int:
+    """Bytes of the matrices of a stepper, which are read at every step."""
+    matrices = [stepper.head, *(matrix for layer in stepper.layers for matrix in layer)]
+    return sum(part.nbytes for matrix in matrices for part in (matrix.values, matrix.scale))
+
+
+def measure_decode(args: argparse.Namespace) -> dict:
+    """Our decode loop by every engine, transformers' generate and llama.cpp, taking turns."""
+    decoder, watch = refrag.load_model(refrag.ModelConfig(), 16, RUNTIME).decoder, refrag.Stopwatch(torch.device("cpu"))
+    ids = torch.arange(100, 100 + args.prompt)
+    inputs = decoder.get_input_embeddings().weight[ids].detach()
+    engines: dict[str, dict] = {"generate": {}, "model": {}}
+    steppers: dict[str, refrag.Stepper | None] = {"model": None}
+    for name in ("int8", "int4"):
+        start = time.perf_counter()
+        steppers[name] = refrag.Stepper(decoder, name)
+        engines[name] = {"load_s": round(time.perf_counter() - start, 3), "mb": stepper_bytes(steppers[name]) / 1e6}
+    weights = sum(parameter.nbytes for parameter in decoder.parameters()) / 1e6
+    engines["generate"]["mb"] = engines["model"]["mb"] = weights
+
+    def ours(stepper: refrag.Stepper | None) -> tuple[float, float]:
         start = time.perf_counter()
         logits, state = refrag.prefill(decoder, [inputs])
         [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, stops=frozenset(),
                                  pick=lambda x: x.argmax(-1), watch=watch, stepper=stepper)
         return out.times[0] - start, (time.perf_counter() - out.times[0]) / (args.new - 1)
 
-    def theirs(new: int) -> float:
+    def generate(new: int) -> float:
         start = time.perf_counter()
         decoder.generate(inputs_embeds=inputs[None], attention_mask=torch.ones(1, args.prompt, dtype=torch.long),
                          max_new_tokens=new, min_new_tokens=new, do_sample=False)
         return time.perf_counter() - start
 
-    rows = collections.defaultdict(list)
+    def theirs() -> tuple[float, float]:
+        one, many = generate(1), generate(args.new)
+        return one, (many - one) / (args.new - 1)
+
+    timers = {"generate": theirs, **{name: functools.partial(ours, stepper) for name, stepper in steppers.items()}}
+    if args.llama_cpp:
+        llama = LlamaReader(args.prompt + args.new)
+        engines["llama_cpp"] = {"load_s": round(llama.load_s, 3),
+                                "mb": refrag.bundled_path("SmolLM2-135M-Instruct").stat().st_size / 1e6}
+        timers["llama_cpp"] = lambda: llama.answer(ids.tolist(), args.new)
+    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in timers}
     for turn in range(args.repeats + 1):
-        one, many = theirs(1), theirs(args.new)
-        times = {"model": ours(None), "int8": ours(int8), "generate": (one, (many - one) / (args.new - 1))}
-        for name, (first, each) in times.items() if turn else ():
-            rows[f"{name}_first_s"].append(first)
-            rows[f"{name}_ttit_s"].append(each)
-            rows[f"{name}_times_faster_than_generate"].append(times["generate"][1] / each)
-    return made | {name: round(statistics.median(values), 5) for name, values in rows.items()}
+        for name, timed in timers.items():
+            seconds = timed()
+            if turn:  # the first warms up
+                rows[name].append(seconds)
+    for name, seconds in rows.items():
+        first, each = (statistics.median(column) for column in zip(*seconds, strict=True))
+        engines[name] |= {"first_s": round(first, 4), "ttit_ms": round(1e3 * each, 3)}
+        for other in ("generate", "llama_cpp"):
+            if other in rows:
+                ratios = [theirs[1] / mine[1] for theirs, mine in zip(rows[other], seconds, strict=True)]
+                engines[name][f"times_faster_than_{other}"] = round(statistics.median(ratios), 3)
+    return {"prompt": args.prompt, "new": args.new, "auto": refrag.Stepper(decoder).engine, "engines": engines}
+
+
+def measure_first_token(args: argparse.Namespace) -> dict:
+    """Time to the first token of full and compressed context by torch, and of full context by llama.cpp, in turns."""
+    modes, contexts = ("full", "refrag"), tuple(args.contexts)
+    bench = refrag.BenchConfig(contexts=contexts, modes=modes, k=(args.k,), p=(0.0, 0.1), new=2)
+    index, models = refrag.IndexConfig(index_dir=args.index_dir), refrag.ModelConfig()
+    benchmark = refrag.load_benchmark(bench, index, models, RUNTIME)
+    item, timers, sizes = benchmark.item, {}, {}
+    llama = LlamaReader(benchmark.pipeline.model.window) if args.llama_cpp else None
+    for trial in benchmark.trials:
+        length = trial.setting.context
+        timers[length, trial.setting.curve] = lambda trial=trial: trial.run(item)["ttft_s"]
+        if trial.setting.mode == "full":
+            prompt = trial.pipeline.prepare(item)[0].packed.prompt
+            sizes[length] = prompt.context_tokens
+            if llama is not None:
+                timers[length, "llama.cpp full"] = lambda prompt=prompt: llama.answer(prompt.input_ids.tolist(), 1)[0]
+    runs = collections.defaultdict(list)
+    for turn in range(args.repeats + 1):
+        for name, timed in timers.items():
+            seconds = timed()
+            if turn:  # the first warms up
+                runs[name].append(seconds)
+    rows = []
+    for (length, curve), seconds in runs.items():
+        row = {"context_tokens": sizes[length], "curve": curve, "ttft_s": round(statistics.median(seconds), 4)}
+        for other in ("full", "llama.cpp full"):
+            if (length, other) in runs:
+                ratios = [a / b for a, b in zip(runs[length, other], seconds, strict=True)]
+                row[f"times_faster_than {other}"] = round(statistics.median(ratios), 3)
+        rows.append(row)
+    return {"rows": rows, "left_out": benchmark.left_out}
 
 
 # -- embedding -------------------------------------------------------------------
@@ -126,7 +212,7 @@ def measure_anchors(args: argparse.Namespace) -> dict:
 
 def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Path) -> refrag.Trainer:
     """A trainer at the start of a run, on the bundled models."""
-    size = int(args.contexts.split(",")[0])
+    size = args.contexts[0]
     train = refrag.TrainConfig(out_dir=str(folder), k=(args.k,), seq_tokens=size, batch_size=args.batch_size,
                                steps=10**6, train=letters)
     texts = refrag.TextConfig(train_json=(args.texts,))
@@ -177,11 +263,12 @@ def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("decode", "embed", "anchors", "training"))
+    parser.add_argument("what", choices=("decode", "first_token", "embed", "anchors", "training"))
     parser.add_argument("--index_dir")
     parser.add_argument("--texts")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--contexts", default="512")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[512])
+    parser.add_argument("--llama_cpp", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=4)
