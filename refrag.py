@@ -319,6 +319,7 @@ class BenchConfig:
                                                              "floor", choices=("full", "refrag", "none"))
     k: tuple[int, ...] = opt((8, 16, 32), "tokens compressed into one vector")
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text")
+    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times")
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them")
     repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up")
     question: str = opt("Which people, places and events are described, and when did it happen?",
@@ -331,6 +332,8 @@ class BenchConfig:
         require(bool(self.modes), "--modes is empty: name one of full, refrag and none at least")
         require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
         require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
+        require(bool(self.batch_size) and all(n >= 1 for n in self.batch_size),
+                f"--batch_size must be 1 or more, got {self.batch_size}")
         for name in ("new", "repeats"):
             require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
         require(self.out_dir is None or not os.path.isfile(self.out_dir),
@@ -8096,20 +8099,21 @@ class Setting(NamedTuple):
     context: int
     k: int | None
     p: float | None
+    batch: int = 1
 
     @property
     def curve(self) -> str:
         """Its name without the context. Example: "refrag k=16 p=0.25" """
-        return " ".join([self.mode, *(f"{name}={value:g}" for name, value in (("k", self.k), ("p", self.p))
-                                      if value is not None)])
+        shown = (("k", self.k), ("p", self.p), ("batch", self.batch if self.batch > 1 else None))
+        return " ".join([self.mode, *(f"{name}={value:g}" for name, value in shown if value is not None)])
 
 
 def bench_settings(bench: BenchConfig) -> list[Setting]:
     """Every combination once, though some are named twice: full context knows no k and p, the question no context."""
     made = []
-    for context, mode in itertools.product(bench.contexts, bench.modes):
+    for context, mode, batch in itertools.product(bench.contexts, bench.modes, bench.batch_size):
         compression = itertools.product(bench.k, bench.p) if mode == "refrag" else [(None, None)]
-        made += [Setting(mode, 0 if mode == "none" else context, k, p) for k, p in compression]
+        made += [Setting(mode, 0 if mode == "none" else context, k, p, batch) for k, p in compression]
     return list(dict.fromkeys(made))
 
 
@@ -8152,14 +8156,25 @@ class Trial:
 
     def run(self, item: dict[str, Any]) -> dict[str, Any]:
         """Answer once; returns the metrics."""
-        [result] = self.pipeline.answer([item])
-        return result["metrics"]
+        return metrics_together([result["metrics"] for result in self.pipeline.answer([item] * self.setting.batch)])
 
     def warm_up(self, item: dict[str, Any]) -> None:
         """A run that does not count, and shows the memory taken: giving back what is free would slow one that does."""
         reset_peak_memory(self.pipeline.device)
         peak, device_peak = self.run(item)["peak_rss_mb"], peak_device_mb(self.pipeline.device)
         self.memory = {"peak_rss_mb": peak, "peak_device_mb": device_peak and round(device_peak, 1)}
+
+
+def metrics_together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of answers made together: they share the prefill and the steps, each has its own context."""
+    first, count = answers[0], len(answers)
+    if count == 1:
+        return first
+    own = {name: round(sum(one["stages"][name] for one in answers), 6) for name in first["stages"]}
+    stages = own | {"prefill_s": first["stages"]["prefill_s"]}
+    pace = first["tokens_per_s"]
+    return first | {"stages": stages, "ttft_s": round(sum(stages.values()), 6), "kv_bytes": first["kv_bytes"] * count,
+                    "tokens_per_s": pace and round(pace * count, 3)}
 
 
 def reads_stored(pipeline: Pipeline) -> bool:
@@ -8252,10 +8267,10 @@ class Benchmark:
 
     def result(self) -> dict[str, Any]:
         """What the counted rounds so far show, as JSON."""
-        full = {trial.setting.context: trial for trial in self.trials if trial.setting.mode == "full"}
-        rows = [bench_row(trial, full.get(trial.setting.context)) for trial in self.trials]
+        full = {(one.setting.context, one.setting.batch): one for one in self.trials if one.setting.mode == "full"}
+        rows = [bench_row(one, full.get((one.setting.context, one.setting.batch))) for one in self.trials]
         return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "growth": bench_growth(rows),
-                "left_out": self.left_out}
+                "batch_growth": batch_growth(rows), "left_out": self.left_out}
 
 
 def median_of(values: Sequence[float | None], digits: int = 6) -> float | None:
@@ -8268,7 +8283,7 @@ def bench_row(trial: Trial, full: Trial | None) -> dict[str, Any]:
 
     Ratios are full context over this, round by round: more than 1 is faster, or smaller.
     """
-    runs, (mode, _, k, p) = trial.runs, trial.setting
+    runs, (mode, _, k, p, _) = trial.runs, trial.setting
     series = {name: [run[name] for run in runs] for name in TIMED}
     for name in ("ttft", "ttit"):
         pairs = [(one[f"{name}_s"], run[f"{name}_s"]) for one, run in zip(full.runs, runs, strict=True)] if full else []
@@ -8303,8 +8318,23 @@ def bench_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         lengths, seconds = ([row[name] for row in curve] for name in ("context_tokens", "ttft_s"))
         if len(set(lengths)) >= 3:
             exponent = round(growth_exponent(lengths, seconds), 4)
-            found.append({**{name: curve[0][name] for name in ("mode", "k", "p")}, "lengths": len(set(lengths)),
-                          "ttft_exponent": exponent})
+            found.append({**{name: curve[0][name] for name in ("mode", "k", "p", "batch")},
+                          "lengths": len(set(lengths)), "ttft_exponent": exponent})
+    return found
+
+
+def batch_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For what was timed in batches of three sizes or more: the exponents with which a batch's times grow."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in ("mode", "context", "k", "p")), []).append(row)
+    found = []
+    for (mode, context, k, p), group in groups.items():
+        sizes = [row["batch"] for row in group]
+        if len(sizes) >= 3:
+            exponents = {f"{name}_exponent": round(growth_exponent(sizes, [row[f"{name}_s"] for row in group]), 4)
+                         for name in ("ttft", "ttit") if all(row[f"{name}_s"] for row in group)}
+            found.append({"mode": mode, "context": context, "k": k, "p": p, "sizes": sizes, **exponents})
     return found
 
 
@@ -8429,7 +8459,7 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
         ("shorter", "compression"), ("faster", "ttft_ratio"), ("theory", "theoretical_ratio"))}
     stages = {name.removesuffix("_s"): ms(value) for name, value in row["stages"].items()}
     shown = {name: "-" if row[name] is None else f"{row[name]:g}" for name in ("k", "p")}
-    return {"mode": row["mode"], **shown, "context": f"{row['context_tokens']:,}",
+    return {"mode": row["mode"], **shown, "batch": str(row["batch"]), "context": f"{row['context_tokens']:,}",
             "positions": f"{row['positions']:,}", **times, **ratios, **stages, "TTIT ms": ms(row["ttit_s"]),
             "tokens/s": "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
             "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}"}
@@ -8437,11 +8467,19 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
 
 def bench_text(result: dict[str, Any]) -> str:
     """A benchmark for people: the table, how the time grows, what was left out."""
-    lines = [aligned_table([bench_cells(row) for row in result["rows"]]), ""]
+    cells = [bench_cells(row) for row in result["rows"]]
+    if all(row["batch"] == 1 for row in result["rows"]):
+        cells = [{name: text for name, text in one.items() if name != "batch"} for one in cells]
+    lines = [aligned_table(cells), ""]
     for entry in result["growth"]:
-        curve = Setting(entry["mode"], 0, entry["k"], entry["p"]).curve
+        curve = Setting(entry["mode"], 0, entry["k"], entry["p"], entry["batch"]).curve
         lines.append(f"- {curve}: the time to first token grows with the {entry['ttft_exponent']:.2f}th power of the "
                      "context tokens")
+    for entry in result["batch_growth"]:
+        curve = Setting(entry["mode"], 0, entry["k"], entry["p"]).curve
+        grown = " and ".join(f"{label} with the {entry[name]:.2f}th" for label, name in (
+            ("the time to first token", "ttft_exponent"), ("a step", "ttit_exponent")) if name in entry)
+        lines.append(f"- {curve} at --contexts {entry['context']}: {grown} power of the questions answered together")
     fresh = sorted({row["k"] for row in result["rows"] if row["stored_vectors"] is False})
     if fresh:
         lines.append(f"- vectors that the index does not hold, computed while the clock runs: k = "

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import refrag
 
 QUESTION = "Where do smiths cast bells?"
-NAMED = ["mode", "context", "k", "p", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb", "kv_bytes"]
+NAMED = ["mode", "context", "k", "p", "batch", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb",
+         "kv_bytes"]
 
 
 class Clock:
@@ -120,14 +121,32 @@ def test_the_exponent_is_the_least_squares_line_of_the_logarithms():
 
 def test_growth_needs_three_lengths_and_a_context():
     def row(mode, context, tokens, seconds):
-        return {"mode": mode, "context": context, "k": None, "p": None, "context_tokens": tokens, "ttft_s": seconds}
+        return {"mode": mode, "context": context, "k": None, "p": None, "batch": 1, "context_tokens": tokens,
+                "ttft_s": seconds}
 
     full = [row("full", c, c, c**1.5) for c in (100, 400, 1600)]
     none = [row("none", 0, 0, 1.0)] * 3
     assert refrag.bench_growth([*none, *full]) == [
-        {"mode": "full", "k": None, "p": None, "lengths": 3, "ttft_exponent": 1.5}]
+        {"mode": "full", "k": None, "p": None, "batch": 1, "lengths": 3, "ttft_exponent": 1.5}]
     assert refrag.bench_growth(full[:2]) == []
     assert refrag.bench_growth([*full[:2], row("full", 450, 400, 9.0)]) == [], "the same passages are no third length"
+
+
+def test_growth_with_the_batch_needs_three_sizes():
+    rows = [{"mode": "full", "context": 64, "k": None, "p": None, "batch": n, "ttft_s": n**0.5, "ttit_s": 2.0 * n}
+            for n in (1, 4, 16)]
+    assert refrag.batch_growth(rows) == [{"mode": "full", "context": 64, "k": None, "p": None, "sizes": [1, 4, 16],
+                                          "ttft_exponent": 0.5, "ttit_exponent": 1.0}]
+    assert refrag.batch_growth(rows[:2]) == []
+    assert "ttit_exponent" not in refrag.batch_growth([row | {"ttit_s": None} for row in rows])[0]
+
+
+def test_answers_made_together_share_the_prefill_alone():
+    one = metrics(stages={"retrieve_s": 0.25, "prefill_s": 2.0})
+    assert refrag.metrics_together([one]) is one
+    both = refrag.metrics_together([one, one])
+    assert both["stages"] == {"retrieve_s": 0.5, "prefill_s": 2.0}
+    assert (both["ttft_s"], both["ttit_s"], both["tokens_per_s"], both["kv_bytes"]) == (2.5, 0.5, 4.0, 1280)
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 99))
@@ -293,6 +312,19 @@ def test_rounds_hold_every_combination_once_in_changing_order(bench, monkeypatch
     assert all(len(set(one)) == 7 for one in rounds)
     assert all(a != b for a, b in itertools.pairwise(rounds))
     assert all(row["runs"]["ttft_s"] == [0.5] * 4 for row in result["rows"])
+
+
+def test_batches_are_timed_beside_each_other(bench, clock):
+    """A prefill takes the same time for all rows here, so that a batch of 4 makes four times the tokens."""
+    result, _ = bench("--batch_size", "1,2,4", "--contexts", 120, "--k", 4, "--repeats", 1)
+    assert sorted(row["batch"] for row in result["rows"]) == sorted([1, 2, 4] * 3)
+    for row in result["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(100 * row["batch"])
+        assert row["ttft_s"] == pytest.approx(0.001 * row["positions"])
+    for row in rows_of(result, "refrag"):
+        [full] = rows_of(result, "full", batch=row["batch"])
+        assert row["ttft_ratio"] == pytest.approx(full["positions"] / row["positions"], abs=1e-5)
+    assert [(g["sizes"], round(g["ttft_exponent"], 3)) for g in result["batch_growth"]] == [([1, 2, 4], 0.0)] * 3
 
 
 def test_no_end_token_stops_a_run(bench, monkeypatch):

@@ -128,6 +128,8 @@ BAD = [
     (refrag.GenerateConfig, {"batch_size": 0}, "--batch_size", "1 or more"),
     (refrag.GenerateConfig, {"resume": True}, "--resume", "--out FILE"),
     *((refrag.BenchConfig, {"contexts": contexts}, "--contexts", "1 or more") for contexts in ((), (512, 0), (-1,))),
+    (refrag.BenchConfig, {"batch_size": (1, 0)}, "--batch_size", "1 or more, got (1, 0)"),
+    (refrag.BenchConfig, {"batch_size": ()}, "--batch_size", "1 or more, got ()"),
     (refrag.BenchConfig, {"modes": ()}, "--modes", "full, refrag and none"),
     *((refrag.BenchConfig, {"k": k}, "--k", "between 1 and 64") for k in ((), (0,), (16, 65))),
     *((refrag.BenchConfig, {"p": p}, "--p", "between 0 and 1") for p in ((), (-0.1,), (0.5, 1.1), (NAN,))),
