@@ -820,6 +820,7 @@ def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, ru
                   "models": {name: describe_model(name) for name in BUNDLED}}
     if index.index_dir is not None:
         opened = open_index(index.index_dir)
+        verify_files(opened.folder, opened.manifest["files"], again=True)
         report["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
     emit(report, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in report.items()))
 
@@ -1479,12 +1480,42 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT) -> None:
-    """Check sizes, then digests, of every listed file. Raises CorruptError that names the first bad one."""
+def cache_home() -> Path:
+    """Where converted models and what was found out about files are kept: REFRAG_HOME, else ~/.cache/refrag."""
+    return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
+
+
+READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
+
+
+def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
+                 again: bool = False) -> None:
+    """Check sizes, then digests, of every listed file. Raises CorruptError that names the first bad one.
+
+    Large ones are read once, and again when they have been written to since, or with `again`.
+    """
+    written: dict[str, list[Any]] = {}
     for name, entry in entries.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        found = path.stat() if path.is_file() else None
+        if found is None or found.st_size != entry["bytes"]:
             raise CorruptError(f"{path} is missing or has the wrong size: {REMEDIES[form]}")
+        written[name] = [entry["sha256"], found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    large = sum(entry["bytes"] for entry in entries.values()) >= READ_ALWAYS
+    known = cache_home() / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
+    if large and not again:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(known.read_bytes()) == written:
+                return
+    read_digests(folder, entries, form)
+    if large:
+        with contextlib.suppress(OSError):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(known, json.dumps(written))
+
+
+def read_digests(folder: Path, entries: dict[str, dict[str, Any]], form: str) -> None:
+    """Compare every listed file with its digest. Raises CorruptError."""
     for name, entry in progress(entries.items(), "verifying", total=len(entries), unit="file"):
         if sha256_file(folder / name) != entry["sha256"]:
             raise CorruptError(f"{folder / name} is damaged (checksum): {REMEDIES[form]}")
@@ -3355,11 +3386,6 @@ class RefragConfig(PreTrainedConfig):
         self.encoder_fingerprint = encoder_fingerprint  # None where the encoder is cut from the decoder
         self.gate, self.policy = gate, policy  # shape of each and the embedder it reads; None without
         self.history = history or []  # one entry per training phase
-
-
-def cache_home() -> Path:
-    """Where converted models are kept: REFRAG_HOME, else ~/.cache/refrag."""
-    return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
 
 
 def gguf_tokenizer(path: Path) -> Any:

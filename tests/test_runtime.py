@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,6 +410,53 @@ def test_verify_files_names_the_bad_file(manifest, damage, told):
     damage(folder / "a.npy")
     with pytest.raises(refrag.CorruptError, match=rf"a\.npy.*{told}: build the index again"):
         refrag.verify_files(folder, entries)
+
+
+class TestLargeFiles:
+    """Files of many bytes are read once, until they are written to."""
+
+    @pytest.fixture
+    def files(self, manifest, monkeypatch, tmp_path):
+        """(verify, the files that were read)."""
+        monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(refrag, "READ_ALWAYS", 1)
+        read, digest = [], refrag.sha256_file
+        monkeypatch.setattr(refrag, "sha256_file", lambda path: read.append(path.name) or digest(path))
+        folder, entries = manifest.parent / "gen-1", refrag.read_manifest(manifest)["files"]
+        return functools.partial(refrag.verify_files, folder, entries), read, folder
+
+    def test_they_are_read_once(self, files):
+        verify, read, _ = files
+        for _ in range(3):
+            verify()
+        assert sorted(read) == sorted(set(read)) and "a.npy" in read
+        count = len(read)
+        verify(again=True)
+        assert len(read) == 2 * count
+
+    def test_a_changed_byte_is_found_though_size_and_time_are_the_old_ones(self, files):
+        verify, _, folder = files
+        verify()
+        before = (folder / "a.npy").stat()
+        data = (folder / "a.npy").read_bytes()
+        (folder / "a.npy").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        os.utime(folder / "a.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
+        for _ in range(2):  # a bad one is never remembered as a good one
+            with pytest.raises(refrag.CorruptError, match="checksum"):
+                verify()
+
+    def test_what_is_remembered_may_be_damaged_or_impossible_to_keep(self, files, tmp_path):
+        verify, read, _ = files
+        verify()
+        [known] = (tmp_path / "home" / "verified").iterdir()
+        known.write_text("{")
+        count = len(read)
+        verify()
+        assert len(read) == 2 * count
+        shutil.rmtree(tmp_path / "home")
+        (tmp_path / "home").write_text("a file where the folder should be")
+        verify()
+        assert len(read) == 3 * count
 
 
 # ---- Clocks, devices, progress --------------------------------------------------------------------------------------
