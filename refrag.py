@@ -2162,16 +2162,38 @@ def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
         return index
     lists = int(4 * math.sqrt(N))
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
-    index = faiss.index_factory(dim, f"IVF{lists},PQ{pieces}", faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(dim, f"IVF{lists},PQ{pieces},Refine(SQ8)", faiss.METRIC_INNER_PRODUCT)
     rows = np.sort(np.random.default_rng(0).choice(N, min(N, 64 * lists), replace=False))
     index.train(np.ascontiguousarray(vectors[rows]))
     return index
+
+
+def tune_faiss(index: faiss.Index) -> None:
+    """Set how far a search looks around, which a saved index does not hold."""
+    if hasattr(index, "hnsw"):
+        index.hnsw.efSearch = 128
+    if isinstance(index, faiss.IndexRefine):
+        index.k_factor = 16  # so many times the rows that are asked for are compared again, in 8 bits a number
+        index = faiss.downcast_index(index.base_index)
+    if hasattr(index, "nprobe"):
+        index.nprobe = 64
 
 
 def write_faiss(index: faiss.Index, path: Path) -> None:
     """Save an index through a Python file: FAISS's own only prints that the last bytes found no room on a full disk."""
     with path.open("wb") as handle:
         faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
+
+
+def on_gpus(index: faiss.Index, device: torch.device) -> faiss.Index:
+    """The index on all GPUs, where FAISS was built for them and has this type there; else as it is."""
+    if device.type != "cuda" or not getattr(faiss, "get_num_gpus", int)() or hasattr(index, "hnsw"):
+        return index
+    try:
+        return faiss.index_cpu_to_all_gpus(index)
+    except RuntimeError as error:
+        notice(f"FAISS searches on the CPU: {one_line(error)[:200]}")
+        return index
 
 
 def search_faiss(index: faiss.Index, query: np.ndarray, topk: int) -> list[int]:
@@ -2275,10 +2297,8 @@ class Index:
             map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
         self.gate = map_array(folder / "gate.npy") if "gate.npy" in manifest["files"] else None
         self.chunks = map_array(folder / "chunks.npy") if "chunks.npy" in manifest["files"] else None
-        if self.faiss is not None and hasattr(self.faiss, "hnsw"):
-            self.faiss.hnsw.efSearch = 128
-        if self.faiss is not None and hasattr(self.faiss, "nprobe"):
-            self.faiss.nprobe = 32
+        if self.faiss is not None:
+            tune_faiss(self.faiss)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -2735,12 +2755,13 @@ class Searcher:
         lacking = set(uses) - set(index.manifest["uses"])
         require(not lacking, f"--retriever {retriever}: the index holds only {index.manifest['retriever']}")
         self.index, self.uses, self.embedder, self.reranker = index, uses, embedder, reranker
+        self.nearest = on_gpus(index.faiss, embedder.model.device) if "dense" in uses else None
 
     def rank(self, query: str, depth: int) -> list[tuple[int, float]]:
         """(row, score) of the best `depth` rows for one query: fused ranks, or the retriever's own order."""
         rankings = []
         if "dense" in self.uses:
-            rankings.append(search_faiss(self.index.faiss, self.embedder.embed_query(query), depth))
+            rankings.append(search_faiss(self.nearest, self.embedder.embed_query(query), depth))
         if "bm25" in self.uses:
             rankings.append(self.index.bm25.search(query, depth))
         return rrf(rankings)
@@ -6406,10 +6427,12 @@ class Int8Matrix:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
         """weight: (out, in); bias: (out,); columns: (in,), what the input is multiplied with first."""
-        weight = weight.float() if columns is None else weight.float() * columns
-        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-        self.values = (weight / scale[:, None]).round().to(torch.int8).contiguous()
-        self.scale, self.bias = scale.bfloat16(), bias
+        values, scales = [], []
+        for part in weight.split(4096):  # by parts, so that no large memory is asked for and touched at first
+            part = part.float() if columns is None else part.float() * columns
+            scales.append(part.abs().amax(1).clamp_min(1e-12) / 127)
+            values.append((part / scales[-1][:, None]).round().to(torch.int8))
+        self.values, self.scale, self.bias = torch.cat(values), torch.cat(scales).bfloat16(), bias
 
     @staticmethod
     def takes(rows: int, columns: int) -> bool:
@@ -6418,7 +6441,7 @@ class Int8Matrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, in) -> (n, out), in bfloat16, for which the kernel is made."""
-        made = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
+        made = torch._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
         return made if self.bias is None else made + self.bias
 
 
@@ -6431,7 +6454,7 @@ class Int4Matrix:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
         """As `Int8Matrix`."""
         levels, scale, least = self.levels(weight)
-        self.values = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.round().int(), 1)
+        self.values = torch._convert_weight_to_int4pack_for_cpu(levels.round().int(), 1)
         self.scale = torch.stack([scale, least + 8 * scale], -1).transpose(0, 1).contiguous().bfloat16()
         self.bias, self.columns = bias, columns
 
@@ -6457,7 +6480,7 @@ class Int4Matrix:
     def __call__(self, x: Tensor) -> Tensor:
         """(n, in) -> (n, out), in bfloat16."""
         x = x if self.columns is None else x * self.columns
-        made = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.values, self.group, self.scale)
+        made = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), self.values, self.group, self.scale)
         return made if self.bias is None else made + self.bias
 
 
@@ -6481,13 +6504,26 @@ class LayerMatrices(NamedTuple):
     narrow: Int4Matrix | Int8Matrix
 
 
+class LayerCache(NamedTuple):
+    """One layer's keys and values, and views of them made once: a view for each step costs as much as a product."""
+
+    both: Tensor  # (2, B, key heads, room, width of a head)
+    keys: Tensor  # (B * key heads, width of a head, room)
+    values: Tensor  # (B * key heads, room, width of a head)
+
+    @classmethod
+    def over(cls, both: Tensor) -> LayerCache:
+        """The views of `both`."""
+        keys, values = both.flatten(1, 2)
+        return cls(both, keys.transpose(1, 2), values)
+
+
 class FixedCache(NamedTuple):
     """Keys and values with room for the tokens to come: growing them by copies costs more than the step itself."""
 
     stepper: Stepper
-    keys: Tensor  # (layers, B * key heads, room, width of a head)
-    values: Tensor
-    length: int  # that are filled
+    layers: list[LayerCache]
+    length: int  # positions that are filled
 
 
 class Stepper:
@@ -6502,10 +6538,11 @@ class Stepper:
         """decoder: one that it `fits`; engine: a key of STEP_ENGINES."""
         config, body = decoder.config, decoder.model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.embed, self.rotary, self.eps = decoder.get_input_embeddings(), body.rotary_emb, config.rms_norm_eps
-        self.head_width = body.layers[0].self_attn.head_dim
+        self.embed, self.rotary = decoder.get_input_embeddings(), body.rotary_emb
+        self.head_width, width = body.layers[0].self_attn.head_dim, self.embed.embedding_dim
+        self.root, self.least = width**0.5, torch.tensor((width * config.rms_norm_eps) ** 0.5)
         self.layers = [self.layer(block, STEP_ENGINES[engine]) for block in body.layers]
-        self.head = Int8Matrix(decoder.get_output_embeddings().weight, columns=body.norm.weight)
+        self.head = Int8Matrix(decoder.get_output_embeddings().weight, columns=body.norm.weight * self.root)
         self.engine = "+".join(sorted({matrix.kind for layer in self.layers for matrix in layer}))
 
     @staticmethod
@@ -6524,6 +6561,7 @@ class Stepper:
     def layer(self, block: nn.Module, matrix: Callable[..., Int4Matrix | Int8Matrix]) -> LayerMatrices:
         """The matrices of one layer."""
         attention, mlp = block.self_attn, block.mlp
+        before, between = (norm.weight * self.root for norm in (block.input_layernorm, block.post_attention_layernorm))
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 
         def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -6533,9 +6571,9 @@ class Stepper:
 
         biases = None if query.bias is None else joined(query.bias, key.bias, value.bias).float()
         return LayerMatrices(
-            matrix(joined(query.weight.T, key.weight.T, value.weight.T).T, biases, block.input_layernorm.weight),
+            matrix(joined(query.weight.T, key.weight.T, value.weight.T).T, biases, before),
             matrix(attention.o_proj.weight),
-            matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), None, block.post_attention_layernorm.weight),
+            matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), None, between),
             matrix(mlp.down_proj.weight),
         )
 
@@ -6544,50 +6582,46 @@ class Stepper:
         layers = state.cache.layers
         B, G, T, D = layers[0].keys.shape
 
-        def fixed(parts: Iterable[Tensor]) -> Tensor:
-            held = torch.zeros(len(layers), B * G, T + room, D)
-            for place, part in zip(held, parts, strict=True):
-                place[:, :T] = part.reshape(B * G, T, D)
-            return held
+        def roomy(layer: Any) -> LayerCache:
+            both = torch.empty(2, B, G, T + room, D)
+            both[0, :, :, :T], both[1, :, :, :T] = paired(layer.keys), layer.values
+            return LayerCache.over(both)
 
-        keys = fixed(paired(layer.keys) for layer in layers)
-        cache = FixedCache(self, keys, fixed(layer.values for layer in layers), T)
-        return state._replace(cache=cache)
+        return state._replace(cache=FixedCache(self, [roomy(layer) for layer in layers], T))
 
     def step(self, token: Tensor, cache: FixedCache, mask: Tensor | None,
              position: Tensor) -> tuple[Tensor, FixedCache]:
         """(logits (B, V), cache). token, position: (B,); mask: (B, T + 1) or None. The cache given is used up."""
-        if cache.length == cache.keys.shape[2]:
+        if cache.length == cache.layers[0].values.shape[1]:
             more = (0, 0, 0, max(32, cache.length // 4))
-            cache = FixedCache(self, *(nn.functional.pad(part, more) for part in cache[1:3]), cache.length)
+            cache = cache._replace(layers=[LayerCache.over(nn.functional.pad(one.both, more)) for one in cache.layers])
         T = cache.length + 1
         x = self.embed.weight[token].float()  # (B, W)
         cos, sin = (part[..., : self.head_width // 2].float() for part in self.rotary(x, position[:, None]))
         turn = torch.complex(cos, sin)  # (B, 1, D / 2)
         hidden = None if mask is None else (mask == 0).repeat_interleave(self.kv_heads, 0)[:, None]  # (B * G, 1, T)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = x + self.attend(layer, x, keys, values, T, turn, hidden)
+        for layer, held in zip(self.layers, cache.layers, strict=True):
+            x = x + self.attend(layer, x, held, T, turn, hidden)
             gate, up = layer.widen(self.norm(x)).chunk(2, dim=-1)
             x = x + layer.narrow(nn.functional.silu(gate) * up)
         return self.head(self.norm(x)).float(), cache._replace(length=T)
 
     def norm(self, x: Tensor) -> Tensor:
-        """(B, W) by its root mean square; the weights are in the matrices."""
-        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        """(B, W) over its length, eps as in the norm; the root of W that is lacking is in the matrices' columns."""
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.least)
 
-    def attend(self, layer: LayerMatrices, x: Tensor, keys: Tensor, values: Tensor, T: int, turn: Tensor,
+    def attend(self, layer: LayerMatrices, x: Tensor, held: LayerCache, T: int, turn: Tensor,
                hidden: Tensor | None) -> Tensor:
-        """(B, W), what attention adds. keys, values: (B * G, room, D), the token's own are filled in at T - 1."""
-        B, G, D = len(x), self.kv_heads, self.head_width
-        made = layer.attend(self.norm(x)).float().view(B, self.heads + 2 * G, D)
-        torch.view_as_complex(made[:, : self.heads + G].unflatten(-1, (-1, 2))).mul_(turn)
-        keys[:, T - 1] = made[:, self.heads : self.heads + G].reshape(B * G, D)
-        values[:, T - 1] = made[:, self.heads + G :].reshape(B * G, D)
-        query = made[:, : self.heads].reshape(B * G, self.heads // G, D)
-        scores = torch.bmm(query, keys[:, :T].transpose(1, 2))  # (B * G, heads of a key, T)
+        """(B, W), what attention adds. The token's own key and value are filled in at T - 1."""
+        B, H, G, D = len(x), self.heads, self.kv_heads, self.head_width
+        made = layer.attend(self.norm(x)).float().view(B, H + 2 * G, D // 2, 2)
+        torch.view_as_complex(made.narrow(1, 0, H + G)).mul_(turn)
+        held.both.select(3, T - 1).copy_(made.narrow(1, H, 2 * G).view(B, 2, G, D).transpose(0, 1))
+        query = made.narrow(1, 0, H).reshape(B * G, H // G, D)
+        scores = torch.bmm(query, held.keys.narrow(2, 0, T))  # (B * G, heads of a key, T)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
-        return layer.leave(torch.bmm(scores.softmax(-1), values[:, :T]).view(B, -1))
+        return layer.leave(torch.bmm(scores.softmax(-1), held.values.narrow(1, 0, T)).view(B, H * D))
 
 
 def paired(x: Tensor) -> Tensor:

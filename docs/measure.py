@@ -1,6 +1,7 @@
 """Makes the figures of docs/RESULTS.md that `refrag.py eval` does not make. Each command prints one JSON object.
 
     python docs/measure.py decode [--llama_cpp]
+    python docs/measure.py answers --qa qa.dev.jsonl.gz --index_dir runs/dev --limit 300 [--load_dir CHECKPOINT]
     python docs/measure.py first_token --index_dir runs/long500 --contexts 4096 7900 [--llama_cpp]
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
@@ -125,6 +126,36 @@ def measure_decode(args: argparse.Namespace) -> dict:
                 ratios = [theirs[1] / mine[1] for theirs, mine in zip(rows[other], seconds, strict=True)]
                 engines[name][f"times_faster_than_{other}"] = round(statistics.median(ratios), 3)
     return {"prompt": args.prompt, "new": args.new, "auto": refrag.Stepper(decoder).engine, "engines": engines}
+
+
+def measure_answers(args: argparse.Namespace) -> dict:
+    """F1 and EM of the answers by every engine, each from the same prefill, and how many are those of float32."""
+    models = refrag.ModelConfig(load_dir=args.load_dir)
+    pipeline = refrag.load_pipeline(refrag.IndexConfig(index_dir=args.index_dir), refrag.SearchConfig(),
+                                    refrag.PackConfig(k=args.k, p=args.p), refrag.GenerateConfig(max_new=args.new),
+                                    models, refrag.RuntimeConfig(engine="model"))
+    decoder, watch = pipeline.model.decoder, refrag.Stopwatch(torch.device("cpu"))
+    steppers = {"int8": refrag.Stepper(decoder, "int8"), "int4": refrag.Stepper(decoder, "int4"), "model": None}
+    scores: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in steppers}
+    questions = refrag.read_answered_questions(args.qa, "--qa", args.limit)
+    for item in refrag.progress(questions, "answers", total=len(questions), unit="question"):
+        _, inputs = pipeline.prepare(item)
+        logits, state = refrag.prefill(decoder, [inputs])
+        replies = {}
+        for name, stepper in steppers.items():  # the decoder last: it adds to the cache, the others to a copy
+            [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, stops=pipeline.stops,
+                                     pick=pipeline.pick, watch=watch, stepper=stepper)
+            replies[name] = pipeline.tokenizer.decoder.decode(out.tokens, skip_special_tokens=True)
+        for name, reply in replies.items():
+            scores[name].append((refrag.token_f1(reply, item["answers"]), refrag.exact_match(reply, item["answers"]),
+                                 reply == replies["model"]))
+    table = {name: dict(zip(("f1", "em", "same_as_model"), np.mean(rows, axis=0).round(4).tolist(), strict=True))
+             for name, rows in scores.items()}
+    for name, rows in scores.items():
+        differences = [mine[0] - other[0] for mine, other in zip(rows, scores["model"], strict=True)]
+        interval = refrag.bootstrap_interval(differences, RUNTIME.seed)
+        table[name]["f1_minus_model"] = [round(statistics.mean(differences), 4), *interval]
+    return {"questions": len(questions), "auto": refrag.Stepper(decoder).engine, "engines": table}
 
 
 def measure_first_token(args: argparse.Namespace) -> dict:
@@ -263,14 +294,17 @@ def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("decode", "first_token", "embed", "anchors", "training"))
+    parser.add_argument("what", choices=("decode", "answers", "first_token", "embed", "anchors", "training"))
     parser.add_argument("--index_dir")
+    parser.add_argument("--load_dir")
+    parser.add_argument("--qa")
     parser.add_argument("--texts")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--contexts", nargs="+", type=int, default=[512])
     parser.add_argument("--llama_cpp", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--p", type=float, default=0.25)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=48)
