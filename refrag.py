@@ -36,6 +36,7 @@ Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D d
 from __future__ import annotations
 
 import argparse
+import atexit
 import bisect
 import collections
 import contextlib
@@ -45,6 +46,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -1105,6 +1107,15 @@ def parse_or_exit(argv: Sequence[str]) -> Invocation:
     return invocation
 
 
+def leave(code: int) -> typing.NoReturn:
+    """End the program without the interpreter's own tidying up, which takes more than a second with these libraries."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (the program's own by default) and return the exit code."""
     return run_invocation(parse_or_exit(sys.argv[1:] if argv is None else argv))
@@ -1113,6 +1124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     _INVOCATION = parse_or_exit(sys.argv[1:])
     signal.signal(signal.SIGINT, leave_at_once)
+    gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
 
 # =============================================================================
 # 3. Imports. The heavy ones. sentence-transformers is the exception: it costs
@@ -1147,6 +1159,10 @@ except ImportError as missing:
         raise
     _FAULT = MissingError(f"library missing: {missing}: run ./refrag_quickstart_auto_accel.sh, or pip install '.[cpu]'")
     sys.exit(report(_FAULT, as_json=_INVOCATION.runtime.json, debug=_INVOCATION.runtime.debug))
+
+if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
 
 # =============================================================================
 # 4. Runtime. Device, seed, timers, progress, locks, files that are written
@@ -6454,6 +6470,7 @@ class Int4Matrix:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
         """As `Int8Matrix`."""
         levels, scale, least = self.levels(weight)
+        self.error = float((levels - levels.round()).abs().max())  # of a level, at most 1/2
         self.values = torch._convert_weight_to_int4pack_for_cpu(levels.round().int(), 1)
         self.scale = torch.stack([scale, least + 8 * scale], -1).transpose(0, 1).contiguous().bfloat16()
         self.bias, self.columns = bias, columns
@@ -6471,12 +6488,6 @@ class Int4Matrix:
         """Whether torch's kernel takes such a matrix."""
         return rows % 16 == 0 and columns % cls.group == 0
 
-    @classmethod
-    def holds(cls, weight: Tensor) -> bool:
-        """Whether a matrix is in 16 levels already, so that nothing is lost but the last bits of scale and middle."""
-        return all(float((levels - levels.round()).abs().max()) < 1 / 16
-                   for levels in (cls.levels(part)[0] for part in (weight[:1], weight)))
-
     def __call__(self, x: Tensor) -> Tensor:
         """(n, in) -> (n, out), in bfloat16."""
         x = x if self.columns is None else x * self.columns
@@ -6484,12 +6495,18 @@ class Int4Matrix:
         return made if self.bias is None else made + self.bias
 
 
+HELD = 1 / 16  # of a level; what weights in 16 levels are off at most when they were rounded to bfloat16 meanwhile
+
+
 def smallest_matrix(weight: Tensor, bias: Tensor | None = None,
                     columns: Tensor | None = None) -> Int4Matrix | Int8Matrix:
     """A matrix in 4 bits where these hold it as it is and the kernel is a fast one, else in 8."""
     fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    small = fast and Int4Matrix.takes(*weight.shape) and Int4Matrix.holds(weight)
-    return (Int4Matrix if small else Int8Matrix)(weight, bias, columns)
+    if fast and Int4Matrix.takes(*weight.shape) and Int4Matrix(weight[:16]).error < HELD:  # most are told by few rows
+        small = Int4Matrix(weight, bias, columns)
+        if small.error < HELD:
+            return small
+    return Int8Matrix(weight, bias, columns)
 
 
 STEP_ENGINES = {"auto": smallest_matrix, "int8": Int8Matrix, "int4": Int4Matrix}
@@ -6622,6 +6639,14 @@ class Stepper:
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
         return layer.leave(torch.bmm(scores.softmax(-1), held.values.narrow(1, 0, T)).view(B, H * D))
+
+
+def make_stepper(decoder: nn.Module, engine: str) -> Stepper | None:
+    """What takes the steps by --engine, None for the decoder itself. Raises UserError if it is not for this one."""
+    if engine == "model" or (engine == "auto" and not Stepper.fits(decoder)):
+        return None
+    require(Stepper.fits(decoder, engine), f"--engine {engine} is for Llama and its like on a CPU: leave it out")
+    return Stepper(decoder, engine)
 
 
 def paired(x: Tensor) -> Tensor:
@@ -6835,11 +6860,7 @@ class Pipeline:
     @functools.cached_property
     def stepper(self) -> Stepper | None:
         """What takes the steps after the first token, None for the decoder itself."""
-        engine, decoder = self.runtime.engine, self.model.decoder
-        if engine == "model" or (engine == "auto" and not Stepper.fits(decoder)):
-            return None
-        require(Stepper.fits(decoder, engine), f"--engine {engine} is for Llama and its like on a CPU: leave it out")
-        return Stepper(decoder, engine)
+        return make_stepper(self.model.decoder, self.runtime.engine)
 
     @property
     def feed(self) -> bool:
@@ -7157,12 +7178,18 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     """Load everything an answer needs, and warm it up. The time goes into load_s, never into an answer's times."""
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
-    searcher = load_searcher(index, search, runtime) if needs_index else None
-    embedder = searcher.embedder if searcher else None
-    gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
-    if embedder is None and generate.prompt is not None and gated:
-        embedder = load_embedder(index.embed_model, runtime)
-    pipeline = Pipeline(load_model(models, pack.k, runtime), searcher, embedder, search, pack, generate, runtime)
+    if needs_index:
+        index_manifest(index.index_dir)  # a folder that is none is told before anything is loaded
+    model = load_model(models, pack.k, runtime)
+    with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
+        stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
+        searcher = load_searcher(index, search, runtime) if needs_index else None
+        embedder = searcher.embedder if searcher else None
+        gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
+        if embedder is None and generate.prompt is not None and gated:
+            embedder = load_embedder(index.embed_model, runtime)
+    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime)
+    pipeline.stepper = stepper.result()
     pipeline.check_gate(pipeline.gate)
     pipeline.warm_up()
     pipeline.load_s = time.perf_counter() - start
@@ -8549,4 +8576,4 @@ def bench_text(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_invocation(_INVOCATION))
+    leave(run_invocation(_INVOCATION))
