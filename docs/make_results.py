@@ -5,7 +5,7 @@
     python docs/make_results.py --add NAME FILE        keeps a results.json or bench.json as docs/results/NAME.json
 
 A table stands between `<!-- results: NAME [NAME ..] -->` and `<!-- end -->`. A file is what `refrag.py eval` or `bench`
-wrote to --out_dir, or {columns, rows, command, commit, device} with the cells as text.
+wrote to --out_dir, what a measure script printed, or {columns, rows, command, commit, device} with the cells as text.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ def table_of(result: dict) -> str:
         return refrag.TASKS[result["task"]].table(result)
     if "growth" in result:
         return refrag.bench_text(result)
+    if "what" in result:
+        columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
+        return refrag.markdown_table(columns, [[row.get(name) for name in columns] for row in result["rows"]])
     return refrag.markdown_table(result["columns"], result["rows"])
 
 

@@ -3,6 +3,7 @@
     python docs/measure.py decode [--llama_cpp]
     python docs/measure.py answers --qa qa.dev.jsonl.gz --index_dir runs/dev --limit 300 [--load_dir CHECKPOINT]
     python docs/measure.py first_token --index_dir runs/long500 --contexts 4096 7900 [--llama_cpp]
+    python docs/measure.py start_up --index_dir runs/wiki [--against OTHER/refrag.py]
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
     python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
@@ -20,7 +21,9 @@ import collections
 import functools
 import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -125,7 +128,8 @@ def measure_decode(args: argparse.Namespace) -> dict:
             if other in rows:
                 ratios = [theirs[1] / mine[1] for theirs, mine in zip(rows[other], seconds, strict=True)]
                 engines[name][f"times_faster_than_{other}"] = round(statistics.median(ratios), 3)
-    return {"prompt": args.prompt, "new": args.new, "auto": refrag.Stepper(decoder).engine, "engines": engines}
+    return {"prompt": args.prompt, "new": args.new, "auto": refrag.Stepper(decoder).engine,
+            "rows": [{"engine": name, **row} for name, row in engines.items()]}
 
 
 def measure_answers(args: argparse.Namespace) -> dict:
@@ -155,7 +159,8 @@ def measure_answers(args: argparse.Namespace) -> dict:
         differences = [mine[0] - other[0] for mine, other in zip(rows, scores["model"], strict=True)]
         interval = refrag.bootstrap_interval(differences, RUNTIME.seed)
         table[name]["f1_minus_model"] = [round(statistics.mean(differences), 4), *interval]
-    return {"questions": len(questions), "auto": refrag.Stepper(decoder).engine, "engines": table}
+    return {"n": len(questions), "auto": refrag.Stepper(decoder).engine,
+            "rows": [{"engine": name, **row} for name, row in table.items()]}
 
 
 def measure_first_token(args: argparse.Namespace) -> dict:
@@ -191,6 +196,30 @@ def measure_first_token(args: argparse.Namespace) -> dict:
     return {"rows": rows, "left_out": benchmark.left_out}
 
 
+# -- start-up ---------------------------------------------------------------------
+
+
+def measure_start_up(args: argparse.Namespace) -> dict:
+    """Seconds from the command to its end, for one token; peak memory; another version of the program in turns."""
+    programs = {"this": refrag.__file__} | ({"against": args.against} if args.against else {})
+    runs: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in programs}
+    ask = ["generate", "--question", "Who coined the term cells?", "--index_dir", args.index_dir, "--max_new", "1",
+           "--json", "--quiet"]
+    for turn in range(args.repeats + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            child = subprocess.Popen([sys.executable, program, *ask], stdout=subprocess.PIPE)
+            metrics = json.loads(child.stdout.read())["metrics"]
+            printed = time.perf_counter() - start
+            _, status, usage = os.wait4(child.pid, 0)
+            assert status == 0, program
+            if turn:  # the first warms the disk's cache up
+                runs[name].append((printed, time.perf_counter() - start, metrics["load_s"], usage.ru_maxrss / 1024))
+    columns = ("first_token_s", "whole_s", "loading_s", "peak_rss_mb")
+    return {"rows": [{"program": name} | {column: round(statistics.median(values), 2) for column, values in zip(
+        columns, zip(*rows, strict=True), strict=True)} for name, rows in runs.items()]}
+
+
 # -- embedding -------------------------------------------------------------------
 
 
@@ -213,10 +242,12 @@ def measure_embed(args: argparse.Namespace) -> dict:
             if turn:
                 rows[name].append(len(texts) / (time.perf_counter() - start))
     ratios = [b / a for a, b in zip(rows["encode"], rows["index"], strict=True)]
-    return {"passages": len(texts), "precision": str(next(embedder.model.parameters()).dtype),
-            "lowest_cosine": round(float((made["encode"] * made["index"]).sum(1).min()), 6),
-            **{f"{name}_per_s": round(statistics.median(values), 2) for name, values in rows.items()},
-            "times_faster": round(statistics.median(ratios), 3)}
+    cosine = round(float((made["encode"] * made["index"]).sum(1).min()), 6)
+    per_s = {name: round(statistics.median(values), 2) for name, values in rows.items()}
+    return {"n": len(texts), "precision": str(next(embedder.model.parameters()).dtype), "rows": [
+        {"embedding": "SentenceTransformer.encode", "passages_per_s": per_s["encode"]},
+        {"embedding": "index", "passages_per_s": per_s["index"], "times_faster": round(statistics.median(ratios), 3),
+         "lowest_cosine": cosine}]}
 
 
 # -- alignment and training ------------------------------------------------------
@@ -294,9 +325,11 @@ def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("decode", "answers", "first_token", "embed", "anchors", "training"))
+    measures = [name.removeprefix("measure_") for name in globals() if name.startswith("measure_")]
+    parser.add_argument("what", choices=measures)
     parser.add_argument("--index_dir")
     parser.add_argument("--load_dir")
+    parser.add_argument("--against", help="with start_up: another refrag.py")
     parser.add_argument("--qa")
     parser.add_argument("--texts")
     parser.add_argument("--limit", type=int)
@@ -311,7 +344,8 @@ def main() -> None:
     args = parser.parse_args()
     refrag.prepare_runtime(RUNTIME)
     result = globals()[f"measure_{args.what}"](args)
-    facts = {"what": args.what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions()}
+    facts = {"what": args.what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions(),
+             "command": sys.argv, "commit": refrag.source_commit()}
     print(json.dumps({**facts, **result}))
 
 

@@ -220,7 +220,8 @@ def main() -> None:
     args = parser.parse_args()
     refrag.prepare_runtime(RUNTIME)
     result = measure_build(args, add=True) if args.what == "add" else globals()[f"measure_{args.what}"](args)
-    facts = {"what": args.what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions()}
+    facts = {"what": args.what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions(),
+             "command": sys.argv, "commit": refrag.source_commit()}
     print(json.dumps({**facts, **result}))
 
 

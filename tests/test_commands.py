@@ -550,6 +550,19 @@ def test_a_result_that_is_not_a_number_is_refused():
         refrag.dumps({"score": float("nan")})
 
 
+def test_leaving_flushes_runs_what_was_registered_and_keeps_the_code(tmp_path):
+    """The interpreter's tidying up is left out, these are not."""
+    code = ("import atexit, pathlib, sys, refrag\n"
+            f"atexit.register(pathlib.Path({str(tmp_path / 'mark')!r}).touch)\n"
+            "sys.stdout.write('half a line'); sys.stderr.write('and here')\n"
+            "refrag.leave(7)\n")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120,
+                          cwd=os.path.dirname(refrag.__file__))
+    assert (done.returncode, done.stdout, done.stderr) == (7, "half a line", "and here")
+    assert (tmp_path / "mark").exists()
+
+
 def closed_stdout(*argv: object, buffered: bool = True) -> tuple[int, str]:
     """Exit code and stderr of the program whose reader has gone, as with `| head`."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}

@@ -1,7 +1,8 @@
-"""The scripts in docs/: the proof that vectors are read, scaled down, and the measurements' training part."""
+"""The scripts in docs/: the proof that vectors are read, and the measurements, all scaled down."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -64,3 +65,48 @@ def test_make_results_keeps_no_path_of_this_machine_and_tells_a_stale_table(tmp_
     assert page.startswith("Before\n") and page.endswith("After\n") and make("--check") == 0
     (docs / "RESULTS.md").write_text(page.replace("0.500", "0.900"), encoding="utf-8")
     assert make("--check") == 1
+
+
+@pytest.mark.models
+class TestMeasurements:
+    """Each runs, on little, and says what is compared."""
+
+    @pytest.fixture
+    def measure(self, tmp_path):
+        def run(script, *argv):
+            done = subprocess.run([sys.executable, ROOT / "docs" / script, *map(str, argv)], capture_output=True,
+                                  text=True, timeout=280)
+            assert done.returncode == 0, done.stderr
+            return json.loads(done.stdout)
+
+        return run
+
+    @pytest.fixture
+    def texts(self, tmp_path):
+        path = tmp_path / "texts.jsonl.gz"
+        path.write_bytes(gzip.compress((ROOT / "data/wiki_passages.jsonl").read_bytes()))
+        return path
+
+    def test_decoding(self, measure):
+        made = measure("measure.py", "decode", "--prompt", 8, "--new", 3, "--repeats", 1)
+        rows = {row["engine"]: row for row in made["rows"]}
+        assert list(rows) == ["generate", "model", "int8", "int4"]
+        assert rows["int4"]["mb"] < rows["int8"]["mb"] < rows["model"]["mb"] / 3
+        assert rows["generate"]["times_faster_than_generate"] == 1
+        assert made["command"][1:3] == ["decode", "--prompt"]
+
+    def test_index_types(self, measure):
+        rows = measure("measure_index.py", "faiss", "--passages", 600, "--questions", 20)["rows"]
+        assert [row["faiss"] for row in rows] == ["flat", "hnsw", "ivfpq"]
+        assert rows[0]["recall@10"] == 1 and rows[0]["bytes_per_passage"] == pytest.approx(4 * 384, rel=0.01)
+        assert rows[1]["recall@10"] > 0.9 and rows[2]["recall@10"] > 0.5
+        assert rows[2]["bytes_per_passage"] > 384  # a byte a number is kept to compare what was found again
+
+    def test_a_drawn_index_is_built_added_to_and_searched(self, measure, texts, tmp_path):
+        place = ["--texts", texts, "--index_dir", tmp_path / "index"]
+        built = measure("measure_index.py", "build", "--passages", 40, *place)
+        added = measure("measure_index.py", "add", "--passages", 5, *place)
+        found = measure("measure_index.py", "search", "--questions", 3, *place)
+        assert built["counts"]["passages"] < added["counts"]["passages"] == found["passages"]
+        assert built["bytes_per_passage"]["faiss.index"] == pytest.approx(4 * 384, rel=0.1)
+        assert set(found) >= {"bm25", "dense", "hybrid", "open_s"}
