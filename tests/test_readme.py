@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ def test_every_linked_file_exists():
 
 
 @pytest.mark.models
-def test_the_commands_run_in_order(tmp_path, run):
+def test_the_commands_run_in_order(tmp_path, run, monkeypatch):
     """Their own words, on 40 passages, 2 questions, with short answers and one short training step each."""
     questions = tmp_path / "questions.jsonl"
     lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -48,7 +50,8 @@ def test_the_commands_run_in_order(tmp_path, run):
         argv = [str(questions) if word == "data/wiki_questions.jsonl" else re.sub(r"^data/", f"{ROOT}/data/", word)
                 for word in argv]
         step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
-        argv += {"index": ["--limit", "40"], "generate": ["--max_new", "6"], "cpt_align": step, "cpt_recon": step,
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Who coined the term cells?\n"))
+        argv += {"index": ["--limit", "40"], "generate": ["--max_new", "6"], "chat": ["--max_new", "6"], "cpt_align": step, "cpt_recon": step,
                  "cpt_next": step, "sft": step, "train_policy": ["--steps", "1", "--batch_size", "1"],
                  "bench": ["--contexts", "512", "--repeats", "1", "--new", "2"]}.get(argv[0], [])
         code, out, err = run(*argv)
