@@ -29,7 +29,7 @@ Contents:
     11. Training        phases, curriculum, the loop, resume
     12. Generation      prefill, decode, citations, TTFT and TTIT
     13. Evaluation      metrics, controls and their report
-    14. Serving         the conversation on a terminal
+    14. Serving         the conversation on a terminal, the HTTP server
 
 Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D decoder width, V vocabulary.
 """
@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import base64
 import bisect
 import collections
 import contextlib
@@ -51,6 +52,7 @@ import gc
 import glob
 import gzip
 import hashlib
+import hmac
 import importlib
 import importlib.util
 import inspect
@@ -64,6 +66,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import string
 import subprocess
@@ -618,6 +621,27 @@ class AnchorConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """The HTTP server."""
+
+    host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
+    port: int = opt(8000, "port to listen on, 0 for a free one")
+    api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
+    together: int = opt(4, "waiting requests of the same settings that are answered in one batch, at most")
+    waiting: int = opt(64, "requests that may wait; more are told to come again (429)")
+    body_bytes: int = opt(1 << 20, "longest request")
+    max_tokens: int = opt(1024, "new tokens that a request may ask for")
+    timeout: float = opt(120.0, "seconds from a request to the end of its answer")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port < 65536, f"--port must lie between 0 and 65535, got {self.port}")
+        for name in ("together", "waiting", "body_bytes", "max_tokens"):
+            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+        require(0 < self.timeout < math.inf, f"--timeout must be above 0, got {self.timeout}")
+        require(self.api_key is None or bool(self.api_key), "--api_key is empty: leave it out")
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """What to examine."""
 
@@ -805,6 +829,17 @@ def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generat
         for line in sys.stdin:
             if not chat.take(line):
                 break
+
+
+@command("serve", ServeConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ModelConfig)
+def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
+              models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
+    require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
+    check_generate(QuestionConfig(), index, pack, generate)
+    late_import("starlette")  # told before the models are loaded
+    late_import("uvicorn")
+    run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
 
 
 @command("eval", EvalConfig, IndexConfig, SearchConfig, ModelConfig)
@@ -1148,6 +1183,8 @@ if __name__ == "__main__":
 # =============================================================================
 
 try:
+    import asyncio
+
     import bm25s
     import faiss
     import filelock
@@ -6715,12 +6752,12 @@ def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
 @torch.inference_mode()
 def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, stops: frozenset[int],
            pick: Callable[[Tensor], Tensor], watch: Stopwatch,
-           on_token: Callable[[int, list[int]], None] | None = None,
+           on_token: Callable[[int, list[int]], bool | None] | None = None,
            stepper: Stepper | None = None) -> tuple[list[Decoded], State]:
     """Decode until every sequence has ended or has max_new tokens. Returns the tokens and the final state.
 
-    pick: logits (B, V) -> tokens (B,). on_token(b, tokens of b so far) is called for each new token. stepper: takes the
-    steps in the decoder's place.
+    pick: logits (B, V) -> tokens (B,). on_token(b, tokens of b so far) is called for each new token; True
+    ends the sequence. stepper: takes the steps in the decoder's place.
     """
     B = len(logits)
     out = [Decoded([], [], False) for _ in range(B)]
@@ -6738,8 +6775,8 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
             else:
                 out[b].tokens.append(value)
             out[b].times.append(now)
-            if on_token is not None and not out[b].ended:
-                on_token(b, out[b].tokens)
+            if on_token is not None and not out[b].ended and on_token(b, out[b].tokens):
+                alive[b] = False
         if not alive.any() or step + 1 == max_new:
             break
         if stepper is not None and step == 0:
@@ -6751,15 +6788,16 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
 class TextStream:
     """Turns growing token lists into text, holding back the bytes of an unfinished character."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]):
+    def __init__(self, tokenizer: Any, write: Callable[[str], bool | None]):
         self.tokenizer, self.write, self.shown = tokenizer, write, ""
 
-    def __call__(self, tokens: list[int], final: bool = False) -> None:
-        """Write what is new in the text of `tokens`."""
+    def __call__(self, tokens: list[int], final: bool = False) -> bool | None:
+        """Write what is new in the text of `tokens`. Returns what `write` does: True asks for no more."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd") or final:
-            self.write(text[len(self.shown) :])
-            self.shown = text
+        if text.endswith("\ufffd") and not final:
+            return None
+        new, self.shown = text[len(self.shown) :], text
+        return self.write(new)
 
 
 CITATION = re.compile(
@@ -7064,10 +7102,16 @@ class Pipeline:
             one = gate_input("warm up", vectors[0], [], [], lambda term: 1.0)
             gate.scores(one._replace(vectors=vectors, texts=["warm"] * 8, docs=np.arange(8)))
 
-    def answer(self, items: Sequence[dict[str, Any]], on_text: Callable[[str], None] | None = None) -> list[dict]:
-        """Results for questions that are decoded together."""
+    def answer(self, items: Sequence[dict[str, Any]],
+               on_text: Callable[[int, str], bool | None] | None = None) -> list[dict]:
+        """Results for questions that are decoded together.
+
+        on_text(number of the question, new text of its answer) is called as it grows; True ends this answer.
+        """
         if len(items) > 1 and not self.batches:  # recurrent layers would read the padding
-            return [result for item in items for result in self.answer([item])]
+            lives = [functools.partial(lambda row, _, text: on_text(row, text), row) if on_text else None
+                     for row in range(len(items))]
+            return [result for item, live in zip(items, lives, strict=True) for result in self.answer([item], live)]
         prepared = [self.prepare(item) for item in items]
         contexts, inputs = [c for c, _ in prepared], [x for _, x in prepared]
         if self.generate.show_prompt:
@@ -7075,14 +7119,15 @@ class Pipeline:
                 contents = [doc.content for doc in context.packed.docs]
                 notice(show_plan(context.packed.prompt, context.plan, self.tokenizer, contents))
         decoder, watch = self.model.decoder, Stopwatch(self.device)
-        stream = TextStream(self.tokenizer.decoder, on_text) if on_text else None
+        streams = [TextStream(self.tokenizer.decoder, functools.partial(on_text, row)) for row in range(len(items))
+                   ] if on_text else []
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, inputs)
         for context in contexts:
             context.kv_bytes = cache_bytes(state.cache) // len(contexts)
         start = watch.clock()
         outs, state = decode(decoder, logits, state, max_new=self.generate.max_new, stops=self.stops, pick=self.pick,
-                             watch=watch, on_token=(lambda b, tokens: stream(tokens)) if stream else None,
+                             watch=watch, on_token=(lambda b, tokens: streams[b](tokens)) if streams else None,
                              stepper=self.stepper)
         results = []
         for row, (context, out) in enumerate(zip(contexts, outs, strict=True)):
@@ -7093,9 +7138,9 @@ class Pipeline:
                 pending = [] if out.ended else out.tokens[-1:]
                 chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, context.labels)
             results.append(self.result(context, out, answer, chosen))
-            if stream:
-                stream(out.tokens, final=True)
-                on_text(results[-1]["answer"][len(stream.shown.strip()) :])
+            if streams:
+                streams[row](out.tokens, final=True)
+                on_text(row, results[-1]["answer"][len(streams[row].shown.strip()) :])
         return results
 
     def pick(self, logits: Tensor) -> Tensor:
@@ -7124,8 +7169,8 @@ class Pipeline:
             chunks = [chunk | why for chunk, why in zip(chunks, self.explain(context), strict=True)]
         return {"id": context.item["id"], "question": context.item["question"], "answer": answer,
                 "passages": [p.to_json() for p in context.passages[: len(docs)]], "dropped_passages": dropped,
-                "citations": citations, "chunks": chunks, "metrics": self.metrics(context, out),
-                "settings": self.settings()}
+                "citations": citations, "chunks": chunks, "ended": out.ended,
+                "metrics": self.metrics(context, out), "settings": self.settings()}
 
     def explain(self, context: Context) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
@@ -7172,7 +7217,8 @@ class Pipeline:
                        "compressed": "feed" if self.feed else "drop", "engine": engine, "device": str(self.device),
                        "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
-    def compare(self, item: dict[str, Any], on_text: Callable[[str], None] | None = None) -> dict[str, Any]:
+    def compare(self, item: dict[str, Any],
+                on_text: Callable[[int, str], bool | None] | None = None) -> dict[str, Any]:
         """An answer, with the full-context answer beside it and the ratio of their times to first token."""
         [result] = self.answer([item], on_text)
         [full] = self.variant(mode="full").answer([item])
@@ -7285,8 +7331,8 @@ def result_writer(generate: GenerateConfig, ask: QuestionConfig, runtime: Runtim
         yield lambda result: print(answer_text(result, shown=generate.stream))
 
 
-def write_text(text: str) -> None:
-    """Text on stdout at once."""
+def write_text(row: int, text: str) -> None:
+    """Text of an answer on stdout at once."""
     print(text, end="", flush=True)
 
 
@@ -8592,7 +8638,7 @@ def bench_text(result: dict[str, Any]) -> str:
 
 
 # =============================================================================
-# 14. Serving. The conversation on a terminal.
+# 14. Serving. The conversation on a terminal, and the HTTP server.
 # =============================================================================
 
 REFERS_BACK = re.compile(r"^\W*(and|but|so|why|(what|how) about)\b|\b(he|him|his|she|hers?|its?|they|them|theirs?|this|"
@@ -8754,6 +8800,564 @@ def line_history() -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)
+
+
+# -- the server: requests ---------------------------------------------------------
+
+
+class Refused(Exception):
+    """A request that is answered with an error. status: HTTP's; code: a word for programs."""
+
+    def __init__(self, status: int, message: str, code: str):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+    def body(self) -> dict[str, Any]:
+        """In the form of OpenAI's errors."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+
+
+def bad(message: str) -> Refused:
+    """A request that can not be understood or obeyed."""
+    return Refused(400, message, "invalid_request")
+
+
+class Wish(NamedTuple):
+    """The settings of a request; those with the same may share a batch."""
+
+    mode: str
+    k: int
+    p: float
+    topk: int
+    hops: int
+    max_new: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+
+CHAT_FIELDS = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
+               "top_p", "seed", "refrag", "user", "metadata", "store"}
+PLAIN_VALUES = {  # fields that are accepted with these values alone
+    "n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "stop": None, "tools": None,
+    "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}}
+WISH_FIELDS = ("mode", "k", "p", "topk", "hops")
+
+
+def typed(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+    """A field of a JSON object, of a type; null counts as left out."""
+    value = body.get(name)
+    if value is None:
+        return default
+    whole = isinstance(value, bool) and kind is not bool  # in Python, true is a number
+    if whole or not isinstance(value, kind):
+        raise bad(f"{name}: wrong type {type(value).__name__}")
+    return value
+
+
+def spoken(message: Any, number: int) -> tuple[str, str]:
+    """(role, text) of a message."""
+    if not isinstance(message, dict):
+        raise bad(f"messages[{number}] is no object")
+    role, content = typed(message, "role", str, ""), message.get("content")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise bad(f"messages[{number}]: role {role!r} is not supported")
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+                   for part in content):
+            raise bad(f"messages[{number}]: only parts of type text are supported")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise bad(f"messages[{number}]: content must be text")
+    return role, content
+
+
+def asked_by(messages: Any) -> tuple[str, list[str]]:
+    """(the last message's question, with the topic of those before; the roles that were left out)."""
+    if not isinstance(messages, list) or not messages:
+        raise bad("messages must be a list of one message at least")
+    said = [spoken(message, number) for number, message in enumerate(messages)]
+    if said[-1][0] != "user" or not said[-1][1].strip():
+        raise bad("the last message must be the user's, and not empty")
+    before: list[tuple[str, str]] = []
+    for role, text in said[:-1]:
+        if role == "user":
+            before.append((with_topic(text, before), ""))
+        elif role == "assistant" and before:
+            before[-1] = (before[-1][0], text)
+    left_out = sorted({role for role, _ in said} & {"system", "developer"})
+    return with_topic(said[-1][1], before), left_out
+
+
+class ChatRequest(NamedTuple):
+    """A request for an answer, understood."""
+
+    question: str
+    wish: Wish
+    stream: bool
+    usage: bool  # whether a stream ends with the counts of tokens
+    left_out: list[str]  # roles whose messages have no place in the prompt
+
+    @classmethod
+    def read(cls, body: dict[str, Any], pipeline: Pipeline, serve: ServeConfig, names: Sequence[str]) -> ChatRequest:
+        """Raises Refused."""
+        unknown = sorted(set(body) - CHAT_FIELDS - set(PLAIN_VALUES))
+        if unknown:
+            raise bad(f"unknown field {unknown[0]}")
+        for name, value in PLAIN_VALUES.items():
+            if body.get(name) not in (None, value):
+                raise bad(f"{name} is not supported")
+        check_served(typed(body, "model", str, ""), names)
+        question, left_out = asked_by(body.get("messages"))
+        own = typed(body, "refrag", dict, {})
+        if set(own) - set(WISH_FIELDS):
+            raise bad(f"refrag: unknown field {sorted(set(own) - set(WISH_FIELDS))[0]}")
+        tokens = [typed(body, name, int, None) for name in ("max_completion_tokens", "max_tokens")]
+        max_new = next((count for count in tokens if count is not None), pipeline.generate.max_new)
+        if max_new > serve.max_tokens:
+            raise bad(f"max_tokens: {max_new} is more than this server's {serve.max_tokens}")
+        kinds = {"mode": str, "p": (int, float)}
+        defaults = {"mode": pipeline.pack.mode, "k": pipeline.pack.k, "p": pipeline.pack.p,
+                    "topk": pipeline.search.topk, "hops": pipeline.search.hops}
+        wish = Wish(*(typed(own, name, kinds.get(name, int), defaults[name]) for name in WISH_FIELDS), max_new,
+                    *(float(typed(body, name, (int, float), getattr(pipeline.generate, name)))
+                      for name in ("temperature", "top_p")), typed(body, "seed", int, None))
+        options = typed(body, "stream_options", dict, {})
+        stream = typed(body, "stream", bool, False)
+        return cls(question, wish, stream, bool(options.get("include_usage")), left_out)
+
+
+def check_served(model: str, names: Sequence[str]) -> None:
+    """Raises Refused for a model that is not here."""
+    if model not in names:
+        raise Refused(404, f"the model {model!r} does not exist here: {', '.join(names)}", "model_not_found")
+
+
+# -- the server: work -------------------------------------------------------------
+
+
+class Job:
+    """A request at work. tell(kind, value): "text" as it comes, then "done" with the result or "error" with Refused."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, asked: ChatRequest, timeout: float, tell: Callable[[str, Any], None]):
+        self.asked, self.tell, self.deadline = asked, tell, time.monotonic() + timeout
+        self.id = f"chatcmpl-{os.getpid()}-{next(self.numbers)}"
+        self.item = check_questions([{"id": self.id, "question": asked.question}], ["messages"], "messages")[0]
+        self.cancelled = False  # set when the client has gone
+
+    @property
+    def late(self) -> bool:
+        """Whether its time is up."""
+        return time.monotonic() > self.deadline
+
+    def refuse_late(self) -> None:
+        """Tell that there was not enough time."""
+        self.tell("error", Refused(504, "the answer took longer than this server's --timeout", "timeout"))
+
+
+class Engine:
+    """Answers jobs, batch after batch, in a thread of its own."""
+
+    def __init__(self, pipeline: Pipeline, serve: ServeConfig):
+        self.pipeline, self.serve, self.ready = pipeline, serve, True
+        self.jobs: collections.deque[Job] = collections.deque()
+        self.changed = threading.Condition()
+        self.models = threading.Lock()  # one thread computes at a time
+        self.counts: collections.Counter = collections.Counter()
+        self.thread = threading.Thread(target=self.work_on, name="engine", daemon=True)
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the queue. Raises Refused when it is full."""
+        with self.changed:
+            if len(self.jobs) >= self.serve.waiting:
+                raise Refused(429, "too many requests are waiting: come again later", "queue_full")
+            self.jobs.append(job)
+            self.changed.notify()
+
+    def stop(self) -> None:
+        """End the thread after the batch in work."""
+        with self.changed:
+            self.ready = False
+            self.changed.notify()
+
+    def next_batch(self) -> list[Job]:
+        """The job that has waited longest and others of the same settings; none when the server stops.
+
+        What is sampled is answered alone: in a batch it would depend on its neighbours.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: self.jobs or not self.ready)
+            if not self.ready:
+                return []
+            first = self.jobs.popleft()
+            room = self.serve.together - 1 if first.asked.wish.temperature == 0 else 0
+            others = [job for job in self.jobs if job.asked.wish == first.asked.wish][:room]
+            for job in others:
+                self.jobs.remove(job)
+        return [first, *others]
+
+    def work_on(self) -> None:
+        """The thread."""
+        while batch := self.next_batch():
+            self.work(batch)
+
+    def work(self, batch: list[Job]) -> None:
+        """Answer jobs of the same settings, and tell each how it went."""
+        for job in batch:
+            if job.late and not job.cancelled:
+                job.refuse_late()
+        batch = [job for job in batch if not job.late and not job.cancelled]
+        if not batch:
+            return
+        try:
+            with self.models:
+                results = self.pipeline_for(batch[0].asked.wish).answer([job.item for job in batch],
+                                                                        functools.partial(self.spread_text, batch))
+        except Exception as error:
+            if len(batch) > 1:  # the fault may be one question's alone
+                for job in batch:
+                    self.work([job])
+            else:
+                batch[0].tell("error", self.refusal(error))
+            return
+        for job, result in zip(batch, results, strict=True):
+            self.count(result)
+            if job.late and not result["ended"]:
+                job.refuse_late()
+            else:
+                job.tell("done", result)
+
+    def refusal(self, error: Exception) -> Refused:
+        """What a client is told of an error."""
+        if isinstance(error, UserError):
+            return bad(str(error))
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
+
+    def spread_text(self, batch: list[Job], row: int, text: str) -> bool:
+        """Pass a part of an answer on. Returns True when no more of it is wanted."""
+        job = batch[row]
+        if text:
+            job.tell("text", text)
+        return job.cancelled or job.late
+
+    def pipeline_for(self, wish: Wish) -> Pipeline:
+        """The pipeline with a request's settings. Raises UserError."""
+        generate = dataclasses.replace(self.pipeline.generate, max_new=wish.max_new, temperature=wish.temperature,
+                                       top_p=wish.top_p)
+        modes = PackConfig.__dataclass_fields__["mode"].metadata["choices"]
+        require(wish.mode in modes, f"mode {wish.mode!r}: one of {', '.join(modes)}")
+        require(wish.mode == "none" or self.pipeline.searcher is not None, "this server was begun without an index")
+        search = dataclasses.replace(self.pipeline.search, topk=wish.topk, hops=wish.hops)
+        made = self.pipeline.variant(search=search, generate=generate, mode=wish.mode, k=wish.k, p=wish.p)
+        made.check_gate(made.gate)
+        made.sampler = torch.Generator().manual_seed(self.pipeline.runtime.seed if wish.seed is None else wish.seed)
+        return made
+
+    def count(self, result: dict[str, Any]) -> None:
+        """Add an answer to /metrics."""
+        metrics = result["metrics"]
+        self.counts["answers_total"] += 1
+        self.counts["new_tokens_total"] += metrics["new_tokens"]
+        self.counts["positions_total"] += metrics["positions"]
+        self.counts["full_positions_total"] += metrics["full_positions"]
+        self.counts["ttft_seconds_total"] += metrics["ttft_s"]
+
+    def metrics_text(self) -> str:
+        """/metrics, in Prometheus' text form."""
+        lines = [f"refrag_requests_waiting {len(self.jobs)}", f"refrag_peak_rss_bytes {int(peak_rss_mb() * 2**20)}"]
+        lines += [f"refrag_{name} {value:g}" for name, value in sorted(self.counts.items())]
+        return "\n".join(lines) + "\n"
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """(N, dim) float32."""
+        with self.models:
+            return self.pipeline.embedder.embed_passages(texts)
+
+
+# -- the server: HTTP ---------------------------------------------------------------
+
+
+def reply_head(job: Job, kind: str, model: str) -> dict[str, Any]:
+    """The fields that every object of a reply has."""
+    return {"id": job.id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def usage_of(result: dict[str, Any]) -> dict[str, int]:
+    """OpenAI's counts: positions fed, tokens made."""
+    fed, made = result["metrics"]["positions"], result["metrics"]["new_tokens"]
+    return {"prompt_tokens": fed, "completion_tokens": made, "total_tokens": fed + made}
+
+
+def refrag_fields(job: Job, result: dict[str, Any]) -> dict[str, Any]:
+    """What a reply tells beyond OpenAI's fields."""
+    names = ("question", "citations", "passages", "chunks", "dropped_passages", "metrics", "settings")
+    return {name: result[name] for name in names} | {"left_out": job.asked.left_out}
+
+
+def whole_reply(job: Job, result: dict[str, Any], model: str) -> dict[str, Any]:
+    """A reply in one piece."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": result["answer"], "refusal": None},
+              "logprobs": None, "finish_reason": "stop" if result["ended"] else "length"}
+    return {**reply_head(job, "chat.completion", model), "choices": [choice], "usage": usage_of(result),
+            "refrag": refrag_fields(job, result)}
+
+
+def event(data: Any) -> str:
+    """A server-sent event."""
+    return f"data: {data if isinstance(data, str) else dumps(data)}\n\n"
+
+
+def stream_events(job: Job, kind: str, value: Any, model: str) -> Iterator[str]:
+    """The events of one thing that a job told."""
+    if kind == "error":
+        yield event(value.body())
+        return
+    ended = kind == "done"
+    choice = {"index": 0, "delta": {} if ended else {"content": value}, "logprobs": None,
+              "finish_reason": None if not ended else "stop" if value["ended"] else "length"}
+    more = {"refrag": refrag_fields(job, value)} if ended else {}
+    yield event({**reply_head(job, "chat.completion.chunk", model), "choices": [choice], **more})
+    if ended:
+        if job.asked.usage:
+            yield event({**reply_head(job, "chat.completion.chunk", model), "choices": [], "usage": usage_of(value)})
+        yield event("[DONE]")
+
+
+async def read_body(request: Any, limit: int) -> dict[str, Any]:
+    """A JSON object of at most so many bytes. Raises Refused."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > limit:
+            raise Refused(413, f"the request is longer than {limit} bytes", "too_large")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise bad("the request is no JSON") from None
+    if not isinstance(body, dict):
+        raise bad("the request is no JSON object")
+    return body
+
+
+class Service:
+    """What the addresses of the server do. Its methods take and return Starlette's requests and responses."""
+
+    def __init__(self, engine: Engine, serve: ServeConfig):
+        self.engine, self.serve = engine, serve
+        self.http = late_import("starlette.responses")
+        embedder = engine.pipeline.embedder
+        self.models = {"refrag": "answers"} | ({embedder.name: "embeddings"} if embedder is not None else {})
+
+    def routes(self) -> list[Any]:
+        """Address, method and what answers."""
+        route = late_import("starlette.routing").Route
+        table = (("/v1/chat/completions", self.chat, "POST"), ("/v1/embeddings", self.embeddings, "POST"),
+                 ("/v1/models", self.list_models, "GET"), ("/v1/models/{name:path}", self.one_model, "GET"),
+                 ("/healthz", self.health, "GET"), ("/metrics", self.metrics, "GET"), ("/docs", self.docs, "GET"),
+                 ("/", self.page, "GET"))
+        return [route(path, self.guarded(answer), methods=[method]) for path, answer, method in table]
+
+    def guarded(self, answer: Callable) -> Callable:
+        """An address behind the key, whose refusals become replies. What is none is a fault of ours: 500."""
+
+        async def reply(request: Any) -> Any:
+            try:
+                if answer not in (self.health, self.page, self.docs):
+                    self.check_key(request)
+                response = await answer(request)
+            except Refused as error:
+                response = self.refuse(error)
+            except UserError as error:
+                response = self.refuse(bad(str(error)))
+            except Exception as error:
+                response = self.refuse(self.engine.refusal(error))
+            self.engine.counts[f'responses_total{{status="{response.status_code}"}}'] += 1
+            return response
+
+        return reply
+
+    def refuse(self, error: Refused) -> Any:
+        """An error as a reply."""
+        headers = {"Retry-After": "1"} if error.status == 429 else {}
+        return self.http.JSONResponse(error.body(), error.status, headers)
+
+    def check_key(self, request: Any) -> None:
+        """Raises Refused without the right --api_key."""
+        given, wanted = request.headers.get("authorization", ""), f"Bearer {self.serve.api_key}"
+        if self.serve.api_key is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
+            raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
+
+    async def chat(self, request: Any) -> Any:
+        """POST /v1/chat/completions"""
+        body = await read_body(request, self.serve.body_bytes)
+        asked = ChatRequest.read(body, self.engine.pipeline, self.serve, ["refrag"])
+        self.engine.pipeline_for(asked.wish)  # wrong settings are refused before they wait
+        loop, told = asyncio.get_running_loop(), asyncio.Queue()
+        job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
+        self.engine.submit(job)
+        try:
+            if not asked.stream:
+                return await self.in_one_piece(request, job, told)
+            first = await self.next_told(request, job, told)  # an error has its own status still
+        except BaseException:
+            job.cancelled = True
+            raise
+        return self.http.StreamingResponse(self.in_pieces(job, told, first), media_type="text/event-stream",
+                                           headers={"Cache-Control": "no-cache"})
+
+    async def next_told(self, request: Any, job: Job, told: asyncio.Queue) -> tuple[str, Any]:
+        """What a job tells next. Raises Refused for an error, and when the client has gone."""
+        waiting = asyncio.ensure_future(told.get())
+        try:
+            while not (await asyncio.wait([waiting], timeout=0.25))[0]:
+                if await request.is_disconnected():
+                    raise Refused(499, "the client has gone", "client_gone")
+        finally:
+            if not waiting.done():
+                waiting.cancel()
+        kind, value = waiting.result()
+        if kind == "error":
+            raise value
+        return kind, value
+
+    async def in_one_piece(self, request: Any, job: Job, told: asyncio.Queue) -> Any:
+        """The reply when all is said."""
+        while True:
+            kind, value = await self.next_told(request, job, told)
+            if kind == "done":
+                return self.http.JSONResponse(whole_reply(job, value, "refrag"))
+
+    async def in_pieces(self, job: Job, told: asyncio.Queue, first: tuple[str, Any]) -> Any:
+        """The reply as events. When the client goes, Starlette ends this, and that ends the job."""
+        try:
+            role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            yield event({**reply_head(job, "chat.completion.chunk", "refrag"), "choices": [role]})
+            kind, value = first
+            while True:
+                for part in stream_events(job, kind, value, "refrag"):
+                    yield part
+                if kind != "text":
+                    return
+                kind, value = await told.get()
+        finally:
+            job.cancelled = True
+
+    async def embeddings(self, request: Any) -> Any:
+        """POST /v1/embeddings"""
+        body = await read_body(request, self.serve.body_bytes)
+        unknown = sorted(set(body) - {"model", "input", "encoding_format", "user", "dimensions"})
+        if unknown or body.get("dimensions") is not None:
+            raise bad(f"unknown field {unknown[0]}" if unknown else "dimensions is not supported")
+        name = typed(body, "model", str, "")
+        check_served(name, [model for model, use in self.models.items() if use == "embeddings"])
+        texts = [body["input"]] if isinstance(body.get("input"), str) else body.get("input")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise bad("input must be a text or a list of texts, none of them empty")
+        form = typed(body, "encoding_format", str, "float")
+        if form not in ("float", "base64"):
+            raise bad(f"encoding_format {form!r}: float or base64")
+        vectors = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, texts)
+        rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if form == "base64" else row.tolist()
+                for row in vectors]
+        tokens = sum(map(len, self.engine.pipeline.embedder.tokenizer(texts)["input_ids"]))
+        return self.http.JSONResponse({
+            "object": "list", "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})
+
+    def model_facts(self, name: str) -> dict[str, Any]:
+        """A model as OpenAI's clients expect it."""
+        return {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
+
+    async def list_models(self, request: Any) -> Any:
+        """GET /v1/models"""
+        return self.http.JSONResponse({"object": "list", "data": [self.model_facts(name) for name in self.models]})
+
+    async def one_model(self, request: Any) -> Any:
+        """GET /v1/models/NAME"""
+        check_served(request.path_params["name"], list(self.models))
+        return self.http.JSONResponse(self.model_facts(request.path_params["name"]))
+
+    async def health(self, request: Any) -> Any:
+        """GET /healthz"""
+        alive = self.engine.thread.is_alive()
+        return self.http.JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
+
+    async def metrics(self, request: Any) -> Any:
+        """GET /metrics"""
+        return self.http.PlainTextResponse(self.engine.metrics_text(), media_type="text/plain; version=0.0.4")
+
+    async def docs(self, request: Any) -> Any:
+        """GET /docs"""
+        return self.http.PlainTextResponse(SERVER_DOCS)
+
+    async def page(self, request: Any) -> Any:
+        """GET /"""
+        path = Path(__file__).resolve().parent / "webapp" / "index.html"
+        if not path.is_file():
+            raise Refused(404, "the page webapp/index.html is not beside refrag.py", "no_page")
+        return self.http.HTMLResponse(path.read_text(encoding="utf-8"))
+
+
+SERVER_DOCS = """\
+POST /v1/chat/completions
+    As OpenAI's, for the model "refrag". The last message is the question; one that refers back is asked with the names
+    of the one before. stream, max_tokens, temperature, top_p and seed are obeyed.
+    Beyond OpenAI's: "refrag": {"mode": "refrag|full|none|truncate", "k": .., "p": .., "topk": .., "hops": ..} in the
+    request; in the reply, or the last event of a stream, "refrag": {question, citations, passages, chunks, metrics,
+    settings, left_out}. System messages have no place in the prompt: left_out names them.
+POST /v1/embeddings
+    The embedder's vectors: {"model": .., "input": a text or a list of texts, "encoding_format": "float" or "base64"}
+GET  /v1/models    what is served
+GET  /healthz      200 while the server can answer
+GET  /metrics      counts for Prometheus
+GET  /             a page to ask from
+
+Errors: 400 what is wrong with the request, 401 the key, 404 the model, 413 too long, 429 too many are waiting (with
+Retry-After), 504 not done within --timeout, 5xx a fault, with its reason.
+"""
+
+
+def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
+    uvicorn, applications = late_import("uvicorn"), late_import("starlette.applications")
+    raise_file_limit()
+    engine = Engine(pipeline, serve)
+    engine.thread.start()
+    app = applications.Starlette(routes=Service(engine, serve).routes())
+    with listening_socket(serve) as listener:
+        host, port = listener.getsockname()[:2]
+        notice(f"serving on http://{host}:{port} (page at /, description at /docs)")
+        config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=10,
+                                server_header=False)
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            engine.stop()
+
+
+def listening_socket(serve: ServeConfig) -> socket.socket:
+    """A socket on --host and --port. Raises UserError."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except OSError as error:
+        raise UserError(f"--host {serve.host} --port {serve.port}: {error.strerror or error}") from None
+
+
+def raise_file_limit() -> None:
+    """Let the process hold as many connections as the system allows it to."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        resource = importlib.import_module("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 65_536), hard))
 
 
 if __name__ == "__main__":

@@ -168,6 +168,13 @@ BAD = [
     (refrag.SftConfig, {"limit": 0}, "--limit", "1 or more"),
     (refrag.GateDataConfig, {"rag_json": ()}, "--rag_json", "name a file of questions"),
     (refrag.GateDataConfig, {"rag_json": (__file__, "nowhere.jsonl")}, "--rag_json nowhere.jsonl:", "no such file"),
+    (refrag.ServeConfig, {"port": -1}, "--port", "between 0 and 65535, got -1"),
+    (refrag.ServeConfig, {"port": 65536}, "--port", "between 0 and 65535"),
+    *((refrag.ServeConfig, {name: 0}, f"--{name}", "1 or more, got 0")
+      for name in ("together", "waiting", "body_bytes", "max_tokens")),
+    (refrag.ServeConfig, {"timeout": 0.0}, "--timeout", "above 0"),
+    (refrag.ServeConfig, {"timeout": float("inf")}, "--timeout", "above 0"),
+    (refrag.ServeConfig, {"api_key": ""}, "--api_key", "empty"),
     (refrag.GateDataConfig, {"eval_json": ("nowhere.jsonl",)}, "--eval_json nowhere.jsonl:", "no such file"),
     (refrag.GateDataConfig, {"out_dir": None}, "--out_dir", "name the folder"),
     (refrag.GateDataConfig, {"out_dir": str(ROOT)}, "--out_dir", "name a new folder"),

@@ -46,12 +46,15 @@ def test_the_commands_run_in_order(tmp_path, run, monkeypatch):
     lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     questions.write_text("".join(lines[:2]), encoding="utf-8")
     for line in COMMANDS:
+        if line.startswith("serve"):  # would not end; its tests start one
+            continue
         argv = [re.sub(r"^runs/", f"{tmp_path}/", word) for word in shlex.split(line)]
         argv = [str(questions) if word == "data/wiki_questions.jsonl" else re.sub(r"^data/", f"{ROOT}/data/", word)
                 for word in argv]
         step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
         monkeypatch.setattr(sys, "stdin", io.StringIO("Who coined the term cells?\n"))
-        argv += {"index": ["--limit", "40"], "generate": ["--max_new", "6"], "chat": ["--max_new", "6"], "cpt_align": step, "cpt_recon": step,
+        short = ["--max_new", "6"]
+        argv += {"index": ["--limit", "40"], "generate": short, "chat": short, "cpt_align": step, "cpt_recon": step,
                  "cpt_next": step, "sft": step, "train_policy": ["--steps", "1", "--batch_size", "1"],
                  "bench": ["--contexts", "512", "--repeats", "1", "--new", "2"]}.get(argv[0], [])
         code, out, err = run(*argv)

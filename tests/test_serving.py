@@ -1,16 +1,26 @@
-"""Section 14: the conversation, typed into a terminal and piped."""
+"""Section 14: the conversation, typed into a terminal and piped; the server, asked by OpenAI's own client and worse."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
+import numpy as np
+import openai
 import pytest
+from playwright.sync_api import sync_playwright
 
 import refrag
 
@@ -169,3 +179,395 @@ class TestTerminal:
         wait_for("> ")
         write("/p 1\n/quit\n")
         assert process.wait(timeout=30) == 0
+
+
+# ---- The server -----------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, *argv):
+        self.process = subprocess.Popen([sys.executable, refrag.__file__, "serve", "--port", "0", *map(str, argv)],
+                                        stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := re.match(r"serving on (http://\S+) ", line):
+                self.url = found[1]
+                break
+        else:
+            pytest.fail("".join(self.lines))
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
+        self.reader.start()
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def ask(self, question="Where do smiths cast bells?", **more):
+        body = {"model": "refrag", "messages": [{"role": "user", "content": question}]} | more
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def count(self, name):
+        lines = self.http.get("/metrics").text.splitlines()
+        return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"refrag_{name} ")), 0.0)
+
+    def end(self, sign=signal.SIGTERM):
+        self.http.close()
+        self.process.send_signal(sign)
+        code = self.process.wait(timeout=30)
+        self.reader.join(timeout=10)
+        return code, "".join(self.lines)
+
+
+@pytest.fixture(scope="module")
+def serve_argv(index_dir, llama):
+    return ["--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--max_new", "6", "--topk", "2",
+            "--compressed", "feed", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def server(serve_argv):
+    made = Server(*serve_argv, "--body_bytes", "20000")
+    yield made
+    if made.process.poll() is None:
+        made.end()
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none is needed", max_retries=0)
+
+
+def say(*texts):
+    """Messages by turns, the user's first."""
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+class TestOpenaiClient:
+    """The official client, as it is."""
+
+    def test_an_answer_in_one_piece(self, client):
+        made = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"))
+        assert made.object == "chat.completion" and made.choices[0].message.content
+        assert made.choices[0].finish_reason in ("stop", "length")
+        assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
+        told = made.refrag
+        assert told["metrics"]["positions"] == made.usage.prompt_tokens < told["metrics"]["full_positions"]
+        assert len(told["passages"]) == 2 and told["chunks"] and told["citations"]
+
+    def test_a_stream_says_what_the_whole_says(self, client):
+        whole = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"))
+        parts = list(client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"),
+                                                    stream=True, stream_options={"include_usage": True}))
+        text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+        assert text.strip() == whole.choices[0].message.content
+        assert len(parts) > 4, "it came in one piece"
+        assert parts[0].choices[0].delta.role == "assistant"
+        assert parts[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+        assert parts[-2].refrag["citations"] == whole.refrag["citations"]
+        assert parts[-1].usage == whole.usage and not parts[-1].choices
+        assert len({part.id for part in parts}) == 1
+
+    def test_several_turns(self, client):
+        made = client.chat.completions.create(model="refrag", messages=[
+            {"role": "system", "content": "Be brief."},
+            *say("Who crosses Lake Geneva?", "The Rhone [1]", "And when does it flood?")])
+        assert made.refrag["question"] == "And when does it flood (Lake Geneva)?"
+        assert made.refrag["left_out"] == ["system"]
+
+    def test_settings_of_one_request(self, client, server):
+        def positions(**settings):
+            made = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"),
+                                                  extra_body={"refrag": settings})
+            return made.usage.prompt_tokens, made.refrag["settings"]
+
+        full, none = positions(mode="full")[0], positions(mode="none")[0]
+        few, settings = positions(mode="refrag", p=0, k=4)
+        assert none < few < full and (settings["p"], settings["k"]) == (0, 4)
+        assert positions(topk=1)[0] < positions(topk=2)[0]
+
+    def test_a_seed_makes_a_sample_come_again(self, client):
+        def sample(seed):
+            made = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"),
+                                                  temperature=1.5, seed=seed, max_tokens=12)
+            return made.choices[0].message.content
+
+        assert sample(1) == sample(1)
+        assert len({sample(seed) for seed in range(4)}) > 1
+
+    def test_models_and_embeddings(self, client, index_dir):
+        names = [model.id for model in client.models.list()]
+        assert names[0] == "refrag" and client.models.retrieve(names[1]).id == names[1]
+        texts = ["Where do smiths cast bells?", "The Rhone floods in May."]
+        rows = [item.embedding for item in client.embeddings.create(model=names[1], input=texts).data]
+        plain = [item.embedding for item in client.embeddings.create(model=names[1], input=texts,
+                                                                     encoding_format="float").data]
+        embedder = refrag.load_embedder(names[1], refrag.RuntimeConfig())
+        np.testing.assert_allclose(rows, embedder.embed_passages(texts), atol=1e-5)
+        np.testing.assert_allclose(rows, plain, atol=1e-6)
+
+    def test_a_model_that_is_not_there(self, client):
+        with pytest.raises(openai.NotFoundError, match="gpt-4"):
+            client.chat.completions.create(model="gpt-4", messages=say("Where?"))
+        with pytest.raises(openai.NotFoundError, match="nothing"):
+            client.embeddings.create(model="nothing", input="x")
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("a/b")
+
+    def test_a_stream_that_is_given_up_ends_its_generation(self, client, server):
+        before = server.count("new_tokens_total")
+        stream = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"),
+                                                stream=True, max_tokens=1024)
+        next(iter(stream))
+        stream.close()
+        assert server.ask(max_tokens=2).status_code == 200, "it had to wait for this one's end"
+        assert server.count("new_tokens_total") - before < 600
+
+
+class TestBadRequests:
+    @pytest.mark.parametrize(("body", "status", "told"), [
+        (b"{", 400, "no JSON"), (b"[1]", 400, "no JSON object"), (b"\xff\xfe", 400, "no JSON"),
+        (b"[" * 15_000, 400, "no JSON"), (b" " * 20_001, 413, "longer than 20000 bytes"),
+        ({"messages": None}, 400, "messages must be a list"), ({"model": 3}, 400, "model: wrong type int"),
+        ({"messages": []}, 400, "messages must be a list"), ({"messages": ["x"]}, 400, "messages[0] is no object"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "role 'tool' is not supported"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "content must be text"),
+        ({"messages": [{"role": "user", "content": " "}]}, 400, "the last message must be the user's, and not empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only parts of type text"),
+        ({"messages": say("x", "y")}, 400, "the last message must be the user's"),
+        ({"frobnicate": 1}, 400, "unknown field frobnicate"), ({"n": 2}, 400, "n is not supported"),
+        ({"tools": [{}]}, 400, "tools is not supported"), ({"stream": "yes"}, 400, "stream: wrong type str"),
+        ({"max_tokens": -1}, 400, "--max_new must be 1 or more, got -1"), ({"max_tokens": 0}, 400, "--max_new"),
+        ({"max_tokens": 5000}, 400, "5000 is more than this server's 1024"),
+        ({"max_tokens": True}, 400, "max_tokens: wrong type bool"), ({"temperature": -1}, 400, "--temperature"),
+        ({"top_p": 0}, 400, "--top_p"), ({"refrag": {"speed": 1}}, 400, "refrag: unknown field speed"),
+        ({"refrag": {"p": 2}}, 400, "--p must lie between 0 and 1"), ({"refrag": {"k": 0}}, 400, "--k must lie"),
+        ({"refrag": {"mode": "magic"}}, 400, "mode 'magic': one of refrag, full"),
+        ({"refrag": {"topk": 0}}, 400, "--topk"), ({"refrag": 7}, 400, "refrag: wrong type int"),
+        ({"messages": say("why " * 4000), "refrag": {"mode": "none"}}, 400, "the decoder's window"),
+    ], ids=str)
+    def test_are_told_what_is_wrong(self, server, body, status, told):
+        if isinstance(body, dict):
+            reply = server.http.post("/v1/chat/completions",
+                                     json={"model": "refrag", "messages": say("Where do smiths cast bells?")} | body)
+        else:
+            reply = server.http.post("/v1/chat/completions", content=body)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["type"]) == (status, "invalid_request_error")
+        assert told in error["message"]
+
+    @pytest.mark.parametrize(("body", "told"), [
+        ({"input": ""}, "input must be"), ({"input": []}, "input must be"), ({"input": [1, 2]}, "input must be"),
+        ({"input": "x", "encoding_format": "octal"}, "float or base64"), ({"input": "x", "more": 1}, "field more"),
+        ({"input": "x", "dimensions": 8}, "dimensions is not supported")], ids=str)
+    def test_of_embeddings(self, server, body, told):
+        name = server.http.get("/v1/models").json()["data"][1]["id"]
+        reply = server.http.post("/v1/embeddings", json={"model": name} | body)
+        assert reply.status_code == 400 and told in reply.json()["error"]["message"]
+
+    def test_a_stream_that_can_not_begin_has_an_error_s_status(self, server):
+        assert server.ask("why " * 4000, stream=True, refrag={"mode": "none"}).status_code == 400
+
+    def test_addresses_and_methods_that_are_not_there(self, server):
+        assert server.http.get("/v1/nothing").status_code == 404
+        assert server.http.get("/v1/chat/completions").status_code == 405
+
+    def test_after_all_of_them_it_lives(self, server):
+        assert server.http.get("/healthz").json() == {"status": "ok"}
+        assert server.ask().status_code == 200
+        assert "/v1/chat/completions" in server.http.get("/docs").text
+        assert server.count('responses_total{status="400"}') > 0
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+class TestPage:
+    """The page in a real browser, as a person uses it."""
+
+    @pytest.fixture
+    def page(self, browser, server):
+        page, page_errors, outside = browser.new_page(), [], []
+        page.on("pageerror", lambda error: page_errors.append(str(error)))
+        page.on("request", lambda request: outside.append(request.url) if not request.url.startswith(
+            (server.url, "data:")) else None)
+        page.goto(server.url)
+        yield page
+        page.close()
+        assert page_errors == outside == []
+
+    def ask(self, page, question="Where do smiths cast bells?"):
+        page.fill("#question", question)
+        page.keyboard.press("Enter")
+
+    def test_an_answer_streams_and_its_citation_leads_to_the_passage(self, page):
+        page.evaluate("""() => { window.seen = new Set(); new MutationObserver(() => {
+            const text = document.querySelector('.busy .text'); if (text) seen.add(text.textContent); }).observe(
+            document.getElementById('answers'), {subtree: true, childList: true, characterData: true}); }""")
+        self.ask(page)
+        page.wait_for_selector(".cite")
+        assert page.evaluate("seen.size") > 2, "it came in one piece"
+        assert "positions of full context" in page.inner_text("article .small")
+        assert page.locator("#passages details").count() == 2
+        opened, all_chunks = page.locator(".chunk.opened").count(), page.locator(".chunk").count()
+        assert 0 < opened < all_chunks
+        page.click(".cite")
+        found = page.locator("details.found")
+        assert found.count() == 1 and found.get_attribute("open") is not None
+        assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+
+    def test_a_passage_is_shown_to_the_last_character(self, page, server):
+        self.ask(page)
+        page.wait_for_selector(".cite")
+        passages = server.ask().json()["refrag"]["passages"]
+        shown = [box.text_content() for box in page.locator(".passage").all()]
+        assert shown == [refrag.passage_content(p["title"], p["text"]) for p in passages]
+
+    def test_the_comparison_and_the_next_question(self, page):
+        page.check("#compare")
+        page.select_option("#k", "4")
+        page.fill("#p", "0")
+        self.ask(page, "Who crosses Lake Geneva?")
+        page.wait_for_selector(".bar.full")
+        assert page.locator("article").count() == 2
+        compressed, full = (int(page.locator(".bars span").nth(i).inner_text().replace(",", "")) for i in (5, 7))
+        assert compressed < full
+        page.uncheck("#compare")
+        self.ask(page, "And when does it flood?")
+        page.wait_for_selector("text=asked as: And when does it flood (Lake Geneva)?")
+        page.click("#fresh")
+        assert page.inner_text("#answers") == "" and not page.is_visible("#fresh")
+
+    def test_an_error_is_shown_and_the_next_question_works(self, page):
+        page.select_option("#mode", "none")
+        self.ask(page, "why " * 4000)
+        page.wait_for_selector(".error")
+        assert "the decoder's window" in page.inner_text(".error")
+        page.select_option("#mode", "refrag")
+        self.ask(page)
+        page.wait_for_selector(".cite")
+
+    def test_a_key_is_asked_for(self, browser, serve_argv):
+        server = Server(*serve_argv, "--api_key", "secret")
+        try:
+            page = browser.new_page()
+            page.goto(server.url)
+            self.ask(page)
+            page.wait_for_selector("#key:visible")
+            page.fill("#key", "secret")
+            self.ask(page)
+            page.wait_for_selector(".cite")
+            page.close()
+        finally:
+            server.end()
+
+    def test_by_keyboard_alone_on_a_phone(self, browser, server):
+        page = browser.new_page(viewport={"width": 360, "height": 700})
+        page.goto(server.url)
+        page.keyboard.type("Where do smiths cast bells?")  # the question has the focus
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".cite")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.focus(".cite")
+        page.keyboard.press("Enter")
+        assert page.locator("details.found").count() == 1
+        page.close()
+
+
+def test_many_clients_get_the_answers_that_they_get_alone(server):
+    questions = ["Where do smiths cast bells?", "Which river crosses Lake Geneva?", "When does it flood?"] * 4
+    alone = {q: server.ask(q).json()["choices"][0]["message"]["content"] for q in dict.fromkeys(questions)}
+    with ThreadPoolExecutor(12) as pool:
+        made = list(pool.map(lambda q: server.ask(q).json(), questions))
+    assert [one["choices"][0]["message"]["content"] for one in made] == [alone[q] for q in questions]
+
+
+def test_connections_that_are_opened_and_left(server):
+    address = server.url.removeprefix("http://").split(":")
+    left = [socket.create_connection((address[0], int(address[1]))) for _ in range(300)]
+    left[0].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    assert server.ask().status_code == 200
+    for one in left:
+        one.close()
+    assert server.ask().status_code == 200
+
+
+def test_a_key_a_full_queue_and_too_little_time(serve_argv):
+    """One at a time, one may wait: of many at once most are told to come again, and none is lost."""
+    server = Server(*serve_argv, "--api_key", "secret", "--waiting", "1", "--together", "1", "--timeout", "3")
+    try:
+        assert server.ask().status_code == server.http.get("/metrics").status_code == 401
+        assert server.http.get("/healthz").status_code == 200
+        server.http.headers["Authorization"] = "Bearer secret"
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(lambda _: server.ask(max_tokens=200), range(8)))
+        codes = Counter(reply.status_code for reply in replies)
+        assert set(codes) <= {200, 429} and codes[429] >= 1 <= codes[200]
+        assert all(reply.headers["Retry-After"] == "1" for reply in replies if reply.status_code == 429)
+    finally:
+        code, err = server.end()
+    assert (code, "Traceback" in err) == (143, False)
+
+
+def test_requests_at_work_are_finished_before_it_ends(serve_argv):
+    server = Server(*serve_argv)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.ask, max_tokens=300)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        assert waiting.result().status_code == 200
+    assert server.process.wait(timeout=30) == 130
+    server.reader.join(timeout=10)
+    assert "Traceback" not in "".join(server.lines)
+
+
+def test_an_address_that_is_taken_is_an_error(server, serve_argv):
+    port = server.url.rpartition(":")[2]
+    done = subprocess.run([sys.executable, refrag.__file__, "serve", *map(str, serve_argv), "--port", port],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and f"--port {port}: Address already in use" in done.stderr.splitlines()[-1]
+
+
+class TestEngine:
+    """Without a network: what happens to a job when models fail."""
+
+    def test_a_fault_of_ours_is_told_as_one_and_ends_nothing(self, capsys):
+        class Broken:
+            generate, searcher = refrag.GenerateConfig(), None
+
+        engine, told = refrag.Engine(Broken(), refrag.ServeConfig()), []
+        engine.pipeline_for = lambda wish: (_ for _ in ()).throw(RuntimeError("a cable was pulled"))
+        wish = refrag.Wish("none", 4, 0.0, 1, 1, 4, 0.0, 1.0, None)
+        jobs = [refrag.Job(refrag.ChatRequest("why?", wish, False, False, []), 60, lambda *what: told.append(what))
+                for _ in range(2)]
+        engine.work(jobs)
+        assert [(kind, value.status, str(value)) for kind, value in told] == [
+            ("error", 500, "RuntimeError: a cable was pulled")] * 2
+
+    def test_jobs_that_are_late_or_given_up_are_not_begun(self):
+        engine, told = refrag.Engine(None, refrag.ServeConfig()), []
+        wish = refrag.Wish("none", 4, 0.0, 1, 1, 4, 0.0, 1.0, None)
+        late, left = (refrag.Job(refrag.ChatRequest("why?", wish, False, False, []), seconds,
+                                 lambda *what: told.append(what)) for seconds in (-1, 60))
+        left.cancelled = True
+        engine.work([late, left])
+        assert [(kind, value.status) for kind, value in told] == [("error", 504)]
+
+    def test_only_equal_wishes_share_a_batch_and_samples_share_none(self):
+        engine = refrag.Engine(None, refrag.ServeConfig(together=3))
+        plain = refrag.Wish("none", 4, 0.0, 1, 1, 4, 0.0, 1.0, None)
+        wishes = [plain, plain._replace(k=8), plain, plain._replace(temperature=1.0), plain, plain]
+        for wish in wishes:
+            engine.submit(refrag.Job(refrag.ChatRequest("why?", wish, False, False, []), 60, print))
+        batches = [[job.asked.wish for job in engine.next_batch()] for _ in range(4)]
+        assert batches == [[plain] * 3, [wishes[1]], [wishes[3]], [plain]]
+        engine.stop()
+        assert engine.next_batch() == []
