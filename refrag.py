@@ -29,7 +29,7 @@ Contents:
     11. Training        phases, curriculum, the loop, resume
     12. Generation      prefill, decode, citations, TTFT and TTIT
     13. Evaluation      metrics, controls and their report
-    14. Serving         the conversation on a terminal, the HTTP server
+    14. Serving         the conversation on a terminal, the HTTP server, prompts for other engines
 
 Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D decoder width, V vocabulary.
 """
@@ -642,6 +642,19 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """What is written for another engine."""
+
+    out_dir: str | None = opt(None, "the folder to write")
+    decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
+
+    def __post_init__(self) -> None:
+        require(self.out_dir is not None, "--out_dir is missing: name the folder to write")
+        folder = Path(self.out_dir)
+        require(not folder.exists(), f"--out_dir {folder} is there already: name a new folder")
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """What to examine."""
 
@@ -840,6 +853,19 @@ def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack
     late_import("starlette")  # told before the models are loaded
     late_import("uvicorn")
     run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
+
+
+@command("export", ExportConfig, QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ModelConfig)
+def cmd_export(export: ExportConfig, ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
+               generate: GenerateConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Write a question's mixed prompt as embeddings, and the request that vLLM takes it in."""
+    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
+    require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
+    check_generate(ask, index, pack, generate)
+    pipeline = load_pipeline(index, search, pack, generate, models, runtime)
+    facts = export_prompt(pipeline, questions[0], Path(export.out_dir), export.decoder)
+    files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
+    emit(facts | {"out_dir": export.out_dir}, runtime, f"{facts['positions']:,} positions in {export.out_dir}: {files}")
 
 
 @command("eval", EvalConfig, IndexConfig, SearchConfig, ModelConfig)
@@ -8638,7 +8664,8 @@ def bench_text(result: dict[str, Any]) -> str:
 
 
 # =============================================================================
-# 14. Serving. The conversation on a terminal, and the HTTP server.
+# 14. Serving. The conversation on a terminal, the HTTP server, and prompts for
+#     other engines.
 # =============================================================================
 
 REFERS_BACK = re.compile(r"^\W*(and|but|so|why|(what|how) about)\b|\b(he|him|his|she|hers?|its?|they|them|theirs?|this|"
@@ -9358,6 +9385,42 @@ def raise_file_limit() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 65_536), hard))
+
+
+# -- prompts for other engines ------------------------------------------------------
+
+
+def export_prompt(pipeline: Pipeline, item: dict[str, Any], folder: Path, with_decoder: bool) -> dict[str, Any]:
+    """Write prompt.safetensors, prompt.json, request.json and, if asked for, decoder/. Returns what prompt.json holds.
+
+    request.json is for `vllm serve DECODER --enable-prompt-embeds` and its address /v1/completions, which takes a saved
+    tensor (T, D) in base64 and adds no chat template of its own.
+    """
+    context, inputs = pipeline.prepare(item)
+    packed, decoder = context.packed, pipeline.model.decoder
+    inputs = inputs.detach().contiguous().cpu()
+    contents = [doc.content for doc in packed.docs]
+    ids = dict(zip(context.labels, (p.id for p in context.passages), strict=False))
+    facts = {
+        "question": item["question"], "positions": len(context.plan), "full_positions": len(packed.prompt.input_ids),
+        "documents": [{"label": doc.label, "id": ids.get(doc.label, doc.label)} for doc in packed.docs],
+        "prompt": show_plan(packed.prompt, context.plan, pipeline.tokenizer, contents),
+        "stop_token_ids": sorted(pipeline.stops), "max_tokens": pipeline.generate.max_new,
+        "dtype": str(inputs.dtype).removeprefix("torch."), "settings": pipeline.settings()}
+    data = io.BytesIO()
+    torch.save(inputs, data)
+    request = {"model": "DECODER", "prompt_embeds": base64.b64encode(data.getvalue()).decode(), "stream": False,
+               **{name: facts[name] for name in ("max_tokens", "stop_token_ids")},
+               "temperature": pipeline.generate.temperature, "top_p": pipeline.generate.top_p}
+    with new_folder(folder) as temporary:
+        save_file({"inputs_embeds": inputs}, temporary / "prompt.safetensors",
+                  {"positions": str(len(inputs)), "question": item["question"]})
+        (temporary / "prompt.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (temporary / "request.json").write_text(json.dumps(request) + "\n", encoding="utf-8")
+        if with_decoder:
+            decoder.save_pretrained(temporary / "decoder")
+            pipeline.tokenizer.decoder.save_pretrained(temporary / "decoder")
+    return facts
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ NEEDED = {  # what has no default that stands by itself; training files must be 
     refrag.TrainConfig: {"out_dir": "run"},
     refrag.SftConfig: {"rag_json": __file__},
     refrag.GateDataConfig: {"rag_json": (__file__,), "out_dir": "gate"},
+    refrag.ExportConfig: {"out_dir": "export"},
     refrag.EvalConfig: {"qa": __file__},
 }
 
@@ -168,6 +169,8 @@ BAD = [
     (refrag.SftConfig, {"limit": 0}, "--limit", "1 or more"),
     (refrag.GateDataConfig, {"rag_json": ()}, "--rag_json", "name a file of questions"),
     (refrag.GateDataConfig, {"rag_json": (__file__, "nowhere.jsonl")}, "--rag_json nowhere.jsonl:", "no such file"),
+    (refrag.ExportConfig, {"out_dir": None}, "--out_dir", "missing"),
+    (refrag.ExportConfig, {"out_dir": str(ROOT)}, "--out_dir", "is there already"),
     (refrag.ServeConfig, {"port": -1}, "--port", "between 0 and 65535, got -1"),
     (refrag.ServeConfig, {"port": 65536}, "--port", "between 0 and 65535"),
     *((refrag.ServeConfig, {name: 0}, f"--{name}", "1 or more, got 0")

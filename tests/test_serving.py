@@ -1,7 +1,10 @@
-"""Section 14: the conversation, typed into a terminal and piped; the server, asked by OpenAI's own client and worse."""
+"""Section 14: the conversation, typed into a terminal and piped; the server, asked by OpenAI's own client and
+worse; prompts for other engines."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -20,7 +23,10 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
+import transformers
 from playwright.sync_api import sync_playwright
+from safetensors.torch import load_file
 
 import refrag
 
@@ -571,3 +577,50 @@ class TestEngine:
         assert batches == [[plain] * 3, [wishes[1]], [wishes[3]], [plain]]
         engine.stop()
         assert engine.next_batch() == []
+
+
+def asked(index_dir, llama):
+    """A question to tiny models."""
+    return ["--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--topk", "2", "--compressed", "feed",
+            "--question", "Where do smiths cast bells?", "--max_new", "6", "--json"]
+
+
+class TestExport:
+    @pytest.fixture
+    def export(self, index_dir, llama, run, tmp_path):
+        def call(*more):
+            code, out, err = run("export", *asked(index_dir, llama), "--out_dir", tmp_path / "out", *more)
+            assert code == 0, err
+            return json.loads(out), tmp_path / "out"
+
+        return call
+
+    def test_plain_transformers_gives_the_same_answer(self, export, index_dir, llama, run):
+        """An independent loop, over the folder that was written alone."""
+        facts, folder = export("--decoder", "--no_cite")
+        inputs = load_file(folder / "prompt.safetensors")["inputs_embeds"]
+        decoder = transformers.AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "decoder")
+        out = decoder.generate(inputs_embeds=inputs[None], attention_mask=torch.ones(1, len(inputs), dtype=torch.long),
+                               max_new_tokens=6, do_sample=False, eos_token_id=facts["stop_token_ids"])
+        code, answer, err = run("generate", *asked(index_dir, llama), "--no_cite", "--engine", "model")
+        assert code == 0, err
+        assert tokenizer.decode(out[0], skip_special_tokens=True).strip() == json.loads(answer)["answer"]
+        assert facts["positions"] == len(inputs) < facts["full_positions"] and "[[" in facts["prompt"]
+
+    def test_the_request_for_vllm_holds_the_same_tensor(self, export):
+        _, folder = export("--max_new", "9")
+        request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+        tensor = torch.load(io.BytesIO(base64.b64decode(request["prompt_embeds"])), weights_only=True)
+        assert torch.equal(tensor, load_file(folder / "prompt.safetensors")["inputs_embeds"])
+        assert (request["max_tokens"], request["temperature"], request["stream"]) == (9, 0.0, False)
+        assert not (folder / "decoder").exists()
+
+    def test_one_prompt_and_a_new_folder(self, export, run, index_dir, llama, tmp_path):
+        export()
+        code, _, err = run("export", "--index_dir", index_dir, "--question", "x", "--out_dir", tmp_path / "out")
+        assert code == 2 and "is there already" in err
+        questions = tmp_path / "q.jsonl"
+        questions.write_text('{"question": "a"}\n{"question": "b"}\n', encoding="utf-8")
+        code, _, err = run("export", "--index_dir", index_dir, "--questions", questions, "--out_dir", tmp_path / "new")
+        assert code == 2 and "one prompt" in err and not (tmp_path / "new").exists()
