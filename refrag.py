@@ -60,6 +60,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -1650,8 +1651,11 @@ class ArrayWriter:
     def extend(self, rows: np.ndarray) -> None:
         """Append the rows of an array that may be larger than memory."""
         step = max(1, COPY_BYTES // max(1, rows[:1].nbytes))
+        mapped = getattr(rows.base, "_mmap", None)  # of a memory map; its pages would stay in memory one and all
         for start in progress(range(0, len(rows), step), "copying", unit="block"):
             self.append(rows[start : start + step])
+            if hasattr(mapped, "madvise"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def abort(self) -> None:
         """Let go of the file after an error; on a full disk even that can fail again."""

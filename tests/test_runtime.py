@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -410,6 +411,21 @@ def test_verify_files_names_the_bad_file(manifest, damage, told):
     damage(folder / "a.npy")
     with pytest.raises(refrag.CorruptError, match=rf"a\.npy.*{told}: build the index again"):
         refrag.verify_files(folder, entries)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads the kernel's own figures")
+def test_rows_of_a_map_are_copied_and_its_pages_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(refrag, "COPY_BYTES", 1 << 20)
+    values = np.arange(1 << 20, dtype=np.float32).reshape(-1, 64)  # 4 MiB
+    np.save(tmp_path / "a.npy", values)
+    mapped = refrag.map_array(tmp_path / "a.npy")
+    writer = refrag.ArrayWriter(tmp_path / "b.npy", np.float32, 64)
+    writer.extend(mapped)
+    writer.close()
+    smaps = Path("/proc/self/smaps").read_text(encoding="utf-8").split(str(tmp_path / "a.npy"))[1]
+    assert int(re.search(r"^Rss:\s+(\d+)", smaps, re.MULTILINE)[1]) < 1024, "in KiB"
+    np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), values)
+    np.testing.assert_array_equal(mapped, values)
 
 
 class TestLargeFiles:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -486,6 +487,18 @@ class TestPage:
         page.keyboard.press("Enter")
         assert page.locator("details.found").count() == 1
         page.close()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_readme_s_curl_lines_work(server):
+    text = (Path(refrag.__file__).parent / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (curl .*)$", text, re.MULTILINE)
+    lines = [line.replace("http://127.0.0.1:8000", server.url) for line in lines]
+    whole, stream = (subprocess.run(line, shell=True, text=True, timeout=60, capture_output=True).stdout
+                     for line in lines)
+    assert json.loads(whole)["choices"][0]["message"]["content"]
+    assert stream.startswith("data: {") and stream.endswith("data: [DONE]\n\n")
+    assert json.loads(stream.split("data: ")[-2])["refrag"]["settings"]["mode"] == "full"
 
 
 def test_many_clients_get_the_answers_that_they_get_alone(server):
