@@ -628,7 +628,8 @@ class ServeConfig:
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one")
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
-    together: int = opt(4, "waiting requests of the same settings that are answered in one batch, at most")
+    together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
+                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone")
     waiting: int = opt(64, "requests that may wait; more are told to come again (429)")
     body_bytes: int = opt(1 << 20, "longest request")
     max_tokens: int = opt(1024, "new tokens that a request may ask for")
@@ -636,7 +637,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, f"--port must lie between 0 and 65535, got {self.port}")
-        for name in ("together", "waiting", "body_bytes", "max_tokens"):
+        require(self.together >= 0, f"--together must be 0 or more, got {self.together}")
+        for name in ("waiting", "body_bytes", "max_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
         require(0 < self.timeout < math.inf, f"--timeout must be above 0, got {self.timeout}")
         require(self.api_key is None or bool(self.api_key), "--api_key is empty: leave it out")
@@ -8944,6 +8946,9 @@ class ChatRequest(NamedTuple):
         own = typed(body, "refrag", dict, {})
         if set(own) - set(WISH_FIELDS):
             raise bad(f"refrag: unknown field {sorted(set(own) - set(WISH_FIELDS))[0]}")
+        for given, name, most in ((own, "topk", 100), (own, "hops", 4), (body, "seed", 2**63 - 1)):
+            if abs(typed(given, name, int, 0)) > most:
+                raise bad(f"{name}: at most {most}")
         tokens = [typed(body, name, int, None) for name in ("max_completion_tokens", "max_tokens")]
         max_new = next((count for count in tokens if count is not None), pipeline.generate.max_new)
         if max_new > serve.max_tokens:
@@ -8994,6 +8999,7 @@ class Engine:
 
     def __init__(self, pipeline: Pipeline, serve: ServeConfig):
         self.pipeline, self.serve, self.ready = pipeline, serve, True
+        self.together = serve.together or (1 if pipeline.device.type == "cpu" else 4)
         self.jobs: collections.deque[Job] = collections.deque()
         self.changed = threading.Condition()
         self.models = threading.Lock()  # one thread computes at a time
@@ -9024,7 +9030,7 @@ class Engine:
             if not self.ready:
                 return []
             first = self.jobs.popleft()
-            room = self.serve.together - 1 if first.asked.wish.temperature == 0 else 0
+            room = self.together - 1 if first.asked.wish.temperature == 0 else 0
             others = [job for job in self.jobs if job.asked.wish == first.asked.wish][:room]
             for job in others:
                 self.jobs.remove(job)
@@ -9158,13 +9164,17 @@ def stream_events(job: Job, kind: str, value: Any, model: str) -> Iterator[str]:
         yield event("[DONE]")
 
 
-async def read_body(request: Any, limit: int) -> dict[str, Any]:
-    """A JSON object of at most so many bytes. Raises Refused."""
+async def read_body(request: Any, serve: ServeConfig) -> dict[str, Any]:
+    """A JSON object that is neither too long nor too long in coming. Raises Refused."""
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > limit:
-            raise Refused(413, f"the request is longer than {limit} bytes", "too_large")
+    try:
+        async with asyncio.timeout(serve.timeout):
+            async for part in request.stream():
+                data += part
+                if len(data) > serve.body_bytes:
+                    raise Refused(413, f"the request is longer than {serve.body_bytes} bytes", "too_large")
+    except TimeoutError:
+        raise Refused(408, "the request did not come to its end in time", "timeout") from None
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -9197,6 +9207,7 @@ class Service:
 
         async def reply(request: Any) -> Any:
             try:
+                self.check_origin(request)
                 if answer not in (self.health, self.page, self.docs):
                     self.check_key(request)
                 response = await answer(request)
@@ -9216,6 +9227,12 @@ class Service:
         headers = {"Retry-After": "1"} if error.status == 429 else {}
         return self.http.JSONResponse(error.body(), error.status, headers)
 
+    def check_origin(self, request: Any) -> None:
+        """Raises Refused for what a page from elsewhere asks in the name of the person who opened it."""
+        origin = request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+            raise Refused(403, f"pages of {origin} may not ask this server", "foreign_origin")
+
     def check_key(self, request: Any) -> None:
         """Raises Refused without the right --api_key."""
         given, wanted = request.headers.get("authorization", ""), f"Bearer {self.serve.api_key}"
@@ -9224,7 +9241,7 @@ class Service:
 
     async def chat(self, request: Any) -> Any:
         """POST /v1/chat/completions"""
-        body = await read_body(request, self.serve.body_bytes)
+        body = await read_body(request, self.serve)
         asked = ChatRequest.read(body, self.engine.pipeline, self.serve, ["refrag"])
         self.engine.pipeline_for(asked.wish)  # wrong settings are refused before they wait
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
@@ -9279,7 +9296,7 @@ class Service:
 
     async def embeddings(self, request: Any) -> Any:
         """POST /v1/embeddings"""
-        body = await read_body(request, self.serve.body_bytes)
+        body = await read_body(request, self.serve)
         unknown = sorted(set(body) - {"model", "input", "encoding_format", "user", "dimensions"})
         if unknown or body.get("dimensions") is not None:
             raise bad(f"unknown field {unknown[0]}" if unknown else "dimensions is not supported")
@@ -9347,8 +9364,9 @@ GET  /healthz      200 while the server can answer
 GET  /metrics      counts for Prometheus
 GET  /             a page to ask from
 
-Errors: 400 what is wrong with the request, 401 the key, 404 the model, 413 too long, 429 too many are waiting (with
-Retry-After), 504 not done within --timeout, 5xx a fault, with its reason.
+Errors: 400 what is wrong with the request, 401 the key, 403 a page from elsewhere, 404 the model, 408 the request came
+too slowly, 413 too long, 429 too many are waiting (with Retry-After), 504 not done within --timeout, 5xx a fault, with
+its reason.
 """
 
 

@@ -209,7 +209,7 @@ def measure_start_up(args: argparse.Namespace) -> dict:
         for name, program in programs.items():
             start = time.perf_counter()
             child = subprocess.Popen([sys.executable, program, *ask], stdout=subprocess.PIPE)
-            metrics = json.loads(child.stdout.read())["metrics"]
+            metrics = json.loads(child.stdout.readline())["metrics"]
             printed = time.perf_counter() - start
             _, status, usage = os.wait4(child.pid, 0)
             assert status == 0, program

@@ -25,10 +25,11 @@ import numpy as np
 import refrag
 
 
-def start(index_dir: str, max_new: int) -> tuple[subprocess.Popen, str]:
+def start(args: argparse.Namespace) -> tuple[subprocess.Popen, str]:
     """A server and its address."""
-    process = subprocess.Popen([sys.executable, refrag.__file__, "serve", "--index_dir", index_dir, "--port", "0",
-                                "--max_new", str(max_new)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, refrag.__file__, "serve", "--index_dir", args.index_dir, "--port", "0",
+                                "--max_new", str(args.max_new), "--together", str(args.together)],
+                               stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if found := re.match(r"serving on (http://\S+) ", line):
             threading.Thread(target=process.stderr.read, daemon=True).start()
@@ -96,11 +97,12 @@ def main() -> None:
     parser.add_argument("--questions", required=True)
     parser.add_argument("--limit", type=int, default=12)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--together", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--max_new", type=int, default=32)
     args = parser.parse_args()
     questions = [item["question"] for item in refrag.read_question_file(args.questions, "--questions")][: args.limit]
-    process, url = start(args.index_dir, args.max_new)
+    process, url = start(args)
     try:
         with httpx.Client(base_url=url, timeout=300) as client:
             alone = {question: ask(client, question)[0] for question in questions}

@@ -174,7 +174,8 @@ BAD = [
     (refrag.ServeConfig, {"port": -1}, "--port", "between 0 and 65535, got -1"),
     (refrag.ServeConfig, {"port": 65536}, "--port", "between 0 and 65535"),
     *((refrag.ServeConfig, {name: 0}, f"--{name}", "1 or more, got 0")
-      for name in ("together", "waiting", "body_bytes", "max_tokens")),
+      for name in ("waiting", "body_bytes", "max_tokens")),
+    (refrag.ServeConfig, {"together": -1}, "--together", "0 or more, got -1"),
     (refrag.ServeConfig, {"timeout": 0.0}, "--timeout", "above 0"),
     (refrag.ServeConfig, {"timeout": float("inf")}, "--timeout", "above 0"),
     (refrag.ServeConfig, {"api_key": ""}, "--api_key", "empty"),

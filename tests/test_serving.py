@@ -163,27 +163,28 @@ class TestTerminal:
 
     def test_a_conversation(self, terminal, tmp_path):
         write, wait_for, process = terminal
-        wait_for("> ")
+        wait_for("\n> ")
         write("Where do smiths cast bells?\n")
         wait_for("positions of full context")
-        wait_for("> ")
+        wait_for("\n> ")
         write("/history\n")
         wait_for("1. Where do smiths cast bells?")
         write("\x1b[A\x1b[A\n")  # two lines up in the history: the question again
         wait_for("positions of full context")
+        wait_for("\n> ")
         write("\x04")
         assert process.wait(timeout=30) == 0
         assert "Where do smiths cast bells?" in (tmp_path / "home/chat_history").read_text(encoding="utf-8")
 
     def test_ctrl_c_stops_the_answer_and_not_the_program(self, terminal):
         write, wait_for, process = terminal
-        wait_for("> ")
+        wait_for("\n> ")
         write("Where do smiths cast bells?\n")
         wait_for("bells?")
         time.sleep(0.3)
         os.killpg(process.pid, signal.SIGINT)
         wait_for("(stopped; /quit leaves)")
-        wait_for("> ")
+        wait_for("\n> ")
         write("/p 1\n/quit\n")
         assert process.wait(timeout=30) == 0
 
@@ -233,7 +234,7 @@ def serve_argv(index_dir, llama):
 
 @pytest.fixture(scope="module")
 def server(serve_argv):
-    made = Server(*serve_argv, "--body_bytes", "20000")
+    made = Server(*serve_argv, "--body_bytes", "20000", "--together", "4")
     yield made
     if made.process.poll() is None:
         made.end()
@@ -349,7 +350,9 @@ class TestBadRequests:
         ({"top_p": 0}, 400, "--top_p"), ({"refrag": {"speed": 1}}, 400, "refrag: unknown field speed"),
         ({"refrag": {"p": 2}}, 400, "--p must lie between 0 and 1"), ({"refrag": {"k": 0}}, 400, "--k must lie"),
         ({"refrag": {"mode": "magic"}}, 400, "mode 'magic': one of refrag, full"),
-        ({"refrag": {"topk": 0}}, 400, "--topk"), ({"refrag": 7}, 400, "refrag: wrong type int"),
+        ({"refrag": {"topk": 0}}, 400, "--topk"), ({"refrag": {"topk": 10**9}}, 400, "topk: at most 100"),
+        ({"refrag": {"hops": 9}}, 400, "hops: at most 4"), ({"seed": 2**70}, 400, "seed: at most"),
+        ({"refrag": 7}, 400, "refrag: wrong type int"),
         ({"messages": say("why " * 4000), "refrag": {"mode": "none"}}, 400, "the decoder's window"),
     ], ids=str)
     def test_are_told_what_is_wrong(self, server, body, status, told):
@@ -373,6 +376,12 @@ class TestBadRequests:
 
     def test_a_stream_that_can_not_begin_has_an_error_s_status(self, server):
         assert server.ask("why " * 4000, stream=True, refrag={"mode": "none"}).status_code == 400
+
+    def test_of_a_page_from_elsewhere(self, server):
+        ask = {"model": "refrag", "messages": say("Where do smiths cast bells?")}
+        replies = [server.http.post("/v1/chat/completions", json=ask, headers={"Origin": origin})
+                   for origin in ("https://elsewhere.example", "null", server.url)]
+        assert [reply.status_code for reply in replies] == [403, 403, 200]
 
     def test_addresses_and_methods_that_are_not_there(self, server):
         assert server.http.get("/v1/nothing").status_code == 404
@@ -509,10 +518,17 @@ def test_many_clients_get_the_answers_that_they_get_alone(server):
     assert [one["choices"][0]["message"]["content"] for one in made] == [alone[q] for q in questions]
 
 
+def half_sent(url, headers=""):
+    """A connection on which the first byte of a request's body was sent."""
+    host, port = url.removeprefix("http://").split(":")
+    made = socket.create_connection((host, int(port)), timeout=30)
+    made.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 100\r\n\r\n{{".encode())
+    return made
+
+
 def test_connections_that_are_opened_and_left(server):
-    address = server.url.removeprefix("http://").split(":")
-    left = [socket.create_connection((address[0], int(address[1]))) for _ in range(300)]
-    left[0].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    host, port = server.url.removeprefix("http://").split(":")
+    left = [half_sent(server.url), *(socket.create_connection((host, int(port))) for _ in range(300))]
     assert server.ask().status_code == 200
     for one in left:
         one.close()
@@ -531,6 +547,8 @@ def test_a_key_a_full_queue_and_too_little_time(serve_argv):
         codes = Counter(reply.status_code for reply in replies)
         assert set(codes) <= {200, 429} and codes[429] >= 1 <= codes[200]
         assert all(reply.headers["Retry-After"] == "1" for reply in replies if reply.status_code == 429)
+        with half_sent(server.url, "Authorization: Bearer secret\r\n") as slow:
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
     finally:
         code, err = server.end()
     assert (code, "Traceback" in err) == (143, False)
@@ -560,7 +578,7 @@ class TestEngine:
 
     def test_a_fault_of_ours_is_told_as_one_and_ends_nothing(self, capsys):
         class Broken:
-            generate, searcher = refrag.GenerateConfig(), None
+            generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
 
         engine, told = refrag.Engine(Broken(), refrag.ServeConfig()), []
         engine.pipeline_for = lambda wish: (_ for _ in ()).throw(RuntimeError("a cable was pulled"))
@@ -572,13 +590,22 @@ class TestEngine:
             ("error", 500, "RuntimeError: a cable was pulled")] * 2
 
     def test_jobs_that_are_late_or_given_up_are_not_begun(self):
-        engine, told = refrag.Engine(None, refrag.ServeConfig()), []
+        engine, told = refrag.Engine(None, refrag.ServeConfig(together=1)), []
         wish = refrag.Wish("none", 4, 0.0, 1, 1, 4, 0.0, 1.0, None)
         late, left = (refrag.Job(refrag.ChatRequest("why?", wish, False, False, []), seconds,
                                  lambda *what: told.append(what)) for seconds in (-1, 60))
         left.cancelled = True
         engine.work([late, left])
         assert [(kind, value.status) for kind, value in told] == [("error", 504)]
+
+    @pytest.mark.parametrize(("device", "together"), [("cpu", 1), ("cuda", 4)])
+    def test_batches_are_for_gpus_unless_asked_for(self, device, together):
+        class Loaded:
+            device = None
+
+        Loaded.device = torch.device(device)
+        assert refrag.Engine(Loaded(), refrag.ServeConfig()).together == together
+        assert refrag.Engine(Loaded(), refrag.ServeConfig(together=3)).together == 3
 
     def test_only_equal_wishes_share_a_batch_and_samples_share_none(self):
         engine = refrag.Engine(None, refrag.ServeConfig(together=3))
