@@ -8217,7 +8217,9 @@ def cell_text(value: Any) -> str:
         return f"{value['mean']:+.3f} {cell_text(value['ci'])}"
     if isinstance(value, list):
         return f"[{', '.join(f'{v:.3f}' for v in value)}]"
-    return value if isinstance(value, str) else f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    if isinstance(value, str | int):
+        return f"{value:,}" if isinstance(value, int) else value
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def aligned_table(rows: Sequence[dict[str, str]]) -> str:

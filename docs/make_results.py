@@ -72,7 +72,8 @@ def without_paths(value: Any) -> Any:
 def add(name: str, path: Path) -> None:
     """Keep a result under a name, without the paths of this machine."""
     result = without_paths(json.loads(path.read_text(encoding="utf-8")))
-    result["command"][0] = PurePath(result["command"][0]).name
+    program = PurePath(result["command"][0])
+    result["command"][0] = program.name if program.name == "refrag.py" else f"docs/{program.name}"
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
