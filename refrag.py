@@ -901,8 +901,7 @@ def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, ru
         report = {"device": describe_device(runtime), "versions": library_versions(),
                   "models": {name: describe_model(name) for name in BUNDLED}}
     if index.index_dir is not None:
-        opened = open_index(index.index_dir)
-        verify_files(opened.folder, opened.manifest["files"], again=True)
+        opened = open_index(index.index_dir, again=True)
         report["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
     emit(report, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in report.items()))
 
@@ -1323,7 +1322,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def pick_encoding_dtype(name: str, device: torch.device) -> torch.dtype:
     """The precision that passages and chunks are encoded in. auto is bfloat16 where the device computes in it: on a CPU
-    two to three times as fast, and the cosine to the vector in float32 is .9999."""
+    up to three times as fast, and the cosine to the vector in float32 is .9999."""
     if name == "auto" and device.type == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict)()
         name = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
@@ -2387,10 +2386,10 @@ class Index:
     replaces the manifest in one step, so that a reader finds the old index or the new one.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
+    def __init__(self, path: Path, manifest: dict[str, Any], again: bool = False):
         self.path, self.manifest = path, manifest
         self.folder = folder = path / manifest["generation"]
-        verify_files(folder, manifest["files"])
+        verify_files(folder, manifest["files"], again=again)
         self.ids, self.titles, self.texts = (StringColumn(folder, n) for n in ("ids", "titles", "texts"))
         self.parts = map_array(folder / "parts.npy")
         self.faiss = faiss.read_index(str(folder / "faiss.index")) if "dense" in manifest["uses"] else None
@@ -2457,18 +2456,18 @@ def index_manifest(index_dir: str | None) -> dict[str, Any]:
     return read_manifest(manifest_path)
 
 
-def open_index(index_dir: str | None) -> Index:
-    """Open and verify an index. Raises UserError, CorruptError, MismatchError."""
+def open_index(index_dir: str | None, again: bool = False) -> Index:
+    """Open and verify an index. again: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
     manifest = index_manifest(index_dir)
     path = Path(index_dir)
     try:
-        return Index(path, manifest)
+        return Index(path, manifest, again)
     except (FileNotFoundError, CorruptError):
         # A writer may have replaced the generation between the two reads; then the manifest says so.
         renewed = read_manifest(path / "manifest.json")
         if renewed["generation"] == manifest["generation"]:
             raise
-        return Index(path, renewed)
+        return Index(path, renewed, again)
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -8677,6 +8676,7 @@ def bench_text(result: dict[str, Any]) -> str:
 #     other engines.
 # =============================================================================
 
+MODES = PackConfig.__dataclass_fields__["mode"].metadata["choices"]
 REFERS_BACK = re.compile(r"^\W*(and|but|so|why|(what|how) about)\b|\b(he|him|his|she|hers?|its?|they|them|theirs?|this|"
                          r"that|these|those|there|then|ones?|same|others?|former|latter)\b", re.IGNORECASE)
 NAME = re.compile(rf"(?:[{CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*)(?:(?: (?:of|the|de|la|van|von|and))* "
@@ -8793,8 +8793,7 @@ class Chat:
 
     def mode(self, rest: str) -> None:
         """Change --mode."""
-        known = PackConfig.__dataclass_fields__["mode"].metadata["choices"]
-        require(rest in known, f"/mode: one of {', '.join(known)}, got {rest!r}")
+        require(rest in MODES, f"/mode: one of {', '.join(MODES)}, got {rest!r}")
         require(rest == "none" or self.pipeline.searcher is not None, "/mode: this chat was begun without an index")
         self.pipeline = self.pipeline.variant(mode=rest)
 
@@ -9088,8 +9087,7 @@ class Engine:
         """The pipeline with a request's settings. Raises UserError."""
         generate = dataclasses.replace(self.pipeline.generate, max_new=wish.max_new, temperature=wish.temperature,
                                        top_p=wish.top_p)
-        modes = PackConfig.__dataclass_fields__["mode"].metadata["choices"]
-        require(wish.mode in modes, f"mode {wish.mode!r}: one of {', '.join(modes)}")
+        require(wish.mode in MODES, f"mode {wish.mode!r}: one of {', '.join(MODES)}")
         require(wish.mode == "none" or self.pipeline.searcher is not None, "this server was begun without an index")
         search = dataclasses.replace(self.pipeline.search, topk=wish.topk, hops=wish.hops)
         made = self.pipeline.variant(search=search, generate=generate, mode=wish.mode, k=wish.k, p=wish.p)

@@ -39,6 +39,12 @@ import refrag
 RUNTIME = refrag.RuntimeConfig()
 
 
+def print_result(what: str, result: dict) -> None:
+    """A measurement with what it takes to make it again, as one JSON object."""
+    print(json.dumps({"what": what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions(),
+                      "command": sys.argv, "commit": refrag.source_commit(), **result}))
+
+
 # -- decoding ------------------------------------------------------------------
 
 
@@ -344,9 +350,7 @@ def main() -> None:
     args = parser.parse_args()
     refrag.prepare_runtime(RUNTIME)
     result = globals()[f"measure_{args.what}"](args)
-    facts = {"what": args.what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions(),
-             "command": sys.argv, "commit": refrag.source_commit()}
-    print(json.dumps({**facts, **result}))
+    print_result(args.what, result)
 
 
 if __name__ == "__main__":

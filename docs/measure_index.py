@@ -5,13 +5,16 @@
     python docs/measure_index.py add --texts passages.jsonl.gz --passages 1000 --index_dir runs/million
     python docs/measure_index.py search --texts passages.jsonl.gz --index_dir runs/million
     python docs/measure_index.py growth --texts passages.jsonl.gz --sizes 500 1000 2000 4000
+    python docs/measure_index.py kills --texts passages.jsonl.gz --index_dir runs/killed --kills 10
     python docs/measure_index.py gate_int8 --qa qa.dev.jsonl.gz --index_dir runs/dev
 
 faiss, build and add: the texts are real and taken again and again until there are enough, what an embedder would make
 of them is drawn: points around centres, a question near the passage that it asks for. All else is the program's own.
 search: the first words of passages as questions, by words, by vectors and by both. growth: whole builds, embedder and
-all, each in a process of its own, and the exponents with which their cost grows. gate_int8: the gate's recall with
-its vectors as they are stored, and rounded to 8 bits.
+all, each in a process of its own, and the exponents with which their cost grows. kills: a whole build that is ended by
+SIGKILL at random moments and started again each time; then blocks of it, drawn at random, are embedded once more here,
+and must equal the index's to the bit. gate_int8: the gate's recall with its vectors as they are stored, and rounded to
+8 bits.
 """
 
 from __future__ import annotations
@@ -31,10 +34,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from measure import RUNTIME, print_result
 
 import refrag
 
-RUNTIME = refrag.RuntimeConfig()
 DIM, CENTRES = 384, 10_000
 
 
@@ -183,6 +186,48 @@ def measure_growth(args: argparse.Namespace) -> dict:
     return {"rows": rows, "exponents": exponents}
 
 
+def build_killed(args: argparse.Namespace, rng: np.random.Generator) -> tuple[dict, list[dict]]:
+    """Build with SIGKILL at random moments. Returns what the last run printed, and each killed run."""
+    blocks = Path(args.index_dir) / refrag.FINISHED_BLOCKS
+    command = [sys.executable, refrag.__file__, "index", "--corpus", args.texts, "--index_dir", args.index_dir,
+               "--limit", str(args.passages), "--json"]
+    killed = []
+    for _ in range(args.kills):
+        seconds = float(rng.uniform(*args.between))
+        before = {path.name: path.stat().st_mtime_ns for path in blocks.glob("*.npz")}
+        with contextlib.suppress(subprocess.TimeoutExpired):  # which comes after SIGKILL
+            subprocess.run(command, check=True, capture_output=True, timeout=seconds)
+            raise SystemExit(f"the build was done before it could be killed: {len(killed)} kills")
+        after = {path.name: path.stat().st_mtime_ns for path in blocks.glob("*.npz")}
+        kept = before.items() <= after.items()  # nothing that was finished was made again
+        killed.append({"seconds": round(seconds, 1), "blocks": len(after), "kept": kept})
+        print(json.dumps(killed[-1]), file=sys.stderr, flush=True)
+    last = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(last), killed
+
+
+def measure_kills(args: argparse.Namespace) -> dict:
+    """A killed build against blocks of it that are embedded again in this process."""
+    rng = np.random.default_rng(args.seed)
+    summary, killed = build_killed(args, rng)
+    index, models = refrag.open_index(args.index_dir), refrag.ModelConfig()
+    embedder, chunking = refrag.load_embedder(None, RUNTIME), refrag.load_chunking(models, None, RUNTIME, None)
+    starts = range(0, len(index), refrag.EMBED_BLOCK)
+    chosen = sorted(rng.choice(len(starts), min(args.check, len(starts)), replace=False))
+    equal = 0
+    for first in (starts[i] for i in chosen):
+        rows = range(first, min(first + refrag.EMBED_BLOCK, len(index)))
+        vectors, tables = refrag.chunk_tables([index.content(row) for row in rows], chunking, embedder, 32)
+        span = slice(index.chunk_offsets[rows.start], index.chunk_offsets[rows.stop])
+        same = [np.array_equal(index.faiss.reconstruct_n(rows.start, len(rows)), vectors),
+                np.array_equal(index.gate[span], np.concatenate([t.gate for t in tables]).astype(np.float16)),
+                np.array_equal(index.chunk_ends[span], np.concatenate([t.ends for t in tables]))]
+        equal += all(same)
+        print(json.dumps({"block": first // refrag.EMBED_BLOCK, "same": same}), file=sys.stderr, flush=True)
+    return {"killed": killed, "last_run": summary, "blocks": len(starts), "checked": len(chosen), "equal": equal,
+            "search": search_times(index, args)}
+
+
 def measure_gate_int8(args: argparse.Namespace) -> dict:
     """The gate's recall with vectors in 16 and in 8 bits, a scale for each vector."""
 
@@ -209,7 +254,7 @@ def measure_gate_int8(args: argparse.Namespace) -> dict:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("faiss", "build", "add", "search", "growth", "gate_int8"))
+    parser.add_argument("what", choices=("faiss", "build", "add", "search", "growth", "kills", "gate_int8"))
     parser.add_argument("--index_dir")
     parser.add_argument("--texts", help="JSON lines {title,text}, .gz")
     parser.add_argument("--qa")
@@ -217,13 +262,15 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=1000)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--faiss", default="auto")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--between", nargs=2, type=float, default=[30, 300], help="seconds that a killed run lives")
+    parser.add_argument("--check", type=int, default=40, help="blocks that are embedded again")
+    parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--types", nargs="+", default=["hnsw", "ivfpq"])
     args = parser.parse_args()
     refrag.prepare_runtime(RUNTIME)
     result = measure_build(args, add=True) if args.what == "add" else globals()[f"measure_{args.what}"](args)
-    facts = {"what": args.what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions(),
-             "command": sys.argv, "commit": refrag.source_commit()}
-    print(json.dumps({**facts, **result}))
+    print_result(args.what, result)
 
 
 if __name__ == "__main__":

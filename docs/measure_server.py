@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
 import numpy as np
+from measure import print_result
 
 import refrag
 
@@ -114,10 +115,7 @@ def main() -> None:
     finally:
         process.terminate()
         process.wait(timeout=30)
-    runtime = refrag.RuntimeConfig()
-    print(json.dumps({"what": "server", "n": len(questions), "rows": rows, "memory_mb": memory, "command": sys.argv,
-                      "device": refrag.describe_device(runtime), "versions": refrag.library_versions(),
-                      "commit": refrag.source_commit()}))
+    print_result("server", {"n": len(questions), "rows": rows, "memory_mb": memory})
 
 
 if __name__ == "__main__":
