@@ -459,6 +459,8 @@ class SftConfig:
     eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training")
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
                                                  "1: the reader of the full text")
+    gate_frac: float = opt(0.75, "share of the questions for which the gate chooses the chunks that stay text, as in "
+                                 "use; for the others they are drawn at random, so that the vectors must be read")
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
                                      "\"not in the documents\"")
     limit: int | None = opt(None, "read at most this many questions")
@@ -470,7 +472,9 @@ class SftConfig:
             name = getattr(self, flag)
             require(name is None or os.path.isfile(name), f"--{flag} {name}: no such file")
         require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        require(0 <= self.no_answer_frac <= 1, f"--no_answer_frac must lie between 0 and 1, got {self.no_answer_frac}")
+        for flag in ("gate_frac", "no_answer_frac"):
+            share = getattr(self, flag)
+            require(0 <= share <= 1, f"--{flag} must lie between 0 and 1, got {share}")
         require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
         require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
 
@@ -763,7 +767,7 @@ def cmd_cpt_align(texts: TextConfig, align: AlignConfig, train: TrainConfig, mod
     """Train vectors to stand for the tokens between anchors: error, divergence and argmax terms."""
     phase = Phase("cpt_align", Weights(text=0.0, kl=align.kl, argmax=align.argmax, mse=align.mse))
     run_training(phase, (texts, align, train, models, runtime),
-                 lambda encoder, settled: AlignLessons(encoder, texts, settled, align))
+                 lambda model, settled: AlignLessons(model.encoder, texts, settled, align))
 
 
 @command("cpt_recon", TextConfig, ReconConfig, TrainConfig, ModelConfig)
@@ -771,7 +775,7 @@ def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, mod
                   runtime: RuntimeConfig) -> None:
     """Train encoder and projector so that the frozen decoder gives a text back from its vectors."""
     run_training(Phase("cpt_recon", Weights()), (texts, recon, train, models, runtime),
-                 lambda encoder, settled: ReconLessons(encoder, texts, settled, recon))
+                 lambda model, settled: ReconLessons(model.encoder, texts, settled, recon))
 
 
 @command("cpt_next", TextConfig, NextConfig, TrainConfig, ModelConfig)
@@ -780,7 +784,7 @@ def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, m
     """Train everything to go on with a text whose beginning is compressed."""
     phase = Phase("cpt_next", Weights(kl=following.distill))
     run_training(phase, (texts, following, train, models, runtime),
-                 lambda encoder, settled: NextLessons(encoder, texts, settled, following))
+                 lambda model, settled: NextLessons(model.encoder, texts, settled, following))
 
 
 @command("sft", SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig)
@@ -790,7 +794,8 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
     searcher = load_searcher(index, search, runtime)
     phase = Phase("sft", Weights(kl=sft.distill))
     run_training(phase, (sft, index, search, train, models, runtime),
-                 lambda encoder, settled: AnswerLessons(encoder, settled, sft, searcher, search))
+                 lambda model, settled: AnswerLessons(model.encoder, settled, sft, searcher, search,
+                                                      load_gate(model, "gate", searcher.embedder)))
 
 
 @command("train_gate", GateDataConfig, GateConfig, IndexConfig, SearchConfig, ModelConfig)
@@ -4414,6 +4419,15 @@ def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str],
     return GateInput(question, query, vectors, texts, docs, idf, prompt, decoder, seed)
 
 
+def word_weights(index: Index | None, texts: Sequence[str]) -> Callable[[str], float]:
+    """Inverse document frequency of a stemmed term: in an index by its words, else in the given chunks."""
+    if index is not None and index.bm25 is not None:
+        return index.idf
+    analyze = WordAnalyzer()
+    sets = [set(analyze(text)) for text in texts]
+    return lambda term: math.log(1 + len(sets) / (0.5 + sum(term in s for s in sets)))
+
+
 def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
                   answers: Sequence[str]) -> list[list[int]]:
     """For each place where an answer stands in a right document: the chunks that it covers.
@@ -4844,7 +4858,6 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float) -> list[
 TOKEN_CACHE_VERSION = 1
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
 NO_ANSWER = "Not in the documents."
-ANSWER_AS_TEXT = 0.75  # how often the chunk with the answer is first among those that stay text
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
 KEPT_CHECKPOINTS = 2
@@ -5267,8 +5280,8 @@ class Asked(NamedTuple):
     prompt: Prompt
     docs: list[Doc]
     content: Content
-    answer: str
     target: np.ndarray  # tokens to be said
+    rows: list[int]  # of the passages, in the index
 
 
 class AnswerPrompts:
@@ -5287,7 +5300,7 @@ class AnswerPrompts:
         label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
-        return Asked(prompt, docs, Content(chunks, self.rows(docs, sizes)), answer, np.concatenate([ids, self.end]))
+        return Asked(prompt, docs, Content(chunks, self.rows(docs, sizes)), np.concatenate([ids, self.end]), kept)
 
     def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
         """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
@@ -5325,9 +5338,10 @@ class AnswerLessons(Lessons):
     """Questions on retrieved passages; the answer alone is learned."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
-                 search: SearchConfig):
+                 search: SearchConfig, gate: QueryGate | None = None):
+        """gate: the learned one; without it the blend chooses."""
         super().__init__(encoder, train)
-        self.sft, self.index, self.searcher, self.search = sft, searcher.index, searcher, search
+        self.sft, self.index, self.searcher, self.search, self.gate = sft, searcher.index, searcher, search, gate
         self.questions, self.ranked = self.prepare(sft.rag_json, "--rag_json", sft.limit)
         self.held_out = None
         if sft.eval_json is not None:
@@ -5376,18 +5390,29 @@ class AnswerLessons(Lessons):
                 shown = [*shown[: self.search.topk - 1]]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
         asked = self.prompts.ask(item["question"], shown, gold, answer, k)
-        sequence = self.prompts.answered(asked, self.choose(asked, p, rng))
+        sequence = self.prompts.answered(asked, self.choose(item["question"], asked, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}")
 
-    def choose(self, asked: Asked, p: float, rng: np.random.Generator) -> np.ndarray:
-        """(L,) the chunks that stay text: at random, but mostly those with the answer first, as a gate would."""
-        chunks, docs = asked.prompt.chunks, asked.docs
-        scores = rng.random(len(chunks))
-        if rng.random() < ANSWER_AS_TEXT:
-            spans = answer_chunks([doc.content for doc in docs], [doc.ends for doc in docs], [True] * len(docs),
-                                  [asked.answer])
-            scores[[number for span in spans for number in span]] += 1
+    def choose(self, question: str, asked: Asked, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
+        """(L,) the chunks that stay text: those that the gate likes best, as in use, or some at random."""
+        chunks = asked.prompt.chunks
+        gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and asked.docs
+        scores = self.gate_scores(question, asked, k) if gated else rng.random(len(chunks))
         return select_chunks(scores, np.asarray([chunk.tokens for chunk in chunks], dtype=np.int64), p)
+
+    def gate_scores(self, question: str, asked: Asked, k: int) -> np.ndarray:
+        """(L,) the gate's. Where the index has longer chunks alone, a chunk has the score of the one it lies in."""
+        stored = self.index.manifest["chunking"]["k"]
+        tables = [self.index.chunk_table(row, k) or self.index.chunk_table(row, stored) for row in asked.rows]
+        embedder = self.searcher.embedder
+        query = embedder.embed_query(question)[0] if embedder is not None else None
+        given = gate_input(question, query, [doc.content for doc in asked.docs], tables, lambda term: 1.0)
+        given = given._replace(idf=word_weights(self.index, given.texts))
+        scores = self.gate.scores(given) if self.gate is not None and given.vectors is not None else blend_scores(given)
+        counts = [len(table.ends) for table in tables]
+        places = [base + np.searchsorted(table.ends[:-1], doc.ends) for base, table, doc in
+                  zip(np.cumsum([0, *counts[:-1]]), tables, asked.docs, strict=True)]
+        return scores[np.concatenate(places)]
 
     def exam(self) -> dict[str, list[Item]]:
         if self.held_out is None:
@@ -6043,7 +6068,7 @@ def write_run(folder: Path, settings: dict[str, Any], lessons: Lessons, accelera
 
 
 def train_phase(phase: Phase, configs: tuple[Any, ...],
-                make_lessons: Callable[[ChunkEncoder, TrainConfig], Lessons]) -> dict[str, Any]:
+                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> dict[str, Any]:
     """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
     train, models, runtime = configs[-3:]
     settled, accelerator = phase.settled(train), make_accelerator(runtime)
@@ -6052,7 +6077,7 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
         checkpoint, data = open_run(folder, settings, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
         model = load_model(source, max(train.k), runtime, settled.train, train.lora_r).to(accelerator.device)
-        lessons = make_lessons(model.encoder, settled)
+        lessons = make_lessons(model, settled)
         check_same_data(lessons.facts(), data)
         teacher = load_teacher(phase, settled, models, runtime)
         mark_trained(model, settled.train, train.lora_r)
@@ -7051,15 +7076,7 @@ class Pipeline:
             query = self.embedder.embed_query(item["question"])[0]
         given = gate_input(item["question"], query, contents, tables, lambda term: 1.0, self.runtime.seed,
                            packed.prompt, self.model.decoder)
-        return given._replace(idf=self.idf(given.texts))
-
-    def idf(self, texts: list[str]) -> Callable[[str], float]:
-        """Inverse document frequency of a term over the index, or over the given chunks where there is no BM25."""
-        if self.searcher is not None and self.searcher.index.bm25 is not None:
-            return self.searcher.index.idf
-        analyze = WordAnalyzer()
-        sets = [set(analyze(text)) for text in texts]
-        return lambda term: math.log(1 + len(sets) / (0.5 + sum(term in s for s in sets)))
+        return given._replace(idf=word_weights(self.searcher and self.searcher.index, given.texts))
 
     def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(expanded (L,), plan): what the decoder is fed in the pipeline's mode."""
