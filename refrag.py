@@ -79,7 +79,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -3577,11 +3577,11 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
-def first_layers(decoder: nn.Module, layers: int, *, share: bool = True) -> nn.Module:
+def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
-    share: use the decoder's own memory, for an encoder that is not trained apart from it; else copy. Raises UserError
-    if the decoder has fewer layers, or is not built as a stack of them.
+    share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
+    same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
     facts, total = decoder.config.to_dict(), decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
@@ -3594,8 +3594,9 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True) -> nn.M
         config = type(decoder.config).from_dict(facts)
         with torch.device("meta"):
             model = AutoModel.from_config(config)
-        weights = body.state_dict()
-        picked = {name: weights[name] if share else weights[name].clone() for name in model.state_dict()}
+        weights, table = body.state_dict(), decoder.get_input_embeddings().weight.data_ptr()
+        shared = {name: share_embeddings if weight.data_ptr() == table else share for name, weight in weights.items()}
+        picked = {name: weights[name] if shared[name] else weights[name].clone() for name in model.state_dict()}
         model.load_state_dict(picked, assign=True)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"--enc decoder:{layers}: this decoder can not be cut after a layer ({one_line(error)[:100]}): "
@@ -3660,6 +3661,13 @@ class ChunkEncoder(nn.Module):
         """Digest of weights and of how they are used; stored states carry it."""
         cuts = tokenizer_fingerprint(self.tokenizer.encoder)
         return weights_fingerprint(self.backbone, self.whole, self.pooling, cuts)
+
+    @property
+    def borrowed(self) -> set[str]:
+        """Names of the tensors that are the untrained decoder's: of `decoder:N` the token embeddings. They are neither
+        trained nor kept in checkpoints, of which they would be two thirds; to train them gained nothing."""
+        table = self.backbone.get_input_embeddings().weight if self.whole else None
+        return {name for name, parameter in self.named_parameters() if parameter is table}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
         """Token states. All arguments (B, T). Returns (B, T, E).
@@ -4066,6 +4074,8 @@ class RefragModel(PreTrainedModel):
         letters, lora = self.config.training_model, lora_names(self.decoder)
         modules = {"projector": self.projector} | ({"encoder": self.encoder} if "e" in letters else {})
         parts = {name: part_tensors(module) for name, module in modules.items()}
+        for name in self.encoder.borrowed if "encoder" in parts else ():
+            del parts["encoder"][name]
         if "d" in letters:
             parts["decoder"] = {name.replace(".base_layer.", "."): tensor
                                 for name, tensor in part_tensors(self.decoder).items() if name not in lora}
@@ -4096,10 +4106,11 @@ class RefragModel(PreTrainedModel):
         parts |= {"encoder": model.encoder} if "e" in saved else {}
         parts |= {"decoder": model.decoder} if "d" in saved else {}
         for name, part in parts.items():
-            load_part(part, path / f"{name}.safetensors")
+            load_part(part, path / f"{name}.safetensors", without=model.encoder.borrowed if name == "encoder" else ())
         if lora is not None:
             add_lora(model.decoder, lora["r"])
-            load_part(model.decoder, path / "lora.safetensors", only=lora_names(model.decoder))
+            base = part_tensors(model.decoder).keys() - lora_names(model.decoder)
+            load_part(model.decoder, path / "lora.safetensors", without=base)
         if lora is not None and (not train or ("d" in train and lora_r != lora["r"])):
             merge_lora(model)
         return model.eval()
@@ -4235,10 +4246,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
 
 
-def load_part(part: nn.Module, path: Path, only: set[str] | None = None) -> None:
-    """Load one part's weights, exactly. Raises CorruptError, or MismatchError that names the tensor."""
+def load_part(part: nn.Module, path: Path, without: Collection[str] = ()) -> None:
+    """Load one part's weights, exactly, but for some. Raises CorruptError, or MismatchError that names the tensor."""
     tensors = read_tensors(path)
-    own = {name: tensor for name, tensor in part_tensors(part).items() if only is None or name in only}
+    own = {name: tensor for name, tensor in part_tensors(part).items() if name not in without}
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -4276,7 +4287,8 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
     check_base(config, "decoder", decoder)
     layers = encoder_layers(config.encoder_name_or_path)
     if layers is not None:
-        backbone = first_layers(decoder, layers, share=not letters & {"e", "d"})
+        backbone = first_layers(decoder, layers, share=not letters & {"e", "d"},
+                                share_embeddings="d" not in {*config.training_model, *train})
         encoder = ChunkEncoder(backbone, tokenizer, whole=True, pooling=config.pooling)
     else:
         with hub_errors(config.encoder_name_or_path):
@@ -5582,6 +5594,8 @@ def mark_trained(model: RefragModel, letters: str, rank: int) -> None:
         letters = letters.replace("d", "")
     for letter in letters:
         modules[letter].float().requires_grad_(True)
+    for name in model.encoder.borrowed:
+        model.encoder.get_parameter(name).requires_grad_(False)
     config.training_model = "".join(x for x in "ped" if x in config.training_model or x in letters)
 
 
