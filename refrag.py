@@ -242,6 +242,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ReaderConfig(ModelConfig):
+    """Encoder and decoder that answer."""
+
+    load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
+                                       "shipped one where it is for these models, none: no trained weights")
+
+
+@dataclass(frozen=True)
 class SearchConfig:
     """How passages are found."""
 
@@ -708,8 +716,8 @@ def command(name: str, *configs: type) -> Callable[[Callable], Callable]:
     return register
 
 
-@command("index", CorpusConfig, IndexConfig, BuildConfig, ModelConfig)
-def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ModelConfig,
+@command("index", CorpusConfig, IndexConfig, BuildConfig, ReaderConfig)
+def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
     """Read a corpus; build FAISS and BM25; store the chunk vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
@@ -820,9 +828,9 @@ def run_training(phase: Phase, configs: tuple[Any, ...], make_lessons: Callable[
     emit(summary, configs[-1], training_text(summary))
 
 
-@command("generate", QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ModelConfig)
+@command("generate", QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
 def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-                 generate: GenerateConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+                 generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Answer a question from compressed context, with citations and timings."""
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     check_generate(ask, index, pack, generate)
@@ -837,9 +845,9 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
                 write(result)
 
 
-@command("chat", IndexConfig, SearchConfig, PackConfig, GenerateConfig, ModelConfig)
+@command("chat", IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
 def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
-             models: ModelConfig, runtime: RuntimeConfig) -> None:
+             models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Answer one question after another, each in the light of those before it; /help lists the commands."""
     require(generate.prompt is None, "--prompt goes with generate: chat asks for its questions")
     check_generate(QuestionConfig(), index, pack, generate)
@@ -852,9 +860,9 @@ def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generat
                 break
 
 
-@command("serve", ServeConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ModelConfig)
+@command("serve", ServeConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
 def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
-              models: ModelConfig, runtime: RuntimeConfig) -> None:
+              models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
     require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
     check_generate(QuestionConfig(), index, pack, generate)
@@ -863,9 +871,9 @@ def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack
     run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
 
 
-@command("export", ExportConfig, QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ModelConfig)
+@command("export", ExportConfig, QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
 def cmd_export(export: ExportConfig, ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-               generate: GenerateConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+               generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Write a question's mixed prompt as embeddings, and the request that vLLM takes it in."""
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
@@ -876,8 +884,8 @@ def cmd_export(export: ExportConfig, ask: QuestionConfig, index: IndexConfig, se
     emit(facts | {"out_dir": export.out_dir}, runtime, f"{facts['positions']:,} positions in {export.out_dir}: {files}")
 
 
-@command("eval", EvalConfig, IndexConfig, SearchConfig, ModelConfig)
-def cmd_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+@command("eval", EvalConfig, IndexConfig, SearchConfig, ReaderConfig)
+def cmd_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ReaderConfig,
              runtime: RuntimeConfig) -> None:
     """Measure answers, rankings, the gate or the vectors, each against its controls."""
     task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
@@ -885,8 +893,8 @@ def cmd_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, m
     emit(summary, runtime, task.table(summary))
 
 
-@command("bench", BenchConfig, IndexConfig, ModelConfig)
-def cmd_bench(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+@command("bench", BenchConfig, IndexConfig, ReaderConfig)
+def cmd_bench(bench: BenchConfig, index: IndexConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Time the first token and those after it against context length, side by side in one run."""
     with bench_folder(bench.out_dir) as folder:
         benchmark = load_benchmark(bench, index, models, runtime)
@@ -4313,21 +4321,48 @@ def check_base(config: RefragConfig, kind: str, model: nn.Module) -> None:
     setattr(config, f"{kind}_fingerprint", found)
 
 
+MODEL_FLAGS = {"dec": "decoder_name_or_path", "enc": "encoder_name_or_path", "pooling": "pooling",
+               "projector": "projector"}  # by their names in a checkpoint
+SHIPPED_READER = Path(__file__).resolve().parent / "data" / "reader"
+
+
+def other_models(models: ModelConfig, config: RefragConfig) -> list[str]:
+    """The flags that name something else than a checkpoint was made with."""
+    return [flag for flag, key in MODEL_FLAGS.items() if getattr(models, flag) not in (None, getattr(config, key))]
+
+
+def chosen_checkpoint(models: ModelConfig) -> Path | None:
+    """The checkpoint that --load_dir means, None for none. Raises UserError, CorruptError."""
+    if models.load_dir in (None, "none"):
+        return None
+    if models.load_dir != "auto":
+        return checkpoint_folder(models.load_dir)
+    shipped = (SHIPPED_READER / "config.json").is_file() and not other_models(models, read_model_config(SHIPPED_READER))
+    return SHIPPED_READER if shipped else None
+
+
+def for_others(models: ModelConfig) -> str:
+    """What to add where the shipped checkpoint might have been expected, but is for other models."""
+    if models.load_dir != "auto" or not (SHIPPED_READER / "config.json").is_file():
+        return ""
+    config = read_model_config(SHIPPED_READER)
+    return (f"; the shipped checkpoint does not apply, it is for --dec {config.decoder_name_or_path} "
+            f"--enc {config.encoder_name_or_path}")
+
+
 def model_config(models: ModelConfig, k: int) -> RefragConfig:
     """The configuration of --load_dir's checkpoint, or of the named models; compression is k either way.
 
     Raises MismatchError if the checkpoint was made with other models than those named.
     """
-    named = {"decoder_name_or_path": models.dec, "encoder_name_or_path": models.enc, "pooling": models.pooling,
-             "projector": models.projector}
-    given = {key: value for key, value in named.items() if value is not None}
-    if models.load_dir is None:
-        return RefragConfig(compression=k, **given)
-    config = read_model_config(checkpoint_folder(models.load_dir))
-    for (key, value), flag in zip(named.items(), ("dec", "enc", "pooling", "projector"), strict=True):
-        if value not in (None, getattr(config, key)):
-            raise MismatchError(f"--load_dir {models.load_dir} was made with --{flag} {getattr(config, key)}, not "
-                                f"{value}: leave the flag out, or name another checkpoint")
+    folder = chosen_checkpoint(models)
+    if folder is None:
+        given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
+        return RefragConfig(compression=k, **{key: value for key, value in given.items() if value is not None})
+    config = read_model_config(folder)
+    for flag in other_models(models, config):
+        raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
+                            f"{getattr(models, flag)}: leave the flag out, or name another checkpoint")
     config.compression = k
     return config
 
@@ -4336,13 +4371,12 @@ def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig, train: str =
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
-    if models.load_dir is not None:  # of a run, the newest: looked for once, so that a damaged one is told once
-        models = dataclasses.replace(models, load_dir=str(checkpoint_folder(models.load_dir)))
-    config = model_config(models, k)
-    if models.load_dir is None:
+    folder = chosen_checkpoint(models)  # of a run, the newest: looked for once, so that a damaged one is told once
+    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)), k)
+    if folder is None:
         model = build_model(config, device, dtype, train)
     else:
-        model = RefragModel.from_pretrained(models.load_dir, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
         model.config.compression = model.encoder.tokenizer.compression = k
     model.encoder.precision = pick_encoding_dtype(runtime.dtype, device)
     return model
@@ -4366,7 +4400,8 @@ def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, pr
     """The chunking of a new index, or one that continues an index. Raises MismatchError if it can not."""
     built = previous.manifest["chunking"] if previous else None
     width = built["k"] if built else k or PackConfig.k
-    with_states = bool(built["encoder"]) if built else k is not None or models.load_dir is not None
+    asked = k is not None or models.load_dir not in (None, "none", "auto")
+    with_states = bool(built["encoder"]) if built else asked
     if with_states:
         encoder = load_model(models, width, runtime).encoder
         chunking = make_chunking(encoder.tokenizer, encoder)
@@ -6414,9 +6449,8 @@ def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConf
 
     kind: "gate" or "policy".
     """
-    config, parts = model_config(models, settings.k), {}
-    if models.load_dir is not None:
-        folder = checkpoint_folder(models.load_dir)
+    config, parts, folder = model_config(models, settings.k), {}, chosen_checkpoint(models)
+    if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
     setattr(config, kind, gate_facts(gate, data.searcher.embedder))
@@ -7319,7 +7353,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     pipeline.warm_up()
     pipeline.load_s = time.perf_counter() - start
     if not pipeline.model.trained and pack.mode == "refrag":
-        notice(UNTRAINED[pipeline.feed])
+        notice(UNTRAINED[pipeline.feed] + for_others(models))
     return pipeline
 
 
@@ -7703,8 +7737,7 @@ class Task:
     def model_sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
         config, digest = model_config(self.models, self.options.k[0]), None
-        if self.models.load_dir is not None:
-            folder = checkpoint_folder(self.models.load_dir)
+        if (folder := chosen_checkpoint(self.models)) is not None:
             manifest = folder / CHECKPOINT_MANIFEST
             digest = read_manifest(manifest, CHECKPOINT_FORMAT)["digest"] if manifest.is_file() else str(folder)
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,

@@ -1268,6 +1268,53 @@ def test_a_fall_back_is_told_once(run_folder, capsys):
     assert capsys.readouterr().err.count("falling back") == 1
 
 
+@pytest.fixture
+def shipped(monkeypatch, checkpoint):
+    """The tiny checkpoint in the place of the shipped one."""
+    monkeypatch.setattr(refrag, "SHIPPED_READER", checkpoint)
+    return checkpoint
+
+
+ASKED = ("generate", "--prompt", f"Where? <doc id='1'>{CONTENTS[0]}</doc>", "--k", 4, "--p", 0, "--gate", "none",
+         "--max_new", 2, "--json")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_shipped_checkpoint_is_used_unless_told_otherwise(run, shipped, llama, bert, named):
+    models = ["--dec", llama, "--enc", bert] if named else []
+    for argv, used in (([], True), (["--load_dir", "auto"], True), (["--load_dir", "none"], False)):
+        code, out, err = run(*ASKED, *(models or ["--dec", llama, "--enc", bert] if not used else models), *argv)
+        made = json.loads(out)["settings"]
+        assert (code, made["projector_trained"], made["enc"]) == (0, used, str(bert)), err
+        assert "shipped" not in err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--enc", "decoder:2"), ("--projector", "mlp")])
+def test_the_shipped_checkpoint_does_not_apply_to_other_models(run, shipped, llama, bert, flag, value):
+    """It says so, in the line that says that the projector is untrained."""
+    code, out, err = run(*ASKED, "--dec", llama, *([] if flag == "--enc" else ["--enc", bert]), flag, value)
+    made = json.loads(out)["settings"]
+    assert (code, made["projector_trained"]) == (0, False)
+    assert f"the shipped checkpoint does not apply, it is for --dec {llama} --enc {bert}" in err
+
+
+def test_training_begins_with_no_checkpoint(shipped, llama):
+    """The shipped one must be named to be trained further."""
+    assert not refrag.load_model(refrag.ModelConfig(dec=str(llama), enc="decoder:2"), 4, refrag.RuntimeConfig()).trained
+    assert refrag.load_model(refrag.ModelConfig(load_dir="auto"), 4, refrag.RuntimeConfig(device="cpu")).trained
+
+
+def test_an_index_holds_states_only_if_asked(run, tmp_path, shipped, corpus, embedder):
+    """The shipped encoder's with --k; none by default."""
+    for name, argv in (("without", []), ("with", ["--k", 4])):
+        argv = ["--corpus", corpus, "--index_dir", tmp_path / name, "--embed_model", embedder, *argv]
+        assert run("index", *argv)[0] == 0
+    without, held = (refrag.open_index(str(tmp_path / name)).manifest["chunking"] for name in ("without", "with"))
+    assert without["encoder"] is None and held["k"] == 4
+    model = refrag.load_model(refrag.ReaderConfig(), 4, refrag.RuntimeConfig(device="cpu", dtype="float32"))
+    assert held["encoder"] == model.encoder.fingerprint
+
+
 @pytest.mark.parametrize("name", ["model.pt", "run/nothing", "empty"])
 def test_a_bad_load_dir_is_one_line_and_exit_code_2(run, tmp_path, name):
     (tmp_path / "empty").mkdir()
