@@ -866,8 +866,8 @@ def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack
     """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
     require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
     check_generate(QuestionConfig(), index, pack, generate)
-    late_import("starlette")  # told before the models are loaded
-    late_import("uvicorn")
+    for name in ("starlette", "uvicorn"):  # told before the models are loaded
+        late_import(name, "starlette uvicorn")
     run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
 
 
@@ -1266,12 +1266,13 @@ if __name__ == "__main__":
 QUIET = False  # set once by prepare_runtime; progress and notices look here
 
 
-def late_import(name: str) -> Any:
-    """A module that only some commands need. Raises MissingError."""
+def late_import(name: str, install: str | None = None) -> Any:
+    """A module that only some commands need. install: all that such a command needs. Raises MissingError."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingError(f"library missing: {one_line(error)}: pip install {name.partition('.')[0]}") from None
+        raise MissingError(f"library missing: {one_line(error)}: pip install "
+                           f"{install or name.partition('.')[0]}") from None
 
 
 def notice(text: str) -> None:

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import refrag
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +70,28 @@ def test_make_results_keeps_no_path_of_this_machine_and_tells_a_stale_table(tmp_
     assert make("--check") == 1
 
 
+def test_a_run_is_shipped_in_half_precision(tmp_path, llama):
+    """What was trained, rounded to bfloat16; a card, and no path of where it was made."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "Bells ring on the seven bridges of the old city. " * 8}), encoding="utf-8")
+    argv = ["cpt_recon", "--train_json", texts, "--dec", llama, "--enc", "decoder:2", "--k", 4, "--seq_tokens", 32,
+            "--train", "ped", "--lora_r", 2, "--steps", 2, "--batch_size", 1, "--out_dir", tmp_path / "run", "--quiet"]
+    assert refrag.main(list(map(str, argv))) == 0
+    made = subprocess.run([sys.executable, ROOT / "docs/ship_reader.py", tmp_path / "run", tmp_path / "reader"],
+                          capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    whole = refrag.RefragModel.from_pretrained(tmp_path / "run", train="ped", lora_r=2).parts()
+    halved = refrag.RefragModel.from_pretrained(tmp_path / "reader", train="ped", lora_r=2).parts()
+    assert {path.name for path in (tmp_path / "reader").iterdir()} == {
+        "README.md", "config.json", "encoder.safetensors", "lora.safetensors", "loss.png", "manifest.json",
+        "projector.safetensors"}
+    for part, tensors in whole.items():
+        assert all(torch.equal(tensor.bfloat16().float(), halved[part][name]) for name, tensor in tensors.items())
+    card, config = ((tmp_path / "reader" / name).read_text(encoding="utf-8") for name in ("README.md", "config.json"))
+    assert "| cpt_recon | 2 |" in card and "## Limits" in card
+    assert str(tmp_path) not in card + config
+
+
 @pytest.mark.models
 class TestMeasurements:
     """Each runs, on little, and says what is compared."""
@@ -110,3 +135,9 @@ class TestMeasurements:
         assert built["counts"]["passages"] < added["counts"]["passages"] == found["passages"]
         assert built["bytes_per_passage"]["faiss.index"] == pytest.approx(4 * 384, rel=0.1)
         assert set(found) >= {"bm25", "dense", "hybrid", "open_s"}
+
+    def test_a_killed_build_is_compared_block_by_block(self, measure, texts, tmp_path):
+        made = measure("measure_index.py", "kills", "--texts", texts, "--index_dir", tmp_path / "index", "--passages",
+                       260, "--kills", 1, "--between", 6, 7, "--check", 2, "--questions", 3)
+        assert len(made["killed"]) == 1 and all(run["kept"] for run in made["killed"])
+        assert made["blocks"] == made["checked"] == made["equal"] == 2
