@@ -1567,11 +1567,16 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(path: Path, folder: Path, manifest: dict[str, Any], form: str = MANIFEST_FORMAT) -> None:
-    """Write a manifest that lists every file of `folder` with its size and sha256."""
+def write_manifest(path: Path, folder: Path, manifest: dict[str, Any], form: str = MANIFEST_FORMAT,
+                   known: dict[str, dict[str, Any]] | None = None) -> None:
+    """Write a manifest that lists every file of `folder` with its size and sha256, by its path from the manifest's.
+
+    known: entries of further files.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files}
-    manifest = {"format": form, "version": MANIFEST_VERSION, **manifest, "files": entries}
+    entries = {p.relative_to(path.parent).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+               for p in files}
+    manifest = {"format": form, "version": MANIFEST_VERSION, **manifest, "files": (known or {}) | entries}
     manifest["digest"] = manifest_digest(manifest)
     write_atomic(path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
@@ -1603,7 +1608,7 @@ def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = M
                  again: bool = False) -> None:
     """Check sizes, then digests, of every listed file. Raises CorruptError that names the first bad one.
 
-    Large ones are read once, and again when they have been written to since, or with `again`.
+    Of many bytes, each file is read once, and again when it has been written to since, or with `again`.
     """
     written: dict[str, list[Any]] = {}
     for name, entry in entries.items():
@@ -1614,11 +1619,13 @@ def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = M
         written[name] = [entry["sha256"], found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
     large = sum(entry["bytes"] for entry in entries.values()) >= READ_ALWAYS
     known = cache_home() / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
+    before: dict[str, list[Any]] = {}
     if large and not again:
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(known.read_bytes()) == written:
-                return
-    read_digests(folder, entries, form)
+            before = json.loads(known.read_bytes())
+    if before == written:
+        return
+    read_digests(folder, {name: entry for name, entry in entries.items() if before.get(name) != written[name]}, form)
     if large:
         with contextlib.suppress(OSError):
             known.parent.mkdir(parents=True, exist_ok=True)
@@ -1722,6 +1729,28 @@ def aborting(*writers: ArrayWriter | StringWriter | None) -> Iterator[None]:
         for writer in filter(None, writers):
             writer.abort()
         raise
+
+
+class Joined(Sequence):
+    """Several columns as one, their rows numbered through."""
+
+    def __init__(self, columns: Iterable[Sequence | np.ndarray]):
+        self.columns = list(columns)
+        self.starts = list(itertools.accumulate(map(len, self.columns), initial=0))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """(column, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        column = bisect.bisect_right(self.starts, row) - 1
+        return column, row - self.starts[column]
+
+    def __getitem__(self, row: int) -> Any:
+        column, inside = self.place(row)
+        return self.columns[column][inside]
 
 
 class StringColumn:
@@ -2219,42 +2248,97 @@ class WordAnalyzer:
         return [term for term in map(term_of, WORD.findall(text.lower())) if term is not None]
 
 
+BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
+
+
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
-    """Index texts with bm25s (Lucene's variant, k1 = 1.5, b = .75) and save it without pickle."""
+    """Index texts with bm25s and save it without pickle, with the length of each in terms."""
     analyze, vocabulary, ids = WordAnalyzer(), {}, []
     for text in progress(texts, "BM25 terms", total=total, unit="passage"):
         terms = [vocabulary.setdefault(term, len(vocabulary)) for term in analyze(text)]
         ids.append(np.asarray(terms, dtype=np.int32))
     vocabulary.setdefault("", len(vocabulary))  # bm25s looks this one up for texts without any term
-    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    index = bm25s.BM25(**BM25)
     with np.errstate(invalid="ignore"):  # a corpus without any term has mean length 0
         index.index(bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
     index.save(folder, show_progress=False)
+    np.save(folder / "lengths.npy", np.asarray([len(terms) for terms in ids], dtype=np.uint32))
+
+
+def bm25_idf(total: int, frequency: int) -> float:
+    """Lucene's weight of a term that `frequency` of `total` texts hold."""
+    return math.log(1 + (total - frequency + 0.5) / (frequency + 0.5))
+
+
+class Bm25Segment:
+    """What `build_bm25` saved, memory-mapped."""
+
+    def __init__(self, folder: Path):
+        index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+        self.vocabulary, self.scores = index.vocab_dict, index.scores
+        self.lengths = map_array(folder / "lengths.npy")
+        self.mean = float(self.lengths.mean()) if len(self.lengths) else 0.0
+
+    def frequency(self, term: str) -> int:
+        """Passages that hold a term."""
+        row = self.vocabulary.get(term)
+        return 0 if row is None else int(self.scores["indptr"][row + 1] - self.scores["indptr"][row])
+
+    def postings(self, term: str) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that hold a term, and its weight in each by this segment's own statistics."""
+        row = self.vocabulary[term]
+        span = slice(self.scores["indptr"][row], self.scores["indptr"][row + 1])
+        return self.scores["indices"][span], self.scores["data"][span]
 
 
 class Bm25:
-    """A saved BM25 index, memory-mapped."""
+    """BM25 over the segments of an index, by the statistics of all of them together.
 
-    def __init__(self, folder: Path):
-        self.analyze = WordAnalyzer()
-        self.index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+    A weight is idf * count / (count + length_norm), so that the count of the term in the passage can be found again in
+    what a segment has stored, and the weight be taken anew with the whole index's idf and mean length.
+    """
+
+    def __init__(self, segments: Sequence[Bm25Segment]):
+        self.analyze, self.segments = WordAnalyzer(), segments
+        self.starts = list(itertools.accumulate((len(s.lengths) for s in segments), initial=0))
+        terms = sum(float(s.lengths.sum(dtype=np.int64)) for s in segments)
+        self.mean = terms / self.starts[-1] if self.starts[-1] else 0.0
+
+    def document_frequency(self, term: str) -> int:
+        """Passages that hold a term."""
+        return sum(segment.frequency(term) for segment in self.segments)
+
+    def weights(self, segment: Bm25Segment, term: str, idf: float) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a segment that hold a term, and its weight in each."""
+        rows, stored = segment.postings(term)
+        if len(self.segments) == 1:
+            return rows, stored
+        share = stored / bm25_idf(len(segment.lengths), len(rows))  # count / (count + norm)
+        lengths = segment.lengths[rows]
+        norm, own_norm = (BM25["k1"] * (1 - BM25["b"] + BM25["b"] * lengths / mean)
+                          for mean in (self.mean, segment.mean))
+        count = np.rint(own_norm * share / (1 - share))
+        return rows, (idf * count / (count + norm)).astype(np.float32)
+
+    def scores(self, question: str) -> np.ndarray:
+        """(N,) float32, of every passage; a term that the question repeats counts as often."""
+        scores = np.zeros(self.starts[-1], dtype=np.float32)
+        for term in self.analyze(question):
+            idf = bm25_idf(len(scores), self.document_frequency(term))
+            for start, segment in zip(self.starts, self.segments, strict=False):
+                if segment.frequency(term):
+                    rows, weights = self.weights(segment, term, idf)
+                    scores[start + rows] += weights
+        return scores
 
     def search(self, question: str, topk: int) -> list[int]:
         """Rows with a score above zero, best first; equal scores in corpus order."""
-        terms = self.index.get_tokens_ids(self.analyze(question))
-        if not len(terms):
-            return []
-        scores = self.index.get_scores_from_ids(terms)
+        scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
             edge = np.partition(scores[found], -topk)[-topk]
             found = found[scores[found] >= edge]
         return found[np.argsort(-scores[found], kind="stable")][:topk].tolist()
-
-    def document_frequency(self, term: str) -> int:
-        """Passages that hold a term."""
-        row = self.index.vocab_dict.get(term)
-        return 0 if row is None else int(self.index.scores["indptr"][row + 1] - self.index.scores["indptr"][row])
 
 
 def faiss_kind(requested: str, total: int) -> str:
@@ -2311,10 +2395,18 @@ def on_gpus(index: faiss.Index, device: torch.device) -> faiss.Index:
         return index
 
 
-def search_faiss(index: faiss.Index, query: np.ndarray, topk: int) -> list[int]:
-    """Rows of the nearest vectors, best first. FAISS pads with -1 when it finds fewer: those are dropped."""
-    _, rows = index.search(query, min(topk, index.ntotal))
-    return [row for row in rows[0].tolist() if row >= 0]
+def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> list[int]:
+    """Rows of the nearest vectors, best first, the indexes' rows numbered through.
+
+    FAISS pads with -1 when it finds fewer: those are dropped.
+    """
+    found, start = [], 0
+    for index in indexes:
+        scores, rows = index.search(query, min(topk, index.ntotal))
+        pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
+        found += [(-score, start + row) for score, row in pairs if row >= 0]
+        start += index.ntotal
+    return [row for _, row in sorted(found)[:topk]]
 
 
 def rrf(rankings: Iterable[Sequence[int]]) -> list[tuple[int, float]]:
@@ -2393,27 +2485,57 @@ def passage_content(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
-class Index:
-    """An index folder, verified and memory-mapped.
+class IndexSegment:
+    """The passages of one build or addition, memory-mapped."""
 
-    manifest.json names the generation folder that is current; a writer makes a new generation beside it and then
-    replaces the manifest in one step, so that a reader finds the old index or the new one.
+    def __init__(self, folder: Path, uses: Sequence[str]):
+        self.folder = folder
+        self.ids, self.titles, self.texts = (StringColumn(folder, n) for n in ("ids", "titles", "texts"))
+        self.parts, self.keys = (map_array(folder / f"{name}.npy") for name in ("parts", "keys"))
+        self.faiss = faiss.read_index(str(folder / "faiss.index")) if "dense" in uses else None
+        self.bm25 = Bm25Segment(folder / "bm25") if "bm25" in uses else None
+        self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
+            map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
+        self.gate, self.chunks = (map_array(path) if path.is_file() else None
+                                  for path in (folder / "gate.npy", folder / "chunks.npy"))
+        if self.faiss is not None:
+            tune_faiss(self.faiss)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def holds(self, identifiers: StringColumn) -> str | None:
+        """The first of some ids that is here, too."""
+        keys = id_keys(identifiers)
+        if not len(self.keys):
+            return None
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        hits = {identifiers[row] for row in np.flatnonzero(self.keys[at] == keys)}
+        own = (self.ids[row] for row in range(len(self))) if hits else ()
+        return next((identifier for identifier in own if identifier in hits), None)
+
+
+def id_keys(identifiers: StringColumn) -> np.ndarray:
+    """(N,) uint64, a digest of each id."""
+    N = len(identifiers)
+    digests = (hashlib.blake2b(identifiers[row].encode(), digest_size=8).digest() for row in range(N))
+    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), dtype=np.uint64, count=N)
+
+
+class Index:
+    """An index folder, verified and memory-mapped: one segment, and others for what was added.
+
+    manifest.json names the folders of the segments; a writer makes a new one beside them and then replaces the manifest
+    in one step, so that a reader finds the old index or the new one.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], again: bool = False):
         self.path, self.manifest = path, manifest
-        self.folder = folder = path / manifest["generation"]
-        verify_files(folder, manifest["files"], again=again)
-        self.ids, self.titles, self.texts = (StringColumn(folder, n) for n in ("ids", "titles", "texts"))
-        self.parts = map_array(folder / "parts.npy")
-        self.faiss = faiss.read_index(str(folder / "faiss.index")) if "dense" in manifest["uses"] else None
-        self.bm25 = Bm25(folder / "bm25") if "bm25" in manifest["uses"] else None
-        self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
-            map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
-        self.gate = map_array(folder / "gate.npy") if "gate.npy" in manifest["files"] else None
-        self.chunks = map_array(folder / "chunks.npy") if "chunks.npy" in manifest["files"] else None
-        if self.faiss is not None:
-            tune_faiss(self.faiss)
+        verify_files(path, manifest["files"], again=again)
+        self.segments = [IndexSegment(path / segment["folder"], manifest["uses"]) for segment in manifest["segments"]]
+        self.ids, self.titles, self.texts, self.parts = (
+            Joined(getattr(segment, name) for segment in self.segments) for name in ("ids", "titles", "texts", "parts"))
+        self.bm25 = Bm25([segment.bm25 for segment in self.segments]) if "bm25" in manifest["uses"] else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -2442,11 +2564,13 @@ class Index:
         stored = self.manifest["chunking"]["k"]
         if k % stored or (k > stored and stored % CHUNK_UNIT):  # the boundaries would not nest
             return None
-        span = slice(self.chunk_offsets[row], self.chunk_offsets[row + 1])
-        gate = None if self.gate is None else np.asarray(self.gate[span], dtype=np.float32)
-        usable = self.chunks is not None and self.manifest["chunking"]["encoder"] == encoder
-        states = np.asarray(self.chunks[span], dtype=np.float32) if usable else None
-        return merge_chunks(ChunkTable(self.chunk_ends[span], self.chunk_sizes[span], gate, states), k // stored)
+        number, inside = self.ids.place(row)
+        segment = self.segments[number]
+        span = slice(segment.chunk_offsets[inside], segment.chunk_offsets[inside + 1])
+        gate = None if segment.gate is None else np.asarray(segment.gate[span], dtype=np.float32)
+        usable = segment.chunks is not None and self.manifest["chunking"]["encoder"] == encoder
+        states = np.asarray(segment.chunks[span], dtype=np.float32) if usable else None
+        return merge_chunks(ChunkTable(segment.chunk_ends[span], segment.chunk_sizes[span], gate, states), k // stored)
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
@@ -2467,7 +2591,10 @@ def index_manifest(index_dir: str | None) -> dict[str, Any]:
     require(path.is_dir(), f"--index_dir {path}: no such folder: build it with `python refrag.py index`")
     manifest_path = path / "manifest.json"
     require(manifest_path.is_file(), f"--index_dir {path}: no index in this folder: build it with `index`")
-    return read_manifest(manifest_path)
+    manifest = read_manifest(manifest_path)
+    if "segments" not in manifest:
+        raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
+    return manifest
 
 
 def open_index(index_dir: str | None, again: bool = False) -> Index:
@@ -2477,9 +2604,9 @@ def open_index(index_dir: str | None, again: bool = False) -> Index:
     try:
         return Index(path, manifest, again)
     except (FileNotFoundError, CorruptError):
-        # A writer may have replaced the generation between the two reads; then the manifest says so.
-        renewed = read_manifest(path / "manifest.json")
-        if renewed["generation"] == manifest["generation"]:
+        # A writer may have replaced the segments between the two reads; then the manifest says so.
+        renewed = index_manifest(index_dir)
+        if renewed["segments"] == manifest["segments"]:
             raise
         return Index(path, renewed, again)
 
@@ -2534,7 +2661,7 @@ def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int)
 
 
 class CorpusWriter:
-    """Writes the text columns of a generation and remembers, on disk, where each passage came from."""
+    """Writes the text columns of a segment and remembers, on disk, where each passage came from."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -2543,12 +2670,12 @@ class CorpusWriter:
         self.places = StringWriter(folder, "places")
         self.records = self.copied = 0
 
-    def copy(self, old: Index) -> None:
-        """Append everything an index holds. Only call at first."""
+    def copy(self, old: IndexSegment) -> None:
+        """Append everything a segment holds. Only call at first."""
         for name, writer in self.columns.items():
             writer.extend(getattr(old, name))
         self.parts.extend(old.parts)
-        self.copied = len(old)
+        self.copied += len(old)
 
     def write(self, identifier: str, title: str, text: str, part: int, place: str) -> None:
         """Append one passage."""
@@ -2570,25 +2697,34 @@ class CorpusWriter:
         """All open files."""
         return (*self.columns.values(), self.parts, self.places)
 
-    def close(self) -> None:
-        """Finish the files and refuse duplicate ids. Raises UserError that names both places."""
+    def close(self, beside: Sequence[IndexSegment]) -> None:
+        """Finish the files and refuse ids that came twice, or are in a segment beside. Raises UserError."""
         for writer in self.writers:
             writer.close()
         ids = StringColumn(self.folder, "ids")
-        keys = np.fromiter((int.from_bytes(hashlib.blake2b(ids[i].encode(), digest_size=8).digest(), "little")
-                            for i in range(len(ids))), dtype=np.uint64, count=len(ids))
+        keys = id_keys(ids)
         order = np.argsort(keys, kind="stable")
         for at in np.flatnonzero(keys[order[1:]] == keys[order[:-1]]):
             first, second = order[at], order[at + 1]
             if ids[first] == ids[second]:
-                told = StringColumn(self.folder, "places")
-                places = ["the index" if row < self.copied else told[row - self.copied] for row in (first, second)]
-                raise UserError(f"duplicate id {ids[first]!r} at {places[0]} and {places[1]}: make ids unique")
+                self.refuse(ids[first], self.place(first), self.place(second))
+        for segment in beside:
+            if (known := segment.holds(ids)) is not None:
+                self.refuse(known, "the index", self.place(next(row for row in range(len(ids)) if ids[row] == known)))
+        np.save(self.folder / "keys.npy", keys[order])
         for path in self.folder.glob("places*.npy"):
             path.unlink()
 
+    def place(self, row: int) -> str:
+        """Where a passage came from."""
+        return "the index" if row < self.copied else StringColumn(self.folder, "places")[row - self.copied]
 
-def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
+    def refuse(self, identifier: str, *places: str) -> None:
+        """Raise UserError for an id that came twice."""
+        raise UserError(f"duplicate id {identifier!r} at {places[0]} and {places[1]}: make ids unique")
+
+
+def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, parted: Parted,
            counts: dict[str, int]) -> None:
     """First pass: read, validate, split and write the text columns, block by block. room: tokens the embedder reads."""
     limit = min(corpus.max_passage_tokens, room)
@@ -2596,18 +2732,18 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
         notice(f"passages are cut at {limit} tokens, the most this embedder reads")
     writer = CorpusWriter(folder)
     with aborting(*writer.writers):
-        if previous is not None:
-            writer.copy(previous)
+        for segment in parted.taken:
+            writer.copy(segment)
         records = iter(progress(read_corpus(corpus, counts), "reading", unit="record"))
         while block := list(itertools.islice(records, EMBED_BLOCK)):
             for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
                 writer.add(record, spans)
         require(writer.records > 0, f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        writer.close()
+        writer.close(parted.kept)
 
 
 class ChunkWriter:
-    """Writes the chunk tables of a generation."""
+    """Writes the chunk tables of a segment."""
 
     def __init__(self, folder: Path, gate_width: int | None, states_width: int | None):
         self.offsets = ArrayWriter(folder / "chunk_offsets.npy", np.int64)
@@ -2617,9 +2753,9 @@ class ChunkWriter:
         self.states = ArrayWriter(folder / "chunks.npy", np.float16, states_width) if states_width else None
         self.offsets.append([0])
 
-    def copy(self, old: Index) -> None:
-        """Append everything an index holds. Only call at first."""
-        self.offsets.append(old.chunk_offsets[1:])
+    def copy(self, old: IndexSegment) -> None:
+        """Append everything a segment holds. Only call at first."""
+        self.offsets.append(old.chunk_offsets[1:] + self.ends.rows)
         for writer, rows in ((self.ends, old.chunk_ends), (self.sizes, old.chunk_sizes), (self.gate, old.gate),
                              (self.states, old.chunks)):
             if writer is not None:
@@ -2726,16 +2862,18 @@ def embed_share(folder: Path, first: int, chunking: Chunking, embedder: Embedder
     group.wait_for_everyone()
 
 
-def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, previous: Index | None,
+def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, taken: Sequence[IndexSegment],
                  batch_size: int, finished: FinishedBlocks | None) -> None:
     """Second pass: embed what is new and write vectors (a temporary file) and chunk tables."""
-    first, passages = len(previous) if previous is not None else 0, len(StringColumn(folder, "texts"))
+    first, passages = sum(map(len, taken)), len(StringColumn(folder, "texts"))
     vectors = ArrayWriter(folder / "vectors.npy", np.float32, embedder.dim) if embedder else None
     writer = ChunkWriter(folder, embedder and embedder.dim, chunking.width if chunking.encode else None)
     bar = progress_bar("embedding", passages - first, "passage")
     with aborting(vectors, *writer.writers), bar:
-        if previous is not None:
-            writer.copy(previous)
+        for segment in taken:
+            writer.copy(segment)
+            if vectors is not None:
+                vectors.append(segment.faiss.reconstruct_n(0, len(segment)))
         for contents in block_contents(folder, first):
             done = finished.load(contents) if finished is not None else None
             block, tables = done or chunk_tables(contents, chunking, embedder, batch_size)
@@ -2753,14 +2891,14 @@ def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, pr
             vectors.close()
 
 
-def build_retrievers(folder: Path, uses: Sequence[str], kind: str, previous: Index | None) -> str | None:
+def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
     titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
     built = None
     if "dense" in uses:
         vectors = map_array(folder / "vectors.npy")
-        built = previous.manifest["faiss"] if previous else faiss_kind(kind, len(vectors))
-        index = previous.faiss if previous else new_faiss(built, vectors)
+        built = faiss_kind(kind, len(vectors))
+        index = new_faiss(built, vectors)
         for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
             index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
         write_faiss(index, folder / "faiss.index")
@@ -2771,20 +2909,51 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str, previous: Ind
     return built
 
 
-def make_current(path: Path, generation: Path, manifest: dict[str, Any]) -> None:
-    """Replace the manifest, the one step that makes a generation the index; then remove all others."""
+MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
+
+
+class Parted(NamedTuple):
+    """The segments of the index that is added to."""
+
+    kept: list[IndexSegment]
+    taken: list[IndexSegment]  # into the new one; they are the last
+
+
+def part_segments(previous: Index | None) -> Parted:
+    """Which segments stay as they are, and which become part of a new one.
+
+    With MOST_SEGMENTS of them, the last ones are taken: as few as are together smaller than the one before, so that a
+    passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which is
+    always kept.
+    """
+    segments = previous.segments if previous is not None else []
+    sizes, cut = [len(segment) for segment in segments], len(segments)
+    if len(segments) >= MOST_SEGMENTS:
+        cut = next((at for at in range(len(sizes) - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
+        fixed = [at for at, facts in enumerate(previous.manifest["segments"]) if facts["faiss"] == "ivfpq"]
+        cut = max([cut, *(at + 1 for at in fixed)])
+    return Parted(segments[:cut], segments[cut:])
+
+
+def make_current(path: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
+    """Replace the manifest, the one step that makes its segments the index; then remove all other folders.
+
+    The last segment is the new one; known: the files of the others.
+    """
+    new = manifest["segments"][-1]["folder"]
     try:
-        write_manifest(path / "manifest.json", generation, manifest)
+        write_manifest(path / "manifest.json", path / new, manifest, known=known)
     except BaseException:
         try:
-            current = read_manifest(path / "manifest.json")["generation"]
-        except (OSError, RefragError):  # there is none, or it is damaged and was to be replaced
-            current = None
-        if current != generation.name:  # an interrupt may come just after the replacement
-            shutil.rmtree(generation, ignore_errors=True)
+            current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
+        except (OSError, RefragError, KeyError):  # there is none, or it is damaged and was to be replaced
+            current = []
+        if new not in current:  # an interrupt may come just after the replacement
+            shutil.rmtree(path / new, ignore_errors=True)
         raise
-    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:  # the old one, and what killed writers left
-        if leftover != generation:
+    current = [segment["folder"] for segment in manifest["segments"]]
+    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:  # old ones, and what killed writers left
+        if leftover.name not in current:
             shutil.rmtree(leftover, ignore_errors=True)
     for leftover in path.glob(".manifest*.tmp"):
         leftover.unlink(missing_ok=True)
@@ -2813,35 +2982,43 @@ def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, b
 
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
                 chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
-    """Build a generation beside the current one and make it current. Returns counts. The caller holds the lock."""
-    path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
+    """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
+    path, counts, parted = Path(index_dir), {"skipped": 0, "replaced": 0}, part_segments(previous)
     uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
     if previous is not None and embedder is not None:
         check_embedder(previous.manifest, embedder)
     cutter = (embedder.tokenizer, embedder.room) if embedder else (chunking.tokenizer, corpus.max_passage_tokens)
-    generation = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
-    with new_folder(generation) as folder:
-        ingest(folder, corpus, *cutter, previous, counts)
+    first = sum(map(len, parted.taken))
+    new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
+    with new_folder(new) as folder:
+        ingest(folder, corpus, *cutter, parted, counts)
         finished = finished_blocks(path, embedder, chunking, build, runtime)
         if finished is not None and several_processes():
-            group, first = process_group(), len(previous) if previous is not None else 0
             late_import("accelerate.utils").broadcast_object_list([str(folder), first])
-            embed_share(folder, first, chunking, embedder, build.batch_size, finished, group)
-        embed_corpus(folder, chunking, embedder, previous, build.batch_size, finished)
-        kind = build_retrievers(folder, uses, build.faiss, previous)
-    passages = len(StringColumn(generation, "ids"))
-    chunks = len(map_array(generation / "chunk_ends.npy"))
-    manifest = {
-        "generation": generation.name, "retriever": retriever, "uses": uses, "faiss": kind,
-        "dim": embedder.dim if embedder else None,
-        "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-        "chunking": {"k": chunking.k, **chunking.stored},
-        "counts": {"passages": passages, "chunks": chunks},
-    }
-    make_current(path, generation, manifest)
+            embed_share(folder, first, chunking, embedder, build.batch_size, finished, process_group())
+        embed_corpus(folder, chunking, embedder, parted.taken, build.batch_size, finished)
+        kind = build_retrievers(folder, uses, build.faiss)
+    manifest, known = index_facts(new, kind, previous, parted)
+    manifest |= {"retriever": retriever, "uses": uses, "dim": embedder.dim if embedder else None,
+                 "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
+                 "chunking": {"k": chunking.k, **chunking.stored}}
+    make_current(path, manifest, known)
     shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
-    added = passages - (len(previous) if previous is not None else 0)
-    return {"passages": passages, "added": added, **counts, "dim": manifest["dim"], "chunks": chunks}
+    added = manifest["segments"][-1]["passages"] - first
+    return {**manifest["counts"], "added": added, **counts, "dim": manifest["dim"]}
+
+
+def index_facts(new: Path, kind: str | None, previous: Index | None,
+                parted: Parted) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(what a manifest says of the segments, a new one in the place of those it has taken; the files of the others)."""
+    old = previous.manifest if previous is not None else {"segments": [], "files": {}}
+    segments = [*old["segments"][: len(parted.kept)], {
+        "folder": new.name, "faiss": kind, "passages": len(StringColumn(new, "ids")),
+        "chunks": len(map_array(new / "chunk_ends.npy"))}]
+    folders = {segment["folder"] for segment in segments}
+    known = {name: entry for name, entry in old["files"].items() if name.partition("/")[0] in folders}
+    counts = {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")}
+    return {"segments": segments, "faiss": segments[0]["faiss"], "counts": counts}, known
 
 
 @dataclass(frozen=True)
@@ -2870,7 +3047,7 @@ class Searcher:
         lacking = set(uses) - set(index.manifest["uses"])
         require(not lacking, f"--retriever {retriever}: the index holds only {index.manifest['retriever']}")
         self.index, self.uses, self.embedder, self.reranker = index, uses, embedder, reranker
-        self.nearest = on_gpus(index.faiss, embedder.model.device) if "dense" in uses else None
+        self.nearest = [on_gpus(segment.faiss, embedder.model.device) for segment in index.segments if "dense" in uses]
 
     def rank(self, query: str, depth: int) -> list[tuple[int, float]]:
         """(row, score) of the best `depth` rows for one query: fused ranks, or the retriever's own order."""
@@ -6426,7 +6603,7 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     """Read, retrieve and prepare. Raises UserError, MismatchError."""
     searcher = load_searcher(index, search, runtime)
     opened = searcher.index
-    require(searcher.embedder is not None and opened.bm25 is not None and opened.gate is not None,
+    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
             f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
             "hybrid")
     chunking = make_chunking(build_tokenizer(model_config(models, data.k)), None)

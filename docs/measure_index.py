@@ -84,7 +84,7 @@ def measure_faiss(args: argparse.Namespace) -> dict:
         times, found = [], []
         for question in asked:
             start = time.perf_counter()
-            found.append(refrag.search_faiss(index, question[None], 10))
+            found.append(refrag.search_faiss([index], question[None], 10))
             times.append(time.perf_counter() - start)
         exact = exact or found
         with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ def measure_build(args: argparse.Namespace, add: bool = False) -> dict:
     passages = manifest["counts"]["passages"]
     sizes: dict[str, float] = {}
     for name, entry in manifest["files"].items():
-        kind = name.split("/")[0].removesuffix(".npy").removesuffix("_offsets")
+        kind = name.split("/")[1].removesuffix(".npy").removesuffix("_offsets")
         sizes[kind] = round(sizes.get(kind, 0) + entry["bytes"] / passages, 1)
     return {"counts": manifest["counts"], "faiss": manifest["faiss"], "seconds": round(seconds, 1),
             "peak_rss_mb": round(refrag.peak_rss_mb()), "bytes_per_passage": sizes}
@@ -211,6 +211,7 @@ def measure_kills(args: argparse.Namespace) -> dict:
     rng = np.random.default_rng(args.seed)
     summary, killed = build_killed(args, rng)
     index, models = refrag.open_index(args.index_dir), refrag.ModelConfig()
+    [segment] = index.segments
     embedder, chunking = refrag.load_embedder(None, RUNTIME), refrag.load_chunking(models, None, RUNTIME, None)
     starts = range(0, len(index), refrag.EMBED_BLOCK)
     chosen = sorted(rng.choice(len(starts), min(args.check, len(starts)), replace=False))
@@ -218,10 +219,10 @@ def measure_kills(args: argparse.Namespace) -> dict:
     for first in (starts[i] for i in chosen):
         rows = range(first, min(first + refrag.EMBED_BLOCK, len(index)))
         vectors, tables = refrag.chunk_tables([index.content(row) for row in rows], chunking, embedder, 32)
-        span = slice(index.chunk_offsets[rows.start], index.chunk_offsets[rows.stop])
-        same = [np.array_equal(index.faiss.reconstruct_n(rows.start, len(rows)), vectors),
-                np.array_equal(index.gate[span], np.concatenate([t.gate for t in tables]).astype(np.float16)),
-                np.array_equal(index.chunk_ends[span], np.concatenate([t.ends for t in tables]))]
+        span = slice(segment.chunk_offsets[rows.start], segment.chunk_offsets[rows.stop])
+        same = [np.array_equal(segment.faiss.reconstruct_n(rows.start, len(rows)), vectors),
+                np.array_equal(segment.gate[span], np.concatenate([t.gate for t in tables]).astype(np.float16)),
+                np.array_equal(segment.chunk_ends[span], np.concatenate([t.ends for t in tables]))]
         equal += all(same)
         print(json.dumps({"block": first // refrag.EMBED_BLOCK, "same": same}), file=sys.stderr, flush=True)
     return {"killed": killed, "last_run": summary, "blocks": len(starts), "checked": len(chosen), "equal": equal,
@@ -235,16 +236,16 @@ def measure_gate_int8(args: argparse.Namespace) -> dict:
         scale = np.maximum(np.abs(gate).max(1, keepdims=True).astype(np.float32), 1e-12) / 127
         return (np.round(gate / scale) * scale).astype(np.float16)
 
-    results, opened = {}, refrag.Index.__init__
+    results, opened = {}, refrag.IndexSegment.__init__
 
-    def open_rounded(self: refrag.Index, *given: object) -> None:
+    def open_rounded(self: refrag.IndexSegment, *given: object) -> None:
         opened(self, *given)
         self.gate = rounded(np.asarray(self.gate))
 
     config = refrag.EvalConfig(task="gate", qa=args.qa, p=(0.05, 0.1, 0.25), modes=("learned", "cosine"),
                                limit=args.questions)
     for name, method in (("float16", opened), ("int8", open_rounded)):
-        refrag.Index.__init__ = method
+        refrag.IndexSegment.__init__ = method
         task = refrag.TASKS["gate"](config, refrag.IndexConfig(index_dir=args.index_dir), refrag.SearchConfig(),
                                     refrag.ModelConfig(), RUNTIME)
         results[name] = refrag.evaluate(task)["results"]

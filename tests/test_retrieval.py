@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 
 import faiss
@@ -104,7 +105,7 @@ def test_flat_is_a_matrix_product():
     vectors = np.random.default_rng(1).standard_normal((300, 24)).astype(np.float32)  # inner product, not cosine
     index = filled("flat", vectors)
     for query in unit_vectors(5, 24, seed=2):
-        assert refrag.search_faiss(index, query[None], 10) == np.argsort(-(vectors @ query))[:10].tolist()
+        assert refrag.search_faiss([index], query[None], 10) == np.argsort(-(vectors @ query))[:10].tolist()
 
 
 def test_hnsw_finds_nearly_what_flat_finds():
@@ -112,7 +113,7 @@ def test_hnsw_finds_nearly_what_flat_finds():
     index = filled("hnsw", vectors)
     refrag.tune_faiss(index)
     exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
-    found = [refrag.search_faiss(index, q[None], 10) for q in queries]
+    found = [refrag.search_faiss([index], q[None], 10) for q in queries]
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact.tolist(), strict=True)])
     assert index.metric_type == faiss.METRIC_INNER_PRODUCT
     assert recall > 0.95
@@ -126,7 +127,7 @@ def test_ivfpq_gives_rows_that_exist():
     for probes in (1, 32):
         faiss.downcast_index(index.base_index).nprobe = probes
         for row in range(0, 1000, 100):
-            rows = refrag.search_faiss(index, vectors[row][None], 200)
+            rows = refrag.search_faiss([index], vectors[row][None], 200)
             assert len(set(rows)) == len(rows) and all(0 <= r < 10_000 for r in rows)
             assert rows[0] == row, "what was found roughly is compared again more finely"
 
@@ -212,7 +213,7 @@ def test_ivfpq_of_a_small_corpus_is_refused():
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
 def test_faiss_returns_no_more_rows_than_there_are(kind):
     index = filled(kind, unit_vectors(3, 8))
-    assert sorted(refrag.search_faiss(index, unit_vectors(1, 8, seed=9), 50)) == [0, 1, 2]
+    assert sorted(refrag.search_faiss([index], unit_vectors(1, 8, seed=9), 50)) == [0, 1, 2]
 
 
 def test_padding_is_dropped():
@@ -220,16 +221,16 @@ def test_padding_is_dropped():
         ntotal = 5
 
         def search(self, query, topk):
-            return np.zeros((1, topk)), np.array([[3, -1, 1, -1, -1]])[:, :topk]
+            return np.array([[0.9, -1, 0.8, -1, -1]])[:, :topk], np.array([[3, -1, 1, -1, -1]])[:, :topk]
 
-    assert refrag.search_faiss(Padded(), None, 5) == [3, 1]
+    assert refrag.search_faiss([Padded()], None, 5) == [3, 1]
 
 
 def test_an_opened_index_searches_widely(tmp_path, run, corpus, embedder, llama):
     code, _, err = run("index", "--corpus", corpus, "--index_dir", tmp_path / "i", "--embed_model", embedder,
                        "--dec", llama, "--faiss", "hnsw", "--retriever", "dense", "--quiet")
     assert code == 0, err
-    assert refrag.open_index(str(tmp_path / "i")).faiss.hnsw.efSearch == 128
+    assert refrag.open_index(str(tmp_path / "i")).segments[0].faiss.hnsw.efSearch == 128
 
 
 # -- fusion -------------------------------------------------------------------------
@@ -289,8 +290,14 @@ def textbook_bm25(texts, question):
 
 def saved_bm25(texts, folder):
     """A Bm25 as an index has it: built, saved and opened."""
-    refrag.build_bm25(iter(texts), len(texts), folder)
-    return refrag.Bm25(folder)
+    return saved_in_segments([texts], folder)
+
+
+def saved_in_segments(parts, folder):
+    """The same in several segments."""
+    for number, texts in enumerate(parts):
+        refrag.build_bm25(iter(texts), len(texts), folder / str(number))
+    return refrag.Bm25([refrag.Bm25Segment(folder / str(number)) for number in range(len(parts))])
 
 
 SMALL_CORPUS = [
@@ -310,8 +317,18 @@ def test_bm25_is_the_textbooks(tmp_path, question):
     bm25, expected = saved_bm25(SMALL_CORPUS, tmp_path / "bm25"), textbook_bm25(SMALL_CORPUS, question)
     order = sorted(range(len(expected)), key=lambda i: (-round(expected[i], 5), i))
     assert bm25.search(question, 100) == [i for i in order if expected[i] > 0]
-    terms = bm25.index.get_tokens_ids(bm25.analyze(question))
-    np.testing.assert_allclose(bm25.index.get_scores_from_ids(terms), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(bm25.scores(question), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("cuts", [[1], [3], [2, 4], [1, 2, 3, 4, 5, 6]])
+def test_bm25_of_segments_is_that_of_the_whole(tmp_path, question, cuts):
+    """Also where a segment has no term at all, or one term in all its passages."""
+    parts = [SMALL_CORPUS[a:b] for a, b in itertools.pairwise([0, *cuts, len(SMALL_CORPUS)])]
+    bm25, whole = saved_in_segments(parts, tmp_path / "parts"), saved_bm25(SMALL_CORPUS, tmp_path / "whole")
+    np.testing.assert_allclose(bm25.scores(question), textbook_bm25(SMALL_CORPUS, question), rtol=1e-5, atol=1e-7)
+    assert bm25.search(question, 3) == whole.search(question, 3)
+    assert all(bm25.document_frequency(term) == whole.document_frequency(term) for term in ("bronz", "river", "zebra"))
 
 
 VOCABULARY = ["river", "bronze", "bell", "old", "city", "the", "长", "江"]
@@ -367,8 +384,9 @@ def test_index_reports_what_it_did(tmp_path, run, corpus, embedder, llama):
     opened = refrag.open_index(str(tmp_path / "i"))
     assert {"passages", "skipped", "dim", "chunks", "seconds", "passages_per_s", "index_dir"} <= result.keys()
     assert (result["passages"], result["skipped"], result["dim"]) == (6, 0, 24)
-    assert result["chunks"] == len(opened.chunk_ends) == opened.chunk_offsets[-1]
-    assert opened.chunks is None  # no --k, no encoder states
+    [segment] = opened.segments
+    assert result["chunks"] == len(segment.chunk_ends) == segment.chunk_offsets[-1]
+    assert segment.chunks is None  # no --k, no encoder states
 
 
 @pytest.mark.parametrize("retriever", ["hybrid", "dense", "bm25"])
@@ -556,8 +574,8 @@ def test_a_bm25_index_needs_no_embedder(bm25_index, ask, run, monkeypatch):
 
 
 def folder_of(index):
-    """The current generation."""
-    return index / json.loads((index / "manifest.json").read_text())["generation"]
+    """The segment that was built last."""
+    return index / json.loads((index / "manifest.json").read_text())["segments"][-1]["folder"]
 
 
 MANY = [{"id": f"p{i}", "title": f"River {i}" if i % 3 else "", "text": text} for i, text in enumerate([
@@ -578,21 +596,90 @@ def test_adding_gives_what_building_at_once_gives(tmp_path, run, ask, spread, ll
         assert code == 0, err
         added.append(json.loads(out)["added"])
     assert added == [5, 2]  # "A note." * 20 is four passages
-    once, grown = folder_of(tmp_path / "once"), folder_of(tmp_path / "grown")
-    assert {p.relative_to(once) for p in once.rglob("*")} == {p.relative_to(grown) for p in grown.rglob("*")}
-    for path in once.glob("*.npy"):
-        if path.name in ("gate.npy", "chunks.npy"):  # floats of other batches: equal but for the last bit
-            a, b = (np.load(f / path.name).astype(np.float32) for f in (once, grown))
-            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-3)
-        else:
-            assert path.read_bytes() == (grown / path.name).read_bytes(), path.name
-    assert refrag.open_index(str(tmp_path / "grown")).manifest["faiss"] == kind
-    vectors = [faiss.read_index(str(f / "faiss.index")) for f in (once, grown)]
-    np.testing.assert_allclose(*(v.reconstruct_n(0, v.ntotal) for v in vectors), atol=1e-5)
+    same_index(tmp_path / "once", tmp_path / "grown")
+    manifest = refrag.open_index(str(tmp_path / "grown")).manifest
+    assert manifest["faiss"] == kind and [part["passages"] for part in manifest["segments"]] == [21, 5, 2]
     for question in ("river floods", "bronze river40 word3"):
         for retriever in ("dense", "bm25", "hybrid"):
             results = [ask(tmp_path / n, question, "--retriever", retriever) for n in ("once", "grown")]
             assert results[0] == results[1]
+
+
+def same_index(*folders):
+    """All that two indexes hold is the same, vectors but for the last bit: they were made in other batches."""
+    a, b = (refrag.open_index(str(folder)) for folder in folders)
+    assert len(a) == len(b) and a.manifest["counts"] == b.manifest["counts"]
+    for name in ("ids", "titles", "texts", "parts"):
+        assert [getattr(a, name)[row] for row in range(len(a))] == [getattr(b, name)[row] for row in range(len(b))]
+    for row in range(len(a)):
+        tables = [index.chunk_table(row, 4, index.manifest["chunking"]["encoder"]) for index in (a, b)]
+        for x, y in zip(*tables, strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-3)
+    vectors = [np.concatenate([s.faiss.reconstruct_n(0, len(s)) for s in index.segments]) for index in (a, b)]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
+    for term in ("river", "bronz", "zebra"):
+        assert a.idf(term) == b.idf(term)
+    for question in ("river floods", "bronze bells", "note"):
+        np.testing.assert_allclose(a.bm25.scores(question), b.bm25.scores(question), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(2, [4, 1, 1, 1, 1]), (3, [4, 1, 1, 1, 1]), (2, [1, 1, 1, 1, 1, 1, 1, 1]),
+                                             (4, [2, 3, 1, 1, 1])])
+def test_segments_are_taken_into_new_ones(tmp_path, run, spread, llama, monkeypatch, most, sizes):
+    """One by one, with ever more of them: at no time more than there may be, and always the same as built at once."""
+    monkeypatch.setattr(refrag, "MOST_SEGMENTS", most)
+    rows = [{"id": f"n{i}", "title": "", "text": f"River {i} floods field {i * 7}."} for i in range(sum(sizes))]
+    models = ["--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--dtype", "float32", "--quiet"]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    for number, (a, b) in enumerate(itertools.pairwise(ends)):
+        part = write_jsonl(tmp_path / f"{number}.jsonl", rows[a:b])
+        build = ["--add"] if number else ["--k", 4]
+        assert run("index", "--corpus", part, "--index_dir", tmp_path / "grown", *models, *build)[0] == 0
+        parts = refrag.open_index(str(tmp_path / "grown")).manifest["segments"]
+        assert len(parts) <= most and sum(part["passages"] for part in parts) == b
+        assert {path.name for path in (tmp_path / "grown").glob("gen-*")} == {part["folder"] for part in parts}
+    whole = write_jsonl(tmp_path / "whole.jsonl", rows)
+    assert run("index", "--corpus", whole, "--index_dir", tmp_path / "once", *models, "--k", 4)[0] == 0
+    same_index(tmp_path / "once", tmp_path / "grown")
+
+
+@pytest.mark.parametrize(("sizes", "kept"), [
+    ([], 0), ([5], 1), ([9, 1, 1, 1, 1, 1, 1], 7), ([1000, 1, 1, 1, 1, 1, 1, 1], 1), ([1000, 9, 1, 1, 1, 1, 1, 1], 2),
+    ([64, 32, 16, 8, 4, 3, 2, 1], 7), ([1] * 8, 0), ([5, 1, 1, 1, 1, 1, 1, 7], 0),
+])
+def test_which_segments_are_taken(sizes, kept):
+    """As few as are together smaller than the one before, and none while there are fewer than eight."""
+    index = types.SimpleNamespace(segments=[range(size) for size in sizes],
+                                  manifest={"segments": [{"faiss": "flat"}] * len(sizes)})
+    parted = refrag.part_segments(index)
+    assert (len(parted.kept), len(parted.taken)) == (kept, len(sizes) - kept)
+    if kept and sizes:
+        index.manifest["segments"] = [{"faiss": "ivfpq" if at == kept else "flat"} for at in range(len(sizes))]
+        assert len(refrag.part_segments(index).kept) == (kept + 1 if kept < len(sizes) else kept)
+
+
+def test_what_is_added_is_all_that_is_written(tmp_path, run, spread, llama):
+    """The files that are there already stay as they are, and are not read again to be sure of that."""
+    models = ["--index_dir", tmp_path / "i", "--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--quiet"]
+    assert run("index", "--corpus", write_jsonl(tmp_path / "a.jsonl", MANY[:3]), *models)[0] == 0
+    first = tmp_path / "i" / "gen-1"
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    assert run("index", "--corpus", write_jsonl(tmp_path / "b.jsonl", MANY[3:]), *models, "--add")[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+    assert folder_of(tmp_path / "i").name == "gen-2"
+    assert len(refrag.StringColumn(tmp_path / "i" / "gen-2", "ids")) == len(refrag.open_index(str(tmp_path / "i"))) - 21
+
+
+def test_an_index_of_before_is_refused(tmp_path, run, bm25_index):
+    """One line that says what to do."""
+    index = bm25_index([{"id": "a", "text": "A river."}])
+    manifest = json.loads((index / "manifest.json").read_text())
+    manifest["generation"] = manifest.pop("segments")[0]["folder"]
+    del manifest["digest"]
+    manifest["digest"] = refrag.manifest_digest(manifest)
+    (index / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = run("search", "--index_dir", index, "--question", "river")
+    assert code == 5 and err.count("\n") == 1 and "build it again" in err
 
 
 def test_adding_a_known_id_is_refused_and_changes_nothing(tmp_path, run, bm25_index, llama, ask):
@@ -622,20 +709,33 @@ def test_adding_with_another_retriever_is_refused(tmp_path, run, bm25_index, lla
 
 
 def test_a_reader_that_meets_a_writer_reads_the_new_index(tmp_path, bm25_index, llama, monkeypatch):
-    """The writer replaces the generation between the reader's look at the manifest and at the files."""
+    """The writer replaces the index between the reader's look at the manifest and at the files."""
     index = bm25_index([{"id": "a", "text": "A river."}])
-    more = write_jsonl(tmp_path / "more.jsonl", [{"id": "b", "text": "A bell."}])
+    more = write_jsonl(tmp_path / "more.jsonl", [{"id": "a", "text": "A river."}, {"id": "b", "text": "A bell."}])
     read = refrag.read_manifest
 
     def read_then_write(path):
         monkeypatch.setattr(refrag, "read_manifest", read)
         manifest = read(path)
-        assert refrag.main(["index", "--corpus", str(more), "--index_dir", str(index), "--add", "--dec", str(llama),
-                            "--quiet"]) == 0
+        assert refrag.main(["index", "--corpus", str(more), "--index_dir", str(index), "--retriever", "bm25", "--dec",
+                            str(llama), "--quiet"]) == 0
         return manifest
 
     monkeypatch.setattr(refrag, "read_manifest", read_then_write)
     assert len(refrag.open_index(str(index))) == 2
+
+
+
+
+@given(st.lists(st.lists(st.lists(st.sampled_from(VOCABULARY), max_size=60).map(" ".join), min_size=1, max_size=5),
+                min_size=2, max_size=4),
+       st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=4).map(" ".join))
+@few
+def test_bm25_finds_the_counts_of_any_segment_again(tmp_path_factory, parts, question):
+    texts = [text for part in parts for text in part]
+    if any(refrag.WordAnalyzer()(text) for text in texts):
+        scores = saved_in_segments(parts, tmp_path_factory.mktemp("bm25")).scores(question)
+        np.testing.assert_allclose(scores, textbook_bm25(texts, question), rtol=1e-4, atol=1e-6)
 
 
 # -- splitting ------------------------------------------------------------------------------
@@ -842,9 +942,9 @@ def test_embedder_states_are_those_of_the_tokens(embedder, side):
 
 
 def test_arrays_are_mapped_and_read_only(index_dir):
-    index = refrag.open_index(str(index_dir))
-    arrays = [index.parts, index.chunk_offsets, index.chunk_ends, index.chunk_sizes, index.gate, index.chunks,
-              index.ids.bytes, index.texts.bytes, index.texts.offsets]
+    [index] = refrag.open_index(str(index_dir)).segments
+    arrays = [index.parts, index.keys, index.bm25.lengths, index.chunk_offsets, index.chunk_ends, index.chunk_sizes,
+              index.gate, index.chunks, index.ids.bytes, index.texts.bytes, index.texts.offsets]
     for array in arrays:
         assert isinstance(array.base, np.memmap) and not array.flags.writeable
     assert index.chunks.dtype == index.gate.dtype == np.float16

@@ -211,7 +211,7 @@ def test_no_passage_is_empty(run, tmp_path, write, llama):
 def test_a_document_may_have_very_many_pieces(tmp_path):
     writer = refrag.CorpusWriter(tmp_path)
     writer.add(refrag.Record("a", "", "x" * 70_000, 1, "c.jsonl"), [(i, i + 1) for i in range(70_000)])
-    writer.close()
+    writer.close([])
     assert refrag.map_array(tmp_path / "parts.npy")[-1] == 70_000
 
 
@@ -301,7 +301,7 @@ def test_trailing_bytes_and_missing_files_are_noticed(run, refused, index):
     assert run(*search(index))[0] == 0
 
 
-def test_a_missing_generation_is_damage(refused, index):
+def test_a_missing_segment_is_damage(refused, index):
     shutil.rmtree(index / "gen-1")
     refused(4, *search(index))
 
@@ -316,7 +316,7 @@ def test_adding_to_a_damaged_index_is_refused_and_building_it_again_mends_it(run
 
 
 def test_a_full_disk_is_named_when_the_manifest_to_replace_is_damaged(refused, index, write, models, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (index / "manifest.json").write_text("damaged")
@@ -516,9 +516,9 @@ def restore(index: Path, old: Path | None) -> None:
 
 
 def leftovers(index: Path) -> list[str]:
-    """What lies in an index folder beside the manifest, the lock and one generation."""
-    current = json.loads((index / "manifest.json").read_text())["generation"]
-    return [p.name for p in index.iterdir() if p.name not in ("manifest.json", ".lock", current)]
+    """What lies in an index folder beside the manifest, the lock and the segments."""
+    current = [segment["folder"] for segment in json.loads((index / "manifest.json").read_text())["segments"]]
+    return [p.name for p in index.iterdir() if p.name not in ("manifest.json", ".lock", *current)]
 
 
 def test_a_second_builder_is_told_so(forks, refused, run, state, index, write, models):
@@ -546,7 +546,7 @@ def test_a_reader_that_meets_a_writer_finds_the_old_index_or_the_new_one(run, in
 
     def read_and_replace(path: Path) -> dict:
         manifest = read(path)
-        if manifest["generation"] == "gen-1":
+        if manifest["segments"][0]["folder"] == "gen-1":
             monkeypatch.setattr(refrag, "read_manifest", read)
             assert run("index", "--corpus", corpus, "--index_dir", index, *models)[0] == 0
         return manifest

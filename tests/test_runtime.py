@@ -335,7 +335,7 @@ def manifest(tmp_path) -> Path:
     (tmp_path / "gen-1" / "bm25").mkdir(parents=True)
     (tmp_path / "gen-1" / "a.npy").write_bytes(b"abc")
     (tmp_path / "gen-1" / "bm25" / "b.json").write_bytes(b"{}")
-    refrag.write_manifest(tmp_path / "manifest.json", tmp_path / "gen-1", {"generation": "gen-1"})
+    refrag.write_manifest(tmp_path / "manifest.json", tmp_path / "gen-1", {"segments": ["gen-1"]})
     return tmp_path / "manifest.json"
 
 
@@ -348,11 +348,11 @@ def sign(path: Path, **changes: object) -> None:
 def test_a_manifest_lists_every_file_with_size_and_digest(manifest):
     """The digests are those of the SHA-256 standard's example "abc" and of "{}"."""
     read = refrag.read_manifest(manifest)
-    assert read["generation"] == "gen-1"
+    assert read["segments"] == ["gen-1"]
     assert (read["format"], read["version"]) == (refrag.MANIFEST_FORMAT, refrag.MANIFEST_VERSION)
     assert read["files"] == {
-        "a.npy": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
-        "bm25/b.json": {"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"},
+        "gen-1/a.npy": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
+        "gen-1/bm25/b.json": {"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"},
     }
 
 
@@ -406,9 +406,9 @@ def test_a_signed_manifest_of_this_version_is_read(manifest):
     ids=["missing", "shorter", "longer", "changed", "folder"],
 )
 def test_verify_files_names_the_bad_file(manifest, damage, told):
-    folder, entries = manifest.parent / "gen-1", refrag.read_manifest(manifest)["files"]
+    folder, entries = manifest.parent, refrag.read_manifest(manifest)["files"]
     refrag.verify_files(folder, entries)
-    damage(folder / "a.npy")
+    damage(folder / "gen-1" / "a.npy")
     with pytest.raises(refrag.CorruptError, match=rf"a\.npy.*{told}: build the index again"):
         refrag.verify_files(folder, entries)
 
@@ -438,8 +438,8 @@ class TestLargeFiles:
         monkeypatch.setattr(refrag, "READ_ALWAYS", 1)
         read, digest = [], refrag.sha256_file
         monkeypatch.setattr(refrag, "sha256_file", lambda path: read.append(path.name) or digest(path))
-        folder, entries = manifest.parent / "gen-1", refrag.read_manifest(manifest)["files"]
-        return functools.partial(refrag.verify_files, folder, entries), read, folder
+        entries = refrag.read_manifest(manifest)["files"]
+        return functools.partial(refrag.verify_files, manifest.parent, entries), read, manifest.parent / "gen-1"
 
     def test_they_are_read_once(self, files):
         verify, read, _ = files
@@ -449,6 +449,16 @@ class TestLargeFiles:
         count = len(read)
         verify(again=True)
         assert len(read) == 2 * count
+
+    def test_only_what_was_written_to_is_read_again(self, files):
+        verify, read, folder = files
+        verify()
+        read.clear()
+        data = (folder / "a.npy").read_bytes()
+        (folder / "a.npy").write_bytes(data)
+        verify()
+        verify()
+        assert read == ["a.npy"]
 
     def test_a_changed_byte_is_found_though_size_and_time_are_the_old_ones(self, files):
         verify, _, folder = files
