@@ -2480,6 +2480,13 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     return np.where(counts > 0, sums / np.maximum(counts, 1), whole)
 
 
+def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N, dim) as int8 levels and float32 scales (N, 1), whose products are the vectors to within half a scale."""
+    vectors = vectors.astype(np.float32)
+    scales = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12) / 127
+    return np.rint(vectors / scales).astype(np.int8), scales
+
+
 def passage_content(title: str, text: str) -> str:
     """What is embedded and packed: the title, if there is one, on a line before the text."""
     return f"{title}\n{text}" if title else text
@@ -2496,8 +2503,9 @@ class IndexSegment:
         self.bm25 = Bm25Segment(folder / "bm25") if "bm25" in uses else None
         self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
             map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
-        self.gate, self.chunks = (map_array(path) if path.is_file() else None
-                                  for path in (folder / "gate.npy", folder / "chunks.npy"))
+        self.gate, self.gate_scales, self.chunks = (
+            map_array(path) if path.is_file() else None
+            for path in (folder / f"{name}.npy" for name in ("gate", "gate_scales", "chunks")))
         if self.faiss is not None:
             tune_faiss(self.faiss)
 
@@ -2567,7 +2575,7 @@ class Index:
         number, inside = self.ids.place(row)
         segment = self.segments[number]
         span = slice(segment.chunk_offsets[inside], segment.chunk_offsets[inside + 1])
-        gate = None if segment.gate is None else np.asarray(segment.gate[span], dtype=np.float32)
+        gate = None if segment.gate is None else segment.gate[span] * segment.gate_scales[span]
         usable = segment.chunks is not None and self.manifest["chunking"]["encoder"] == encoder
         states = np.asarray(segment.chunks[span], dtype=np.float32) if usable else None
         return merge_chunks(ChunkTable(segment.chunk_ends[span], segment.chunk_sizes[span], gate, states), k // stored)
@@ -2749,7 +2757,8 @@ class ChunkWriter:
         self.offsets = ArrayWriter(folder / "chunk_offsets.npy", np.int64)
         self.ends = ArrayWriter(folder / "chunk_ends.npy", np.uint32)
         self.sizes = ArrayWriter(folder / "chunk_sizes.npy", np.uint16)
-        self.gate = ArrayWriter(folder / "gate.npy", np.float16, gate_width) if gate_width else None
+        self.gate = ArrayWriter(folder / "gate.npy", np.int8, gate_width) if gate_width else None
+        self.gate_scales = ArrayWriter(folder / "gate_scales.npy", np.float32, 1) if gate_width else None
         self.states = ArrayWriter(folder / "chunks.npy", np.float16, states_width) if states_width else None
         self.offsets.append([0])
 
@@ -2757,7 +2766,7 @@ class ChunkWriter:
         """Append everything a segment holds. Only call at first."""
         self.offsets.append(old.chunk_offsets[1:] + self.ends.rows)
         for writer, rows in ((self.ends, old.chunk_ends), (self.sizes, old.chunk_sizes), (self.gate, old.gate),
-                             (self.states, old.chunks)):
+                             (self.gate_scales, old.gate_scales), (self.states, old.chunks)):
             if writer is not None:
                 writer.extend(rows)
 
@@ -2767,14 +2776,16 @@ class ChunkWriter:
         self.sizes.append(table.sizes)
         self.offsets.append([self.ends.rows])
         if self.gate is not None:
-            self.gate.append(table.gate)
+            levels, scales = in_8_bits(table.gate.astype(np.float16))  # as a finished block has kept them
+            self.gate.append(levels)
+            self.gate_scales.append(scales)
         if self.states is not None:
             self.states.append(table.states)
 
     @property
     def writers(self) -> tuple[ArrayWriter | None, ...]:
         """All files."""
-        return self.offsets, self.ends, self.sizes, self.gate, self.states
+        return self.offsets, self.ends, self.sizes, self.gate, self.gate_scales, self.states
 
     def close(self) -> None:
         """Finish the files."""

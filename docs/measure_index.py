@@ -6,15 +6,13 @@
     python docs/measure_index.py search --texts passages.jsonl.gz --index_dir runs/million
     python docs/measure_index.py growth --texts passages.jsonl.gz --sizes 500 1000 2000 4000
     python docs/measure_index.py kills --texts passages.jsonl.gz --index_dir runs/killed --kills 10
-    python docs/measure_index.py gate_int8 --qa qa.dev.jsonl.gz --index_dir runs/dev
 
 faiss, build and add: the texts are real and taken again and again until there are enough, what an embedder would make
 of them is drawn: points around centres, a question near the passage that it asks for. All else is the program's own.
 search: the first words of passages as questions, by words, by vectors and by both. growth: whole builds, embedder and
 all, each in a process of its own, and the exponents with which their cost grows. kills: a whole build that is ended by
 SIGKILL at random moments and started again each time; then blocks of it, drawn at random, are embedded once more here,
-and must equal the index's to the bit. gate_int8: the gate's recall with its vectors as they are stored, and rounded to
-8 bits.
+and must equal the index's to the bit.
 """
 
 from __future__ import annotations
@@ -219,9 +217,10 @@ def measure_kills(args: argparse.Namespace) -> dict:
     for first in (starts[i] for i in chosen):
         rows = range(first, min(first + refrag.EMBED_BLOCK, len(index)))
         vectors, tables = refrag.chunk_tables([index.content(row) for row in rows], chunking, embedder, 32)
+        gate = np.concatenate([table.gate for table in tables]).astype(np.float16)
         span = slice(segment.chunk_offsets[rows.start], segment.chunk_offsets[rows.stop])
         same = [np.array_equal(segment.faiss.reconstruct_n(rows.start, len(rows)), vectors),
-                np.array_equal(segment.gate[span], np.concatenate([t.gate for t in tables]).astype(np.float16)),
+                np.array_equal(segment.gate[span], refrag.in_8_bits(gate)[0]),
                 np.array_equal(segment.chunk_ends[span], np.concatenate([t.ends for t in tables]))]
         equal += all(same)
         print(json.dumps({"block": first // refrag.EMBED_BLOCK, "same": same}), file=sys.stderr, flush=True)
@@ -229,36 +228,12 @@ def measure_kills(args: argparse.Namespace) -> dict:
             "search": search_times(index, args)}
 
 
-def measure_gate_int8(args: argparse.Namespace) -> dict:
-    """The gate's recall with vectors in 16 and in 8 bits, a scale for each vector."""
-
-    def rounded(gate: np.ndarray) -> np.ndarray:
-        scale = np.maximum(np.abs(gate).max(1, keepdims=True).astype(np.float32), 1e-12) / 127
-        return (np.round(gate / scale) * scale).astype(np.float16)
-
-    results, opened = {}, refrag.IndexSegment.__init__
-
-    def open_rounded(self: refrag.IndexSegment, *given: object) -> None:
-        opened(self, *given)
-        self.gate = rounded(np.asarray(self.gate))
-
-    config = refrag.EvalConfig(task="gate", qa=args.qa, p=(0.05, 0.1, 0.25), modes=("learned", "cosine"),
-                               limit=args.questions)
-    for name, method in (("float16", opened), ("int8", open_rounded)):
-        refrag.IndexSegment.__init__ = method
-        task = refrag.TASKS["gate"](config, refrag.IndexConfig(index_dir=args.index_dir), refrag.SearchConfig(),
-                                    refrag.ModelConfig(), RUNTIME)
-        results[name] = refrag.evaluate(task)["results"]
-    return {"results": results}
-
-
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("faiss", "build", "add", "search", "growth", "kills", "gate_int8"))
+    parser.add_argument("what", choices=("faiss", "build", "add", "search", "growth", "kills"))
     parser.add_argument("--index_dir")
     parser.add_argument("--texts", help="JSON lines {title,text}, .gz")
-    parser.add_argument("--qa")
     parser.add_argument("--sizes", nargs="+", type=int, default=[500, 1000, 2000, 4000])
     parser.add_argument("--passages", type=int, default=1000)
     parser.add_argument("--questions", type=int, default=200)
