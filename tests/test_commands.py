@@ -162,6 +162,13 @@ def test_the_libraries_are_really_blocked_in_these_tests(without_heavy):
     assert "was imported" in without_heavy("doctor").stderr
 
 
+def test_serving_names_all_that_it_needs(run, monkeypatch):
+    """Before anything is loaded."""
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, out, err = run("serve", "--index_dir", "nothing")
+    assert (code, out) == (3, "") and err.endswith(": pip install starlette uvicorn\n")
+
+
 def test_a_missing_library_is_named_with_the_command_that_mends_it(tmp_path, program):
     (tmp_path / "bm25s.py").write_text("raise ImportError('no bm25s here')\n")
     done = program("doctor", "--json", env=os.environ | {"PYTHONPATH": str(tmp_path)})
