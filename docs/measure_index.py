@@ -121,7 +121,8 @@ def measure_build(args: argparse.Namespace, add: bool = False) -> dict:
     refrag.chunk_tables = drawn  # in the embedder's place
     build = refrag.BuildConfig(faiss=args.faiss, add=add)
     index, models = refrag.IndexConfig(index_dir=args.index_dir), refrag.ModelConfig()
-    with corpus_of(args, "added" if add else "p") as path, contextlib.redirect_stdout(sys.stderr):
+    before = refrag.index_manifest(args.index_dir)["counts"]["passages"] if add else 0
+    with corpus_of(args, f"from{before}-") as path, contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()
         refrag.cmd_index(refrag.CorpusConfig(corpus=(str(path),)), index, build, models,
                          RUNTIME)
@@ -132,7 +133,8 @@ def measure_build(args: argparse.Namespace, add: bool = False) -> dict:
     for name, entry in manifest["files"].items():
         kind = name.split("/")[1].removesuffix(".npy").removesuffix("_offsets")
         sizes[kind] = round(sizes.get(kind, 0) + entry["bytes"] / passages, 1)
-    return {"counts": manifest["counts"], "faiss": manifest["faiss"], "seconds": round(seconds, 1),
+    return {"counts": manifest["counts"], "faiss": manifest["faiss"], "segments": len(manifest["segments"]),
+            "seconds": round(seconds, 1),
             "peak_rss_mb": round(refrag.peak_rss_mb()), "bytes_per_passage": sizes}
 
 
