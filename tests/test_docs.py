@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import re
 import shutil
@@ -90,6 +91,53 @@ def test_a_run_is_shipped_in_half_precision(tmp_path, llama):
     card, config = ((tmp_path / "reader" / name).read_text(encoding="utf-8") for name in ("README.md", "config.json"))
     assert "| cpt_recon | 2 |" in card and "## Limits" in card
     assert str(tmp_path) not in card + config
+
+
+@pytest.fixture
+def reproduce(monkeypatch):
+    """docs/reproduce.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("reproduce")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder in small: of each set a passage for training and one for development, with a question each."""
+    for name in ("squad", "nq", "multihop"):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        passages = [{"id": f"{name}:{split}", "title": "A", "text": f"It is {split}.", "split": split}
+                    for split in ("train", "dev")]
+        for file, rows in (("passages", passages), *(
+                (f"qa.{split}", [{"question": "What?", "answers": [split], "positive_ids": [f"{name}:{split}"],
+                                  "context_ids": [f"{name}:{split}"]}]) for split in ("train", "dev"))):
+            (folder / f"{file}.jsonl.gz").write_bytes(gzip.compress(
+                "".join(json.dumps(row) + "\n" for row in rows).encode()))
+    (tmp_path / "data/text").mkdir()
+    for name in ("wiki_squad_train_articles", "wikitext2.valid"):
+        (tmp_path / f"data/text/{name}.jsonl.gz").write_bytes(gzip.compress(b'{"text": "A text."}\n'))
+    return tmp_path / "data"
+
+
+def test_the_commands_that_make_the_tables_are_valid(reproduce, data, tmp_path):
+    """Every option, and every file that they read: the script has made it, or a command before."""
+    reproduce.make_corpora(data, tmp_path)
+    reproduce.make_lessons(data, tmp_path)
+    for commands in (reproduce.tables(data, tmp_path), reproduce.lessons(data, tmp_path)):
+        made = set()
+        for argv in commands.values():
+            refrag.parse(argv)
+            for flag in ("--index_dir", "--load_dir"):
+                assert flag not in argv or argv[0] == "index" or argv[argv.index(flag) + 1] in made
+            made |= {argv[argv.index(flag) + 1] for flag in ("--index_dir", "--out_dir") if flag in argv}
+
+
+def test_no_development_article_is_learned_from(reproduce, data, tmp_path):
+    reproduce.make_lessons(data, tmp_path)
+    ids = [json.loads(line)["id"] for line in (tmp_path / "lessons.jsonl").read_text().splitlines()]
+    assert ids == ["squad:train", "nq:train", "multihop:train"]
+    questions = [json.loads(line) for line in (tmp_path / "lessons_qa.jsonl").read_text().splitlines()]
+    assert [q["answers"][0] for q in questions] == ["train"] * 3
 
 
 @pytest.mark.models

@@ -1,0 +1,165 @@
+"""Makes the tables that stand on the trained checkpoint again, or trains that checkpoint again.
+
+    python docs/reproduce.py DATA OUT                       every table
+    python docs/reproduce.py DATA OUT --only answers_squad  some of them, with what they need
+    python docs/reproduce.py DATA OUT --train               the checkpoint: hours on two CPU cores
+    python docs/reproduce.py DATA OUT --list                the commands alone
+
+DATA holds squad/, nq/, multihop/ and text/: JSON lines, gzipped, {id,title,text,split} in passages, {question,answers,
+positive_ids} in qa.train and qa.dev, {text} in text/. OUT receives corpora, indexes and runs. What is done is not done
+again, and what was interrupted goes on. A table's result is kept with `docs/make_results.py --add`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERY_MODE = "full,none,refrag,truncate,expanded_only,random_gate,cosine_gate,wrong_vectors,oracle_gate"
+READ = ["--batch_size", "1", "--max_new", "32", "--dtype", "bfloat16"]  # a question by itself: no padding in any answer
+
+
+def read(path: Path) -> Iterator[dict]:
+    """The records of a gzipped JSON lines file."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def write(path: Path, records: list[dict], *names: str) -> None:
+    """Write records as JSON lines, of each these fields that it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = ({name: record[name] for name in names if name in record} for record in records)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+
+
+def make_corpora(data: Path, out: Path) -> None:
+    """Passages to answer from: SQuAD's development articles among 3,000 others, and all of NQ among the same."""
+    squad, nq = list(read(data / "squad/passages.jsonl.gz")), list(read(data / "nq/passages.jsonl.gz"))
+    dev, others = ([p for p in squad if p["split"] == split] for split in ("dev", "train"))
+    random.Random(0).shuffle(others)
+    write(out / "squad_dev.jsonl", dev + others[:3000], "id", "title", "text")
+    write(out / "nq_all.jsonl", nq + others[:3000], "id", "title", "text")
+    write(out / "held_out.jsonl", dev, "text")
+
+
+def make_lessons(data: Path, out: Path) -> None:
+    """Passages and questions to learn answering from; none of a development article."""
+    rng = random.Random(1337)
+    squad, nq, hops = (list(read(data / name / "passages.jsonl.gz")) for name in ("squad", "nq", "multihop"))
+    questions = {name: list(read(data / name / "qa.train.jsonl.gz")) for name in ("squad", "nq", "multihop")}
+    closed = {i for name in questions for q in read(data / name / "qa.dev.jsonl.gz") for i in q["positive_ids"]}
+    around = {i for q in questions["multihop"] for i in q["context_ids"]}
+    passages = [p for p in squad + nq if p["split"] == "train"] + [p for p in hops if p["id"] in around]
+    passages = [p for p in passages if p["id"] not in closed]
+    known = {p["id"] for p in passages}
+    rng.shuffle(questions["squad"])
+    chosen = questions["squad"][:9000] + questions["nq"] + questions["multihop"]
+    chosen = [q for q in chosen if set(q["positive_ids"]) <= known]
+    rng.shuffle(chosen)
+    write(out / "lessons.jsonl", passages, "id", "title", "text")
+    write(out / "lessons_qa.jsonl", chosen, "id", "question", "answers", "positive_ids")
+
+
+def index(corpus: Path, folder: Path, *options: str) -> list[str]:
+    """The command that indexes a corpus."""
+    return ["index", "--corpus", str(corpus), "--index_dir", str(folder), *options]
+
+
+def tables(data: Path, out: Path) -> dict[str, list[str]]:
+    """The commands in order, by the name of their result; those that only prepare begin with an underscore."""
+    squad = ["--qa", str(data / "squad/qa.dev.jsonl.gz"), "--limit", "1000"]
+    nq = ["--qa", str(data / "nq/qa.dev.jsonl.gz")]
+    texts = ["--texts", str(data / "text/wikitext2.valid.jsonl.gz")]
+    commands = {"_squad": index(out / "squad_dev.jsonl", out / "squad", "--k", "16"),
+                "_squad4": index(out / "squad_dev.jsonl", out / "squad4", "--k", "4"),
+                "_nq": index(out / "nq_all.jsonl", out / "nq", "--k", "16")}
+    for name, questions in (("squad", squad), ("nq", nq)):
+        commands[f"answers_{name}"] = [
+            "eval", "--task", "qa", *questions, "--index_dir", str(out / name), "--k", "16", "--p", "0", "0.1", "0.25",
+            "0.5", "1", "--modes", EVERY_MODE, *READ]
+    for k in ("4", "8", "32"):
+        commands[f"answers_squad_k{k}"] = [
+            "eval", "--task", "qa", *squad, "--index_dir", str(out / "squad4"), "--k", k, "--p", "0", "--modes",
+            "refrag,truncate,wrong_vectors", *READ]
+    commands["next_tokens_reader"] = ["eval", "--task", "ppl", *texts, "--k", "4", "8", "16", "32", "--limit", "200"]
+    commands["recon_reader"] = ["eval", "--task", "recon", "--texts", str(out / "held_out.jsonl"), "--k", "4", "8",
+                                "--limit", "20", "--context_tokens", "64"]
+    return {name: [*argv, *(["--out_dir", str(out / name)] if argv[0] == "eval" else [])]
+            for name, argv in commands.items()}
+
+
+def lessons(data: Path, out: Path) -> dict[str, list[str]]:
+    """The commands that train the checkpoint, in order. Each phase begins with what the one before has written."""
+    texts = ["--train_json", str(data / "text/wiki_squad_train_articles.jsonl.gz"),
+             "--eval_json", str(out / "held_out.jsonl")]
+    common = ["--lora_r", "32", "--dtype", "bfloat16", "--save_every", "50"]
+    recon = ["cpt_recon", *texts, *common, "--seq_tokens", "64", "--batch_size", "16", "--lr", "1e-3", "--projector_lr",
+             "2e-3", "--train", "ped", "--eval_every", "400", "--eval_limit", "16"]
+    return {
+        "_lessons": index(out / "lessons.jsonl", out / "lessons"),
+        "_one": [*recon, "--enc", "decoder:4", "--k", "4", "--steps", "1200", "--out_dir", str(out / "recon4")],
+        "_more": [*recon, "--load_dir", str(out / "recon4"), "--k", "4", "8", "16", "--steps", "1600",
+                  "--out_dir", str(out / "recon")],
+        "_answers": ["sft", "--load_dir", str(out / "recon"), "--rag_json", str(out / "lessons_qa.jsonl"),
+                     "--index_dir", str(out / "lessons"), "--topk", "5", "--train", "pd", "--k", "4", "8", "16", "16",
+                     "--p", "0", "0", "0.1", "0.1", "0.25", "0.25", "0.5", "1", "--seq_tokens", "1024",
+                     "--batch_size", "4", "--lr", "4e-4", "--steps", "240", *common, "--out_dir", str(out / "sft")],
+    }
+
+
+def again(argv: list[str]) -> list[str]:
+    """What continues a command that was begun, or is done already; the command itself where nothing was."""
+    folder = Path(argv[argv.index("--out_dir" if "--out_dir" in argv else "--index_dir") + 1])
+    begun = any((folder / name).is_file() for name in ("run.json", "questions.jsonl"))
+    return [*argv, "--resume"] if begun else argv
+
+
+def run(name: str, argv: list[str]) -> None:
+    """Run a command of refrag.py unless its index is there; keep the result of an evaluation."""
+    print("\n$ python refrag.py " + shlex.join(argv), flush=True)
+    if argv[0] == "index" and (Path(argv[argv.index("--index_dir") + 1]) / "manifest.json").is_file():
+        return
+    subprocess.run([sys.executable, ROOT / "refrag.py", *again(argv)], check=True)
+    if not name.startswith("_"):
+        result = Path(argv[argv.index("--out_dir") + 1]) / "results.json"
+        subprocess.run([sys.executable, ROOT / "docs/make_results.py", "--add", name, result], check=True)
+
+
+def main() -> None:
+    """Make what the commands read, then run them in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", nargs="+", default=[], help="these tables alone")
+    parser.add_argument("--train", action="store_true", help="train the checkpoint instead of making tables")
+    parser.add_argument("--list", action="store_true", help="print the commands and run none")
+    args = parser.parse_args()
+    commands = lessons(args.data, args.out) if args.train else tables(args.data, args.out)
+    unknown = set(args.only) - commands.keys()
+    if unknown:
+        parser.error(f"--only {' '.join(sorted(unknown))}: known are {' '.join(n for n in commands if n[0] != '_')}")
+    wanted = {name: argv for name, argv in commands.items()
+              if not args.only or name in args.only or name.startswith("_")}
+    if args.list:
+        print("\n".join("python refrag.py " + shlex.join(argv) for argv in wanted.values()))
+        return
+    makers: list[Callable[[Path, Path], None]] = [make_corpora, *([make_lessons] if args.train else [])]
+    for make in makers:
+        make(args.data, args.out)
+    for name, argv in wanted.items():
+        run(name, argv)
+    if args.train:
+        shipping = [ROOT / "docs/ship_reader.py", args.out / "sft", ROOT / "data/reader"]
+        subprocess.run([sys.executable, *shipping], check=True)
+
+
+if __name__ == "__main__":
+    main()
