@@ -2623,7 +2623,7 @@ def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
     """What `doctor` tells of an index."""
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
-    return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}}
+    return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}, "segments": len(manifest["segments"])}
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
