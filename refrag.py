@@ -4107,6 +4107,15 @@ def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
 
 
 @torch.inference_mode()
+def packed_trial(model: nn.Module) -> Tensor:
+    """What a decoder, or one without its head, makes of two rows (2, 7, ..) of seven tokens each, after five others."""
+    weight = model.get_input_embeddings().weight
+    rows = torch.tensor([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]], device=weight.device)
+    ids = torch.cat([rows, torch.arange(1, 8, device=weight.device).expand(2, -1)], dim=1) % len(weight)
+    positions = torch.cat([torch.arange(5), torch.arange(7)]).to(weight.device).expand(2, -1)
+    return model(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 5:].float()
+
+
 def can_pack(decoder: nn.Module) -> bool:
     """Whether sequences that share a row stay apart, found by trying: recurrent layers would carry over.
 
@@ -4114,12 +4123,88 @@ def can_pack(decoder: nn.Module) -> bool:
     """
     if not accepts(decoder, "position_ids"):
         return False
-    weight = decoder.get_input_embeddings().weight
-    rows = torch.tensor([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]], device=weight.device)
-    ids = torch.cat([rows, torch.arange(1, 8, device=weight.device).expand(2, -1)], dim=1) % len(weight)
-    positions = torch.cat([torch.arange(5), torch.arange(7)]).to(weight.device).expand(2, -1)
-    logits = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 5:].float()
-    return bool((logits[0] - logits[1]).abs().max() <= 1e-4 * logits.abs().max())
+    made = packed_trial(decoder)
+    return nearly(made[0], made[1])
+
+
+def nearly(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding in float32."""
+    return bool((a - b).abs().max() <= 1e-4 * a.abs().max())
+
+
+QUERY_BLOCK = 256  # queries at a time: what lies ahead of all of them is not computed
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of one text, all (H, T, D).
+
+    In bfloat16 by products of matrices: backward, torch's own kernel for CPUs takes two to five times as long.
+    """
+    if query.dtype != torch.bfloat16:
+        options = {"is_causal": True, "scale": scaling}
+        return nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], **options)[0]
+    H, T, _ = query.shape
+    made = []
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        ahead = query.new_full((end - start, end), -math.inf).triu(start + 1).expand(H, -1, -1)
+        scores = torch.baddbmm(ahead, query[:, start:end], key[:, :end].transpose(1, 2), alpha=scaling)
+        made.append(torch.bmm(scores.softmax(-1), value[:, :end]))
+    return torch.cat(made, dim=1)
+
+
+def text_lengths(positions: list[int]) -> list[int]:
+    """The lengths of the texts of a packed row, each of which begins at position 0; padding is texts of length 1.
+
+    Example: [0, 1, 2, 0, 1, 0, 0] -> [3, 2, 1, 1]
+    """
+    starts = [at for at, position in enumerate(positions) if position == 0]
+    return [b - a for a, b in itertools.pairwise([*starts, len(positions)])]
+
+
+def attention_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                      position_ids: Tensor | None = None, scaling: float | None = None,
+                      **known: Any) -> tuple[Tensor, None]:
+    """Attention in packed rows, text by text. query: (B, H, T, D), key and value with as many heads or fewer.
+
+    Returns (B, T, H, D). Over a whole row a CPU computes all T x T, masked or not, which is half of a training step.
+    """
+    T, longest = query.shape[2], known.get("sliding_window") or query.shape[2]
+    lengths = [text_lengths(row) for row in position_ids.tolist()] if position_ids is not None else []
+    special = known.get("dropout") or known.get("position_bias") is not None or known.get("is_causal") is False
+    if special or key.shape[2] != T or len(lengths) != len(query) or max(map(max, lengths)) > longest:
+        masked = late_import("transformers.integrations.sdpa_attention").sdpa_attention_forward
+        return masked(module, query, key, value, attention_mask, scaling=scaling, **known)
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    rows = []
+    for sizes, *row in zip(lengths, query.unbind(), key.unbind(), value.unbind(), strict=True):
+        texts = zip(*(part.split(sizes, dim=1) for part in row), strict=True)  # unlike slices cheap backward
+        made = [v if v.shape[1] == 1 else causal_attention(q, k, v, scaling) for q, k, v in texts]
+        rows.append(torch.cat(made, dim=1))
+    return torch.stack(rows).transpose(1, 2), None
+
+
+def attend_by_text(model: nn.Module) -> None:
+    """Let a model that reads packed rows on a CPU attend text by text, if that changes nothing.
+
+    In bfloat16 that can not be seen: on the trial's tokens, which mean nothing, any other order of sums changes
+    everything. What "sdpa" does is what `attention_by_text` does, whatever the precision.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return
+    before, exact = packed_trial(model), model.dtype == torch.float32
+    masks = late_import("transformers.masking_utils")
+    masks.AttentionMaskInterface.register("by_text", masks.sdpa_mask)
+    transformers.AttentionInterface.register("by_text", attention_by_text)
+    try:
+        model.set_attn_implementation("by_text")
+        after = packed_trial(model)
+        same = nearly(after[0], after[1]) and (not exact or nearly(before, after))
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError):  # an architecture with attention of its own
+        same = False
+    if not same:
+        model.set_attn_implementation("sdpa")
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -5911,6 +5996,10 @@ class Trainer:
         self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
         self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
         self.packs = can_pack(model.decoder)
+        if self.packs and accelerator.device.type == "cpu" and not train.torch_compile:
+            whole = [model.encoder.backbone] if model.encoder.whole else []
+            for reader in (model.decoder, *whole, *([teacher] if teacher is not None else [])):
+                attend_by_text(reader)
         passes = train.grad_accum * accelerator.num_processes
         # Rows as long as the decoder is wide: attention over them costs a sixth of the rest (T / 6D).
         row = model.config.decoder_width if self.packs else 0

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import functools
 import itertools
 import json
@@ -299,37 +300,49 @@ def by_hand(trainer: refrag.Trainer, batches: list[refrag.Batch]) -> None:
     """The same forward and backward passes without the loop: encoder, projector, decoder, cross entropy."""
     model = trainer.model
     for batch in batches:
-        output = model(batch)
+        with trainer.accelerator.autocast():
+            output = model(batch)
         torch.nn.functional.cross_entropy(output.logits.float(), batch.labels).backward()
     model.zero_grad(set_to_none=True)
 
 
 def measure_training(args: argparse.Namespace) -> dict:
-    """Seconds of whole training steps against their bare forward and backward passes, taking turns; peak memory."""
+    """Seconds of whole training steps, of their bare forward and backward passes, and of these with attention over
+    whole rows instead of text by text, taking turns; peak memory."""
     rows = []
     for lessons, letters in (("recon", "pe"), ("next", "ped")):
         with tempfile.TemporaryDirectory() as folder:
             trainer = trainer_of(args, lessons, letters, Path(folder))
             steps = itertools.islice(trainer.sampler.run(0), args.repeats + 1)
             times = [time_step(trainer, passes) for passes, _ in steps]
-        whole, bare = zip(*times[1:], strict=True)  # the first warms up
+        whole, bare, _ = zip(*times[1:], strict=True)  # the first warms up
         rows.append({"phase": lessons, "step_s": statistics.median(whole), "bare_s": statistics.median(bare),
-                     "ratio": statistics.median(w / b for w, b in times[1:]), "peak_rss_mb": refrag.peak_rss_mb()})
+                     "step/bare": statistics.median(w / b for w, b, _ in times[1:]),
+                     "whole_rows/bare": statistics.median(m / b for _, b, m in times[1:]),
+                     "peak_rss_mb": refrag.peak_rss_mb()})
     return {"rows": rows}
 
 
-def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
-    """Seconds of a training step and of its bare passes."""
+def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float, float]:
+    """Seconds of a training step, of its bare passes, and of these with torch's attention over whole rows."""
     batches = [trainer.collate([[item.sequence for item in row] for row in rows]) for rows in passes]
+    readers = (trainer.model.decoder, trainer.model.encoder.backbone)
     start = time.perf_counter()
     by_hand(trainer, batches)
-    middle = time.perf_counter()
+    bare = time.perf_counter()
+    for reader in readers:
+        reader.set_attn_implementation("sdpa")
+    by_hand(trainer, batches)
+    for reader in readers:
+        reader.set_attn_implementation("by_text")
+    masked = time.perf_counter()
     trainer.run_step(passes)
-    return time.perf_counter() - middle, middle - start
+    return time.perf_counter() - masked, bare - start, masked - bare
 
 
 def main() -> None:
     """Parse, measure, print."""
+    global RUNTIME
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     measures = [name.removeprefix("measure_") for name in globals() if name.startswith("measure_")]
     parser.add_argument("what", choices=measures)
@@ -347,7 +360,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=48)
+    parser.add_argument("--dtype", default=RUNTIME.dtype)
     args = parser.parse_args()
+    RUNTIME = dataclasses.replace(RUNTIME, dtype=args.dtype)
     refrag.prepare_runtime(RUNTIME)
     result = globals()[f"measure_{args.what}"](args)
     print_result(args.what, result)

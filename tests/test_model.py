@@ -643,6 +643,68 @@ def test_can_pack_is_found_by_trying(any_decoder, dtype):
     assert refrag.can_pack(decoder) == (decoder.config.model_type in ("llama", "qwen2", "gpt2"))
 
 
+@pytest.mark.parametrize(("positions", "lengths"), [
+    ([0], [1]), ([0, 1, 2], [3]), ([0, 1, 2, 0, 1, 0, 0], [3, 2, 1, 1]), ([0, 0, 1, 0], [1, 2, 1]),
+])
+def test_text_lengths_golden(positions, lengths):
+    """A text begins at position 0; padding has position 0 throughout."""
+    assert refrag.text_lengths(positions) == lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[[7]], [[5, 1, 6], [12]], [[600, 1, 1], [300, 302]], [[1, 2, 1]]])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_attention_by_text_is_masked_attention(dtype, lengths, heads):
+    """Values and gradients, against torch's attention in float64 over whole rows under a mask."""
+    torch.manual_seed(0)
+    T, (H, few) = sum(lengths[0]), heads
+    parts = [torch.randn(len(lengths), h, T, 8, dtype=dtype).requires_grad_() for h in (H, few, few)]
+    positions = torch.tensor([[at for size in row for at in range(size)] for row in lengths])
+    texts = torch.tensor([[n for n, size in enumerate(row) for _ in range(size)] for row in lengths])
+    seen = (texts[:, :, None] == texts[:, None]) & torch.ones(T, T).tril().bool()
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    query, key, value = (part.repeat_interleave(H // part.shape[1], 1) for part in exact)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen[:, None]).transpose(1, 2)
+    made, _ = refrag.attention_by_text(torch.nn.Module(), *parts, None, position_ids=positions)
+    given = torch.randn(expected.shape, dtype=torch.float64)
+    made.backward(given.to(dtype))
+    expected.backward(given)
+    close = 1e-4 if dtype == torch.float32 else 0.05
+    for got, wanted in [(made, expected), *((part.grad, other.grad) for part, other in zip(parts, exact, strict=True))]:
+        assert (got.double() - wanted).abs().max() <= close * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_attend_by_text_say_the_same(any_decoder, dtype):
+    """Those that can not keep the attention they have."""
+    decoder = refrag.load_decoder(str(any_decoder), CPU, dtype)
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(5), *range(7)], [*range(9), 0, 0, 0]])
+    before = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits
+    name = decoder.config._attn_implementation
+    refrag.attend_by_text(decoder)
+    after = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits
+    if decoder.config.model_type in ("llama", "qwen2"):
+        assert decoder.config._attn_implementation == "by_text"
+    assert (after - before).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * before.abs().max()
+    assert decoder.config._attn_implementation in ("by_text", name)
+
+
+def test_a_window_of_attention_is_kept():
+    """The first layer sees four tokens back; in a text that is longer, the mask says so."""
+    decoder = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, intermediate_size=16, num_attention_heads=2,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"])).eval()
+    ids, positions = torch.arange(1, 31)[None], torch.tensor([[*range(20), *range(10)]])
+    with torch.inference_mode():
+        before = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits
+        refrag.attend_by_text(decoder)
+        after = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits
+    assert decoder.config._attn_implementation == "by_text"
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+
+
 def test_can_pack_with_a_tiny_vocabulary():
     """The probe's tokens must exist."""
     config = transformers.LlamaConfig(vocab_size=3, hidden_size=8, num_hidden_layers=1, intermediate_size=8,

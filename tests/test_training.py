@@ -1061,6 +1061,20 @@ def train(run, sources, llama, tmp_path):
     return call
 
 
+def test_attention_text_by_text_changes_no_loss(train, monkeypatch, tmp_path):
+    """On a CPU it takes the place of attention over whole rows, in the decoder and in the encoder cut from it."""
+    used, attend = [], refrag.attend_by_text
+    monkeypatch.setattr(refrag, "attend_by_text", lambda model: (attend(model), used.append(
+        model.config._attn_implementation)))
+    train("cpt_next", "by_text", "--steps", 3, "--log_every", 1)
+    monkeypatch.setattr(refrag, "attend_by_text", lambda model: None)
+    train("cpt_next", "by_rows", "--steps", 3, "--log_every", 1)
+    losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record]
+              for name in ("by_text", "by_rows")]
+    assert used == ["by_text", "by_text"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
+
+
 def tensors(folder: object, **options: object) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint's model, those it does not hold from the models it stands on."""
     return refrag.RefragModel.from_pretrained(folder, **options).state_dict()
