@@ -2349,6 +2349,13 @@ def faiss_kind(requested: str, total: int) -> str:
     return "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
 
 
+def wanted_faiss(build: BuildConfig, previous: Index | None) -> str:
+    """What --faiss comes to for one segment: what is added to an index goes by its number, but flat stays flat."""
+    if previous is None:
+        return build.faiss
+    return "flat" if previous.manifest["faiss"] == "flat" else "auto"
+
+
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
     """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
     N, dim = vectors.shape
@@ -2496,7 +2503,6 @@ class IndexSegment:
     """The passages of one build or addition, memory-mapped."""
 
     def __init__(self, folder: Path, uses: Sequence[str]):
-        self.folder = folder
         self.ids, self.titles, self.texts = (StringColumn(folder, n) for n in ("ids", "titles", "texts"))
         self.parts, self.keys = (map_array(folder / f"{name}.npy") for name in ("parts", "keys"))
         self.faiss = faiss.read_index(str(folder / "faiss.index")) if "dense" in uses else None
@@ -2512,9 +2518,8 @@ class IndexSegment:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def holds(self, identifiers: StringColumn) -> str | None:
-        """The first of some ids that is here, too."""
-        keys = id_keys(identifiers)
+    def holds(self, identifiers: StringColumn, keys: np.ndarray) -> str | None:
+        """The first of some ids that is here, too. keys: their digests."""
         if not len(self.keys):
             return None
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
@@ -2717,7 +2722,7 @@ class CorpusWriter:
             if ids[first] == ids[second]:
                 self.refuse(ids[first], self.place(first), self.place(second))
         for segment in beside:
-            if (known := segment.holds(ids)) is not None:
+            if (known := segment.holds(ids, keys)) is not None:
                 self.refuse(known, "the index", self.place(next(row for row in range(len(ids)) if ids[row] == known)))
         np.save(self.folder / "keys.npy", keys[order])
         for path in self.folder.glob("places*.npy"):
@@ -3008,7 +3013,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
             late_import("accelerate.utils").broadcast_object_list([str(folder), first])
             embed_share(folder, first, chunking, embedder, build.batch_size, finished, process_group())
         embed_corpus(folder, chunking, embedder, parted.taken, build.batch_size, finished)
-        kind = build_retrievers(folder, uses, build.faiss)
+        kind = build_retrievers(folder, uses, wanted_faiss(build, previous))
     manifest, known = index_facts(new, kind, previous, parted)
     manifest |= {"retriever": retriever, "uses": uses, "dim": embedder.dim if embedder else None,
                  "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
@@ -4729,15 +4734,18 @@ class GateInput(NamedTuple):
 
 
 def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str], tables: Sequence[ChunkTable],
-               idf: Callable[[str], float], seed: int = 0, prompt: Prompt | None = None,
+               index: Index | None, seed: int = 0, prompt: Prompt | None = None,
                decoder: nn.Module | None = None) -> GateInput:
-    """What a gate may look at. contents and tables: of the documents, by rank; vectors only if all tables have them."""
+    """What a gate may look at. contents and tables: of the documents, by rank; vectors only if all tables have them.
+
+    index: whose words tell how rare a word is, see `word_weights`.
+    """
     texts = [content[a:b] for content, table in zip(contents, tables, strict=True)
              for a, b in itertools.pairwise([0, *table.ends.tolist()])]
     has_vectors = query is not None and all(table.gate is not None for table in tables)
     vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
     docs = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
-    return GateInput(question, query, vectors, texts, docs, idf, prompt, decoder, seed)
+    return GateInput(question, query, vectors, texts, docs, word_weights(index, texts), prompt, decoder, seed)
 
 
 def word_weights(index: Index | None, texts: Sequence[str]) -> Callable[[str], float]:
@@ -5727,8 +5735,7 @@ class AnswerLessons(Lessons):
         tables = [self.index.chunk_table(row, k) or self.index.chunk_table(row, stored) for row in asked.rows]
         embedder = self.searcher.embedder
         query = embedder.embed_query(question)[0] if embedder is not None else None
-        given = gate_input(question, query, [doc.content for doc in asked.docs], tables, lambda term: 1.0)
-        given = given._replace(idf=word_weights(self.index, given.texts))
+        given = gate_input(question, query, [doc.content for doc in asked.docs], tables, self.index)
         scores = self.gate.scores(given) if self.gate is not None and given.vectors is not None else blend_scores(given)
         counts = [len(table.ends) for table in tables]
         places = [base + np.searchsorted(table.ends[:-1], doc.ends) for base, table, doc in
@@ -6469,7 +6476,7 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
         gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
         if gold:
             query = searcher.embedder.embed_query(question["question"])[0]
-            given = gate_input(question["question"], query, contents, tables, index.idf)
+            given = gate_input(question["question"], query, contents, tables, index)
             sizes = np.concatenate([table.sizes for table in tables]).astype(np.int64)
             slim = given._replace(texts=[], vectors=given.vectors.astype(np.float16))
             examples.append(GateExample(number, slim, chunk_features(given), sizes, gold))
@@ -7400,9 +7407,8 @@ class Pipeline:
         tables = self.chunk_tables(contents, packed.rows, needs)
         if needs:
             query = self.embedder.embed_query(item["question"])[0]
-        given = gate_input(item["question"], query, contents, tables, lambda term: 1.0, self.runtime.seed,
-                           packed.prompt, self.model.decoder)
-        return given._replace(idf=word_weights(self.searcher and self.searcher.index, given.texts))
+        return gate_input(item["question"], query, contents, tables, self.searcher and self.searcher.index,
+                          self.runtime.seed, packed.prompt, self.model.decoder)
 
     def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(expanded (L,), plan): what the decoder is fed in the pipeline's mode."""
@@ -7474,7 +7480,7 @@ class Pipeline:
         if self.gate in TRAINED_GATES:
             gate = self.trained_gates[self.gate]
             vectors = np.ones((8, gate.shape["dim"]), dtype=np.float32)
-            one = gate_input("warm up", vectors[0], [], [], lambda term: 1.0)
+            one = gate_input("warm up", vectors[0], [], [], None)
             gate.scores(one._replace(vectors=vectors, texts=["warm"] * 8, docs=np.arange(8)))
 
     def answer(self, items: Sequence[dict[str, Any]],

@@ -326,15 +326,16 @@ def measure_training(args: argparse.Namespace) -> dict:
 def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float, float]:
     """Seconds of a training step, of its bare passes, and of these with torch's attention over whole rows."""
     batches = [trainer.collate([[item.sequence for item in row] for row in rows]) for rows in passes]
-    readers = (trainer.model.decoder, trainer.model.encoder.backbone)
+    readers = {reader: reader.config._attn_implementation
+               for reader in (trainer.model.decoder, trainer.model.encoder.backbone)}
     start = time.perf_counter()
     by_hand(trainer, batches)
     bare = time.perf_counter()
     for reader in readers:
         reader.set_attn_implementation("sdpa")
     by_hand(trainer, batches)
-    for reader in readers:
-        reader.set_attn_implementation("by_text")
+    for reader, name in readers.items():
+        reader.set_attn_implementation(name)
     masked = time.perf_counter()
     trainer.run_step(passes)
     return time.perf_counter() - masked, bare - start, masked - bare

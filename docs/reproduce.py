@@ -6,8 +6,8 @@
     python docs/reproduce.py DATA OUT --list                the commands alone
 
 DATA holds squad/, nq/, multihop/ and text/: JSON lines, gzipped, {id,title,text,split} in passages, {question,answers,
-positive_ids} in qa.train and qa.dev, {text} in text/. OUT receives corpora, indexes and runs. What is done is not done
-again, and what was interrupted goes on. A table's result is kept with `docs/make_results.py --add`.
+positive_ids} in qa.train and qa.dev, {text} in text/. OUT receives corpora, indexes and runs. What a command has done
+is not done again, and what was interrupted goes on. A table's result is kept with `docs/make_results.py --add`.
 """
 
 from __future__ import annotations

@@ -186,6 +186,6 @@ class TestMeasurements:
 
     def test_a_killed_build_is_compared_block_by_block(self, measure, texts, tmp_path):
         made = measure("measure_index.py", "kills", "--texts", texts, "--index_dir", tmp_path / "index", "--passages",
-                       260, "--kills", 1, "--between", 6, 7, "--check", 2, "--questions", 3)
+                       260, "--kills", 1, "--between", 1, 3, "--check", 2, "--questions", 3)
         assert len(made["killed"]) == 1 and all(run["kept"] for run in made["killed"])
         assert made["blocks"] == made["checked"] == made["equal"] == 2

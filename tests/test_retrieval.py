@@ -659,6 +659,24 @@ def test_which_segments_are_taken(sizes, kept):
         assert len(refrag.part_segments(index).kept) == (kept + 1 if kept < len(sizes) else kept)
 
 
+@pytest.mark.parametrize(("asked", "has", "wanted"), [
+    ("ivfpq", None, "ivfpq"), ("auto", None, "auto"), ("auto", "flat", "flat"), ("flat", "flat", "flat"),
+    ("auto", "hnsw", "auto"), ("hnsw", "hnsw", "auto"), ("ivfpq", "ivfpq", "auto"), ("auto", None, "auto"),
+])
+def test_the_faiss_type_of_what_is_added(asked, has, wanted):
+    """An exact index stays exact; to name the type that it has asks nothing of the few that are added."""
+    previous = has and types.SimpleNamespace(manifest={"faiss": has})
+    assert refrag.wanted_faiss(refrag.BuildConfig(faiss=asked), previous) == wanted
+
+
+def test_naming_the_type_again_adds_a_few(tmp_path, run, spread, llama):
+    models = ["--index_dir", tmp_path / "i", "--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--quiet"]
+    for number, more in enumerate(([], ["--add"])):
+        part = write_jsonl(tmp_path / f"{number}.jsonl", MANY[number : number + 1])
+        assert run("index", "--corpus", part, *models, "--faiss", "hnsw", *more)[0] == 0
+    assert [s["faiss"] for s in refrag.open_index(str(tmp_path / "i")).manifest["segments"]] == ["hnsw", "flat"]
+
+
 def test_what_is_added_is_all_that_is_written(tmp_path, run, spread, llama):
     """The files that are there already stay as they are, and are not read again to be sure of that."""
     models = ["--index_dir", tmp_path / "i", "--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--quiet"]
