@@ -471,6 +471,8 @@ class SftConfig:
                                  "use; for the others they are drawn at random, so that the vectors must be read")
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
                                      "\"not in the documents\"")
+    topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
+                                     "read faster (default: always --topk)")
     limit: int | None = opt(None, "read at most this many questions")
     distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
 
@@ -483,7 +485,9 @@ class SftConfig:
         for flag in ("gate_frac", "no_answer_frac"):
             share = getattr(self, flag)
             require(0 <= share <= 1, f"--{flag} must lie between 0 and 1, got {share}")
-        require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
+        for flag in ("topk_min", "limit"):
+            count = getattr(self, flag)
+            require(count is None or count >= 1, f"--{flag} must be 1 or more, got {count}")
         require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
 
 
@@ -799,6 +803,7 @@ def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, m
 def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
             runtime: RuntimeConfig) -> None:
     """Train on questions with retrieved passages; the loss is on the answer alone."""
+    require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
     searcher = load_searcher(index, search, runtime)
     phase = Phase("sft", Weights(kl=sft.distill))
     run_training(phase, (sft, index, search, train, models, runtime),
@@ -5707,20 +5712,25 @@ class AnswerLessons(Lessons):
     def item(self, item: dict[str, Any], rows: list[int], rng: np.random.Generator, p: float, k: int,
              taken_away: bool) -> Item:
         """A question with its passages, which fit --seq_tokens together."""
-        right = self.right_rows(item, rows)
+        right, most = self.right_rows(item, rows), self.most_shown(rng)
         others = [row for row in rows if row not in set(right)]
         if taken_away or not right:
             lacking = [row for row in others if not self.holds_answer(item, row)]
-            shown, gold, answer = lacking[: self.search.topk], None, NO_ANSWER
+            shown, gold, answer = lacking[:most], None, NO_ANSWER
         else:
             gold, answer = right[0], str(rng.choice(item["answers"]))
-            shown = [row for row in rows if row == gold or row in others][: self.search.topk]
-            if gold not in shown:  # retrieval missed it: somewhere among the others
-                shown = [*shown[: self.search.topk - 1]]
+            shown = [row for row in rows if row == gold or row in others][:most]
+            if gold not in shown:  # retrieval missed it, or few are shown: somewhere among the others
+                shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
         asked = self.prompts.ask(item["question"], shown, gold, answer, k)
         sequence = self.prompts.answered(asked, self.choose(item["question"], asked, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}")
+
+    def most_shown(self, rng: np.random.Generator) -> int:
+        """How many passages a question is shown at most."""
+        fewest, topk = self.sft.topk_min, self.search.topk
+        return topk if fewest is None else int(rng.integers(fewest, topk + 1))
 
     def choose(self, question: str, asked: Asked, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
         """(L,) the chunks that stay text: those that the gate likes best, as in use, or some at random."""

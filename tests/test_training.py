@@ -645,6 +645,14 @@ def test_a_share_of_the_questions_has_no_answer(lessons_on):
     assert 0.15 < said.count("Not in the documents.<|im_end|>") / 100 < 0.45
 
 
+def test_how_many_passages_are_shown_may_vary(lessons_on, ranked):
+    """Each number from topk_min to topk comes up, the right passage always among them."""
+    ranked(3, 4, 5, 0, 1)
+    lessons = lessons_on(topk=4, topk_min=2, no_answer_frac=0.0)
+    seen = [shown(full_text(lessons, lessons.draw(0, rng(seed), 0.0))) for seed in range(40)]
+    assert {len(rows) for rows in seen} == {2, 3, 4} and all(GOLD["q1"][0] in rows for rows in seen)
+
+
 def test_a_question_without_a_right_passage_has_no_answer(lessons_on):
     """No text has the answer; the named one is not in the index."""
     rows = [{"question": "Which of the rivers is it?", "answers": ["Nobody at all"]},
