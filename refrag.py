@@ -807,8 +807,9 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
     searcher = load_searcher(index, search, runtime)
     phase = Phase("sft", Weights(kl=sft.distill))
     run_training(phase, (sft, index, search, train, models, runtime),
-                 lambda model, settled: AnswerLessons(model.encoder, settled, sft, searcher, search,
-                                                      load_gate(model, "gate", searcher.embedder)))
+                 lambda model, settled: AnswerLessons(
+                     model.encoder, settled, sft, searcher, search,
+                     load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None))
 
 
 @command("train_gate", GateDataConfig, GateConfig, IndexConfig, SearchConfig, ModelConfig)

@@ -264,6 +264,8 @@ def test_flags_are_not_abbreviated(short):
         (["bench", "--p", ".1,many"], "--p: p must be a float, got 'many'"),
         (["bench", "--k"], "--k: expected at least one argument"),
         (["bench", "--modes", "full,magic"], "--modes: modes must be one of full, refrag, none, got 'magic'"),
+        (["sft", "--rag_json", __file__, "--out_dir", "run", "--topk", "2", "--topk_min", "3"],
+         "--topk_min 3 is more than --topk 2"),
         (["serch"], "invalid choice: 'serch' (choose from 'index', 'search'"),
         (["--json"], "unrecognized arguments: --json"),
     ],

@@ -1305,6 +1305,15 @@ def test_a_run_on_an_index_names_its_digest(train, sources, words, tmp_path):
     assert index == {"file": str(words), "sha256": json.loads((words / "manifest.json").read_text())["digest"]}
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_the_gate_is_loaded_only_to_choose(train, monkeypatch, share):
+    """A gate that would be refused hinders no training in which it chooses nothing."""
+    asked = []
+    monkeypatch.setattr(refrag, "load_gate", lambda *given: asked.append(given))
+    train("sft", "run", "--gate_frac", share, "--steps", 1)
+    assert len(asked) == (share > 0)
+
+
 def test_a_run_keeps_its_last_two_checkpoints(train, tmp_path):
     summary = train("cpt_recon", "run", "--steps", 7, "--save_every", 2)
     folder = tmp_path / "run"
