@@ -52,7 +52,6 @@ def make_corpora(data: Path, out: Path) -> None:
 
 def make_lessons(data: Path, out: Path) -> None:
     """Passages and questions to learn answering from; none of a development article."""
-    rng = random.Random(1337)
     squad, nq, hops = (list(read(data / name / "passages.jsonl.gz")) for name in ("squad", "nq", "multihop"))
     questions = {name: list(read(data / name / "qa.train.jsonl.gz")) for name in ("squad", "nq", "multihop")}
     closed = {i for name in questions for q in read(data / name / "qa.dev.jsonl.gz") for i in q["positive_ids"]}
@@ -60,12 +59,16 @@ def make_lessons(data: Path, out: Path) -> None:
     passages = [p for p in squad + nq if p["split"] == "train"] + [p for p in hops if p["id"] in around]
     passages = [p for p in passages if p["id"] not in closed]
     known = {p["id"] for p in passages}
-    rng.shuffle(questions["squad"])
-    chosen = questions["squad"][:9000] + questions["nq"] + questions["multihop"]
-    chosen = [q for q in chosen if set(q["positive_ids"]) <= known]
-    rng.shuffle(chosen)
     write(out / "lessons.jsonl", passages, "id", "title", "text")
-    write(out / "lessons_qa.jsonl", chosen, "id", "question", "answers", "positive_ids")
+    rng = random.Random(1337)
+    rng.shuffle(questions["squad"])
+    shuffled = rng.getstate()
+    for name, first, last in (("first", 0, 9000), ("then", 9000, 17500)):
+        chosen = questions["squad"][first:last] + questions["nq"] + questions["multihop"]
+        chosen = [q for q in chosen if set(q["positive_ids"]) <= known]
+        rng.setstate(shuffled)
+        rng.shuffle(chosen)
+        write(out / f"{name}_qa.jsonl", chosen, "id", "question", "answers", "positive_ids")
 
 
 def index(corpus: Path, folder: Path, *options: str) -> list[str]:
@@ -100,18 +103,27 @@ def lessons(data: Path, out: Path) -> dict[str, list[str]]:
     """The commands that train the checkpoint, in order. Each phase begins with what the one before has written."""
     texts = ["--train_json", str(data / "text/wiki_squad_train_articles.jsonl.gz"),
              "--eval_json", str(out / "held_out.jsonl")]
-    common = ["--lora_r", "32", "--dtype", "bfloat16", "--save_every", "50"]
-    recon = ["cpt_recon", *texts, *common, "--seq_tokens", "64", "--batch_size", "16", "--lr", "1e-3", "--projector_lr",
-             "2e-3", "--train", "ped", "--eval_every", "400", "--eval_limit", "16"]
+    common = "--lora_r 32 --dtype bfloat16 --save_every 50"
+
+    def recon(name: str, options: str) -> list[str]:
+        return ["cpt_recon", *texts, *f"{common} --seq_tokens 64 --batch_size 16 --lr 1e-3 --projector_lr 2e-3 --train "
+                f"ped --eval_every 400 --eval_limit 16 {options}".split(), "--out_dir", str(out / name)]
+
+    def sft(name: str, before: str, questions: str, options: str) -> list[str]:
+        return ["sft", "--load_dir", str(out / before), "--rag_json", str(out / questions), "--index_dir",
+                str(out / "lessons"), *f"{common} --train pd {options}".split(), "--out_dir", str(out / name)]
+
     return {
         "_lessons": index(out / "lessons.jsonl", out / "lessons"),
-        "_one": [*recon, "--enc", "decoder:4", "--k", "4", "--steps", "1200", "--out_dir", str(out / "recon4")],
-        "_more": [*recon, "--load_dir", str(out / "recon4"), "--k", "4", "8", "16", "--steps", "1600",
-                  "--out_dir", str(out / "recon")],
-        "_answers": ["sft", "--load_dir", str(out / "recon"), "--rag_json", str(out / "lessons_qa.jsonl"),
-                     "--index_dir", str(out / "lessons"), "--topk", "5", "--train", "pd", "--k", "4", "8", "16", "16",
-                     "--p", "0", "0", "0.1", "0.1", "0.25", "0.25", "0.5", "1", "--seq_tokens", "1024",
-                     "--batch_size", "4", "--lr", "4e-4", "--steps", "240", *common, "--out_dir", str(out / "sft")],
+        "_recon4": recon("recon4", "--enc decoder:4 --k 4 --steps 1200"),
+        "_recon": [*recon("recon", "--k 4 8 16 --steps 1600"), "--load_dir", str(out / "recon4")],
+        "_sft1": sft("sft1", "recon", "first_qa.jsonl", "--topk 5 --k 4 8 16 16 --p 0 0 .1 .1 .25 .25 .5 1 "
+                     "--seq_tokens 1024 --batch_size 4 --lr 4e-4 --steps 240"),
+        "_sft2": sft("sft2", "sft1", "first_qa.jsonl", "--topk 6 --topk_min 1 --k 4 4 4 8 8 8 16 16 16 32 --p 0 0 0 "
+                     "0 .1 .1 .25 1 --no_answer_frac .05 --seq_tokens 1024 --batch_size 2 --lr 3e-4 --steps 700 "
+                     "--seed 7"),
+        "_sft": sft("sft", "sft2", "then_qa.jsonl", "--topk 8 --topk_min 2 --k 4 4 4 4 8 8 8 16 16 32 --p 0 0 0 .1 .1 "
+                    ".25 .5 1 --no_answer_frac .05 --seq_tokens 1536 --batch_size 2 --lr 3e-4 --steps 690 --seed 11"),
     }
 
 

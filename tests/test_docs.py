@@ -136,7 +136,7 @@ def test_no_development_article_is_learned_from(reproduce, data, tmp_path):
     reproduce.make_lessons(data, tmp_path)
     ids = [json.loads(line)["id"] for line in (tmp_path / "lessons.jsonl").read_text().splitlines()]
     assert ids == ["squad:train", "nq:train", "multihop:train"]
-    questions = [json.loads(line) for line in (tmp_path / "lessons_qa.jsonl").read_text().splitlines()]
+    questions = [json.loads(line) for line in (tmp_path / "first_qa.jsonl").read_text().splitlines()]
     assert [q["answers"][0] for q in questions] == ["train"] * 3
 
 
