@@ -471,6 +471,8 @@ class SftConfig:
                                  "use; for the others they are drawn at random, so that the vectors must be read")
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
                                      "\"not in the documents\"")
+    quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
+                                 "takes more reading of the vectors than an answer of few words")
     topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
                                      "read faster (default: always --topk)")
     limit: int | None = opt(None, "read at most this many questions")
@@ -482,7 +484,7 @@ class SftConfig:
             name = getattr(self, flag)
             require(name is None or os.path.isfile(name), f"--{flag} {name}: no such file")
         require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        for flag in ("gate_frac", "no_answer_frac"):
+        for flag in ("gate_frac", "no_answer_frac", "quote_frac"):
             share = getattr(self, flag)
             require(0 <= share <= 1, f"--{flag} must lie between 0 and 1, got {share}")
         for flag in ("topk_min", "limit"):
@@ -2007,6 +2009,10 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
                 yield parse_training_text(line, f"{name}:{number}")
 
 
+SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
+
+
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
@@ -2023,7 +2029,7 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
             return [*spans, (start, len(text))]
         window = range(last, max(first + 1, last - size // 4) - 1, -1)
         ends = [i for i in window if text[token_ends[i - 1] :][:1].isspace()]
-        stops = [i for i in ends if text[token_ends[i - 1] - 1] in ".!?\u3002\uff01\uff1f"]
+        stops = [i for i in ends if text[token_ends[i - 1] - 1] in SENTENCE_ENDS]
         cut = next(iter(stops or ends), last)
         spans.append((start, token_ends[cut - 1]))
         first = max(cut - overlap, first + 1)
@@ -3082,7 +3088,7 @@ class Searcher:
 
     def leading_sentence(self, row: int) -> str:
         """A passage's title and first sentence, the link to the next hop."""
-        first = re.split(r"(?<=[.!?\u3002\uff01\uff1f])\s", self.index.texts[row], maxsplit=1)[0]
+        first = SENTENCE_GAP.split(self.index.texts[row], maxsplit=1)[0]
         return f"{self.index.titles[row]} {first[:300]}".strip()
 
     def candidates(self, question: str, depth: int, hops: int) -> list[tuple[int, float]]:
@@ -5193,6 +5199,7 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float) -> list[
 TOKEN_CACHE_VERSION = 1
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
 NO_ANSWER = "Not in the documents."
+QUOTE = "Quote the sentence that answers this question. "
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
 KEPT_CHECKPOINTS = 2
@@ -5609,6 +5616,14 @@ def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dic
     return list(spread(questions, limit))
 
 
+def sentence_with(answer: str, text: str, question: str) -> str | None:
+    """The sentence of a text that holds an answer; of several, the one that has most of the question's words."""
+    words = re.compile(r"\w+")
+    held = [sentence for sentence in SENTENCE_GAP.split(text) if answer.casefold() in sentence.casefold()]
+    asked = set(words.findall(question.casefold()))
+    return max(held, key=lambda sentence: len(asked & set(words.findall(sentence.casefold()))), default=None)
+
+
 class Asked(NamedTuple):
     """A question with its passages, before it is settled which of their chunks stay text."""
 
@@ -5724,9 +5739,17 @@ class AnswerLessons(Lessons):
             if gold not in shown:  # retrieval missed it, or few are shown: somewhere among the others
                 shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
-        asked = self.prompts.ask(item["question"], shown, gold, answer, k)
+        question = item["question"]
+        if gold is not None and self.sft.quote_frac and rng.random() < self.sft.quote_frac:
+            question, answer = self.quote(question, gold, answer)
+        asked = self.prompts.ask(question, shown, gold, answer, k)
         sequence = self.prompts.answered(asked, self.choose(item["question"], asked, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}")
+
+    def quote(self, question: str, gold: int, answer: str) -> tuple[str, str]:
+        """A question with its answer, as one for the sentence that holds it; unchanged if none does."""
+        sentence = sentence_with(answer, self.index.texts[gold], question)
+        return (question, answer) if sentence is None else (QUOTE + question, sentence)
 
     def most_shown(self, rng: np.random.Generator) -> int:
         """How many passages a question is shown at most."""

@@ -166,7 +166,7 @@ BAD = [
     (refrag.SftConfig, {"eval_json": "nowhere.jsonl"}, "--eval_json nowhere.jsonl:", "no such file"),
     *((refrag.SftConfig, {"p": p}, "--p", "between 0 and 1") for p in ((), (-0.1,), (0.5, 1.1), (NAN,))),
     *((refrag.SftConfig, {name: value}, f"--{name}", "between 0 and 1") for value in (-0.1, 1.1)
-      for name in ("no_answer_frac", "gate_frac")),
+      for name in ("no_answer_frac", "gate_frac", "quote_frac")),
     *((refrag.SftConfig, {name: 0}, f"--{name}", "1 or more") for name in ("topk_min", "limit")),
     (refrag.GateDataConfig, {"rag_json": ()}, "--rag_json", "name a file of questions"),
     (refrag.GateDataConfig, {"rag_json": (__file__, "nowhere.jsonl")}, "--rag_json nowhere.jsonl:", "no such file"),
@@ -244,7 +244,7 @@ GOOD = [
     (refrag.NextConfig, {"expand_frac": 0.0, "recon_frac": 1.0, "next_frac": 0.01, "distill": 0.0}),
     (refrag.NextConfig, {"expand_frac": 1.0, "recon_frac": 0.0, "next_frac": 0.99}),
     (refrag.SftConfig, {"p": (0.0, 1.0), "no_answer_frac": 1.0, "gate_frac": 0.0, "topk_min": 1, "limit": 1}),
-    (refrag.SftConfig, {"distill": 0.0}),
+    (refrag.SftConfig, {"quote_frac": 1.0, "distill": 0.0}),
     (refrag.GateDataConfig, {"k": 64, "p": (0.01, 0.99), "limit": 1, "eval_limit": 1, "eval_json": (__file__,)}),
     (refrag.GateConfig, {"epochs": 1, "batch_size": 1, "bce": 0.0, "utility": 0, "utility_weight": 0.0, "tau": 1e-9}),
     (refrag.PolicyConfig, {"steps": 1, "batch_size": 1, "group": 2, "clip": 0.01, "reuse": 1, "blind": True}),

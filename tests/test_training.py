@@ -653,6 +653,33 @@ def test_how_many_passages_are_shown_may_vary(lessons_on, ranked):
     assert {len(rows) for rows in seen} == {2, 3, 4} and all(GOLD["q1"][0] in rows for rows in seen)
 
 
+def test_a_share_of_the_questions_asks_for_the_sentence(lessons_on):
+    """With an instruction of its own; the passage is named as after an answer."""
+    lessons, counts = lessons_on(quote_frac=0.4, no_answer_frac=0.0), Counter()
+    for seed in range(100):
+        item = lessons.draw(0, rng(seed), 0.0)
+        told = full_text(lessons, item).rpartition("Question: ")[2].startswith("Quote the sentence that answers this ")
+        said = answer(lessons, item).partition(" [")[0]
+        assert said == (TEXTS[0].partition(" It floods")[0] if told else "Rhone")
+        counts[told] += 1
+    assert 20 <= counts[True] <= 60
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "sentence"),
+    [
+        ("1896", "It is old. It was built in 1896! Nobody knows.", "It was built in 1896!"),
+        ("the RHONE", "The Rhone floods. We saw the Rhone at Lyon.", "The Rhone floods."),
+        ("Lyon", "Lyon lies low. Which river floods Lyon? The Rhone.", "Which river floods Lyon?"),
+        ("\u6cb3", "\u5c71\u3002\u6cb3\u6c34\u3002\u65e5\u3002", "\u6cb3\u6c34\u3002"),
+        ("absent", "It is old.", None),
+    ],
+)
+def test_the_sentence_with_an_answer(answer, text, sentence):
+    """Of several, the one that has most of the question's words; the first of equal ones."""
+    assert refrag.sentence_with(answer, text, "Which river floods?") == sentence
+
+
 def test_a_question_without_a_right_passage_has_no_answer(lessons_on):
     """No text has the answer; the named one is not in the index."""
     rows = [{"question": "Which of the rivers is it?", "answers": ["Nobody at all"]},
