@@ -123,7 +123,8 @@ def lessons(data: Path, out: Path) -> dict[str, list[str]]:
                      "0 .1 .1 .25 1 --no_answer_frac .05 --seq_tokens 1024 --batch_size 2 --lr 3e-4 --steps 700 "
                      "--seed 7"),
         "_sft": sft("sft", "sft2", "then_qa.jsonl", "--topk 8 --topk_min 2 --k 4 4 4 4 8 8 8 16 16 32 --p 0 0 0 .1 .1 "
-                    ".25 .5 1 --no_answer_frac .05 --seq_tokens 1536 --batch_size 2 --lr 3e-4 --steps 690 --seed 11"),
+                    ".25 .5 1 --no_answer_frac .05 --quote_frac .3 --seq_tokens 1536 --batch_size 2 --lr 3e-4 --steps "
+                    "620 --seed 11"),
     }
 
 
