@@ -4957,13 +4957,18 @@ def word_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list
             whole @ shares, phrase]
 
 
+def word_set(text: str) -> set[str]:
+    """The words of a text, in lower case."""
+    return set(re.findall(r"\w+", text.casefold()))
+
+
 def form_features(given: GateInput) -> list[Any]:
     """The features of group "form": names and numbers, also those the question does not have, and what it asks.
 
     Those of the question alone are one number for all chunks.
     """
     L, lower, row = len(given.texts), given.question.lower(), 0
-    asked = set(re.findall(r"\w+", given.question.casefold()))
+    asked = word_set(given.question)
     names, new_names, numbers, new_numbers = counts = [[0] * L for _ in range(4)]
     for found in NAME_OR_NUMBER.findall(joined_chunks(given.texts)):
         if found == CHUNK_END:
@@ -5618,10 +5623,9 @@ def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dic
 
 def sentence_with(answer: str, text: str, question: str) -> str | None:
     """The sentence of a text that holds an answer; of several, the one that has most of the question's words."""
-    words = re.compile(r"\w+")
     held = [sentence for sentence in SENTENCE_GAP.split(text) if answer.casefold() in sentence.casefold()]
-    asked = set(words.findall(question.casefold()))
-    return max(held, key=lambda sentence: len(asked & set(words.findall(sentence.casefold()))), default=None)
+    asked = word_set(question)
+    return max(held, key=lambda sentence: len(asked & word_set(sentence)), default=None)
 
 
 class Asked(NamedTuple):
@@ -5712,7 +5716,8 @@ class AnswerLessons(Lessons):
 
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
         return self.item(self.questions[number], self.ranked[number], rng, float(rng.choice(self.sft.p)),
-                         int(rng.choice(self.train.k)), bool(rng.random() < self.sft.no_answer_frac))
+                         int(rng.choice(self.train.k)), bool(rng.random() < self.sft.no_answer_frac),
+                         self.sft.quote_frac)
 
     def right_rows(self, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
         """The rows of the documents in positive_ids, those alone that hold an answer if any do; without ids, these."""
@@ -5726,8 +5731,9 @@ class AnswerLessons(Lessons):
         return any(answer.casefold() in text for answer in item["answers"])
 
     def item(self, item: dict[str, Any], rows: list[int], rng: np.random.Generator, p: float, k: int,
-             taken_away: bool) -> Item:
+             taken_away: bool, quote_frac: float = 0.0) -> Item:
         """A question with its passages, which fit --seq_tokens together."""
+        question = item["question"]
         right, most = self.right_rows(item, rows), self.most_shown(rng)
         others = [row for row in rows if row not in set(right)]
         if taken_away or not right:
@@ -5739,9 +5745,8 @@ class AnswerLessons(Lessons):
             if gold not in shown:  # retrieval missed it, or few are shown: somewhere among the others
                 shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
-        question = item["question"]
-        if gold is not None and self.sft.quote_frac and rng.random() < self.sft.quote_frac:
-            question, answer = self.quote(question, gold, answer)
+            if quote_frac and rng.random() < quote_frac:  # where nothing is quoted, nothing is drawn
+                question, answer = self.quote(question, gold, answer)
         asked = self.prompts.ask(question, shown, gold, answer, k)
         sequence = self.prompts.answered(asked, self.choose(item["question"], asked, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}")

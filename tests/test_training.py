@@ -888,13 +888,15 @@ def test_a_reranker_is_not_taken_for_the_retriever_alone(words):
     assert ranked[0] != ranked[1] and [set(rows) for rows in ranked[0]] == [set(rows) for rows in ranked[1]]
 
 
-def test_the_exam_has_each_k_and_p_and_takes_nothing_away(tmp_path, words, whole):
+def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_path, words, whole):
     path = write(tmp_path / "q.jsonl", QUESTIONS)
-    lessons = answer_lessons(whole, words, path, k=(4, 8), p=(0.0, 0.25), no_answer_frac=1.0, eval_json=str(path))
+    lessons = answer_lessons(whole, words, path, k=(4, 8), p=(0.0, 0.25), no_answer_frac=1.0, quote_frac=1.0,
+                             eval_json=str(path))
     exam, again = lessons.exam(), lessons.exam()
     assert set(exam) == {"k4/p0", "k4/p0.25", "k8/p0", "k8/p0.25"}
     for name, items in exam.items():
         assert len(items) == 4 and not any("Not in" in answer(lessons, item) for item in items)
+        assert not any("Quote the sentence" in full_text(lessons, item) for item in items)
         assert all(np.array_equal(a.sequence.plan, b.sequence.plan) for a, b in zip(items, again[name], strict=True))
 
 
