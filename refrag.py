@@ -526,10 +526,12 @@ class EvalConfig:
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted")
-    limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files")
+    limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
+                                   "questions of 2 n - 1 hold those of n")
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
                                     "sample.md; without it the results are printed alone")
-    resume: bool = opt(False, "continue the evaluation in --out_dir")
+    resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
+                              "questions, add to it")
 
     def __post_init__(self) -> None:
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
@@ -2073,10 +2075,10 @@ def check_positive_ids(item: dict[str, Any], where: str) -> list[str]:
 
 
 def spread(items: Sequence, limit: int | None) -> Sequence:
-    """At most `limit` items, evenly spread over all. Example: [1, 2, 3, 4, 5], 3 -> [1, 3, 5]"""
+    """At most `limit` items, evenly spread; 2 n - 1 hold those of n. Example: [1, 2, 3, 4, 5], 3 -> [1, 3, 5]"""
     if limit is None or limit >= len(items):
         return items
-    return [items[i] for i in np.linspace(0, len(items) - 1, limit).astype(int)]
+    return [items[i * (len(items) - 1) // max(limit - 1, 1)] for i in range(limit)]
 
 
 def check_questions(items: list[dict[str, Any]], places: list[str], source: str) -> list[dict[str, Any]]:
@@ -7934,7 +7936,7 @@ class ControlPipeline(Pipeline):
 
     @classmethod
     def over(cls, pipeline: Pipeline, questions: list[dict[str, Any]]) -> ControlPipeline:
-        """The same models for the questions of an evaluation."""
+        """The same models for the questions of a file."""
         made = object.__new__(cls)
         made.__dict__ = {**pipeline.__dict__, "questions": questions, "rows": {}, "foreign": {},
                          "numbers": {q["id"]: number for number, q in enumerate(questions)}}
@@ -8019,7 +8021,7 @@ class Task:
 
     def wanted(self) -> list[Key]:
         """Of all lines, in the order of the report."""
-        raise NotImplementedError
+        return [key for unit in self.units() for key in self.keys(unit)]
 
     def load(self) -> None:
         """Load what measuring needs; not called when every line is there already."""
@@ -8027,6 +8029,10 @@ class Task:
 
     def units(self) -> list[Any]:
         """Pieces of work that do not depend on each other."""
+        raise NotImplementedError
+
+    def keys(self, unit: Any) -> list[Key]:
+        """Of the lines that a unit gives."""
         raise NotImplementedError
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
@@ -8071,19 +8077,19 @@ class QuestionTask(Task):
     """A task over the questions of --qa and an index."""
 
     needs = ("answers", "positive_ids")
-    unused = frozenset({"context_tokens", "next_tokens"})
+    unused = frozenset({"context_tokens", "next_tokens", "limit"})
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)
         name = self.options.qa
-        questions = read_question_file(name, "--qa")
-        for number, item in enumerate(questions, start=1):
+        self.file = read_question_file(name, "--qa")
+        for number, item in enumerate(self.file, start=1):
             where = f"--qa {name}: question {number} ({item['id']})"
             if "answers" in self.needs:
                 check_answers(item, where)
             item["positive_ids"] = check_positive_ids(item, where)
             require(bool(item["positive_ids"]) or "positive_ids" not in self.needs, f"{where} has no positive_ids")
-        self.questions = list(spread(questions, self.options.limit))
+        self.questions = list(spread(self.file, self.options.limit))
         self.manifest = index_manifest(self.index.index_dir)
 
     def sources(self) -> dict[str, Any]:
@@ -8096,7 +8102,7 @@ class QuestionTask(Task):
         generate = GenerateConfig(max_new=options.max_new, cite=options.cite)
         pipeline = load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
         positive_rows(self.questions, pipeline.searcher.index)  # the questions belong to this index
-        return ControlPipeline.over(pipeline, self.questions)
+        return ControlPipeline.over(pipeline, self.file)
 
 
 class QaTask(QuestionTask):
@@ -8117,7 +8123,7 @@ class QaTask(QuestionTask):
         options = configs[0]
         self.needs = ("answers", "positive_ids") if "oracle_gate" in options.named else ("answers",)
         super().__init__(*configs)
-        require("wrong_vectors" not in options.named or len(self.questions) > 1,
+        require("wrong_vectors" not in options.named or len(self.file) > 1,
                 "--modes wrong_vectors needs two questions at least: leave it out")
         once = {"full": (1.0,), "none": (0.0,)}
         self.cells = [(name, p) for name in options.named for p in once.get(name, dict.fromkeys(options.p))]
@@ -8126,9 +8132,7 @@ class QaTask(QuestionTask):
             self.setups.setdefault(setup_of(name, p, options.gate), []).append((name, p))
         shares = sorted(set(options.p))
         self.sample = ("refrag", shares[len(shares) // 2])
-
-    def wanted(self) -> list[Key]:
-        return [(q["id"], *cell) for q in self.questions for cell in self.cells]
+        self.sampled = {q["id"] for q in self.questions[:SAMPLES]}
 
     def sources(self) -> dict[str, Any]:
         return super().sources() | self.model_sources()
@@ -8140,6 +8144,9 @@ class QaTask(QuestionTask):
 
     def units(self) -> list[Any]:
         return batched(self.questions, self.options.batch_size)
+
+    def keys(self, unit: Any) -> list[Key]:
+        return [(q["id"], *cell) for q in unit for cell in self.cells]
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         self.pipeline.foreign.clear()
@@ -8156,7 +8163,7 @@ class QaTask(QuestionTask):
 
     def shown(self, item: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
         """The prompt as a person can read it, of the first questions."""
-        if self.pipeline.numbers[item["id"]] >= SAMPLES:
+        if item["id"] not in self.sampled:
             return {}
         context = result["context"]
         contents = [doc.content for doc in context.packed.docs]
@@ -8191,8 +8198,8 @@ class QaTask(QuestionTask):
 
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
         draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
-        rows = [(q, found[q["id"], *self.sample]) for q in self.questions[:SAMPLES] if (q["id"], *self.sample) in found]
-        if rows:
+        rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
+        if rows := [(q, line) for q, line in rows if "prompt" in line][:SAMPLES]:
             write_atomic(folder / "sample.md", sample_text(rows, self.sample[1]))
 
 
@@ -8242,9 +8249,6 @@ class RetrievalTask(QuestionTask):
                 f"only {', '.join(there)}")
         self.retrievers = [name for name in self.options.named if name in there]
 
-    def wanted(self) -> list[Key]:
-        return [(q["id"], name, None) for q in self.questions for name in self.retrievers]
-
     def load(self) -> None:
         whole = load_searcher(self.index, self.search, self.runtime)
         positive_rows(self.questions, whole.index)
@@ -8252,6 +8256,9 @@ class RetrievalTask(QuestionTask):
 
     def units(self) -> list[Any]:
         return self.questions
+
+    def keys(self, unit: Any) -> list[Key]:
+        return [(unit["id"], name, None) for name in self.retrievers]
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         for name, searcher in self.searchers.items():
@@ -8299,9 +8306,6 @@ class GateTask(QuestionTask):
         self.gates = [n for n in self.options.named if self.options.modes or n not in TRAINED_GATES or n in known]
         self.shares = list(dict.fromkeys(self.options.p))
 
-    def wanted(self) -> list[Key]:
-        return [(q["id"], gate, p) for q in self.questions for gate in self.gates for p in self.shares]
-
     def sources(self) -> dict[str, Any]:
         return super().sources() | self.model_sources()
 
@@ -8313,9 +8317,10 @@ class GateTask(QuestionTask):
     def units(self) -> list[Any]:
         return self.questions
 
+    def keys(self, unit: Any) -> list[Key]:
+        return [(unit["id"], gate, p) for gate in self.gates for p in self.shares]
+
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        if all((unit["id"], gate, p) in done for gate in self.gates for p in self.shares):
-            return
         passages = self.pipeline.retrieve(unit)
         packed = self.pipeline.pack_docs(unit, passages)
         index, watch = self.pipeline.searcher.index, Stopwatch(self.pipeline.device)
@@ -8399,9 +8404,6 @@ class TextTask(Task):
     unused = frozenset({"k", "gate", "ctx_max", "max_new", "cite"}) | {
         f.name for config in (IndexConfig, SearchConfig) for f in dataclasses.fields(config)}
 
-    def wanted(self) -> list[Key]:
-        return [("texts", mode, k) for mode in self.modes for k in dict.fromkeys(self.options.k)]
-
     def sources(self) -> dict[str, Any]:
         files = [fact["sha256"][:16] for fact in file_facts(self.options.texts)]
         return {"texts": files} | self.model_sources()
@@ -8425,6 +8427,10 @@ class TextTask(Task):
         parts = [(mode, [ks] if mode in ("full", "none") else [(k,) for k in ks]) for mode in self.modes]
         return [(mode, part) for mode, several in parts for part in several]
 
+    def keys(self, unit: Any) -> list[Key]:
+        mode, ks = unit
+        return [("texts", mode, k) for k in ks]
+
     def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
         """What the decoder is asked in a mode."""
         raise NotImplementedError
@@ -8438,8 +8444,6 @@ class TextTask(Task):
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         mode, ks = unit
-        if all(("texts", mode, k) in done for k in ks):
-            return
         sequences = self.sequences(mode, ks[0])
         measured = measure_sequences(self.model, sequences, self.packs, 2 * self.size, self.options.batch_size,
                                      self.accelerator)
@@ -8563,12 +8567,12 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
                   write: Callable[[dict[str, Any]], None]) -> dict[Key, dict[str, Any]]:
-    """All lines of a task: those done and those measured now, each process its share of the units."""
+    """All lines of a task: those done and those measured now, each process its share of the units that lack some."""
     new: list[dict[str, Any]] = []
     finished = set(done)
-    if not finished.issuperset(task.wanted()):
+    if lacking := [unit for unit in task.units() if not finished.issuperset(task.keys(unit))]:
         task.load()
-        units = task.units()[task.accelerator.process_index :: task.accelerator.num_processes]
+        units = lacking[task.accelerator.process_index :: task.accelerator.num_processes]
         for unit in progress(units, f"eval {task.options.task}", total=len(units)):
             for line in task.lines(unit, finished):
                 new.append(line)

@@ -560,8 +560,24 @@ class TestResuming:
         assert list(more["results"]["refrag"]) == ["0", "0.3"] and "full" in more["results"]
         assert more["results"]["refrag"]["0.3"]["f1"] == first["results"]["refrag"]["0.3"]["f1"]
 
+    def test_questions_may_be_added(self, evaluate, tmp_path, monkeypatch):
+        """Three of five hold the two that were measured first; all is as if the three had been measured at once."""
+        five = [*QUESTIONS, {"question": "Where do smiths cast bells?", "answers": ["Ulm"], "positive_ids": ["b"]}]
+        qa = write_lines(tmp_path / "five.jsonl", five)
+        base = ["--qa", qa, "--json", "--modes", "refrag", "wrong_vectors", "--p", 0.3]
+        evaluate(*base, "--out_dir", tmp_path / "part", "--limit", 2)
+        measured, answer = [], refrag.ControlPipeline.answer
+        monkeypatch.setattr(refrag.ControlPipeline, "answer",
+                            lambda self, unit: measured.extend(q["id"] for q in unit) or answer(self, unit))
+        grown = summary(evaluate(*base, "--out_dir", tmp_path / "part", "--limit", 3, "--resume"))
+        assert set(measured) == {five[2]["id"]} and grown["n"] == 3
+        assert timeless(grown) == timeless(summary(evaluate(*base, "--out_dir", tmp_path / "whole", "--limit", 3)))
+        assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
+        part, whole = (tmp_path / folder / "sample.md" for folder in ("part", "whole"))
+        assert part.read_text() == whole.read_text()
+
     @pytest.mark.parametrize(("changed", "named"), [
-        (["--max_new", 4], "--max_new (3, now 4)"), (["--k", 8, "--limit", 3], "--k ([4], now [8])"),
+        (["--max_new", 4], "--max_new (3, now 4)"), (["--k", 8], "--k ([4], now [8])"),
         (["--task", "gate", "--modes", "blend"], "--task (qa, now gate)"), (["--seed", 1], "--seed (1337, now 1)")])
     def test_other_settings_are_refused_by_name(self, evaluate, tmp_path, changed, named):
         base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
@@ -643,8 +659,8 @@ class TestBadInput:
         assert (code, out) == (2, "") and err.count("\n") == 1
         assert f"--qa {path}: " in err and told in err
 
-    def test_wrong_vectors_need_two_questions(self, evaluate):
-        code, _, err = evaluate("--limit", 1)
+    def test_wrong_vectors_need_two_questions(self, evaluate, tmp_path):
+        code, _, err = evaluate("--qa", write_lines(tmp_path / "one.jsonl", QUESTIONS[:1]))
         assert code == 2 and "wrong_vectors needs two questions" in err
 
     def test_no_index(self, run, qa):
