@@ -4354,15 +4354,18 @@ class RefragModel(PreTrainedModel):
         means = pool_runs(tokens.float(), batch.sizes)
         return self.projector(pooled, means), means
 
+    def embed_batch(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoder inputs (B, T, D) of a batch; vectors and token means of its chunks, both (C, D) float32."""
+        inputs = self.decoder.get_input_embeddings()(batch.input_ids)
+        if not len(batch.sizes):
+            return inputs, *(inputs.new_zeros(0, inputs.shape[2]) for _ in range(2))
+        vectors, means = self.chunk_vectors(batch)
+        fed = vectors[batch.chunks[batch.chunks >= 0]].to(inputs.dtype)
+        return inputs.masked_scatter((batch.chunks >= 0).unsqueeze(-1), fed), vectors, means
+
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
-        embed = self.decoder.get_input_embeddings()
-        inputs = embed(batch.input_ids)  # (B, T, D)
-        vectors = means = inputs.new_zeros(0, inputs.shape[2])
-        if len(batch.sizes):
-            vectors, means = self.chunk_vectors(batch)
-            fed = vectors[batch.chunks[batch.chunks >= 0]].to(inputs.dtype)
-            inputs = inputs.masked_scatter((batch.chunks >= 0).unsqueeze(-1), fed)
+        inputs, vectors, means = self.embed_batch(batch)
         known: dict[str, Any] = {"use_cache": False}
         if accepts(self.decoder, "position_ids"):
             known["position_ids"] = batch.position_ids
@@ -7859,6 +7862,12 @@ def citation_scores(cited: Sequence[set[str]], positives: set[str]) -> tuple[flo
     return right / len(cited) if cited else None, len(positives & set().union(*cited)) / len(positives)
 
 
+def kept_in_order(truth: Sequence[int], made: Sequence[int]) -> float:
+    """Share of a text's tokens that stand in another, in the same order. Example: [1, 2, 3, 4], [1, 9, 3, 4] -> 0.75"""
+    matcher = difflib.SequenceMatcher(None, truth, made, autojunk=False)
+    return sum(block.size for block in matcher.get_matching_blocks()) / len(truth)
+
+
 def ranking_scores(ranked: Sequence[str], positives: set[str]) -> dict[str, float]:
     """recall@8, MRR@10 and nDCG@10 of document ids, best first, with binary relevance."""
     gains = [1.0 / math.log2(rank + 1) for rank, doc in enumerate(ranked[:10], 1) if doc in positives]
@@ -8498,9 +8507,13 @@ class ReconTask(TextTask):
     """How much of a text comes back from its vectors."""
 
     modes = ("refrag", "none", "wrong_vectors", "full")
-    columns = ("accuracy", "no_vectors", "wrong_vectors", "full_text")
+    columns = ("accuracy", "no_vectors", "wrong_vectors", "full_text", "free_running", "free_running_wrong")
+    free = ("refrag", "wrong_vectors")  # modes in which the decoder also writes by itself
+    asked = (*itertools.product(("accuracy",), modes), *itertools.product(("free_running",), free))
     notes = ("Share of the tokens of a text that are the likeliest next ones, teacher forced, after its vectors, after "
-             "none, after another text's, and after the text itself.")
+             f"none, after another text's, and after the text itself. Free running: share of the tokens of {SAMPLES} "
+             "texts that stand, in their order, in what the decoder writes by itself after the vectors, and after "
+             "another text's.")
 
     @property
     def size(self) -> int:
@@ -8509,15 +8522,47 @@ class ReconTask(TextTask):
     def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
         return self.control([self.lessons.repeated(window, k) for window in self.windows], mode)
 
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        mode, _ = unit
+        for line in super().lines(unit, done):
+            yield {**line, **(self.write_freely(mode, line["k"]) if mode in self.free else {})}
+
+    def write_freely(self, mode: str, k: int) -> dict[str, Any]:
+        """What the decoder makes of some texts' vectors by itself, and how much of them that is."""
+        texts, shares = [], []
+        for sequence in spread(self.sequences(mode, k), SAMPLES):
+            truth, made = sequence.labels[sequence.labels >= 0].tolist(), self.continue_freely(sequence)
+            shares.append(kept_in_order(truth, made))
+            texts.append([self.lessons.tokenizer.decoder.decode(ids) for ids in (truth, made)])
+        return {"free_running": round(statistics.fmean(shares), 5), "written": texts}
+
+    @torch.inference_mode()
+    def continue_freely(self, sequence: TrainingSequence) -> list[int]:
+        """The tokens that the decoder puts in the place of a sequence's answer, as many at most, greedily."""
+        decoder, device, asked = self.model.decoder, self.accelerator.device, sequence.asked
+        before = continue_plan(sequence.plan[: len(sequence.plan) - asked + 1], sequence.labels[-1:], sequence.content)
+        with self.accelerator.autocast():
+            inputs, _, _ = self.model.embed_batch(checked_batch(self.model, [[before]], self.packs).to(device))
+            logits, state = prefill(decoder, [inputs[0]])
+            [out], _ = decode(decoder, logits, state, max_new=asked, watch=Stopwatch(device),
+                              stops=stop_tokens(decoder, self.lessons.tokenizer.decoder),
+                              pick=lambda logits: logits.argmax(-1))
+        return out.tokens
+
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        names, tables = dict(zip(self.modes, self.columns, strict=True)), self.tables(found, "accuracy")
-        results = {str(k): {names[mode]: tables[mode][str(k)] for mode in self.modes} for k in self.options.k}
+        results = {str(k): {name: found["texts", mode, k][measure]
+                            for name, (measure, mode) in zip(self.columns, self.asked, strict=True)}
+                   for k in self.options.k}
         return {"n": next(iter(found.values()))["texts"], "results": results}
 
     @classmethod
     def table(cls, summary: dict[str, Any]) -> str:
-        return markdown_table(["k", *cls.columns], [[k, *(cell[c] for c in cls.columns)]
-                                                     for k, cell in summary["results"].items()])
+        return markdown_table(["k", *cls.columns], [[k, *map(cell.get, cls.columns)]
+                                                    for k, cell in summary["results"].items()])
+
+    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+        written = {k: found["texts", "refrag", k]["written"] for k in self.options.k}
+        write_atomic(folder / "sample.md", written_text(written))
 
 
 TASKS: dict[str, type[Task]] = {"qa": QaTask, "retrieval": RetrievalTask, "gate": GateTask, "ppl": PplTask,
@@ -8647,6 +8692,15 @@ def sample_text(rows: list[tuple[dict[str, Any], dict[str, Any]]], p: float) -> 
         parts += [f"## {item['id']}: {item['question']}", "", f"- True answers: {'; '.join(item['answers'])}",
                   f"- Reply: {' '.join(line['reply'].split())}", f"- F1 {line['f1']:.3f}, EM {line['em']:.0f}, "
                   f"{line['positions']} positions of {line['full_positions']}", "", fence, line["prompt"], fence, ""]
+    return "\n".join(parts)
+
+
+def written_text(written: dict[int, list[list[str]]]) -> str:
+    """sample.md: texts, and beside each what the decoder wrote from its vectors. written: k -> [text, what of it]."""
+    parts = ["# What the decoder writes from a text's vectors alone", ""]
+    for number, pairs in enumerate(zip(*written.values(), strict=True), start=1):
+        named = {"text": pairs[0][0], **{f"k = {k}": made for k, (_, made) in zip(written, pairs, strict=True)}}
+        parts += [f"## {number}", "", *(f"- {name}: {' '.join(text.split())}" for name, text in named.items()), ""]
     return "\n".join(parts)
 
 

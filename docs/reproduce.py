@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_MODE = "full,none,refrag,truncate,expanded_only,random_gate,cosine_gate,wrong_vectors,oracle_gate"
-READ = ["--batch_size", "1", "--max_new", "32", "--dtype", "bfloat16"]  # a question by itself: no padding in any answer
+VECTORS_ALONE = "refrag,truncate,expanded_only,wrong_vectors"
 
 
 def read(path: Path) -> Iterator[dict]:
@@ -48,6 +48,8 @@ def make_corpora(data: Path, out: Path) -> None:
     write(out / "squad_dev.jsonl", dev + others[:3000], "id", "title", "text")
     write(out / "nq_all.jsonl", nq + others[:3000], "id", "title", "text")
     write(out / "held_out.jsonl", dev, "text")
+    novels = [book["text"] for book in read(data / "text/books.train.jsonl.gz")][::9]  # none was trained on
+    write(out / "novels.jsonl", [{"text": text[len(text) // 2 :][:12_000]} for text in novels], "text")
 
 
 def make_lessons(data: Path, out: Path) -> None:
@@ -76,27 +78,37 @@ def index(corpus: Path, folder: Path, *options: str) -> list[str]:
     return ["index", "--corpus", str(corpus), "--index_dir", str(folder), *options]
 
 
+def answers(questions: list[str], index_dir: Path, k: str, p: str, modes: str, out_dir: Path) -> list[str]:
+    """The command that has questions answered; one at a time, so that no answer depends on a batch's padding."""
+    return ["eval", "--task", "qa", *questions, "--index_dir", str(index_dir), "--k", k, "--p", *p.split(), "--modes",
+            modes, "--batch_size", "1", "--max_new", "32", "--dtype", "bfloat16", "--out_dir", str(out_dir)]
+
+
+def probe(task: str, texts: Path, options: str, out_dir: Path) -> list[str]:
+    """The command that measures what the decoder makes of vectors, teacher forced."""
+    return ["eval", "--task", task, "--texts", str(texts), *options.split(), "--out_dir", str(out_dir)]
+
+
 def tables(data: Path, out: Path) -> dict[str, list[str]]:
     """The commands in order, by the name of their result; those that only prepare begin with an underscore."""
-    squad = ["--qa", str(data / "squad/qa.dev.jsonl.gz"), "--limit", "1000"]
+    squad, more = (["--qa", str(data / "squad/qa.dev.jsonl.gz"), "--limit", limit] for limit in ("501", "1001"))
     nq = ["--qa", str(data / "nq/qa.dev.jsonl.gz")]
-    texts = ["--texts", str(data / "text/wikitext2.valid.jsonl.gz")]
-    commands = {"_squad": index(out / "squad_dev.jsonl", out / "squad", "--k", "16"),
-                "_squad4": index(out / "squad_dev.jsonl", out / "squad4", "--k", "4"),
-                "_nq": index(out / "nq_all.jsonl", out / "nq", "--k", "16")}
-    for name, questions in (("squad", squad), ("nq", nq)):
-        commands[f"answers_{name}"] = [
-            "eval", "--task", "qa", *questions, "--index_dir", str(out / name), "--k", "16", "--p", "0", "0.1", "0.25",
-            "0.5", "1", "--modes", EVERY_MODE, *READ]
-    for k in ("4", "8", "32"):
-        commands[f"answers_squad_k{k}"] = [
-            "eval", "--task", "qa", *squad, "--index_dir", str(out / "squad4"), "--k", k, "--p", "0", "--modes",
-            "refrag,truncate,wrong_vectors", *READ]
-    commands["next_tokens_reader"] = ["eval", "--task", "ppl", *texts, "--k", "4", "8", "16", "32", "--limit", "200"]
-    commands["recon_reader"] = ["eval", "--task", "recon", "--texts", str(out / "held_out.jsonl"), "--k", "4", "8",
-                                "--limit", "20", "--context_tokens", "64"]
-    return {name: [*argv, *(["--out_dir", str(out / name)] if argv[0] == "eval" else [])]
-            for name, argv in commands.items()}
+    wiki = data / "text/wikitext2.valid.jsonl.gz"
+    windows = "--k 4 8 16 32 --limit 200"
+    return {
+        "_squad": index(out / "squad_dev.jsonl", out / "squad", "--k", "16"),
+        "_squad4": index(out / "squad_dev.jsonl", out / "squad4", "--k", "4"),
+        "_nq": index(out / "nq_all.jsonl", out / "nq", "--k", "16"),
+        "answers_squad": answers(squad, out / "squad", "16", "0 0.1 0.25 0.5 1", EVERY_MODE, out / "answers_squad"),
+        "answers_squad_more": answers(more, out / "squad", "16", "0 0.1 0.25", EVERY_MODE, out / "answers_squad"),
+        "answers_nq": answers(nq, out / "nq", "16", "0 0.1 0.25", EVERY_MODE, out / "answers_nq"),
+        **{f"answers_squad_k{k}": answers(more, out / "squad4", k, "0", VECTORS_ALONE, out / f"answers_squad_k{k}")
+           for k in ("4", "8", "32")},
+        "next_tokens_wiki": probe("ppl", wiki, windows, out / "next_tokens_wiki"),
+        "next_tokens_novels": probe("ppl", out / "novels.jsonl", windows, out / "next_tokens_novels"),
+        "recon_reader": probe("recon", out / "held_out.jsonl", "--k 4 8 --limit 20 --context_tokens 64",
+                              out / "recon_reader"),
+    }
 
 
 def lessons(data: Path, out: Path) -> dict[str, list[str]]:

@@ -114,7 +114,7 @@ def data(tmp_path):
             (folder / f"{file}.jsonl.gz").write_bytes(gzip.compress(
                 "".join(json.dumps(row) + "\n" for row in rows).encode()))
     (tmp_path / "data/text").mkdir()
-    for name in ("wiki_squad_train_articles", "wikitext2.valid"):
+    for name in ("wiki_squad_train_articles", "wikitext2.valid", "books.train"):
         (tmp_path / f"data/text/{name}.jsonl.gz").write_bytes(gzip.compress(b'{"text": "A text."}\n'))
     return tmp_path / "data"
 

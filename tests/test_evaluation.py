@@ -140,6 +140,11 @@ class TestMetrics:
     def test_citations_by_hand(self, cited, positives, expected):
         assert refrag.citation_scores(cited, positives) == expected
 
+    @pytest.mark.parametrize(("made", "share"), [
+        ([1, 2, 3, 4], 1), ([1, 9, 3, 4], 0.75), ([4, 3, 2, 1], 0.25), ([7, 1, 2, 3, 4, 7], 1), ([], 0), ([9], 0)])
+    def test_kept_in_order(self, made, share):
+        assert refrag.kept_in_order([1, 2, 3, 4], made) == share
+
     def test_rankings_by_hand(self):
         """Hits at ranks 2 and 4 of three: DCG 1/log2(3) + 1/log2(5) = 1.0616, ideal 1 + 1/log2(3) + 1/2 = 2.1309."""
         scores = refrag.ranking_scores(["x", "a", "y", "b"], {"a", "b", "c"})
@@ -466,6 +471,30 @@ def test_recon_has_the_promised_form(probe):
     for cell in made["results"].values():
         assert {"accuracy", "no_vectors", "wrong_vectors"} <= cell.keys()
         assert all(0 <= value <= 1 for value in cell.values())
+
+
+def test_what_the_decoder_writes_freely(probe, llama, tmp_path):
+    """An independent loop over the start, the token mean of each chunk and the mark gives the same."""
+    import transformers
+
+    made = summary(probe("recon", "--k", 4, 8, "--limit", 2, "--out_dir", tmp_path / "out", "--json"))
+    sample = (tmp_path / "out/sample.md").read_text()
+    assert [sample.count(f"- {name}: ") for name in ("text", "k = 4", "k = 8")] == [2, 2, 2]
+    decoder = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    embed = decoder.get_input_embeddings()
+    for line in (line for line in lines_of(tmp_path / "out") if line["mode"] == "refrag"):
+        shares = []
+        for text, written in line["written"]:
+            ids, mark = (tokenizer(part, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+                         for part in (text, refrag.RECONSTRUCT))
+            with torch.inference_mode():
+                fed = [embed(torch.tensor([tokenizer.bos_token_id])), embed(ids).unflatten(0, (-1, line["k"])).mean(1)]
+                out = decoder.generate(inputs_embeds=torch.cat([*fed, embed(mark)])[None], do_sample=False,
+                                       max_new_tokens=len(ids))[0].tolist()
+            assert written == tokenizer.decode(out, skip_special_tokens=True)
+            shares.append(refrag.kept_in_order(ids.tolist(), out))
+        assert made["results"][str(line["k"])]["free_running"] == pytest.approx(np.mean(shares), abs=1e-5)
 
 
 def test_texts_resume_by_k_and_mode(probe, tmp_path):
