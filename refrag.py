@@ -8141,7 +8141,7 @@ class QaTask(QuestionTask):
             self.setups.setdefault(setup_of(name, p, options.gate), []).append((name, p))
         shares = sorted(set(options.p))
         self.sample = ("refrag", shares[len(shares) // 2])
-        self.sampled = {q["id"] for q in self.questions[:SAMPLES]}
+        self.sampled = {q["id"] for q in spread(self.questions, SAMPLES)}
 
     def sources(self) -> dict[str, Any]:
         return super().sources() | self.model_sources()
@@ -8171,7 +8171,7 @@ class QaTask(QuestionTask):
                         yield {"id": item["id"], "mode": name, "p": p, **scored, **shown}
 
     def shown(self, item: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
-        """The prompt as a person can read it, of the first questions."""
+        """The prompt as a person can read it, of some questions."""
         if item["id"] not in self.sampled:
             return {}
         context = result["context"]
@@ -8208,8 +8208,8 @@ class QaTask(QuestionTask):
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
         draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
-        if rows := [(q, line) for q, line in rows if "prompt" in line][:SAMPLES]:
-            write_atomic(folder / "sample.md", sample_text(rows, self.sample[1]))
+        if rows := [(q, line) for q, line in rows if "prompt" in line]:
+            write_atomic(folder / "sample.md", sample_text(spread(rows, SAMPLES), self.sample[1]))
 
 
 def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: RefragTokenizer) -> dict[str, Any]:
@@ -8683,7 +8683,7 @@ def report_text(task: Task, summary: dict[str, Any], facts: dict[str, Any]) -> s
                       markdown_table(["setting", "value"], rows), "", f"Versions: {versions}.", ""])
 
 
-def sample_text(rows: list[tuple[dict[str, Any], dict[str, Any]]], p: float) -> str:
+def sample_text(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], p: float) -> str:
     """sample.md: what was asked, what the decoder read, what it said."""
     parts = [f"# What the decoder read, mode refrag, p = {p:g}", "",
              "Compressed chunks, each one vector, stand in [[..]]; everything else was read as text.", ""]

@@ -383,14 +383,14 @@ class TestCommand:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """The bundled models over ten real passages."""
+    """The shipped reader over ten real passages."""
     folder = tmp_path_factory.mktemp("wiki") / "index"
     code = refrag.main(["index", "--corpus", str(refrag.Path(refrag.__file__).parent / "data/wiki_passages.jsonl"),
                         "--index_dir", str(folder), "--limit", "10", "--k", "8", "--quiet"])
     assert code == 0
     return refrag.load_pipeline(
         refrag.IndexConfig(index_dir=str(folder)), refrag.SearchConfig(topk=4), refrag.PackConfig(p=1.0),
-        refrag.GenerateConfig(max_new=12), refrag.ModelConfig(), refrag.RuntimeConfig(quiet=True))
+        refrag.GenerateConfig(max_new=12), refrag.ReaderConfig(), refrag.RuntimeConfig(quiet=True))
 
 
 class ExactMatrix:
