@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -604,6 +605,19 @@ class TestResuming:
         assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
         part, whole = (tmp_path / folder / "sample.md" for folder in ("part", "whole"))
         assert part.read_text() == whole.read_text()
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_what_lacks_is_shared_evenly(self, rank, monkeypatch):
+        """Every other unit is done: of the two that lack, each of two processes measures one."""
+        monkeypatch.setattr(refrag, "late_import", lambda name: SimpleNamespace(gather_object=list))
+        task = SimpleNamespace(options=SimpleNamespace(task="qa"), load=lambda: None, units=lambda: [0, 1, 2, 3],
+                               accelerator=SimpleNamespace(process_index=rank, num_processes=2),
+                               keys=lambda unit: [(str(unit), "none", 0.0)],
+                               lines=lambda unit, done: iter([{"id": str(unit), "mode": "none", "p": 0.0}]))
+        done = {(str(unit), "none", 0.0): {} for unit in (0, 2)}
+        written = []
+        refrag.measure_lines(task, done, written.append)
+        assert [line["id"] for line in written] == [["1", "3"][rank]]
 
     @pytest.mark.parametrize(("changed", "named"), [
         (["--max_new", 4], "--max_new (3, now 4)"), (["--k", 8], "--k ([4], now [8])"),
