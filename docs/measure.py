@@ -7,6 +7,7 @@
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
     python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
+    python docs/measure.py allocator --texts data/cpt_train.jsonl --contexts 512 --k 4
 
 --llama_cpp: beside llama.cpp on the same GGUF file, which needs `pip install llama-cpp-python==0.3.36` (from source).
 
@@ -18,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -321,6 +324,25 @@ def measure_training(args: argparse.Namespace) -> dict:
                      "whole_rows/bare": statistics.median(m / b for _, b, m in times[1:]),
                      "peak_rss_mb": refrag.peak_rss_mb()})
     return {"rows": rows}
+
+
+def measure_allocator(args: argparse.Namespace) -> dict:
+    """Seconds of training steps with the allocator as it is and with `kept_memory`, taking turns; peak memory."""
+    cpu, times, peaks = torch.device("cpu"), {"default": [], "kept": []}, {"default": 0.0, "kept": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(args, "next", "ped", Path(folder))
+        steps = [passes for passes, _ in itertools.islice(trainer.sampler.run(0), args.repeats + 1)]
+        for name in ("default", "kept", "default", "kept"):
+            refrag.reset_peak_memory(cpu)
+            with refrag.kept_memory(cpu) if name == "kept" else contextlib.nullcontext():
+                clock = [time.perf_counter()]
+                for passes in steps:
+                    trainer.run_step(passes)
+                    clock.append(time.perf_counter())
+            times[name] += [end - start for start, end in itertools.pairwise(clock)][1:]  # the first warms up
+            peaks[name] = max(peaks[name], refrag.peak_rss_mb())
+    rows = [{"allocator": name, "step_s": statistics.median(times[name]), "peak_rss_mb": peaks[name]} for name in times]
+    return {"rows": rows, "default/kept": statistics.median(map(operator.truediv, *times.values()))}
 
 
 def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float, float]:

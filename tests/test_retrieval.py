@@ -933,6 +933,27 @@ def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monke
         assert all(state.dtype == np.float32 for state in states)
 
 
+def test_queries_embedded_together_are_those_embedded_alone(embedder, monkeypatch):
+    questions = ["Who casts bells?", "Where does the river flood the old town in spring?", "What grazes?"]
+    model = refrag.load_embedder(str(embedder), RUNTIME)
+    alone = [model.embed_query(question).copy() for question in questions]
+    model.queries.clear()
+    model.embed_queries(questions)
+    monkeypatch.setattr(model.model, "encode_query", None)  # nothing is embedded a second time
+    for question, vector in zip(questions, alone, strict=True):
+        together = model.embed_query(question)
+        assert together.shape == vector.shape == (1, model.dim)
+        np.testing.assert_allclose(together, vector, atol=1e-5)
+
+
+def test_a_few_queries_are_remembered(embedder):
+    model = refrag.load_embedder(str(embedder), RUNTIME)
+    for number in range(4 * refrag.QUERY_BATCH + 1):
+        model.queries[f"question {number}"] = np.zeros((1, model.dim), np.float32)
+    model.embed_query("one more")
+    assert list(model.queries) == ["one more"]
+
+
 def test_gate_vectors_beyond_what_the_embedder_reads_are_the_passages(embedder, encoders):
     """The embedder reads 64 tokens; chunks after those have the whole passage's vector."""
     model, chunking = refrag.load_embedder(str(embedder), RUNTIME), refrag.make_chunking(encoders[4].tokenizer, None)

@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -514,6 +515,41 @@ def test_peak_rss_is_what_the_system_says_in_mebibytes():
     if peak_kib is None:
         pytest.skip("no VmHWM in /proc/self/status")
     assert refrag.peak_rss_mb() == pytest.approx(peak_kib / 1024, rel=0.1)
+
+
+FAULTS = """
+import contextlib, resource, sys, torch
+sys.path.insert(0, {folder!r})
+import refrag
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(1 << 25)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with contextlib.suppress(ValueError):
+    with refrag.kept_memory(torch.device("cpu")):
+        faults()
+        kept = faults()
+        raise ValueError
+print(kept, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc's malloc")
+def test_freed_memory_is_kept_within_the_block_and_given_back_after_it():
+    """In a process of its own: 128 MiB are 32,768 pages of 4 KiB, or 64 of 2 MiB."""
+    code = FAULTS.format(folder=str(Path(refrag.__file__).parent))
+    kept, after = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                                          env=os.environ | {"GLIBC_TUNABLES": ""}).stdout.split())
+    assert kept < 32 < after
+
+
+@pytest.mark.parametrize("device, system", [("cuda", "linux"), ("cpu", "darwin"), ("cpu", "win32")])
+def test_the_allocator_is_left_alone_elsewhere(monkeypatch, device, system):
+    monkeypatch.setattr(refrag.sys, "platform", system)
+    monkeypatch.setattr(refrag.ctypes, "CDLL", None)
+    with refrag.kept_memory(torch.device(device)):
+        pass
 
 
 def test_devices():
