@@ -6033,7 +6033,7 @@ def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], pac
     alone = [[i] for i in range(len(lengths))]
     lines = first_fit(lengths, max(length, *lengths)) if packs else alone
     loss = right = total = 0.0
-    for part in batched(lines, batch_size):
+    for part in progress(batched(lines, batch_size), "measuring", unit="pass"):
         batch = checked_batch(model, [[sequences[i] for i in line] for line in part], packs).to(accelerator.device)
         with accelerator.autocast():
             logits = model(batch).logits.float()

@@ -86,7 +86,8 @@ def answers(questions: list[str], index_dir: Path, k: str, p: str, modes: str, o
 
 def probe(task: str, texts: Path, options: str, out_dir: Path) -> list[str]:
     """The command that measures what the decoder makes of vectors, teacher forced."""
-    return ["eval", "--task", task, "--texts", str(texts), *options.split(), "--out_dir", str(out_dir)]
+    return ["eval", "--task", task, "--texts", str(texts), *options.split(), "--dtype", "bfloat16", "--out_dir",
+            str(out_dir)]
 
 
 def tables(data: Path, out: Path) -> dict[str, list[str]]:
