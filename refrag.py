@@ -1462,10 +1462,16 @@ def all_reduce_check() -> dict[str, Any]:
     return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
 
 
+def glibc() -> Any:
+    """The C library where it is glibc, whose calls about memory others lack; None elsewhere."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "malloc_trim") else None
+
+
 def trim_memory() -> None:
     """Give freed memory back to the system. Arrays of many sizes fragment glibc's heap, which then only grows."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems have no such call, nor the need
-        ctypes.CDLL(None).malloc_trim(0)
+    if libc := glibc():
+        libc.malloc_trim(0)
 
 
 @contextlib.contextmanager
@@ -1474,8 +1480,8 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
     By default every large tensor is mapped anew, and each page of it is a fault that costs more than filling it.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    if not hasattr(libc, "mallopt"):
+    libc = glibc() if device.type == "cpu" else None
+    if libc is None:
         yield
         return
     libc.mallopt(M_MMAP_MAX, 0)
@@ -1483,8 +1489,8 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_MAX, 1 << 16)  # as it was
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)
+        libc.mallopt(M_MMAP_MAX, 1 << 16)  # the default
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)  # the most that glibc's own adjusting, which ends here, comes to
         trim_memory()
 
 
