@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -115,6 +116,14 @@ class TestExactness:
             torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
             after, _ = refrag.decode_one_token(decoder, token[row : row + 1], state_alone)
             torch.testing.assert_close(next_together[row], after[0], rtol=1e-4, atol=1e-4)
+
+    def test_the_first_token_copies_no_lm_head(self, llama):
+        """torch's matmul in bfloat16 transposes a frozen head for a last position that is a slice of the others."""
+        decoder = load(llama).model.decoder.bfloat16().requires_grad_(False)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            refrag.prefill(decoder, [torch.randn(9, 32, dtype=torch.bfloat16)])
+        copied = [math.prod(event.input_shapes[0]) for event in profile.events() if event.name == "aten::copy_"]
+        assert copied and max(copied) < decoder.get_output_embeddings().weight.numel()
 
     @pytest.mark.parametrize("p", [0.0, 0.1, 0.3, 0.7, 1.0])
     def test_realised_p_is_never_above_p(self, llama, p):

@@ -877,6 +877,22 @@ def test_retrieval_is_done_once(lessons_on, monkeypatch):
             lessons_on(rows, topk=topk)
 
 
+def test_questions_are_embedded_together(tmp_path, corpus, embedder, monkeypatch):
+    """As many as a batch holds, and each finds what it finds alone."""
+    argv = ["index", "--corpus", corpus, "--index_dir", tmp_path, "--embed_model", embedder, "--quiet"]
+    assert refrag.main([str(a) for a in argv]) == 0
+    search = refrag.SearchConfig(topk=2)
+    searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(tmp_path)), search, RUNTIME)
+    questions = [{"question": q["question"]} for q in QUESTIONS]
+    alone = [[passage.row for passage in searcher.search(q["question"], 3, search.hops)] for q in questions]
+    encode, sizes = searcher.embedder.model.encode_query, []
+    monkeypatch.setattr(searcher.embedder.model, "encode_query",
+                        lambda texts, **options: sizes.append(len(texts)) or encode(texts, **options))
+    monkeypatch.setattr(refrag, "QUERY_BATCH", 3)
+    searcher.embedder.queries.clear()
+    assert refrag.retrieved_rows(questions, searcher, search) == alone and sizes == [3, 1]
+
+
 def test_a_reranker_is_not_taken_for_the_retriever_alone(words):
     """Another order of the passages is another result."""
     ranked = []
