@@ -25,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_MODE = "full,none,refrag,truncate,expanded_only,random_gate,cosine_gate,wrong_vectors,oracle_gate"
 MAIN_MODES = "full,none,refrag,truncate,expanded_only,random_gate,wrong_vectors"
-VECTORS_ALONE = "refrag,truncate,expanded_only,wrong_vectors"
+VECTORS_ALONE = "refrag,truncate,wrong_vectors"  # expanded_only at p = 0 is the same prompt for every k
+TRAINING = "--lora_r 32 --dtype bfloat16 --save_every 50"
 
 
 def read(path: Path) -> Iterator[dict]:
@@ -66,7 +67,7 @@ def make_lessons(data: Path, out: Path) -> None:
     rng = random.Random(1337)
     rng.shuffle(questions["squad"])
     shuffled = rng.getstate()
-    for name, first, last in (("first", 0, 9000), ("then", 9000, 17500)):
+    for name, first, last in (("first", 0, 9000), ("then", 9000, 17500), ("last", 17500, 21500)):
         chosen = questions["squad"][first:last] + questions["nq"] + questions["multihop"]
         chosen = [q for q in chosen if set(q["positive_ids"]) <= known]
         rng.setstate(shuffled)
@@ -91,12 +92,19 @@ def probe(task: str, texts: Path, options: str, out_dir: Path) -> list[str]:
             str(out_dir)]
 
 
+def tune(folder: Path, before: Path, questions: Path, index_dir: Path, options: str) -> list[str]:
+    """The command that goes on training a checkpoint on answering."""
+    return ["sft", "--load_dir", str(before), "--rag_json", str(questions), "--index_dir", str(index_dir),
+            *f"{TRAINING} {options}".split(), "--out_dir", str(folder)]
+
+
 def tables(data: Path, out: Path) -> dict[str, list[str]]:
     """The commands in order, by the name of their result; those that only prepare begin with an underscore."""
     squad, more = (["--qa", str(data / "squad/qa.dev.jsonl.gz"), "--limit", limit] for limit in ("501", "1001"))
     nq = ["--qa", str(data / "nq/qa.dev.jsonl.gz")]
     wiki = data / "text/wikitext2.valid.jsonl.gz"
     windows = "--k 4 8 16 32 --limit 200"
+    full = answers(squad, out / "squad", "16", "1", "full", out / "answers_ceiling")
     return {
         "_squad": index(out / "squad_dev.jsonl", out / "squad", "--k", "16"),
         "_squad4": index(out / "squad_dev.jsonl", out / "squad4", "--k", "4"),
@@ -110,6 +118,11 @@ def tables(data: Path, out: Path) -> dict[str, list[str]]:
         "next_tokens_novels": probe("ppl", out / "novels.jsonl", windows, out / "next_tokens_novels"),
         "recon_reader": probe("recon", out / "held_out.jsonl", "--k 4 8 --limit 20 --context_tokens 64",
                               out / "recon_reader"),
+        "_lessons": index(out / "lessons.jsonl", out / "lessons"),
+        "_ceiling": tune(out / "ceiling", ROOT / "data/reader", out / "last_qa.jsonl", out / "lessons", "--train d "
+                         "--topk 8 --topk_min 3 --p 1 --quote_frac .2 --no_answer_frac .02 --seq_tokens 1536 "
+                         "--batch_size 2 --lr 1e-4 --steps 300 --seed 13"),
+        "answers_ceiling": [*full, "--load_dir", str(out / "ceiling")],
     }
 
 
@@ -117,15 +130,13 @@ def lessons(data: Path, out: Path) -> dict[str, list[str]]:
     """The commands that train the checkpoint, in order. Each phase begins with what the one before has written."""
     texts = ["--train_json", str(data / "text/wiki_squad_train_articles.jsonl.gz"),
              "--eval_json", str(out / "held_out.jsonl")]
-    common = "--lora_r 32 --dtype bfloat16 --save_every 50"
 
     def recon(name: str, options: str) -> list[str]:
-        return ["cpt_recon", *texts, *f"{common} --seq_tokens 64 --batch_size 16 --lr 1e-3 --projector_lr 2e-3 --train "
-                f"ped --eval_every 400 --eval_limit 16 {options}".split(), "--out_dir", str(out / name)]
+        return ["cpt_recon", *texts, *f"{TRAINING} --seq_tokens 64 --batch_size 16 --lr 1e-3 --projector_lr 2e-3 "
+                f"--train ped --eval_every 400 --eval_limit 16 {options}".split(), "--out_dir", str(out / name)]
 
     def sft(name: str, before: str, questions: str, options: str) -> list[str]:
-        return ["sft", "--load_dir", str(out / before), "--rag_json", str(out / questions), "--index_dir",
-                str(out / "lessons"), *f"{common} --train pd {options}".split(), "--out_dir", str(out / name)]
+        return tune(out / name, out / before, out / questions, out / "lessons", f"--train pd {options}")
 
     return {
         "_lessons": index(out / "lessons.jsonl", out / "lessons"),
@@ -142,21 +153,35 @@ def lessons(data: Path, out: Path) -> dict[str, list[str]]:
     }
 
 
+def made(argv: list[str]) -> str:
+    """The folder that a command writes."""
+    return argv[argv.index("--out_dir" if "--out_dir" in argv else "--index_dir") + 1]
+
+
+def needed(commands: dict[str, list[str]], only: list[str]) -> dict[str, list[str]]:
+    """The tables that are asked for, every one where none is, and the commands before them whose folders they read."""
+    wanted: dict[str, list[str]] = {}
+    for name, argv in reversed(commands.items()):
+        asked = name in only if only else not name.startswith("_")
+        if asked or any(made(argv) in later for later in wanted.values()):
+            wanted[name] = argv
+    return dict(reversed(wanted.items()))
+
+
 def again(argv: list[str]) -> list[str]:
     """What continues a command that was begun, or is done already; the command itself where nothing was."""
-    folder = Path(argv[argv.index("--out_dir" if "--out_dir" in argv else "--index_dir") + 1])
-    begun = any((folder / name).is_file() for name in ("run.json", "questions.jsonl"))
+    begun = any((Path(made(argv)) / name).is_file() for name in ("run.json", "questions.jsonl"))
     return [*argv, "--resume"] if begun else argv
 
 
 def run(name: str, argv: list[str]) -> None:
     """Run a command of refrag.py unless its index is there; keep the result of an evaluation."""
     print("\n$ python refrag.py " + shlex.join(argv), flush=True)
-    if argv[0] == "index" and (Path(argv[argv.index("--index_dir") + 1]) / "manifest.json").is_file():
+    if argv[0] == "index" and (Path(made(argv)) / "manifest.json").is_file():
         return
     subprocess.run([sys.executable, ROOT / "refrag.py", *again(argv)], check=True)
     if not name.startswith("_"):
-        result = Path(argv[argv.index("--out_dir") + 1]) / "results.json"
+        result = Path(made(argv)) / "results.json"
         subprocess.run([sys.executable, ROOT / "docs/make_results.py", "--add", name, result], check=True)
 
 
@@ -173,12 +198,11 @@ def main() -> None:
     unknown = set(args.only) - commands.keys()
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: known are {' '.join(n for n in commands if n[0] != '_')}")
-    wanted = {name: argv for name, argv in commands.items()
-              if not args.only or name in args.only or name.startswith("_")}
+    wanted = commands if args.train else needed(commands, args.only)
     if args.list:
         print("\n".join("python refrag.py " + shlex.join(argv) for argv in wanted.values()))
         return
-    makers: list[Callable[[Path, Path], None]] = [make_corpora, *([make_lessons] if args.train else [])]
+    makers: list[Callable[[Path, Path], None]] = [make_corpora, *([make_lessons] if "_lessons" in wanted else [])]
     for make in makers:
         make(args.data, args.out)
     for name, argv in wanted.items():

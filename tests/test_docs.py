@@ -124,12 +124,21 @@ def test_the_commands_that_make_the_tables_are_valid(reproduce, data, tmp_path):
     reproduce.make_corpora(data, tmp_path)
     reproduce.make_lessons(data, tmp_path)
     for commands in (reproduce.tables(data, tmp_path), reproduce.lessons(data, tmp_path)):
-        made = set()
+        made = {str(reproduce.ROOT / "data/reader")}
         for argv in commands.values():
             refrag.parse(argv)
             for flag in ("--index_dir", "--load_dir"):
                 assert flag not in argv or argv[0] == "index" or argv[argv.index(flag) + 1] in made
             made |= {argv[argv.index(flag) + 1] for flag in ("--index_dir", "--out_dir") if flag in argv}
+
+
+@pytest.mark.parametrize(("only", "expected"), [
+    (["answers_squad_k4", "recon_reader"], ["_squad4", "answers_squad_k4", "recon_reader"]),
+    (["answers_ceiling"], ["_squad", "_lessons", "_ceiling", "answers_ceiling"])])
+def test_a_table_alone_needs_what_it_reads_and_no_more(reproduce, only, expected):
+    commands = reproduce.tables(Path("data"), Path("out"))
+    assert list(reproduce.needed(commands, only)) == expected
+    assert reproduce.needed(commands, []) == commands
 
 
 def test_no_development_article_is_learned_from(reproduce, data, tmp_path):
