@@ -1339,7 +1339,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The decoder's precision. auto is bfloat16 on CUDA; a CPU is faster and exact in float32."""
+    """The decoder's precision. auto is bfloat16 on CUDA; on a CPU float32, so that no answer depends on its batch."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return getattr(torch, name)
