@@ -816,17 +816,17 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
                      load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None))
 
 
-@command("train_gate", GateDataConfig, GateConfig, IndexConfig, SearchConfig, ModelConfig)
+@command("train_gate", GateDataConfig, GateConfig, IndexConfig, SearchConfig, ReaderConfig)
 def cmd_train_gate(data: GateDataConfig, gate: GateConfig, index: IndexConfig, search: SearchConfig,
-                   models: ModelConfig, runtime: RuntimeConfig) -> None:
+                   models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Train the gate to find the chunks that hold the answer."""
     summary = train_gate(data, gate, index, search, models, runtime)
     emit(summary, runtime, gate_text(summary))
 
 
-@command("train_policy", GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ModelConfig)
+@command("train_policy", GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ReaderConfig)
 def cmd_train_policy(data: GateDataConfig, policy: PolicyConfig, index: IndexConfig, search: SearchConfig,
-                     models: ModelConfig, runtime: RuntimeConfig) -> None:
+                     models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Train the paper's policy: it draws the chunks, the decoder's answer rewards it."""
     summary = train_policy(data, policy, index, search, models, runtime)
     emit(summary, runtime, gate_text(summary))

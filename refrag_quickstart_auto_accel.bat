@@ -195,7 +195,10 @@ set "INDEX_ARGS=--corpus %CORPUS% --index_dir %INDEX_DIR%"
 if defined EMBED_MODEL set INDEX_ARGS=%INDEX_ARGS% --embed_model "%EMBED_MODEL%"
 if defined ENC_MODEL set INDEX_ARGS=%INDEX_ARGS% --enc "%ENC_MODEL%"
 if defined DEC_MODEL set INDEX_ARGS=%INDEX_ARGS% --dec "%DEC_MODEL%"
-if defined K set INDEX_ARGS=%INDEX_ARGS% --k "%K%"
+rem With the chunk vectors, so that no question waits for the encoder.
+set "INDEX_K=16"
+if defined K set "INDEX_K=%K%"
+set INDEX_ARGS=%INDEX_ARGS% --k "%INDEX_K%"
 if defined STEPS set INDEX_ARGS=%INDEX_ARGS% --load_dir %NEXT_DIR%
 
 set "GENERATE_ARGS="

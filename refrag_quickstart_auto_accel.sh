@@ -329,8 +329,8 @@ install_everything() {
 build_index() {
     local args settings
     args=(index --corpus "$CORPUS" --index_dir "$INDEX_DIR" ${EMBED_MODEL:+--embed_model "$EMBED_MODEL"}
-        ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} ${K:+--k "$K"}
-        ${STEPS:+--load_dir "$NEXT_DIR"})
+        ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} --k "${K:-16}"
+        ${STEPS:+--load_dir "$NEXT_DIR"})  # with the chunk vectors, so that no question waits for the encoder
     settings="$(quoted "${args[@]}") corpus $(cksum <"$CORPUS")"
     step "index"
     if [[ -f $INDEX_DIR/manifest.json && -f $INDEX_STAMP && $(cat "$INDEX_STAMP") == "$settings" ]]; then

@@ -621,6 +621,24 @@ def tensors(folder):
             for name, tensor in refrag.read_tensors(p).items()}
 
 
+def test_a_gate_is_written_beside_the_shipped_reader(train, run, tmp_path, llama, monkeypatch):
+    """Without --load_dir, where it is for these models; else who loads the gate would lose the reader."""
+    texts = tmp_path / "t.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    code, _, err = run("cpt_recon", "--train_json", texts, "--k", "4", "--seq_tokens", "16", "--steps", "1", "--quiet",
+                       "--train", "p", "--dec", llama, "--enc", "decoder:2", "--out_dir", tmp_path / "r")
+    assert code == 0, err
+    monkeypatch.setattr(refrag, "SHIPPED_READER", tmp_path / "r/step-000001")
+    reader = tensors(tmp_path / "r/step-000001")
+    for kind, steps in (("gate", "--epochs"), ("policy", "--steps")):
+        assert train(kind, steps, "1", out=kind)[0] == 0
+        made = tensors(tmp_path / kind)
+        assert {part for part, _ in made} == {"projector", kind}
+        assert all(torch.equal(made[name], tensor) for name, tensor in reader.items())
+    assert train("gate", "--epochs", "1", "--load_dir", "none", out="bare")[0] == 0
+    assert {part for part, _ in tensors(tmp_path / "bare")} == {"gate"}
+
+
 def test_gate_policy_and_phases_compose(train, run, tmp_path, llama):
     """Recon, then gate, then policy, then recon again: each part stays as it was but the one that is trained."""
     texts = tmp_path / "t.jsonl"

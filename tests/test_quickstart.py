@@ -141,9 +141,10 @@ def test_variables_reach_the_commands(box):
 
 
 def test_unset_variables_leave_the_defaults_to_the_program(box):
+    """But for the index's --k, without which it would hold no chunk vectors."""
     plan = box.plan()
     corpus = "--corpus data/wiki_passages.jsonl --index_dir runs/quickstart/index"
-    assert planned(plan, "refrag.py index") == f".venv/bin/python refrag.py index {corpus}"
+    assert planned(plan, "refrag.py index") == f".venv/bin/python refrag.py index {corpus} --k 16"
     assert re.search(r"generate --index_dir runs/quickstart/index --question '[^']+\?' --compare$", plan, re.M)
 
 
