@@ -6928,8 +6928,9 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
     """One decoder call: (logits of the last position (B, V), cache). Hides how architectures name their cache."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
     if accepts(decoder, "logits_to_keep"):  # or the LM head would run over the whole prompt
-        arguments["logits_to_keep"] = position_ids.new_tensor([-1])  # an index copies; the slice of 1's strides would
-        # not be those of a row, for which torch's matmul on CPUs in bfloat16 transposes the whole head
+        # By index, which copies: a slice has the prompt's strides, and for these torch's matmul, on CPUs in bfloat16,
+        # transposes the whole head. Made on the device, so that no step waits for a copy to it.
+        arguments["logits_to_keep"] = position_ids.new_full((1,), -1)
     if mask is not None:
         arguments["attention_mask"] = mask
     if accepts(decoder, "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent

@@ -191,14 +191,14 @@ if defined RUN_TESTS goto tests
 
 rem ---- The main job. A variable that is not set keeps refrag.py's own default. ----
 
+rem Of the chunk vectors, without which each question would wait for the encoder.
+set "VECTOR_K=16"
+if defined K set "VECTOR_K=%K%"
 set "INDEX_ARGS=--corpus %CORPUS% --index_dir %INDEX_DIR%"
 if defined EMBED_MODEL set INDEX_ARGS=%INDEX_ARGS% --embed_model "%EMBED_MODEL%"
 if defined ENC_MODEL set INDEX_ARGS=%INDEX_ARGS% --enc "%ENC_MODEL%"
 if defined DEC_MODEL set INDEX_ARGS=%INDEX_ARGS% --dec "%DEC_MODEL%"
-rem With the chunk vectors, so that no question waits for the encoder.
-set "INDEX_K=16"
-if defined K set "INDEX_K=%K%"
-set INDEX_ARGS=%INDEX_ARGS% --k "%INDEX_K%"
+set INDEX_ARGS=%INDEX_ARGS% --k "%VECTOR_K%"
 if defined STEPS set INDEX_ARGS=%INDEX_ARGS% --load_dir %NEXT_DIR%
 
 set "GENERATE_ARGS="
@@ -224,8 +224,7 @@ rem A double quote would end the argument.
 set "QUESTION=%QUESTION:"='%"
 
 if not defined STEPS goto trained
-if not defined K set "K=16"
-set "TRAIN_ARGS=--train_json %TRAIN_TEXTS% --steps "%STEPS%" --train ped --seq_tokens 128 --k "%K%""
+set "TRAIN_ARGS=--train_json %TRAIN_TEXTS% --steps "%STEPS%" --train ped --seq_tokens 128 --k "%VECTOR_K%""
 if defined ENC_MODEL set TRAIN_ARGS=%TRAIN_ARGS% --enc "%ENC_MODEL%"
 if defined DEC_MODEL set TRAIN_ARGS=%TRAIN_ARGS% --dec "%DEC_MODEL%"
 set "RECON_ARGS=%TRAIN_ARGS% --out_dir %RECON_DIR%"

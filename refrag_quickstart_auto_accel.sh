@@ -326,11 +326,13 @@ install_everything() {
 
 # ---- The main job. --------------------------------------------------------------------------------------------------
 
+VECTOR_K=${K:-16} # of the chunk vectors, without which each question would wait for the encoder
+
 build_index() {
     local args settings
     args=(index --corpus "$CORPUS" --index_dir "$INDEX_DIR" ${EMBED_MODEL:+--embed_model "$EMBED_MODEL"}
-        ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} --k "${K:-16}"
-        ${STEPS:+--load_dir "$NEXT_DIR"})  # with the chunk vectors, so that no question waits for the encoder
+        ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} --k "$VECTOR_K"
+        ${STEPS:+--load_dir "$NEXT_DIR"})
     settings="$(quoted "${args[@]}") corpus $(cksum <"$CORPUS")"
     step "index"
     if [[ -f $INDEX_DIR/manifest.json && -f $INDEX_STAMP && $(cat "$INDEX_STAMP") == "$settings" ]]; then
@@ -349,7 +351,7 @@ train() {
     if [[ -f $folder/run.json ]]; then resume=(--resume); fi
     step "$phase"
     run "$VENV_PY" refrag.py "$phase" --train_json "$TRAIN_TEXTS" --out_dir "$folder" --steps "$STEPS" \
-        --train ped --seq_tokens 128 --k "${K:-16}" ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} \
+        --train ped --seq_tokens 128 --k "$VECTOR_K" ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} \
         "$@" ${resume[@]+"${resume[@]}"} || failed_in "refrag.py $phase" $?
 }
 

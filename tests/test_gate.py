@@ -621,15 +621,26 @@ def tensors(folder):
             for name, tensor in refrag.read_tensors(p).items()}
 
 
-def test_a_gate_is_written_beside_the_shipped_reader(train, run, tmp_path, llama, monkeypatch):
-    """Without --load_dir, where it is for these models; else who loads the gate would lose the reader."""
+@pytest.fixture
+def recon(run, tmp_path, llama):
+    """Train a projector for two steps: recon("r", flags) -> its checkpoint. The tiny models, if the flags name none."""
     texts = tmp_path / "t.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    code, _, err = run("cpt_recon", "--train_json", texts, "--k", "4", "--seq_tokens", "16", "--steps", "1", "--quiet",
-                       "--train", "p", "--dec", llama, "--enc", "decoder:2", "--out_dir", tmp_path / "r")
-    assert code == 0, err
-    monkeypatch.setattr(refrag, "SHIPPED_READER", tmp_path / "r/step-000001")
-    reader = tensors(tmp_path / "r/step-000001")
+
+    def call(out, *flags):
+        code, _, err = run("cpt_recon", "--train_json", texts, "--k", "4", "--seq_tokens", "16", "--steps", "2",
+                           "--quiet", "--train", "p", *(flags or ("--dec", llama, "--enc", "decoder:2")),
+                           "--out_dir", tmp_path / out)
+        assert code == 0, err
+        return tmp_path / out / "step-000002"
+
+    return call
+
+
+def test_a_gate_is_written_beside_the_shipped_reader(train, recon, tmp_path, monkeypatch):
+    """Without --load_dir, where it is for these models; else who loads the gate would lose the reader."""
+    monkeypatch.setattr(refrag, "SHIPPED_READER", recon("r"))
+    reader = tensors(refrag.SHIPPED_READER)
     for kind, steps in (("gate", "--epochs"), ("policy", "--steps")):
         assert train(kind, steps, "1", out=kind)[0] == 0
         made = tensors(tmp_path / kind)
@@ -639,18 +650,12 @@ def test_a_gate_is_written_beside_the_shipped_reader(train, run, tmp_path, llama
     assert {part for part, _ in tensors(tmp_path / "bare")} == {"gate"}
 
 
-def test_gate_policy_and_phases_compose(train, run, tmp_path, llama):
+def test_gate_policy_and_phases_compose(train, recon, tmp_path):
     """Recon, then gate, then policy, then recon again: each part stays as it was but the one that is trained."""
-    texts = tmp_path / "t.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    recon = ["cpt_recon", "--train_json", texts, "--k", "4", "--seq_tokens", "16", "--steps", "2", "--quiet",
-             "--train", "p"]
-    code, _, err = run(*recon, "--dec", llama, "--enc", "decoder:2", "--out_dir", tmp_path / "r1")
-    assert code == 0, err
+    recon("r1")
     assert train("gate", "--epochs", "1", "--load_dir", tmp_path / "r1", out="g")[0] == 0
     assert train("policy", "--steps", "1", "--load_dir", tmp_path / "g", out="p")[0] == 0
-    code, _, err = run(*recon, "--load_dir", tmp_path / "p", "--out_dir", tmp_path / "r2")
-    assert code == 0, err
+    recon("r2", "--load_dir", tmp_path / "p")
     stages = [tensors(tmp_path / name) for name in ("r1/step-000002", "g", "p", "r2/step-000002")]
     parts = [{part for part, _ in stage} for stage in stages]
     assert parts == [{"projector"}, {"projector", "gate"}, {"projector", "gate", "policy"},

@@ -540,7 +540,7 @@ def test_freed_memory_is_kept_within_the_block_and_given_back_after_it():
     code = FAULTS.format(folder=str(Path(refrag.__file__).parent))
     kept, after = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                                           env=os.environ | {"GLIBC_TUNABLES": ""}).stdout.split())
-    assert 4 * kept < after
+    assert kept < 32 < after
 
 
 @pytest.mark.parametrize("device, system", [("cuda", "linux"), ("cpu", "darwin"), ("cpu", "win32")])
