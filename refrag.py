@@ -7841,6 +7841,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 CITATION_MARK = re.compile(
     r"\[\s*(?:doc(?:ument)?\s*)?#?\d{1,3}(?:\s*[,;]\s*#?\d{1,3})*\s*\]|<doc[^<>]*>", re.IGNORECASE)
 RESAMPLES = 2000  # of the bootstrap
+ONE_P = {"full": (1.0,), "none": (0.0,)}  # modes that no p changes
 SAMPLES = 20  # questions that sample.md shows
 SEARCH_DEPTH = 50  # passages, so that ten documents are left when their pieces count once
 CELL_NAMES = {"f1_ci": "F1, 95%", "em": "EM", "f1": "F1", "ttft_s": "TTFT, s", "ttit_s": "TTIT, s"}
@@ -8172,8 +8173,7 @@ class QaTask(QuestionTask):
         super().__init__(*configs)
         require("wrong_vectors" not in options.named or len(self.file) > 1,
                 "--modes wrong_vectors needs two questions at least: leave it out")
-        once = {"full": (1.0,), "none": (0.0,)}
-        self.cells = [(name, p) for name in options.named for p in once.get(name, dict.fromkeys(options.p))]
+        self.cells = [(name, p) for name in options.named for p in ONE_P.get(name, dict.fromkeys(options.p))]
         self.setups: dict[Setup, list[tuple[str, float]]] = {}
         for name, p in self.cells:
             self.setups.setdefault(setup_of(name, p, options.gate), []).append((name, p))
@@ -8220,9 +8220,9 @@ class QaTask(QuestionTask):
         rows = {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
         results: dict[str, Any] = {}
         for (name, p), mine in rows.items():
-            rivals = {"full": rows.get(("full", 1.0)), "expanded_only": rows.get(("expanded_only", p))}
-            rivals = {rival: theirs for rival, theirs in rivals.items() if theirs and rival != name}
-            results.setdefault(name, {})[f"{p:g}"] = self.summarise(mine, rivals)
+            rivals = self.options.named if name == "refrag" else ("full", "expanded_only")
+            theirs = {rival: rows.get((rival, *ONE_P.get(rival, (p,)))) for rival in rivals if rival != name}
+            results.setdefault(name, {})[f"{p:g}"] = self.summarise(mine, {r: t for r, t in theirs.items() if t})
         return {"n": len(self.questions), "results": results}
 
     def summarise(self, rows: list[dict[str, Any]], rivals: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -8241,7 +8241,13 @@ class QaTask(QuestionTask):
     def table(cls, summary: dict[str, Any]) -> str:
         rows = [[name, p, *map(cell.get, cls.columns)]
                 for name, cells in summary["results"].items() for p, cell in cells.items()]
-        return markdown_table(["mode", "p", *cls.columns], rows)
+        refrag = summary["results"].get("refrag", {})
+        rivals = [name for name in summary["results"] if any(f"f1_minus_{name}" in cell for cell in refrag.values())]
+        versus = [[p, *(cell.get(f"f1_minus_{name}") for name in rivals)] for p, cell in refrag.items()]
+        tables = [markdown_table(["mode", "p", *cls.columns], rows)]
+        if rivals:
+            tables += ["F1 of refrag minus that of", markdown_table(["p", *rivals], versus)]
+        return "\n\n".join(tables)
 
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
         draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
