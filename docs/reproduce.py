@@ -202,6 +202,9 @@ def main() -> None:
     if args.list:
         print("\n".join("python refrag.py " + shlex.join(argv) for argv in wanted.values()))
         return
+    missing = [f"{name}/" for name in ("squad", "nq", "multihop", "text") if not (args.data / name).is_dir()]
+    if missing:
+        parser.error(f"{args.data}: no {', '.join(missing)} there; --help tells what DATA holds")
     makers: list[Callable[[Path, Path], None]] = [make_corpora, *([make_lessons] if "_lessons" in wanted else [])]
     for make in makers:
         make(args.data, args.out)

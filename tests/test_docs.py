@@ -132,6 +132,20 @@ def test_the_commands_that_make_the_tables_are_valid(reproduce, data, tmp_path):
             made |= {argv[argv.index(flag) + 1] for flag in ("--index_dir", "--out_dir") if flag in argv}
 
 
+@pytest.mark.parametrize(("argv", "error"), [
+    (["DATA", "OUT"], "DATA: no squad/, nq/, multihop/, text/ there"),
+    (["DATA", "OUT", "--only", "tea"], "--only tea: known are answers_squad"),
+])
+def test_what_reproduce_can_not_do_is_said_in_one_line(reproduce, monkeypatch, tmp_path, capsys, argv, error):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["reproduce.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main()
+    assert stop.value.code == 2
+    assert error in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("only", "expected"), [
     (["answers_squad_k4", "recon_reader"], ["_squad4", "answers_squad_k4", "recon_reader"]),
     (["answers_ceiling"], ["_squad", "_lessons", "_ceiling", "answers_ceiling"])])
