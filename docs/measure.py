@@ -7,6 +7,7 @@
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
     python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
+    python docs/measure.py kernels --index_dir runs/wiki --qa data/wiki_questions.jsonl --limit 60 --dtype bfloat16
     python docs/measure.py allocator --texts data/cpt_train.jsonl --contexts 512 --k 4
 
 --llama_cpp: beside llama.cpp on the same GGUF file, which needs `pip install llama-cpp-python==0.3.36` (from source).
@@ -228,6 +229,27 @@ def measure_start_up(args: argparse.Namespace) -> dict:
     columns = ("first_token_s", "whole_s", "loading_s", "peak_rss_mb")
     return {"rows": [{"program": name} | {column: round(statistics.median(values), 2) for column, values in zip(
         columns, zip(*rows, strict=True), strict=True)} for name, rows in runs.items()]}
+
+
+def measure_kernels(args: argparse.Namespace) -> dict:
+    """Peak memory and time to the first token over questions, by how many of its kernels oneDNN keeps, in turns."""
+    times, peaks = collections.defaultdict(list), collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "questions.jsonl"
+        questions = refrag.read_question_file(args.qa, "--qa")
+        asked.write_text("".join(json.dumps(q) + "\n" for q in refrag.spread(questions, args.limit)), encoding="utf-8")
+        for turn, kept in itertools.product(range(args.repeats), ("1024", "256", "64")):
+            answers = Path(folder) / f"answers-{turn}-{kept}.jsonl"
+            child = subprocess.Popen(
+                [sys.executable, refrag.__file__, "generate", "--questions", asked, "--index_dir", args.index_dir,
+                 "--p", str(args.p), "--max_new", "4", "--dtype", args.dtype, "--out", answers],
+                env=os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept})
+            _, status, usage = os.wait4(child.pid, 0)
+            assert status == 0, kept
+            peaks[kept].append(usage.ru_maxrss / 1024)
+            times[kept] += [json.loads(line)["metrics"]["ttft_s"] for line in answers.read_text().splitlines()]
+    return {"rows": [{"kernels": int(kept), "peak_rss_mb": statistics.median(peaks[kept]),
+                      "first_token_ms": 1e3 * statistics.median(times[kept])} for kept in peaks]}
 
 
 # -- embedding -------------------------------------------------------------------
