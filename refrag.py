@@ -8246,7 +8246,8 @@ class QaTask(QuestionTask):
         versus = [[p, *(cell.get(f"f1_minus_{name}") for name in rivals)] for p, cell in refrag.items()]
         tables = [markdown_table(["mode", "p", *cls.columns], rows)]
         if rivals:
-            tables += ["F1 of refrag minus that of", markdown_table(["p", *rivals], versus)]
+            tables += ["F1 of refrag minus that of each control, question by question:",
+                       markdown_table(["p", *rivals], versus)]
         return "\n\n".join(tables)
 
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:

@@ -210,6 +210,13 @@ def measure_first_token(args: argparse.Namespace) -> dict:
 # -- start-up ---------------------------------------------------------------------
 
 
+def peak_of(child: subprocess.Popen) -> float:
+    """Wait for a process, which must end well: the most memory that it held, in MB."""
+    _, status, usage = os.wait4(child.pid, 0)
+    assert status == 0, child.args
+    return usage.ru_maxrss / 1024
+
+
 def measure_start_up(args: argparse.Namespace) -> dict:
     """Seconds from the command to its end, for one token; peak memory; another version of the program in turns."""
     programs = {"this": refrag.__file__} | ({"against": args.against} if args.against else {})
@@ -222,10 +229,9 @@ def measure_start_up(args: argparse.Namespace) -> dict:
             child = subprocess.Popen([sys.executable, program, *ask], stdout=subprocess.PIPE)
             metrics = json.loads(child.stdout.readline())["metrics"]
             printed = time.perf_counter() - start
-            _, status, usage = os.wait4(child.pid, 0)
-            assert status == 0, program
+            peak = peak_of(child)
             if turn:  # the first warms the disk's cache up
-                runs[name].append((printed, time.perf_counter() - start, metrics["load_s"], usage.ru_maxrss / 1024))
+                runs[name].append((printed, time.perf_counter() - start, metrics["load_s"], peak))
     columns = ("first_token_s", "whole_s", "loading_s", "peak_rss_mb")
     return {"rows": [{"program": name} | {column: round(statistics.median(values), 2) for column, values in zip(
         columns, zip(*rows, strict=True), strict=True)} for name, rows in runs.items()]}
@@ -244,9 +250,7 @@ def measure_kernels(args: argparse.Namespace) -> dict:
                 [sys.executable, refrag.__file__, "generate", "--questions", asked, "--index_dir", args.index_dir,
                  "--p", str(args.p), "--max_new", "4", "--dtype", args.dtype, "--out", answers],
                 env=os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept})
-            _, status, usage = os.wait4(child.pid, 0)
-            assert status == 0, kept
-            peaks[kept].append(usage.ru_maxrss / 1024)
+            peaks[kept].append(peak_of(child))
             times[kept] += [json.loads(line)["metrics"]["ttft_s"] for line in answers.read_text().splitlines()]
     return {"rows": [{"kernels": int(kept), "peak_rss_mb": statistics.median(peaks[kept]),
                       "first_token_ms": 1e3 * statistics.median(times[kept])} for kept in peaks]}
