@@ -26,7 +26,8 @@ questions in English from retrieved passages, in few words and with the passage'
 ## Cost
 
 13.4 million tokens in 6.6 hours on two CPU cores (AMD EPYC, Zen 5), no GPU. The phases are the rows of the table above,
-the commands those of `docs/reproduce.py --train`. `loss.png` shows the last one.
+the commands those of `docs/reproduce.py --train`, but that the second, planned for 1,600 steps, was ended at 596.
+`loss.png` shows the last one.
 
 ## Limits
 
