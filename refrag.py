@@ -6210,8 +6210,8 @@ class Trainer:
         """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
         results = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
-            sequences = [item.sequence for item in items]
-            results[name] = {kind: self.measure(made) for kind, made in controls(sequences).items()}
+            made = controls([item.sequence for item in items], [item.where for item in items])
+            results[name] = {kind: self.measure(sequences) for kind, sequences in made.items()}
         return results
 
     def measure(self, sequences: list[TrainingSequence]) -> dict[str, float]:
@@ -6293,16 +6293,19 @@ def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
         return decoder(input_ids=batch.input_ids, use_cache=False, **known).logits
 
 
-def controls(sequences: list[TrainingSequence]) -> dict[str, list[TrainingSequence]]:
-    """What every evaluation compares: the vectors, none, another text's (where there is another), and the full text."""
+def controls(sequences: list[TrainingSequence], texts: Sequence[Any]) -> dict[str, list[TrainingSequence]]:
+    """What every evaluation compares: the vectors, none, another text's (where there is another), and the full text.
+
+    texts: (N,) which text each sequence is of. Two windows of one text tell much of each other.
+    """
     made, none = {"vectors": sequences}, [without_vectors(s) for s in sequences]
     if sum(s.asked for s in none) == sum(s.asked for s in sequences):  # not where the vectors themselves are asked
         made["none"] = none
-    with_chunks = [s for s in sequences if s.content.chunks]
-    if len(with_chunks) > 1:  # the next one that has any
-        places = {id(s): n for n, s in enumerate(with_chunks)}
-        made["wrong"] = [with_content_of(s, with_chunks[(places.get(id(s), 0) + 1) % len(with_chunks)])
-                         for s in sequences]
+    if len({text for s, text in zip(sequences, texts, strict=True) if s.content.chunks}) > 1:
+        n = len(sequences)
+        others = [next(j for j in itertools.chain(range(i + 1, n), range(i))  # the next one, round the list's end
+                       if sequences[j].content.chunks and texts[j] != texts[i]) for i in range(n)]
+        made["wrong"] = [with_content_of(s, sequences[j]) for s, j in zip(sequences, others, strict=True)]
     return made | {"full": [with_text(s) for s in sequences]}
 
 
@@ -8455,6 +8458,7 @@ class TextTask(Task):
     """A task over texts: what the decoder makes of vectors, teacher forced."""
 
     modes: tuple[str, ...] = ()
+    without_wrong = ""  # how to do without that control
     unused = frozenset({"k", "gate", "ctx_max", "max_new", "cite"}) | {
         f.name for config in (IndexConfig, SearchConfig) for f in dataclasses.fields(config)}
 
@@ -8472,7 +8476,10 @@ class TextTask(Task):
         self.model = load_model(self.models, max(ks), self.runtime).to(self.accelerator.device)
         train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
         self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
-        self.windows = spread(self.lessons.windows, options.limit)
+        self.windows = np.asarray(spread(self.lessons.windows, options.limit))
+        require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
+                f"--texts {', '.join(options.texts)}: one text alone has pieces of {self.size} tokens, and "
+                "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
         self.packs = can_pack(self.model.decoder)
 
     def units(self) -> list[Any]:
@@ -8492,8 +8499,8 @@ class TextTask(Task):
     def control(self, sequences: list[TrainingSequence], mode: str) -> list[TrainingSequence]:
         """One of the controls of some sequences."""
         names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
-        made = controls(sequences)
-        require(names[mode] in made, f"--modes {mode}: needs two texts, and a decoder with a start token")
+        made = controls(sequences, self.windows[:, 0].tolist())
+        require(names[mode] in made, f"--modes {mode}: needs a decoder with a start token")
         return made[names[mode]]
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
@@ -8522,6 +8529,7 @@ class PplTask(TextTask):
              "(refrag, wrong_vectors), read as text (full), left out (none), or cut to their last tokens, as many as "
              "there are vectors (truncate). Positions: the mean length of what is fed, with the tokens to be "
              "predicted.")
+    without_wrong = ", or leave wrong_vectors out of --modes"
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)

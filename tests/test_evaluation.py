@@ -484,6 +484,14 @@ def test_ppl_against_plain_forwards(probe, llama):
         assert made["positions"]["refrag"][str(k)] == made["positions"]["truncate"][str(k)] == 1 + vectors + 8 - 1
 
 
+@pytest.mark.parametrize("task", ["ppl", "recon"])
+def test_one_text_has_no_other_text_s_vectors(probe, tmp_path, task):
+    path = write_lines(tmp_path / "one.jsonl", [{"text": " ".join(TEXTS * 3)}])
+    code, _, err = probe(task, "--texts", path)
+    assert code == 2 and err.count("\n") == 1 and "wrong_vectors needs another's: give a second text" in err
+    assert ("or leave wrong_vectors out" in err) == (task == "ppl")
+
+
 def test_recon_has_the_promised_form(probe):
     made = summary(probe("recon", "--k", 4, 8, "--limit", 3, "--json"))
     assert made["n"] == 3 and list(made["results"]) == ["4", "8"]

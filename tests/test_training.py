@@ -1565,7 +1565,7 @@ def sequence(first: int, chunks: int) -> refrag.TrainingSequence:
 def test_the_controls_read_vectors_none_anothers_and_the_text():
     """Three texts of 3, 0 and 1 chunks. The first gets the vector of the last three times over, not its own."""
     made = [sequence(100, 3), sequence(200, 0), sequence(300, 1)]
-    kinds = refrag.controls(made)
+    kinds = refrag.controls(made, ["a", "b", "c"])
     assert list(kinds) == ["vectors", "none", "wrong", "full"]
     assert all(kinds["vectors"][n] is made[n] for n in range(3))
     assert [s.plan.tolist() for s in kinds["none"]] == [[1, 190], [1, 290], [1, 390]]
@@ -1576,9 +1576,17 @@ def test_the_controls_read_vectors_none_anothers_and_the_text():
     assert {tuple(asked(s)) for kind in kinds.values() for s in kind} == {(190, 191), (290, 291), (390, 391)}
 
 
+def test_the_wrong_vectors_are_of_another_text():
+    """Windows stand by text: the one after another of the same text would tell what comes next."""
+    made = [sequence(100 * n, chunks) for n, chunks in enumerate((2, 2, 0, 2, 2))]
+    wrong = refrag.controls(made, ["a", "a", "b", "b", "b"])["wrong"]
+    assert [s.content is made[n].content for s, n in zip(wrong, (3, 3, 0, 0, 0), strict=True)] == [True] * 5
+    assert "wrong" not in refrag.controls(made, ["a"] * 5)
+
+
 def test_without_another_text_there_is_no_wrong_one():
     """Its own vectors would pass for another's. The model card has a gap."""
-    assert set(refrag.controls([sequence(100, 3)])) == {"vectors", "none", "full"}
+    assert set(refrag.controls([sequence(100, 3)], ["a"])) == {"vectors", "none", "full"}
     measured = {kind: {"loss": 1.0, "accuracy": 0.5} for kind in ("vectors", "none", "full")}
     card = refrag.model_card(refrag.RefragConfig(), [{"step": 0, "eval": {"k4": measured}}])
     assert "| k4 | 0.500 | 0.500 | - | 0.500 |" in card
