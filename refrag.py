@@ -192,7 +192,8 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.corpus), "--corpus is missing: name a file, a folder or - for standard input")
-        require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
+        require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
+        require(self.limit is None or 1 <= self.limit <= sys.maxsize, f"--limit must be 1 or more, got {self.limit}")
         require(self.max_passage_tokens >= 8, f"--max_passage_tokens must be 8 or more, got {self.max_passage_tokens}")
         require(0 <= self.overlap <= self.max_passage_tokens // 2,
                 f"--overlap must lie between 0 and half of --max_passage_tokens {self.max_passage_tokens}, "
@@ -954,7 +955,8 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (--\w+)", message)
         if unknown:
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            message += f" (did you mean {near[0]}?)" if near else ""
+            if near:
+                message += " (options go after the command)" if near[0] == unknown[1] else f" (did you mean {near[0]}?)"
         raise UserError(f"{message}: see python {self.prog} --help")
 
 
@@ -962,7 +964,7 @@ def add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation
     """Add one dataclass field as an option. No default here: what was not given must stay visible as such."""
     kind, several = option_type(annotation), isinstance(f.default, tuple)
     default = " ".join(map(str, f.default)) if several else f.default
-    shown = "" if default in (None, "", False) else f" (default {default})"
+    shown = "" if default is None or default is False or default == "" else f" (default {default})"
     common = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:
         parser.add_argument(f"--{f.name}", action="store_true", **common)
@@ -1110,7 +1112,8 @@ def classify(error: BaseException) -> tuple[int, str]:
     if isinstance(error, SystemExit):
         return int(error.code or 0), "interrupted"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-    if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    full = full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if full or "DefaultCPUAllocator: can't allocate" in str(error):  # of torch, a RuntimeError
         return ExhaustedError.code, f"disk or memory ran out: {one_line(error)}: free some and run again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
                                                       errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -1126,13 +1129,13 @@ def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
     if debug and code not in (130, 143):
         import traceback
 
-        traceback.print_exception(error, file=sys.stderr)
-    print(f"error: {message}", file=sys.stderr)
+        traceback.print_exception(error, file=STDERR)
+    print(f"error: {message}", file=STDERR)
     if as_json:
         try:
             print(dumps({"error": {"code": code, "message": message}}), flush=True)
         except BrokenPipeError:
-            silence_stdout()
+            silence(sys.stdout)
     return code
 
 
@@ -1164,9 +1167,35 @@ def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
     raise SystemExit(128 + signum)
 
 
-def silence_stdout() -> None:
+def silence(stream: Any) -> None:
     """After a broken pipe: nothing more may be flushed to it, or Python complains at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class LastingStderr:
+    """sys.stderr, which may lose its reader: what is told there must neither end the work nor pass for its end."""
+
+    def write(self, text: str) -> int:
+        """Write, or let it go."""
+        return self.lasting(lambda: sys.stderr.write(text)) or len(text)
+
+    def flush(self) -> None:
+        """Flush, or let it go."""
+        self.lasting(lambda: sys.stderr.flush())
+
+    def lasting(self, call: Callable[[], Any]) -> Any:
+        """What a call returns; None when nobody reads any more."""
+        try:
+            return call()
+        except BrokenPipeError:
+            silence(sys.stderr)
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+STDERR = LastingStderr()
 
 
 def run_invocation(invocation: Invocation) -> int:
@@ -1181,7 +1210,7 @@ def run_invocation(invocation: Invocation) -> int:
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
-        silence_stdout()  # the reader, `head` say, has seen enough
+        silence(sys.stdout)  # its reader, `head` say, has seen enough
         return 0
     except BaseException as error:
         return report(error, as_json=runtime.json, debug=runtime.debug)
@@ -1191,18 +1220,18 @@ def parse_or_exit(argv: Sequence[str]) -> Invocation:
     """Parse, or print the error and leave. Also sets what libraries read from the environment at import."""
     try:
         invocation = parse(argv)
-    except RefragError as error:
+    except BrokenPipeError:  # of --help's reader
+        silence(sys.stdout)
+        sys.exit(0)
+    except (RefragError, OSError) as error:  # a path of an option may be one that can not even be looked at
         as_json = "--json" in argv or os.environ.get("REFRAG_JSON", "0").lower() not in ("0", "false", "no")
         sys.exit(report(error, as_json=as_json))
     except SystemExit:  # --help or --version, whose reader may have gone
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            silence_stdout()
+            silence(sys.stdout)
         raise
-    except BrokenPipeError:
-        silence_stdout()
-        sys.exit(0)
     if invocation.runtime.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -1224,6 +1253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # or a name in a passage could end the work
     _INVOCATION = parse_or_exit(sys.argv[1:])
     signal.signal(signal.SIGINT, leave_at_once)
     gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
@@ -1289,7 +1319,7 @@ def late_import(name: str, install: str | None = None) -> Any:
 def notice(text: str) -> None:
     """One line on stderr that a person should see."""
     if not QUIET:
-        print(text, file=sys.stderr)
+        print(text, file=STDERR)
 
 
 def progress(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterable:
@@ -1304,7 +1334,7 @@ def progress_bar(label: str, total: int | None, unit: str, items: Iterable | Non
     """
     pace = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
-                leave=False, dynamic_ncols=True)
+                leave=False, dynamic_ncols=True, file=STDERR)
 
 
 def batched(items: Sequence, size: int) -> list[Sequence]:
@@ -1934,9 +1964,12 @@ def parse_passage(text: str, line: int, source: str) -> Record:
     return Record(check_id(item.get("id", line), where), title, body, line, source)
 
 
-def corpus_files(paths: Sequence[str]) -> list[Path]:
-    """Expand folders to their .txt, .md and .gz files. Raises UserError for a path that is not there."""
-    files = []
+def corpus_files(paths: Sequence[str]) -> list[tuple[Path, Path | None]]:
+    """(file, the folder that was named for it, None for a file that was named itself).
+
+    Of a folder its .txt and .md files, also .gz. Raises UserError for a path that is not there.
+    """
+    files: list[tuple[Path, Path | None]] = []
     for name in paths:
         path = Path(name)
         require(name == "-" or path.exists(), f"--corpus {name}: no such file or folder")
@@ -1944,29 +1977,35 @@ def corpus_files(paths: Sequence[str]) -> list[Path]:
             endings = (".txt", ".md", ".txt.gz", ".md.gz")
             found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings))
             require(bool(found), f"--corpus {name}: the folder holds no .txt or .md files")
-            files += found
+            files += [(file, path) for file in found]
         else:
-            files.append(path)
+            files.append((path, None))
     return files
+
+
+def spelled(path: Path) -> str:
+    """A path as text that can be written; bytes in it that are no UTF-8 are replaced."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
 def read_whole(path: Path, name: str, counts: dict[str, int], errors: str) -> Iterator[Record]:
     """A file of a folder as one document: id is its path in the folder, title its name."""
-    with gzip_errors(str(path)), open_maybe_gzip(path) as handle:
+    source = spelled(path)
+    with gzip_errors(source), open_maybe_gzip(path) as handle:
         raw = handle.read()
     text = ""
     with skipping(errors, counts):
-        text, replaced = decode_utf8(raw, 0, str(path), errors)
+        text, replaced = decode_utf8(raw, 0, source, errors)
         counts["replaced"] += replaced
     text = text.removeprefix(BOM)
     if text.strip():
-        yield Record(name, path.name.split(".")[0], text, 0, str(path))
+        yield Record(name, name.rpartition("/")[2].split(".")[0], text, 0, source)
 
 
 def read_line_file(path: Path, prefix: str, counts: dict[str, int], errors: str) -> Iterator[Record]:
     """One record per line: JSON objects in .jsonl (or, on standard input, when the first line is one), else text."""
     stdin = str(path) == "-"
-    source = "stdin" if stdin else str(path)
+    source = "stdin" if stdin else spelled(path)
     with sys.stdin.buffer if stdin else open_maybe_gzip(path) as handle:
         is_json = None if stdin else ".jsonl" in path.suffixes
         for number, text in read_lines(handle, source, counts, errors):
@@ -1988,17 +2027,14 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int]) -> Iterator[Record
     several have that name).
     """
     files = corpus_files(corpus.corpus)
-    stems = [path.name.split(".")[0] for path in files]
-    folders = [Path(p) for p in corpus.corpus if p != "-" and Path(p).is_dir()]
+    stems = [spelled(Path(path.name)).split(".")[0] for path, _ in files]
 
     def records() -> Iterator[Record]:
-        for path in files:
-            folder = next((f for f in folders if f in path.parents), None)
+        for (path, folder), stem in zip(files, stems, strict=True):
             if folder is not None:
-                yield from read_whole(path, path.relative_to(folder).as_posix(), counts, corpus.errors)
+                yield from read_whole(path, spelled(path.relative_to(folder)), counts, corpus.errors)
             else:
-                stem = path.name.split(".")[0]
-                prefix = "" if len(files) == 1 else f"{stem if stems.count(stem) == 1 else path.as_posix()}:"
+                prefix = "" if len(files) == 1 else f"{stem if stems.count(stem) == 1 else spelled(path)}:"
                 yield from read_line_file(path, prefix, counts, corpus.errors)
 
     return itertools.islice(records(), corpus.limit)
@@ -2057,7 +2093,7 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
         if last == len(token_ends):
             return [*spans, (start, len(text))]
         window = range(last, max(first + 1, last - size // 4) - 1, -1)
-        ends = [i for i in window if text[token_ends[i - 1] :][:1].isspace()]
+        ends = [i for i in window if text[token_ends[i - 1] : token_ends[i - 1] + 1].isspace()]
         stops = [i for i in ends if text[token_ends[i - 1] - 1] in SENTENCE_ENDS]
         cut = next(iter(stops or ends), last)
         spans.append((start, token_ends[cut - 1]))
@@ -9234,7 +9270,7 @@ class Chat:
             elif line:
                 self.answer(line)
         except RefragError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=STDERR)
         return True
 
     def converse(self) -> None:
@@ -9249,7 +9285,7 @@ class Chat:
                     print()
                     return
                 except KeyboardInterrupt:
-                    print("\n(stopped; /quit leaves)", file=sys.stderr)
+                    print("\n(stopped; /quit leaves)", file=STDERR)
 
     def answer(self, question: str) -> None:
         """Answer a question and remember it."""
@@ -9571,7 +9607,7 @@ class Engine:
         """What a client is told of an error."""
         if isinstance(error, UserError):
             return bad(str(error))
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=STDERR)
         return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
 
     def spread_text(self, batch: list[Job], row: int, text: str) -> bool:

@@ -268,6 +268,7 @@ def test_flags_are_not_abbreviated(short):
          "--topk_min 3 is more than --topk 2"),
         (["serch"], "invalid choice: 'serch' (choose from 'index', 'search'"),
         (["--json"], "unrecognized arguments: --json"),
+        (["--json", "search", "--question", "x"], "options go after the command"),
     ],
     ids=str,
 )
@@ -572,6 +573,41 @@ def test_leaving_flushes_runs_what_was_registered_and_keeps_the_code(tmp_path):
     assert (tmp_path / "mark").exists()
 
 
+@pytest.fixture
+def deaf_stderr(monkeypatch):
+    """A stderr whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        yield stream
+        monkeypatch.undo()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX pipes")
+def test_work_goes_on_when_nobody_reads_stderr(deaf_stderr, monkeypatch):
+    """Neither a notice nor a bar nor an error's line ends it, and the exit code stays what it is."""
+    monkeypatch.setattr(refrag, "QUIET", False)
+    refrag.notice("a notice")
+    with refrag.progress_bar("work", 2, "step") as bar:
+        bar.delay = 0
+        bar.update()
+        bar.refresh()
+    assert refrag.report(refrag.UserError("a mistake"), as_json=False, debug=True) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX pipes")
+def test_an_index_is_built_though_nobody_reads_stderr(tmp_path, corpus, embedder, llama):
+    argv = ["index", "--corpus", corpus, "--index_dir", tmp_path / "index", "--embed_model", embedder, "--dec", llama,
+            "--max_passage_tokens", 300, "--json"]
+    process = subprocess.Popen([sys.executable, refrag.__file__, *map(str, argv)], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stderr.close()
+    out = process.stdout.read()
+    assert process.wait(timeout=120) == 0
+    assert json.loads(out)["passages"] >= 6 and (tmp_path / "index" / "manifest.json").is_file()
+
+
 def closed_stdout(*argv: object, buffered: bool = True) -> tuple[int, str]:
     """Exit code and stderr of the program whose reader has gone, as with `| head`."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
@@ -602,3 +638,32 @@ def test_an_error_for_a_reader_that_has_gone(buffered):
     code, err = closed_stdout("search", "--json", "--topk", "0", buffered=buffered)
     assert err == "error: --topk must be 1 or more, got 0\n"
     assert code == 2
+
+
+def test_memory_that_torch_does_not_get_is_memory_that_ran_out():
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert refrag.classify(caught.value)[0] == 6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other limits")
+def test_a_path_of_an_option_that_can_not_even_be_looked_at(run):
+    code, out, err = run("export", "--out_dir", "x" * 300, "--question", "q", "--json")
+    assert code == 2 and json.loads(out)["error"]["code"] == 2 and "File name too long" in err
+
+
+def test_help_shows_a_default_of_zero(run):
+    assert "(default 0)" in run("sft", "--help")[1]
+
+
+def test_what_stdout_can_not_spell_does_not_end_the_work(program, tmp_path):
+    """Redirected on Windows, say, stdout is of a code page."""
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text(json.dumps({"id": "a", "text": "\u6771\u4eac towers"}) + "\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    argv = ["--index_dir", tmp_path / "index", "--retriever", "bm25"]
+    assert program("index", "--corpus", corpus, *argv, env=environment).returncode == 0
+    done = program("search", "--question", "towers", *argv, env=environment, encoding="utf-8")
+    assert done.returncode == 0 and "\u6771\u4eac towers" in done.stdout

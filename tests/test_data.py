@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -512,3 +513,29 @@ def test_invalid_utf8_in_a_file_of_questions_is_refused(write):
     path = write("q.jsonl", b'{"question": "a"}\n{"question": "\xff"}\n')
     with pytest.raises(refrag.UserError, match=f"{path}: invalid UTF-8 at byte 32"):
         ask(questions=path)
+
+
+# ---- Names of files -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_named_beside_its_folder_is_read_as_a_file(write, tmp_path, monkeypatch):
+    """The folder's .txt is one document, the .jsonl that was named itself has a passage per line."""
+    write("docs/a.txt", "one\ntwo")
+    write("docs/b.jsonl", '{"id": "x", "text": "three"}\n{"id": "y", "text": "four"}\n')
+    monkeypatch.chdir(tmp_path)
+    for folder in ("docs", ".", tmp_path / "docs"):
+        file = tmp_path / "docs/b.jsonl" if folder == tmp_path / "docs" else "docs/b.jsonl"
+        assert read(folder, file).texts == ["one\ntwo", "three", "four"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_that_are_no_utf8(tmp_path):
+    """They can be read, and what is said of them can be written."""
+    (tmp_path / "docs").mkdir()
+    for folder in (tmp_path, tmp_path / "docs"):
+        with open(os.fsencode(folder) + b"/caf\xe9.txt", "w") as handle:
+            handle.write("one")
+    [document] = read(tmp_path / "docs").records
+    assert (document.id, document.title, document.text) == ("caf\ufffd.txt", "caf\ufffd", "one")
+    [line] = read(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).records
+    assert line.where.encode() and line.where.endswith("caf\ufffd.txt:1")
