@@ -218,7 +218,8 @@ class BuildConfig:
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index")
-    k: int | None = opt(None, "also store the encoder's vector of every k tokens (serves the multiples of k)")
+    k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
+                              "multiples too, where k is one of 4")
     batch_size: int = opt(32, "passages embedded at once")
 
     def __post_init__(self) -> None:
@@ -2652,14 +2653,19 @@ class Index:
         """The ids that positive_ids may mean a passage by: its own, and that of the document it was cut from."""
         return {self.ids[row], self.document_id(row)}
 
+    def serves(self, k: int) -> bool:
+        """Whether the chunks of k tokens are runs of stored ones: the boundaries of other k would not nest."""
+        stored = self.manifest["chunking"]["k"]
+        return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
+
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
-        """A passage's chunks at k, None if k is no multiple of the stored one.
+        """A passage's chunks at k, None if those stored do not serve it.
 
         encoder: fingerprint that stored states must have; other states are left out, never used.
         """
-        stored = self.manifest["chunking"]["k"]
-        if k % stored or (k > stored and stored % CHUNK_UNIT):  # the boundaries would not nest
+        if not self.serves(k):
             return None
+        stored = self.manifest["chunking"]["k"]
         number, inside = self.ids.place(row)
         segment = self.segments[number]
         span = slice(segment.chunk_offsets[inside], segment.chunk_offsets[inside + 1])
@@ -3954,6 +3960,10 @@ class ChunkEncoder(nn.Module):
         table = self.backbone.get_input_embeddings().weight if self.whole else None
         return {name for name, parameter in self.named_parameters() if parameter is table}
 
+    def serves(self, k: int, stored: int) -> bool:
+        """Whether the mean of its states of `stored` tokens each is that of k: not where it reads chunks one by one."""
+        return self.whole or k == stored
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
         """Token states. All arguments (B, T). Returns (B, T, E).
 
@@ -4479,12 +4489,15 @@ class RefragModel(PreTrainedModel):
         parts |= {"encoder": model.encoder} if "e" in saved else {}
         parts |= {"decoder": model.decoder} if "d" in saved else {}
         for name, part in parts.items():
-            load_part(part, path / f"{name}.safetensors", without=model.encoder.borrowed if name == "encoder" else ())
+            load_part(part, path / f"{name}.safetensors", without=model.encoder.borrowed if name == "encoder" else (),
+                      exactly=bool(train))
         if lora is not None:
             add_lora(model.decoder, lora["r"])
             base = part_tensors(model.decoder).keys() - lora_names(model.decoder)
             load_part(model.decoder, path / "lora.safetensors", without=base)
         if lora is not None and (not train or ("d" in train and lora_r != lora["r"])):
+            if train:
+                model.decoder.float()  # what adapters add to a weight is less than bfloat16 tells apart
             merge_lora(model)
         return model.eval()
 
@@ -4619,9 +4632,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
 
 
-def load_part(part: nn.Module, path: Path, without: Collection[str] = ()) -> None:
-    """Load one part's weights, exactly, but for some. Raises CorruptError, or MismatchError that names the tensor."""
+def load_part(part: nn.Module, path: Path, without: Collection[str] = (), exactly: bool = False) -> None:
+    """Load one part's weights but for some. Raises CorruptError, or MismatchError that names the tensor.
+
+    exactly: in float32 where the file is, for training to go on from there: bfloat16 would round away what it learned.
+    """
     tensors = read_tensors(path)
+    if exactly and any(tensor.dtype == torch.float32 for tensor in tensors.values()):
+        part.float()
     own = {name: tensor for name, tensor in part_tensors(part).items() if name not in without}
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -5674,7 +5692,8 @@ class NextLessons(TextLessons):
         mean = self.following.expand_frac  # of a share that is different for every text
         share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if progress < 1 else 0.0
         opened = rng.random(len(content.chunks)) < share
-        parts = [chunk if opened[c] else np.asarray([-c - 1]) for c, chunk in enumerate(content.chunks)]
+        parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `vectors`
+                 for c, chunk in enumerate(content.chunks)]
         return self.taught(continue_plan(np.concatenate([self.start, *parts]), following, content), where)
 
     def taught(self, sequence: TrainingSequence, where: str) -> Item:
@@ -5793,25 +5812,14 @@ class AnswerLessons(Lessons):
                          int(rng.choice(self.train.k)), bool(rng.random() < self.sft.no_answer_frac),
                          self.sft.quote_frac)
 
-    def right_rows(self, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
-        """The rows of the documents in positive_ids, those alone that hold an answer if any do; without ids, these."""
-        wanted = set(item["positive_ids"])
-        right = [row for row in rows if self.index.names(row) & wanted]
-        return [row for row in (right if wanted else rows) if self.holds_answer(item, row)] or right
-
-    def holds_answer(self, item: dict[str, Any], row: int) -> bool:
-        """Whether an answer stands in a passage."""
-        text = self.index.texts[row].casefold()
-        return any(answer.casefold() in text for answer in item["answers"])
-
     def item(self, item: dict[str, Any], rows: list[int], rng: np.random.Generator, p: float, k: int,
              taken_away: bool, quote_frac: float = 0.0) -> Item:
         """A question with its passages, which fit --seq_tokens together."""
         question = item["question"]
-        right, most = self.right_rows(item, rows), self.most_shown(rng)
+        right, most = right_rows(self.index, item, rows), self.most_shown(rng)
         others = [row for row in rows if row not in set(right)]
         if taken_away or not right:
-            lacking = [row for row in others if not self.holds_answer(item, row)]
+            lacking = [row for row in others if not answers_in(self.index, item, row)]
             shown, gold, answer = lacking[:most], None, NO_ANSWER
         else:
             gold, answer = right[0], str(rng.choice(item["answers"]))
@@ -5861,6 +5869,19 @@ class AnswerLessons(Lessons):
         return {f"k{k}/p{p:g}": [self.item(q, rows, np.random.default_rng([0, i]), p, k, False)
                                  for i, (q, rows) in enumerate(zip(*self.held_out, strict=True))]
                 for k in self.train.k for p in self.sft.p}
+
+
+def answers_in(index: Index, item: dict[str, Any], row: int) -> list[str]:
+    """A question's answers that stand in a passage."""
+    text = index.texts[row].casefold()
+    return [answer for answer in item["answers"] if answer.casefold() in text]
+
+
+def right_rows(index: Index, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
+    """Of some rows the documents in positive_ids, those alone that hold an answer if any do; without ids, these."""
+    wanted = set(item["positive_ids"])
+    right = [row for row in rows if index.names(row) & wanted]
+    return [row for row in (right if wanted else rows) if answers_in(index, item, row)] or right
 
 
 def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, list[int]]:
@@ -6027,6 +6048,9 @@ def mark_trained(model: RefragModel, letters: str, rank: int) -> None:
         modules[letter].float().requires_grad_(True)
     for name in model.encoder.borrowed:
         model.encoder.get_parameter(name).requires_grad_(False)
+    pooler = getattr(model.encoder.backbone, "pooler", None)  # of BERT, say: nothing reads it, so nothing trains it
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)
     config.training_model = "".join(x for x in "ped" if x in config.training_model or x in letters)
 
 
@@ -6489,7 +6513,8 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Path | None, list[dict[str, Any]]]:
+def open_run(folder: Path, settings: dict[str, Any], processes: int,
+             resume: bool) -> tuple[Path | None, list[dict[str, Any]]]:
     """With --resume, the checkpoint to continue from and the data it was made with; nothing for a new run.
 
     Raises UserError, CorruptError, MismatchError that names the options that changed.
@@ -6502,13 +6527,16 @@ def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Path
     require(resume, f"--out_dir {folder} holds a run: add --resume to continue it, or name another folder")
     try:
         facts = json.loads(path.read_bytes())
-        before, data = dict(facts["settings"]), list(facts["data"])
+        before, data, launched = dict(facts["settings"]), list(facts["data"]), int(facts["processes"])
     except (ValueError, KeyError, TypeError):
         raise CorruptError(f"{path} is damaged: name another --out_dir") from None
     changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
     if changed:
         was = ", ".join(f"--{k} was {before.get(k)}, now {settings[k]}" for k in changed)
         raise MismatchError(f"--resume with changed options: {was}: use the same, or name another --out_dir")
+    if launched != processes:  # a step has as many times --batch_size sequences
+        raise MismatchError(f"--resume: the run has {launched} processes, now there are {processes}: launch as many, "
+                            "or name another --out_dir")
     return newest_checkpoint(folder), data
 
 
@@ -6526,7 +6554,7 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
     settled, accelerator = phase.settled(train), make_accelerator(runtime)
     folder, settings = Path(train.out_dir), run_settings(configs, phase=phase.name)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
-        checkpoint, data = open_run(folder, settings, train.resume)
+        checkpoint, data = open_run(folder, settings, accelerator.num_processes, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
         model = load_model(source, max(train.k), runtime, settled.train, train.lora_r).to(accelerator.device)
         lessons = make_lessons(model, settled)
@@ -6710,12 +6738,18 @@ class AnswerReader:
         self.packs = can_pack(model.decoder)
 
     def ask(self, example: GateExample) -> Asked:
-        """An example's question over its retrieved passages, with the first answer and the best right passage."""
-        question = self.data.questions[example.number]
+        """An example's question over its retrieved passages, with the best right passage and an answer that it holds.
+
+        Raises UserError where the decoder's window does not hold them all: chunks are counted through all of them.
+        """
+        question, index = self.data.questions[example.number], self.data.searcher.index
         rows = self.data.ranked[example.number][: self.topk]
-        wanted = set(question["positive_ids"])
-        right = next(row for row in rows if self.data.searcher.index.names(row) & wanted)
-        return self.prompts.ask(question["question"], rows, right, question["answers"][0], self.k)
+        right = right_rows(index, question, rows)[0]
+        answer = [*answers_in(index, question, right), question["answers"][0]][0]
+        asked = self.prompts.ask(question["question"], rows, right, answer, self.k)
+        require(len(asked.rows) == len(rows), f"--topk {self.topk}: the passages for question {question['id']} take "
+                f"more than the decoder's window of {self.model.window}: lower it")
+        return asked
 
     @torch.inference_mode()
     def log_probabilities(self, asked: Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -6836,7 +6870,8 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     if opened.manifest["chunking"]["tokenizer"] != chunking.stored["tokenizer"]:
         raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
     stored = opened.manifest["chunking"]["k"]
-    require(data.k % stored == 0, f"--k {data.k} is no multiple of the index's {stored}")
+    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
+            f"{data.k}: give --k {stored}, or build the index with another")
     made = []
     for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
                                (data.eval_json, "--eval_json", data.eval_limit)):
@@ -7464,13 +7499,18 @@ class Pipeline:
             return []
         return self.searcher.search(item["question"], self.search.topk, self.search.hops)
 
+    def stored_table(self, row: int) -> ChunkTable | None:
+        """The index's chunks of a passage, with the encoder's states where they are those that it would compute."""
+        usable = self.model.encoder.serves(self.pack.k, self.stored.manifest["chunking"]["k"])
+        return self.stored.chunk_table(row, self.pack.k, self.chunking.stored["encoder"] if usable else None)
+
     def chunk_tables(self, contents: list[str], rows: Sequence[int | None], needs: set[str]) -> list[ChunkTable]:
         """Chunk tables of contents: the index's where they hold what is needed ("gate", "states"), else made now."""
         tables: list[ChunkTable | None] = []
         for row in rows:
             table = None
             if self.stored is not None and row is not None:
-                table = self.stored.chunk_table(row, self.pack.k, self.chunking.stored["encoder"])
+                table = self.stored_table(row)
             complete = table is not None and all(getattr(table, need) is not None for need in needs)
             tables.append(table if complete else None)
         waiting = [i for i, table in enumerate(tables) if table is None]
@@ -8898,7 +8938,7 @@ def reads_stored(pipeline: Pipeline) -> bool:
     """Whether the index holds the encoder's states at the pipeline's k."""
     if pipeline.stored is None:
         return False
-    table = pipeline.stored.chunk_table(0, pipeline.pack.k, pipeline.chunking.stored["encoder"])
+    table = pipeline.stored_table(0)
     return table is not None and table.states is not None
 
 

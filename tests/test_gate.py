@@ -566,6 +566,35 @@ def test_utility_is_learned_from_the_decoder(train, monkeypatch):
         assert known.sum() == 8 and known[example.positive].all() and len(set(example.utility[known])) > 1
 
 
+def test_chunks_that_the_index_does_not_serve(train, run, corpus, embedder, llama, tmp_path):
+    """Those of two tokens make no chunks of four with whole characters: said, not crashed over."""
+    code, _, err = run("index", "--corpus", corpus, "--index_dir", tmp_path / "two", "--embed_model", embedder, "--dec",
+                       llama, "--enc", "decoder:2", "--k", "2", "--quiet")
+    assert code == 0, err
+    code, _, err, folder = train("gate", "--index_dir", tmp_path / "two")
+    assert code == 2 and "--k 4: the index's chunks of 2 tokens do not make chunks of 4: give --k 2" in err
+    assert not folder.exists()
+
+
+def test_passages_beyond_the_decoders_window_are_told(train, monkeypatch):
+    """Chunks are counted through all passages: were some left out, rewards would be of others than were drawn."""
+    monkeypatch.setattr(refrag.RefragModel, "window", 60)
+    code, _, err, _ = train("policy", "--steps", "1", "--batch_size", "1", "--group", "2")
+    assert code == 2 and "the passages for question" in err and "window of 60: lower it" in err
+
+
+def test_the_answer_is_asked_of_the_piece_that_holds_it():
+    """Of a document in two pieces the second holds the answer, in its second spelling."""
+    class Pieces:
+        texts = ("The Rhone floods in May.", "It leaves Lac L\u00e9man.", "Smiths cast bells.")
+        names = staticmethod(lambda row: {f"a#{row}", "a"} if row < 2 else {"b"})
+
+    item = {"answers": ["Lake Geneva", "Lac L\u00e9man"], "positive_ids": ["a"]}
+    assert refrag.right_rows(Pieces, item, [2, 0, 1]) == [1]
+    assert refrag.answers_in(Pieces, item, 1) == ["Lac L\u00e9man"]
+    assert refrag.right_rows(Pieces, item | {"answers": ["nowhere"]}, [2, 0, 1]) == [0, 1]
+
+
 def test_utility_is_the_gain_over_no_text_at_all():
     """A reader for which chunk i as text adds i + 1 to the 5 that the answer has without any."""
     class Reader:
@@ -706,7 +735,7 @@ def test_a_gate_with_other_features_is_refused(embedder):
     ("flags", "message"),
     [(["--p", "0"], "--p must lie"), (["--epochs", "0"], "--epochs"), (["--bce", "-1"], "--bce"),
      (["--gate_lr", "0"], "--gate_lr"), (["--limit", "0"], "--limit"), (["--k", "65"], "--k must lie"),
-     (["--k", "6"], "no multiple of the index's 4"), (["--rag_json", "nowhere.jsonl"], "no such file")],
+     (["--k", "6"], "chunks of 4 tokens do not make chunks of 6"), (["--rag_json", "nowhere.jsonl"], "no such file")],
 )
 def test_bad_options(train, flags, message):
     code, out, err, folder = train("gate", *flags)

@@ -881,6 +881,24 @@ def test_chunks_of_4_give_those_of_8_and_16_beyond_the_encoders_window(encoders)
     check_merged(encoders, LONG)
 
 
+def test_states_of_an_encoder_that_reads_chunk_by_chunk_serve_their_own_k_alone(run, corpus, embedder, llama, bert,
+                                                                               tmp_path):
+    """A chunk of 8 read by itself is not the mean of its halves read by themselves, so it is computed."""
+    code, _, err = run("index", "--corpus", corpus, "--index_dir", tmp_path / "i", "--embed_model", embedder, "--dec",
+                       llama, "--enc", bert, "--k", "4", "--quiet")
+    assert code == 0, err
+    models = refrag.ModelConfig(dec=str(llama), enc=str(bert))
+    for k in (4, 8):
+        pipeline = refrag.load_pipeline(refrag.IndexConfig(str(tmp_path / "i")), refrag.SearchConfig(),
+                                        refrag.PackConfig(k=k, compressed="feed"), refrag.GenerateConfig(max_new=1),
+                                        models, RUNTIME)
+        assert (pipeline.stored_table(0).states is not None) == (k == 4) == refrag.reads_stored(pipeline)
+        content = pipeline.stored.content(0)
+        [table] = pipeline.chunk_tables([content], [0], {"states"})
+        made = table_at(pipeline.model.encoder, content)
+        np.testing.assert_allclose(table.states, made.states, rtol=1e-3, atol=1e-3 * np.abs(made.states).max())
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(0, 5))
 @few
 def test_vectors_in_8_bits_are_within_half_a_step(seed, N):

@@ -488,6 +488,18 @@ def test_a_token_longer_than_a_chunk_gives_no_nan(tmp_path, llama, bert, kind):
         assert output.logits.isfinite().all() and output.vectors.isfinite().all()
 
 
+def test_next_feeds_no_vector_of_a_chunk_without_tokens_of_the_decoder(tmp_path, llama, bert):
+    """As everywhere else: such a chunk's vector would have nothing to add to."""
+    encoder = build(bert, llama).encoder
+    text = "\u957f\u6c5f\u662f\u4e9a\u6d32\u6700\u957f\u7684\u6cb3\u6d41\u3002" * 2
+    path = write(tmp_path / "t.jsonl", [{"text": f"{text} {TEXTS[1]}"}])
+    lessons = text_lessons(refrag.NextLessons, encoder, path, seq_tokens=512, k=(1,), next_frac=0.3, **NEXT)
+    sequence = lessons.draw(0, rng(), 0.0).sequence
+    fed = {-v - 1 for v in sequence.plan.tolist() if v < 0}
+    empty = {n for n, chunk in enumerate(sequence.content.chunks) if not len(chunk)}
+    assert empty and fed == set(range(len(sequence.content.chunks))) - empty
+
+
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_separate_encoder_reads_no_half_characters(tmp_path, separate, kind):
     """Windows and runs may begin inside a character of several tokens; what is read as text may not."""

@@ -543,6 +543,39 @@ def test_a_run_does_not_go_on_with_other_options(refused, resume, unfinished, op
         assert part in line
 
 
+def test_a_run_does_not_go_on_with_more_processes_or_fewer(refused, resume, unfinished):
+    """A step has a batch of each."""
+    facts = json.loads((unfinished / "run.json").read_text())
+    (unfinished / "run.json").write_text(json.dumps(facts | {"processes": 2}))
+    with unchanged(unfinished):
+        assert "the run has 2 processes, now there are 1" in refused(5, *resume(unfinished))
+
+
+@pytest.mark.parametrize("options", [
+    ["--dtype", "bfloat16", "--train", "ped"], ["--dtype", "bfloat16", "--train", "pd", "--lora_r", "2"],
+    ["--enc", "BERT", "--train", "pe"]], ids=["bfloat16", "bfloat16 adapters", "separate encoder"])
+def test_what_was_trained_is_there_again_bit_by_bit(done, argv, bert, tmp_path, options):
+    """In bfloat16 a step is less than what two neighbouring weights differ by: they must not be read as such."""
+    options = [str(bert) if option == "BERT" else option for option in options]
+    options += ["--lr", "1e-5", "--save_every", "2"]
+    done(*argv("cpt_recon", *options, "--out_dir", tmp_path / "whole", steps=4))
+    done(*argv("cpt_recon", *options, "--out_dir", tmp_path / "cut", steps=4))
+    shutil.rmtree(tmp_path / "cut" / "step-000004")
+    done(*argv("cpt_recon", *options, "--out_dir", tmp_path / "cut", "--resume", steps=4))
+    one, two = (weights(tmp_path / name / "step-000004") for name in ("whole", "cut"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_phase_hands_on_what_the_one_before_has_trained(done, argv, tmp_path):
+    """Adapters follow a decoder that was trained whole: in bfloat16, too, that one is kept as it was."""
+    done(*argv("cpt_recon", "--dtype", "bfloat16", "--train", "ped", "--lr", "1e-5", "--out_dir", tmp_path / "one"))
+    done(*argv("cpt_next", "--dtype", "bfloat16", "--train", "pd", "--lora_r", "2", "--load_dir", tmp_path / "one",
+               "--out_dir", tmp_path / "two"))
+    one, two = (weights(refrag.checkpoint_folder(tmp_path / name)) for name in ("one", "two"))
+    kept = [name for name in one if name.startswith(("decoder", "encoder"))]
+    assert len(kept) > 10 and all(torch.equal(one[name], two[name]) for name in kept)
+
+
 def test_a_run_does_not_go_on_in_another_phase(refused, argv, unfinished):
     with unchanged(unfinished):
         line = refused(5, *argv("cpt_next", "--out_dir", unfinished, "--resume"))
@@ -562,7 +595,8 @@ def test_a_run_does_not_go_on_with_other_texts_under_the_same_name(refused, fini
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged", b"[]", b"{}", b"\xff", b'{"settings"', b'{"settings": [1]}',
-                                     b'{"settings": null}', b'{"settings": {}}', b'{"settings": {}, "data": 5}'])
+                                     b'{"settings": null}', b'{"settings": {}}', b'{"settings": {}, "data": 5}',
+                                     b'{"settings": {}, "data": []}'])
 def test_a_damaged_run_json(refused, resume, unfinished, content):
     (unfinished / "run.json").write_bytes(content)
     with unchanged(unfinished):
