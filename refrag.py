@@ -846,10 +846,10 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
     """Answer a question from compressed context, with citations and timings."""
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     check_generate(ask, index, pack, generate)
-    done = finished_questions(generate, settings_of(pack, search, generate, model_config(models, pack.k)))
     pipeline = load_pipeline(index, search, pack, generate, models, runtime)
     live = write_text if generate.stream and not runtime.json and ask.questions is None else None
-    with result_writer(generate, ask, runtime) as write:
+    with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
+        done = finished_questions(generate, pipeline.settings())
         waiting = [q for q in questions if q["id"] not in done]
         for batch in progress(batched(waiting, generate.batch_size), "answering"):
             results = [pipeline.compare(batch[0], live)] if generate.compare else pipeline.answer(batch, live)
@@ -3151,7 +3151,8 @@ class Searcher:
         uses = {"hybrid": ("dense", "bm25"), "dense": ("dense",), "bm25": ("bm25",)}[retriever]
         lacking = set(uses) - set(index.manifest["uses"])
         require(not lacking, f"--retriever {retriever}: the index holds only {index.manifest['retriever']}")
-        self.index, self.uses, self.embedder, self.reranker = index, uses, embedder, reranker
+        self.index, self.retriever, self.uses = index, retriever, uses
+        self.embedder, self.reranker = embedder, reranker
         self.nearest = [on_gpus(segment.faiss, embedder.model.device) for segment in index.segments if "dense" in uses]
 
     def rank(self, query: str, depth: int) -> list[tuple[int, float]]:
@@ -4748,6 +4749,15 @@ def model_config(models: ModelConfig, k: int) -> RefragConfig:
                             f"{getattr(models, flag)}: leave the flag out, or name another checkpoint")
     config.compression = k
     return config
+
+
+def checkpoint_digest(models: ModelConfig) -> str | None:
+    """What tells the checkpoint of --load_dir from every other; None for none. Raises UserError, CorruptError."""
+    folder = chosen_checkpoint(models)
+    if folder is None:
+        return None
+    manifest = folder / CHECKPOINT_MANIFEST
+    return read_manifest(manifest, CHECKPOINT_FORMAT)["digest"][:16] if manifest.is_file() else str(folder)
 
 
 def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
@@ -7032,7 +7042,7 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
     return logits, State(cache, mask, lengths)
 
 
-CITATION_TOKENS = 8  # that `choose_citation` may feed
+CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 
 
 class Int8Matrix:
@@ -7274,7 +7284,7 @@ def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """Next tokens (B,) from logits (B, V): greedy at temperature 0, else from the smallest set that holds top_p."""
-    if temperature == 0:
+    if temperature < 1e-6:  # logits divided by less than that are no longer finite
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1).cpu()
     ordered, index = probabilities.sort(-1, descending=True)
@@ -7347,26 +7357,40 @@ class TextStream:
 
 
 CITATION = re.compile(
-    r"<doc id=[\"']?([^\"'<>]+?)[\"']?>|[\[(]\s*(?:doc(?:ument)?\s*)?#?([^\[\]()]{1,200}?)\s*[\])]", re.IGNORECASE
-)
+    r"<doc id=[\"']?([^\"'<>]+?)[\"']?>|\[\s*(?:doc(?:ument)?\s*)?#?([^\[\]()]{1,200}?)\s*\]"
+    r"|\(\s*doc(?:ument)?\s*#?([^\[\]()]{1,200}?)\s*\)", re.IGNORECASE)
+
+
+def citation_marks(answer: str, labels: Sequence[str]) -> list[tuple[re.Match, list[str]]]:
+    """Where an answer names documents, and the labels there.
+
+    [2], [1, 3], (doc 2) and <doc id="2"> are citations. A name that was not given counts if it has the form of a label;
+    other words in brackets are no citation.
+    """
+    known, numbered = set(labels), all(label.isdigit() for label in labels)
+    marks = []
+    for match in CITATION.finditer(answer):
+        parts = re.split(r"\s*[,;]\s*", (match[1] or match[2] or match[3]).strip())
+        named = [part for part in parts if part in known or match[1]
+                 or (match[2] and part.isdigit() and len(part) < 4 and numbered)]
+        marks += [(match, named)] if named else []
+    return marks
 
 
 def cited_labels(answer: str, labels: Sequence[str]) -> list[tuple[str, bool]]:
     """(label, forged) of every document an answer names, in order, each once.
 
-    [2], [1, 3], (doc 2) and <doc id="2"> are citations. A name that was not given is forged if it has the form of a
-    label; other words in brackets are no citation. Example: "Ulm [1][9]", labels ["1"] -> [("1", False), ("9", True)]
+    Example: "Ulm [1][9]", labels ["1"] -> [("1", False), ("9", True)]
     """
-    known, found = set(labels), {}
-    numbered = all(label.isdigit() for label in labels)
-    for match in CITATION.finditer(answer):
-        tagged = match[1] is not None
-        for part in re.split(r"\s*[,;]\s*", (match[1] or match[2]).strip()):
-            square = tagged or match[0].startswith("[")
-            looks_like = tagged or (square and part.isdigit() and len(part) < 4 and numbered)
-            if part in known or looks_like:
-                found.setdefault(part, part not in known)
-    return list(found.items())
+    named = dict.fromkeys(label for _, found in citation_marks(answer, labels) for label in found)
+    return [(label, label not in labels) for label in named]
+
+
+def without_citations(answer: str, labels: Sequence[str]) -> str:
+    """An answer without its citation marks. Example: "Ulm [1] (doc 2)" -> "Ulm    " """
+    for match, _ in reversed(citation_marks(answer, labels)):
+        answer = f"{answer[: match.start()]} {answer[match.end() :]}"
+    return answer
 
 
 def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, pending: Sequence[int],
@@ -7384,7 +7408,8 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
         logits, state = decode_one_token(decoder, state.position.new_full((B,), token), state, alive)
         return logits[row]
 
-    logits = [feed(token) for token in (*pending, *tokenizer(" [", add_special_tokens=False)["input_ids"])][-1]
+    opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
+    logits = [feed(token) for token in (*pending, *opening)][-1]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
     depth = 0
     while len(options) > 1 and all(len(ids) > depth for ids in options.values()):
@@ -7392,6 +7417,8 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
         token = allowed[int(logits[allowed].argmax())]
         options = {label: ids for label, ids in options.items() if ids[depth] == token}
         depth += 1
+        if len(opening) + depth > CITATION_TOKENS:  # of ids that are alike for so long, the shortest
+            break
         if len(options) > 1:
             logits = feed(token)
     return min(options, key=lambda label: len(options[label])), state
@@ -7437,7 +7464,8 @@ class Pipeline:
         self.device = next(model.decoder.parameters()).device
         self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
         self.sampler = torch.Generator().manual_seed(runtime.seed)
-        self.load_s, self.batches = 0.0, False  # warm_up finds out
+        self.load_s, self.checkpoint = 0.0, None  # `load_pipeline` knows
+        self.batches = False  # warm_up finds out
         index = searcher.index if searcher else None
         built = index.manifest["chunking"] if index else {}
         self.stored = index if built.get("tokenizer") == self.chunking.stored["tokenizer"] else None
@@ -7587,15 +7615,22 @@ class Pipeline:
             expanded = np.asarray([all(t in kept for t in range(c.first, c.last)) for c in prompt.chunks], dtype=bool)
         return expanded, plan
 
+    @property
+    def citation_room(self) -> int:
+        """Positions that a citation chosen after the answer may take."""
+        return CITATION_TOKENS if self.generate.cite and self.pack.mode != "none" else 0
+
     def fits_window(self, positions: int) -> bool:
-        """Whether prompt and answer are within what the decoder was built for."""
-        return self.model.window is None or positions + self.generate.max_new <= self.model.window
+        """Whether prompt, answer and a citation after it are within what the decoder was built for."""
+        needed = positions + self.generate.max_new + self.citation_room
+        return self.model.window is None or needed <= self.model.window
 
     def check_window(self, positions: int) -> None:
         """Raises UserError when prompt and answer exceed what the decoder was built for."""
+        citation = f" and a citation {self.citation_room}" if self.citation_room else ""
         require(self.fits_window(positions),
-                f"the prompt takes {positions} positions and --max_new {self.generate.max_new}, the decoder's window "
-                f"is {self.model.window}: lower --topk, --p or --max_new")
+                f"the prompt takes {positions} positions, --max_new {self.generate.max_new}{citation}; the decoder's "
+                f"window is {self.model.window}: lower --topk, --p or --max_new")
 
     def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
         """Everything before the prefill. Returns the context and the decoder's inputs (T, D)."""
@@ -7752,12 +7787,18 @@ class Pipeline:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What the answer depends on."""
-        made = settings_of(self.pack, self.search, self.generate, self.model.config)
-        engine = "model" if self.stepper is None else self.stepper.engine
-        return made | {"gate": self.gate, "projector_trained": self.model.trained,
-                       "compressed": "feed" if self.feed else "drop", "engine": engine, "device": str(self.device),
-                       "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
+        """What the answer depends on: a file of results that is continued must share all of it."""
+        pack, search, generate, searcher = self.pack, self.search, self.generate, self.searcher
+        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "gate": self.gate,
+                "compressed": "feed" if self.feed else "drop", "ctx_max": pack.ctx_max,
+                "index_dir": searcher and searcher.index.manifest["digest"][:16],
+                "retriever": searcher and searcher.retriever, "topk": search.topk, "hops": search.hops,
+                "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
+                "top_p": generate.top_p, "cite": generate.cite, "seed": self.runtime.seed,
+                "enc": self.model.config.encoder_name_or_path, "dec": self.model.config.decoder_name_or_path,
+                "load_dir": self.checkpoint, "projector_trained": self.model.trained,
+                "engine": "model" if self.stepper is None else self.stepper.engine, "device": str(self.device),
+                "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
     def compare(self, item: dict[str, Any],
                 on_text: Callable[[int, str], bool | None] | None = None) -> dict[str, Any]:
@@ -7767,14 +7808,6 @@ class Pipeline:
         result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
         result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
         return result
-
-
-def settings_of(pack: PackConfig, search: SearchConfig, generate: GenerateConfig,
-                models: RefragConfig) -> dict[str, Any]:
-    """The settings that a result file must share to be continued."""
-    return {"mode": pack.mode, "k": pack.k, "p": pack.p, "ctx_max": pack.ctx_max, "topk": search.topk,
-            "hops": search.hops, "max_new": generate.max_new, "temperature": generate.temperature,
-            "top_p": generate.top_p, "enc": models.encoder_name_or_path, "dec": models.decoder_name_or_path}
 
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
@@ -7793,7 +7826,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
     pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime)
-    pipeline.stepper = stepper.result()
+    pipeline.stepper, pipeline.checkpoint = stepper.result(), checkpoint_digest(models)
     pipeline.check_gate(pipeline.gate)
     pipeline.warm_up()
     pipeline.load_s = time.perf_counter() - start
@@ -7857,6 +7890,17 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
 
 
 @contextlib.contextmanager
+def writing_alone(out: str | None) -> Iterator[None]:
+    """Hold --out's lock: two that continue one file would cut off each other's lines. Raises LockedError."""
+    if out is None:
+        yield
+        return
+    path = Path(out)
+    with exclusive(path.with_name(f".{path.name}.lock"), f"--out {out}"):
+        yield
+
+
+@contextlib.contextmanager
 def result_writer(generate: GenerateConfig, ask: QuestionConfig, runtime: RuntimeConfig) -> Iterator[Callable]:
     """A function that writes one result where and how the options say: file, JSON lines, JSON or text."""
     if generate.out is not None:
@@ -7917,8 +7961,6 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 # 13. Evaluation. Metrics, controls and their report.
 # =============================================================================
 
-CITATION_MARK = re.compile(
-    r"\[\s*(?:doc(?:ument)?\s*)?#?\d{1,3}(?:\s*[,;]\s*#?\d{1,3})*\s*\]|<doc[^<>]*>", re.IGNORECASE)
 RESAMPLES = 2000  # of the bootstrap
 ONE_P = {"full": (1.0,), "none": (0.0,)}  # modes that no p changes
 SAMPLES = 20  # questions that sample.md shows
@@ -8192,12 +8234,9 @@ class Task:
 
     def model_sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
-        config, digest = model_config(self.models, self.options.k[0]), None
-        if (folder := chosen_checkpoint(self.models)) is not None:
-            manifest = folder / CHECKPOINT_MANIFEST
-            digest = read_manifest(manifest, CHECKPOINT_FORMAT)["digest"] if manifest.is_file() else str(folder)
+        config = model_config(self.models, self.options.k[0])
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
-                "projector": config.projector, "load_dir": digest and digest[:16]}
+                "projector": config.projector, "load_dir": checkpoint_digest(self.models)}
 
 
 class QuestionTask(Task):
@@ -8338,7 +8377,8 @@ class QaTask(QuestionTask):
 
 def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: RefragTokenizer) -> dict[str, Any]:
     """The metrics of one answer; what does not apply is None."""
-    reply, truths, context = CITATION_MARK.sub(" ", result["answer"]), item["answers"], result["context"]
+    truths, context = item["answers"], result["context"]
+    reply = without_citations(result["answer"], context.labels)
     names = {p.id: {p.id, p.document_id} for p in context.passages}
     cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
     passages = [passage_content(p["title"], p["text"]) for p in result["passages"]]
@@ -8997,7 +9037,10 @@ class Benchmark:
         kept = []
         for trial in trials:
             positions = self.positions(trial.pipeline)
-            if trial.pipeline.fits_window(positions):
+            if trial.setting.batch > 1 and not self.pipeline.batches:
+                self.leave_out(f"--batch_size {trial.setting.batch} left out: this decoder's layers carry a state, so "
+                               "that it answers one question after another")
+            elif trial.pipeline.fits_window(positions):
                 kept.append(trial)
             else:
                 self.leave_out(f"{trial.setting.curve} at --contexts {trial.setting.context} left out: {positions} "

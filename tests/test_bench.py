@@ -440,6 +440,16 @@ def test_stored_vectors_serve_the_multiples_of_their_k(bench, monkeypatch):
     assert "--k 4" not in err and "--k 8" not in err
 
 
+def test_batches_of_a_decoder_that_takes_none_are_left_out_and_told(bench, monkeypatch):
+    """It answers one question after another; its times would be those of no batch."""
+    warm_up = refrag.Pipeline.warm_up
+    monkeypatch.setattr(refrag.Pipeline, "warm_up", lambda self: (warm_up(self), setattr(self, "batches", False)))
+    result, err = bench("--contexts", 120, "--modes", "none", "--batch_size", "1,2", "--repeats", 1)
+    assert [row["batch"] for row in result["rows"]] == [1]
+    assert result["left_out"] and all(line.startswith("--batch_size 2 left out") for line in result["left_out"])
+    assert result["left_out"][0] in err
+
+
 def test_an_index_without_vectors_is_timed_with_vectors_made_on_the_fly(bench, run, corpus, embedder, llama, tmp_path):
     code, _, err = run("index", "--corpus", corpus, "--index_dir", tmp_path / "plain", "--embed_model", embedder,
                        "--dec", llama, "--quiet")

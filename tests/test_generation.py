@@ -220,13 +220,37 @@ class TestCitations:
             ("See (doc 2) or [document 1]", ["1", "2"], [("2", False), ("1", False)]),
             ('It says so <doc id="3">', ["1"], [("3", True)]),
             ("He [sic] left in [1896]", ["1", "2"], []),
-            ("Nothing (1900) here", ["1"], []),
+            ("Nothing (1900) here, f(1) there", ["1"], []),
             ("Named [intro]", ["intro", "end"], [("intro", False)]),
             ("", ["1"], []),
         ],
     )
     def test_cited_labels(self, answer, labels, expected):
         assert refrag.cited_labels(answer, labels) == expected
+
+    def test_the_window_has_room_for_a_citation_that_is_chosen(self, llama, monkeypatch):
+        """Prompt and answer end at the window's last position; a citation after them would go beyond it."""
+        pipeline = load(llama, cite=True)
+        positions = len(pipeline.prepare({"id": "1", "question": PROMPT})[0].plan)
+        monkeypatch.setattr(refrag.RefragModel, "window", positions + 6)
+        assert len(ask(load(llama, cite=False))["answer"]) > 0
+        with pytest.raises(refrag.UserError, match=f"--max_new 6 and a citation {refrag.CITATION_TOKENS}; the"):
+            ask(pipeline)
+
+    def test_no_citation_is_longer_than_its_room(self, llama):
+        """Ids that are alike for a hundred tokens are not told apart to the last one."""
+        pipeline, fed = load(llama), []
+        tokenizer, decoder = pipeline.tokenizer.decoder, pipeline.model.decoder
+        _, state = refrag.prefill(decoder, [torch.randn(5, decoder.config.hidden_size)])
+        step = refrag.decode_one_token
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(refrag, "decode_one_token", lambda *given: fed.append(1) or step(*given))
+            chosen, _ = refrag.choose_citation(decoder, tokenizer, state, 0, [], ["q" * 100 + "a", "q" * 100 + "bb"])
+        assert chosen == "q" * 100 + "a" and len(fed) <= refrag.CITATION_TOKENS
+
+    def test_a_temperature_near_zero_is_greedy(self):
+        logits = torch.tensor([[1.0, 3.0, 2.0]])
+        assert refrag.sample(logits, 1e-40, 1.0, None).tolist() == [1]
 
     def test_a_chosen_citation_is_always_one_of_the_given(self, any_decoder):
         result = ask(load(any_decoder, cite=True))
@@ -370,9 +394,15 @@ class TestCommand:
         generate(run, index_dir, llama, "--questions", questions, "--out", out)
         before = out.read_bytes()
         assert generate(run, index_dir, llama, "--questions", questions, "--out", out)[0] == 2
-        code, _, err = generate(run, index_dir, llama, "--questions", questions, "--out", out, "--resume", "--p", "0.5")
-        assert code == 5 and "--p" in err
+        for flag, *value in (["--p", "0.5"], ["--gate", "cosine"], ["--compressed", "drop"], ["--no_cite"],
+                             ["--retriever", "bm25"], ["--seed", "3"], ["--topk", "1"]):
+            again = ["--questions", questions, "--out", out, "--resume", flag, *value]
+            code, _, err = generate(run, index_dir, llama, *again)
+            assert code == 5 and f"--{flag.replace('no_', '').strip('-')} (" in err, flag
         assert out.read_bytes() == before
+        with refrag.exclusive(tmp_path / ".out.jsonl.lock", "the test"):
+            code, _, err = generate(run, index_dir, llama, "--questions", questions, "--out", out, "--resume")
+        assert code == 75 and f"--out {out} is being written by another process" in err
 
     def test_vectors_of_another_encoder_are_refused(self, run, index_dir, llama):
         code, _, err = generate(run, index_dir, llama, "--question", "What?", "--enc", "decoder:1")
