@@ -9556,7 +9556,7 @@ class ChatRequest(NamedTuple):
         """Raises Refused."""
         unknown = sorted(set(body) - CHAT_FIELDS - set(PLAIN_VALUES))
         if unknown:
-            raise bad(f"unknown field {unknown[0]}")
+            raise bad(f"unknown field {unknown[0]!r}")
         for name, value in PLAIN_VALUES.items():
             if body.get(name) not in (None, value):
                 raise bad(f"{name} is not supported")
@@ -9564,19 +9564,23 @@ class ChatRequest(NamedTuple):
         question, left_out = asked_by(body.get("messages"))
         own = typed(body, "refrag", dict, {})
         if set(own) - set(WISH_FIELDS):
-            raise bad(f"refrag: unknown field {sorted(set(own) - set(WISH_FIELDS))[0]}")
-        for given, name, most in ((own, "topk", 100), (own, "hops", 4), (body, "seed", 2**63 - 1)):
-            if abs(typed(given, name, int, 0)) > most:
+            raise bad(f"refrag: unknown field {sorted(set(own) - set(WISH_FIELDS))[0]!r}")
+        number = (int, float)
+        for given, name, kind, most in ((own, "topk", int, 100), (own, "hops", int, 4), (own, "p", number, 1),
+                                        (body, "seed", int, 2**63 - 1), (body, "temperature", number, 100),
+                                        (body, "top_p", number, 1)):
+            if abs(typed(given, name, kind, 0)) > most:
                 raise bad(f"{name}: at most {most}")
         tokens = [typed(body, name, int, None) for name in ("max_completion_tokens", "max_tokens")]
-        max_new = next((count for count in tokens if count is not None), pipeline.generate.max_new)
+        usual = min(pipeline.generate.max_new, serve.max_tokens)
+        max_new = next((count for count in tokens if count is not None), usual)
         if max_new > serve.max_tokens:
             raise bad(f"max_tokens: {max_new} is more than this server's {serve.max_tokens}")
-        kinds = {"mode": str, "p": (int, float)}
+        kinds = {"mode": str, "p": number}
         defaults = {"mode": pipeline.pack.mode, "k": pipeline.pack.k, "p": pipeline.pack.p,
                     "topk": pipeline.search.topk, "hops": pipeline.search.hops}
         wish = Wish(*(typed(own, name, kinds.get(name, int), defaults[name]) for name in WISH_FIELDS), max_new,
-                    *(float(typed(body, name, (int, float), getattr(pipeline.generate, name)))
+                    *(float(typed(body, name, number, getattr(pipeline.generate, name)))
                       for name in ("temperature", "top_p")), typed(body, "seed", int, None))
         options = typed(body, "stream_options", dict, {})
         stream = typed(body, "stream", bool, False)
@@ -9602,6 +9606,7 @@ class Job:
         self.id = f"chatcmpl-{os.getpid()}-{next(self.numbers)}"
         self.item = check_questions([{"id": self.id, "question": asked.question}], ["messages"], "messages")[0]
         self.cancelled = False  # set when the client has gone
+        self.heard = False  # whether a part of the answer was told
 
     @property
     def late(self) -> bool:
@@ -9628,6 +9633,8 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Put a job in the queue. Raises Refused when it is full."""
         with self.changed:
+            for gone in [job for job in self.jobs if job.cancelled]:
+                self.jobs.remove(gone)
             if len(self.jobs) >= self.serve.waiting:
                 raise Refused(429, "too many requests are waiting: come again later", "queue_full")
             self.jobs.append(job)
@@ -9666,25 +9673,29 @@ class Engine:
             if job.late and not job.cancelled:
                 job.refuse_late()
         batch = [job for job in batch if not job.late and not job.cancelled]
-        if not batch:
-            return
+        refusal = self.try_batch(batch) if batch else None
+        if refusal is not None:
+            for job in batch:
+                if len(batch) > 1 and not job.heard:  # the fault may be another question's; what was heard stays said
+                    self.work([job])
+                else:
+                    job.tell("error", refusal)
+
+    def try_batch(self, batch: list[Job]) -> Refused | None:
+        """Answer jobs, or return why not; the failed batch's memory is free when this returns."""
         try:
             with self.models:
                 results = self.pipeline_for(batch[0].asked.wish).answer([job.item for job in batch],
                                                                         functools.partial(self.spread_text, batch))
         except Exception as error:
-            if len(batch) > 1:  # the fault may be one question's alone
-                for job in batch:
-                    self.work([job])
-            else:
-                batch[0].tell("error", self.refusal(error))
-            return
+            return self.refusal(error)
         for job, result in zip(batch, results, strict=True):
             self.count(result)
             if job.late and not result["ended"]:
                 job.refuse_late()
             else:
                 job.tell("done", result)
+        return None
 
     def refusal(self, error: Exception) -> Refused:
         """What a client is told of an error."""
@@ -9697,6 +9708,7 @@ class Engine:
         """Pass a part of an answer on. Returns True when no more of it is wanted."""
         job = batch[row]
         if text:
+            job.heard = True
             job.tell("text", text)
         return job.cancelled or job.late
 
@@ -9724,13 +9736,14 @@ class Engine:
     def metrics_text(self) -> str:
         """/metrics, in Prometheus' text form."""
         lines = [f"refrag_requests_waiting {len(self.jobs)}", f"refrag_peak_rss_bytes {int(peak_rss_mb() * 2**20)}"]
-        lines += [f"refrag_{name} {value:g}" for name, value in sorted(self.counts.items())]
+        lines += [f"refrag_{name} {value}" for name, value in sorted(self.counts.items())]
         return "\n".join(lines) + "\n"
 
-    def embed(self, texts: list[str]) -> np.ndarray:
-        """(N, dim) float32."""
+    def embed(self, texts: list[str]) -> tuple[np.ndarray, int]:
+        """(N, dim) float32, and how many tokens the texts have. A tokenizer serves one thread at a time, too."""
         with self.models:
-            return self.pipeline.embedder.embed_passages(texts)
+            embedder = self.pipeline.embedder
+            return embedder.embed_passages(texts), sum(map(len, embedder.tokenizer(texts)["input_ids"]))
 
 
 # -- the server: HTTP ---------------------------------------------------------------
@@ -9917,7 +9930,7 @@ class Service:
         body = await read_body(request, self.serve)
         unknown = sorted(set(body) - {"model", "input", "encoding_format", "user", "dimensions"})
         if unknown or body.get("dimensions") is not None:
-            raise bad(f"unknown field {unknown[0]}" if unknown else "dimensions is not supported")
+            raise bad(f"unknown field {unknown[0]!r}" if unknown else "dimensions is not supported")
         name = typed(body, "model", str, "")
         check_served(name, [model for model, use in self.models.items() if use == "embeddings"])
         texts = [body["input"]] if isinstance(body.get("input"), str) else body.get("input")
@@ -9926,10 +9939,11 @@ class Service:
         form = typed(body, "encoding_format", str, "float")
         if form not in ("float", "base64"):
             raise bad(f"encoding_format {form!r}: float or base64")
-        vectors = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, texts)
+        for text in texts:
+            check_string(text, "input", "request")
+        vectors, tokens = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, texts)
         rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if form == "base64" else row.tolist()
                 for row in vectors]
-        tokens = sum(map(len, self.engine.pipeline.embedder.tokenizer(texts)["input_ids"]))
         return self.http.JSONResponse({
             "object": "list", "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -342,13 +343,18 @@ class TestBadRequests:
         ({"messages": [{"role": "user", "content": " "}]}, 400, "the last message must be the user's, and not empty"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only parts of type text"),
         ({"messages": say("x", "y")}, 400, "the last message must be the user's"),
-        ({"frobnicate": 1}, 400, "unknown field frobnicate"), ({"n": 2}, 400, "n is not supported"),
+        ({"frobnicate": 1}, 400, "unknown field 'frobnicate'"), ({"\ud800": 1}, 400, "field '\\ud800'"),
+        ({"n": 2}, 400, "n is not supported"),
         ({"tools": [{}]}, 400, "tools is not supported"), ({"stream": "yes"}, 400, "stream: wrong type str"),
         ({"max_tokens": -1}, 400, "--max_new must be 1 or more, got -1"), ({"max_tokens": 0}, 400, "--max_new"),
         ({"max_tokens": 5000}, 400, "5000 is more than this server's 1024"),
         ({"max_tokens": True}, 400, "max_tokens: wrong type bool"), ({"temperature": -1}, 400, "--temperature"),
-        ({"top_p": 0}, 400, "--top_p"), ({"refrag": {"speed": 1}}, 400, "refrag: unknown field speed"),
-        ({"refrag": {"p": 2}}, 400, "--p must lie between 0 and 1"), ({"refrag": {"k": 0}}, 400, "--k must lie"),
+        ({"temperature": 10**400}, 400, "temperature: at most 100"),
+        ({"refrag": {"\ud800": 1}}, 400, "field '\\ud800'"),
+        ({"top_p": 0}, 400, "--top_p"),
+        ({"refrag": {"speed": 1}}, 400, "refrag: unknown field 'speed'"),
+        ({"refrag": {"p": 2}}, 400, "p: at most 1"), ({"refrag": {"p": -1}}, 400, "--p must lie between 0 and 1"),
+        ({"refrag": {"k": 0}}, 400, "--k must lie"),
         ({"refrag": {"mode": "magic"}}, 400, "mode 'magic': one of refrag, full"),
         ({"refrag": {"topk": 0}}, 400, "--topk"), ({"refrag": {"topk": 10**9}}, 400, "topk: at most 100"),
         ({"refrag": {"hops": 9}}, 400, "hops: at most 4"), ({"seed": 2**70}, 400, "seed: at most"),
@@ -357,21 +363,20 @@ class TestBadRequests:
     ], ids=str)
     def test_are_told_what_is_wrong(self, server, body, status, told):
         if isinstance(body, dict):
-            reply = server.http.post("/v1/chat/completions",
-                                     json={"model": "refrag", "messages": say("Where do smiths cast bells?")} | body)
-        else:
-            reply = server.http.post("/v1/chat/completions", content=body)
+            body = json.dumps({"model": "refrag", "messages": say("Where do smiths cast bells?")} | body).encode()
+        reply = server.http.post("/v1/chat/completions", content=body)
         error = reply.json()["error"]
         assert (reply.status_code, error["type"]) == (status, "invalid_request_error")
         assert told in error["message"]
 
     @pytest.mark.parametrize(("body", "told"), [
         ({"input": ""}, "input must be"), ({"input": []}, "input must be"), ({"input": [1, 2]}, "input must be"),
-        ({"input": "x", "encoding_format": "octal"}, "float or base64"), ({"input": "x", "more": 1}, "field more"),
+        ({"input": "x", "encoding_format": "octal"}, "float or base64"), ({"input": "x", "more": 1}, "field 'more'"),
+        ({"input": "\ud800"}, "half of a surrogate pair"), ({"input": "x", "\ud800": 1}, "field '\\ud800'"),
         ({"input": "x", "dimensions": 8}, "dimensions is not supported")], ids=str)
     def test_of_embeddings(self, server, body, told):
         name = server.http.get("/v1/models").json()["data"][1]["id"]
-        reply = server.http.post("/v1/embeddings", json={"model": name} | body)
+        reply = server.http.post("/v1/embeddings", content=json.dumps({"model": name} | body))
         assert reply.status_code == 400 and told in reply.json()["error"]["message"]
 
     def test_a_stream_that_can_not_begin_has_an_error_s_status(self, server):
@@ -588,6 +593,80 @@ class TestEngine:
         engine.work(jobs)
         assert [(kind, value.status, str(value)) for kind, value in told] == [
             ("error", 500, "RuntimeError: a cable was pulled")] * 2
+
+    def test_what_was_heard_of_a_failed_batch_is_not_said_again(self, capsys):
+        """One of two has been told a part: it gets the error; the other is asked again, alone."""
+        calls: list[int] = []
+
+        class Breaking:
+            generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
+
+            def answer(self, items, on_text):
+                calls.append(len(items))
+                if len(items) == 2:
+                    on_text(0, "Par")
+                    raise RuntimeError("a cable was pulled")
+                return [{"ended": True, "metrics": Counter()}]
+
+        engine = refrag.Engine(Breaking(), refrag.ServeConfig(together=2))
+        engine.pipeline_for = lambda wish: engine.pipeline
+        wish, told = refrag.Wish("none", 4, 0.0, 1, 1, 4, 0.0, 1.0, None), ([], [])
+        jobs = [refrag.Job(refrag.ChatRequest("why?", wish, False, False, []), 60,
+                           lambda kind, _, n=n: told[n].append(kind))
+                for n in range(2)]
+        engine.work(jobs)
+        assert calls == [2, 1] and told == (["text", "error"], ["done"])
+
+    def test_a_failed_batch_keeps_no_memory_while_its_jobs_are_asked_again(self, capsys):
+        """On a GPU that ran out of memory, that is what lets them succeed."""
+        alive: list[bool] = []
+
+        class Batch:
+            pass
+
+        class Heavy:
+            generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
+
+            def answer(self, items, on_text):
+                if len(items) == 2:
+                    cache = Batch()
+                    self.cache = weakref.ref(cache)
+                    raise MemoryError("full")
+                alive.append(self.cache() is not None)
+                return [{"ended": True, "metrics": Counter()}]
+
+        engine = refrag.Engine(Heavy(), refrag.ServeConfig(together=2))
+        engine.pipeline_for = lambda wish: engine.pipeline
+        wish = refrag.Wish("none", 4, 0.0, 1, 1, 4, 0.0, 1.0, None)
+        engine.work([refrag.Job(refrag.ChatRequest("why?", wish, False, False, []), 60, lambda *what: None)
+                     for _ in range(2)])
+        assert alive == [False, False]
+
+    def test_who_has_gone_takes_no_place_in_the_queue(self):
+        engine = refrag.Engine(None, refrag.ServeConfig(together=1, waiting=2))
+        wish = refrag.Wish("none", 4, 0.0, 1, 1, 4, 0.0, 1.0, None)
+        first, second, third, fourth = (refrag.Job(refrag.ChatRequest("why?", wish, False, False, []), 60, print)
+                                        for _ in range(4))
+        engine.submit(first)
+        engine.submit(second)
+        with pytest.raises(refrag.Refused, match="too many requests"):
+            engine.submit(third)
+        first.cancelled = True
+        engine.submit(fourth)
+        assert list(engine.jobs) == [second, fourth]
+
+    def test_counts_are_whole_in_the_metrics(self):
+        engine = refrag.Engine(None, refrag.ServeConfig(together=1))
+        engine.counts["positions_total"] = 123_456_789
+        assert "refrag_positions_total 123456789\n" in engine.metrics_text()
+
+    def test_where_no_length_is_asked_for_the_servers_holds(self):
+        class Loaded:
+            generate, pack, search = refrag.GenerateConfig(max_new=128), refrag.PackConfig(), refrag.SearchConfig()
+
+        body = {"model": "refrag", "messages": say("Why?")}
+        asked = refrag.ChatRequest.read(body, Loaded, refrag.ServeConfig(max_tokens=64), ["refrag"])
+        assert asked.wish.max_new == 64
 
     def test_jobs_that_are_late_or_given_up_are_not_begun(self):
         engine, told = refrag.Engine(None, refrag.ServeConfig(together=1)), []
