@@ -9,6 +9,7 @@
     python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
     python docs/measure.py kernels --index_dir runs/wiki --qa data/wiki_questions.jsonl --limit 60 --dtype bfloat16
     python docs/measure.py allocator --texts data/cpt_train.jsonl --contexts 512 --k 4
+    python docs/measure.py paired --run OUT/answers_ceiling --against OUT/answers_squad_more
 
 --llama_cpp: beside llama.cpp on the same GGUF file, which needs `pip install llama-cpp-python==0.3.36` (from source).
 
@@ -389,6 +390,35 @@ def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float, floa
     return time.perf_counter() - masked, bare - start, masked - bare
 
 
+# -- answers of two runs -----------------------------------------------------------
+
+
+def f1_by_cell(folder: str) -> dict[tuple[str, float], dict[str, float]]:
+    """F1 of every question by (mode, p), of an `eval --task qa`."""
+    cells: dict[tuple[str, float], dict[str, float]] = collections.defaultdict(dict)
+    for path in Path(folder).glob("questions*.jsonl"):
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            cells[line["mode"], line["p"]][line["id"]] = line["f1"]
+    return dict(cells)
+
+
+def measure_paired(args: argparse.Namespace) -> dict:
+    """F1 in each cell of --against, beside the same cell of --run, or its only one, over the questions of both."""
+    run, rows, shared = f1_by_cell(args.run), [], set()
+    order = refrag.EVAL_MODES["qa"]
+    for cell, found in sorted(f1_by_cell(args.against).items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        other = run[cell] if cell in run else next(iter(run.values())) if len(run) == 1 else {}
+        if ids := sorted(found.keys() & other.keys()):
+            shared.update(ids)
+            mine, theirs = ([values[i] for i in ids] for values in (found, other))
+            difference = [a - b for a, b in zip(mine, theirs, strict=True)]
+            low, high = refrag.bootstrap_interval(difference, RUNTIME.seed)
+            rows.append({"mode": cell[0], "p": f"{cell[1]:g}", "f1": round(statistics.fmean(mine), 3),
+                         "of_the_run": f"{statistics.fmean(mine) / statistics.fmean(theirs):.0%}",
+                         "f1_minus_the_run": f"{statistics.fmean(difference):+.3f} [{low:.3f}, {high:.3f}]"})
+    return {"n": len(shared), "rows": rows}
+
+
 def main() -> None:
     """Parse, measure, print."""
     global RUNTIME
@@ -397,7 +427,8 @@ def main() -> None:
     parser.add_argument("what", choices=measures)
     parser.add_argument("--index_dir")
     parser.add_argument("--load_dir")
-    parser.add_argument("--against", help="with start_up: another refrag.py")
+    parser.add_argument("--run", help="with paired: the folder of an `eval --task qa`")
+    parser.add_argument("--against", help="with start_up: another refrag.py; with paired: another folder")
     parser.add_argument("--qa")
     parser.add_argument("--texts")
     parser.add_argument("--limit", type=int)
