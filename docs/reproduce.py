@@ -109,11 +109,12 @@ def tables(data: Path, out: Path) -> dict[str, list[str]]:
         "_squad": index(out / "squad_dev.jsonl", out / "squad", "--k", "16"),
         "_squad4": index(out / "squad_dev.jsonl", out / "squad4", "--k", "4"),
         "_nq": index(out / "nq_all.jsonl", out / "nq", "--k", "16"),
+        "_nq4": index(out / "nq_all.jsonl", out / "nq4", "--k", "4"),
         "answers_squad": answers(squad, out / "squad", "16", "0 0.1 0.25 0.5 1", EVERY_MODE, out / "answers_squad"),
         "answers_squad_more": answers(more, out / "squad", "16", "0 0.1 0.25", MAIN_MODES, out / "answers_squad_more"),
         "answers_nq": answers(nq, out / "nq", "16", "0 0.1 0.25", MAIN_MODES, out / "answers_nq"),
-        **{f"answers_squad_k{k}": answers(more, out / "squad4", k, "0", VECTORS_ALONE, out / f"answers_squad_k{k}")
-           for k in ("4", "8", "32")},
+        **{f"answers_{name}_k{k}": answers(asked, out / f"{name}4", k, "0", VECTORS_ALONE, out / f"answers_{name}_k{k}")
+           for name, asked in (("squad", more), ("nq", nq)) for k in ("4", "8", "32")},
         "next_tokens_wiki": probe("ppl", wiki, windows, out / "next_tokens_wiki"),
         "next_tokens_novels": probe("ppl", out / "novels.jsonl", windows, out / "next_tokens_novels"),
         "recon_reader": probe("recon", out / "held_out.jsonl", "--k 4 8 --limit 20 --context_tokens 64",

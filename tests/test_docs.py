@@ -192,6 +192,18 @@ class TestMeasurements:
         assert rows["generate"]["times_faster_than_generate"] == 1
         assert made["command"][1:3] == ["decode", "--prompt"]
 
+    def test_two_evaluations_question_by_question(self, measure, tmp_path):
+        """One has a single cell, which every cell of the other is set beside, over the two questions of both."""
+        answered = {"ceiling": [("full", 1.0, "a", 0.5), ("full", 1.0, "b", 1.0), ("full", 1.0, "z", 0.0)],
+                    "shipped": [("refrag", 0.1, "a", 0.75), ("refrag", 0.1, "b", 0.0), ("refrag", 0.1, "c", 1.0)]}
+        for name, lines in answered.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "questions.jsonl").write_text("".join(
+                json.dumps(dict(zip(("mode", "p", "id", "f1"), line, strict=True))) + "\n" for line in lines))
+        made = measure("measure.py", "paired", "--run", tmp_path / "ceiling", "--against", tmp_path / "shipped")
+        assert made["n"] == 2 and made["rows"] == [{"mode": "refrag", "p": "0.1", "f1": 0.375, "of_the_run": "50%",
+                                                    "f1_minus_the_run": "-0.375 [-1.000, 0.250]"}]
+
     def test_index_types(self, measure):
         rows = measure("measure_index.py", "faiss", "--passages", 600, "--questions", 20)["rows"]
         assert [row["faiss"] for row in rows] == ["flat", "hnsw", "ivfpq"]
