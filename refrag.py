@@ -4504,6 +4504,7 @@ class RefragModel(PreTrainedModel):
 
 
 CHECKPOINT_MANIFEST = "manifest.json"
+CARD = "README.md"
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -4519,8 +4520,11 @@ def holds_no_model(folder: Path, config: RefragConfig) -> bool:
 
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
-                     texts: dict[str, str] | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files."""
+                     texts: dict[str, str] | None = None, card: str | None = None) -> None:
+    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files.
+
+    The card is in no manifest: people add to it, and hubs write into it.
+    """
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
@@ -4528,6 +4532,8 @@ def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[s
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         write_manifest(temporary / CHECKPOINT_MANIFEST, temporary, {}, CHECKPOINT_FORMAT)
+        if card is not None:
+            (temporary / CARD).write_text(card, encoding="utf-8")
 
 
 def step_folders(run: Path) -> list[Path]:
@@ -4585,7 +4591,8 @@ def verify_checkpoint(folder: Path, required: bool = False) -> None:
         return
     if not path.is_file():
         raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
-    verify_files(folder, read_manifest(path, CHECKPOINT_FORMAT)["files"], CHECKPOINT_FORMAT)
+    entries = read_manifest(path, CHECKPOINT_FORMAT)["files"]
+    verify_files(folder, {name: entry for name, entry in entries.items() if name != CARD}, CHECKPOINT_FORMAT)
 
 
 def read_model_config(folder: Path) -> RefragConfig:
@@ -5463,6 +5470,12 @@ class Item(NamedTuple):
     sequence: TrainingSequence
     teacher: TrainingSequence | None
     where: str
+    rows: tuple[int, ...] = ()  # of the index, where passages are read
+
+    @property
+    def sources(self) -> frozenset[Any]:
+        """What its vectors tell of: passages, else the one text."""
+        return frozenset(self.rows or [self.where])
 
     @property
     def positions(self) -> int:
@@ -5841,7 +5854,8 @@ class AnswerLessons(Lessons):
                 question, answer = self.quote(question, gold, answer)
         asked = self.prompts.ask(question, shown, gold, answer, k)
         sequence = self.prompts.answered(asked, self.choose(item["question"], asked, p, k, rng))
-        return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}")
+        return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}",
+                    tuple(asked.rows))
 
     def quote(self, question: str, gold: int, answer: str) -> tuple[str, str]:
         """A question with its answer, as one for the sentence that holds it; unchanged if none does."""
@@ -6280,7 +6294,7 @@ class Trainer:
         """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
         results = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
-            made = controls([item.sequence for item in items], [item.where for item in items])
+            made = controls([item.sequence for item in items], [item.sources for item in items])
             results[name] = {kind: self.measure(sequences) for kind, sequences in made.items()}
         return results
 
@@ -6328,8 +6342,8 @@ class Trainer:
             require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
                     "this checkpoint is not written: lower --lr; the last one stays")
         if self.accelerator.is_main_process:
-            texts = {"trainer.json": dumps(values), "README.md": model_card(config, log.records)}
-            write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors}, texts)
+            write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors},
+                             {"trainer.json": dumps(values)}, model_card(config, log.records))
             for old in step_folders(self.folder)[KEPT_CHECKPOINTS:]:
                 shutil.rmtree(old, ignore_errors=True)
             log.plot()
@@ -6363,20 +6377,28 @@ def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
         return decoder(input_ids=batch.input_ids, use_cache=False, **known).logits
 
 
-def controls(sequences: list[TrainingSequence], texts: Sequence[Any]) -> dict[str, list[TrainingSequence]]:
-    """What every evaluation compares: the vectors, none, another text's (where there is another), and the full text.
+def controls(sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> dict[str, list[TrainingSequence]]:
+    """What every evaluation compares: the vectors, none, another's (where there is another), and the full text.
 
-    texts: (N,) which text each sequence is of. Two windows of one text tell much of each other.
+    sources: (N,) the texts or passages that each sequence's vectors tell of.
     """
     made, none = {"vectors": sequences}, [without_vectors(s) for s in sequences]
     if sum(s.asked for s in none) == sum(s.asked for s in sequences):  # not where the vectors themselves are asked
         made["none"] = none
-    if len({text for s, text in zip(sequences, texts, strict=True) if s.content.chunks}) > 1:
-        n = len(sequences)
-        others = [next(j for j in itertools.chain(range(i + 1, n), range(i))  # the next one, round the list's end
-                       if sequences[j].content.chunks and texts[j] != texts[i]) for i in range(n)]
-        made["wrong"] = [with_content_of(s, sequences[j]) for s, j in zip(sequences, others, strict=True)]
+    if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) > 1:
+        made["wrong"] = [with_content_of(s, another(n, sequences, sources)) for n, s in enumerate(sequences)]
     return made | {"full": [with_text(s) for s in sequences]}
+
+
+def another(number: int, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> TrainingSequence:
+    """The next sequence, round the list's end, that shares no source with one; if all do, one with not quite the same.
+
+    Two windows of one text, or two questions that find the same passage, tell much of each other.
+    """
+    round_the_end = itertools.chain(range(number + 1, len(sequences)), range(number))
+    following = [n for n in round_the_end if sequences[n].content.chunks and sources[n] != sources[number]]
+    apart = (n for n in following if sources[n].isdisjoint(sources[number]))
+    return sequences[next(apart, following[0])]
 
 
 def checkpoint_activations(model: RefragModel) -> None:
@@ -6440,7 +6462,7 @@ class RunLog:
 
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
-    """The README.md of a checkpoint."""
+    """The text of a checkpoint's card."""
     final = next((record for record in reversed(records) if record.get("eval")), None)
     carried = carried_parts(config)
     made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
@@ -6906,7 +6928,7 @@ def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConf
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
     files = file_facts([*settings.rag_json, *settings.eval_json])
     config.history = [*config.history, entry | {"data": without_folders(files)}]
-    write_checkpoint(Path(settings.out_dir), config, parts, {"README.md": model_card(config, [])})
+    write_checkpoint(Path(settings.out_dir), config, parts, card=model_card(config, []))
 
 
 def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, search: SearchConfig,
@@ -8615,7 +8637,7 @@ class TextTask(Task):
     def control(self, sequences: list[TrainingSequence], mode: str) -> list[TrainingSequence]:
         """One of the controls of some sequences."""
         names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
-        made = controls(sequences, self.windows[:, 0].tolist())
+        made = controls(sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
         require(names[mode] in made, f"--modes {mode}: needs a decoder with a start token")
         return made[names[mode]]
 

@@ -56,7 +56,7 @@ def main() -> None:
     parts = {path.stem: {name: tensor.bfloat16() for name, tensor in refrag.read_tensors(path).items()}
              for path in source.glob("*.safetensors") if path.stem != "trainer"}
     card = refrag.model_card(config, []) + LIMITS
-    refrag.write_checkpoint(Path(args.out), config, parts, {"README.md": card})
+    refrag.write_checkpoint(Path(args.out), config, parts, card=card)
     curves = Path(args.run) / "loss.png"
     if curves.is_file():
         shutil.copy(curves, Path(args.out) / "loss.png")

@@ -1574,10 +1574,15 @@ def sequence(first: int, chunks: int) -> refrag.TrainingSequence:
     return refrag.continue_plan(context, np.asarray([first + 90, first + 91]), refrag.Content(parts, rows))
 
 
+def named(*names):
+    """A set of one-letter names for each sequence; from one string, one name each."""
+    return [frozenset(each) for each in (names if len(names) > 1 else names[0])]
+
+
 def test_the_controls_read_vectors_none_anothers_and_the_text():
     """Three texts of 3, 0 and 1 chunks. The first gets the vector of the last three times over, not its own."""
     made = [sequence(100, 3), sequence(200, 0), sequence(300, 1)]
-    kinds = refrag.controls(made, ["a", "b", "c"])
+    kinds = refrag.controls(made, named("abc"))
     assert list(kinds) == ["vectors", "none", "wrong", "full"]
     assert all(kinds["vectors"][n] is made[n] for n in range(3))
     assert [s.plan.tolist() for s in kinds["none"]] == [[1, 190], [1, 290], [1, 390]]
@@ -1591,14 +1596,21 @@ def test_the_controls_read_vectors_none_anothers_and_the_text():
 def test_the_wrong_vectors_are_of_another_text():
     """Windows stand by text: the one after another of the same text would tell what comes next."""
     made = [sequence(100 * n, chunks) for n, chunks in enumerate((2, 2, 0, 2, 2))]
-    wrong = refrag.controls(made, ["a", "a", "b", "b", "b"])["wrong"]
+    wrong = refrag.controls(made, named("aabbb"))["wrong"]
     assert [s.content is made[n].content for s, n in zip(wrong, (3, 3, 0, 0, 0), strict=True)] == [True] * 5
-    assert "wrong" not in refrag.controls(made, ["a"] * 5)
+    assert "wrong" not in refrag.controls(made, named("aaaaa"))
+
+
+def test_the_wrong_vectors_are_of_no_passage_that_the_question_finds():
+    """The fourth finds one of every other's: it takes the next that has not quite the same."""
+    made = [sequence(100 * n, 2) for n in range(4)]
+    wrong = refrag.controls(made, named("ab", "ab", "cd", "bc"))["wrong"]
+    assert [s.content is made[n].content for s, n in zip(wrong, (2, 2, 0, 0), strict=True)] == [True] * 4
 
 
 def test_without_another_text_there_is_no_wrong_one():
     """Its own vectors would pass for another's. The model card has a gap."""
-    assert set(refrag.controls([sequence(100, 3)], ["a"])) == {"vectors", "none", "full"}
+    assert set(refrag.controls([sequence(100, 3)], named("a"))) == {"vectors", "none", "full"}
     measured = {kind: {"loss": 1.0, "accuracy": 0.5} for kind in ("vectors", "none", "full")}
     card = refrag.model_card(refrag.RefragConfig(), [{"step": 0, "eval": {"k4": measured}}])
     assert "| k4 | 0.500 | 0.500 | - | 0.500 |" in card

@@ -769,12 +769,25 @@ def test_a_damaged_model_folder(refused, argv, llama, tmp_path, flag):
 
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "missing"])
-@pytest.mark.parametrize("file", ["projector.safetensors", "trainer.safetensors", "README.md"])
+@pytest.mark.parametrize("file", ["projector.safetensors", "trainer.safetensors", "trainer.json"])
 def test_a_damaged_file_of_a_checkpoint_is_named(refused, load, checkpoint, tmp_path, file, kind):
     damage(checkpoint / file, kind)
     line = refused(4, *load(checkpoint))
     assert f"{checkpoint / file} is " in line
     assert not (tmp_path / "next" / "run.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_card_is_free_to_change(run, load, checkpoint, listed, kind):
+    """Also that of a checkpoint whose manifest lists it, as the first ones did."""
+    if listed:
+        (checkpoint / "manifest.json").unlink()
+        refrag.write_manifest(checkpoint / "manifest.json", checkpoint, {}, refrag.CHECKPOINT_FORMAT)
+    assert ("README.md" in json.loads((checkpoint / "manifest.json").read_text())["files"]) == listed
+    damage(checkpoint / "README.md", kind)
+    code, _, err = run(*load(checkpoint))
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("kind", ["truncated", "missing"])
