@@ -423,7 +423,7 @@ def test_alignment_with_a_separate_encoder_cuts_at_anchors(tmp_path, separate, k
     lessons = text_lessons(refrag.AlignLessons, separate, path, k=(k,), seq_tokens=512, max_cost=1.0)
     encoder, decoder = separate.tokenizer.encoder, separate.tokenizer.decoder
     for number, text in enumerate(TEXTS):
-        student, teacher, _ = lessons.draw(number, rng(), 0.0)
+        student, teacher, *_ = lessons.draw(number, rng(), 0.0)
         chunks = student.content.chunks
         assert np.concatenate(chunks).tolist() == decoder(text, add_special_tokens=False)["input_ids"]
         assert student.plan.tolist() == [START, *range(-1, -len(chunks) - 1, -1)]
@@ -889,9 +889,9 @@ def test_retrieval_is_done_once(lessons_on, monkeypatch):
             lessons_on(rows, topk=topk)
 
 
-def test_questions_are_embedded_together(tmp_path, corpus, embedder, monkeypatch):
+def test_questions_are_embedded_together(tmp_path, corpus, embedder, llama, monkeypatch):
     """As many as a batch holds, and each finds what it finds alone."""
-    argv = ["index", "--corpus", corpus, "--index_dir", tmp_path, "--embed_model", embedder, "--quiet"]
+    argv = ["index", "--corpus", corpus, "--index_dir", tmp_path, "--embed_model", embedder, "--dec", llama, "--quiet"]
     assert refrag.main([str(a) for a in argv]) == 0
     search = refrag.SearchConfig(topk=2)
     searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(tmp_path)), search, RUNTIME)
