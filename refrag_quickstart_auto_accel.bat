@@ -273,7 +273,7 @@ exit /b 0
 
 :tests
 echo [%TIME%] tests
-%RUN% %VENV_PY% -m pytest
+%RUN% %VENV_PY% -m pytest -n 2 --dist worksteal
 if not %ERRORLEVEL%==0 goto job_failed
 echo [%TIME%] done
 exit /b 0

@@ -379,7 +379,7 @@ answer_question() {
 
 run_tests() {
     step "tests"
-    run "$VENV_PY" -m pytest || failed_in "the test suite" $?
+    run "$VENV_PY" -m pytest -n 2 --dist worksteal || failed_in "the test suite" $?
 }
 
 # failed_in WHAT CODE: passes the command's own code on.

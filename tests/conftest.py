@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach out
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import refrag  # noqa: E402
 
-torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,26 @@ import torch
 import refrag
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a script as Python does, but in this process: script(path, "--flag") -> its stdout. Its exit status is 0."""
+
+    def run(path, *argv, status=0):
+        monkeypatch.setattr(sys, "argv", list(map(str, [path, *argv])))
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "path", [str(path.parent), *sys.path])
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+                left = 0
+            except SystemExit as stop:
+                left = stop.code
+        out, err = capsys.readouterr()
+        assert left == status, err
+        return out
+
+    return run
 
 
 @pytest.mark.slow
@@ -39,17 +60,14 @@ def test_vectors_are_read_by_models_from_scratch(tmp_path, monkeypatch):
         assert vectors > wrong + 0.1, f"{size} bytes: {done.stdout}"
 
 
-def test_the_results_page_is_what_its_files_say():
+def test_the_results_page_is_what_its_files_say(script):
     """Every table of docs/RESULTS.md comes from a file in docs/results, and names its command, commit and device."""
-    done = subprocess.run([sys.executable, ROOT / "docs/make_results.py", "--check"], capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode == 0, done.stderr or "python docs/make_results.py was not run"
+    script(ROOT / "docs/make_results.py", "--check")  # status 1: python docs/make_results.py was not run
 
 
-def test_make_results_keeps_no_path_of_this_machine_and_tells_a_stale_table(tmp_path):
+def test_make_results_keeps_no_path_of_this_machine_and_tells_a_stale_table(tmp_path, script):
     docs = tmp_path / "docs"
     docs.mkdir()
-    shutil.copy(ROOT / "refrag.py", tmp_path)
     shutil.copy(ROOT / "docs/make_results.py", docs)
     (docs / "RESULTS.md").write_text("Before\n<!-- results: recon -->\nold\n<!-- end -->\nAfter\n", encoding="utf-8")
     result = {"task": "recon", "n": 3, "seed": 1, "command": ["/a/refrag.py", "eval", "--texts", "/a/b/c.jsonl"],
@@ -59,28 +77,24 @@ def test_make_results_keeps_no_path_of_this_machine_and_tells_a_stale_table(tmp_
     given = tmp_path / "results.json"
     given.write_text(json.dumps(result), encoding="utf-8")
 
-    def make(*argv):
-        return subprocess.run([sys.executable, docs / "make_results.py", *argv], timeout=120).returncode
-
-    assert make("--add", "recon", given) == 0
+    script(docs / "make_results.py", "--add", "recon", given)
     page = (docs / "RESULTS.md").read_text(encoding="utf-8")
     assert "| 4 |    0.500 |" in page and "old" not in page
     assert "`refrag.py eval --texts b/c.jsonl`; n = 3; commit 0123456; cpu, 2 threads, float32, torch 2.13.0" in page
-    assert page.startswith("Before\n") and page.endswith("After\n") and make("--check") == 0
+    assert page.startswith("Before\n") and page.endswith("After\n")
+    script(docs / "make_results.py", "--check")
     (docs / "RESULTS.md").write_text(page.replace("0.500", "0.900"), encoding="utf-8")
-    assert make("--check") == 1
+    script(docs / "make_results.py", "--check", status=1)
 
 
-def test_a_run_is_shipped_in_half_precision(tmp_path, llama):
+def test_a_run_is_shipped_in_half_precision(tmp_path, llama, script):
     """What was trained, rounded to bfloat16; a card, and no path of where it was made."""
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"text": "Bells ring on the seven bridges of the old city. " * 8}), encoding="utf-8")
     argv = ["cpt_recon", "--train_json", texts, "--dec", llama, "--enc", "decoder:2", "--k", 4, "--seq_tokens", 32,
             "--train", "ped", "--lora_r", 2, "--steps", 2, "--batch_size", 1, "--out_dir", tmp_path / "run", "--quiet"]
     assert refrag.main(list(map(str, argv))) == 0
-    made = subprocess.run([sys.executable, ROOT / "docs/ship_reader.py", tmp_path / "run", tmp_path / "reader"],
-                          capture_output=True, text=True, timeout=120)
-    assert made.returncode == 0, made.stderr
+    script(ROOT / "docs/ship_reader.py", tmp_path / "run", tmp_path / "reader")
     whole = refrag.RefragModel.from_pretrained(tmp_path / "run", train="ped", lora_r=2).parts()
     halved = refrag.RefragModel.from_pretrained(tmp_path / "reader", train="ped", lora_r=2).parts()
     assert {path.name for path in (tmp_path / "reader").iterdir()} == {
@@ -169,14 +183,9 @@ class TestMeasurements:
     """Each runs, on little, and says what is compared."""
 
     @pytest.fixture
-    def measure(self, tmp_path):
-        def run(script, *argv):
-            done = subprocess.run([sys.executable, ROOT / "docs" / script, *map(str, argv)], capture_output=True,
-                                  text=True, timeout=280)
-            assert done.returncode == 0, done.stderr
-            return json.loads(done.stdout)
-
-        return run
+    def measure(self, script, monkeypatch):
+        monkeypatch.setattr(refrag, "chunk_tables", refrag.chunk_tables)  # a measurement replaces it: back it goes
+        return lambda name, *argv: json.loads(script(ROOT / "docs" / name, *argv))
 
     @pytest.fixture
     def texts(self, tmp_path):

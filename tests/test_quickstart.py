@@ -157,7 +157,7 @@ def test_test_flag_plans_the_tests_and_no_index(box):
     (box.tree / "data" / "wiki_passages.jsonl").unlink()  # the tests do not need it
     plan = box.plan("--test")
     assert planned(plan, "pip install -e").endswith("pip install -e '.[test]'")
-    assert planned(plan, "-m pytest") == ".venv/bin/python -m pytest"
+    assert planned(plan, "-m pytest") == ".venv/bin/python -m pytest -n 2 --dist worksteal"
     assert "refrag.py index" not in plan
 
 

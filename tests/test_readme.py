@@ -40,8 +40,9 @@ def test_every_linked_file_exists():
 
 
 @pytest.mark.models
+@pytest.mark.timeout(900)
 def test_the_commands_run_in_order(tmp_path, run, monkeypatch):
-    """Their own words, on 40 passages, 2 questions, with short answers and one short training step each."""
+    """Their own words, on 40 passages, 2 questions, with short answers from two of them and one short training step."""
     questions = tmp_path / "questions.jsonl"
     lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     questions.write_text("".join(lines[:2]), encoding="utf-8")
@@ -53,10 +54,11 @@ def test_the_commands_run_in_order(tmp_path, run, monkeypatch):
                 for word in argv]
         step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
         monkeypatch.setattr(sys, "stdin", io.StringIO("Who coined the term cells?\n"))
-        short = ["--max_new", "6"]
-        argv += {"index": ["--limit", "40"], "generate": short, "chat": short, "cpt_align": step, "cpt_recon": step,
-                 "cpt_next": step, "sft": step, "train_policy": ["--steps", "1", "--batch_size", "1"],
-                 "bench": ["--contexts", "512", "--repeats", "1", "--new", "2"]}.get(argv[0], [])
+        short = ["--max_new", "6", "--topk", "2"]
+        argv += {"index": ["--limit", "40"], "generate": short, "chat": short, "eval": short, "export": short[2:],
+                 "cpt_align": step, "cpt_recon": step, "cpt_next": step, "sft": [*step, *short[2:]],
+                 "train_policy": [*step[:4], *short[2:]],
+                 "bench": ["--contexts", "256", "--repeats", "1", "--new", "2"]}.get(argv[0], [])
         code, out, err = run(*argv)
         assert code == 0, f"{line}\n{err}"
         assert out or "--out" in argv, line
