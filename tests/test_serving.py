@@ -83,15 +83,19 @@ def argv(index_dir, llama):
             "--topk", "2", "--compressed", "feed", "--no_cite"]
 
 
-def piped(argv, text, *more):
-    """Exit code, stdout and stderr of a conversation from a pipe."""
-    done = subprocess.run([sys.executable, refrag.__file__, *argv, *more], input=text, capture_output=True, text=True,
-                          timeout=120)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def piped(run, monkeypatch):
+    """Exit code, stdout and stderr of a conversation whose stdin is no terminal."""
+
+    def converse(argv, text, *more):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        return run(*argv, *more)
+
+    return converse
 
 
 class TestPiped:
-    def test_a_question_a_line_and_an_answer_an_object(self, argv, tmp_path):
+    def test_a_question_a_line_and_an_answer_an_object(self, piped, argv, tmp_path):
         saved = tmp_path / "talk.jsonl"
         text = f"Where do smiths cast bells?\n\n  And where is it?\n/save {saved}\n/quit\nnever asked\n"
         code, out, err = piped(argv, text, "--json")
@@ -102,7 +106,7 @@ class TestPiped:
         assert f"asked as: {turns[1]['question']}" in err
         assert [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()] == turns
 
-    def test_commands_and_mistakes_end_nothing(self, argv, tmp_path):
+    def test_commands_and_mistakes_end_nothing(self, piped, argv, tmp_path):
         text = ("/docs\n/nothing\n/p much\n/p 2\n/mode magic\n/save\n/save /nowhere/at/all\n/help\n"
                 "Where do smiths cast bells?\n/docs\n/history\n/mode full\n/p 1\nWhere do smiths cast bells?\n"
                 "/clear\n/history\n")
@@ -120,11 +124,11 @@ class TestPiped:
         shown = err[err.index("chunks read as text"):]
         assert 0 < opened < len(first["chunks"]) and shown.count("[[") == len(first["chunks"]) - opened
 
-    def test_text_for_people(self, argv):
-        code, out, _ = piped(argv, "Where do smiths cast bells?\n")
-        assert code == 0 and "positions of full context ->" in out
+    def test_text_for_people(self, program, argv):
+        done = program(*argv, input="Where do smiths cast bells?\n")
+        assert done.returncode == 0 and "positions of full context ->" in done.stdout
 
-    def test_options_that_are_not_for_a_conversation(self, argv):
+    def test_options_that_are_not_for_a_conversation(self, piped, argv):
         code, _, err = piped(argv, "", "--prompt", "x")
         assert code == 2 and "--prompt goes with generate" in err
         code, _, err = piped(argv, "", "--out", "x")
