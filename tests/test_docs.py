@@ -8,7 +8,6 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -41,23 +40,20 @@ def script(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_vectors_are_read_by_models_from_scratch(tmp_path, monkeypatch):
+def test_vectors_are_read_by_models_from_scratch(tmp_path, monkeypatch, script):
     """A byte-level decoder of 400,000 random weights learns to say 4 to 16 bytes back from 1 to 4 vectors.
 
     Without vectors, and with those of another text, it can only guess at letters: the difference is what was read.
     """
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    command = [sys.executable, ROOT / "docs/prove_reading.py", "--out_dir", tmp_path / "proof", "--steps", "150",
-               "--seq_tokens", "16", "--hidden", "96", "--layers", "3"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    out = script(ROOT / "docs/prove_reading.py", "--out_dir", tmp_path / "proof", "--steps", 150, "--seq_tokens", 16,
+                 "--hidden", 96, "--layers", 3)
     rows = {int(size): tuple(map(float, rest)) for size, *rest in re.findall(
-        r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE)}
+        r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.MULTILINE)}
     assert list(rows) == [4, 8, 16]
     for size, (vectors, none, wrong) in rows.items():
-        assert vectors > none + 0.1, f"{size} bytes: {done.stdout}"
-        assert vectors > wrong + 0.1, f"{size} bytes: {done.stdout}"
+        assert vectors > none + 0.1, f"{size} bytes: {out}"
+        assert vectors > wrong + 0.1, f"{size} bytes: {out}"
 
 
 def test_the_results_page_is_what_its_files_say(script):
