@@ -3822,9 +3822,9 @@ def gguf_tokenizer(path: Path) -> Any:
 
 @contextlib.contextmanager
 def gguf_parsed_once() -> Iterator[None]:
-    """Within the block a GGUF file's fields and gguf's table of names are made once.
+    """Within the block a GGUF file, by its name as a string, is parsed once, and gguf's table of names made once.
 
-    transformers makes them anew for each part of a model and each layer, which takes three quarters of its time.
+    transformers does so anew for each part of a model and each layer, which takes three quarters of its time.
     """
     import gguf
 
@@ -4602,7 +4602,8 @@ def newest_checkpoint(run: Path) -> Path | None:
 def verify_checkpoint(folder: Path, required: bool = False) -> None:
     """Check a checkpoint's files against its manifest. Raises CorruptError.
 
-    A folder without a manifest, made by another program, is only checked tensor by tensor, unless `required`.
+    A folder without a manifest, made by another program, is only checked tensor by tensor, unless `required`. The card
+    is free to change, also where an older manifest lists it.
     """
     path = folder / CHECKPOINT_MANIFEST
     if not path.is_file() and not required:
@@ -6404,19 +6405,22 @@ def controls(sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -
     if sum(s.asked for s in none) == sum(s.asked for s in sequences):  # not where the vectors themselves are asked
         made["none"] = none
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) > 1:
-        made["wrong"] = [with_content_of(s, another(n, sequences, sources)) for n, s in enumerate(sequences)]
+        others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
+                       if sequences[other].content.chunks and sources[other] != sources[n])
+                  for n in range(len(sequences))]
+        made["wrong"] = [with_content_of(s, sequences[n]) for s, n in zip(sequences, others, strict=True)]
     return made | {"full": [with_text(s) for s in sequences]}
 
 
-def another(number: int, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> TrainingSequence:
-    """The next sequence, round the list's end, that shares no source with one; if all do, one with not quite the same.
+def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
+    """The numbers after one, round the end: first those whose source shares nothing with its own, then the others.
 
-    Two windows of one text, or two questions that find the same passage, tell much of each other.
+    Two windows of one text, or two questions that find the same passage, tell much of each other; they often stand
+    together. source: looked up when its turn comes, since it may be a search.
     """
-    round_the_end = itertools.chain(range(number + 1, len(sequences)), range(number))
-    following = [n for n in round_the_end if sequences[n].content.chunks and sources[n] != sources[number]]
-    apart = (n for n in following if sources[n].isdisjoint(sources[number]))
-    return sequences[next(apart, following[0])]
+    own, following = source(number), (range(number + 1, count), range(number))
+    yield from (other for other in itertools.chain(*following) if own.isdisjoint(source(other)))
+    yield from (other for other in itertools.chain(*following) if not own.isdisjoint(source(other)))
 
 
 def checkpoint_activations(model: RefragModel) -> None:
@@ -8185,15 +8189,9 @@ class ControlPipeline(Pipeline):
         return self.rows[number]
 
     def other_question(self, item: dict[str, Any]) -> dict[str, Any]:
-        """The next question of the file that finds none of this one's passages; if all find some, the next one.
-
-        Questions on one text often stand together in a file: the plain next one would bring half of the right vectors.
-        """
-        number, n = self.numbers[item["id"]], len(self.questions)
-        following = [(number + step) % n for step in range(1, n)]
-        own = self.rows_found(number)
-        apart = next((i for i in following if self.rows_found(i) and not own & self.rows_found(i)), None)
-        chosen = apart if apart is not None else next((i for i in following if self.rows_found(i)), None)
+        """The next question of the file that finds none of this one's passages; if all find some, the next one."""
+        others = others_apart_first(self.numbers[item["id"]], len(self.questions), self.rows_found)
+        chosen = next((number for number in others if self.rows_found(number)), None)
         require(chosen is not None, "--modes wrong_vectors: no other question finds any passage: leave it out")
         return self.questions[chosen]
 

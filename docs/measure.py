@@ -393,12 +393,14 @@ def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float, floa
 # -- answers of two runs -----------------------------------------------------------
 
 
-def f1_by_cell(folder: str) -> dict[tuple[str, float], dict[str, float]]:
-    """F1 of every question by (mode, p), of an `eval --task qa`."""
+def f1_by_cell(folder: str | None) -> dict[tuple[str, float], dict[str, float]]:
+    """F1 of every question by (mode, p), of an `eval --task qa`. Without any the script ends."""
     cells: dict[tuple[str, float], dict[str, float]] = collections.defaultdict(dict)
-    for path in Path(folder).glob("questions*.jsonl"):
+    for path in Path(folder).glob("questions*.jsonl") if folder else ():
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             cells[line["mode"], line["p"]][line["id"]] = line["f1"]
+    if not cells:
+        raise SystemExit(f"paired: --run and --against name folders of `eval --task qa`; {folder} holds no answers")
     return dict(cells)
 
 
@@ -412,10 +414,10 @@ def measure_paired(args: argparse.Namespace) -> dict:
             shared.update(ids)
             mine, theirs = ([values[i] for i in ids] for values in (found, other))
             difference = [a - b for a, b in zip(mine, theirs, strict=True)]
-            low, high = refrag.bootstrap_interval(difference, RUNTIME.seed)
+            gained = {"mean": statistics.fmean(difference), "ci": refrag.bootstrap_interval(difference, RUNTIME.seed)}
             rows.append({"mode": cell[0], "p": f"{cell[1]:g}", "f1": round(statistics.fmean(mine), 3),
                          "of_the_run": f"{statistics.fmean(mine) / statistics.fmean(theirs):.0%}",
-                         "f1_minus_the_run": f"{statistics.fmean(difference):+.3f} [{low:.3f}, {high:.3f}]"})
+                         "f1_minus_the_run": refrag.cell_text(gained)})
     return {"n": len(shared), "rows": rows}
 
 

@@ -24,14 +24,13 @@ def script(monkeypatch, capsys):
     """Run a script as Python does, but in this process: script(path, "--flag") -> its stdout. Its exit status is 0."""
 
     def run(path, *argv, status=0):
+        monkeypatch.syspath_prepend(path.parent)
         monkeypatch.setattr(sys, "argv", list(map(str, [path, *argv])))
-        with monkeypatch.context() as patched:
-            patched.setattr(sys, "path", [str(path.parent), *sys.path])
-            try:
-                runpy.run_path(str(path), run_name="__main__")
-                left = 0
-            except SystemExit as stop:
-                left = stop.code
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+            left = 0
+        except SystemExit as stop:
+            left = stop.code
         out, err = capsys.readouterr()
         assert left == status, err
         return out
@@ -208,6 +207,11 @@ class TestMeasurements:
         made = measure("measure.py", "paired", "--run", tmp_path / "ceiling", "--against", tmp_path / "shipped")
         assert made["n"] == 2 and made["rows"] == [{"mode": "refrag", "p": "0.1", "f1": 0.375, "of_the_run": "50%",
                                                     "f1_minus_the_run": "-0.375 [-1.000, 0.250]"}]
+
+    @pytest.mark.parametrize("given", [(), ("--run", "no such folder", "--against", "no such folder")], ids=len)
+    def test_evaluations_that_are_not_there(self, script, given):
+        script(ROOT / "docs/measure.py", "paired", *given, status="paired: --run and --against name folders of `eval "
+               f"--task qa`; {given[1] if given else None} holds no answers")
 
     def test_index_types(self, measure):
         rows = measure("measure_index.py", "faiss", "--passages", 600, "--questions", 20)["rows"]

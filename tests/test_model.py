@@ -1454,6 +1454,26 @@ CONVERT = "import refrag; print(refrag.model_folder('SmolLM2-135M-Instruct'))"
 
 
 @pytest.mark.models
+def test_the_bundled_decoder_is_parsed_once(monkeypatch):
+    """By transformers and by the tokenizer's mending together, and the reader is the usual one afterwards."""
+    import gguf
+
+    path, made = refrag.bundled_path("SmolLM2-135M-Instruct"), []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, *args):
+            made.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    with pytest.raises(ValueError, match="ends the block"), refrag.gguf_parsed_once():
+        transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        refrag.gguf_tokenizer(path)
+        raise ValueError("ends the block")
+    assert made == [(str(path),)] and gguf.GGUFReader is Counted
+
+
+@pytest.mark.models
 def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
     """Two processes that need it at once both get it; one converts it. Its tokenizer splits numbers into digits, which
     the conversion by transformers leaves out, and its weights are read as what they are."""

@@ -42,7 +42,7 @@ def test_every_linked_file_exists():
 @pytest.mark.models
 @pytest.mark.timeout(900)
 def test_the_commands_run_in_order(tmp_path, run, monkeypatch):
-    """Their own words, on 40 passages, 2 questions, with short answers from two of them and one short training step."""
+    """Their own words, on 40 passages, 2 questions, with short answers from 2 passages and one short training step."""
     questions = tmp_path / "questions.jsonl"
     lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     questions.write_text("".join(lines[:2]), encoding="utf-8")

@@ -925,6 +925,7 @@ def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_p
     assert set(exam) == {"k4/p0", "k4/p0.25", "k8/p0", "k8/p0.25"}
     for name, items in exam.items():
         assert len(items) == 4 and not any("Not in" in answer(lessons, item) for item in items)
+        assert all(item.sources and item.sources <= set(range(len(lessons.index))) for item in items)
         assert not any("Quote the sentence" in full_text(lessons, item) for item in items)
         assert all(np.array_equal(a.sequence.plan, b.sequence.plan) for a, b in zip(items, again[name], strict=True))
 
