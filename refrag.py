@@ -287,6 +287,7 @@ class PackConfig:
                     choices=("refrag", "full", "none", "truncate"))
     k: int = opt(16, "tokens compressed into one vector")
     p: float = opt(0.25, "largest fraction of the context's tokens that stays text")
+    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read")
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
                             "embedder, else blend", choices=("auto", "learned", "policy", "blend", "cosine", "ppl",
                                                              "random", "none"))
@@ -298,6 +299,7 @@ class PackConfig:
     def __post_init__(self) -> None:
         require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
         require(0.0 <= self.p <= 1.0, f"--p must lie between 0 and 1, got {self.p}")
+        require(self.floor >= 0, f"--floor must be 0 or more, got {self.floor}")
         require(self.ctx_max >= 1, f"--ctx_max must be 1 or more, got {self.ctx_max}")
 
 
@@ -309,6 +311,7 @@ class GenerateConfig:
     max_new: int = opt(128, "new tokens at most")
     temperature: float = opt(0.0, "0 is greedy")
     top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability")
+    stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
     stream: bool = opt(True, "print the answer as it is decoded")
     show_prompt: bool = opt(False, "print the prompt, compressed chunks as [[..]]")
@@ -322,6 +325,7 @@ class GenerateConfig:
         require(self.max_new >= 1, f"--max_new must be 1 or more, got {self.max_new}")
         require(self.temperature >= 0, f"--temperature must be 0 or more, got {self.temperature}")
         require(0 < self.top_p <= 1, f"--top_p must lie in (0, 1], got {self.top_p}")
+        require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
         require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
@@ -522,6 +526,7 @@ class EvalConfig:
     p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most")
     k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several")
     gate: str = like(PackConfig, "gate")
+    floor: int = opt(0, PackConfig.__dataclass_fields__["floor"].metadata["help"])
     ctx_max: int = like(PackConfig, "ctx_max")
     max_new: int = like(GenerateConfig, "max_new")
     cite: bool = like(GenerateConfig, "cite")
@@ -547,7 +552,7 @@ class EvalConfig:
         require(len(self.k) == 1 or (textual and bool(self.k)), f"--k takes one value with --task {self.task}")
         require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
         for k, p in itertools.product(self.k, self.p):
-            PackConfig(k=k, p=p, ctx_max=self.ctx_max)  # checks them
+            PackConfig(k=k, p=p, floor=self.floor, ctx_max=self.ctx_max)  # checks them
         GenerateConfig(max_new=self.max_new, batch_size=self.batch_size)
         require(self.context_tokens >= max(self.k), f"--context_tokens must be --k {max(self.k)} or more, got "
                 f"{self.context_tokens}")
@@ -1271,6 +1276,7 @@ try:
     import faiss
     import filelock
     import numpy as np
+    import regex
     import Stemmer
     import torch
     import transformers
@@ -2308,28 +2314,44 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
     return lambda question, texts: np.asarray(model.predict([(question, t) for t in texts], show_progress_bar=False))
 
 
-# A CJK character is a word of its own; elsewhere words of two or more characters, as Lucene and BEIR have it.
-CJK = r"\u3040-\u30ff\u3400-\u9fff"
-WORD_LETTER = rf"[^\W{CJK}]"
-WORD = re.compile(rf"[{CJK}]|{WORD_LETTER}{{2,}}")
+# What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
+# points, and the dot that lower-casing a Turkish capital leaves on its i.
+UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\u06ed]&&\p{Mn}]|(?<=i)\u0307")
+# Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; words, with the
+# endings of English contractions, and with the signs of C++ and C#.
+UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)"
+                     rf"|[\w--{UNSPACED}]+(?:\'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?")
+WORDS_FINGERPRINT = hashlib.sha256((UNSEEN.pattern + WORD.pattern).encode()).hexdigest()[:16]
 STOPWORDS = frozenset(bm25s.stopwords.STOPWORDS_EN)
-
-
 STEMMER = Stemmer.Stemmer("english")  # making one takes longer than stemming a word
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in order, folded so that other spellings of a word are equal.
+
+    Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.replace("\u2019", "'"))
+    text = text.casefold()
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", UNSEEN.sub("", text))
+    return [word.replace(".", "").replace("-", "") for word in WORD.findall(text)]
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def term_of(word: str) -> str | None:
-    """The index term of a lower-cased word, None for a stop word. The gate asks for the same words again and again."""
+    """The index term of a word, None for a stop word. The gate asks for the same words again and again."""
     return None if word in STOPWORDS else STEMMER.stemWord(word)
 
 
-class WordAnalyzer:
-    """Text to stemmed index terms: lower-cased words without English stop words, Snowball stems."""
+def index_terms(text: str) -> list[str]:
+    """The index terms of a text in order: Snowball stems of its words, without English stop words.
 
-    def __call__(self, text: str) -> list[str]:
-        """Terms in order. Example: "The rivers of Spain" -> ["river", "spain"]"""
-        return [term for term in map(term_of, WORD.findall(text.lower())) if term is not None]
+    Example: "The rivers of Spain" -> ["river", "spain"]
+    """
+    return [term for term in map(term_of, words(text)) if term is not None]
 
 
 BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
@@ -2337,16 +2359,16 @@ BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
     """Index texts with bm25s and save it without pickle, with the length of each in terms."""
-    analyze, vocabulary, ids = WordAnalyzer(), {}, []
+    vocabulary, ids = {}, []
     for text in progress(texts, "BM25 terms", total=total, unit="passage"):
-        terms = [vocabulary.setdefault(term, len(vocabulary)) for term in analyze(text)]
-        ids.append(np.asarray(terms, dtype=np.int32))
+        found = [vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(text)]
+        ids.append(np.asarray(found, dtype=np.int32))
     vocabulary.setdefault("", len(vocabulary))  # bm25s looks this one up for texts without any term
     index = bm25s.BM25(**BM25)
     with np.errstate(invalid="ignore"):  # a corpus without any term has mean length 0
         index.index(bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
     index.save(folder, show_progress=False)
-    np.save(folder / "lengths.npy", np.asarray([len(terms) for terms in ids], dtype=np.uint32))
+    np.save(folder / "lengths.npy", np.asarray(list(map(len, ids)), dtype=np.uint32))
 
 
 def bm25_idf(total: int, frequency: int) -> float:
@@ -2383,10 +2405,10 @@ class Bm25:
     """
 
     def __init__(self, segments: Sequence[Bm25Segment]):
-        self.analyze, self.segments = WordAnalyzer(), segments
+        self.segments = segments
         self.starts = list(itertools.accumulate((len(s.lengths) for s in segments), initial=0))
-        terms = sum(float(s.lengths.sum(dtype=np.int64)) for s in segments)
-        self.mean = terms / self.starts[-1] if self.starts[-1] else 0.0
+        total = sum(float(s.lengths.sum(dtype=np.int64)) for s in segments)
+        self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
 
     def document_frequency(self, term: str) -> int:
         """Passages that hold a term."""
@@ -2407,7 +2429,7 @@ class Bm25:
     def scores(self, question: str) -> np.ndarray:
         """(N,) float32, of every passage; a term that the question repeats counts as often."""
         scores = np.zeros(self.starts[-1], dtype=np.float32)
-        for term in self.analyze(question):
+        for term in index_terms(question):
             idf = bm25_idf(len(scores), self.document_frequency(term))
             for start, segment in zip(self.starts, self.segments, strict=False):
                 if segment.frequency(term):
@@ -2415,14 +2437,19 @@ class Bm25:
                     scores[start + rows] += weights
         return scores
 
-    def search(self, question: str, topk: int) -> list[int]:
-        """Rows with a score above zero, best first; equal scores in corpus order."""
+    def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
+        """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
+
+        others: rows to keep even beyond `topk` where they score no less than the last, so that no tie is cut in two.
+        """
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
             edge = np.partition(scores[found], -topk)[-topk]
             found = found[scores[found] >= edge]
-        return found[np.argsort(-scores[found], kind="stable")][:topk].tolist()
+        found = found[np.argsort(-scores[found], kind="stable")]
+        kept = np.concatenate([found[:topk], np.intersect1d(found[topk:], list(others))]).astype(np.int64)
+        return dict(zip(kept.tolist(), scores[kept].tolist(), strict=True))
 
 
 def faiss_kind(requested: str, total: int) -> str:
@@ -2486,8 +2513,8 @@ def on_gpus(index: faiss.Index, device: torch.device) -> faiss.Index:
         return index
 
 
-def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> list[int]:
-    """Rows of the nearest vectors, best first, the indexes' rows numbered through.
+def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
+    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through.
 
     FAISS pads with -1 when it finds fewer: those are dropped.
     """
@@ -2497,19 +2524,24 @@ def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -
         pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
         found += [(-score, start + row) for score, row in pairs if row >= 0]
         start += index.ntotal
-    return [row for _, row in sorted(found)[:topk]]
+    return {row: -score for score, row in sorted(found)[:topk]}
 
 
-def rrf(rankings: Iterable[Sequence[int]]) -> list[tuple[int, float]]:
-    """Reciprocal rank fusion: (row, sum of 1 / (60 + rank)), best first; ties by row.
+def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
+    """Reciprocal rank fusion of {row: score}: (row, sum of 1 / (60 + rank)), best first.
 
-    Example: [[7, 3], [3]] -> [(3, 1/62 + 1/61), (7, 1/61)]
+    Equal scores share a rank, so that no order of the corpus decides between them; equal sums follow the first
+    ranking's scores, then the rows. Example: [{7: .9, 3: .5, 4: .5}, {3: 2.0}] -> 3: 1/62 + 1/61, 7: 1/61, 4: 1/62
     """
-    scores: dict[int, float] = {}
+    fused: dict[int, float] = {}
     for ranking in rankings:
-        for rank, row in enumerate(ranking, start=1):
-            scores[row] = scores.get(row, 0.0) + 1.0 / (RRF_CONSTANT + rank)
-    return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+        ranks: dict[float, int] = {}
+        for rank, score in enumerate(sorted(ranking.values(), reverse=True), start=1):
+            ranks.setdefault(score, rank)
+        for row, score in ranking.items():
+            fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
+    first = rankings[0]
+    return sorted(fused.items(), key=lambda item: (-item[1], -first.get(item[0], -math.inf), item[0]))
 
 
 class ChunkTable(NamedTuple):
@@ -2694,7 +2726,7 @@ def index_manifest(index_dir: str | None) -> dict[str, Any]:
     manifest_path = path / "manifest.json"
     require(manifest_path.is_file(), f"--index_dir {path}: no index in this folder: build it with `index`")
     manifest = read_manifest(manifest_path)
-    if "segments" not in manifest:
+    if manifest.get("words") != WORDS_FINGERPRINT:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
     return manifest
 
@@ -3104,7 +3136,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         embed_corpus(folder, chunking, embedder, parted.taken, build.batch_size, finished)
         kind = build_retrievers(folder, uses, wanted_faiss(build, previous))
     manifest, known = index_facts(new, kind, previous, parted)
-    manifest |= {"retriever": retriever, "uses": uses, "dim": embedder.dim if embedder else None,
+    manifest |= {"words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "dim": embedder.dim if embedder else None,
                  "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
                  "chunking": {"k": chunking.k, **chunking.stored}}
     make_current(path, manifest, known)
@@ -3134,13 +3166,14 @@ class Passage:
     id: str
     title: str
     text: str
-    score: float
+    score: float  # what it is ranked by: the fused ranks, or the reranker's score
     rank: int
     document_id: str
+    scores: dict[str, float]  # of the retrievers that found it: cosine or inner product, BM25
 
     def to_json(self) -> dict[str, Any]:
         """The fields that users see."""
-        names = ("id", "title", "text", "score", "rank")
+        names = ("id", "title", "text", "score", "scores", "rank")
         return {name: getattr(self, name) for name in names}
 
 
@@ -3155,42 +3188,68 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
         self.nearest = [on_gpus(segment.faiss, embedder.model.device) for segment in index.segments if "dense" in uses]
 
-    def rank(self, query: str, depth: int) -> list[tuple[int, float]]:
-        """(row, score) of the best `depth` rows for one query: fused ranks, or the retriever's own order."""
-        rankings = []
+    def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's where they tie."""
+        found = {}
         if "dense" in self.uses:
-            rankings.append(search_faiss(self.nearest, self.embedder.embed_query(query), depth))
+            found["dense"] = search_faiss(self.nearest, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            rankings.append(self.index.bm25.search(query, depth))
-        return rrf(rankings)
+            found["bm25"] = self.index.bm25.search(query, depth, found.get("dense", ()))
+        return found
 
     def leading_sentence(self, row: int) -> str:
         """A passage's title and first sentence, the link to the next hop."""
         first = SENTENCE_GAP.split(self.index.texts[row], maxsplit=1)[0]
         return f"{self.index.titles[row]} {first[:300]}".strip()
 
-    def candidates(self, question: str, depth: int, hops: int) -> list[tuple[int, float]]:
-        """Rows over all hops; a later hop asks with the question and the best passage that is new to it."""
-        rankings = [self.rank(question, depth)]
-        used: set[int] = set()
+    def candidates(self, question: str, depth: int,
+                   hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
+        """(row, score) over all hops, best first, and what each hop found.
+
+        A later hop asks with the question and the best passage that is new to it.
+        """
+        found = [self.find(question, depth)]
+        rankings, used = [rrf(list(found[0].values()))], set()
         for _ in range(hops - 1):
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
             used.add(best)
-            rankings.append(self.rank(f"{question} {self.leading_sentence(best)}", depth))
-        return rankings[0] if len(rankings) == 1 else rrf([[row for row, _ in r] for r in rankings])
+            found.append(self.find(f"{question} {self.leading_sentence(best)}", depth))
+            rankings.append(rrf(list(found[-1].values())))
+        return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
+
+    def distinct(self, ranked: Iterable[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+        """The first `most` rows with different contents: a passage that stands in the corpus twice counts once."""
+        contents: dict[str, tuple[int, float]] = {}
+        for row, score in ranked:
+            contents.setdefault(self.index.content(row), (row, score))
+            if len(contents) == most:
+                break
+        return list(contents.values())
 
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
         """The best `topk` passages, without repeats; fewer when the corpus is smaller."""
-        ranked = self.candidates(question, max(CANDIDATES, 4 * topk), hops)
+        depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
+        while True:
+            ranked, found = self.candidates(question, depth, hops)
+            kept = self.distinct(ranked, wanted)
+            if len(kept) == wanted or len(ranked) < depth:
+                break
+            depth *= 8  # copies of a passage took the places of others
         if self.reranker is not None:
-            rows = [row for row, _ in ranked[: max(32, 4 * topk)]]
+            rows = [row for row, _ in kept]
             scores = self.reranker(question, [self.index.content(row) for row in rows])
-            ranked = sorted(zip(rows, scores.tolist(), strict=True), key=lambda item: -item[1])
-        index = self.index
-        return [Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
-                        index.document_id(row)) for rank, (row, score) in enumerate(ranked[:topk], start=1)]
+            kept = sorted(zip(rows, scores.tolist(), strict=True), key=lambda item: -item[1])
+        return [self.passage(row, score, rank, found) for rank, (row, score) in enumerate(kept[:topk], start=1)]
+
+    def passage(self, row: int, score: float, rank: int, found: list[dict[str, dict[int, float]]]) -> Passage:
+        """A row of the index with its scores, those of the first hop that found it."""
+        index, scores = self.index, {}
+        for retrievers in reversed(found):
+            scores |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
+        return Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
+                       index.document_id(row), scores)
 
 
 def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConfig) -> Searcher:
@@ -3226,7 +3285,8 @@ def search_text(result: dict[str, Any]) -> str:
     lines = [result["question"]]
     for p in result["passages"]:
         text = " ".join(p.text.split())
-        lines.append(f"{p.rank:3}. {p.score:.4f}  {p.title or p.id}  [{p.id}]\n     {text[:200]}")
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
+        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.id}]\n     {text[:200]}")
     return "\n".join(lines)
 
 # =============================================================================
@@ -3235,9 +3295,8 @@ def search_text(result: dict[str, Any]) -> str:
 # =============================================================================
 
 DOC_TAG = re.compile(r"<(?=\s*(?:/\s*)?doc\b)", re.IGNORECASE)
-DOC_BLOCK = re.compile(
-    r"<doc\s+id\s*=\s*([\"'])([^\"'<>\n]{1,200})\1\s*>((?:(?!<\s*(?:/\s*)?doc\b).)*)</doc>", re.DOTALL
-)
+DOC_BLOCK = re.compile(r"<doc\b([^<>]*)>((?:(?!<\s*(?:/\s*)?doc\b).)*)</doc\s*>", re.DOTALL | re.IGNORECASE)
+ATTRIBUTE = re.compile(r"""\s+([\w:.-]+)\s*=\s*(?:"([^"<>\n]*)"|'([^'<>\n]*)'|([^\s"'<>=]+))""")
 LOOKALIKE = {"<": "\u2039", "[": "\u27e6"}  # single quotes and brackets that no normaliser turns back
 ASK_WITH_CONTEXT = "Answer the question briefly, using the documents. Name the document you used, like [1].\n\n"
 ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
@@ -3294,6 +3353,18 @@ def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[n
         runs.append((len(text), 0))
     table = np.asarray(runs[1:], dtype=np.int64)
     return table[:, 0], table[:, 1]
+
+
+def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
+    """The <doc id="ID" ..> .. </doc> blocks of a text, each with its id; group 2 is the content.
+
+    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
+    an id, with a broken attribute or with another tag inside is none.
+    """
+    for match in DOC_BLOCK.finditer(text):
+        values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
+        if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
+            yield match, values["id"]
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
@@ -3378,22 +3449,21 @@ class RefragTokenizer:
     def parse_and_tokenize(self, text: str) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
 
-        A block is well formed when its id is quoted and no other doc tag stands in it. Everything else is plain text:
-        an unclosed tag, a stray </doc>, the outer tags of nested blocks. Both quotes are accepted.
+        Everything but `doc_blocks` is plain text: an unclosed tag, a stray </doc>, the outer tags of nested blocks.
 
         Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
         empty = np.zeros((0, self.compression), dtype=np.int64)
         segments, at = [], 0
-        for match in [*DOC_BLOCK.finditer(text), None]:
+        for match, doc_id in [*doc_blocks(text), (None, "")]:
             plain = self.neutralize(text[at : match.start() if match else len(text)])
             if plain:
                 ids = self.decoder(plain, add_special_tokens=False)["input_ids"]
                 segments.append(Segment("text", plain, None, ids, empty, empty))
             if match:
-                content, at = self.neutralize(match[3]), match.end()
+                content, at = self.neutralize(match[2]), match.end()
                 ids = self.decoder(content, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("doc", content, self.neutralize(match[2]), ids, *self.pack(content)))
+                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content)))
         return segments
 
 
@@ -3608,8 +3678,12 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    labels = [match[2] for match in DOC_BLOCK.finditer(text)]
-    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
+    blocks = list(doc_blocks(text))
+    edges = [0, *(edge for match, _ in blocks for edge in match.span()), len(text)]
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        tag = DOC_TAG.search(text, start, end)
+        require(tag is None, f"--prompt: {text[tag.start() :][:40]!r} opens or closes no document" if tag else "")
+    require(len({label for _, label in blocks}) == len(blocks), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 # =============================================================================
@@ -4892,8 +4966,7 @@ def word_weights(index: Index | None, texts: Sequence[str]) -> Callable[[str], f
     """Inverse document frequency of a stemmed term: in an index by its words, else in the given chunks."""
     if index is not None and index.bm25 is not None:
         return index.idf
-    analyze = WordAnalyzer()
-    sets = [set(analyze(text)) for text in texts]
+    sets = [set(index_terms(text)) for text in texts]
     return lambda term: math.log(1 + len(sets) / (0.5 + sum(term in s for s in sets)))
 
 
@@ -4924,45 +4997,12 @@ def cosine_scores(given: GateInput) -> np.ndarray:
     return given.vectors @ given.query / np.maximum(lengths * np.linalg.norm(given.query), 1e-12)
 
 
-CHUNK_END = "\0"  # between chunks that are searched as one string: a call for each would take longer than the search
-WORD_HERE = re.compile(rf"[{CJK}]|(?<!{WORD_LETTER}){WORD_LETTER}{{2,}}")
-
-
-def joined_chunks(texts: Sequence[str]) -> str:
-    """Chunks as one string, CHUNK_END after each."""
-    return "".join(text.replace(CHUNK_END, " ") + CHUNK_END for text in texts)
-
-
-def term_start(term: str) -> str:
-    """Letters with which every word of a term begins, for stemming changes the end of a word alone.
-
-    Examples: "river" -> "river"; "citi" (city, cities) -> "cit"; "die" (dying) -> "d"
-    """
-    if len(term) == 3 and term.endswith("ie"):
-        return term[:1]
-    return term[: max(2, len(term) - 1)] if term[-1] in "eily" else term
-
-
 def term_hits(given: GateInput) -> tuple[np.ndarray, np.ndarray]:
-    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) their shares of its idf mass).
-
-    Only the words that begin as a term does are stemmed: the question has few terms, its context thousands of words.
-    """
-    terms = list(dict.fromkeys(WordAnalyzer()(given.question)))
-    hits = np.zeros((len(given.texts), len(terms)), dtype=bool)
-    text = joined_chunks(given.texts).lower()
-    ends = list(itertools.accumulate(len(chunk) + 1 for chunk in text.split(CHUNK_END)))
-    for column, term in enumerate(terms):
-        start = term_start(term)
-        at = text.find(start)
-        while at >= 0:
-            word = WORD_HERE.match(text, at)
-            if word is not None and term_of(word[0]) == term:
-                row = bisect.bisect_right(ends, at)
-                hits[row, column] = True
-                at = ends[row] - 1  # one hit a chunk is enough
-            at = text.find(start, at + 1)
-    idf = np.asarray([given.idf(term) for term in terms], dtype=np.float64)
+    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) their shares of its idf mass)."""
+    asked = list(dict.fromkeys(index_terms(given.question)))
+    held = [set(index_terms(text)) for text in given.texts]
+    hits = np.asarray([[term in chunk for term in asked] for chunk in held], dtype=bool).reshape(len(held), len(asked))
+    idf = np.asarray([given.idf(term) for term in asked], dtype=np.float64)
     return hits, idf / (idf.sum() or 1.0)
 
 
@@ -5036,9 +5076,7 @@ KINDS = {name: re.compile(pattern) for name, pattern in {  # what a question ask
     "how": r"\bwhy\b|\bhow\b(?! (many|much|long|old|far|often)\b)",
     "which": r"\bwhich\b", "what": r"\bwhat\b"}.items()}
 CAPITALS = "A-Z\u00c0-\u00d6\u00d8-\u00de"
-# The first character alone, then what it is and what precedes it: re skips to a set of characters four times as fast.
-NAME_OR_NUMBER = re.compile(rf"[{CAPITALS}0-9{CHUNK_END}](?:(?<=[{CAPITALS}])(?<!\w.)\w*|"
-                            rf"(?<=[0-9])[0-9]*(?:[.,][0-9]+)*|(?<={CHUNK_END}))", re.DOTALL)
+NAME_OR_NUMBER = re.compile(rf"(?<!\w)[{CAPITALS}]\w*|[0-9]+(?:[.,][0-9]+)*")
 FEATURES = {  # by what they tell; --explain shows each group's share
     "meaning": ("cosine", "cosine_neighbour", "cosine_z", "cosine_rank", "cosine_doc"),
     "words": ("overlap", "overlap_neighbour", "overlap_window", "overlap_z", "overlap_doc", "phrase"),
@@ -5085,28 +5123,19 @@ def word_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list
             whole @ shares, phrase]
 
 
-def word_set(text: str) -> set[str]:
-    """The words of a text, in lower case."""
-    return set(re.findall(r"\w+", text.casefold()))
-
-
 def form_features(given: GateInput) -> list[Any]:
     """The features of group "form": names and numbers, also those the question does not have, and what it asks.
 
     Those of the question alone are one number for all chunks.
     """
-    L, lower, row = len(given.texts), given.question.lower(), 0
-    asked = word_set(given.question)
-    names, new_names, numbers, new_numbers = counts = [[0] * L for _ in range(4)]
-    for found in NAME_OR_NUMBER.findall(joined_chunks(given.texts)):
-        if found == CHUNK_END:
-            row += 1
-        elif found < ":":  # what follows 9
-            numbers[row] += 1
-            new_numbers[row] += found not in asked
-        else:
-            names[row] += 1
-            new_names[row] += found.casefold() not in asked
+    asked, lower = words(given.question), given.question.lower()
+    known = set(map(term_of, asked))
+    counts = np.zeros((4, len(given.texts)), dtype=np.float32)  # names, new names, numbers, new numbers
+    for row, text in enumerate(given.texts):
+        for found in NAME_OR_NUMBER.findall(text):
+            first = 2 if found < ":" else 0  # what follows 9
+            counts[first, row] += 1
+            counts[first + 1, row] += term_of(found.casefold()) not in known
     kinds = [pattern.search(lower) is not None for pattern in KINDS.values()]
     lengths = np.asarray([len(text) for text in given.texts]) / 64
     return [*counts, lengths, *kinds, len(asked) / 10]
@@ -5291,36 +5320,30 @@ GATES: dict[str, Callable[[GateInput], np.ndarray]] = {
 }
 
 
-def spend_budget(scores: np.ndarray, tokens: np.ndarray, p: float) -> Iterator[tuple[int, int, bool]]:
-    """(chunk, tokens left before it, whether it is taken) for every chunk, best first. See `select_chunks`."""
-    left = math.floor(p * int(tokens.sum()) + 1e-9)
-    for number in np.argsort(-scores, kind="stable").tolist():
-        size = int(tokens[number])
-        taken = 0 < size <= left
-        yield number, left, taken
-        left -= size if taken else 0
+def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
+    """Tokens of the context that may stay text: the fraction p of them, but `floor` at least while p > 0."""
+    return max(math.floor(p * int(tokens.sum()) + 1e-9), floor if p > 0 else 0)
 
 
-def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float) -> np.ndarray:
-    """(L,) bool, the chunks that stay text: best first, as long as they fit into p of the context's tokens.
+def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> np.ndarray:
+    """(L,) bool, the chunks that stay text: in the order of their scores, up to the first that exceeds the budget.
 
-    tokens: (L,) decoder tokens of each chunk. The share taken never exceeds p; p = 1 takes all. A chunk that does not
-    fit is passed over for a smaller one. Example: scores [.9, .5, .7], tokens [4, 1, 4], p = .6 -> [T, T, F]
+    tokens: (L,) decoder tokens of each chunk. The best chunk is never passed over for a worse one that fits.
+    Example: scores [.9, .5, .7], tokens [4, 1, 4], p = .6 -> [T, F, F]; with floor = 8 -> [T, F, T]
     """
-    if p >= 1:
-        return np.ones(len(scores), dtype=bool)
+    order = np.argsort(-scores, kind="stable")
     chosen = np.zeros(len(scores), dtype=bool)
-    chosen[[number for number, _, taken in spend_budget(scores, tokens, p) if taken]] = True
-    return chosen
+    chosen[order] = np.cumsum(tokens[order]) <= text_budget(tokens, p, floor)
+    return chosen & (tokens > 0)
 
 
-def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float) -> list[str]:
+def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> list[str]:
     """(L,) why each chunk stays text or not, in words."""
-    reasons = [""] * len(scores)
-    for rank, (number, left, taken) in enumerate(spend_budget(scores, tokens, p), start=1):
-        size = "1 token" if tokens[number] == 1 else f"{tokens[number]} tokens"
-        how = f"{size} of {left} left" if taken else f"{size}, {left} left"
-        reasons[number] = f"{'text' if taken else 'compressed'}: rank {rank} of {len(scores)}, {how}"
+    order, reasons = np.argsort(-scores, kind="stable"), [""] * len(scores)
+    chosen, budget = select_chunks(scores, tokens, p, floor), text_budget(tokens, p, floor)
+    for rank, (number, used) in enumerate(zip(order, np.cumsum(tokens[order]), strict=True), start=1):
+        how = "text" if chosen[number] else "compressed"
+        reasons[number] = f"{how}: rank {rank} of {len(scores)}, {used} of {budget} tokens up to here"
     return reasons
 
 
@@ -5759,8 +5782,8 @@ def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dic
 def sentence_with(answer: str, text: str, question: str) -> str | None:
     """The sentence of a text that holds an answer; of several, the one that has most of the question's words."""
     held = [sentence for sentence in SENTENCE_GAP.split(text) if answer.casefold() in sentence.casefold()]
-    asked = word_set(question)
-    return max(held, key=lambda sentence: len(asked & word_set(sentence)), default=None)
+    asked = set(index_terms(question))
+    return max(held, key=lambda sentence: len(asked.intersection(index_terms(sentence))), default=None)
 
 
 class Asked(NamedTuple):
@@ -7385,19 +7408,56 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
     return out, state
 
 
+UNSETTLED = re.compile(r"\s*(?:\[[^\[\]]{0,64}\]?)?\s*$")  # an answer's last citation, begun or whole
+
+
 class TextStream:
-    """Turns growing token lists into text, holding back the bytes of an unfinished character."""
+    """Turns the growing tokens of an answer into text, shown as soon as it can not change any more.
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], bool | None]):
-        self.tokenizer, self.write, self.shown = tokenizer, write, ""
+    Held back are an unfinished character, a citation at the end, which `Pipeline.cite` may replace, and what may be
+    the beginning of a stop string. write: receives new text; True asks for no more.
+    """
 
-    def __call__(self, tokens: list[int], final: bool = False) -> bool | None:
-        """Write what is new in the text of `tokens`. Returns what `write` does: True asks for no more."""
+    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None]):
+        self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of an answer up to the first stop string."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        if text.endswith("\ufffd") and not final:
-            return None
-        new, self.shown = text[len(self.shown) :], text
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        self.stopped = bool(ends)
+        return text[: min(ends, default=len(text))].lstrip()
+
+    def __call__(self, tokens: list[int]) -> bool | None:
+        """Write what is new. Returns True when the answer is to end."""
+        text = self.text(tokens)
+        if self.stopped or text.endswith("\ufffd"):
+            return self.stopped
+        settled = UNSETTLED.search(text).start()
+        begun = (len(text) - n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return self.show(text[: min(settled, *begun, len(text))])
+
+    def show(self, text: str) -> bool | None:
+        """Write an answer's text beyond what was written."""
+        new, self.shown = text[len(self.shown) :], max(text, self.shown, key=len)
         return self.write(new)
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces. Example: "The  U.S." -> "us" """
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def holds_answer(text: str, truths: Sequence[str]) -> bool:
+    """Whether a true answer stands in a text, word for word after normalisation."""
+    words = f" {normalize_answer(text)} "
+    return any(f" {truth} " in words for truth in map(normalize_answer, truths) if truth)
+
+
+def abstains(reply: str) -> bool:
+    """Whether a reply says that the documents do not hold the answer, or says nothing."""
+    return not reply.strip() or holds_answer(reply, [NO_ANSWER])
 
 
 CITATION = re.compile(
@@ -7408,15 +7468,14 @@ CITATION = re.compile(
 def citation_marks(answer: str, labels: Sequence[str]) -> list[tuple[re.Match, list[str]]]:
     """Where an answer names documents, and the labels there.
 
-    [2], [1, 3], (doc 2) and <doc id="2"> are citations. A name that was not given counts if it has the form of a label;
-    other words in brackets are no citation.
+    [2], [1, 3], (doc 2) and <doc id="2"> are citations. A name that was not given counts if it is a number of three
+    digits at most, as the instruction in the prompt shows; other words in brackets are no citation.
     """
-    known, numbered = set(labels), all(label.isdigit() for label in labels)
-    marks = []
+    known, marks = set(labels), []
     for match in CITATION.finditer(answer):
         parts = re.split(r"\s*[,;]\s*", (match[1] or match[2] or match[3]).strip())
         named = [part for part in parts if part in known or match[1]
-                 or (match[2] and part.isdigit() and len(part) < 4 and numbered)]
+                 or (match[2] and part.isdigit() and len(part) < 4)]
         marks += [(match, named)] if named else []
     return marks
 
@@ -7435,6 +7494,19 @@ def without_citations(answer: str, labels: Sequence[str]) -> str:
     for match, _ in reversed(citation_marks(answer, labels)):
         answer = f"{answer[: match.start()]} {answer[match.end() :]}"
     return answer
+
+
+def split_citation(answer: str, labels: Sequence[str]) -> tuple[str, str | None]:
+    """(an answer without the citation at its end, what was begun of one that is not finished).
+
+    Examples with label "1": "Ulm [1]" -> ("Ulm", None); "Ulm [1" -> ("Ulm", "1"); "Ulm [sic]" -> ("Ulm [sic]", None)
+    """
+    at = UNSETTLED.search(answer).start()
+    mark = answer[at:].strip()
+    if mark.endswith("]") or not mark:
+        return answer[:at] if citation_marks(mark, labels) else answer, None
+    begun = mark.removeprefix("[").strip()
+    return (answer[:at], begun) if any(label.startswith(begun) for label in labels) else (answer, None)
 
 
 def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, pending: Sequence[int],
@@ -7494,6 +7566,19 @@ class Context:
     def labels(self) -> list[str]:
         """The ids the prompt gives its documents."""
         return [doc.label for doc in self.packed.docs]
+
+    @functools.cached_property
+    def read(self) -> list[str]:
+        """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
+        fed = {-v - 1 for v in self.plan.tolist() if v < 0}
+        opened: list[list[bool]] = [[] for _ in self.packed.docs]
+        vectors = [False] * len(opened)
+        for number, chunk in enumerate(self.packed.prompt.chunks):
+            if chunk.tokens:
+                opened[chunk.doc].append(bool(self.expanded[number]))
+                vectors[chunk.doc] |= number in fed
+        return ["text" if all(own) else "partly" if any(own) else "vectors" if fed_some else "left out"
+                for own, fed_some in zip(opened, vectors, strict=True)]
 
 
 class Pipeline:
@@ -7651,7 +7736,7 @@ class Pipeline:
         elif self.gate == "none":
             expanded = np.zeros(len(tokens), dtype=bool)
         else:
-            expanded = select_chunks(scores, tokens, self.pack.p)
+            expanded = select_chunks(scores, tokens, self.pack.p, self.pack.floor)
         plan = mixed_plan(prompt, expanded, self.feed)
         if self.pack.mode == "truncate":
             plan = truncated_plan(prompt, len(plan))
@@ -7740,48 +7825,70 @@ class Pipeline:
                 contents = [doc.content for doc in context.packed.docs]
                 notice(show_plan(context.packed.prompt, context.plan, self.tokenizer, contents))
         decoder, watch = self.model.decoder, Stopwatch(self.device)
-        streams = [TextStream(self.tokenizer.decoder, functools.partial(on_text, row)) for row in range(len(items))
-                   ] if on_text else []
+        write, stops = on_text or (lambda row, text: None), self.generate.stop
+        streams = [TextStream(self.tokenizer.decoder, stops, functools.partial(write, row))
+                   for row in range(len(items))]
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, inputs)
         for context in contexts:
             context.kv_bytes = cache_bytes(state.cache) // len(contexts)
         start = watch.clock()
         outs, state = decode(decoder, logits, state, max_new=self.generate.max_new, stops=self.stops, pick=self.pick,
-                             watch=watch, on_token=(lambda b, tokens: streams[b](tokens)) if streams else None,
-                             stepper=self.stepper)
+                             watch=watch, stepper=self.stepper,
+                             on_token=(lambda b, tokens: streams[b](tokens)) if on_text or stops else None)
         results = []
-        for row, (context, out) in enumerate(zip(contexts, outs, strict=True)):
+        for row, (context, out, stream) in enumerate(zip(contexts, outs, streams, strict=True)):
             context.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
-            answer = self.tokenizer.decoder.decode(out.tokens, skip_special_tokens=True).strip()
-            chosen = None
-            if self.wants_citation(context, answer):
-                pending = [] if out.ended else out.tokens[-1:]
-                chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, context.labels)
-            results.append(self.result(context, out, answer, chosen))
-            if streams:
-                streams[row](out.tokens, final=True)
-                on_text(row, results[-1]["answer"][len(streams[row].shown.strip()) :])
+            answer = stream.text(out.tokens).rstrip()
+            pending = [] if out.ended else out.tokens[-1:]
+            answer, chosen, state = self.cite(context, answer, state, row, pending)
+            results.append(self.result(context, out._replace(ended=out.ended or stream.stopped), answer, chosen))
+            stream.show(answer)
         return results
 
     def pick(self, logits: Tensor) -> Tensor:
         """Sample as the settings say."""
         return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
 
-    def wants_citation(self, context: Context, answer: str) -> bool:
-        """Whether the decoder must choose a citation: the answer, not empty, has none of its own."""
-        return bool(self.generate.cite and answer and context.labels and not cited_labels(answer, context.labels))
+    def cite(self, context: Context, answer: str, state: State, row: int,
+             pending: Sequence[int]) -> tuple[str, str | None, State]:
+        """(the answer with its citation, the label if it was not the decoder's own, the decoder's state).
+
+        A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
+        document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
+        row, pending: see `choose_citation`.
+        """
+        if not self.generate.cite:
+            return answer, None, state
+        plain, begun = split_citation(answer, context.labels)
+        seen = {doc.label: doc.content for doc, read in zip(context.packed.docs, context.read, strict=True)
+                if read != "left out"}
+        if not seen or abstains(without_citations(plain, context.labels)):
+            return plain, None, state
+        named = [label for label, forged in cited_labels(answer, context.labels) if not forged]
+        holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
+        if len(holding) == 1 and holding[0] not in named:
+            answer, chosen = plain, holding[0]
+        elif named:
+            return answer, None, state
+        elif begun in seen:
+            answer, chosen = plain, begun
+        else:
+            chosen, state = choose_citation(self.model.decoder, self.tokenizer.decoder, state, row, pending, list(seen))
+        if any(stop in f" [{chosen}]" for stop in self.generate.stop):
+            return plain, None, state
+        return f"{answer} [{chosen}]", chosen, state
 
     def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
         """The JSON object of one answer."""
-        answer += f" [{chosen}]" if chosen else ""
         docs, prompt, dropped, _ = context.packed
         source = dict(zip(context.labels, context.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in context.labels}
         numbered = list(zip(prompt.chunks, context.scores, context.expanded, strict=True))
-        opened = {docs[chunk.doc].label for chunk, _, expanded in numbered if expanded}
+        read = dict(zip(context.labels, context.read, strict=True))
         citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
-                      "label": label, "expanded": label in opened, "forged": forged, "chosen": label == chosen}
+                      "label": label, "read": read.get(label), "expanded": read.get(label) in ("text", "partly"),
+                      "forged": forged, "chosen": label == chosen}
                      for label, forged in cited_labels(answer, context.labels)]
         chunks = [{"passage_id": ids[docs[chunk.doc].label], "start": chunk.start, "end": chunk.end,
                    "score": round(float(score), 6), "expanded": bool(expanded)}
@@ -7789,8 +7896,8 @@ class Pipeline:
         if self.generate.explain:
             chunks = [chunk | why for chunk, why in zip(chunks, self.explain(context), strict=True)]
         return {"id": context.item["id"], "question": context.item["question"], "answer": answer,
-                "passages": [p.to_json() for p in context.passages[: len(docs)]], "dropped_passages": dropped,
-                "citations": citations, "chunks": chunks, "ended": out.ended,
+                "passages": [p.to_json() | {"read": read[label]} for label, p in source.items() if label in read],
+                "dropped_passages": dropped, "citations": citations, "chunks": chunks, "ended": out.ended,
                 "metrics": self.metrics(context, out), "settings": self.settings()}
 
     def explain(self, context: Context) -> list[dict[str, Any]]:
@@ -7802,7 +7909,8 @@ class Pipeline:
         shares: dict[str, np.ndarray] = {}
         if self.gate == "learned":
             shares = self.trained_gates["learned"].shares(self.gate_input(context.item, context.packed))
-        reasons = selection_reasons(context.scores, np.asarray([c.tokens for c in prompt.chunks]), self.pack.p)
+        sizes = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
+        reasons = selection_reasons(context.scores, sizes, self.pack.p, self.pack.floor)
         return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, why in enumerate(reasons)]
 
@@ -7833,12 +7941,12 @@ class Pipeline:
     def settings(self) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
         pack, search, generate, searcher = self.pack, self.search, self.generate, self.searcher
-        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "gate": self.gate,
+        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": self.gate,
                 "compressed": "feed" if self.feed else "drop", "ctx_max": pack.ctx_max,
                 "index_dir": searcher and searcher.index.manifest["digest"][:16],
                 "retriever": searcher and searcher.retriever, "topk": search.topk, "hops": search.hops,
                 "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
-                "top_p": generate.top_p, "cite": generate.cite, "seed": self.runtime.seed,
+                "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite, "seed": self.runtime.seed,
                 "enc": self.model.config.encoder_name_or_path, "dec": self.model.config.decoder_name_or_path,
                 "load_dir": self.checkpoint, "projector_trained": self.model.trained,
                 "engine": "model" if self.stepper is None else self.stepper.engine, "device": str(self.device),
@@ -7975,17 +8083,25 @@ def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
     return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
 
 
+READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
+
+
 def answer_text(result: dict[str, Any], shown: bool) -> str:
     """An answer for people: citations, what compression saved, where the time went. shown: it was streamed already."""
     m = result["metrics"]
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else "read as text" if c["expanded"] else "compressed"
+        how = "not among the passages given" if c["forged"] else READ[c["read"]]
         how += ", chosen after the answer" if c["chosen"] else ""
         name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
         lines.append(f"[{c['label']}] {name}, {how}")
     if not result["citations"]:
         lines.append("no citation")
+    read = {passage["read"] for passage in result["passages"]}
+    if not read and result["settings"]["mode"] != "none" and result["settings"]["index_dir"]:
+        lines.append("no passage was found: the answer is the decoder's own")
+    elif read and not read & {"text", "partly"}:
+        lines.append("no passage was read as text")
     stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
     lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
               f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
@@ -8015,12 +8131,6 @@ CELL_NAMES = {"f1_ci": "F1, 95%", "em": "EM", "f1": "F1", "ttft_s": "TTFT, s", "
 # -- metrics ----------------------------------------------------------------------
 
 
-def normalize_answer(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces. Example: "The  U.S." -> "us" """
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
 def exact_match(reply: str, truths: Sequence[str]) -> float:
     """1 if the reply is a true answer after normalisation; an empty reply never is."""
     return float(bool(reply.strip()) and any(normalize_answer(reply) == normalize_answer(t) for t in truths))
@@ -8038,21 +8148,10 @@ def token_f1(reply: str, truths: Sequence[str]) -> float:
     return best
 
 
-def holds_answer(text: str, truths: Sequence[str]) -> bool:
-    """Whether a true answer stands in a text, word for word after normalisation."""
-    words = f" {normalize_answer(text)} "
-    return any(f" {truth} " in words for truth in map(normalize_answer, truths) if truth)
-
-
 def grounding(reply: str, texts: Sequence[str]) -> float | None:
     """Share of the reply's words that occur in the texts; None without words or texts."""
     words, known = normalize_answer(reply).split(), set(normalize_answer(" ".join(texts)).split())
     return sum(word in known for word in words) / len(words) if words and texts else None
-
-
-def abstains(reply: str) -> bool:
-    """Whether a reply says that the documents do not hold the answer, or says nothing."""
-    return not reply.strip() or holds_answer(reply, [NO_ANSWER])
 
 
 def citation_scores(cited: Sequence[set[str]], positives: set[str]) -> tuple[float | None, float | None]:
@@ -8302,7 +8401,8 @@ class QuestionTask(Task):
     def load_pipeline(self) -> ControlPipeline:
         """The pipeline that `generate` has, for the controls too."""
         options = self.options
-        pack = PackConfig(k=options.k[0], gate=options.gate, compressed="feed", ctx_max=options.ctx_max)
+        pack = PackConfig(k=options.k[0], floor=options.floor, gate=options.gate, compressed="feed",
+                          ctx_max=options.ctx_max)
         generate = GenerateConfig(max_new=options.max_new, cite=options.cite)
         pipeline = load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
         positive_rows(self.questions, pipeline.searcher.index)  # the questions belong to this index
@@ -9179,7 +9279,7 @@ def batch_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> Benchmark:
     """Load what `bench` times, with what its result must say to be made again."""
     [item] = read_questions(QuestionConfig(question=bench.question))
-    pack = PackConfig(mode="refrag" if "refrag" in bench.modes else "full", compressed="feed")
+    pack = PackConfig(mode="refrag" if "refrag" in bench.modes else "full", floor=0, compressed="feed")
     generate = GenerateConfig(max_new=bench.new, cite=False)
     pipeline = load_pipeline(index, SearchConfig(), pack, generate, models, runtime)
     known = ("enc", "dec", "projector_trained", "gate", "compressed", "dtype")
@@ -9357,12 +9457,12 @@ def with_topic(question: str, before: Sequence[tuple[str, str]]) -> str:
     """
     if not before:
         return question
-    short = len(WordAnalyzer()(question)) < 3 and not names_in(question)
+    short = len(index_terms(question)) < 3 and not names_in(question)
     if not short and not REFERS_BACK.search(question):
         return question
-    (last, answer), known = before[-1], set(WORD.findall(question.lower()))
+    (last, answer), known = before[-1], set(words(question))
     names = names_in(last) or names_in(answer)
-    new = [name for name in names if not set(WORD.findall(name.lower())) <= known]
+    new = [name for name in names if not known.issuperset(words(name))]
     topic = ", ".join(new) if names else last.strip().rstrip("?.!")
     stripped = question.strip()
     body = stripped.rstrip("?.!\u3002\uff1f\uff01 ")

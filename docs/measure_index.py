@@ -82,7 +82,7 @@ def measure_faiss(args: argparse.Namespace) -> dict:
         times, found = [], []
         for question in asked:
             start = time.perf_counter()
-            found.append(refrag.search_faiss([index], question[None], 10))
+            found.append(list(refrag.search_faiss([index], question[None], 10)))
             times.append(time.perf_counter() - start)
         exact = exact or found
         with tempfile.TemporaryDirectory() as folder:
