@@ -2317,11 +2317,13 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
 # What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
 # points, and the dot that lower-casing a Turkish capital leaves on its i.
 UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\u06ed]&&\p{Mn}]|(?<=i)\u0307")
-# Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; words, with the
-# endings of English contractions, and with the signs of C++ and C#.
+# Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
+# 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)"
+                     r"|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
                      rf"|[\w--{UNSPACED}]+(?:\'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?")
+IN_NUMBER, IN_INITIALS = str.maketrans("", "", ","), str.maketrans("", "", ".-")  # what is no part of the word
 WORDS_FINGERPRINT = hashlib.sha256((UNSEEN.pattern + WORD.pattern).encode()).hexdigest()[:16]
 STOPWORDS = frozenset(bm25s.stopwords.STOPWORDS_EN)
 STEMMER = Stemmer.Stemmer("english")  # making one takes longer than stemming a word
@@ -2337,7 +2339,7 @@ def words(text: str) -> list[str]:
     text = text.casefold()
     if not text.isascii():
         text = unicodedata.normalize("NFC", UNSEEN.sub("", text))
-    return [word.replace(".", "").replace("-", "") for word in WORD.findall(text)]
+    return [word.translate(IN_NUMBER if word[0].isdigit() else IN_INITIALS) for word in WORD.findall(text)]
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -2530,8 +2532,8 @@ def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -
 def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
     """Reciprocal rank fusion of {row: score}: (row, sum of 1 / (60 + rank)), best first.
 
-    Equal scores share a rank, so that no order of the corpus decides between them; equal sums follow the first
-    ranking's scores, then the rows. Example: [{7: .9, 3: .5, 4: .5}, {3: 2.0}] -> 3: 1/62 + 1/61, 7: 1/61, 4: 1/62
+    Equal scores share a rank, so that no order of the corpus decides between them; equal sums follow the scores of the
+    first ranking, then of the next. Example: [{7: .9, 3: .5, 4: .5}, {3: 2.0}] -> 3: 1/62 + 1/61, 7: 1/61, 4: 1/62
     """
     fused: dict[int, float] = {}
     for ranking in rankings:
@@ -2540,8 +2542,12 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
             ranks.setdefault(score, rank)
         for row, score in ranking.items():
             fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
-    first = rankings[0]
-    return sorted(fused.items(), key=lambda item: (-item[1], -first.get(item[0], -math.inf), item[0]))
+
+    def order(item: tuple[int, float]) -> tuple[float, ...]:
+        row, score = item
+        return -score, *(-ranking.get(row, -math.inf) for ranking in rankings), row
+
+    return sorted(fused.items(), key=order)
 
 
 class ChunkTable(NamedTuple):
@@ -3136,7 +3142,8 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         embed_corpus(folder, chunking, embedder, parted.taken, build.batch_size, finished)
         kind = build_retrievers(folder, uses, wanted_faiss(build, previous))
     manifest, known = index_facts(new, kind, previous, parted)
-    manifest |= {"words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "dim": embedder.dim if embedder else None,
+    manifest |= {"words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses,
+                 "dim": embedder.dim if embedder else None,
                  "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
                  "chunking": {"k": chunking.k, **chunking.stored}}
     make_current(path, manifest, known)
@@ -3189,13 +3196,16 @@ class Searcher:
         self.nearest = [on_gpus(segment.faiss, embedder.model.device) for segment in index.segments if "dense" in uses]
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's where they tie."""
-        found = {}
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's where they tie.
+
+        BM25's come first: to settle equal sums of ranks by its scores gives a better order than by the embedder's.
+        """
+        found, dense = {}, {}
         if "dense" in self.uses:
-            found["dense"] = search_faiss(self.nearest, self.embedder.embed_query(query), depth)
+            dense["dense"] = search_faiss(self.nearest, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            found["bm25"] = self.index.bm25.search(query, depth, found.get("dense", ()))
-        return found
+            found["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
+        return found | dense
 
     def leading_sentence(self, row: int) -> str:
         """A passage's title and first sentence, the link to the next hop."""
@@ -7435,7 +7445,7 @@ class TextStream:
             return self.stopped
         settled = UNSETTLED.search(text).start()
         begun = (len(text) - n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return self.show(text[: min(settled, *begun, len(text))])
+        return self.show(text[: min(settled, *begun, len(text))].rstrip())
 
     def show(self, text: str) -> bool | None:
         """Write an answer's text beyond what was written."""
@@ -7867,12 +7877,13 @@ class Pipeline:
             return plain, None, state
         named = [label for label, forged in cited_labels(answer, context.labels) if not forged]
         holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
+        answer = answer if begun is None else plain
         if len(holding) == 1 and holding[0] not in named:
             answer, chosen = plain, holding[0]
+        elif begun in seen:
+            chosen = begun
         elif named:
             return answer, None, state
-        elif begun in seen:
-            answer, chosen = plain, begun
         else:
             chosen, state = choose_citation(self.model.decoder, self.tokenizer.decoder, state, row, pending, list(seen))
         if any(stop in f" [{chosen}]" for stop in self.generate.stop):

@@ -251,12 +251,6 @@ def test_kinds_of_questions(question, kinds):
     assert {name for name, pattern in refrag.KINDS.items() if pattern.search(question.lower())} == kinds
 
 
-def test_a_chunk_with_the_separator_in_it_stays_one():
-    plain, odd = (refrag.term_hits(given_chunks([text, "river"], question="a river floods"))[0].tolist()
-                  for text in ("x floods y", "x\0floods\0y"))
-    assert plain == odd == [[False, True], [True, False]]
-
-
 @pytest.mark.parametrize("question", ["", "the of"])
 def test_features_are_numbers_whatever_is_missing(question):
     """A question without terms, one chunk alone, all chunks alike, no embedder."""
@@ -353,20 +347,21 @@ def test_shares_are_what_is_lost_without_a_group():
 # -- the choice -----------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 9)), max_size=12), st.floats(0, 0.99))
+@given(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 9)), max_size=12), st.floats(0, 0.99), st.integers(0, 9))
 @few
-def test_reasons_agree_with_the_choice(chunks, p):
+def test_reasons_agree_with_the_choice(chunks, p, floor):
     scores, tokens = np.array([s for s, _ in chunks], float), np.array([t for _, t in chunks], int)
-    chosen, reasons = refrag.select_chunks(scores, tokens, p), refrag.selection_reasons(scores, tokens, p)
+    chosen = refrag.select_chunks(scores, tokens, p, floor)
+    reasons = refrag.selection_reasons(scores, tokens, p, floor)
     assert [reason.startswith("text:") for reason in reasons] == chosen.tolist()
     assert all(reason.startswith(("text: rank", "compressed: rank")) for reason in reasons)
 
 
 def test_reasons_golden():
-    """.6 of 9 tokens are 5: the first chunk takes 4, the third does not fit the 1 left, the second does."""
+    """.6 of 9 tokens are 5: the first chunk takes 4, the third exceeds them and ends it."""
     assert refrag.selection_reasons(np.array([0.9, 0.5, 0.7]), np.array([4, 1, 4]), 0.6) == [
-        "text: rank 1 of 3, 4 tokens of 5 left", "text: rank 3 of 3, 1 token of 1 left",
-        "compressed: rank 2 of 3, 4 tokens, 1 left"]
+        "text: rank 1 of 3, 4 of 5 tokens up to here", "compressed: rank 3 of 3, 9 of 5 tokens up to here",
+        "compressed: rank 2 of 3, 8 of 5 tokens up to here"]
 
 
 # -- learning ---------------------------------------------------------------------------------------------

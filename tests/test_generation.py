@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -33,6 +34,14 @@ def ask(pipeline, text=PROMPT):
     """The one result for a prompt."""
     [result] = pipeline.answer([{"id": "1", "question": text}])
     return result
+
+
+def cited(pipeline, said, context=None):
+    """(answer, label that was chosen) for what a decoder has said after PROMPT."""
+    item = {"id": "1", "question": PROMPT}
+    seen, inputs = pipeline.prepare(item)
+    _, state = refrag.prefill(pipeline.model.decoder, [inputs])
+    return pipeline.cite(context or seen, said, state, 0, [])[:2]
 
 
 def greedy_by_full_forwards(decoder, input_ids, steps, stops):
@@ -190,10 +199,10 @@ class TestDecoding:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
         ids = tokenizer("a 🙂 é 日本 b", add_special_tokens=False)["input_ids"]
         pieces = []
-        stream = refrag.TextStream(tokenizer, pieces.append)
+        stream = refrag.TextStream(tokenizer, (), pieces.append)
         for n in range(1, len(ids) + 1):
-            stream(ids[:n])
-        stream(ids, final=True)
+            assert not stream(ids[:n])
+        stream.show(stream.text(ids))
         assert "".join(pieces) == "a 🙂 é 日本 b"
         assert not any("\ufffd" in piece for piece in pieces)
 
@@ -210,6 +219,47 @@ class TestDecoding:
         assert metrics["ttft_s"] == 15.0
 
 
+class TestStops:
+    """Texts that end an answer. The tiny decoder says the same each time, so any part of it can be the stop."""
+
+    @pytest.mark.parametrize("length", [1, 2, 5])
+    def test_the_answer_ends_before_the_first_stop(self, llama, length):
+        full = ask(load(llama, max_new=12))["answer"]
+        at = len(full) // 2
+        stop = full[at : at + length]
+        pieces: list[str] = []
+        pipeline = load(llama, max_new=12, stop=("never said", stop))
+        [result] = pipeline.answer([{"id": "1", "question": PROMPT}], lambda row, text: pieces.append(text))
+        assert result["answer"] == full[: full.index(stop)].rstrip() == "".join(pieces)
+        assert result["ended"] and result["metrics"]["new_tokens"] < 12
+        assert ask(pipeline)["answer"] == result["answer"], "the same without a stream"
+
+    def test_no_part_of_a_stop_is_streamed(self, tokenizers):
+        """A stop of several tokens: its beginning is held back until it is sure to be something else."""
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
+        pieces: list[str] = []
+        stream = refrag.TextStream(tokenizer, ("city END",), pieces.append)
+        ids = tokenizer("The city ENTERS the city END of it", add_special_tokens=False)["input_ids"]
+        stopped = [bool(stream(ids[:n])) for n in range(1, len(ids) + 1)]
+        assert stopped[-1] and "".join(pieces) == "The city ENTERS the"
+        stream.show(stream.text(ids).rstrip())
+        assert "".join(pieces) == "The city ENTERS the"
+
+    def test_a_citation_that_holds_the_stop_is_not_added(self, llama):
+        assert cited(load(llama, cite=True, pack={"p": 1.0}, stop=("[",)), "Bells") == ("Bells", None)
+
+    def test_a_citation_at_the_end_is_streamed_once_it_is_settled(self, tokenizers):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
+        pieces: list[str] = []
+        stream = refrag.TextStream(tokenizer, (), pieces.append)
+        ids = tokenizer("Ulm [1] and Bonn [2]", add_special_tokens=False)["input_ids"]
+        for n in range(1, len(ids) + 1):
+            stream(ids[:n])
+        assert "".join(pieces) == "Ulm [1] and Bonn"
+        stream.show("Ulm [1] and Bonn [3]")
+        assert "".join(pieces) == "Ulm [1] and Bonn [3]"
+
+
 class TestCitations:
     @pytest.mark.parametrize(
         ("answer", "labels", "expected"),
@@ -221,6 +271,7 @@ class TestCitations:
             ('It says so <doc id="3">', ["1"], [("3", True)]),
             ("He [sic] left in [1896]", ["1", "2"], []),
             ("Nothing (1900) here, f(1) there", ["1"], []),
+            ("Ulm [1] [a]", ["a"], [("1", True), ("a", False)]),
             ("Named [intro]", ["intro", "end"], [("intro", False)]),
             ("", ["1"], []),
         ],
@@ -275,6 +326,58 @@ class TestCitations:
         options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"][0] for label in "abc"}
         assert len(set(options.values())) == 3
         assert chosen == max(options, key=lambda label: float(last[options[label]]))
+
+    @pytest.mark.parametrize(
+        ("answer", "plain", "begun"),
+        [
+            ("Ulm [1]", "Ulm", None), ("Ulm [1] [2]", "Ulm [1]", None), ("Ulm [1, 2]", "Ulm", None), ("Ulm", "Ulm", None),
+            ("Ulm [1", "Ulm", "1"), ("Ulm [", "Ulm", ""), ("Ulm [12]", "Ulm", None), ("Ulm [sic]", "Ulm [sic]", None),
+            ("f(x) [unfinished", "f(x) [unfinished", None), ("[1]", "", None), ("", "", None),
+        ],
+    )
+    def test_split_citation(self, answer, plain, begun):
+        assert refrag.split_citation(answer, ["1", "2"]) == (plain, begun)
+
+    def test_a_refusal_cites_nothing(self, llama):
+        for said in ("Not in the documents.", "Not in the documents. [a]", "It is not in the documents [a", ""):
+            assert cited(load(llama, cite=True), said) == (said.partition(" [")[0], None)
+
+    def test_the_citation_is_where_the_answer_stands(self, llama):
+        """In one document alone: there, whatever the decoder wrote at its end. Else what it wrote counts."""
+        pipeline = load(llama, cite=True, pack={"p": 1.0})
+        assert cited(pipeline, "old city") == ("old city [a]", "a")
+        assert cited(pipeline, "Bells [a]") == ("Bells [b]", "b")
+        assert cited(pipeline, "bells [b]") == ("bells [b]", None)
+        assert cited(pipeline, "Paris [a]") == ("Paris [a]", None)
+        assert cited(pipeline, "Paris [1]")[0].startswith("Paris [1] ["), "a forged mark stays, to be flagged"
+
+    def test_an_unfinished_citation_is_completed(self, llama):
+        pipeline = load(llama, cite=True, pack={"p": 1.0})
+        assert cited(pipeline, "Paris [a") == ("Paris [a]", "a")
+        assert cited(pipeline, "Bells [") == ("Bells [b]", "b")
+        assert cited(pipeline, "Paris [a], Bonn [b")[0] == "Paris [a], Bonn [b]"
+
+    def test_what_was_left_out_is_never_cited(self, llama):
+        """Nothing of b was read: it can not be chosen. Nothing was read at all: nothing is cited."""
+        pipeline = load(llama, cite=True, pack={"p": 0.5, "compressed": "drop"})
+        context, _ = pipeline.prepare({"id": "1", "question": PROMPT})
+        first = np.asarray([chunk.doc == 0 for chunk in context.packed.prompt.chunks])
+        for expanded, read, answer in ((first, ["text", "left out"], "Bells [a]"), (first & False, ["left out"] * 2,
+                                                                                    "Bells")):
+            plan = refrag.mixed_plan(context.packed.prompt, expanded, feed=False)
+            seen = dataclasses.replace(context, expanded=expanded, plan=plan)
+            assert seen.read == read
+            assert cited(pipeline, "Bells", seen)[0] == answer
+
+    def test_how_documents_were_read(self, llama):
+        """A document of several chunks, of which the first alone stays text, is partly read as text."""
+        pipeline = load(llama, pack={"p": 0.0})
+        context, _ = pipeline.prepare({"id": "1", "question": PROMPT})
+        assert context.read == ["vectors", "vectors"]
+        some = np.arange(len(context.packed.prompt.chunks)) == 0
+        plan = refrag.mixed_plan(context.packed.prompt, some)
+        assert dataclasses.replace(context, expanded=some, plan=plan).read == ["partly", "vectors"]
+        assert load(llama, pack={"p": 1.0}).prepare({"id": "1", "question": PROMPT})[0].read == ["text", "text"]
 
     def test_no_cite_leaves_the_answer_alone(self, llama):
         assert ask(load(llama, cite=False))["citations"] == []

@@ -352,7 +352,11 @@ def parsed(tokenizer, text):
             [("text", "\u2039doc id='a'>x "), ("doc", "b", "y"), ("text", " z\u2039/doc>")],
         ),
         ("<doc id='a'>x</doc></doc>", [("doc", "a", "x"), ("text", "\u2039/doc>")]),
-        ("<doc id=a>x</doc>", [("text", "\u2039doc id=a>x\u2039/doc>")]),
+        ("<doc id=a>x</doc>", [("doc", "a", "x")]),
+        ('<DOC ID="a">x</Doc>', [("doc", "a", "x")]),
+        ('<doc source="b c" id="a" n=3>x</doc >', [("doc", "a", "x")]),
+        ("<doc id=a source=>x</doc>", [("text", "\u2039doc id=a source=>x\u2039/doc>")]),
+        ("<docs id=a>x</docs>", [("text", "<docs id=a>x</docs>")]),
         ("<doc id='a\">x</doc>", [("text", "\u2039doc id='a\">x\u2039/doc>")]),
         ("<doc id=''>x</doc>", [("text", "\u2039doc id=''>x\u2039/doc>")]),
         ("<doc>x</doc>", [("text", "\u2039doc>x\u2039/doc>")]),
@@ -758,19 +762,17 @@ def test_first_fit_keeps_to_the_capacity_and_places_every_item_once(lengths, cap
 chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 16)), min_size=1, max_size=25)
 
 
-@given(chunks=chunk_lists, percent=st.integers(0, 100))
+@given(chunks=chunk_lists, percent=st.integers(0, 100), floor=st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
-def test_selection_is_greedy_exact_and_maximal(chunks, percent):
-    """A chunk is left out only if it does not fit beside those taken before it, and fits nowhere in the end either."""
+def test_selection_is_a_prefix_of_the_ranking_exact_and_maximal(chunks, percent, floor):
+    """The best chunks stay text up to the first that exceeds the budget, which is `floor` at least while p > 0."""
     scores, tokens = (np.array(column) for column in zip(*chunks, strict=True))
-    chosen = refrag.select_chunks(scores, tokens, percent / 100)
-    budget = Fraction(percent, 100) * int(tokens.sum())
+    chosen = refrag.select_chunks(scores, tokens, percent / 100, floor)
+    budget = max(Fraction(percent, 100) * int(tokens.sum()), floor if percent else 0)
     assert chosen.dtype == bool and chosen.shape == scores.shape
-    assert tokens[chosen].sum() <= budget
     order = sorted(range(len(chunks)), key=lambda i: (-chunks[i][0], i))
     for place, i in enumerate(order):
-        before = sum(int(tokens[j]) for j in order[:place] if chosen[j])
-        assert chosen[i] == (before + int(tokens[i]) <= budget)
+        assert chosen[i] == (sum(int(tokens[j]) for j in order[: place + 1]) <= budget)
 
 
 @given(chunks=chunk_lists)
@@ -782,9 +784,12 @@ def test_selection_takes_all_at_one_and_none_at_zero(chunks):
 
 
 def test_selection_golden():
-    """Six of 10 tokens may stay: 4 by the best score, the second (4) does not fit, the third (1) does."""
-    chosen = refrag.select_chunks(np.array([0.9, 0.5, 0.7]), np.array([4, 1, 5]), 0.6)
-    assert chosen.tolist() == [True, True, False]
+    """Six of 10 tokens may stay: 4 by the best score; the second (5) does not fit, and ends it before the third."""
+    scores, tokens = np.array([0.9, 0.5, 0.7]), np.array([4, 1, 5])
+    assert refrag.select_chunks(scores, tokens, 0.6).tolist() == [True, False, False]
+    assert refrag.select_chunks(scores, tokens, 0.6, 9).tolist() == [True, False, True]
+    assert refrag.select_chunks(scores, tokens, 0.01, 64).all(), "a short context is simply read"
+    assert not refrag.select_chunks(scores, tokens, 0.0, 64).any(), "p = 0 expands nothing"
 
 
 @pytest.mark.parametrize("percent", [7, 29, 57, 58])
