@@ -73,6 +73,17 @@ def make_lessons(data: Path, out: Path) -> None:
         rng.setstate(shuffled)
         rng.shuffle(chosen)
         write(out / f"{name}_qa.jsonl", chosen, "id", "question", "answers", "positive_ids")
+    make_low_p_lessons(squad, questions["squad"], out)
+
+
+def make_low_p_lessons(passages: list[dict], questions: list[dict], out: Path) -> None:
+    """4,000 of SQuAD's training passages and all their questions: so few that many of a question's words recur."""
+    rng = random.Random(5)
+    drawn = set(rng.sample(sorted(p["id"] for p in passages if p["split"] == "train"), 4000))
+    chosen = [q for q in questions if set(q["positive_ids"]) <= drawn]
+    rng.shuffle(chosen)
+    write(out / "low_p.jsonl", [p for p in passages if p["id"] in drawn], "id", "title", "text")
+    write(out / "low_p_qa.jsonl", chosen, "id", "question", "answers", "positive_ids")
 
 
 def index(corpus: Path, folder: Path, *options: str) -> list[str]:
@@ -139,6 +150,10 @@ def lessons(data: Path, out: Path) -> dict[str, list[str]]:
     def sft(name: str, before: str, questions: str, options: str) -> list[str]:
         return tune(out / name, out / before, out / questions, out / "lessons", f"--train pd {options}")
 
+    def low_p(name: str, before: str, options: str) -> list[str]:
+        return tune(out / name, out / before, out / "low_p_qa.jsonl", out / "low_p", "--topk 8 --gate_frac .9 "
+                    f"--no_answer_frac .03 --seq_tokens 1536 --batch_size 2 --lr 3e-4 {options}")
+
     return {
         "_lessons": index(out / "lessons.jsonl", out / "lessons"),
         "_recon4": recon("recon4", "--enc decoder:4 --k 4 --steps 1200"),
@@ -151,6 +166,11 @@ def lessons(data: Path, out: Path) -> dict[str, list[str]]:
         "_sft": sft("sft", "sft2", "then_qa.jsonl", "--topk 8 --topk_min 2 --k 4 4 4 4 8 8 8 16 16 32 --p 0 0 0 .1 .1 "
                     ".25 .5 1 --no_answer_frac .05 --quote_frac .3 --seq_tokens 1536 --batch_size 2 --lr 3e-4 --steps "
                     "620 --seed 11"),
+        "_low_p": index(out / "low_p.jsonl", out / "low_p"),
+        "_low_p1": low_p("low_p1", "sft", "--train pd --topk_min 3 --k 16 16 16 8 4 32 --p .05 .1 .1 .1 .25 .05 0 1 "
+                         "--steps 320 --seed 77"),
+        "_low_p2": low_p("low_p2", "low_p1", "--train ped --topk_min 2 --k 4 8 16 16 32 --p 0 0 0 .05 .05 .1 .25 1 "
+                         "--quote_frac .1 --projector_lr 6e-4 --steps 300 --warmup .05 --seed 123"),
     }
 
 
@@ -212,7 +232,7 @@ def main() -> None:
     for name, argv in wanted.items():
         run(name, argv)
     if args.train:
-        shipping = [ROOT / "docs/ship_reader.py", args.out / "sft", ROOT / "data/reader"]
+        shipping = [ROOT / "docs/ship_reader.py", args.out / "low_p2", ROOT / "data/reader"]
         subprocess.run([sys.executable, *shipping], check=True)
 
 
