@@ -307,7 +307,8 @@ def test_prose_that_begins_like_json_stays_prose(write, text):
 
 @pytest.mark.parametrize(("text", "told"), [
     ("{ broken\n", ":1: malformed JSON"), ("plain\n", ":1: malformed JSON"),
-    ('["a", "b"]', ":1: expected a JSON object, got str"), ('[{"text": "a"}, 3]', ":2: expected a JSON object, got int"), ('[{"text": "a"}, {"x": 1}]', ":2: no text")])
+    ('["a", "b"]', ":1: expected a JSON object, got str"),
+    ('[{"text": "a"}, 3]', ":2: expected a JSON object, got int"), ('[{"text": "a"}, {"x": 1}]', ":2: no text")])
 def test_what_a_suffix_calls_json_is_never_prose(write, text, told):
     for name in ("c.json", "c.NDJSON"):
         path = write(name, text)

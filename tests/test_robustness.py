@@ -176,11 +176,19 @@ def test_a_truncated_gzip_corpus_is_a_damaged_file(refused, unchanged, index, wr
         refused(4, "index", "--corpus", path, "--index_dir", index, *models)
 
 
-def test_an_id_that_the_index_has_already_is_a_duplicate(refused, unchanged, index, write, models):
+def test_a_document_that_can_not_be_replaced_leaves_the_index(refused, unchanged, index, write, models, monkeypatch):
+    """Vectors can not be had back from an ivfpq index."""
     path = write("more.jsonl", [GOOD, {"id": "c", "text": "again"}])
+    read = refrag.read_manifest
+
+    def read_ivfpq(*args):
+        manifest = read(*args)
+        return manifest | {"segments": [part | {"faiss": "ivfpq"} for part in manifest["segments"]]}
+
+    monkeypatch.setattr(refrag, "read_manifest", read_ivfpq)
     with unchanged(index):
-        line = refused(2, "index", "--add", "--corpus", path, "--index_dir", index, *models)
-    assert f"duplicate id 'c' at the index and {path}:2: make ids unique" in line
+        line = refused(5, "index", "--add", "--corpus", path, "--index_dir", index, *models)
+    assert "ivfpq index can't replace documents: build it anew" in line
 
 
 def test_adding_to_nothing_is_refused(refused, tmp_path, write, models):
@@ -211,7 +219,7 @@ def test_no_passage_is_empty(run, tmp_path, write, llama):
 def test_a_document_may_have_very_many_pieces(tmp_path):
     writer = refrag.CorpusWriter(tmp_path)
     writer.add(refrag.Record("a", "", "x" * 70_000, 1, "c.jsonl"), [(i, i + 1) for i in range(70_000)])
-    writer.close([])
+    writer.close()
     assert refrag.map_array(tmp_path / "parts.npy")[-1] == 70_000
 
 
