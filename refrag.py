@@ -1938,31 +1938,25 @@ def raw_lines(handle: typing.BinaryIO, newline: bytes) -> Iterator[bytes]:
         yield line
 
 
-def decode_text(raw: bytes, encoding: str, offset: int, source: str, errors: str | None) -> tuple[str, bool]:
-    """Text of `raw`, which begins at byte `offset` of its file, and whether bytes were replaced.
+def decoded_lines(path: Path, counts: dict[str, int], errors: str | None,
+                  whole: bool = False) -> Iterator[tuple[int, str]]:
+    """(1-based number, text with its line end) of every line, "" for one that is skipped. whole: the file as a line.
 
     errors: of --errors, None where a command does not have it. Raises BadRecord that names the byte, unless "replace".
     """
-    try:
-        return raw.decode(encoding), False
-    except UnicodeDecodeError as error:
-        if errors == "replace":
-            return raw.decode(encoding, errors="replace"), True
-        remedy = "mend it or use --errors replace" if errors else "mend it"
-        name = encoding[:6].upper()
-        raise BadRecord(f"{source}: invalid {name} at byte {offset + error.start}: {remedy}") from None
-
-
-def decoded_lines(path: Path, counts: dict[str, int], errors: str | None,
-                  whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(1-based number, text with its line end) of every line, "" for one that is skipped. whole: the file as a line."""
     with opened(path) as (handle, encoding, offset):
         lines = [handle.read()] if whole else raw_lines(handle, "\n".encode(encoding))
         for number, raw in enumerate(lines, start=1):
             text = ""
             with skipping(errors, counts):
-                text, replaced = decode_text(raw, encoding, offset, spelled(path), errors)
-                counts["replaced"] += replaced
+                try:
+                    text = raw.decode(encoding)
+                except UnicodeDecodeError as error:
+                    if errors != "replace":
+                        place = f"{spelled(path)}: invalid {encoding[:6].upper()} at byte {offset + error.start}"
+                        raise BadRecord(f"{place}: mend it{' or use --errors replace' if errors else ''}") from None
+                    text = raw.decode(encoding, errors="replace")
+                    counts["replaced"] += 1
             offset += len(raw)
             yield number, text
 
@@ -2283,12 +2277,11 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
     """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
 
-    Records as `read_items` finds them, such as JSON lines. Raises UserError.
+    They are what `read_items` finds, such as JSON lines. Raises UserError.
     """
-    path = Path(name)
+    path, items, places = Path(name), [], []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
     _, lines = read_items(path, collections.Counter(), None, QUESTION_FIELDS)
-    items, places = [], []
     for number, (line, text) in enumerate(lines, start=1):
         places.append(f"{spelled(path)}:{line}")
         item = parse_object(text, places[-1])

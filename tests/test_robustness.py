@@ -179,14 +179,10 @@ def test_a_truncated_gzip_corpus_is_a_damaged_file(refused, unchanged, index, wr
 def test_a_document_that_can_not_be_replaced_leaves_the_index(refused, unchanged, index, write, models, monkeypatch):
     """Vectors can not be had back from an ivfpq index."""
     path = write("more.jsonl", [GOOD, {"id": "c", "text": "again"}])
-    read = refrag.read_manifest
-
-    def read_ivfpq(*args):
-        manifest = read(*args)
-        return manifest | {"segments": [part | {"faiss": "ivfpq"} for part in manifest["segments"]]}
-
-    monkeypatch.setattr(refrag, "read_manifest", read_ivfpq)
-    with unchanged(index):
+    manifest = refrag.index_manifest(str(index))
+    manifest["segments"][0]["faiss"] = "ivfpq"
+    with unchanged(index), monkeypatch.context() as patch:
+        patch.setattr(refrag, "index_manifest", lambda _: manifest)
         line = refused(5, "index", "--add", "--corpus", path, "--index_dir", index, *models)
     assert "ivfpq index can't replace documents: build it anew" in line
 
@@ -620,7 +616,7 @@ STOPS = [
     ("first", signal.SIGKILL, -9), ("rebuild", signal.SIGKILL, -9), ("add", signal.SIGKILL, -9),
     ("first", signal.SIGINT, 130),
     ("rebuild", signal.SIGINT, 130),
-    ("add", signal.SIGTERM, 143),
+    ("add", signal.SIGTERM, 143), ("replace", signal.SIGKILL, -9),
 ]
 
 
@@ -633,8 +629,9 @@ def test_a_build_stopped_before_one_of_its_file_operations(
     index, old = tmp_path / "index", None if mode == "first" else small_index
     options = ["--dec", llama, "--retriever", "bm25", *QUIET]
     next_corpus = write("next.jsonl", [GOOD])
-    argv = ["index", "--corpus", write("c.jsonl", passages(20)), "--index_dir", index, *options,
-            *(["--add"] if mode == "add" else [])]
+    again = [{"id": i, "text": "The river, bronze bells and passage 17."} for i in "ab"] if mode == "replace" else []
+    argv = ["index", "--corpus", write("c.jsonl", [*again, *passages(20)]), "--index_dir", index, *options,
+            *(["--add"] if mode in ("add", "replace") else [])]
 
     def look(folder: Path) -> list[str] | None:
         return found(folder, "--retriever", "bm25")
