@@ -3332,7 +3332,7 @@ class Passage:
     score: float
     rank: int
     document_id: str
-    metadata: str  # a JSON object, empty without any
+    metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
         """The fields that users see."""
