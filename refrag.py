@@ -40,9 +40,11 @@ import argparse
 import atexit
 import base64
 import bisect
+import codecs
 import collections
 import contextlib
 import copy
+import csv
 import ctypes
 import dataclasses
 import difflib
@@ -183,7 +185,8 @@ class RuntimeConfig:
 class CorpusConfig:
     """What to index and how it is cut."""
 
-    corpus: tuple[str, ...] = opt((), "files (.txt one passage per line, .jsonl {id,title,text}, .gz), folders, or -")
+    corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
+                                      "per line; also zipped), folders, or - for standard input")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
                       choices=("strict", "replace", "skip"))
     limit: int | None = opt(None, "read at most this many records")
@@ -217,7 +220,7 @@ class BuildConfig:
 
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
-    add: bool = opt(False, "add to the existing index")
+    add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
                               "multiples too, where k is one of 4")
     batch_size: int = opt(32, "passages embedded at once")
@@ -269,7 +272,8 @@ class QuestionConfig:
     """What is asked."""
 
     question: str | None = opt(None, "the question")
-    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line")
+    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for standard "
+                                      "input")
 
 
 @dataclass(frozen=True)
@@ -731,23 +735,29 @@ def command(name: str, *configs: type) -> Callable[[Callable], Callable]:
     return register
 
 
+INDEX_COUNTS = {"replaced_documents": "documents replaced:", "replaced": "texts with bytes replaced:"}
+
+
 @command("index", CorpusConfig, IndexConfig, BuildConfig, ReaderConfig)
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
     """Read a corpus; build FAISS and BM25; store the chunk vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus)  # a path that is not there is told before anything is made
+    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
     if several_processes() and not process_group().is_main_process:
         return assist_build(index, build, models, runtime)
     start = time.perf_counter()
     with index_lock(index.index_dir):
         previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
+        if previous is None:
+            announce_replacement(Path(index.index_dir) / "manifest.json")
         summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
+    more = ", ".join(f"{text} {summary[key]:,}" for key, text in INDEX_COUNTS.items() if summary[key])
     emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}")
+         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
 
 
 @command("search", IndexConfig, QuestionConfig, SearchConfig, FormatConfig)
@@ -1778,10 +1788,11 @@ class StringWriter:
         self.bytes.append(np.frombuffer(text.encode("utf-8"), dtype=np.uint8))
         self.offsets.append([self.bytes.rows])
 
-    def extend(self, column: StringColumn) -> None:
-        """Append all strings of a column."""
-        self.offsets.append(column.offsets[1:] + self.bytes.rows)
-        self.bytes.extend(column.bytes)
+    def extend(self, column: StringColumn, start: int, stop: int) -> None:
+        """Append the strings of rows start to stop - 1 of a column."""
+        first, last = column.offsets[start], column.offsets[stop]
+        self.offsets.append(column.offsets[start + 1 : stop + 1] - first + self.bytes.rows)
+        self.bytes.extend(column.bytes[first:last])
 
     def abort(self) -> None:
         """Let go of both files after an error."""
@@ -1862,8 +1873,9 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    line: int  # 1-based; 0 where the whole file is one document
+    line: int  # 1-based, of an array the object's number; 0 where the whole file is one document
     source: str
+    metadata: str = ""  # the record's other fields as a JSON object, empty without any
 
     @property
     def where(self) -> str:
@@ -1886,51 +1898,79 @@ def skipping(errors: str | None, counts: dict[str, int]) -> Iterator[None]:
         counts["skipped"] += 1
 
 
-BOM = "\ufeff"  # a byte order mark at the start of a file is no text
+def spelled(path: Path) -> str:
+    """A path as text that can be written; bytes in it that are no UTF-8 are replaced."""
+    return "stdin" if str(path) == "-" else os.fsencode(path.as_posix()).decode("utf-8", "replace")
+
+
+def bare_name(path: Path) -> Path:
+    """A file's name without .gz. Example: notes/v1.2 list.TXT.gz -> v1.2 list.TXT"""
+    return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
+
+
+MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
 @contextlib.contextmanager
-def gzip_errors(source: str) -> Iterator[None]:
-    """A damaged .gz file as CorruptError."""
-    try:
-        yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CorruptError(f"{source}: not a complete gzip file ({one_line(error)}): fetch it again") from None
+def opened(path: Path) -> Iterator[tuple[typing.BinaryIO, str, int]]:
+    """(bytes after the byte order mark, encoding, length of the mark) of a file, or of standard input for "-".
+
+    gzip and UTF-16 are known by their first bytes. Raises CorruptError for a damaged gzip file.
+    """
+    with sys.stdin.buffer if str(path) == "-" else path.open("rb") as raw:
+        handle = io.BufferedReader(raw)
+        try:
+            if handle.peek(2).startswith(b"\x1f\x8b") or path.suffix.lower() == ".gz":
+                handle = gzip.GzipFile(fileobj=handle)
+            head = handle.peek(3)
+            mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
+            handle.read(len(mark))
+            yield handle, MARKS.get(mark, "utf-8"), len(mark)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            message = f"{spelled(path)}: not a complete gzip file ({one_line(error)}): fetch it again"
+            raise CorruptError(message) from None
 
 
-def open_maybe_gzip(path: Path) -> typing.BinaryIO:
-    """Open for binary reading, unzipping .gz."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def raw_lines(handle: typing.BinaryIO, newline: bytes) -> Iterator[bytes]:
+    """Lines with their ends; half of UTF-16's newline can stand in another character."""
+    line = b""
+    for part in handle:
+        line += part
+        line += handle.read(-len(line) % len(newline))  # the rest of the last character
+        if line.endswith(newline):
+            yield line
+            line = b""
+    if line:
+        yield line
 
 
-def decode_utf8(raw: bytes, offset: int, source: str, errors: str | None) -> tuple[str, bool]:
-    """Text of `raw`, which begins at byte `offset` of its file, and whether bytes were replaced.
+def decoded_lines(path: Path, counts: dict[str, int], errors: str | None,
+                  whole: bool = False) -> Iterator[tuple[int, str]]:
+    """(1-based number, text with its line end) of every line, "" for one that is skipped. whole: the file as a line.
 
     errors: of --errors, None where a command does not have it. Raises BadRecord that names the byte, unless "replace".
     """
-    try:
-        return raw.decode("utf-8"), False
-    except UnicodeDecodeError as error:
-        if errors == "replace":
-            return raw.decode("utf-8", errors="replace"), True
-        place = offset + error.start
-        remedy = "mend it or use --errors replace" if errors else "mend it"
-        raise BadRecord(f"{source}: invalid UTF-8 at byte {place}: {remedy}") from None
-
-
-def read_lines(handle: typing.BinaryIO, source: str, counts: dict[str, int],
-               errors: str | None) -> Iterator[tuple[int, str]]:
-    """(1-based number, text without its line end) of every line that is not blank."""
-    offset = 0
-    with gzip_errors(source):
-        for number, raw in enumerate(handle, start=1):
-            start, offset = offset, offset + len(raw)
+    with opened(path) as (handle, encoding, offset):
+        lines = [handle.read()] if whole else raw_lines(handle, "\n".encode(encoding))
+        for number, raw in enumerate(lines, start=1):
             text = ""
             with skipping(errors, counts):
-                text, replaced = decode_utf8(raw.rstrip(b"\r\n"), start, source, errors)
-                counts["replaced"] += replaced
-            if text.strip(BOM).strip():
-                yield number, text.removeprefix(BOM) if number == 1 else text
+                try:
+                    text = raw.decode(encoding)
+                except UnicodeDecodeError as error:
+                    if errors != "replace":
+                        place = f"{spelled(path)}: invalid {encoding[:6].upper()} at byte {offset + error.start}"
+                        raise BadRecord(f"{place}: mend it{' or use --errors replace' if errors else ''}") from None
+                    text = raw.decode(encoding, errors="replace")
+                    counts["replaced"] += 1
+            offset += len(raw)
+            yield number, text
+
+
+def read_lines(path: Path, counts: dict[str, int], errors: str | None) -> Iterator[tuple[int, str]]:
+    """(1-based number, text without its line end) of every line that is not blank."""
+    lines = decoded_lines(path, counts, errors)
+    return ((number, text.rstrip("\r\n")) for number, text in lines if text.strip("\ufeff").strip())
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
@@ -1960,89 +2000,215 @@ def check_id(value: Any, where: str) -> str:
     return str(value) if type(value) is int else check_string(value, "id", where)
 
 
-def parse_passage(text: str, line: int, source: str) -> Record:
-    """A {id,title,text} line as a record; a missing id is the line number. Raises BadRecord."""
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
+
+
+def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
+    """The first of some field names that a record has. Raises BadRecord that names the record's keys."""
+    found = next((name for name in names if name in keys), None)
+    if found is None:
+        others, has = ", ".join(names[1:]), ", ".join(keys)[:300] or "none"
+        raise BadRecord(f"{where}: no {names[0]} (nor {others}) among its keys: {has}")
+    return found
+
+
+def own_id(item: dict[str, Any], default: str, where: str) -> str:
+    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
+    name = next((name for name in ID_FIELDS if name in item), None)
+    return default if name is None else check_id(item.pop(name), where)
+
+
+def metadata_json(item: dict[str, Any], where: str) -> str:
+    """Fields as JSON, those of an object `metadata` among them; "" without any. Raises BadRecord."""
+    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
+        item = item.pop("metadata") | item
+    try:
+        return json.dumps(item, allow_nan=False) if item else ""
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
+
+
+def parse_passage(text: str, line: int, source: str, label: str) -> Record:
+    """A JSON object as a record; a missing id is made of the file's label and the line. Raises BadRecord."""
     where = f"{source}:{line}"
     item = parse_object(text, where)
-    title = "" if item.get("title") is None else check_string(item["title"], "title", where)
-    body = check_string(item.get("text"), "text", where)
+    name = field_in(item, TEXT_FIELDS, where)
+    body, title = check_string(item.pop(name), name, where), item.pop("title", None)
     if not body.strip():
-        raise BadRecord(f"{where}: text is empty")
-    return Record(check_id(item.get("id", line), where), title, body, line, source)
+        raise BadRecord(f"{where}: {name} is empty")
+    title = "" if title is None else check_string(title, "title", where)
+    return Record(own_id(item, f"{label}:{line}", where), title, body, line, source, metadata_json(item, where))
 
 
-def corpus_files(paths: Sequence[str]) -> list[tuple[Path, Path | None]]:
-    """(file, the folder that was named for it, None for a file that was named itself).
+def read_table(path: Path, counts: dict[str, int], errors: str | None,
+               fields: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
 
-    Of a folder its .txt and .md files, also .gz. Raises UserError for a path that is not there.
+    The separator is the comma, semicolon or tab that the header has most of. Raises BadRecord.
     """
-    files: list[tuple[Path, Path | None]] = []
+    csv.field_size_limit(2**31 - 1)
+    lines = decoded_lines(path, counts, errors)
+    first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
+    texts = itertools.chain([header], (text for _, text in lines))
+    rows = csv.reader(texts, delimiter=max(",;\t", key=header.count), strict=True)
+    known = {*ID_FIELDS, *fields, "title"}
+    try:
+        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next(rows, [])]
+        if names:
+            field_in(names, fields, f"{spelled(path)}:{first}")
+        line = first + rows.line_num
+        for row in rows:
+            with skipping(errors, counts):
+                if len(row) > len(names):
+                    raise BadRecord(f"{spelled(path)}:{line}: {len(row)} cells, but the header has {len(names)}: "
+                                    "put those that hold the separator between quotes")
+                if any(row):
+                    yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
+            line = first + rows.line_num
+    except csv.Error as error:
+        raise BadRecord(f"{spelled(path)}:{first + rows.line_num - 1}: malformed table ({error})") from None
+
+
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+TEXTS = (".txt", ".text", ".md", ".markdown")
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_items(path: Path, counts: dict[str, int], errors: str | None,
+               fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
+    """(whether a file holds records rather than text, the number and text of each: its line, or JSON for a record).
+
+    .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those of
+    an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
+    """
+    suffix = bare_name(path).suffix.lower()
+    if suffix in TABLES:
+        return True, read_table(path, counts, errors, fields)
+    lines = read_lines(path, counts, errors)
+    first = next(lines, (1, ""))
+    lines, named = itertools.chain([first] if first[1] else [], lines), suffix in OBJECTS
+    if isinstance(parsed(first[1]), dict):
+        return True, lines
+    if first[1].lstrip().startswith(("[", "{")):
+        lines = list(lines)
+        value = parsed("\n".join(text for _, text in lines))
+        items = value if isinstance(value, list) else [value]
+        if value is not None and (named or all(isinstance(item, dict) for item in items[:1])):
+            return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
+    return named, iter(lines)
+
+
+class CorpusFile(NamedTuple):
+    """A file of the corpus."""
+
+    path: Path
+    label: str  # what the ids of its records begin with
+    in_folder: bool  # found in a folder that was named, where a file of text is one document
+
+
+def source_label(name: str, sources: dict[str, str]) -> str:
+    """What ids from a file or folder begin with: the end of its path, as much of it as sets it apart from the others.
+
+    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. What comes
+    through a pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    """
+    path = Path(os.path.abspath(name))
+    if name != "-" and (path.is_file() or path.is_dir()):
+        place, parts = spelled(path), spelled(path).split("/")
+        labels = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    else:
+        place, labels = "", ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
+    found = next((label for label, other in sources.items() if place and other == place), None)
+    apart = (label for label in labels if not any(
+        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources))
+    label = found or next(apart, place)
+    sources[label] = place
+    return label
+
+
+def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
+    """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
+
+    sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
+    """
+    files, others = [], []
     for name in paths:
         path = Path(name)
         require(name == "-" or path.exists(), f"--corpus {name}: no such file or folder")
-        if path.is_dir():
-            endings = (".txt", ".md", ".txt.gz", ".md.gz")
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings))
-            require(bool(found), f"--corpus {name}: the folder holds no .txt or .md files")
-            files += [(file, path) for file in found]
-        else:
-            files.append((path, None))
-    return files
+        label = source_label(name, sources)
+        if not path.is_dir():
+            files.append(CorpusFile(path, label, False))
+            continue
+        inside = [p for p in sorted(path.rglob("*"))
+                  if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        fit = [p for p in inside if bare_name(p).suffix.lower() in (*TEXTS, *OBJECTS, *TABLES)]
+        require(bool(fit), f"--corpus {name}: the folder holds no {', '.join((*TEXTS, *OBJECTS, *TABLES))} files")
+        files += [CorpusFile(p, f"{label}/{spelled(p.relative_to(path))}", True) for p in fit]
+        others += [p for p in inside if p not in set(fit)]
+    return files, others
 
 
-def spelled(path: Path) -> str:
-    """A path as text that can be written; bytes in it that are no UTF-8 are replaced."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "replace")
+def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
+    """Every record of a file: of JSON and tables, of text its lines, or all of it where the file is in a folder."""
+    path, source = file.path, spelled(file.path)
+    of_text = file.in_folder and bare_name(path).suffix.lower() in TEXTS
+    if of_text and not read_items(path, collections.Counter(), "replace", TEXT_FIELDS)[0]:
+        for _, text in decoded_lines(path, counts, errors, whole=True):
+            if text.strip():
+                yield Record(file.label, bare_name(path).stem, text, 0, source)
+        return
+    records, items = read_items(path, counts, errors, TEXT_FIELDS)
+    for number, text in items:
+        if not records:
+            yield Record(f"{file.label}:{number}", "", text.strip(), number, source)
+            continue
+        record = None
+        with skipping(errors, counts):
+            record = parse_passage(text, number, source, file.label)
+        if record is not None:
+            yield record
 
 
-def read_whole(path: Path, name: str, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """A file of a folder as one document: id is its path in the folder, title its name."""
-    source = spelled(path)
-    with gzip_errors(source), open_maybe_gzip(path) as handle:
-        raw = handle.read()
-    text = ""
-    with skipping(errors, counts):
-        text, replaced = decode_utf8(raw, 0, source, errors)
-        counts["replaced"] += replaced
-    text = text.removeprefix(BOM)
-    if text.strip():
-        yield Record(name, name.rpartition("/")[2].split(".")[0], text, 0, source)
+def first_few(items: Sequence[str]) -> str:
+    """The first three of some texts, for a message."""
+    return "; ".join(items[:3]) + ("; .." if len(items) > 3 else "")
 
 
-def read_line_file(path: Path, prefix: str, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """One record per line: JSON objects in .jsonl (or, on standard input, when the first line is one), else text."""
-    stdin = str(path) == "-"
-    source = "stdin" if stdin else spelled(path)
-    with sys.stdin.buffer if stdin else open_maybe_gzip(path) as handle:
-        is_json = None if stdin else ".jsonl" in path.suffixes
-        for number, text in read_lines(handle, source, counts, errors):
-            is_json = text.lstrip().startswith("{") if is_json is None else is_json
-            if not is_json:
-                yield Record(f"{prefix}{number}", "", text.strip(), number, source)
-                continue
-            record = None
-            with skipping(errors, counts):
-                record = parse_passage(text, number, source)
-            if record is not None:
-                yield record
+def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
+                sources: dict[str, str] | None = None) -> Iterator[Record]:
+    """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
 
-
-def read_corpus(corpus: CorpusConfig, counts: dict[str, int]) -> Iterator[Record]:
-    """Every record of the corpus in order, streamed. `counts` receives skipped and replaced.
-
-    A .txt line's id is its line number, with the file's name before it when there are several files (its path, when
-    several have that name).
+    sources: see `source_label`. A file in a folder that can not be read, and with --errors skip any file from where it
+    can not, is left out, counted and named. To know that before its first record, those in folders are read twice.
     """
-    files = corpus_files(corpus.corpus)
-    stems = [spelled(Path(path.name)).split(".")[0] for path, _ in files]
+    files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
+    counts["ignored"] = len(others)
+    if others:
+        notice(f"files of other kinds, not read: {len(others):,} ({first_few([spelled(p) for p in others])})")
 
     def records() -> Iterator[Record]:
-        for (path, folder), stem in zip(files, stems, strict=True):
-            if folder is not None:
-                yield from read_whole(path, spelled(path.relative_to(folder)), counts, corpus.errors)
-            else:
-                prefix = "" if len(files) == 1 else f"{stem if stems.count(stem) == 1 else spelled(path)}:"
-                yield from read_line_file(path, prefix, counts, corpus.errors)
+        faults = []
+        for file in files:
+            try:
+                if file.in_folder and corpus.errors != "skip":
+                    collections.deque(read_file(file, collections.Counter(), corpus.errors), maxlen=0)
+                yield from read_file(file, counts, corpus.errors)
+            except (RefragError, OSError) as error:
+                if not (file.in_folder or corpus.errors == "skip"):
+                    raise
+                faults.append(one_line(error))
+                counts["skipped"] += 1
+        if faults:
+            notice(f"files left out: {len(faults):,} ({first_few(faults)})")
 
     return itertools.islice(records(), corpus.limit)
 
@@ -2076,9 +2242,8 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
     """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
     for name in paths:
-        with open_maybe_gzip(Path(name)) as handle:
-            for number, line in read_lines(handle, name, {"skipped": 0, "replaced": 0}, None):
-                yield parse_training_text(line, f"{name}:{number}")
+        for number, line in read_lines(Path(name), collections.Counter(), None):
+            yield parse_training_text(line, f"{name}:{number}")
 
 
 SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
@@ -2116,14 +2281,18 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 
 
 def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
-    """The questions of a JSON lines file as {id, question, ...}; a missing id is the number. Raises UserError."""
-    path = Path(name)
-    require(path.is_file(), f"{flag} {path}: no such file")
-    with open_maybe_gzip(path) as handle:
-        lines = list(read_lines(handle, str(path), {"skipped": 0, "replaced": 0}, None))
-    places = [f"{path}:{number}" for number, _ in lines]
-    items = [{"id": str(i), **parse_object(text, place)}
-             for i, ((_, text), place) in enumerate(zip(lines, places, strict=True), 1)]
+    """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
+
+    They are what `read_items` finds, such as JSON lines. Raises UserError.
+    """
+    path, items, places = Path(name), [], []
+    require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
+    _, lines = read_items(path, collections.Counter(), None, QUESTION_FIELDS)
+    for number, (line, text) in enumerate(lines, start=1):
+        places.append(f"{spelled(path)}:{line}")
+        item = parse_object(text, places[-1])
+        question = item.pop(field_in(item, QUESTION_FIELDS, places[-1]))
+        items.append({"id": own_id(item, str(number), places[-1]), "question": question, **item})
     require(bool(items), f"{flag} {path}: the file holds no question")
     return check_questions(items, places, f"{flag} {path}")
 
@@ -2154,11 +2323,11 @@ def spread(items: Sequence, limit: int | None) -> Sequence:
 def check_questions(items: list[dict[str, Any]], places: list[str], source: str) -> list[dict[str, Any]]:
     """Questions with checked text and ids. Raises UserError that names the place."""
     for item, place in zip(items, places, strict=True):
-        check_string(item.get("question"), "question", place)
+        check_string(item["question"], "question", place)
         require(bool(item["question"].strip()), f"{place}: the question is empty")
-    ids = [check_id(item["id"], place) for item, place in zip(items, places, strict=True)]
-    require(len(set(ids)) == len(ids), f"{source}: ids are not unique")
-    return [{**item, "id": identifier} for item, identifier in zip(items, ids, strict=True)]
+    require(len({item["id"] for item in items}) == len(items), f"{source}: ids are not unique")
+    return items
+
 
 # =============================================================================
 # 6. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
@@ -2242,6 +2411,8 @@ class Embedder:
         require(model.similarity_fn_name in (None, "cosine", "dot"),
                 f"--embed_model {name}: only cosine and dot similarity are supported, not {model.similarity_fn_name}")
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
+        if self.tokenizer.pad_token is None:  # any will do: the attention mask hides it
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
         self.normalize = model.similarity_fn_name != "dot"
         self.dim = model.get_embedding_dimension()
         self.max_tokens = model.max_seq_length or 512
@@ -2621,12 +2792,15 @@ def passage_content(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
+STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
+
+
 class IndexSegment:
     """The passages of one build or addition, memory-mapped."""
 
     def __init__(self, folder: Path, uses: Sequence[str]):
-        self.ids, self.titles, self.texts = (StringColumn(folder, n) for n in ("ids", "titles", "texts"))
-        self.parts, self.keys = (map_array(folder / f"{name}.npy") for name in ("parts", "keys"))
+        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folder, name) for name in STRING_COLUMNS)
+        self.parts = map_array(folder / "parts.npy")
         self.faiss = faiss.read_index(str(folder / "faiss.index")) if "dense" in uses else None
         self.bm25 = Bm25Segment(folder / "bm25") if "bm25" in uses else None
         self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
@@ -2640,21 +2814,9 @@ class IndexSegment:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def holds(self, identifiers: StringColumn, keys: np.ndarray) -> str | None:
-        """The first of some ids that is here, too. keys: their digests."""
-        if not len(self.keys):
-            return None
-        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        hits = {identifiers[row] for row in np.flatnonzero(self.keys[at] == keys)}
-        own = (self.ids[row] for row in range(len(self))) if hits else ()
-        return next((identifier for identifier in own if identifier in hits), None)
-
-
-def id_keys(identifiers: StringColumn) -> np.ndarray:
-    """(N,) uint64, a digest of each id."""
-    N = len(identifiers)
-    digests = (hashlib.blake2b(identifiers[row].encode(), digest_size=8).digest() for row in range(N))
-    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), dtype=np.uint64, count=N)
+    def document_id(self, row: int) -> str:
+        """The id of the document a passage was cut from."""
+        return self.ids[row].rpartition("#")[0] if self.parts[row] else self.ids[row]
 
 
 class Index:
@@ -2668,8 +2830,8 @@ class Index:
         self.path, self.manifest = path, manifest
         verify_files(path, manifest["files"], again=again)
         self.segments = [IndexSegment(path / segment["folder"], manifest["uses"]) for segment in manifest["segments"]]
-        self.ids, self.titles, self.texts, self.parts = (
-            Joined(getattr(segment, name) for segment in self.segments) for name in ("ids", "titles", "texts", "parts"))
+        self.ids, self.titles, self.texts, self.metadata, self.parts = (
+            Joined(getattr(segment, name) for segment in self.segments) for name in (*STRING_COLUMNS, "parts"))
         self.bm25 = Bm25([segment.bm25 for segment in self.segments]) if "bm25" in manifest["uses"] else None
 
     def __len__(self) -> int:
@@ -2685,7 +2847,8 @@ class Index:
 
     def document_id(self, row: int) -> str:
         """The id of the document a passage was cut from."""
-        return self.ids[row].rpartition("#")[0] if self.parts[row] else self.ids[row]
+        number, inside = self.ids.place(row)
+        return self.segments[number].document_id(inside)
 
     def names(self, row: int) -> set[str]:
         """The ids that positive_ids may mean a passage by: its own, and that of the document it was cut from."""
@@ -2751,6 +2914,19 @@ def open_index(index_dir: str | None, again: bool = False) -> Index:
         return Index(path, renewed, again)
 
 
+def announce_replacement(path: Path) -> None:
+    """Notice of the index that a build from nothing replaces, if there is one. path: of its manifest."""
+    if not path.exists():
+        return
+    built = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    try:
+        manifest = read_manifest(path)
+        facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
+    except (RefragError, KeyError):
+        facts = "which can not be read"
+    notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
+
+
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
     """What `doctor` tells of an index."""
     size = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -2800,86 +2976,99 @@ def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int)
     return spans
 
 
+class Run(NamedTuple):
+    """Rows of a segment that stand together: start to stop - 1."""
+
+    segment: IndexSegment
+    start: int
+    stop: int
+
+
 class CorpusWriter:
-    """Writes the text columns of a segment and remembers, on disk, where each passage came from."""
+    """Writes the text columns of a segment and remembers where each new document came from."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.columns = {name: StringWriter(folder, name) for name in ("ids", "titles", "texts")}
+        self.columns = {name: StringWriter(folder, name) for name in STRING_COLUMNS}
         self.parts = ArrayWriter(folder / "parts.npy", np.uint32)
-        self.places = StringWriter(folder, "places")
-        self.records = self.copied = 0
+        self.documents: dict[str, str] = {}  # id -> file:line
+        self.pieces: dict[str, str] = {}  # id of a piece -> that of its document
 
-    def copy(self, old: IndexSegment) -> None:
-        """Append everything a segment holds. Only call at first."""
+    def copy(self, run: Run) -> None:
+        """Append passages of another segment."""
         for name, writer in self.columns.items():
-            writer.extend(getattr(old, name))
-        self.parts.extend(old.parts)
-        self.copied += len(old)
+            writer.extend(getattr(run.segment, name), run.start, run.stop)
+        self.parts.extend(run.segment.parts[run.start : run.stop])
 
-    def write(self, identifier: str, title: str, text: str, part: int, place: str) -> None:
-        """Append one passage."""
-        for name, value in zip(("ids", "titles", "texts"), (identifier, title, text), strict=True):
-            self.columns[name].append(value)
+    def write(self, *values: str, part: int) -> None:
+        """Append one passage: id, title, text and metadata."""
+        for writer, value in zip(self.columns.values(), values, strict=True):
+            writer.append(value)
         self.parts.append([part])
-        self.places.append(place)
 
     def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as one passage, or as several with #1, #2, .. after its id."""
+        """Append a record as one passage, or as several with #1, #2, .. after its id. Raises UserError."""
+        self.claim(record.id, record.where)
+        self.documents[record.id] = record.where
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
         for part, piece in enumerate(pieces, start=1):
-            suffix, number = (f"#{part}", part) if len(pieces) > 1 else ("", 0)
-            self.write(record.id + suffix, record.title, piece, number, record.where)
-        self.records += 1
+            identifier, number = (f"{record.id}#{part}", part) if len(pieces) > 1 else (record.id, 0)
+            if number:
+                self.claim(identifier, record.where)
+                self.pieces[identifier] = record.id
+            self.write(identifier, record.title, piece, record.metadata, part=number)
+
+    def claim(self, identifier: str, place: str) -> None:
+        """Raise UserError if a document or piece has this id already. place: of the one that is to have it."""
+        first = self.documents.get(self.pieces.get(identifier, identifier))
+        require(first is None, f"duplicate id {identifier!r} at {first} and {place}: make ids unique")
+
+    def replaced(self, segment: IndexSegment) -> dict[int, str]:
+        """row -> document of an older segment's passages that new ones replace. Raises UserError if ids clash."""
+        rows = {}
+        for row in range(len(segment)):
+            document = segment.document_id(row)
+            if document in self.documents:
+                rows[row] = document
+            else:
+                self.claim(segment.ids[row], "the index")
+        return rows
 
     @property
     def writers(self) -> tuple[ArrayWriter | StringWriter, ...]:
         """All open files."""
-        return (*self.columns.values(), self.parts, self.places)
+        return (*self.columns.values(), self.parts)
 
-    def close(self, beside: Sequence[IndexSegment]) -> None:
-        """Finish the files and refuse ids that came twice, or are in a segment beside. Raises UserError."""
+    def close(self) -> None:
+        """Finish the files."""
         for writer in self.writers:
             writer.close()
-        ids = StringColumn(self.folder, "ids")
-        keys = id_keys(ids)
-        order = np.argsort(keys, kind="stable")
-        for at in np.flatnonzero(keys[order[1:]] == keys[order[:-1]]):
-            first, second = order[at], order[at + 1]
-            if ids[first] == ids[second]:
-                self.refuse(ids[first], self.place(first), self.place(second))
-        for segment in beside:
-            if (known := segment.holds(ids, keys)) is not None:
-                self.refuse(known, "the index", self.place(next(row for row in range(len(ids)) if ids[row] == known)))
-        np.save(self.folder / "keys.npy", keys[order])
-        for path in self.folder.glob("places*.npy"):
-            path.unlink()
-
-    def place(self, row: int) -> str:
-        """Where a passage came from."""
-        return "the index" if row < self.copied else StringColumn(self.folder, "places")[row - self.copied]
-
-    def refuse(self, identifier: str, *places: str) -> None:
-        """Raise UserError for an id that came twice."""
-        raise UserError(f"duplicate id {identifier!r} at {places[0]} and {places[1]}: make ids unique")
 
 
-def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, parted: Parted,
-           counts: dict[str, int]) -> None:
-    """First pass: read, validate, split and write the text columns, block by block. room: tokens the embedder reads."""
+def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
+           counts: dict[str, int], sources: dict[str, str]) -> Parted:
+    """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
+
+    room: tokens the embedder reads; sources: see `source_label`. counts receives what was added, and the documents
+    that it replaced.
+    """
     limit = min(corpus.max_passage_tokens, room)
     if limit < corpus.max_passage_tokens:
         notice(f"passages are cut at {limit} tokens, the most this embedder reads")
     writer = CorpusWriter(folder)
     with aborting(*writer.writers):
-        for segment in parted.taken:
-            writer.copy(segment)
-        records = iter(progress(read_corpus(corpus, counts), "reading", unit="record"))
+        records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
         while block := list(itertools.islice(records, EMBED_BLOCK)):
             for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
                 writer.add(record, spans)
-        require(writer.records > 0, f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        writer.close(parted.kept)
+        require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
+        replaced = [writer.replaced(segment) for segment in previous.segments] if previous is not None else []
+        counts["added"] = writer.parts.rows
+        counts["replaced_documents"] = len(set().union(*(rows.values() for rows in replaced)))
+        parted = part_segments(previous, replaced)
+        for run in parted.taken:
+            writer.copy(run)
+        writer.close()
+    return parted
 
 
 class ChunkWriter:
@@ -2894,13 +3083,14 @@ class ChunkWriter:
         self.states = ArrayWriter(folder / "chunks.npy", np.float16, states_width) if states_width else None
         self.offsets.append([0])
 
-    def copy(self, old: IndexSegment) -> None:
-        """Append everything a segment holds. Only call at first."""
-        self.offsets.append(old.chunk_offsets[1:] + self.ends.rows)
+    def copy(self, run: Run) -> None:
+        """Append the chunks of passages of another segment."""
+        old, offsets = run.segment, run.segment.chunk_offsets[run.start : run.stop + 1]
+        self.offsets.append(offsets[1:] - offsets[0] + self.ends.rows)
         for writer, rows in ((self.ends, old.chunk_ends), (self.sizes, old.chunk_sizes), (self.gate, old.gate),
                              (self.gate_scales, old.gate_scales), (self.states, old.chunks)):
             if writer is not None:
-                writer.extend(rows)
+                writer.extend(rows[offsets[0] : offsets[-1]])
 
     def append(self, table: ChunkTable) -> None:
         """Append one passage's chunks."""
@@ -2987,17 +3177,17 @@ class FinishedBlocks:
         write_atomic(self.path(contents), data.getvalue())
 
 
-def block_contents(folder: Path, first: int) -> Iterator[list[str]]:
-    """The contents of the passages from row `first` on, block by block."""
+def block_contents(folder: Path, count: int) -> Iterator[list[str]]:
+    """The contents of the first `count` passages, block by block."""
     titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
-    for rows in batched(range(first, len(texts)), EMBED_BLOCK):
+    for rows in batched(range(count), EMBED_BLOCK):
         yield [passage_content(titles[row], texts[row]) for row in rows]
 
 
-def embed_share(folder: Path, first: int, chunking: Chunking, embedder: Embedder | None, batch_size: int,
+def embed_share(folder: Path, count: int, chunking: Chunking, embedder: Embedder | None, batch_size: int,
                 finished: FinishedBlocks, group: Any) -> None:
     """Embed this process's share of the blocks that are not there yet, and wait until all processes have theirs."""
-    own = itertools.islice(block_contents(folder, first), group.process_index, None, group.num_processes)
+    own = itertools.islice(block_contents(folder, count), group.process_index, None, group.num_processes)
     for contents in progress(own, "embedding a share", unit="block"):
         if not finished.path(contents).exists():
             finished.save(contents, *chunk_tables(contents, chunking, embedder, batch_size))
@@ -3005,19 +3195,14 @@ def embed_share(folder: Path, first: int, chunking: Chunking, embedder: Embedder
     group.wait_for_everyone()
 
 
-def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, taken: Sequence[IndexSegment],
+def embed_corpus(folder: Path, count: int, chunking: Chunking, embedder: Embedder | None, taken: Sequence[Run],
                  batch_size: int, finished: FinishedBlocks | None) -> None:
-    """Second pass: embed what is new and write vectors (a temporary file) and chunk tables."""
-    first, passages = sum(map(len, taken)), len(StringColumn(folder, "texts"))
+    """Second pass: embed the first `count` passages and write vectors (a temporary file) and chunk tables of all."""
     vectors = ArrayWriter(folder / "vectors.npy", np.float32, embedder.dim) if embedder else None
     writer = ChunkWriter(folder, embedder and embedder.dim, chunking.width if chunking.encode else None)
-    bar = progress_bar("embedding", passages - first, "passage")
+    bar = progress_bar("embedding", count, "passage")
     with aborting(vectors, *writer.writers), bar:
-        for segment in taken:
-            writer.copy(segment)
-            if vectors is not None:
-                vectors.append(segment.faiss.reconstruct_n(0, len(segment)))
-        for contents in block_contents(folder, first):
+        for contents in block_contents(folder, count):
             done = finished.load(contents) if finished is not None else None
             block, tables = done or chunk_tables(contents, chunking, embedder, batch_size)
             if finished is not None and done is None:
@@ -3029,6 +3214,10 @@ def embed_corpus(folder: Path, chunking: Chunking, embedder: Embedder | None, ta
             del block, tables, done
             trim_memory()
             bar.update(len(contents))
+        for run in taken:
+            writer.copy(run)
+            if vectors is not None:
+                vectors.append(run.segment.faiss.reconstruct_n(run.start, run.stop - run.start))
         writer.close()
         if vectors is not None:
             vectors.close()
@@ -3058,24 +3247,31 @@ MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes
 class Parted(NamedTuple):
     """The segments of the index that is added to."""
 
-    kept: list[IndexSegment]
-    taken: list[IndexSegment]  # into the new one; they are the last
+    kept: list[int]  # those that stay as they are
+    taken: list[Run]  # into the new one, without what it replaces
 
 
-def part_segments(previous: Index | None) -> Parted:
-    """Which segments stay as they are, and which become part of a new one.
+def part_segments(previous: Index | None, replaced: Sequence[Collection[int]]) -> Parted:
+    """Which segments stay as they are, and which become part of a new one: those with rows that are replaced.
 
-    With MOST_SEGMENTS of them, the last ones are taken: as few as are together smaller than the one before, so that a
-    passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which is
-    always kept.
+    With MOST_SEGMENTS of them, the last ones are taken as well: as few as are together smaller than the one before, so
+    that a passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which
+    is always kept. Raises MismatchError if it has rows that are replaced.
     """
     segments = previous.segments if previous is not None else []
     sizes, cut = [len(segment) for segment in segments], len(segments)
+    fixed = {at for at in range(cut) if previous.manifest["segments"][at]["faiss"] == "ivfpq"}
+    if any(replaced[at] for at in fixed):
+        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it anew, or add others")
     if len(segments) >= MOST_SEGMENTS:
         cut = next((at for at in range(len(sizes) - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
-        fixed = [at for at, facts in enumerate(previous.manifest["segments"]) if facts["faiss"] == "ivfpq"]
         cut = max([cut, *(at + 1 for at in fixed)])
-    return Parted(segments[:cut], segments[cut:])
+    kept = [at for at in range(cut) if not replaced[at]]
+    taken = []
+    for at in sorted(set(range(len(segments))) - set(kept)):
+        edges = [-1, *sorted(replaced[at]), sizes[at]]
+        taken += [Run(segments[at], a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
+    return Parted(kept, taken)
 
 
 def make_current(path: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
@@ -3126,43 +3322,42 @@ def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, b
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
                 chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
     """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
-    path, counts, parted = Path(index_dir), {"skipped": 0, "replaced": 0}, part_segments(previous)
+    path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
+    sources = dict(previous.manifest["sources"]) if previous is not None else {}
     uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
     if previous is not None and embedder is not None:
         check_embedder(previous.manifest, embedder)
     cutter = (embedder.tokenizer, embedder.room) if embedder else (chunking.tokenizer, corpus.max_passage_tokens)
-    first = sum(map(len, parted.taken))
     new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(new) as folder:
-        ingest(folder, corpus, *cutter, parted, counts)
+        parted = ingest(folder, corpus, *cutter, previous, counts, sources)
         finished = finished_blocks(path, embedder, chunking, build, runtime)
         if finished is not None and several_processes():
-            late_import("accelerate.utils").broadcast_object_list([str(folder), first])
-            embed_share(folder, first, chunking, embedder, build.batch_size, finished, process_group())
-        embed_corpus(folder, chunking, embedder, parted.taken, build.batch_size, finished)
+            late_import("accelerate.utils").broadcast_object_list([str(folder), counts["added"]])
+            embed_share(folder, counts["added"], chunking, embedder, build.batch_size, finished, process_group())
+        embed_corpus(folder, counts["added"], chunking, embedder, parted.taken, build.batch_size, finished)
         kind = build_retrievers(folder, uses, wanted_faiss(build, previous))
     manifest, known = index_facts(new, kind, previous, parted)
     manifest |= {"words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses,
                  "dim": embedder.dim if embedder else None,
                  "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-                 "chunking": {"k": chunking.k, **chunking.stored}}
+                 "chunking": {"k": chunking.k, **chunking.stored}, "sources": sources}
     make_current(path, manifest, known)
     shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
-    added = manifest["segments"][-1]["passages"] - first
-    return {**manifest["counts"], "added": added, **counts, "dim": manifest["dim"]}
+    return {**manifest["counts"], **counts, "dim": manifest["dim"]}
 
 
 def index_facts(new: Path, kind: str | None, previous: Index | None,
                 parted: Parted) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """(what a manifest says of the segments, a new one in the place of those it has taken; the files of the others)."""
     old = previous.manifest if previous is not None else {"segments": [], "files": {}}
-    segments = [*old["segments"][: len(parted.kept)], {
+    segments = [*(old["segments"][at] for at in parted.kept), {
         "folder": new.name, "faiss": kind, "passages": len(StringColumn(new, "ids")),
         "chunks": len(map_array(new / "chunk_ends.npy"))}]
     folders = {segment["folder"] for segment in segments}
     known = {name: entry for name, entry in old["files"].items() if name.partition("/")[0] in folders}
     counts = {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")}
-    return {"segments": segments, "faiss": segments[0]["faiss"], "counts": counts}, known
+    return {"segments": segments, "faiss": old.get("faiss", kind), "counts": counts}, known
 
 
 @dataclass(frozen=True)
@@ -3177,11 +3372,13 @@ class Passage:
     rank: int
     document_id: str
     scores: dict[str, float]  # of the retrievers that found it: cosine or inner product, BM25
+    metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
         """The fields that users see."""
         names = ("id", "title", "text", "score", "scores", "rank")
-        return {name: getattr(self, name) for name in names}
+        more = {"metadata": json.loads(self.metadata)} if self.metadata else {}
+        return {name: getattr(self, name) for name in names} | more
 
 
 class Searcher:
@@ -3259,7 +3456,7 @@ class Searcher:
         for retrievers in reversed(found):
             scores |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
         return Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
-                       index.document_id(row), scores)
+                       index.document_id(row), scores, index.metadata[row])
 
 
 def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConfig) -> Searcher:
@@ -4931,9 +5128,9 @@ def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, ru
     """What every launched process but the first does of `index`: embed its share of the blocks."""
     _, _, embedder, chunking = load_build(index, build, models, runtime)
     if computes(embedder, chunking):
-        folder, first = late_import("accelerate.utils").broadcast_object_list([None, None])
+        folder, count = late_import("accelerate.utils").broadcast_object_list([None, None])
         finished = finished_blocks(Path(index.index_dir), embedder, chunking, build, runtime)
-        embed_share(Path(folder), first, chunking, embedder, build.batch_size, finished, process_group())
+        embed_share(Path(folder), count, chunking, embedder, build.batch_size, finished, process_group())
 
 # =============================================================================
 # 10. Gate. A score for every chunk of the context, and the choice of those

@@ -4,7 +4,7 @@
 Every passage is about one made-up thing: a city, an alloy, a person or an event, in turn. It is a pure function of
 the seed and its index, so a smaller corpus is a prefix of a larger one and any size can be streamed:
 
-    corpus_NAME.txt    one passage per line; the passage's id is its 1-based line number as a string
+    corpus_NAME.txt    one passage per line; the passage's id is the file's name and its line, as corpus_NAME.txt:1
     rag_train.jsonl    {"id", "question", "answers", "positive_ids"}: questions about the largest corpus
     cpt_train.jsonl    {"id", "text"}: long articles about things that are in none of the corpora
 
@@ -750,7 +750,6 @@ def make_question(world: World, index: int, turn: int) -> dict[str, Any]:
     return {
         "question": pick(question.wordings, rng).format(**passage.facts),
         "answers": [answer.format(**passage.facts) for answer in question.answers],
-        "positive_ids": [str(index + 1)],
     }
 
 
@@ -816,15 +815,19 @@ def corpus_lines(world: World, size: int) -> Iterator[str]:
     return (make_passage(world, index).text for index in range(size))
 
 
-def question_lines(world: World, total: int, sizes: Sequence[int]) -> Iterator[str]:
-    """JSON lines of questions: about the smallest corpus first, then about what each larger one adds."""
+def question_lines(world: World, total: int, sizes: Sequence[int], corpus: str) -> Iterator[str]:
+    """JSON lines of questions: about the smallest corpus first, then about what each larger one adds.
+
+    corpus: name of the largest one's file, which is part of a passage's id.
+    """
     number = 0
     for indices, share in share_questions(total, sizes):
         order = make_order(max(len(indices), 1), make_rng(world.seed, ORDERS, 1000 + indices.start))
         for i in range(share):
             turn, j = divmod(i, len(indices))
-            number += 1
-            yield to_json({"id": f"qa-{number}"} | make_question(world, indices[order(j)], turn))
+            number, index = number + 1, indices[order(j)]
+            question = {"id": f"qa-{number}"} | make_question(world, index, turn)
+            yield to_json(question | {"positive_ids": [f"{corpus}:{index + 1}"]})
 
 
 def article_lines(world: World, total: int, first_index: int) -> Iterator[str]:
@@ -857,12 +860,12 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 def make_files(out_dir: Path, *, seed: int, sizes: dict[str, int], qa: int, cpt: int) -> None:
     """Write every file. Raises UserError if `qa` is more than the largest corpus can answer."""
     world = make_world(seed)
-    ascending = sorted(sizes.values())
+    ascending, largest = sorted(sizes.values()), max(sizes, key=sizes.__getitem__)
     share_questions(qa, ascending)  # fail before the first file is written
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         write_lines(out_dir / f"corpus_{name}.txt", corpus_lines(world, size))
-    write_lines(out_dir / "rag_train.jsonl", question_lines(world, qa, ascending))
+    write_lines(out_dir / "rag_train.jsonl", question_lines(world, qa, ascending, f"corpus_{largest}.txt"))
     write_lines(out_dir / "cpt_train.jsonl", article_lines(world, cpt, ascending[-1]))
 
 

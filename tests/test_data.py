@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import itertools
 import json
 import os
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +25,7 @@ CJK = "\u957f\u6c5f"
 
 
 class Read(SimpleNamespace):
-    """records, and the counts skipped and replaced."""
+    """records, the counts skipped, replaced and ignored, and the sources with their labels."""
 
     @property
     def texts(self) -> list[str]:
@@ -33,11 +36,11 @@ class Read(SimpleNamespace):
         return [r.id for r in self.records]
 
 
-def read(*paths: object, **options: object) -> Read:
-    """Read a whole corpus."""
-    counts = {"skipped": 0, "replaced": 0}
-    records = list(refrag.read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts))
-    return Read(records=records, **counts)
+def read(*paths: object, sources: dict[str, str] | None = None, **options: object) -> Read:
+    """Read a whole corpus. sources: those of earlier additions."""
+    counts, sources = {"skipped": 0, "replaced": 0}, dict(sources or {})
+    records = list(refrag.read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts, sources))
+    return Read(records=records, sources=sources, **counts)
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def write(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         raw = content.encode() if isinstance(content, str) else content
-        path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        path.write_bytes(gzip.compress(raw) if name.lower().endswith(".gz") else raw)
         return path
 
     return call
@@ -64,11 +67,11 @@ def stdin(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
-def test_text_lines_are_passages_with_line_numbers_as_ids(write, name):
+def test_text_lines_are_passages_with_file_and_line_as_ids(write, name):
     got = read(write(name, f"one\n\n  \t \nfour {CJK}\n"))
     assert got.records == [
-        refrag.Record("1", "", "one", 1, got.records[0].source),
-        refrag.Record("4", "", f"four {CJK}", 4, got.records[0].source),
+        refrag.Record(f"{name}:1", "", "one", 1, got.records[0].source),
+        refrag.Record(f"{name}:4", "", f"four {CJK}", 4, got.records[0].source),
     ]
     assert (got.skipped, got.replaced) == (0, 0)
     assert got.records[1].where.endswith(f"{name}:4")
@@ -78,10 +81,9 @@ def test_a_mark_at_the_start_and_both_line_ends_are_no_text(write):
     assert read(write("c.txt", BOM + b"one\r\ntwo\r\n\r\nfour")).texts == ["one", "two", "four"]
 
 
-def test_a_line_ends_before_its_carriage_return():
+def test_a_line_ends_before_its_carriage_return(write):
     """The space before it belongs to the line."""
-    counts = {"skipped": 0, "replaced": 0}
-    assert list(refrag.read_lines(io.BytesIO(b"a \r\nb\r"), "c.txt", counts, "strict")) == [(1, "a "), (2, "b")]
+    assert list(refrag.read_lines(write("c.txt", b"a \r\nb\r"), Counter(), "strict")) == [(1, "a "), (2, "b")]
 
 
 def test_a_mark_is_removed_from_the_start_only(write):
@@ -95,22 +97,20 @@ def test_only_a_newline_ends_a_line(write, separator):
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\ufeff")), max_size=8))
 @example(["a", " ", "", "\u3000", "b"])
-def test_every_line_that_is_not_blank_is_read_and_nothing_else(lines):
-    """The oracle splits the text itself; `read_lines` sees a stream of bytes."""
-    counts = {"skipped": 0, "replaced": 0}
-    raw = "\n".join(lines).encode()
-    got = list(refrag.read_lines(io.BytesIO(raw), "c.txt", counts, "strict"))
-    assert got == [(n, line) for n, line in enumerate("\n".join(lines).split("\n"), 1) if line.strip()]
+@example(["\u0a0d \u010a", "\u0a0a", "\U0001f600\u0d0a"])  # letters that have a newline's byte in UTF-16
+def test_every_line_that_is_not_blank_is_read_and_nothing_else(tmp_path_factory, lines):
+    """In each encoding, zipped or not. The oracle splits the text itself; `read_lines` sees a stream of bytes."""
+    text, path = "\n".join(lines), tmp_path_factory.getbasetemp() / "lines.txt"
+    expected = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for raw in (text.encode(), text.encode("utf-8-sig"), *utf16(text)):
+        for content in (raw, gzip.compress(raw)):
+            path.write_bytes(content)
+            assert list(refrag.read_lines(path, Counter(), "strict")) == expected
 
 
-def test_ids_carry_the_file_when_there_are_several(write):
-    assert read(write("a.txt", "x\ny\n"), write("b.txt", "z\n")).ids == ["a:1", "a:2", "b:1"]
-
-
-@pytest.mark.parametrize("names", [("x/part.txt", "y/part.txt"), ("part.1.txt", "part.2.txt")])
-def test_ids_differ_between_files_of_the_same_first_name(write, names):
-    ids = read(*(write(name, "text\n") for name in names)).ids
-    assert len(set(ids)) == 2
+def utf16(text: str) -> tuple[bytes, bytes]:
+    """The text in UTF-16 with a byte order mark, little endian and big endian."""
+    return codecs.BOM_UTF16_LE + text.encode("utf-16-le"), codecs.BOM_UTF16_BE + text.encode("utf-16-be")
 
 
 def test_the_limit_counts_records_over_all_files(write):
@@ -134,8 +134,8 @@ def test_a_corpus_is_streamed(write):
 # ---- JSON lines -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])
-def test_json_lines(write, name):
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.ndjson", "c.JSONL", "c.txt", "c.json", "C.TXT.GZ", "c"])
+def test_json_lines_under_any_name(write, name):
     rows = [
         {"id": "a", "title": "A", "text": f"one {CJK}\nsecond line"},
         {"text": "no id"},
@@ -144,9 +144,10 @@ def test_json_lines(write, name):
     got = read(write(name, BOM + "\r\n".join(map(json.dumps, rows)).encode()))
     assert [r[:4] for r in got.records] == [
         ("a", "A", f"one {CJK}\nsecond line", 1),
-        ("2", "", "no id", 2),
+        (f"{name}:2", "", "no id", 2),
         ("7", "", " spaces stay ", 3),
     ]
+    assert [r.metadata for r in got.records] == ["", "", '{"extra": [1]}']
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,13 @@ def test_json_lines(write, name):
         ("[1, 2]", "expected a JSON object, got list"),
         ('"text"', "expected a JSON object, got str"),
         ("null", "expected a JSON object, got NoneType"),
-        ('{"id": "a"}', "text must be a string, got NoneType"),
+        ('{"id": "a"}', "no text (nor contents, body, passage) among its keys: id"),
+        ('{"Text": "a", "n": 1}', "no text (nor contents, body, passage) among its keys: Text, n"),
+        ("{}", "no text (nor contents, body, passage) among its keys: none"),
+        ('{"contents": " "}', "contents is empty"),
+        ('{"text": "a", "size": NaN}', "a field can not be kept"),
+        ('{"text": "a", "size": 1e999}', "a field can not be kept"),
+        ('{"text": null, "body": "b"}', "text must be a string, got NoneType"),
         ('{"text": 3}', "text must be a string, got int"),
         ('{"text": ["a"]}', "text must be a string, got list"),
         ('{"text": "a", "title": 3}', "title must be a string, got int"),
@@ -217,12 +224,28 @@ def test_invalid_utf8_is_replaced_and_counted_by_line(write):
     got = read(write("c.txt", b"good\nb\xffd \xfe\nx\xff\nlast"), errors="replace")
     assert got.texts == ["good", "b\ufffdd \ufffd", "x\ufffd", "last"]
     assert (got.skipped, got.replaced) == (0, 2)
-    assert got.ids == ["1", "2", "3", "4"]
+    assert got.ids == [f"c.txt:{n}" for n in (1, 2, 3, 4)]
 
 
 def test_invalid_utf8_is_skipped_and_counted_by_line(write):
     got = read(write("c.txt", b"good\nb\xffd \xfe\nx\xff\nlast"), errors="skip")
-    assert (got.texts, got.ids, got.skipped, got.replaced) == (["good", "last"], ["1", "4"], 2, 0)
+    assert (got.texts, got.ids, got.skipped, got.replaced) == (["good", "last"], ["c.txt:1", "c.txt:4"], 2, 0)
+
+
+@pytest.mark.parametrize("order", [0, 1], ids=["little", "big"])
+@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
+def test_invalid_utf16_is_refused_skipped_or_replaced(write, name, order):
+    """Half of a surrogate pair in the second line of three, and a last byte too many."""
+    half = [b"\x00\xd8", b"\xd8\x00"][order]
+    start, end = utf16("one\nb")[order], utf16("c\nlast")[order][2:] + b"\x61"
+    path = write(name, start + half + end)
+    with pytest.raises(refrag.UserError, match=f"invalid UTF-16 at byte {len(start)}: mend it"):
+        read(path)
+    got = read(path, errors="skip")
+    assert (got.texts, got.skipped, got.replaced) == (["one"], 2, 0)
+    got = read(path, errors="replace")
+    assert (got.ids, got.skipped, got.replaced) == ([f"{name}:{n}" for n in (1, 2, 3)], 0, 2)
+    assert got.texts[0] == "one" and got.texts[1].startswith("b\ufffd") and got.texts[2] == "last\ufffd"
 
 
 # ---- Gzip -----------------------------------------------------------------------------------------------------------
@@ -249,48 +272,210 @@ def test_a_damaged_gzip_file_is_corrupt(tmp_path, how):
         read(tmp_path / "c.txt.gz")
 
 
-@pytest.mark.parametrize("how", ["truncated", "plain", "stream"])
-def test_a_damaged_gzip_file_in_a_folder_is_corrupt(tmp_path, how):
-    (tmp_path / "c.txt.gz").write_bytes(damaged_gzip(how))
-    with pytest.raises(refrag.CorruptError, match=r"c\.txt\.gz: not a complete gzip file"):
-        read(tmp_path)
+@pytest.mark.parametrize("name", ["c.txt", "c.log", "c"])
+def test_gzip_is_known_by_its_first_bytes(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"one\ntwo"))
+    assert read(tmp_path / name).texts == ["one", "two"]
+
+
+# ---- Arrays, objects and prose --------------------------------------------------------------------------------------
+
+RECORDS = [{"id": "a", "text": "one\n\ntwo", "year": 1990}, {"contents": "three"}]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["c.json", "c.txt", "c.JSON.gz"])
+def test_an_array_of_objects(write, name, indent):
+    """A record without an id has its number in the array."""
+    got = read(write(name, BOM + json.dumps(RECORDS, indent=indent).encode()))
+    assert [(r.id, r.text, r.metadata) for r in got.records] == [
+        ("a", "one\n\ntwo", '{"year": 1990}'), (f"{name}:2", "three", "")]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_object_per_file(write, indent):
+    assert [r[:3] for r in read(write("c.json", json.dumps(RECORDS[0], indent=indent))).records] == [
+        ("a", "", "one\n\ntwo")]
+
+
+@pytest.mark.parametrize("text", [
+    "{ is a brace", "[1] Smith, J.: On bells", "[![badge](a.svg)](b)\n# Title", '{"half": "an object"', "[1, 2]", "[]x",
+    '"text": 1', "null", "{}x"])
+def test_prose_that_begins_like_json_stays_prose(write, text):
+    assert read(write("c.txt", f"{text}\nmore\n")).texts == [*text.split("\n"), "more"]
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("{ broken\n", ":1: malformed JSON"), ("plain\n", ":1: malformed JSON"),
+    ('["a", "b"]', ":1: expected a JSON object, got str"),
+    ('[{"text": "a"}, 3]', ":2: expected a JSON object, got int"), ('[{"text": "a"}, {"x": 1}]', ":2: no text")])
+def test_what_a_suffix_calls_json_is_never_prose(write, text, told):
+    for name in ("c.json", "c.NDJSON"):
+        path = write(name, text)
+        with pytest.raises(refrag.UserError) as caught:
+            read(path)
+        assert str(caught.value).startswith(f"{path}{told}")
+
+
+@pytest.mark.parametrize(("record", "identifier", "text", "metadata"), [
+    ({"_id": "d1", "title": "T", "text": "b", "metadata": {}}, "d1", "b", {}),  # as BEIR has them
+    ({"_id": 7, "contents": "b"}, "7", "b", {}),  # Pyserini
+    ({"_id": "x", "id": "i", "body": "b"}, "i", "b", {"_id": "x"}),
+    ({"passage": "p", "body": "b", "contents": "c"}, "c.jsonl:1", "c", {"body": "b", "passage": "p"}),
+    ({"text": "b", "metadata": {"page": 3, "url": "u"}, "url": "v"}, "c.jsonl:1", "b", {"page": 3, "url": "v"}),
+    ({"text": "b", "metadata": "m", "half": "\ud800"}, "c.jsonl:1", "b", {"metadata": "m", "half": "\ud800"}),
+])
+def test_the_fields_of_a_record(write, record, identifier, text, metadata):
+    [got] = read(write("c.jsonl", json.dumps(record))).records
+    assert (got.id, got.text) == (identifier, text)
+    assert json.loads(got.metadata or "{}") == metadata and got.metadata.isascii()
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "separator"), [("c.csv", ","), ("c.TSV", "\t"), ("c.Csv.gz", ";")])
+def test_a_table_with_a_header(write, name, separator):
+    rows = ["year", "Title", "TEXT", "_id"], ["1990", "A", '"a, b; ""c""\n\n\td"', "x"], [], ["", "", "last"]
+    text = "\r\n".join(separator.join(row) for row in rows)
+    got = read(write(name, BOM + text.encode()))
+    assert [(r.id, r.title, r.text.replace("\r", ""), r.line) for r in got.records] == [
+        ("x", "A", 'a, b; "c"\n\n\td', 2), (f"{name}:6", "", "last", 6)]
+    assert [r.metadata for r in got.records] == ['{"year": "1990"}', ""]
+
+
+def test_a_table_in_utf16_as_spreadsheets_write_it(write):
+    [got] = read(write("c.csv", utf16("text;n\r\n\u00e4\u0a0d;1\r\n")[0])).records
+    assert (got.id, got.text, got.metadata) == ("c.csv:2", "\u00e4\u0a0d", '{"n": "1"}')
+
+
+def test_a_long_cell_is_read(write):
+    assert len(read(write("c.csv", "text\n" + "word " * 50_000)).texts[0]) > 200_000
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("id,Titel\n1,x\n", ":1: no text (nor contents, body, passage) among its keys: id, Titel"),
+    ("some line of prose\n", ":1: no text (nor contents, body, passage) among its keys: some line of prose"),
+    ('text,n\nb,1\n"open,2\n', ":3: malformed table"),
+    ('text\n"a" b\n', ":2: malformed table"),
+])
+def test_a_table_that_can_not_be_read(write, text, told):
+    path = write("c.csv", text)
+    with pytest.raises(refrag.UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}{told}")
+
+
+def test_bad_rows_of_a_table(write):
+    path = write("c.csv", "text,n\na,1\nb, with a comma,2\n,3\nd,4\n")
+    with pytest.raises(refrag.UserError, match=r"c\.csv:3: 3 cells, but the header has 2"):
+        read(path)
+    got = read(path, errors="skip")
+    assert (got.texts, got.ids, got.skipped) == (["a", "d"], ["c.csv:2", "c.csv:5"], 2)
+
+
+# ---- Ids ------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_begin_with_as_much_of_the_path_as_tells_files_apart(write, tmp_path):
+    files = [write(f"{name}/notes.txt", "x\n") for name in ("a", "b", "b/a")]
+    assert read(*files).ids == ["notes.txt:1", "b/notes.txt:1", "a/notes.txt:1"]
+    for name in ("c", "d/c", "e"):
+        write(f"{name}/README.md", name)
+    assert read(tmp_path / "c", tmp_path / "d/c", tmp_path / "e").ids == ["c/README.md", "d/c/README.md", "e/README.md"]
+
+
+def test_a_source_keeps_its_label(write, tmp_path, monkeypatch):
+    """Whichever comes first, alone or with others, and however its path is spelled."""
+    first, second, third = (write(f"{name}/part.jsonl", '{"text": "t"}') for name in "abc")
+    got = read(first)
+    assert got.ids == ["part.jsonl:1"]
+    got = read(second, third, sources=got.sources)
+    assert got.ids == ["b/part.jsonl:1", "c/part.jsonl:1"]
+    monkeypatch.chdir(tmp_path / "b")
+    again = read("../c/part.jsonl", "part.jsonl", "../b/../a/part.jsonl", sources=got.sources)
+    assert again.ids == ["c/part.jsonl:1", "b/part.jsonl:1", "part.jsonl:1"] and again.sources == got.sources
+
+
+def test_no_label_is_a_folder_of_another(write, tmp_path):
+    """The ids of a/b/c.txt and of c.txt in a folder with the label a/b would be the same."""
+    write("a/b/c.txt", "one")
+    write("x/b/d.txt", "two")
+    write("y/a/b/c.txt", "three")
+    got = read(tmp_path / "a", tmp_path / "x/b", tmp_path / "y/a/b")
+    assert got.ids == ["a/b/c.txt", "b/d.txt", "y/a/b/c.txt"]
+
+
+def test_standard_input_is_another_source_each_time(stdin):
+    stdin(b"one\n")
+    got = read("-")
+    stdin(b"two\n")
+    assert (got.ids, read("-", sources=got.sources).ids) == (["stdin:1"], ["stdin-2:1"])
 
 
 # ---- Folders --------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_holds_one_document_per_text_file(write, tmp_path):
+@pytest.mark.parametrize("how", ["truncated", "plain", "stream"])
+def test_a_damaged_gzip_file_in_a_folder_is_left_out(write, tmp_path, capsys, how):
+    write("docs/a.txt", "good")
+    (tmp_path / "docs/c.txt.gz").write_bytes(damaged_gzip(how))
+    got = read(tmp_path / "docs")
+    assert (got.texts, got.skipped) == (["good"], 1)
+    assert re.fullmatch(r"files left out: 1 \(\S*c\.txt\.gz: not a complete gzip file .*\)\n", capsys.readouterr().err)
+
+
+def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, capsys):
     write("docs/b.md", "# B\n\nbody\n")
     write("docs/a.txt", "line one\nline two\n")
     write("docs/deep/c.txt.gz", "zipped")
+    write("docs/d/v1.2 notes.TXT", utf16("wide")[1])
+    write("docs/d/e.Markdown", "[link](x)")
+    write("docs/d/f.text", "{ prose")
+    write("docs/d/g.txt", '{"text": "g1"}\n{"id": "g", "text": "g2"}\n')
+    write("docs/d/h.JSON", '[{"text": "h1"}]')
+    write("docs/d/i.csv", "text\ni1")
     write("docs/ignored.py", "code")
+    write("docs/a.txt.bak", "an old one")
+    write("docs/b.md.zip", "not unzipped")
+    write("docs/LICENSE", "no suffix")
     write("docs/blank.txt", " \n\n")
+    for hidden in (".git/config.md", ".hidden.txt", "deep/.svn/x.txt"):
+        write(f"docs/{hidden}", "hidden")
     got = read(tmp_path / "docs")
     assert [r[:4] for r in got.records] == [
-        ("a.txt", "a", "line one\nline two\n", 0),
-        ("b.md", "b", "# B\n\nbody\n", 0),
-        ("deep/c.txt.gz", "c", "zipped", 0),
+        ("docs/a.txt", "a", "line one\nline two\n", 0),
+        ("docs/b.md", "b", "# B\n\nbody\n", 0),
+        ("docs/d/e.Markdown", "e", "[link](x)", 0),
+        ("docs/d/f.text", "f", "{ prose", 0),
+        ("docs/d/g.txt:1", "", "g1", 1),
+        ("g", "", "g2", 2),
+        ("docs/d/h.JSON:1", "", "h1", 1),
+        ("docs/d/i.csv:2", "", "i1", 2),
+        ("docs/d/v1.2 notes.TXT", "v1.2 notes", "wide", 0),
+        ("docs/deep/c.txt.gz", "c", "zipped", 0),
     ]
-    assert got.records[0].where == str(tmp_path / "docs" / "a.txt")
+    assert got.records[0].where == str(tmp_path / "docs" / "a.txt") and got.ignored == 4
+    told = capsys.readouterr().err
+    assert told.startswith("files of other kinds, not read: 4 (") and "LICENSE" in told and told.count("\n") == 1
+
+
+def test_a_hidden_folder_that_is_named_is_read(write, tmp_path):
+    write(".notes/a.txt", "text")
+    assert read(tmp_path / ".notes").ids == [".notes/a.txt"]
 
 
 def test_a_folder_and_a_file_together(write, tmp_path):
     write("docs/a.txt", "whole\ndocument\n")
     got = read(tmp_path / "docs", write("lines.txt", "one\ntwo\n"))
-    assert got.ids == ["a.txt", "lines:1", "lines:2"]
+    assert got.ids == ["docs/a.txt", "lines.txt:1", "lines.txt:2"]
 
 
-def test_a_folder_without_text_files_is_refused(write, tmp_path):
+def test_a_folder_without_files_to_read_is_refused(write, tmp_path):
     write("docs/code.py", "pass")
-    with pytest.raises(refrag.UserError, match=r"docs: the folder holds no \.txt or \.md files"):
+    write("docs/.git/a.txt", "hidden")
+    with pytest.raises(refrag.UserError, match=r"docs: the folder holds no \.txt, \.text, \.md, .*\.tsv files"):
         read(tmp_path / "docs")
-
-
-def test_a_folder_counts_the_end_of_a_file_name(write, tmp_path):
-    write("docs/a.txt", "text")
-    write("docs/a.txt.bak", "an old one")
-    write("docs/b.md.zip", "not unzipped")
-    assert read(tmp_path / "docs").ids == ["a.txt"]
 
 
 def test_a_mark_at_the_start_of_a_document_is_no_text(write, tmp_path):
@@ -298,18 +483,52 @@ def test_a_mark_at_the_start_of_a_document_is_no_text(write, tmp_path):
     assert read(tmp_path / "docs").texts == ["text"]
 
 
-def test_invalid_utf8_in_a_document(write, tmp_path):
-    path = write("docs/a.txt", b"ab\ncd\xff")
+FAULTY = {"a.txt": b"ab\ncd\xff", "c.jsonl": b'{"text": "one"}\n{"x": 1}\n', "d.json": b'{"name": "x"}',
+          "e.csv": b"a,b\n1,2", "f.txt.gz": b"", "g.ndjson": b"prose", "h.tsv": b'text\nrow\n"open'}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_file_of_a_folder_that_can_not_be_read_is_left_out_whole(write, tmp_path, capsys, name):
+    """It is named and counted, and the others are read. A file that was named itself stops the run."""
+    path = write(f"docs/{name}", FAULTY[name])
+    path.write_bytes(FAULTY[name] or damaged_gzip("checksum"))
     write("docs/b.txt", b"good")
-    with pytest.raises(refrag.UserError, match=f"{path}: invalid UTF-8 at byte 5"):
-        read(tmp_path / "docs")
+    got = read(tmp_path / "docs")
+    assert (got.texts, got.skipped, got.replaced) == (["good"], 1, 0)
+    told = capsys.readouterr().err
+    assert told.startswith(f"files left out: 1 ({path}") and told.count("\n") == 1
+    with pytest.raises(refrag.RefragError, match=re.escape(str(path))):
+        read(path, tmp_path / "docs")
+
+
+def test_skipping_keeps_what_can_be_read(write, tmp_path, capsys):
+    """Of a file that was named itself, too: up to where its damage begins."""
+    write("docs/c.jsonl", FAULTY["c.jsonl"])
+    path = tmp_path / "cut.txt.gz"
+    path.write_bytes(damaged_gzip("truncated"))
+    got = read(tmp_path / "docs", path, write("last.txt", "last"), errors="skip")
+    assert got.texts[:2] == ["one", "passage 0"] and got.texts[-1] == "last" and got.skipped == 2
+    assert re.fullmatch(r"files left out: 1 \(\S*cut\.txt\.gz: not a complete gzip .*\)\n", capsys.readouterr().err)
+
+
+def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypatch):
+    write("docs/b.txt", b"good")
+    secret, open_file = write("docs/a.txt", b"secret"), Path.open
+
+    def refuse(path, *args):
+        if path == secret:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, *args)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert read(tmp_path / "docs").texts == ["good"] and "Permission denied" in capsys.readouterr().err
+
+
+def test_a_bad_document_is_replaced_or_skipped_and_counted(write, tmp_path):
+    write("docs/a.txt", b"ab\ncd\xff")
+    write("docs/b.txt", b"good")
     got = read(tmp_path / "docs", errors="replace")
     assert (got.texts, got.replaced) == (["ab\ncd\ufffd", "good"], 1)
-
-
-def test_a_bad_document_is_skipped_and_counted(write, tmp_path):
-    write("docs/a.txt", b"ab\xff")
-    write("docs/b.txt", b"good")
     got = read(tmp_path / "docs", errors="skip")
     assert (got.texts, got.skipped) == (["good"], 1)
 
@@ -325,7 +544,7 @@ def test_a_path_that_is_not_there_is_refused_before_anything_is_read(write):
 def test_text_on_standard_input(stdin):
     stdin(b"one\r\n\n" + CJK.encode() + b"\n")
     got = read("-")
-    assert (got.ids, got.texts) == (["1", "3"], ["one", CJK])
+    assert (got.ids, got.texts) == (["stdin:1", "stdin:3"], ["one", CJK])
     assert got.records[1].where == "stdin:3"
 
 
@@ -462,12 +681,39 @@ def test_a_file_of_questions(write, name):
     ]
 
 
+QUERY_FILES = [
+    '{"_id": "q1", "text": "Who?", "metadata": {}}\n{"_id": 2, "query": "When?", "text": "a context"}',
+    '[{"id": "q1", "question": "Who?"}, {"question": "When?"}]',
+    "query,id\nWho?,q1\nWhen?,\n",
+]
+
+
+@pytest.mark.parametrize(("name", "text"), [*zip(["q.jsonl", "q.json", "q.csv"], QUERY_FILES, strict=True)])
+def test_questions_of_other_forms(write, name, text):
+    """Those of BEIR as they are; the second id is the number of the question where there is none."""
+    assert [(q["id"], q["question"]) for q in ask(questions=write(name, text))] == [("q1", "Who?"), ("2", "When?")]
+
+
+@pytest.mark.parametrize("text", QUERY_FILES[:2])
+def test_questions_on_standard_input(stdin, text):
+    stdin(utf16(text)[0])
+    assert [(q["id"], q["question"]) for q in ask(questions="-")] == [("q1", "Who?"), ("2", "When?")]
+
+
+def test_a_bad_question_on_standard_input_is_named(stdin):
+    stdin(b'{"question": "good"}\n{"id": 3}\n')
+    with pytest.raises(refrag.UserError, match=r"stdin:2: no question \(nor query, text\) among its keys: id"):
+        ask(questions="-")
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
         ("Who?", ":2: malformed JSON"),
         ("[]", ":2: expected a JSON object, got list"),
-        ("{}", ":2: question must be a string, got NoneType"),
+        ("{}", ":2: no question (nor query, text) among its keys: none"),
+        ('{"_id": "q", "q": "Who?"}', ":2: no question (nor query, text) among its keys: _id, q"),
+        ('{"_id": 1, "query": "again"}', ": ids are not unique"),
         ('{"question": 3}', ":2: question must be a string, got int"),
         ('{"question": " "}', ":2: the question is empty"),
         ('{"question": "\\ud800"}', ":2: question holds half of a surrogate pair"),
@@ -519,13 +765,12 @@ def test_invalid_utf8_in_a_file_of_questions_is_refused(write):
 
 
 def test_a_file_named_beside_its_folder_is_read_as_a_file(write, tmp_path, monkeypatch):
-    """The folder's .txt is one document, the .jsonl that was named itself has a passage per line."""
+    """The folder's .txt is one document, the one that was named itself has a passage per line."""
     write("docs/a.txt", "one\ntwo")
-    write("docs/b.jsonl", '{"id": "x", "text": "three"}\n{"id": "y", "text": "four"}\n')
     monkeypatch.chdir(tmp_path)
     for folder in ("docs", ".", tmp_path / "docs"):
-        file = tmp_path / "docs/b.jsonl" if folder == tmp_path / "docs" else "docs/b.jsonl"
-        assert read(folder, file).texts == ["one\ntwo", "three", "four"]
+        file = tmp_path / "docs/a.txt" if folder == tmp_path / "docs" else "docs/a.txt"
+        assert read(folder, file).texts == ["one\ntwo", "one", "two"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")
@@ -536,6 +781,6 @@ def test_names_that_are_no_utf8(tmp_path):
         with open(os.fsencode(folder) + b"/caf\xe9.txt", "w") as handle:
             handle.write("one")
     [document] = read(tmp_path / "docs").records
-    assert (document.id, document.title, document.text) == ("caf\ufffd.txt", "caf\ufffd", "one")
+    assert (document.id, document.title, document.text) == ("docs/caf\ufffd.txt", "caf\ufffd", "one")
     [line] = read(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).records
     assert line.where.encode() and line.where.endswith("caf\ufffd.txt:1")

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import refrag
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 SIZES = {"small": 500, "medium": 2000, "large": 3000}
 GENERATED = [*(f"corpus_{name}.txt" for name in SIZES), "rag_train.jsonl", "cpt_train.jsonl"]
@@ -100,17 +102,28 @@ def test_questions_have_unique_ids_and_texts():
     assert len({question["question"] for question in questions}) == 1200
 
 
+def line_asked_about(question):
+    """The line of the large corpus that a question's one positive id names."""
+    (id_,) = question["positive_ids"]
+    return int(id_.removeprefix("corpus_large.txt:"))
+
+
+def test_the_ids_of_the_large_corpus_are_those_that_questions_name():
+    config, counts = refrag.CorpusConfig((str(DATA / "corpus_large.txt"),)), {"skipped": 0, "replaced": 0}
+    known = {record.id for record in refrag.read_corpus(config, counts)}
+    assert {id_ for question in read_jsonl(DATA / "rag_train.jsonl") for id_ in question["positive_ids"]} <= known
+
+
 def test_every_answer_occurs_in_its_passage(corpora):
     for question in read_jsonl(DATA / "rag_train.jsonl"):
-        (id_,) = question["positive_ids"]
-        passage = corpora["large"][int(id_) - 1]  # an id is a 1-based line number
+        passage = corpora["large"][line_asked_about(question) - 1]
         assert question["answers"]
         for answer in question["answers"]:
             assert answer in passage, question["id"]
 
 
 def test_questions_begin_with_the_small_corpus_and_spread_evenly():
-    lines = [int(question["positive_ids"][0]) for question in read_jsonl(DATA / "rag_train.jsonl")]
+    lines = [line_asked_about(question) for question in read_jsonl(DATA / "rag_train.jsonl")]
     assert max(lines[:400]) <= 500 < min(lines[400:])
     assert max(lines[400:800]) <= 2000 < min(lines[800:])
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -711,22 +712,27 @@ def test_adding_gives_what_building_at_once_gives(tmp_path, run, ask, spread, ll
 
 
 def same_index(*folders):
-    """All that two indexes hold is the same, vectors but for their last bit or step: other batches made them."""
+    """All that two indexes hold is the same in any order, vectors but for their last bit: other batches made them."""
     a, b = (refrag.open_index(str(folder)) for folder in folders)
     assert len(a) == len(b) and a.manifest["counts"] == b.manifest["counts"]
-    for name in ("ids", "titles", "texts", "parts"):
-        assert [getattr(a, name)[row] for row in range(len(a))] == [getattr(b, name)[row] for row in range(len(b))]
-    for row in range(len(a)):
-        tables = [index.chunk_table(row, 4, index.manifest["chunking"]["encoder"]) for index in (a, b)]
+    orders = [sorted(range(len(index)), key=index.ids.__getitem__) for index in (a, b)]
+    for name in (*refrag.STRING_COLUMNS, "parts"):
+        column, other = (getattr(index, name) for index in (a, b))
+        assert [column[row] for row in orders[0]] == [other[row] for row in orders[1]]
+    for rows in zip(*orders, strict=True):
+        tables = [index.chunk_table(row, 4, index.manifest["chunking"]["encoder"])
+                  for index, row in zip((a, b), rows, strict=True)]
         for name, x, y in zip(refrag.ChunkTable._fields, *tables, strict=True):
             step = np.abs(x).max(axis=1, keepdims=True) / 127 if name == "gate" else 1e-3
             assert (np.abs(x - y) <= 2e-3 * np.abs(x) + 1.1 * step).all()
-    vectors = [np.concatenate([s.faiss.reconstruct_n(0, len(s)) for s in index.segments]) for index in (a, b)]
+    vectors = [np.concatenate([s.faiss.reconstruct_n(0, len(s)) for s in index.segments])[order]
+               for index, order in zip((a, b), orders, strict=True)]
     np.testing.assert_allclose(*vectors, atol=1e-5)
     for term in ("river", "bronz", "zebra"):
         assert a.idf(term) == b.idf(term)
     for question in ("river floods", "bronze bells", "note"):
-        np.testing.assert_allclose(a.bm25.scores(question), b.bm25.scores(question), rtol=1e-5)
+        scores = [index.bm25.scores(question)[order] for index, order in zip((a, b), orders, strict=True)]
+        np.testing.assert_allclose(*scores, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(2, [4, 1, 1, 1, 1]), (3, [4, 1, 1, 1, 1]), (2, [1, 1, 1, 1, 1, 1, 1, 1]),
@@ -757,11 +763,26 @@ def test_which_segments_are_taken(sizes, kept):
     """As few as are together smaller than the one before, and none while there are fewer than eight."""
     index = types.SimpleNamespace(segments=[range(size) for size in sizes],
                                   manifest={"segments": [{"faiss": "flat"}] * len(sizes)})
-    parted = refrag.part_segments(index)
-    assert (len(parted.kept), len(parted.taken)) == (kept, len(sizes) - kept)
+    none = [()] * len(sizes)
+    parted = refrag.part_segments(index, none)
+    assert parted.kept == list(range(kept))
+    assert parted.taken == [(range(size), 0, size) for size in sizes[kept:]]
     if kept and sizes:
         index.manifest["segments"] = [{"faiss": "ivfpq" if at == kept else "flat"} for at in range(len(sizes))]
-        assert len(refrag.part_segments(index).kept) == (kept + 1 if kept < len(sizes) else kept)
+        assert len(refrag.part_segments(index, none).kept) == (kept + 1 if kept < len(sizes) else kept)
+
+
+@pytest.mark.parametrize(("replaced", "kept", "runs"), [
+    ([(), {2}, ()], [0, 2], [(1, 0, 2), (1, 3, 5)]), ([{0, 1, 2}, (), {0}], [1], [(2, 1, 3)]),
+    ([{2}, set(range(5)), ()], [2], [(0, 0, 2)]), ([(), {0, 1, 3, 4}, ()], [0, 2], [(1, 2, 3)])])
+def test_segments_with_replaced_rows_are_taken_without_them(replaced, kept, runs):
+    segments = [range(3), range(5), range(3)]
+    index = types.SimpleNamespace(segments=segments, path="i", manifest={"segments": [{"faiss": "hnsw"}] * 3})
+    parted = refrag.part_segments(index, replaced)
+    assert (parted.kept, parted.taken) == (kept, [(segments[at], start, stop) for at, start, stop in runs])
+    index.manifest["segments"] = [{"faiss": "ivfpq"}] * 3
+    with pytest.raises(refrag.MismatchError, match="ivfpq index can't replace documents: build it anew"):
+        refrag.part_segments(index, replaced)
 
 
 @pytest.mark.parametrize(("asked", "has", "wanted"), [
@@ -799,19 +820,95 @@ def test_an_index_of_before_is_refused(tmp_path, run, bm25_index):
     index = bm25_index([{"id": "a", "text": "A river."}])
     manifest = json.loads((index / "manifest.json").read_text())
     manifest["words"] = "another rule for words"
+    del manifest["digest"]
     manifest["digest"] = refrag.manifest_digest(manifest)
     (index / "manifest.json").write_text(json.dumps(manifest))
     code, _, err = run("search", "--index_dir", index, "--question", "river")
     assert code == 5 and err.count("\n") == 1 and "build it again" in err
 
 
-def test_adding_a_known_id_is_refused_and_changes_nothing(tmp_path, run, bm25_index, llama, ask):
-    index = bm25_index([{"id": "a", "text": "A river."}])
+@pytest.mark.parametrize("rows", [
+    [{"id": "a#2", "text": "A bell."}],  # a piece of the document a in the index
+    [{"id": "b", "text": "A bell."}, {"id": "b", "text": LONG}], [{"id": "b", "text": LONG}, {"id": "b", "text": "A."}],
+    [{"id": "b", "text": LONG}, {"id": "b#3", "text": "A."}], [{"id": "b#1", "text": "A."}, {"id": "b", "text": LONG}]])
+def test_an_id_that_two_documents_would_have_is_refused_and_changes_nothing(tmp_path, run, bm25_index, llama, rows):
+    index = bm25_index([{"id": "a", "text": LONG}], "--max_passage_tokens", 64)
     before = sorted((p.relative_to(index), p.read_bytes()) for p in index.rglob("*") if p.is_file())
-    again = write_jsonl(tmp_path / "again.jsonl", [{"id": "b", "text": "A bell."}, {"id": "a", "text": "A bell."}])
-    code, _, err = run("index", "--corpus", again, "--index_dir", index, "--add", "--dec", llama, "--quiet")
-    assert code == 2 and "'a'" in err and "again.jsonl:2" in err
+    more = write_jsonl(tmp_path / "more.jsonl", rows)
+    code, _, err = run("index", "--corpus", more, "--index_dir", index, "--add", "--dec", llama, "--quiet",
+                       "--max_passage_tokens", 64)
+    assert code == 2 and err.count("\n") == 1 and "more.jsonl:1 and " in err
+    assert ("the index" if len(rows) == 1 else "more.jsonl:2") in err
     assert sorted((p.relative_to(index), p.read_bytes()) for p in index.rglob("*") if p.is_file()) == before
+
+
+CHANGED = [{"id": "p2", "title": "", "text": "A bell. " * 3}, {"id": "new", "text": "A river."},
+           {"id": "p4", "title": "Note", "text": LONG, "year": 1990}]
+
+
+@pytest.mark.parametrize(("kind", "cuts"), [("flat", [7]), ("flat", [3, 5]), ("hnsw", [3, 4])])
+def test_a_document_that_is_added_again_replaces_all_its_pieces(tmp_path, run, spread, llama, kind, cuts):
+    """The same index as one built at once from what is left of the old documents and the new ones."""
+    models = ["--embed_model", spread, "--dec", llama, "--enc", "decoder:2", "--dtype", "float32", "--quiet", "--json"]
+    for number, (a, b) in enumerate(itertools.pairwise([0, *cuts, len(MANY)])):
+        part = write_jsonl(tmp_path / f"{number}.jsonl", MANY[a:b])
+        how = ["--add"] if number else ["--k", 4, "--faiss", kind]
+        assert a == b or run("index", "--corpus", part, "--index_dir", tmp_path / "i", *models, *how)[0] == 0
+    whole = write_jsonl(tmp_path / "whole.jsonl", [*(r for r in MANY if r["id"] not in ("p2", "p4")), *CHANGED])
+    assert run("index", "--corpus", whole, "--index_dir", tmp_path / "once", *models, "--k", 4, "--faiss", kind)[0] == 0
+    more = write_jsonl(tmp_path / "more.jsonl", CHANGED)
+    for replaced in (2, 3):  # the second time, all are there
+        code, out, err = run("index", "--corpus", more, "--index_dir", tmp_path / "i", "--add", *models)
+        assert code == 0, err
+        assert json.loads(out)["replaced_documents"] == replaced
+        same_index(tmp_path / "once", tmp_path / "i")
+        opened = refrag.open_index(str(tmp_path / "i"))
+        assert opened.manifest["faiss"] == kind
+        assert {path.name for path in (tmp_path / "i").glob("gen-*")} == {
+            segment["folder"] for segment in opened.manifest["segments"]}
+    pieces = [opened.ids[row] for row in range(len(opened)) if opened.document_id(row) in ("p2", "p4")]
+    assert "p2" in pieces and "p4#1" in pieces and not {"p4", "p2#1"} & set(pieces)
+
+
+def test_what_is_replaced_is_said(tmp_path, run, bm25_index, llama):
+    index = bm25_index([{"id": "a", "text": "A river."}, {"id": "b", "text": "A bell."}])
+    corpus = ["index", "--corpus", tmp_path / "rows.jsonl", "--index_dir", index, "--dec", llama]
+    code, out, err = run(*corpus, "--add")
+    assert code == 0 and "(documents replaced: 2)" in out and "this replaces" not in err
+    code, out, err = run(*corpus, "--retriever", "bm25")
+    assert code == 0 and "documents replaced" not in out
+    assert re.search(r"^this replaces the index in \S+ \(2 passages, embedder none, built 20\d\d-\S+ \d\d:\d\d\): "
+                     r"--add would add to it$", err, re.MULTILINE)
+    (index / "manifest.json").write_text("{")
+    assert "(which can not be read, built 20" in run(*corpus, "--retriever", "bm25")[2]
+    corpus[4] = tmp_path / "new"
+    assert "this replaces" not in run(*corpus, "--retriever", "bm25")[2]
+
+
+def test_files_without_ids_are_added_and_replaced(tmp_path, run, llama):
+    """Two files of one name side by side; each again, from wherever, replaces its own passages."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text(f"first of {name}\nsecond of {name}\n")
+    common = ["--index_dir", tmp_path / "i", "--dec", llama, "--json", "--quiet"]
+    assert run("index", "--corpus", tmp_path / "a/notes.txt", *common, "--retriever", "bm25")[0] == 0
+    for replaced in (0, 2):
+        code, out, _ = run("index", "--corpus", tmp_path / "a/../b/notes.txt", *common, "--add")
+        assert code == 0 and json.loads(out)["replaced_documents"] == replaced
+    code, out, _ = run("index", "--corpus", tmp_path / "b", tmp_path / "a/notes.txt", *common, "--add")
+    assert code == 0 and json.loads(out)["replaced_documents"] == 2
+    opened = refrag.open_index(str(tmp_path / "i"))
+    assert sorted(opened.ids[row] for row in range(len(opened))) == [
+        "b/notes.txt:1", "b/notes.txt:2", "notes.txt:1", "notes.txt:2", f"{tmp_path.name}/b/notes.txt"]
+
+
+@pytest.mark.parametrize("form", [(), ("--format", "json"), ("--json",)])
+def test_metadata_is_found_with_its_passage(bm25_index, run, form):
+    more = {"year": 1990, "tags": ["\u00e4", None]}
+    index = bm25_index([{"id": "a", "text": "A river.", **more}, {"id": "b", "text": "River"}])
+    code, out, _ = run("search", "--index_dir", index, "--question", "river", *form)
+    found = {p["id"]: p.get("metadata") for p in json.loads(out)["passages"]} if form else {}
+    assert code == 0 and found == ({"a": more, "b": None} if form else {})
 
 
 @pytest.mark.parametrize("flags", [["--k", "8"], ["--faiss", "hnsw"], ["--enc", "decoder:1"]])
@@ -912,7 +1009,7 @@ def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, run, embedder, llama
 
 def test_a_document_may_have_many_pieces(tmp_path):
     writer = refrag.CorpusWriter(tmp_path)
-    writer.write("a#70000", "", "text", 70_000, "file")
+    writer.write("a#70000", "", "text", "", part=70_000)
 
 
 def test_the_embedders_limit_is_announced(tmp_path, run, corpus, embedder, llama):
@@ -1076,6 +1173,31 @@ def test_a_few_queries_are_remembered(embedder):
     assert list(model.queries) == ["one more"]
 
 
+NO_PAD = [("pad_token",), ("pad_token", "eos_token"), ("pad_token", "eos_token", "unk_token")]
+
+
+@pytest.mark.parametrize("lacking", NO_PAD)
+def test_an_embedder_without_a_pad_token(tmp_path, run, ask, llama, lacking):
+    """Vectors are those of each text by itself, whatever token fills a batch up."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    transformer = Transformer(str(llama), max_seq_length=64)
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "model"))
+    for path in [*(tmp_path / "model").rglob("tokenizer_config.json"), *tmp_path.rglob("special_tokens_map.json")]:
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in facts.items() if key not in lacking}))
+    model = refrag.load_embedder(str(tmp_path / "model"), RUNTIME)
+    texts = ["A river.", "Bronze bells ring in the old city of Geneva in May.", "x"]
+    alone = np.concatenate([model.embed_passages([text]) for text in texts])
+    np.testing.assert_allclose(model.embed_passages(texts), alone, atol=1e-5)
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in texts])
+    common = ["--corpus", corpus, "--index_dir", tmp_path / "i", "--embed_model", tmp_path / "model", "--dec", llama]
+    assert run("index", *common)[0] == 0
+    assert ids_of(ask(tmp_path / "i", texts[1], "--retriever", "dense"))[0] == "c.jsonl:2"
+
+
 def test_gate_vectors_beyond_what_the_embedder_reads_are_the_passages(embedder, encoders):
     """The embedder reads 64 tokens; chunks after those have the whole passage's vector."""
     model, chunking = refrag.load_embedder(str(embedder), RUNTIME), refrag.make_chunking(encoders[4].tokenizer, None)
@@ -1116,7 +1238,7 @@ def test_embedder_states_are_those_of_the_tokens(embedder, side):
 
 def test_arrays_are_mapped_and_read_only(index_dir):
     [index] = refrag.open_index(str(index_dir)).segments
-    arrays = [index.parts, index.keys, index.bm25.lengths, index.chunk_offsets, index.chunk_ends, index.chunk_sizes,
+    arrays = [index.parts, index.bm25.lengths, index.chunk_offsets, index.chunk_ends, index.chunk_sizes,
               index.gate, index.chunks, index.ids.bytes, index.texts.bytes, index.texts.offsets]
     for array in arrays:
         assert isinstance(array.base, np.memmap) and not array.flags.writeable

@@ -176,11 +176,15 @@ def test_a_truncated_gzip_corpus_is_a_damaged_file(refused, unchanged, index, wr
         refused(4, "index", "--corpus", path, "--index_dir", index, *models)
 
 
-def test_an_id_that_the_index_has_already_is_a_duplicate(refused, unchanged, index, write, models):
+def test_a_document_that_can_not_be_replaced_leaves_the_index(refused, unchanged, index, write, models, monkeypatch):
+    """Vectors can not be had back from an ivfpq index."""
     path = write("more.jsonl", [GOOD, {"id": "c", "text": "again"}])
-    with unchanged(index):
-        line = refused(2, "index", "--add", "--corpus", path, "--index_dir", index, *models)
-    assert f"duplicate id 'c' at the index and {path}:2: make ids unique" in line
+    manifest = refrag.index_manifest(str(index))
+    manifest["segments"][0]["faiss"] = "ivfpq"
+    with unchanged(index), monkeypatch.context() as patch:
+        patch.setattr(refrag, "index_manifest", lambda _: manifest)
+        line = refused(5, "index", "--add", "--corpus", path, "--index_dir", index, *models)
+    assert "ivfpq index can't replace documents: build it anew" in line
 
 
 def test_adding_to_nothing_is_refused(refused, tmp_path, write, models):
@@ -211,7 +215,7 @@ def test_no_passage_is_empty(run, tmp_path, write, llama):
 def test_a_document_may_have_very_many_pieces(tmp_path):
     writer = refrag.CorpusWriter(tmp_path)
     writer.add(refrag.Record("a", "", "x" * 70_000, 1, "c.jsonl"), [(i, i + 1) for i in range(70_000)])
-    writer.close([])
+    writer.close()
     assert refrag.map_array(tmp_path / "parts.npy")[-1] == 70_000
 
 
@@ -612,7 +616,7 @@ STOPS = [
     ("first", signal.SIGKILL, -9), ("rebuild", signal.SIGKILL, -9), ("add", signal.SIGKILL, -9),
     ("first", signal.SIGINT, 130),
     ("rebuild", signal.SIGINT, 130),
-    ("add", signal.SIGTERM, 143),
+    ("add", signal.SIGTERM, 143), ("replace", signal.SIGKILL, -9),
 ]
 
 
@@ -625,8 +629,9 @@ def test_a_build_stopped_before_one_of_its_file_operations(
     index, old = tmp_path / "index", None if mode == "first" else small_index
     options = ["--dec", llama, "--retriever", "bm25", *QUIET]
     next_corpus = write("next.jsonl", [GOOD])
-    argv = ["index", "--corpus", write("c.jsonl", passages(20)), "--index_dir", index, *options,
-            *(["--add"] if mode == "add" else [])]
+    again = [{"id": i, "text": "The river, bronze bells and passage 17."} for i in "ab"] if mode == "replace" else []
+    argv = ["index", "--corpus", write("c.jsonl", [*again, *passages(20)]), "--index_dir", index, *options,
+            *(["--add"] if mode in ("add", "replace") else [])]
 
     def look(folder: Path) -> list[str] | None:
         return found(folder, "--retriever", "bm25")
