@@ -290,7 +290,7 @@ class PackConfig:
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
     k: int = opt(16, "tokens compressed into one vector")
-    p: float = opt(0.25, "largest fraction of the context's tokens that stays text")
+    p: float = opt(0.05, "largest fraction of the context's tokens that stays text")
     floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read")
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
                             "embedder, else blend", choices=("auto", "learned", "policy", "blend", "cosine", "ppl",

@@ -77,9 +77,9 @@ def make_lessons(data: Path, out: Path) -> None:
 
 
 def make_low_p_lessons(passages: list[dict], questions: list[dict], out: Path) -> None:
-    """4,000 of SQuAD's training passages and all their questions: so few that many of a question's words recur."""
-    rng = random.Random(5)
-    drawn = set(rng.sample(sorted(p["id"] for p in passages if p["split"] == "train"), 4000))
+    """4,000 of SQuAD's training passages and all their questions, to answer from a little text and many vectors."""
+    rng, ids = random.Random(5), sorted(p["id"] for p in passages if p["split"] == "train")
+    drawn = set(rng.sample(ids, min(4000, len(ids))))
     chosen = [q for q in questions if set(q["positive_ids"]) <= drawn]
     rng.shuffle(chosen)
     write(out / "low_p.jsonl", [p for p in passages if p["id"] in drawn], "id", "title", "text")

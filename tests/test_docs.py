@@ -171,6 +171,9 @@ def test_no_development_article_is_learned_from(reproduce, data, tmp_path):
     for name, count in (("first_qa", 3), ("then_qa", 2)):  # the one question of SQuAD is in the first alone
         questions = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [q["answers"][0] for q in questions] == ["train"] * count
+    for name in ("low_p", "low_p_qa"):
+        text = (tmp_path / f"{name}.jsonl").read_text()
+        assert "train" in text and "dev" not in text
 
 
 @pytest.mark.models

@@ -331,7 +331,8 @@ class TestCitations:
         ("answer", "plain", "begun"),
         [
             ("Ulm [1]", "Ulm", None), ("Ulm [1] [2]", "Ulm [1]", None), ("Ulm [1, 2]", "Ulm", None),
-            ("Ulm", "Ulm", None), ("Ulm [1", "Ulm", "1"), ("Ulm [", "Ulm", ""), ("Ulm [12]", "Ulm", None), ("Ulm [sic]", "Ulm [sic]", None),
+            ("Ulm", "Ulm", None), ("Ulm [1", "Ulm", "1"),
+            ("Ulm [", "Ulm", ""), ("Ulm [12]", "Ulm", None), ("Ulm [sic]", "Ulm [sic]", None),
             ("f(x) [unfinished", "f(x) [unfinished", None), ("[1]", "", None), ("", "", None),
         ],
     )
