@@ -719,6 +719,37 @@ class TestStepper:
         assert code == 2 and "--engine int8" in err
 
 
+SHORT = [  # passages as a newcomer writes them, with a question each
+    ("The password of the staff wifi in the Ghent office is turnip-42. Guests use the other network, which has no "
+     "password at all.", "What is the password of the staff wifi?", "turnip-42"),
+    ("The bakery in Bruges opens at six.", "When does the bakery in Bruges open?", "six"),
+    ("The library in Leuven lends maps.", "What does the library in Leuven lend?", "maps"),
+    ("The harbour office in Ghent closes at four.", "When does the harbour office in Ghent close?", "four"),
+    ("The pool in Mons is closed on Monday.", "On which day is the pool in Mons closed?", "Monday"),
+    ("Room 12 is booked by Ines for the budget meeting.", "Who booked room 12?", "Ines"),
+    ("The spare key hangs behind the boiler in the cellar.", "Where does the spare key hang?", "boiler"),
+    ("The museum in Namur was founded in 1874 by a baker.", "When was the museum in Namur founded?", "1874"),
+]
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 4), (1, 5), (0, 8)])
+def test_short_corpora_are_read_by_default(tmp_path, pipeline, first, last):
+    """One to eight passages of a line, the default settings: every answer is right and cites its passage."""
+    facts = SHORT[first:last]
+    (tmp_path / "notes.txt").write_text("".join(f"{text}\n" for text, _, _ in facts), encoding="utf-8")
+    assert refrag.main(["index", "--corpus", str(tmp_path / "notes.txt"), "--index_dir", str(tmp_path / "i"),
+                        "--quiet"]) == 0
+    searcher = refrag.Searcher(refrag.open_index(str(tmp_path / "i")), "hybrid", pipeline.embedder)
+    short = refrag.Pipeline(pipeline.model, searcher, pipeline.embedder, refrag.SearchConfig(), refrag.PackConfig(),
+                            pipeline.generate, pipeline.runtime)
+    for text, question, answer in facts:
+        [result] = short.answer([{"id": "1", "question": question}])
+        assert answer in result["answer"], (question, result["answer"])
+        cited = [passage for passage in result["passages"] if passage["id"] == result["citations"][0]["id"]]
+        assert cited[0]["text"] == text and cited[0]["read"] in ("text", "partly")
+
+
 @pytest.mark.models
 class TestBundledModels:
     """The same promises on SmolLM2-135M-Instruct and all-MiniLM-L6-v2."""
