@@ -759,9 +759,9 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
         many = ask.questions is not None
         print(dumps({"results": [search_json(r) for r in results]} if many else search_json(results[0])))
     elif form.format == "trec":
-        print("".join(f"{line}\n" for result in results for line in trec_lines(result)), end="")
+        print(trec_text(results), end="")
     else:
-        print("\n\n".join(search_text(result) for result in results))
+        say("\n\n".join(search_text(result) for result in results))
 
 
 @command("align", AnchorConfig, ModelConfig)
@@ -849,8 +849,7 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
     pipeline = load_pipeline(index, search, pack, generate, models, runtime)
     live = write_text if generate.stream and not runtime.json and ask.questions is None else None
     with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
-        done = finished_questions(generate, pipeline.settings())
-        waiting = [q for q in questions if q["id"] not in done]
+        waiting = unanswered(questions, generate, pipeline.settings())
         for batch in progress(batched(waiting, generate.batch_size), "answering"):
             results = [pipeline.compare(batch[0], live)] if generate.compare else pipeline.answer(batch, live)
             for result in results:
@@ -983,7 +982,7 @@ def add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser and its sub-parsers by command."""
-    parser = Parser(prog="refrag.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     subparsers = {}
@@ -1131,7 +1130,7 @@ def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
         import traceback
 
         traceback.print_exception(error, file=STDERR)
-    print(f"error: {message}", file=STDERR)
+    say(f"error: {message}", file=STDERR)
     if as_json:
         try:
             print(dumps({"error": {"code": code, "message": message}}), flush=True)
@@ -1150,10 +1149,24 @@ def dumps(value: Any) -> str:
     return text
 
 
+# Control characters but newline and tab, separators of lines, and what turns the direction of writing
+UNSEEN = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text that moves no cursor and turns no words round when a terminal shows it. Example: "\x1b[2J" -> "\\x1b[2J" """
+    return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str, end: str = "\n", file: Any = None) -> None:
+    """Print text for people, on stdout by default, at once."""
+    print(visible(text), end=end, file=file, flush=True)
+
+
 def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
     """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(dumps(result) if runtime.json else text)
+        print(dumps(result)) if runtime.json else say(text)
 
 
 def leave_at_once(signum: int, frame: Any) -> typing.NoReturn:
@@ -1199,6 +1212,17 @@ class LastingStderr:
 STDERR = LastingStderr()
 
 
+def open_streams() -> None:
+    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; and a
+    stdout that can spell every name in a passage."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def run_invocation(invocation: Invocation) -> int:
     """Run a parsed command and return its exit code."""
     runtime = invocation.runtime
@@ -1219,6 +1243,7 @@ def run_invocation(invocation: Invocation) -> int:
 
 def parse_or_exit(argv: Sequence[str]) -> Invocation:
     """Parse, or print the error and leave. Also sets what libraries read from the environment at import."""
+    open_streams()
     try:
         invocation = parse(argv)
     except BrokenPipeError:  # of --help's reader
@@ -1254,7 +1279,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # or a name in a passage could end the work
     _INVOCATION = parse_or_exit(sys.argv[1:])
     signal.signal(signal.SIGINT, leave_at_once)
     gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
@@ -1320,7 +1344,7 @@ def late_import(name: str, install: str | None = None) -> Any:
 def notice(text: str) -> None:
     """One line on stderr that a person should see."""
     if not QUIET:
-        print(text, file=STDERR)
+        say(text, file=STDERR)
 
 
 def progress(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterable:
@@ -2123,10 +2147,10 @@ def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
 
 
 def check_answers(item: dict[str, Any], where: str) -> None:
-    """Raise UserError unless a question has a list of true answers."""
+    """Raise UserError unless a question has a list of true answers; an empty one says that there is none."""
     answers = item.get("answers")
     strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-    require(strings and bool(answers), f"{where} has no list of answers")
+    require(strings, f"{where} has no list of answers")
     for answer in answers:
         check_string(answer, "an answer", where)
 
@@ -2227,6 +2251,22 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
         rounded = picked.bfloat16().float()  # the same for a model that was loaded in bfloat16
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + rounded.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def check_tokens(name: str, tokenizer: Any, model: nn.Module, around: Callable[[str], str] = str) -> None:
+    """Raise MismatchError if a text can give a token that a model has no embedding for.
+
+    around: a text with what is always put around it. Special tokens that are not in that may lie beyond the embedding:
+    many a padding token does, and none is fed.
+    """
+    rows, added = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
+    if max(len(tokenizer) - 1, *added) < rows:
+        return
+    special = {number for number, token in added.items() if token.special}
+    last = max({*tokenizer.get_vocab().values()} - special | {*tokenizer(around("a"))["input_ids"]})
+    if last >= rows:
+        raise MismatchError(f"model {name}: its tokenizer has {last + 1} tokens, its embedding {rows} rows: use the "
+                            "tokenizer that belongs to it")
 
 
 class Embedder:
@@ -3204,16 +3244,29 @@ def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConf
     return Searcher(opened, retriever, embedder, reranker)
 
 
-def trec_lines(result: dict[str, Any]) -> list[str]:
+def trec_text(results: Sequence[dict[str, Any]]) -> str:
     """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
 
-    White space in an id would make another column: it becomes an underscore.
+    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
+    one like another after that.
     """
-    documents = {p.document_id: p for p in reversed(result["passages"])}
-    ranked = sorted(documents.values(), key=lambda p: p.rank)
-    lines = [(result["id"], "Q0", p.document_id, str(rank), f"{p.score:.6f}", "refrag")
-             for rank, p in enumerate(ranked, start=1)]
-    return [" ".join(re.sub(r"\s", "_", part) for part in line) for line in lines]
+    known: dict[tuple[str, str], str] = {}
+
+    def column(identifier: str, kind: str) -> str:
+        word = re.sub(r"\s", "_", identifier)
+        other = known.setdefault((kind, word), identifier)
+        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
+        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be {word}: "
+                "name one differently, or use --format json")
+        return word
+
+    lines = []
+    for result in results:
+        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
+        scores = {p.document_id: p.score for p in reversed(result["passages"])}
+        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
+                  "refrag\n" for rank, document in enumerate(documents, start=1)]
+    return "".join(lines)
 
 
 def search_json(result: dict[str, Any]) -> dict[str, Any]:
@@ -3436,11 +3489,15 @@ class Doc(NamedTuple):
 
 
 def render_chat(tokenizer: Any, message: str) -> str:
-    """A user message in the decoder's chat template, up to where the answer begins."""
+    """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails."""
     if not tokenizer.chat_template:
         return message + NO_TEMPLATE_SUFFIX
-    return tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False,
-                                         add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False,
+                                             add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own, and fails as any may
+        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): mend "
+                        "chat_template in its folder") from None
 
 
 def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc]) -> Prompt:
@@ -4649,6 +4706,14 @@ def encoder_layers(name: str) -> int | None:
     return int(number)
 
 
+def default_encoder(decoder: str) -> str:
+    """`decoder:8`, or all layers of a decoder that has fewer. Raises MissingError."""
+    folder, name = model_folder(decoder), RefragConfig().encoder_name_or_path
+    with hub_errors(decoder):
+        config = AutoConfig.from_pretrained(folder)
+    return f"decoder:{min(encoder_layers(name), getattr(config, 'num_hidden_layers', math.inf))}"
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CorruptError."""
     if not path.is_file():
@@ -4703,6 +4768,8 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
     tokenizer = build_tokenizer(config)
     decoder = load_decoder(config.decoder_name_or_path, device, dtype)
     check_base(config, "decoder", decoder)
+    check_tokens(config.decoder_name_or_path, tokenizer.decoder, decoder,
+                 functools.partial(render_chat, tokenizer.decoder))
     layers = encoder_layers(config.encoder_name_or_path)
     if layers is not None:
         backbone = first_layers(decoder, layers, share=not letters & {"e", "d"},
@@ -4712,6 +4779,7 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
         with hub_errors(config.encoder_name_or_path):
             backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32)
         check_base(config, "encoder", backbone)
+        check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
         encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, whole=False, pooling=config.pooling)
     if "e" in train:
         backbone.float()
@@ -4768,7 +4836,10 @@ def model_config(models: ModelConfig, k: int) -> RefragConfig:
     folder = chosen_checkpoint(models)
     if folder is None:
         given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-        return RefragConfig(compression=k, **{key: value for key, value in given.items() if value is not None})
+        config = RefragConfig(compression=k, **{key: value for key, value in given.items() if value is not None})
+        if models.enc is None:
+            config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
+        return config
     config = read_model_config(folder)
     for flag in other_models(models, config):
         raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
@@ -5744,16 +5815,20 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a file, each with answers and a list of positive_ids, which may be empty. Raises UserError.
+    """The questions of a file that have an answer, each with a list of positive_ids, which may be empty.
 
-    limit: this many, spread over the file.
+    limit: this many, spread over them. Raises UserError.
     """
     questions = read_question_file(name, flag)
     for number, item in enumerate(questions, start=1):
         where = f"{flag} {name}: question {number}"
         check_answers(item, where)
         item["positive_ids"] = check_positive_ids(item, where)
-    return list(spread(questions, limit))
+    answered = [item for item in questions if item["answers"]]
+    if len(answered) < len(questions):
+        notice(f"{flag} {name}: {len(questions) - len(answered)} questions without an answer are left out")
+    require(bool(answered), f"{flag} {name}: no question has an answer")
+    return list(spread(answered, limit))
 
 
 def sentence_with(answer: str, text: str, question: str) -> str | None:
@@ -7053,7 +7128,7 @@ def cache_bytes(cache: Any) -> int:
 
 def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
                  **inputs: Tensor) -> tuple[Tensor, Any]:
-    """One decoder call: (logits of the last position (B, V), cache). Hides how architectures name their cache."""
+    """One decoder call: (logits of the last position (B, V), cache). Hides what architectures do not take."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
     if accepts(decoder, "logits_to_keep"):  # or the LM head would run over the whole prompt
         # By index, which copies: a slice has the prompt's strides, and for these torch's matmul, on CPUs in bfloat16,
@@ -7063,11 +7138,10 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
         arguments["attention_mask"] = mask
     if accepts(decoder, "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
         arguments["position_ids"] = position_ids
-    recurrent = accepts(decoder, "cache_params")  # Mamba's name
     if state is not None:
-        arguments["cache_params" if recurrent else "past_key_values"] = state.cache
+        arguments["cache"] = state.cache
     output = decoder(**arguments)
-    return output.logits[:, -1], output.cache_params if recurrent else output.past_key_values
+    return output.logits[:, -1], output.cache
 
 
 @torch.inference_mode()
@@ -7337,6 +7411,13 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return index.gather(-1, picked).squeeze(-1).to(logits.device)
 
 
+def check_logits(logits: Tensor) -> None:
+    """Raise CorruptError where a sequence's logits (B, V) are not numbers: argmax takes one of those for the largest."""
+    if not logits.amax(-1).isfinite().all():
+        raise CorruptError("the decoder gives no numbers: its weights are damaged, or too large for "
+                           f"{str(logits.dtype).removeprefix('torch.')}: fetch it again, or use --dtype float32")
+
+
 def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Every id that ends an answer: the model's (one or several), the tokenizer's, and the usual end-of-turn marks."""
     ids: set[int] = set()
@@ -7363,6 +7444,7 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
     out = [Decoded([], [], False) for _ in range(B)]
     alive = torch.ones(B, dtype=torch.bool, device=logits.device)
     for step in range(max_new):
+        check_logits(logits)
         token = pick(logits)
         synchronize(watch.device)
         now = watch.clock()
@@ -7709,10 +7791,11 @@ class Pipeline:
         """Run every part once, so that the first question pays for no lazy initialisation."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
-        self.model.encoder.encode(["warm up"])
+        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")])
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
+            check_logits(logits)
             decode_one_token(self.model.decoder, logits.argmax(-1), state)
         if self.stepper is not None:
             decode_one_token(self.model.decoder, logits.argmax(-1), self.stepper.adopt(state, 1))
@@ -7899,11 +7982,20 @@ def check_generate(ask: QuestionConfig, index: IndexConfig, pack: PackConfig, ge
         require(fresh, f"--out {generate.out} exists: add --resume to continue it, or name another file")
 
 
-def finished_questions(generate: GenerateConfig, settings: dict[str, Any]) -> set[str]:
-    """Ids already answered in --out, with --resume."""
+def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
+               settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
+
+    Ids do not count: by default they are line numbers, which another question before them changes.
+    """
     if not generate.resume or not Path(generate.out).exists():
-        return set()
-    return {result["id"] for result in finished_lines(Path(generate.out), settings, "--out")}
+        return questions
+    done = collections.Counter(line.get("question") for line in finished_lines(Path(generate.out), settings, "--out"))
+    waiting = []
+    for item in questions:
+        done[item["question"]] -= 1
+        waiting += [item] if done[item["question"]] < 0 else []
+    return waiting
 
 
 def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
@@ -7919,9 +8011,9 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
                 break
             try:
                 result = json.loads(raw)
-                made = {key: result["settings"][key] for key in settings}
+                made = {key: result["settings"].get(key) for key in settings}
                 found.append({"id": result["id"], **result})
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
             changed = [key for key in settings if made[key] != settings[key]]
             if changed:
@@ -7946,24 +8038,29 @@ def writing_alone(out: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def result_writer(generate: GenerateConfig, ask: QuestionConfig, runtime: RuntimeConfig) -> Iterator[Callable]:
-    """A function that writes one result where and how the options say: file, JSON lines, JSON or text."""
-    if generate.out is not None:
-        with open(generate.out, "a", encoding="utf-8") as handle:
+    """A function that takes each result: as a line of --out, for people, and for the one object that --json prints."""
+    results, many = [], ask.questions is not None
+    with open(generate.out, "a", encoding="utf-8") if generate.out else contextlib.nullcontext() as handle:
 
-            def append(result: dict[str, Any]) -> None:
+        def write(result: dict[str, Any]) -> None:
+            if handle is not None:
                 handle.write(dumps(result) + "\n")
                 handle.flush()  # a killed run loses no finished answer
+            if runtime.json:
+                results.append(result)
+            elif many and handle is None:
+                say(f"{result['question']}\n{answer_text(result, shown=False)}\n")
+            elif not many:
+                say(answer_text(result, shown=generate.stream))
 
-            yield append
-    elif ask.questions is not None or runtime.json:
-        yield lambda result: print(dumps(result), flush=True)
-    else:
-        yield lambda result: print(answer_text(result, shown=generate.stream))
+        yield write
+    if runtime.json:
+        print(dumps({"results": results} if many else results[0]))
 
 
 def write_text(row: int, text: str) -> None:
     """Text of an answer on stdout at once."""
-    print(text, end="", flush=True)
+    say(text, end="")
 
 
 def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
@@ -7996,8 +8093,6 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
                      f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")
-    if not result["settings"]["projector_trained"] and result["settings"]["mode"] == "refrag":
-        lines.append(UNTRAINED[result["settings"]["compressed"] == "feed"])
     return "\n".join(lines)
 
 
@@ -8022,12 +8117,16 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(reply: str, truths: Sequence[str]) -> float:
-    """1 if the reply is a true answer after normalisation; an empty reply never is."""
-    return float(bool(reply.strip()) and any(normalize_answer(reply) == normalize_answer(t) for t in truths))
+    """1 if the reply is a true answer after normalisation, or as it is where this leaves nothing; an empty one never is.
+
+    Without a true answer (SQuAD 2's unanswerable questions), 1 if the reply abstains.
+    """
+    made, *known = (normalize_answer(text) or text.strip().lower() for text in (reply, *truths))
+    return float(bool(made) and made in known if truths else abstains(reply))
 
 
 def token_f1(reply: str, truths: Sequence[str]) -> float:
-    """Best F1 of the normalised words over the true answers, range [0, 1].
+    """Best F1 of the normalised words over the true answers, range [0, 1]; without one as `exact_match`.
 
     Example: "in the old town", truth "old town hall" -> 2 common of 3 and 3: .667
     """
@@ -8292,8 +8391,13 @@ class QuestionTask(Task):
             if "answers" in self.needs:
                 check_answers(item, where)
             item["positive_ids"] = check_positive_ids(item, where)
-            require(bool(item["positive_ids"]) or "positive_ids" not in self.needs, f"{where} has no positive_ids")
-        self.questions = list(spread(self.file, self.options.limit))
+            require(bool(item["positive_ids"]) or item.get("answers") == [] or "positive_ids" not in self.needs,
+                    f"{where} has no positive_ids")
+        counted = [item for item in self.file if item["positive_ids"] or self.options.task == "qa"]
+        if len(counted) < len(self.file):
+            notice(f"--qa {name}: {len(self.file) - len(counted)} questions without an answer are left out")
+        require(bool(counted), f"--qa {name}: no question has positive_ids")
+        self.questions = list(spread(counted, self.options.limit))
         self.manifest = index_manifest(self.index.index_dir)
 
     def sources(self) -> dict[str, Any]:
@@ -8317,7 +8421,8 @@ class QaTask(QuestionTask):
              "full_positions", "compression", "p_realised", "new_tokens")
     columns = ("em", "f1", "f1_ci", "f1_minus_full", "f1_minus_expanded_only", "answer_in_text", "answer_in_reply",
                "citation_precision", "citation_recall", "grounding", "abstention", "positions", "compression", "ttft_s")
-    notes = ("EM and F1 are SQuAD's, without citation marks; an empty reply scores 0. Differences are of F1, paired "
+    notes = ("EM and F1 are SQuAD's, without citation marks; an empty reply scores 0. Where there is no true answer, "
+             "they are 1 if the reply abstains, and what compares with one is left out. Differences are of F1, paired "
              "over the questions. Intervals are 95% percentile bootstrap intervals. Answer in text: a true answer "
              "stands in what is fed as tokens; in reply: word for word in the reply. Grounding: share of the "
              "reply's words that occur in the passages. Abstention: the reply is empty or says that the documents do "
@@ -8420,22 +8525,22 @@ def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: Refrag
     names = {p.id: {p.id, p.document_id} for p in context.passages}
     cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
     passages = [passage_content(p["title"], p["text"]) for p in result["passages"]]
-    precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages else set())
+    precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages and truths else set())
     metrics = ("positions", "full_positions", "compression", "p_realised", "new_tokens", "ttft_s", "ttit_s")
     return {
         "reply": result["answer"],
         "gate": result["settings"]["gate"],
         "em": exact_match(reply, truths),
         "f1": round(token_f1(reply, truths), 6),
-        "answer_in_passages": any(holds_answer(text, truths) for text in passages),
-        "answer_in_text": any(holds_answer(text, truths) for text in texts_fed(context, tokenizer)),
-        "answer_in_reply": holds_answer(reply, truths),
+        "answer_in_passages": any(holds_answer(text, truths) for text in passages) if truths else None,
+        "answer_in_text": any(holds_answer(text, truths) for text in texts_fed(context, tokenizer)) if truths else None,
+        "answer_in_reply": holds_answer(reply, truths) if truths else None,
         "cited": [c["id"] for c in result["citations"]],
         "citation_precision": precision,
         "citation_recall": recall,
         "citations_forged": sum(c["forged"] for c in result["citations"]),
         "citation_chosen": any(c["chosen"] for c in result["citations"]),
-        "grounding": grounding(reply, passages),
+        "grounding": grounding(reply, passages) if truths or not abstains(reply) else None,
         "abstention": abstains(reply),
         **{name: result["metrics"][name] for name in metrics},
     }
@@ -8896,7 +9001,7 @@ def sample_text(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], p: float)
              "Compressed chunks, each one vector, stand in [[..]]; everything else was read as text.", ""]
     for item, line in rows:
         fence = "`" * (2 + max(map(len, re.findall(r"`+", line["prompt"])), default=1))
-        parts += [f"## {item['id']}: {item['question']}", "", f"- True answers: {'; '.join(item['answers'])}",
+        parts += [f"## {item['id']}: {item['question']}", "", f"- True answers: {'; '.join(item['answers']) or 'none'}",
                   f"- Reply: {' '.join(line['reply'].split())}", f"- F1 {line['f1']:.3f}, EM {line['em']:.0f}, "
                   f"{line['positions']} positions of {line['full_positions']}", "", fence, line["prompt"], fence, ""]
     return "\n".join(parts)
@@ -9391,7 +9496,7 @@ class Chat:
             elif line:
                 self.answer(line)
         except RefragError as error:
-            print(f"error: {error}", file=STDERR)
+            say(f"error: {error}", file=STDERR)
         return True
 
     def converse(self) -> None:
@@ -9417,7 +9522,8 @@ class Chat:
         live = write_text if self.pipeline.generate.stream and not self.as_json else None
         [result] = self.pipeline.answer([item], live)
         self.turns.append(result | {"asked": question})
-        print(dumps(self.turns[-1]) if self.as_json else answer_text(result, shown=live is not None), flush=True)
+        print(dumps(self.turns[-1])) if self.as_json else say(answer_text(result, shown=live is not None))
+        sys.stdout.flush()
 
     def help(self, rest: str) -> None:
         """What can be typed."""
