@@ -1246,6 +1246,8 @@ def parse_or_exit(argv: Sequence[str]) -> Invocation:
     open_streams()
     try:
         invocation = parse(argv)
+        require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
+                "use 1 or none")
     except BrokenPipeError:  # of --help's reader
         silence(sys.stdout)
         sys.exit(0)
@@ -2253,12 +2255,14 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_tokens(name: str, tokenizer: Any, model: nn.Module, around: Callable[[str], str] = str) -> None:
+def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    around: a text with what is always put around it. Special tokens that are not in that may lie beyond the embedding:
+    model: None for one that transformers does not know. around: a text with what is always put around it. Special tokens that are not in that may lie beyond the embedding:
     many a padding token does, and none is fed.
     """
+    if model is None:
+        return
     rows, added = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
     if max(len(tokenizer) - 1, *added) < rows:
         return
@@ -2267,6 +2271,13 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module, around: Callable[[
     if last >= rows:
         raise MismatchError(f"model {name}: its tokenizer has {last + 1} tokens, its embedding {rows} rows: use the "
                             "tokenizer that belongs to it")
+
+
+def check_finite(values: np.ndarray | Tensor, model: str) -> None:
+    """Raise CorruptError where a model's output holds values that are no numbers."""
+    if not torch.as_tensor(values).isfinite().all():
+        raise CorruptError(f"{model}: its output is not of numbers: the weights are damaged, or too large for their "
+                           "precision: fetch them again, or use --dtype float32")
 
 
 class Embedder:
@@ -2308,7 +2319,8 @@ class Embedder:
         return self.unit_length(np.asarray(vectors, dtype=np.float32))
 
     def unit_length(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, dim), of length 1 if the model's similarity is the cosine."""
+        """(N, dim), of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+        check_finite(vectors, self.name)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
@@ -2336,6 +2348,7 @@ def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
         path = bundled_path(name) or check_local(name)
         device = pick_device(runtime.device)
         model = SentenceTransformer(str(path), device=str(device))
+        check_tokens(name, model.tokenizer, model.transformers_model)
         return Embedder(name, model, pick_encoding_dtype(runtime.dtype, device))
 
 
@@ -2345,7 +2358,14 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
 
     with hub_errors(name):
         model = CrossEncoder(check_local(name), device=str(pick_device(runtime.device)))
-    return lambda question, texts: np.asarray(model.predict([(question, t) for t in texts], show_progress_bar=False))
+        check_tokens(name, model.tokenizer, model.transformers_model)
+
+    def scores(question: str, texts: list[str]) -> np.ndarray:
+        made = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
+        check_finite(made, name)
+        return made
+
+    return scores
 
 
 # A CJK character is a word of its own; elsewhere words of two or more characters, as Lucene and BEIR have it.
@@ -4153,7 +4173,9 @@ class ChunkEncoder(nn.Module):
             return []
         with torch.autocast(self.backbone.device.type, self.precision, enabled=self.precision != self.backbone.dtype):
             pooled = self.encode_whole(contents) if self.whole else self.encode_rows(contents)
-        return [p.cpu().numpy().astype(np.float16).astype(np.float32) for p in pooled]
+        states = [p.cpu().numpy().astype(np.float16).astype(np.float32) for p in pooled]
+        check_finite(np.concatenate(states), "encoder")
+        return states
 
 
 class RMSNorm(nn.Module):
@@ -7411,13 +7433,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return index.gather(-1, picked).squeeze(-1).to(logits.device)
 
 
-def check_logits(logits: Tensor) -> None:
-    """Raise CorruptError where a sequence's logits (B, V) are not numbers: argmax takes one of those for the largest."""
-    if not logits.amax(-1).isfinite().all():
-        raise CorruptError("the decoder gives no numbers: its weights are damaged, or too large for "
-                           f"{str(logits.dtype).removeprefix('torch.')}: fetch it again, or use --dtype float32")
-
-
 def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Every id that ends an answer: the model's (one or several), the tokenizer's, and the usual end-of-turn marks."""
     ids: set[int] = set()
@@ -7444,7 +7459,7 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
     out = [Decoded([], [], False) for _ in range(B)]
     alive = torch.ones(B, dtype=torch.bool, device=logits.device)
     for step in range(max_new):
-        check_logits(logits)
+        check_finite(logits.amax(-1), "decoder")  # argmax would take one that is no number for the largest
         token = pick(logits)
         synchronize(watch.device)
         now = watch.clock()
@@ -7795,7 +7810,7 @@ class Pipeline:
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
-            check_logits(logits)
+            check_finite(logits, "decoder")
             decode_one_token(self.model.decoder, logits.argmax(-1), state)
         if self.stepper is not None:
             decode_one_token(self.model.decoder, logits.argmax(-1), self.stepper.adopt(state, 1))
