@@ -1241,13 +1241,22 @@ def run_invocation(invocation: Invocation) -> int:
         return report(error, as_json=runtime.json, debug=runtime.debug)
 
 
+def check_surroundings() -> None:
+    """What the libraries need to start, and would not say. Raises UserError."""
+    require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: use 1 "
+            "or none")
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the current folder is not there any more: change to another") from None
+
+
 def parse_or_exit(argv: Sequence[str]) -> Invocation:
     """Parse, or print the error and leave. Also sets what libraries read from the environment at import."""
     open_streams()
     try:
         invocation = parse(argv)
-        require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
-                "use 1 or none")
+        check_surroundings()
     except BrokenPipeError:  # of --help's reader
         silence(sys.stdout)
         sys.exit(0)
@@ -1692,7 +1701,10 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
 
 def cache_home() -> Path:
     """Where converted models and what was found out about files are kept: REFRAG_HOME, else ~/.cache/refrag."""
-    return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
+    try:
+        return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
+    except RuntimeError:  # a user without an entry among the system's, as in containers
+        raise UserError("there is no home folder: set REFRAG_HOME to a folder for converted models") from None
 
 
 READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
@@ -2258,8 +2270,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None for one that transformers does not know. around: a text with what is always put around it. Special tokens that are not in that may lie beyond the embedding:
-    many a padding token does, and none is fed.
+    model: None for one that transformers does not know. around: a text with what is always put around it. Special
+    tokens that are not in that may lie beyond the embedding: many a padding token does, and none is fed.
     """
     if model is None:
         return
@@ -2274,10 +2286,10 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
 
 
 def check_finite(values: np.ndarray | Tensor, model: str) -> None:
-    """Raise CorruptError where a model's output holds values that are no numbers."""
+    """Raise CorruptError where a model's output holds values that are not finite."""
     if not torch.as_tensor(values).isfinite().all():
-        raise CorruptError(f"{model}: its output is not of numbers: the weights are damaged, or too large for their "
-                           "precision: fetch them again, or use --dtype float32")
+        raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
+                           "their precision: fetch it again, or use --dtype float32")
 
 
 class Embedder:
@@ -2320,7 +2332,7 @@ class Embedder:
 
     def unit_length(self, vectors: np.ndarray) -> np.ndarray:
         """(N, dim), of length 1 if the model's similarity is the cosine. Raises CorruptError."""
-        check_finite(vectors, self.name)
+        check_finite(vectors, f"embedder {self.name}")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
@@ -2362,7 +2374,7 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
 
     def scores(question: str, texts: list[str]) -> np.ndarray:
         made = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
-        check_finite(made, name)
+        check_finite(made, f"reranker {name}")
         return made
 
     return scores
@@ -2643,13 +2655,19 @@ def passage_content(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
+def read_faiss(path: Path) -> Any:
+    """A FAISS index from its file. By a callback: faiss itself takes no name that is not UTF-8."""
+    with path.open("rb") as handle:
+        return faiss.read_index(faiss.PyCallbackIOReader(handle.read))
+
+
 class IndexSegment:
     """The passages of one build or addition, memory-mapped."""
 
     def __init__(self, folder: Path, uses: Sequence[str]):
         self.ids, self.titles, self.texts = (StringColumn(folder, n) for n in ("ids", "titles", "texts"))
         self.parts, self.keys = (map_array(folder / f"{name}.npy") for name in ("parts", "keys"))
-        self.faiss = faiss.read_index(str(folder / "faiss.index")) if "dense" in uses else None
+        self.faiss = read_faiss(folder / "faiss.index") if "dense" in uses else None
         self.bm25 = Bm25Segment(folder / "bm25") if "bm25" in uses else None
         self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
             map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
@@ -7459,7 +7477,7 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
     out = [Decoded([], [], False) for _ in range(B)]
     alive = torch.ones(B, dtype=torch.bool, device=logits.device)
     for step in range(max_new):
-        check_finite(logits.amax(-1), "decoder")  # argmax would take one that is no number for the largest
+        check_finite(logits.amax(-1), "decoder")  # argmax takes a NaN for the largest
         token = pick(logits)
         synchronize(watch.device)
         now = watch.clock()
