@@ -1218,7 +1218,7 @@ def open_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
@@ -1243,8 +1243,8 @@ def run_invocation(invocation: Invocation) -> int:
 
 def check_surroundings() -> None:
     """What the libraries need to start, and would not say. Raises UserError."""
-    require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: use 1 "
-            "or none")
+    require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
+            "use 1 or none")
     try:
         os.getcwd()
     except OSError:
@@ -3294,8 +3294,8 @@ def trec_text(results: Sequence[dict[str, Any]]) -> str:
         word = re.sub(r"\s", "_", identifier)
         other = known.setdefault((kind, word), identifier)
         require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
-        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be {word}: "
-                "name one differently, or use --format json")
+        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
+                f"{word}: name one differently, or use --format json")
         return word
 
     lines = []
@@ -5866,7 +5866,7 @@ def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dic
         item["positive_ids"] = check_positive_ids(item, where)
     answered = [item for item in questions if item["answers"]]
     if len(answered) < len(questions):
-        notice(f"{flag} {name}: {len(questions) - len(answered)} questions without an answer are left out")
+        notice(f"{flag} {name}: left out {len(questions) - len(answered)}, which have no answer")
     require(bool(answered), f"{flag} {name}: no question has an answer")
     return list(spread(answered, limit))
 
@@ -8150,7 +8150,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(reply: str, truths: Sequence[str]) -> float:
-    """1 if the reply is a true answer after normalisation, or as it is where this leaves nothing; an empty one never is.
+    """1 if the reply is a true answer after normalisation, or as it is where that leaves nothing; an empty one never.
 
     Without a true answer (SQuAD 2's unanswerable questions), 1 if the reply abstains.
     """
@@ -8428,7 +8428,7 @@ class QuestionTask(Task):
                     f"{where} has no positive_ids")
         counted = [item for item in self.file if item["positive_ids"] or self.options.task == "qa"]
         if len(counted) < len(self.file):
-            notice(f"--qa {name}: {len(self.file) - len(counted)} questions without an answer are left out")
+            notice(f"--qa {name}: left out {len(self.file) - len(counted)}, which have no answer")
         require(bool(counted), f"--qa {name}: no question has positive_ids")
         self.questions = list(spread(counted, self.options.limit))
         self.manifest = index_manifest(self.index.index_dir)
