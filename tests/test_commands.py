@@ -692,7 +692,7 @@ def test_streams_that_were_closed_before_the_start(closed, argv, code):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
-def test_what_is_written_to_a_closed_stdout_goes_to_no_file(tmp_path, index_dir, llama):
+def test_what_is_written_to_a_closed_stdout_goes_to_no_file(tmp_path, index_dir):
     """Files opened later must not get its number."""
     (tmp_path / "q.jsonl").write_text('{"question": "bridges"}\n')
     done = in_shell(">&- 2>&-", "search", "--index_dir", str(index_dir), "--questions", str(tmp_path / "q.jsonl"))
