@@ -6545,7 +6545,7 @@ def checkpoint_activations(model: RefragModel) -> None:
     inside them stays off.
     """
     for module in (model.decoder, model.encoder.backbone):
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module.activation_checkpointing_enable()
         for layer in module.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True
