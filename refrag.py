@@ -774,9 +774,9 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
         many = ask.questions is not None
         print(dumps({"results": [search_json(r) for r in results]} if many else search_json(results[0])))
     elif form.format == "trec":
-        print("".join(f"{line}\n" for result in results for line in trec_lines(result)), end="")
+        print(trec_text(results), end="")
     else:
-        print("\n\n".join(search_text(result) for result in results))
+        say("\n\n".join(search_text(result) for result in results))
 
 
 @command("align", AnchorConfig, ModelConfig)
@@ -864,8 +864,7 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
     pipeline = load_pipeline(index, search, pack, generate, models, runtime)
     live = write_text if generate.stream and not runtime.json and ask.questions is None else None
     with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
-        done = finished_questions(generate, pipeline.settings())
-        waiting = [q for q in questions if q["id"] not in done]
+        waiting = unanswered(questions, generate, pipeline.settings())
         for batch in progress(batched(waiting, generate.batch_size), "answering"):
             results = [pipeline.compare(batch[0], live)] if generate.compare else pipeline.answer(batch, live)
             for result in results:
@@ -998,7 +997,7 @@ def add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser and its sub-parsers by command."""
-    parser = Parser(prog="refrag.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     subparsers = {}
@@ -1146,7 +1145,7 @@ def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
         import traceback
 
         traceback.print_exception(error, file=STDERR)
-    print(f"error: {message}", file=STDERR)
+    say(f"error: {message}", file=STDERR)
     if as_json:
         try:
             print(dumps({"error": {"code": code, "message": message}}), flush=True)
@@ -1165,10 +1164,24 @@ def dumps(value: Any) -> str:
     return text
 
 
+# Control characters but newline and tab, separators of lines, and what turns the direction of writing
+CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text that moves no cursor and turns no words round when a terminal shows it. Example: "\x1b[2J" -> "\\x1b[2J" """
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str, end: str = "\n", file: Any = None) -> None:
+    """Print text for people, on stdout by default, at once."""
+    print(visible(text), end=end, file=file, flush=True)
+
+
 def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
     """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(dumps(result) if runtime.json else text)
+        print(dumps(result)) if runtime.json else say(text)
 
 
 def leave_at_once(signum: int, frame: Any) -> typing.NoReturn:
@@ -1214,6 +1227,17 @@ class LastingStderr:
 STDERR = LastingStderr()
 
 
+def open_streams() -> None:
+    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; and a
+    stdout that can spell every name in a passage."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def run_invocation(invocation: Invocation) -> int:
     """Run a parsed command and return its exit code."""
     runtime = invocation.runtime
@@ -1232,10 +1256,22 @@ def run_invocation(invocation: Invocation) -> int:
         return report(error, as_json=runtime.json, debug=runtime.debug)
 
 
+def check_surroundings() -> None:
+    """What the libraries need to start, and would not say. Raises UserError."""
+    require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
+            "use 1 or none")
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the current folder is not there any more: change to another") from None
+
+
 def parse_or_exit(argv: Sequence[str]) -> Invocation:
     """Parse, or print the error and leave. Also sets what libraries read from the environment at import."""
+    open_streams()
     try:
         invocation = parse(argv)
+        check_surroundings()
     except BrokenPipeError:  # of --help's reader
         silence(sys.stdout)
         sys.exit(0)
@@ -1269,7 +1305,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # or a name in a passage could end the work
     _INVOCATION = parse_or_exit(sys.argv[1:])
     signal.signal(signal.SIGINT, leave_at_once)
     gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
@@ -1336,7 +1371,7 @@ def late_import(name: str, install: str | None = None) -> Any:
 def notice(text: str) -> None:
     """One line on stderr that a person should see."""
     if not QUIET:
-        print(text, file=STDERR)
+        say(text, file=STDERR)
 
 
 def progress(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterable:
@@ -1682,7 +1717,10 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
 
 def cache_home() -> Path:
     """Where converted models and what was found out about files are kept: REFRAG_HOME, else ~/.cache/refrag."""
-    return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
+    try:
+        return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
+    except RuntimeError:  # a user without an entry among the system's, as in containers
+        raise UserError("there is no home folder: set REFRAG_HOME to a folder for converted models") from None
 
 
 READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
@@ -2298,10 +2336,10 @@ def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
 
 
 def check_answers(item: dict[str, Any], where: str) -> None:
-    """Raise UserError unless a question has a list of true answers."""
+    """Raise UserError unless a question has a list of true answers; an empty one says that there is none."""
     answers = item.get("answers")
     strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-    require(strings and bool(answers), f"{where} has no list of answers")
+    require(strings, f"{where} has no list of answers")
     for answer in answers:
         check_string(answer, "an answer", where)
 
@@ -2404,6 +2442,31 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
+    """Raise MismatchError if a text can give a token that a model has no embedding for.
+
+    model: None for one that transformers does not know. around: a text with what is always put around it. Special
+    tokens that are not in that may lie beyond the embedding: many a padding token does, and none is fed.
+    """
+    if model is None:
+        return
+    rows, added = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
+    if max(len(tokenizer) - 1, *added) < rows:
+        return
+    special = {number for number, token in added.items() if token.special}
+    last = max({*tokenizer.get_vocab().values()} - special | {*tokenizer(around("a"))["input_ids"]})
+    if last >= rows:
+        raise MismatchError(f"model {name}: its tokenizer has {last + 1} tokens, its embedding {rows} rows: use the "
+                            "tokenizer that belongs to it")
+
+
+def check_finite(values: np.ndarray | Tensor, model: str) -> None:
+    """Raise CorruptError where a model's output holds values that are not finite."""
+    if not torch.as_tensor(values).isfinite().all():
+        raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
+                           "their precision: fetch it again, or use --dtype float32")
+
+
 class Embedder:
     """A sentence-transformers model, with its own pooling, prompts and normalisation."""
 
@@ -2445,7 +2508,8 @@ class Embedder:
         return self.unit_length(np.asarray(vectors, dtype=np.float32))
 
     def unit_length(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, dim), of length 1 if the model's similarity is the cosine."""
+        """(N, dim), of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+        check_finite(vectors, f"embedder {self.name}")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
@@ -2473,6 +2537,7 @@ def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
         path = bundled_path(name) or check_local(name)
         device = pick_device(runtime.device)
         model = SentenceTransformer(str(path), device=str(device))
+        check_tokens(name, model.tokenizer, model.transformers_model)
         return Embedder(name, model, pick_encoding_dtype(runtime.dtype, device))
 
 
@@ -2482,7 +2547,14 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
 
     with hub_errors(name):
         model = CrossEncoder(check_local(name), device=str(pick_device(runtime.device)))
-    return lambda question, texts: np.asarray(model.predict([(question, t) for t in texts], show_progress_bar=False))
+        check_tokens(name, model.tokenizer, model.transformers_model)
+
+    def scores(question: str, texts: list[str]) -> np.ndarray:
+        made = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
+        check_finite(made, f"reranker {name}")
+        return made
+
+    return scores
 
 
 # What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
@@ -2795,13 +2867,19 @@ def passage_content(title: str, text: str) -> str:
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
 
 
+def read_faiss(path: Path) -> Any:
+    """A FAISS index from its file. By a callback: faiss itself takes no name that is not UTF-8."""
+    with path.open("rb") as handle:
+        return faiss.read_index(faiss.PyCallbackIOReader(handle.read))
+
+
 class IndexSegment:
     """The passages of one build or addition, memory-mapped."""
 
     def __init__(self, folder: Path, uses: Sequence[str]):
         self.ids, self.titles, self.texts, self.metadata = (StringColumn(folder, name) for name in STRING_COLUMNS)
         self.parts = map_array(folder / "parts.npy")
-        self.faiss = faiss.read_index(str(folder / "faiss.index")) if "dense" in uses else None
+        self.faiss = read_faiss(folder / "faiss.index") if "dense" in uses else None
         self.bm25 = Bm25Segment(folder / "bm25") if "bm25" in uses else None
         self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
             map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
@@ -3470,16 +3548,29 @@ def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConf
     return Searcher(opened, retriever, embedder, reranker)
 
 
-def trec_lines(result: dict[str, Any]) -> list[str]:
+def trec_text(results: Sequence[dict[str, Any]]) -> str:
     """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
 
-    White space in an id would make another column: it becomes an underscore.
+    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
+    one like another after that.
     """
-    documents = {p.document_id: p for p in reversed(result["passages"])}
-    ranked = sorted(documents.values(), key=lambda p: p.rank)
-    lines = [(result["id"], "Q0", p.document_id, str(rank), f"{p.score:.6f}", "refrag")
-             for rank, p in enumerate(ranked, start=1)]
-    return [" ".join(re.sub(r"\s", "_", part) for part in line) for line in lines]
+    known: dict[tuple[str, str], str] = {}
+
+    def column(identifier: str, kind: str) -> str:
+        word = re.sub(r"\s", "_", identifier)
+        other = known.setdefault((kind, word), identifier)
+        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
+        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
+                f"{word}: name one differently, or use --format json")
+        return word
+
+    lines = []
+    for result in results:
+        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
+        scores = {p.document_id: p.score for p in reversed(result["passages"])}
+        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
+                  "refrag\n" for rank, document in enumerate(documents, start=1)]
+    return "".join(lines)
 
 
 def search_json(result: dict[str, Any]) -> dict[str, Any]:
@@ -3713,11 +3804,15 @@ class Doc(NamedTuple):
 
 
 def render_chat(tokenizer: Any, message: str) -> str:
-    """A user message in the decoder's chat template, up to where the answer begins."""
+    """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails."""
     if not tokenizer.chat_template:
         return message + NO_TEMPLATE_SUFFIX
-    return tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False,
-                                         add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False,
+                                             add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own, and fails as any may
+        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): mend "
+                        "chat_template in its folder") from None
 
 
 def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc]) -> Prompt:
@@ -4377,7 +4472,9 @@ class ChunkEncoder(nn.Module):
             return []
         with torch.autocast(self.backbone.device.type, self.precision, enabled=self.precision != self.backbone.dtype):
             pooled = self.encode_whole(contents) if self.whole else self.encode_rows(contents)
-        return [p.cpu().numpy().astype(np.float16).astype(np.float32) for p in pooled]
+        states = [p.cpu().numpy().astype(np.float16).astype(np.float32) for p in pooled]
+        check_finite(np.concatenate(states), "encoder")
+        return states
 
 
 class RMSNorm(nn.Module):
@@ -4930,6 +5027,14 @@ def encoder_layers(name: str) -> int | None:
     return int(number)
 
 
+def default_encoder(decoder: str) -> str:
+    """`decoder:8`, or all layers of a decoder that has fewer. Raises MissingError."""
+    folder, name = model_folder(decoder), RefragConfig().encoder_name_or_path
+    with hub_errors(decoder):
+        config = AutoConfig.from_pretrained(folder)
+    return f"decoder:{min(encoder_layers(name), getattr(config, 'num_hidden_layers', math.inf))}"
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CorruptError."""
     if not path.is_file():
@@ -4984,6 +5089,8 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
     tokenizer = build_tokenizer(config)
     decoder = load_decoder(config.decoder_name_or_path, device, dtype)
     check_base(config, "decoder", decoder)
+    check_tokens(config.decoder_name_or_path, tokenizer.decoder, decoder,
+                 functools.partial(render_chat, tokenizer.decoder))
     layers = encoder_layers(config.encoder_name_or_path)
     if layers is not None:
         backbone = first_layers(decoder, layers, share=not letters & {"e", "d"},
@@ -4993,6 +5100,7 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
         with hub_errors(config.encoder_name_or_path):
             backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32)
         check_base(config, "encoder", backbone)
+        check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
         encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, whole=False, pooling=config.pooling)
     if "e" in train:
         backbone.float()
@@ -5049,7 +5157,10 @@ def model_config(models: ModelConfig, k: int) -> RefragConfig:
     folder = chosen_checkpoint(models)
     if folder is None:
         given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-        return RefragConfig(compression=k, **{key: value for key, value in given.items() if value is not None})
+        config = RefragConfig(compression=k, **{key: value for key, value in given.items() if value is not None})
+        if models.enc is None:
+            config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
+        return config
     config = read_model_config(folder)
     for flag in other_models(models, config):
         raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
@@ -5974,16 +6085,20 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a file, each with answers and a list of positive_ids, which may be empty. Raises UserError.
+    """The questions of a file that have an answer, each with a list of positive_ids, which may be empty.
 
-    limit: this many, spread over the file.
+    limit: this many, spread over them. Raises UserError.
     """
     questions = read_question_file(name, flag)
     for number, item in enumerate(questions, start=1):
         where = f"{flag} {name}: question {number}"
         check_answers(item, where)
         item["positive_ids"] = check_positive_ids(item, where)
-    return list(spread(questions, limit))
+    answered = [item for item in questions if item["answers"]]
+    if len(answered) < len(questions):
+        notice(f"{flag} {name}: left out {len(questions) - len(answered)}, which have no answer")
+    require(bool(answered), f"{flag} {name}: no question has an answer")
+    return list(spread(answered, limit))
 
 
 def sentence_with(answer: str, text: str, question: str) -> str | None:
@@ -6660,7 +6775,7 @@ def checkpoint_activations(model: RefragModel) -> None:
     inside them stays off.
     """
     for module in (model.decoder, model.encoder.backbone):
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module.activation_checkpointing_enable()
         for layer in module.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True
@@ -7283,7 +7398,7 @@ def cache_bytes(cache: Any) -> int:
 
 def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
                  **inputs: Tensor) -> tuple[Tensor, Any]:
-    """One decoder call: (logits of the last position (B, V), cache). Hides how architectures name their cache."""
+    """One decoder call: (logits of the last position (B, V), cache). Hides what architectures do not take."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
     if accepts(decoder, "logits_to_keep"):  # or the LM head would run over the whole prompt
         # By index, which copies: a slice has the prompt's strides, and for these torch's matmul, on CPUs in bfloat16,
@@ -7293,11 +7408,10 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
         arguments["attention_mask"] = mask
     if accepts(decoder, "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
         arguments["position_ids"] = position_ids
-    recurrent = accepts(decoder, "cache_params")  # Mamba's name
     if state is not None:
-        arguments["cache_params" if recurrent else "past_key_values"] = state.cache
+        arguments["cache"] = state.cache
     output = decoder(**arguments)
-    return output.logits[:, -1], output.cache_params if recurrent else output.past_key_values
+    return output.logits[:, -1], output.cache
 
 
 @torch.inference_mode()
@@ -7593,6 +7707,7 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
     out = [Decoded([], [], False) for _ in range(B)]
     alive = torch.ones(B, dtype=torch.bool, device=logits.device)
     for step in range(max_new):
+        check_finite(logits.amax(-1), "decoder")  # argmax takes a NaN for the largest
         token = pick(logits)
         synchronize(watch.device)
         now = watch.clock()
@@ -8001,10 +8116,11 @@ class Pipeline:
         """Run every part once, so that the first question pays for no lazy initialisation."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
-        self.model.encoder.encode(["warm up"])
+        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")])
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
+            check_finite(logits, "decoder")
             decode_one_token(self.model.decoder, logits.argmax(-1), state)
         if self.stepper is not None:
             decode_one_token(self.model.decoder, logits.argmax(-1), self.stepper.adopt(state, 1))
@@ -8215,11 +8331,20 @@ def check_generate(ask: QuestionConfig, index: IndexConfig, pack: PackConfig, ge
         require(fresh, f"--out {generate.out} exists: add --resume to continue it, or name another file")
 
 
-def finished_questions(generate: GenerateConfig, settings: dict[str, Any]) -> set[str]:
-    """Ids already answered in --out, with --resume."""
+def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
+               settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
+
+    Ids do not count: by default they are line numbers, which another question before them changes.
+    """
     if not generate.resume or not Path(generate.out).exists():
-        return set()
-    return {result["id"] for result in finished_lines(Path(generate.out), settings, "--out")}
+        return questions
+    done = collections.Counter(line.get("question") for line in finished_lines(Path(generate.out), settings, "--out"))
+    waiting = []
+    for item in questions:
+        done[item["question"]] -= 1
+        waiting += [item] if done[item["question"]] < 0 else []
+    return waiting
 
 
 def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
@@ -8235,9 +8360,9 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
                 break
             try:
                 result = json.loads(raw)
-                made = {key: result["settings"][key] for key in settings}
+                made = {key: result["settings"].get(key) for key in settings}
                 found.append({"id": result["id"], **result})
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
             changed = [key for key in settings if made[key] != settings[key]]
             if changed:
@@ -8262,24 +8387,29 @@ def writing_alone(out: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def result_writer(generate: GenerateConfig, ask: QuestionConfig, runtime: RuntimeConfig) -> Iterator[Callable]:
-    """A function that writes one result where and how the options say: file, JSON lines, JSON or text."""
-    if generate.out is not None:
-        with open(generate.out, "a", encoding="utf-8") as handle:
+    """A function that takes each result: as a line of --out, for people, and for the one object that --json prints."""
+    results, many = [], ask.questions is not None
+    with open(generate.out, "a", encoding="utf-8") if generate.out else contextlib.nullcontext() as handle:
 
-            def append(result: dict[str, Any]) -> None:
+        def write(result: dict[str, Any]) -> None:
+            if handle is not None:
                 handle.write(dumps(result) + "\n")
                 handle.flush()  # a killed run loses no finished answer
+            if runtime.json:
+                results.append(result)
+            elif many and handle is None:
+                say(f"{result['question']}\n{answer_text(result, shown=False)}\n")
+            elif not many:
+                say(answer_text(result, shown=generate.stream))
 
-            yield append
-    elif ask.questions is not None or runtime.json:
-        yield lambda result: print(dumps(result), flush=True)
-    else:
-        yield lambda result: print(answer_text(result, shown=generate.stream))
+        yield write
+    if runtime.json:
+        print(dumps({"results": results} if many else results[0]))
 
 
 def write_text(row: int, text: str) -> None:
     """Text of an answer on stdout at once."""
-    print(text, end="", flush=True)
+    say(text, end="")
 
 
 def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
@@ -8320,8 +8450,6 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
                      f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")
-    if not result["settings"]["projector_trained"] and result["settings"]["mode"] == "refrag":
-        lines.append(UNTRAINED[result["settings"]["compressed"] == "feed"])
     return "\n".join(lines)
 
 
@@ -8340,12 +8468,16 @@ CELL_NAMES = {"f1_ci": "F1, 95%", "em": "EM", "f1": "F1", "ttft_s": "TTFT, s", "
 
 
 def exact_match(reply: str, truths: Sequence[str]) -> float:
-    """1 if the reply is a true answer after normalisation; an empty reply never is."""
-    return float(bool(reply.strip()) and any(normalize_answer(reply) == normalize_answer(t) for t in truths))
+    """1 if the reply is a true answer after normalisation, or as it is where that leaves nothing; an empty one never.
+
+    Without a true answer (SQuAD 2's unanswerable questions), 1 if the reply abstains.
+    """
+    made, *known = (normalize_answer(text) or text.strip().lower() for text in (reply, *truths))
+    return float(bool(made) and made in known if truths else abstains(reply))
 
 
 def token_f1(reply: str, truths: Sequence[str]) -> float:
-    """Best F1 of the normalised words over the true answers, range [0, 1].
+    """Best F1 of the normalised words over the true answers, range [0, 1]; without one as `exact_match`.
 
     Example: "in the old town", truth "old town hall" -> 2 common of 3 and 3: .667
     """
@@ -8599,8 +8731,13 @@ class QuestionTask(Task):
             if "answers" in self.needs:
                 check_answers(item, where)
             item["positive_ids"] = check_positive_ids(item, where)
-            require(bool(item["positive_ids"]) or "positive_ids" not in self.needs, f"{where} has no positive_ids")
-        self.questions = list(spread(self.file, self.options.limit))
+            require(bool(item["positive_ids"]) or item.get("answers") == [] or "positive_ids" not in self.needs,
+                    f"{where} has no positive_ids")
+        counted = [item for item in self.file if item["positive_ids"] or self.options.task == "qa"]
+        if len(counted) < len(self.file):
+            notice(f"--qa {name}: left out {len(self.file) - len(counted)}, which have no answer")
+        require(bool(counted), f"--qa {name}: no question has positive_ids")
+        self.questions = list(spread(counted, self.options.limit))
         self.manifest = index_manifest(self.index.index_dir)
 
     def sources(self) -> dict[str, Any]:
@@ -8625,7 +8762,8 @@ class QaTask(QuestionTask):
              "full_positions", "compression", "p_realised", "new_tokens")
     columns = ("em", "f1", "f1_ci", "f1_minus_full", "f1_minus_expanded_only", "answer_in_text", "answer_in_reply",
                "citation_precision", "citation_recall", "grounding", "abstention", "positions", "compression", "ttft_s")
-    notes = ("EM and F1 are SQuAD's, without citation marks; an empty reply scores 0. Differences are of F1, paired "
+    notes = ("EM and F1 are SQuAD's, without citation marks; an empty reply scores 0. Where there is no true answer, "
+             "they are 1 if the reply abstains, and what compares with one is left out. Differences are of F1, paired "
              "over the questions. Intervals are 95% percentile bootstrap intervals. Answer in text: a true answer "
              "stands in what is fed as tokens; in reply: word for word in the reply. Grounding: share of the "
              "reply's words that occur in the passages. Abstention: the reply is empty or says that the documents do "
@@ -8728,22 +8866,22 @@ def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: Refrag
     names = {p.id: {p.id, p.document_id} for p in context.passages}
     cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
     passages = [passage_content(p["title"], p["text"]) for p in result["passages"]]
-    precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages else set())
+    precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages and truths else set())
     metrics = ("positions", "full_positions", "compression", "p_realised", "new_tokens", "ttft_s", "ttit_s")
     return {
         "reply": result["answer"],
         "gate": result["settings"]["gate"],
         "em": exact_match(reply, truths),
         "f1": round(token_f1(reply, truths), 6),
-        "answer_in_passages": any(holds_answer(text, truths) for text in passages),
-        "answer_in_text": any(holds_answer(text, truths) for text in texts_fed(context, tokenizer)),
-        "answer_in_reply": holds_answer(reply, truths),
+        "answer_in_passages": any(holds_answer(text, truths) for text in passages) if truths else None,
+        "answer_in_text": any(holds_answer(text, truths) for text in texts_fed(context, tokenizer)) if truths else None,
+        "answer_in_reply": holds_answer(reply, truths) if truths else None,
         "cited": [c["id"] for c in result["citations"]],
         "citation_precision": precision,
         "citation_recall": recall,
         "citations_forged": sum(c["forged"] for c in result["citations"]),
         "citation_chosen": any(c["chosen"] for c in result["citations"]),
-        "grounding": grounding(reply, passages),
+        "grounding": grounding(reply, passages) if truths or not abstains(reply) else None,
         "abstention": abstains(reply),
         **{name: result["metrics"][name] for name in metrics},
     }
@@ -9204,7 +9342,7 @@ def sample_text(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], p: float)
              "Compressed chunks, each one vector, stand in [[..]]; everything else was read as text.", ""]
     for item, line in rows:
         fence = "`" * (2 + max(map(len, re.findall(r"`+", line["prompt"])), default=1))
-        parts += [f"## {item['id']}: {item['question']}", "", f"- True answers: {'; '.join(item['answers'])}",
+        parts += [f"## {item['id']}: {item['question']}", "", f"- True answers: {'; '.join(item['answers']) or 'none'}",
                   f"- Reply: {' '.join(line['reply'].split())}", f"- F1 {line['f1']:.3f}, EM {line['em']:.0f}, "
                   f"{line['positions']} positions of {line['full_positions']}", "", fence, line["prompt"], fence, ""]
     return "\n".join(parts)
@@ -9699,7 +9837,7 @@ class Chat:
             elif line:
                 self.answer(line)
         except RefragError as error:
-            print(f"error: {error}", file=STDERR)
+            say(f"error: {error}", file=STDERR)
         return True
 
     def converse(self) -> None:
@@ -9725,7 +9863,8 @@ class Chat:
         live = write_text if self.pipeline.generate.stream and not self.as_json else None
         [result] = self.pipeline.answer([item], live)
         self.turns.append(result | {"asked": question})
-        print(dumps(self.turns[-1]) if self.as_json else answer_text(result, shown=live is not None), flush=True)
+        print(dumps(self.turns[-1])) if self.as_json else say(answer_text(result, shown=live is not None))
+        sys.stdout.flush()
 
     def help(self, rest: str) -> None:
         """What can be typed."""

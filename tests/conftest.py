@@ -116,6 +116,11 @@ def save_decoder(kind: str, folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
+def pytest_configure(config) -> None:
+    """What a library is going to take away is not used anywhere."""
+    config.addinivalue_line("filterwarnings", "error::FutureWarning")
+
+
 @pytest.fixture(autouse=True)
 def speaking(monkeypatch) -> None:
     """No test inherits --quiet from the one before."""

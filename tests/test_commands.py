@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tomllib
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -667,3 +670,168 @@ def test_what_stdout_can_not_spell_does_not_end_the_work(program, tmp_path):
     assert program("index", "--corpus", corpus, *argv, env=environment).returncode == 0
     done = program("search", "--question", "towers", *argv, env=environment, encoding="utf-8")
     assert done.returncode == 0 and "\u6771\u4eac towers" in done.stdout
+
+
+# ---- Streams that were closed, and odd surroundings -----------------------------------------------------------------
+
+
+def in_shell(words: str, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run the program by a shell. words: what stands after the command."""
+    return subprocess.run(["sh", "-c", f'"$0" "$@" {words}', sys.executable, refrag.__file__, *argv], text=True,
+                          env=os.environ | environment, capture_output=True, timeout=120)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("argv", "code"), [("--help", 0), ("--version", 0), ("search --topk 0", 2),
+                                            ("search --topk 0 --json", 2)])
+def test_streams_that_were_closed_before_the_start(closed, argv, code):
+    done = in_shell(closed, *argv.split())
+    assert done.returncode == code
+    assert done.stderr == ("error: --topk must be 1 or more, got 0\n" if code and "2>" not in closed else "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_what_is_written_to_a_closed_stdout_goes_to_no_file(tmp_path, index_dir):
+    """Files opened later must not get its number."""
+    (tmp_path / "q.jsonl").write_text('{"question": "bridges"}\n')
+    done = in_shell(">&- 2>&-", "search", "--index_dir", str(index_dir), "--questions", str(tmp_path / "q.jsonl"))
+    assert done.returncode == 0 and (tmp_path / "q.jsonl").read_text() == '{"question": "bridges"}\n'
+
+
+def test_docstrings_that_are_stripped_are_named(program):
+    """The libraries need theirs; our own are but the texts of --help."""
+    environment = os.environ | {"PYTHONOPTIMIZE": "2"}
+    assert "--index_dir" in program("search", "--help", env=environment).stdout
+    done = program("doctor", "--json", env=environment)
+    assert done.returncode == 2 and "PYTHONOPTIMIZE=2" in json.loads(done.stdout)["error"]["message"]
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a folder in use can not go there")
+def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, run):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert run("doctor") == (2, "", "error: the current folder is not there any more: change to another\n")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_a_home_the_variable_is_named(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("REFRAG_HOME", raising=False)
+    with pytest.raises(refrag.UserError, match="set REFRAG_HOME"):
+        refrag.cache_home()
+    monkeypatch.setenv("REFRAG_HOME", "there")
+    assert refrag.cache_home() == Path("there")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def test_an_index_whose_name_is_no_utf8(index_dir, tmp_path, run):
+    folder = tmp_path / os.fsdecode(b"index\xff")
+    shutil.copytree(index_dir, folder)
+    assert run("search", "--index_dir", folder, "--question", "bridges", "--quiet")[0] == 0
+
+
+# ---- What a terminal is shown ---------------------------------------------------------------------------------------
+
+HOSTILE = "\x1b[2Jred\x07 \u202eevil\u2066 \x9b31m\r\u200f\u2028end\x00"
+SHOWN = "\\x1b[2Jred\\x07 \\u202eevil\\u2066 \\x9b31m\\r\\u200f\\u2028end\\x00"
+
+
+def test_what_moves_the_cursor_or_turns_words_round_is_escaped():
+    assert refrag.visible(HOSTILE) == SHOWN
+    plain = "Ebro\u2013r\u00edo\t\u957f\u6c5f\n\u0644\u0627 \u200d"
+    assert refrag.visible(plain) == plain
+
+
+@given(st.text())
+def test_nothing_visible_controls_a_terminal(text):
+    """By the Unicode database instead of a list: no control characters, and no class of embeddings and isolates."""
+    shown = refrag.visible(text)
+    assert not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in shown if c not in "\n\t")
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    assert not any(unicodedata.bidirectional(c) in turning for c in shown)
+    assert refrag.visible(shown) == shown
+
+
+@pytest.fixture
+def hostile(tmp_path, run, llama):
+    """An index of words alone whose passage, title and id hold what a terminal obeys."""
+    corpus, folder = tmp_path / "c.jsonl", tmp_path / "index"
+    passage = {"id": f"id{HOSTILE}", "title": f"title{HOSTILE}", "text": f"bridges {HOSTILE}"}
+    corpus.write_text(json.dumps(passage) + "\n")
+    assert run("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)[0] == 0
+    return ["--index_dir", folder, "--question", f"bridges{HOSTILE}"]
+
+
+def obeyed(text: str) -> set[str]:
+    """The characters of HOSTILE that a text holds as they are."""
+    return set(HOSTILE) & set(text) - set("[2Jred evil31mn")
+
+
+def test_search_shows_control_characters_and_json_keeps_them(run, hostile):
+    _, out, err = run("search", *hostile)
+    assert obeyed(out + err) == set() and out.count("\\x1b[2J") == 4 and "\\u202eevil" in out
+    passage = json.loads(run("search", *hostile, "--json")[1])["passages"][0]
+    assert passage["title"] == f"title{HOSTILE}" and passage["id"] == f"id{HOSTILE}"
+
+
+def test_an_answer_and_its_prompt_show_control_characters(run, hostile, llama, monkeypatch):
+    monkeypatch.setattr(refrag.TextStream, "__call__", lambda self, tokens, final=False: self.write(HOSTILE))
+    common = ["generate", *hostile, "--dec", llama, "--max_new", 2, "--show_prompt", "--explain"]
+    for more in ([], ["--no_stream"], ["--p", "1"]):
+        code, out, err = run(*common, *more)
+        assert code == 0 and obeyed(out + err) == set() and "bridges\\x1b[2J" in err
+
+
+def test_chat_shows_control_characters(run, hostile, llama, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"bridges{HOSTILE}\n/docs\n/history\n/x\x1b[2J\n"))
+    code, out, err = run("chat", *hostile[:2], "--dec", llama, "--max_new", 2)
+    assert code == 0 and obeyed(out + err) == set() and "title\\x1b[2J" in err and "/x\\x1b[2J: no such" in err
+
+
+def test_an_error_shows_control_characters_and_json_keeps_them(run):
+    code, out, err = run("search", "--index_dir", f"no{HOSTILE[:-1]}", "--question", "q", "--json")
+    assert code == 2 and obeyed(err) == set() and err.count("\n") == 1
+    assert "\u202e" in json.loads(out)["error"]["message"]
+
+
+# ---- TREC -----------------------------------------------------------------------------------------------------------
+
+
+def found(*ids: str) -> list[refrag.Passage]:
+    """Passages of documents with these ids, best first."""
+    return [refrag.Passage(n, i, "", "text", 1 / n, n, i) for n, i in enumerate(ids, start=1)]
+
+
+def test_trec_ids_are_columns_of_their_own():
+    results = [{"id": "q 1", "passages": found("a b", "c")}, {"id": "q2", "passages": found("c", "a b")}]
+    assert [line.split()[:4] for line in refrag.trec_text(results).splitlines()] == [
+        ["q_1", "Q0", "a_b", "1"], ["q_1", "Q0", "c", "2"], ["q2", "Q0", "c", "1"], ["q2", "Q0", "a_b", "2"]]
+
+
+@pytest.mark.parametrize(("results", "told"), [
+    ([("1", ["a b", "a_b"])], "document ids 'a b' and 'a_b' would both be a_b"),
+    ([("1", ["a b"]), ("2", ["a\tb"])], "document ids 'a b' and 'a\\tb' would both be a_b"),
+    ([("q 1", ["a"]), ("q_1", ["a"])], "question ids 'q 1' and 'q_1' would both be q_1"),
+    ([("1", ["a", ""])], "the id of a document is empty"),
+    ([("", ["a"])], "the id of a question is empty"),
+], ids=str)
+def test_trec_ids_that_collide_or_are_empty_are_refused(results, told):
+    with pytest.raises(refrag.UserError, match=re.escape(f"--format trec: {'' if 'empty' in told else 'the '}{told}")):
+        refrag.trec_text([{"id": name, "passages": found(*ids)} for name, ids in results])
+
+
+def test_nothing_is_printed_before_ids_are_refused(run, tmp_path, llama):
+    corpus, questions = tmp_path / "c.jsonl", tmp_path / "q.jsonl"
+    corpus.write_text("".join(json.dumps({"id": name, "text": "bridges"}) + "\n" for name in ("x y", "x_y")))
+    questions.write_text('{"id": "first", "question": "bridges"}\n')
+    folder = tmp_path / "index"
+    assert run("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)[0] == 0
+    code, out, err = run("search", "--index_dir", folder, "--questions", questions, "--format", "trec")
+    assert (code, out) == (2, "") and "'x y' and 'x_y'" in err

@@ -104,6 +104,14 @@ class TestMetrics:
         ("", ["town"], 0, 0),
         (" ", ["the"], 0, 0),  # nothing was said, though both normalise to nothing
         ("A", ["A"], 1, 1),  # an answer that is an article
+        ("the", ["A"], 0, 0),  # is no other one
+        ("an", ["the", "A"], 0, 0),
+        ("+", ["-"], 0, 0),  # nor is a sign another
+        ("?", ["the"], 0, 0),
+        (refrag.NO_ANSWER, [], 1, 1),  # there is no answer
+        ("", [], 1, 1),
+        ("Ulm", [], 0, 0),
+        ("A", [], 0, 0),
     ])
     def test_exact_match_and_f1_by_hand(self, reply, truths, em, f1):
         assert refrag.exact_match(reply, truths) == em
@@ -706,6 +714,52 @@ def test_two_processes_give_the_results_of_one(evaluate, index_dir, llama, qa, t
     assert not list((tmp_path / "two").glob("questions-*"))
 
 
+# ---- Questions without an answer ------------------------------------------------------------------------------------
+
+
+UNANSWERABLE = [{"id": "none", "question": "Who won the games?", "answers": []},
+                {"id": "near", "question": "When does the Ebro flood?", "answers": [], "positive_ids": ["d"]}]
+
+
+@pytest.fixture
+def partly(tmp_path):
+    """The file with two questions more that have no answer."""
+    return write_lines(tmp_path / "partly.jsonl", [*QUESTIONS, *UNANSWERABLE])
+
+
+@pytest.mark.parametrize(("reply", "right"), [(refrag.NO_ANSWER, 1), ("", 1), ("Ulm in May", 0)])
+def test_where_there_is_no_answer_abstaining_is_right(task, reply, right):
+    """What compares with a true answer, or with where it stands, does not apply; nor do the words of an abstention."""
+    item = UNANSWERABLE[1]
+    [result] = task.pipeline.under(refrag.setup_of("full", 1.0, "random")).answer([QUESTIONS[0] | item])
+    scored = refrag.score_answer(result | {"answer": reply, "citations": []}, item, task.pipeline.tokenizer)
+    assert scored["em"] == scored["f1"] == scored["abstention"] == right
+    lacking = {name for name, value in scored.items() if value is None} - {"ttit_s"}
+    grounding = {"grounding"} if right else set()
+    assert lacking == grounding | {"answer_in_passages", "answer_in_text", "answer_in_reply", "citation_precision",
+                                   "citation_recall"}
+
+
+def test_unanswerable_questions_count_in_qa(evaluate, partly, tmp_path):
+    """In all modes and in the report."""
+    code, out, err = evaluate("--qa", partly, "--modes", "refrag,oracle_gate,none", "--p", ".3", "--out_dir",
+                              tmp_path / "out", "--json")
+    assert code == 0, err
+    assert json.loads(out)["n"] == 6
+    lines = {line["id"]: line for line in lines_of(tmp_path / "out") if line["mode"] == "refrag"}
+    assert lines["near"]["em"] == float(lines["near"]["abstention"]) and lines["near"]["answer_in_text"] is None
+    assert "- True answers: none\n" in (tmp_path / "out/sample.md").read_text()
+
+
+@pytest.mark.parametrize("task", ["retrieval", "gate"])
+def test_what_positive_ids_measure_leaves_out_questions_that_have_none(run, index_dir, llama, partly, qa, task):
+    argv = ["eval", "--task", task, "--index_dir", index_dir, "--json", "--dec", llama, "--enc", "decoder:2", "--k", 4]
+    code, out, err = run(*argv, "--qa", partly)
+    assert code == 0 and json.loads(out)["n"] == 5 and f"--qa {partly}: left out 1, which have no answer\n" in err
+    if task == "gate":  # the other one has no place in a passage to be found
+        assert timeless(json.loads(out)["results"]) == timeless(json.loads(run(*argv, "--qa", qa)[1])["results"])
+
+
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -717,7 +771,7 @@ class TestBadInput:
             monkeypatch.setattr(refrag, name, None)
 
     @pytest.mark.parametrize(("item", "options", "told"), [
-        ({"answers": []}, [], "question 2 (2) has no list of answers"),
+        ({"answers": None}, [], "question 2 (2) has no list of answers"),
         ({"answers": "Ulm"}, [], "question 2 (2) has no list of answers"),
         ({"answers": ["x"]}, ["--task", "gate"], "question 2 (2) has no positive_ids"),
         ({"answers": ["x"]}, ["--modes", "oracle_gate"], "question 2 (2) has no positive_ids"),

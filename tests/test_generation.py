@@ -299,6 +299,36 @@ class TestCitations:
             chosen, _ = refrag.choose_citation(decoder, tokenizer, state, 0, [], ["q" * 100 + "a", "q" * 100 + "bb"])
         assert chosen == "q" * 100 + "a" and len(fed) <= refrag.CITATION_TOKENS
 
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])
+    def test_logits_that_are_no_numbers_are_an_error(self, llama, spoiled, temperature):
+        """Of the prompt, and of a later token alone."""
+        pipeline = load(llama, temperature=temperature)
+        head = pipeline.model.decoder.lm_head.weight
+        with torch.no_grad():
+            head.fill_(spoiled)
+        with pytest.raises(refrag.CorruptError, match="decoder gives values that are not finite"):
+            ask(pipeline)
+        decoder = load(llama).model.decoder
+        logits, state = refrag.prefill(decoder, [torch.randn(5, decoder.config.hidden_size)])
+        with torch.no_grad():
+            decoder.lm_head.weight.fill_(spoiled)
+        with pytest.raises(refrag.CorruptError, match="decoder gives"):
+            refrag.decode(decoder, logits, state, max_new=3, stops=frozenset(), pick=pipeline.pick,
+                          watch=refrag.Stopwatch(torch.device("cpu")))
+
+    def test_a_damaged_decoder_is_refused_when_it_is_loaded(self, llama, monkeypatch):
+        load_decoder = refrag.load_decoder
+
+        def damaged(*given):
+            decoder = load_decoder(*given)
+            decoder.model.layers[2].mlp.up_proj.weight.data[3, 3] = math.nan  # beyond the encoder's layers
+            return decoder
+
+        monkeypatch.setattr(refrag, "load_decoder", damaged)
+        with pytest.raises(refrag.CorruptError, match="decoder gives"):
+            load(llama)
+
     def test_a_temperature_near_zero_is_greedy(self):
         logits = torch.tensor([[1.0, 3.0, 2.0]])
         assert refrag.sample(logits, 1e-40, 1.0, None).tolist() == [1]
@@ -477,7 +507,7 @@ class TestCommand:
         _, out, _ = run(*arguments, "--json")
         for option in ("--stream", "--no_stream"):
             _, text, _ = run(*arguments, option)
-            assert text.strip().startswith(json.loads(out)["answer"])
+            assert text.strip().startswith(refrag.visible(json.loads(out)["answer"]))
 
     def test_resume_continues_and_repairs(self, run, index_dir, llama, tmp_path):
         questions = tmp_path / "questions.jsonl"
@@ -491,6 +521,53 @@ class TestCommand:
         answers = [(r["id"], r["answer"]) for r in map(json.loads, part.read_text().splitlines())]
         assert answers == [(r["id"], r["answer"]) for r in map(json.loads, lines)]
         assert part.read_text().startswith(lines[0] + lines[1])  # what was done is not done again
+
+    @pytest.mark.parametrize(("before", "after", "new"), [
+        ("ab", "xab", "x"), ("ab", "ba", ""), ("ab", "aab", "a"), ("aab", "aaba", "a"), ("ab", "bcad", "cd")])
+    def test_resume_answers_what_was_not_asked_yet(self, run, index_dir, llama, tmp_path, before, after, new):
+        """Whatever ids they have: each letter is a question, and its id the number of its line."""
+        questions, out = tmp_path / "questions.jsonl", tmp_path / "out.jsonl"
+        for asked, more in ((before, []), (after, ["--resume"])):
+            questions.write_text("".join(json.dumps({"question": f"What is {name}?"}) + "\n" for name in asked))
+            assert generate(run, index_dir, llama, "--questions", questions, "--out", out, *more)[0] == 0
+        answered = [json.loads(line)["question"][8] for line in out.read_text().splitlines()]
+        assert answered == [*before, *new]
+
+    def test_json_of_a_file_of_questions_is_one_object(self, run, index_dir, llama, tmp_path):
+        """The lines go to --out; without --json a person reads the answers."""
+        questions, path = tmp_path / "questions.jsonl", tmp_path / "out.jsonl"
+        questions.write_text("".join(json.dumps({"id": name, "question": f"Is it {name}?"}) + "\n" for name in "ab"))
+        for more in ([], ["--out", path], ["--batch_size", 2]):
+            _, out, _ = generate(run, index_dir, llama, "--questions", questions, *more)
+            assert out.count("\n") == 1 and [r["id"] for r in json.loads(out)["results"]] == ["a", "b"]
+        assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
+        argv = ["generate", "--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--k", 4, "--max_new", 4,
+                "--questions", questions]
+        assert run(*argv, "--out", tmp_path / "other.jsonl")[1] == ""
+        code, out, err = run(*argv)
+        assert code == 0 and out.startswith("Is it a?\n") and "\n\nIs it b?\n" in out and "{" not in out
+        assert (out + err).count("the projector is untrained") == 1
+
+    def test_a_run_that_fails_is_one_object_too(self, run, index_dir, llama, tmp_path, monkeypatch):
+        questions = tmp_path / "questions.jsonl"
+        questions.write_text('{"question": "a"}\n{"question": "b"}\n')
+        answer, calls = refrag.Pipeline.answer, []
+
+        def fail_later(*given):
+            calls.append(1)
+            refrag.require(len(calls) < 2, "enough")
+            return answer(*given)
+
+        monkeypatch.setattr(refrag.Pipeline, "answer", fail_later)
+        code, out, _ = generate(run, index_dir, llama, "--questions", questions)
+        assert code == 2 and json.loads(out) == {"error": {"code": 2, "message": "enough"}}
+
+    def test_by_default_a_shallow_decoder_lends_all_its_layers(self, run, any_decoder):
+        argv = ["generate", "--prompt", PROMPT, "--gate", "none", "--k", 4, "--max_new", 2, "--json", "--dec",
+                any_decoder]
+        code, out, _ = run(*argv)
+        assert code == 0 and json.loads(out)["settings"]["enc"] == "decoder:3"
+        assert run(*argv, "--enc", "decoder:4")[2] == "error: --enc decoder:4: the decoder has 3 layers\n"
 
     def test_out_is_not_overwritten_nor_mixed(self, run, index_dir, llama, tmp_path):
         questions, out = tmp_path / "questions.jsonl", tmp_path / "out.jsonl"
@@ -519,7 +596,7 @@ class TestCommand:
         answers = []
         for size in (1, 3):
             _, out, _ = generate(run, index_dir, llama, "--questions", questions, "--batch_size", size)
-            answers.append([json.loads(line)["answer"] for line in out.splitlines()])
+            answers.append([result["answer"] for result in json.loads(out)["results"]])
         assert len(answers[0]) == 3
         assert answers[0] == answers[1]
 

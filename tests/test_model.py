@@ -1507,3 +1507,75 @@ def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     answer = decoder.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+# ---- What does not fit a model --------------------------------------------------------------------------------------
+
+
+def with_tokens(folder, target, *names, special=False, template=None):
+    """A copy of a model with tokens added to its tokenizer beyond the embedding's 600 rows, whose models are shared."""
+    shutil.copytree(folder, target)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    tokenizer.add_tokens([f"filler{i}" for i in range(600 - len(tokenizer))])
+    tokenizer.add_tokens(list(names), special_tokens=special)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(("names", "special", "template", "tokens"), [
+    (["bridge"], False, None, 601),
+    (["qone", "qtwo", "qthree"], False, None, 603),
+    (["<|user|>"], True, "<|user|>{{ messages[0]['content'] }}", 601),
+    (["<pad>"], True, None, None),  # no text gives it
+    ([], False, None, None),
+], ids=str)
+def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, tmp_path, names, special, template, tokens):
+    folder = with_tokens(llama, tmp_path / "model", *names, special=special, template=template)
+    if tokens is None:
+        assert build("decoder:2", folder)
+        return
+    with pytest.raises(refrag.MismatchError, match=f"model {folder}: its tokenizer has {tokens} tokens, its embedding "
+                       "600 rows"):
+        build("decoder:2", folder)
+
+
+def test_an_encoders_tokens_need_embeddings_too(llama, bert, tmp_path):
+    """A separate encoder's, and an embedder's."""
+    folder = tmp_path / "small"
+    shutil.copytree(bert, folder)
+    model = transformers.BertModel.from_pretrained(bert)
+    model.resize_token_embeddings(40, mean_resizing=False)
+    model.save_pretrained(folder)
+    with pytest.raises(refrag.MismatchError, match="its embedding 40 rows"):
+        build(folder, llama)
+    with pytest.raises(refrag.MismatchError, match="its embedding 40 rows"):
+        refrag.load_embedder(str(folder), refrag.RuntimeConfig())
+
+
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}{{ m.content }", "{{ raise_exception('no user here') }}", "{{ messages[0].no.such }}",
+    "{{ messages[0]['content'] + 1 }}", "{{ 1 / 0 }}"])
+def test_a_broken_chat_template_is_one_line(llama, tmp_path, run, template):
+    folder = with_tokens(llama, tmp_path / "model", template=template)
+    code, out, err = run("generate", "--prompt", "Where?", "--dec", folder, "--quiet", "--json")
+    assert code == 2 and err.startswith("error: the decoder's chat template fails (") and err.count("\n") == 1
+    assert json.loads(out)["error"]["code"] == 2
+
+
+@pytest.mark.parametrize("enc", ["decoder:2", "bert"])
+def test_states_that_are_no_numbers_are_an_error(llama, bert, enc):
+    model = build(bert if enc == "bert" else enc, llama)
+    with torch.no_grad():
+        next(p for p in model.encoder.backbone.parameters() if p.ndim == 1).fill_(math.nan)  # of a norm
+    with pytest.raises(refrag.CorruptError, match="the encoder gives values that are not finite"):
+        model.encoder.encode(["Seven bridges cross the old city."])
+
+
+def test_vectors_that_are_no_numbers_are_an_error(embedder):
+    made = refrag.load_embedder(str(embedder), refrag.RuntimeConfig())
+    with torch.no_grad():
+        next(p for p in made.model.parameters() if p.ndim == 1).fill_(math.nan)
+    for encode in (lambda texts: made.embed_query(*texts), made.embed_passages, made.embed_with_states):
+        with pytest.raises(refrag.CorruptError, match=r"embedder .* gives values that are not finite"):
+            encode(["bronze"])

@@ -930,10 +930,18 @@ def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_p
         assert all(np.array_equal(a.sequence.plan, b.sequence.plan) for a, b in zip(items, again[name], strict=True))
 
 
-@pytest.mark.parametrize("answers", [None, [], "Rhone", [1], [" "]])
+@pytest.mark.parametrize("answers", [None, {}, "Rhone", [1], [" "]])
 def test_questions_need_answers(lessons_on, answers):
     with pytest.raises(refrag.UserError, match="question 2 has no list of answers"):
         lessons_on([QUESTIONS[0], {"question": "Who?", "answers": answers}])
+
+
+def test_questions_without_an_answer_are_left_out_and_counted(lessons_on, capsys):
+    unanswerable = [{"question": "Who?", "answers": []}, {"question": "Why?", "answers": [], "positive_ids": ["a"]}]
+    assert len(lessons_on([QUESTIONS[0], *unanswerable])) == 1
+    assert ": left out 2, which have no answer\n" in capsys.readouterr().err
+    with pytest.raises(refrag.UserError, match="no question has an answer"):
+        lessons_on(unanswerable)
 
 
 # -- the order of the data -------------------------------------------------------------------

@@ -1064,7 +1064,7 @@ QUESTION_FILES = {
     "ids twice": ([q | {"id": 7} for q in QUESTIONS], "PATH: ids are not unique"),
     "no answers": ([*GOOD, {"question": "Who?"}], "PATH: question 3 has no list of answers"),
     "answers null": ([*GOOD, SPOILED | {"answers": None}], "PATH: question 3 has no list of answers"),
-    "answers empty": ([*GOOD, SPOILED | {"answers": []}], "PATH: question 3 has no list of answers"),
+    "answers empty": ([q | {"answers": []} for q in QUESTIONS], "PATH: no question has an answer"),
     "answers a string": ([*GOOD, SPOILED | {"answers": "Ada"}], "PATH: question 3 has no list of answers"),
     "answers numbers": ([*GOOD, SPOILED | {"answers": [1843]}], "PATH: question 3 has no list of answers"),
     "answers blank": ([*GOOD, SPOILED | {"answers": ["Ada", " "]}], "PATH: question 3 has no list of answers"),
@@ -1090,7 +1090,7 @@ def test_a_bad_question_file_is_refused(refused, argv, write, tmp_path, case):
 
 
 def test_a_bad_question_file_for_the_evaluation_is_refused(refused, argv, write, tmp_path):
-    path = write("bad.jsonl", [*GOOD, SPOILED | {"answers": []}])
+    path = write("bad.jsonl", [*GOOD, SPOILED | {"answers": None}])
     line = refused(2, *argv("sft", "--eval_json", path))
     assert f"--eval_json {path}: question 3 has no list of answers" in line
     assert f"--eval_json {tmp_path / 'no'}: no such file" in refused(2, *argv("sft", "--eval_json", tmp_path / "no"))
