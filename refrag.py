@@ -9756,7 +9756,7 @@ class Engine:
             if not self.ready:
                 return []
             first = self.jobs.popleft()
-            room = self.together - 1 if first.asked.wish.temperature == 0 else 0
+            room = self.together - 1 if first.asked.wish.generate.temperature == 0 else 0
             others = [job for job in self.jobs if job.asked.wish == first.asked.wish][:room]
             for job in others:
                 self.jobs.remove(job)
