@@ -2,7 +2,7 @@
 
     python3 -m venv runs/clients
     runs/clients/bin/pip install openai langchain-openai llama-index-llms-openai-like 'lm_eval[api]'
-    python docs/measure_clients.py --index_dir runs/wiki --questions data/wiki_questions.jsonl --clients runs/clients/bin/python
+    python docs/measure_clients.py --index_dir runs/wiki --questions data/wiki_questions.jsonl --clients runs/clients
 
 The clients have an environment of their own, in which this file runs again with the server's address. No hub is asked.
 Prints a table on stderr and one JSON object; exit code 1 if something differs.
@@ -72,7 +72,7 @@ def ask_langchain(work: SimpleNamespace) -> Iterator[tuple[str, str, list]]:
                                            for question in work.questions]
     embed = OpenAIEmbeddings(model=work.embedder, base_url=work.url, check_embedding_ctx_length=False)
     yield "OpenAIEmbeddings.embed_documents", "vectors", embed.embed_documents(work.texts)
-    yield "OpenAIEmbeddings.embed_query", "vectors", [embed.embed_query(text) for text in work.texts]
+    yield "OpenAIEmbeddings.embed_query", "vectors alone", [embed.embed_query(text) for text in work.texts]
 
 
 def ask_langchain_default(work: SimpleNamespace) -> Iterator[tuple[str, str, list]]:
@@ -92,8 +92,9 @@ def ask_llama_index(work: SimpleNamespace) -> Iterator[tuple[str, str, list]]:
                        max_tokens=work.max_new)
     asked = [[ChatMessage(role="user", content=question)] for question in work.questions]
     yield "OpenAILike.chat", "answers", [model.chat(messages).message.content for messages in asked]
-    yield "OpenAILike.stream_chat", "answers", ["".join(part.delta or "" for part in model.stream_chat(messages)).strip()
-                                                for messages in asked]
+    streams = (model.stream_chat(messages) for messages in asked)
+    yield "OpenAILike.stream_chat", "answers", ["".join(part.delta or "" for part in stream).strip()
+                                                for stream in streams]
 
 
 def ask_lm_eval(work: SimpleNamespace) -> Iterator[tuple[str, str, list]]:
@@ -107,7 +108,7 @@ def ask_lm_eval(work: SimpleNamespace) -> Iterator[tuple[str, str, list]]:
          "refrag_questions", "--include_path", str(folder), "--apply_chat_template", "--log_samples", "--output_path",
          str(folder / "lm_eval")], capture_output=True, text=True, timeout=1800)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        raise RuntimeError(done.stderr.strip()[-300:])
     [samples] = (folder / "lm_eval").rglob("samples_*.jsonl")
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     yield "local-chat-completions", "answers", [row["resps"][0][0] for row in sorted(rows, key=lambda r: r["doc_id"])]
@@ -145,22 +146,15 @@ def command_line(args: argparse.Namespace, folder: Path) -> list[str]:
     return [json.loads(line)["answer"] for line in out.read_text(encoding="utf-8").splitlines()]
 
 
-def compare(row: dict[str, Any], answers: list[str], vectors: Any) -> dict[str, Any]:
-    """A row of the table: how many results are those of the command line."""
-    import numpy as np
-
+def compare(row: dict[str, Any], expected: dict[str, list]) -> dict[str, Any]:
+    """A row of the table: how many results are those of the command line. Vectors: to the last bit."""
     about = {name: row[name] for name in ("client", "call")}
-    if row["kind"] == "answers":
-        same = sum(ours == theirs for ours, theirs in zip(answers, row["results"], strict=True))
-        return about | {"n": len(answers), "same": same, "ok": same == len(answers)}
-    if row["kind"] == "vectors":
-        differences = np.abs(np.asarray(row["results"], dtype=np.float64) - vectors).max(axis=1)
-        same = int((differences <= 1e-6).sum())
-        return about | {"n": len(vectors), "same": same, "largest_difference": float(differences.max()),
-                        "ok": same == len(vectors)}
+    if row["kind"] in expected:
+        same = sum(ours == theirs for ours, theirs in zip(expected[row["kind"]], row["results"], strict=True))
+        return about | {"n": len(row["results"]), "same": same, "ok": same == len(row["results"])}
     # OpenAI's token ids are another vocabulary's: the client must fail, and never hand out vectors
-    expected = row["kind"] == "error" and row["call"] == ask_langchain_default.__name__
-    return about | {"n": 0, "same": 0, "ok": expected, "says": row.get("error", "vectors, of other texts")}
+    fails = row["kind"] == "error" and row["call"] == ask_langchain_default.__name__
+    return about | {"n": 0, "same": 0, "ok": fails, "says": row.get("error", "vectors, of other texts")}
 
 
 def main() -> None:
@@ -168,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--index_dir", required=True)
     parser.add_argument("--questions", required=True)
-    parser.add_argument("--clients", required=True, help="the Python of the environment that holds the clients")
+    parser.add_argument("--clients", required=True, help="the virtual environment that holds the clients")
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--max_new", type=int, default=32)
     args = parser.parse_args()
@@ -183,18 +177,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "questions.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-        answers, vectors = command_line(args, folder), embedder.embed_passages(texts)
+        expected = {"answers": command_line(args, folder), "vectors": embedder.embed_passages(texts).tolist(),
+                    "vectors alone": [embedder.embed_passages([text])[0].tolist() for text in texts]}
         args.together = 0
         process, url = start(args)
         try:
             work = {"url": f"{url}/v1", "embedder": embedder.name, "questions": texts, "texts": texts,
                     "token_ids": embedder.tokenizer(texts)["input_ids"], "folder": name, "max_new": args.max_new}
-            done = subprocess.run([args.clients, __file__, "--ask"], input=json.dumps(work), stdout=subprocess.PIPE,
+            python = Path(args.clients) / ("Scripts/python" if os.name == "nt" else "bin/python")
+            done = subprocess.run([str(python), __file__, "--ask"], input=json.dumps(work), stdout=subprocess.PIPE,
                                   text=True, check=True, env=os.environ | OFFLINE | {"HF_HOME": f"{name}/hub"})
         finally:
             process.terminate()
             process.wait(timeout=30)
-    rows = [compare(row, answers, vectors) for row in json.loads(done.stdout.splitlines()[-1])]
+    rows = [compare(row, expected) for row in json.loads(done.stdout.splitlines()[-1])]
     for row in rows:
         told = row.get("says") or f"{row['same']} of {row['n']} as on the command line"
         print(f"{'ok ' if row['ok'] else 'NOT'} {row['client']:38} {row['call']:34} {told}", file=sys.stderr)

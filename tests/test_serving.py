@@ -320,17 +320,16 @@ class TestOpenaiClient:
                                                   max_tokens=12, **more)
 
         whole = ask().choices[0].message.content
-        for at in range(1, len(whole) - 4, 3):
-            stop = whole[at : at + 3]
-            if not stop.strip():
-                continue
-            expected = whole[: whole.index(stop)].strip()
-            made = ask(stop=[stop, "\u2603"] if at % 2 else stop)
-            assert stop not in made.choices[0].message.content
-            assert made.choices[0].message.content.startswith(expected) and made.choices[0].finish_reason == "stop"
+        own = whole.rpartition(" [")[0]  # what the decoder wrote, without the citation it chose then
+        for at in (0, 1, 7, 13, 22, *range(len(own) - 2, len(whole) - 2)):
+            stop = whole[at : at + 3].lstrip()
+            made = ask(stop=[stop, "\u2603"] if at % 2 else stop).choices[0]
+            assert stop not in made.message.content
+            assert made.message.content.startswith(whole[: whole.index(stop)].strip())
+            assert made.finish_reason == ("stop" if stop in own else "length")
             parts = [part.choices[0] for part in ask(stop=stop, stream=True)]
             text = "".join(part.delta.content or "" for part in parts)
-            assert text.strip() == made.choices[0].message.content and parts[-1].finish_reason == "stop"
+            assert text.strip() == made.message.content and parts[-1].finish_reason == made.finish_reason
         unmatched = ask(stop=["\u2603", "\u2604"])
         assert unmatched.choices[0].message.content == whole and unmatched.choices[0].finish_reason == "length"
 
