@@ -9704,7 +9704,7 @@ class Job:
     def __init__(self, asked: ChatRequest, timeout: float, tell: Callable[[str, Any], None]):
         self.asked, self.tell, self.deadline = asked, tell, time.monotonic() + timeout
         self.id = f"chatcmpl-{os.getpid()}-{next(self.numbers)}"
-        self.item = check_questions([{"id": self.id, "question": asked.question}], ["messages"], "messages")[0]
+        self.item = {"id": self.id, "question": asked.question}
         self.cancelled = False  # set when the client has gone
         self.heard = False  # whether a part of the answer was told
 
