@@ -59,6 +59,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -66,6 +67,7 @@ import mmap
 import os
 import pickle
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -85,7 +87,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 __version__ = "0.1.0"
 
@@ -659,6 +661,7 @@ class ServeConfig:
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one")
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
+    cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
     together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
                            "GPU, on a CPU 1, which gives every client the very answer that it gets alone")
     waiting: int = opt(64, "requests that may wait; more are told to come again (429)")
@@ -673,6 +676,9 @@ class ServeConfig:
             require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
         require(0 < self.timeout < math.inf, f"--timeout must be above 0, got {self.timeout}")
         require(self.api_key is None or bool(self.api_key), "--api_key is empty: leave it out")
+        for origin in self.cors:
+            require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
+                    f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
 
 
 @dataclass(frozen=True)
@@ -892,8 +898,8 @@ def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack
     """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
     require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
     check_generate(QuestionConfig(), index, pack, generate)
-    for name in ("starlette", "uvicorn"):  # told before the models are loaded
-        late_import(name, "starlette uvicorn")
+    for name in ("pydantic", "starlette", "uvicorn"):  # told before the models are loaded
+        late_import(name, "pydantic starlette uvicorn")
     run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
 
 
@@ -3803,19 +3809,31 @@ class Doc(NamedTuple):
     ends: np.ndarray  # (L,), characters
 
 
-def render_chat(tokenizer: Any, message: str) -> str:
-    """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails."""
+def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
+    """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails.
+
+    system: a system message. Where the template has no place for one (Gemma's raises, others leave it out), it stands
+    before the user's message.
+    """
+    joined = f"{system}\n\n{message}" if system else message
     if not tokenizer.chat_template:
-        return message + NO_TEMPLATE_SUFFIX
+        return joined + NO_TEMPLATE_SUFFIX
+
+    def render(**content: str) -> str:
+        roles = [{"role": role, "content": text} for role, text in content.items()]
+        return tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=True)
+
     try:
-        return tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False,
-                                             add_generation_prompt=True)
+        with contextlib.suppress(late_import("jinja2").TemplateError):
+            if system and system in (text := render(system=system, user=message)):
+                return text
+        return render(user=joined)
     except Exception as error:  # a template is a program of its own, and fails as any may
         raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): mend "
                         "chat_template in its folder") from None
 
 
-def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc]) -> Prompt:
+def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system: str = "") -> Prompt:
     """Tokenise text pieces and documents as ONE string in the chat template, and find the chunks in it.
 
     The whole is tokenised at once, so that feeding every token is, token for token, plain prompting; chunks are then
@@ -3832,7 +3850,7 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc]) -> Pro
         else:
             message += piece
     decoder = tokenizer.decoder
-    text = render_chat(decoder, message)
+    text = render_chat(decoder, message, system)
     base = text.find(message)
     require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
     encoded = decoder(text, add_special_tokens=not decoder.chat_template, return_offsets_mapping=True)
@@ -7915,6 +7933,7 @@ class Pipeline:
         self.device = next(model.decoder.parameters()).device
         self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
         self.sampler = torch.Generator().manual_seed(runtime.seed)
+        self.system = ""  # a system message for every prompt
         self.load_s, self.checkpoint = 0.0, None  # `load_pipeline` knows
         self.batches = False  # warm_up finds out
         index = searcher.index if searcher else None
@@ -8009,13 +8028,13 @@ class Pipeline:
         rows: list[int | None] = [p.row for p in passages]
         tables = self.chunk_tables(contents, rows, set())
         docs = [Doc(str(p.rank), c, t.ends) for p, c, t in zip(passages, contents, tables, strict=True)]
-        question = self.tokenizer.neutralize(item["question"].strip())
+        question, system = (self.tokenizer.neutralize(text.strip()) for text in (item["question"], self.system))
         kept = len(docs)
-        prompt = build_prompt(self.tokenizer, question_pieces(question, docs))
+        prompt = build_prompt(self.tokenizer, question_pieces(question, docs), system)
         while kept and prompt.context_tokens > self.pack.ctx_max:
             counts = np.bincount([c.doc for c in prompt.chunks], [c.tokens for c in prompt.chunks], minlength=kept)
             kept = min(int((np.cumsum(counts) <= self.pack.ctx_max).sum()), kept - 1)
-            prompt = build_prompt(self.tokenizer, question_pieces(question, docs[:kept]))
+            prompt = build_prompt(self.tokenizer, question_pieces(question, docs[:kept]), system)
         return Packed(docs[:kept], prompt, len(docs) - kept, rows[:kept])
 
     def pack_literal(self, text: str) -> Packed:
@@ -8270,7 +8289,8 @@ class Pipeline:
                 "index_dir": searcher and searcher.index.manifest["digest"][:16],
                 "retriever": searcher and searcher.retriever, "topk": search.topk, "hops": search.hops,
                 "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
-                "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite, "seed": self.runtime.seed,
+                "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite,
+                "seed": self.sampler.initial_seed(),
                 "enc": self.model.config.encoder_name_or_path, "dec": self.model.config.decoder_name_or_path,
                 "load_dir": self.checkpoint, "projector_trained": self.model.trained,
                 "engine": "model" if self.stepper is None else self.stepper.engine, "device": str(self.device),
@@ -9941,90 +9961,141 @@ def line_history() -> Iterator[None]:
 
 # -- the server: requests ---------------------------------------------------------
 
+API_NAMES = {"max_new": "max_tokens", "temperature": "temperature", "top_p": "top_p",  # of flags that clients can set
+             **{name: f"refrag.{name}" for name in ("mode", "k", "p", "topk", "hops")}}
+
 
 class Refused(Exception):
-    """A request that is answered with an error. status: HTTP's; code: a word for programs."""
+    """A request that is answered with an error. status: HTTP's; code: a word for programs; param: the field."""
 
-    def __init__(self, status: int, message: str, code: str):
+    def __init__(self, status: int, message: str, code: str, param: str | None = None):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
         """In the form of OpenAI's errors."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def bad(message: str) -> Refused:
-    """A request that can not be understood or obeyed."""
-    return Refused(400, message, "invalid_request")
+def refusal(error: Exception) -> Refused:
+    """What a client is told of an error, in the API's words. What is no fault of the request goes to stderr too.
+
+    Example: UserError("--p must lie between 0 and 1, got 2") -> "refrag.p must lie between 0 and 1, got 2", 400
+    """
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, late_import("pydantic").ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        message = "not supported here, or not with this value" if first["type"] == "extra_forbidden" else first["msg"]
+        message = message.removeprefix("Value error, ")
+        return Refused(400, f"{place}: {message}" if place else message, first["type"], place or None)
+    if isinstance(error, UserError):
+        names = re.findall(rf"--({'|'.join(API_NAMES)})\b", str(error))
+        message = re.sub(r"--(\w+)", lambda match: API_NAMES.get(match[1], match[0]), str(error))
+        return Refused(400, message, "invalid_value", API_NAMES[names[0]] if names else None)
+    print(f"error: {one_line(error)}", file=STDERR)
+    return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
+
+
+def joined_parts(content: Any) -> Any:
+    """A message's text, also where it comes in parts. Raises ValueError for a part that is no text."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+               for part in content):
+        raise ValueError("only parts of type text are supported")
+    return "".join(part["text"] for part in content)
+
+
+def ends_with_question(messages: list[Any]) -> list[Any]:
+    """Raises ValueError unless the last message can be answered."""
+    if messages[-1].role != "user" or not messages[-1].content.strip():
+        raise ValueError("the last message must be the user's, and not empty")
+    return messages
+
+
+def listed_inputs(value: Any) -> list[Any]:
+    """What is to be embedded, as a list of texts or of lists of token ids. Raises ValueError."""
+    rows = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
+    texts = all(isinstance(row, str) and row for row in rows)
+    if not texts and not all(isinstance(row, list) and row and all(type(t) is int for t in row) for row in rows):
+        raise ValueError("must be a text, a list of texts, token ids or a list of lists of them, none of them empty")
+    return rows
+
+
+UNREAD = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+          "parallel_tool_calls", "name")  # official fields that change no answer
+NEUTRAL = {"n": (1,), "logprobs": (False,), "response_format": ({"type": "text"},), "modalities": (["text"],),
+           "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
+           **dict.fromkeys(("top_logprobs", "presence_penalty", "frequency_penalty"), (0,)), "logit_bias": ({},),
+           **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+           **dict.fromkeys(("tools", "functions", "tool_calls", "annotations"), ([],))}
+
+
+@functools.cache
+def request_forms(most: int) -> tuple[Any, Any]:
+    """The pydantic models of the requests for answers and for vectors. Built late: only the server needs pydantic.
+
+    most: tokens that may be asked for. A field that is not here is refused: to ignore one may change the answer.
+    """
+    pydantic = late_import("pydantic")
+    Field, Before, After = pydantic.Field, pydantic.BeforeValidator, pydantic.AfterValidator
+    alone = Before(lambda value: [value] if isinstance(value, str) else value)
+
+    class Form(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
+        @pydantic.model_validator(mode="before")
+        @classmethod
+        def leave_out(cls, data: Any) -> Any:
+            return {key: value for key, value in data.items() if value is not None and key not in UNREAD
+                    and value not in NEUTRAL.get(key, ())} if isinstance(data, dict) else data
+
+    class Message(Form):
+        role: Literal["system", "developer", "user", "assistant"]
+        content: Annotated[str, Before(joined_parts)]
+
+    class Settings(Form):
+        mode: Literal[MODES] = ""
+        k: int = 0
+        p: float = 0
+        topk: int = Field(0, le=100)
+        hops: int = Field(0, le=4)
+
+    class StreamOptions(Form):
+        include_usage: bool = False
+        include_obfuscation: bool = False
+
+    class Chat(Form):
+        model: str
+        messages: Annotated[list[Message], Field(min_length=1), After(ends_with_question)]
+        stream: bool = False
+        stream_options: StreamOptions = StreamOptions()
+        max_tokens: int = Field(None, le=most)
+        max_completion_tokens: int = Field(None, le=most)
+        temperature: float = Field(0, le=100)
+        top_p: float = 1
+        seed: int = Field(None, ge=-(2**63), lt=2**63)
+        stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), alone] = ()
+        refrag: Settings = Settings()
+
+    class Embeddings(Form):
+        model: str
+        input: Annotated[list, Before(listed_inputs)]
+        encoding_format: Literal["float", "base64"] = "float"
+        dimensions: int = None
+
+    return Chat, Embeddings
 
 
 class Wish(NamedTuple):
     """The settings of a request; those with the same may share a batch."""
 
-    mode: str
-    k: int
-    p: float
-    topk: int
-    hops: int
-    max_new: int
-    temperature: float
-    top_p: float
-    seed: int | None
-
-
-CHAT_FIELDS = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
-               "top_p", "seed", "refrag", "user", "metadata", "store"}
-PLAIN_VALUES = {  # fields that are accepted with these values alone
-    "n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "stop": None, "tools": None,
-    "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}}
-WISH_FIELDS = ("mode", "k", "p", "topk", "hops")
-
-
-def typed(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
-    """A field of a JSON object, of a type; null counts as left out."""
-    value = body.get(name)
-    if value is None:
-        return default
-    whole = isinstance(value, bool) and kind is not bool  # in Python, true is a number
-    if whole or not isinstance(value, kind):
-        raise bad(f"{name}: wrong type {type(value).__name__}")
-    return value
-
-
-def spoken(message: Any, number: int) -> tuple[str, str]:
-    """(role, text) of a message."""
-    if not isinstance(message, dict):
-        raise bad(f"messages[{number}] is no object")
-    role, content = typed(message, "role", str, ""), message.get("content")
-    if role not in ("system", "developer", "user", "assistant"):
-        raise bad(f"messages[{number}]: role {role!r} is not supported")
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-                   for part in content):
-            raise bad(f"messages[{number}]: only parts of type text are supported")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise bad(f"messages[{number}]: content must be text")
-    return role, content
-
-
-def asked_by(messages: Any) -> tuple[str, list[str]]:
-    """(the last message's question, with the topic of those before; the roles that were left out)."""
-    if not isinstance(messages, list) or not messages:
-        raise bad("messages must be a list of one message at least")
-    said = [spoken(message, number) for number, message in enumerate(messages)]
-    if said[-1][0] != "user" or not said[-1][1].strip():
-        raise bad("the last message must be the user's, and not empty")
-    before: list[tuple[str, str]] = []
-    for role, text in said[:-1]:
-        if role == "user":
-            before.append((with_topic(text, before), ""))
-        elif role == "assistant" and before:
-            before[-1] = (before[-1][0], text)
-    left_out = sorted({role for role, _ in said} & {"system", "developer"})
-    return with_topic(said[-1][1], before), left_out
+    search: SearchConfig
+    pack: PackConfig
+    generate: GenerateConfig
+    seed: int = 0
+    system: str = ""
 
 
 class ChatRequest(NamedTuple):
@@ -10032,50 +10103,43 @@ class ChatRequest(NamedTuple):
 
     question: str
     wish: Wish
-    stream: bool
-    usage: bool  # whether a stream ends with the counts of tokens
-    left_out: list[str]  # roles whose messages have no place in the prompt
+    stream: bool = False
+    usage: bool = False  # whether a stream ends with the counts of tokens
 
     @classmethod
-    def read(cls, body: dict[str, Any], pipeline: Pipeline, serve: ServeConfig, names: Sequence[str]) -> ChatRequest:
-        """Raises Refused."""
-        unknown = sorted(set(body) - CHAT_FIELDS - set(PLAIN_VALUES))
-        if unknown:
-            raise bad(f"unknown field {unknown[0]!r}")
-        for name, value in PLAIN_VALUES.items():
-            if body.get(name) not in (None, value):
-                raise bad(f"{name} is not supported")
-        check_served(typed(body, "model", str, ""), names)
-        question, left_out = asked_by(body.get("messages"))
-        own = typed(body, "refrag", dict, {})
-        if set(own) - set(WISH_FIELDS):
-            raise bad(f"refrag: unknown field {sorted(set(own) - set(WISH_FIELDS))[0]!r}")
-        number = (int, float)
-        for given, name, kind, most in ((own, "topk", int, 100), (own, "hops", int, 4), (own, "p", number, 1),
-                                        (body, "seed", int, 2**63 - 1), (body, "temperature", number, 100),
-                                        (body, "top_p", number, 1)):
-            if abs(typed(given, name, kind, 0)) > most:
-                raise bad(f"{name}: at most {most}")
-        tokens = [typed(body, name, int, None) for name in ("max_completion_tokens", "max_tokens")]
-        usual = min(pipeline.generate.max_new, serve.max_tokens)
-        max_new = next((count for count in tokens if count is not None), usual)
-        if max_new > serve.max_tokens:
-            raise bad(f"max_tokens: {max_new} is more than this server's {serve.max_tokens}")
-        kinds = {"mode": str, "p": number}
-        defaults = {"mode": pipeline.pack.mode, "k": pipeline.pack.k, "p": pipeline.pack.p,
-                    "topk": pipeline.search.topk, "hops": pipeline.search.hops}
-        wish = Wish(*(typed(own, name, kinds.get(name, int), defaults[name]) for name in WISH_FIELDS), max_new,
-                    *(float(typed(body, name, number, getattr(pipeline.generate, name)))
-                      for name in ("temperature", "top_p")), typed(body, "seed", int, None))
-        options = typed(body, "stream_options", dict, {})
-        stream = typed(body, "stream", bool, False)
-        return cls(question, wish, stream, bool(options.get("include_usage")), left_out)
+    def read(cls, data: bytes, pipeline: Pipeline, serve: ServeConfig) -> ChatRequest:
+        """Raises Refused and what `refusal` makes one of."""
+        body = request_forms(serve.max_tokens)[0].model_validate_json(data)
+        check_served(body.model, ["refrag"])
+        question, system = asked_by(body.messages)
+        counts = (body.max_completion_tokens, body.max_tokens, min(pipeline.generate.max_new, serve.max_tokens))
+        how = body.model_dump(include={"temperature", "top_p"}, exclude_unset=True)
+        how |= {"stop": tuple(body.stop)} if body.stop else {}
+        generate = dataclasses.replace(pipeline.generate, **how, max_new=next(n for n in counts if n is not None))
+        own = body.refrag.model_dump(exclude_unset=True)
+        search = dataclasses.replace(pipeline.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
+        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.runtime.seed  # JavaScript keeps 53 bits
+        wish = Wish(search, dataclasses.replace(pipeline.pack, **own), generate,
+                    seed if body.seed is None else body.seed % 2**63, system)
+        return cls(question, wish, body.stream, body.stream_options.include_usage)
+
+
+def asked_by(messages: Sequence[Any]) -> tuple[str, str]:
+    """(the last message's question, with the topic of those before; the system messages)."""
+    before: list[tuple[str, str]] = []
+    for message in messages[:-1]:
+        if message.role == "user":
+            before.append((with_topic(message.content, before), ""))
+        elif message.role == "assistant" and before:
+            before[-1] = (before[-1][0], message.content)
+    system = [message.content.strip() for message in messages if message.role in ("system", "developer")]
+    return with_topic(messages[-1].content, before), "\n\n".join(filter(None, system))
 
 
 def check_served(model: str, names: Sequence[str]) -> None:
     """Raises Refused for a model that is not here."""
     if model not in names:
-        raise Refused(404, f"the model {model!r} does not exist here: {', '.join(names)}", "model_not_found")
+        raise Refused(404, f"the model {model!r} does not exist here: {', '.join(names)}", "model_not_found", "model")
 
 
 # -- the server: work -------------------------------------------------------------
@@ -10089,7 +10153,7 @@ class Job:
     def __init__(self, asked: ChatRequest, timeout: float, tell: Callable[[str, Any], None]):
         self.asked, self.tell, self.deadline = asked, tell, time.monotonic() + timeout
         self.id = f"chatcmpl-{os.getpid()}-{next(self.numbers)}"
-        self.item = check_questions([{"id": self.id, "question": asked.question}], ["messages"], "messages")[0]
+        self.item = {"id": self.id, "question": asked.question}
         self.cancelled = False  # set when the client has gone
         self.heard = False  # whether a part of the answer was told
 
@@ -10100,7 +10164,7 @@ class Job:
 
     def refuse_late(self) -> None:
         """Tell that there was not enough time."""
-        self.tell("error", Refused(504, "the answer took longer than this server's --timeout", "timeout"))
+        self.tell("error", Refused(504, "the answer took longer than this server allows", "timeout"))
 
 
 class Engine:
@@ -10141,7 +10205,7 @@ class Engine:
             if not self.ready:
                 return []
             first = self.jobs.popleft()
-            room = self.together - 1 if first.asked.wish.temperature == 0 else 0
+            room = self.together - 1 if first.asked.wish.generate.temperature == 0 else 0
             others = [job for job in self.jobs if job.asked.wish == first.asked.wish][:room]
             for job in others:
                 self.jobs.remove(job)
@@ -10173,7 +10237,7 @@ class Engine:
                 results = self.pipeline_for(batch[0].asked.wish).answer([job.item for job in batch],
                                                                         functools.partial(self.spread_text, batch))
         except Exception as error:
-            return self.refusal(error)
+            return refusal(error)
         for job, result in zip(batch, results, strict=True):
             self.count(result)
             if job.late and not result["ended"]:
@@ -10181,13 +10245,6 @@ class Engine:
             else:
                 job.tell("done", result)
         return None
-
-    def refusal(self, error: Exception) -> Refused:
-        """What a client is told of an error."""
-        if isinstance(error, UserError):
-            return bad(str(error))
-        print(f"error: {one_line(error)}", file=STDERR)
-        return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
 
     def spread_text(self, batch: list[Job], row: int, text: str) -> bool:
         """Pass a part of an answer on. Returns True when no more of it is wanted."""
@@ -10198,15 +10255,13 @@ class Engine:
         return job.cancelled or job.late
 
     def pipeline_for(self, wish: Wish) -> Pipeline:
-        """The pipeline with a request's settings. Raises UserError."""
-        generate = dataclasses.replace(self.pipeline.generate, max_new=wish.max_new, temperature=wish.temperature,
-                                       top_p=wish.top_p)
-        require(wish.mode in MODES, f"mode {wish.mode!r}: one of {', '.join(MODES)}")
-        require(wish.mode == "none" or self.pipeline.searcher is not None, "this server was begun without an index")
-        search = dataclasses.replace(self.pipeline.search, topk=wish.topk, hops=wish.hops)
-        made = self.pipeline.variant(search=search, generate=generate, mode=wish.mode, k=wish.k, p=wish.p)
+        """The pipeline with a request's settings. Raises RefragError."""
+        if wish.pack.mode != "none" and self.pipeline.searcher is None:
+            raise Refused(400, "this server was started without an index: only the mode none is left", "invalid_value",
+                          "refrag.mode")
+        made = self.pipeline.variant(search=wish.search, generate=wish.generate, **vars(wish.pack))
         made.check_gate(made.gate)
-        made.sampler = torch.Generator().manual_seed(self.pipeline.runtime.seed if wish.seed is None else wish.seed)
+        made.sampler, made.system = torch.Generator().manual_seed(wish.seed), wish.system
         return made
 
     def count(self, result: dict[str, Any]) -> None:
@@ -10224,11 +10279,53 @@ class Engine:
         lines += [f"refrag_{name} {value}" for name, value in sorted(self.counts.items())]
         return "\n".join(lines) + "\n"
 
-    def embed(self, texts: list[str]) -> tuple[np.ndarray, int]:
-        """(N, dim) float32, and how many tokens the texts have. A tokenizer serves one thread at a time, too."""
+    def embed(self, inputs: list[str] | list[list[int]]) -> tuple[np.ndarray, int]:
+        """(N, dim) float32 of texts or of token ids, and how many tokens were read. Raises Refused.
+
+        A tokenizer serves one thread at a time, too.
+        """
         with self.models:
-            embedder = self.pipeline.embedder
-            return embedder.embed_passages(texts), sum(map(len, embedder.tokenizer(texts)["input_ids"]))
+            embedder, are_texts = self.pipeline.embedder, isinstance(inputs[0], str)
+            rows = text_rows(embedder, inputs) if are_texts else token_rows(embedder, inputs)
+            longest = max(map(len, rows))
+            if longest > embedder.max_tokens:  # a vector of a part would look like one of the whole
+                raise Refused(400, f"an input has {longest} tokens, more than the {embedder.max_tokens} that "
+                              f"{embedder.name} reads: split it", "context_length_exceeded", "input")
+            vectors = embedder.embed_passages(inputs) if are_texts else embed_rows(embedder, rows)
+            return vectors, sum(map(len, rows))
+
+
+def text_rows(embedder: Embedder, texts: list[str]) -> list[list[int]]:
+    """The token ids that an embedder reads of texts: its prompt and special tokens among them."""
+    return embedder.tokenizer([embedder.prompt + text for text in texts], verbose=False)["input_ids"]
+
+
+def token_rows(embedder: Embedder, inputs: list[list[int]]) -> list[list[int]]:
+    """The same of token ids, which may come with the embedder's special tokens or without. Raises Refused.
+
+    Other vocabularies' ids can not be told from its own where they are small enough.
+    """
+    tokenizer, size = embedder.tokenizer, len(embedder.tokenizer)
+    for token in itertools.chain.from_iterable(inputs):
+        if not 0 <= token < size:
+            raise Refused(400, f"token id {token} is not in the vocabulary of {embedder.name}, 0 to {size - 1}: send "
+                          "texts, or the ids of its own tokenizer", "invalid_value", "input")
+    whole, body, prompt = (tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in (
+        ("a", True), ("a", False), (embedder.prompt, False)))
+    at = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
+    before, after = whole[:at], whole[at + len(body) :]
+    added = {*before, *after}
+    return [[*before, *prompt, *(token for token in row if token not in added), *after] for row in inputs]
+
+
+def embed_rows(embedder: Embedder, rows: list[list[int]]) -> np.ndarray:
+    """(N, dim) float32 of complete rows of token ids."""
+    vectors = []
+    for some in batched(rows, 32):
+        features = embedder.tokenizer.pad({"input_ids": some}, return_tensors="pt").to(embedder.model.device)
+        with torch.inference_mode():
+            vectors.append(embedder.model(dict(features))["sentence_embedding"].float().cpu().numpy())
+    return embedder.unit_length(np.concatenate(vectors))
 
 
 # -- the server: HTTP ---------------------------------------------------------------
@@ -10245,10 +10342,10 @@ def usage_of(result: dict[str, Any]) -> dict[str, int]:
     return {"prompt_tokens": fed, "completion_tokens": made, "total_tokens": fed + made}
 
 
-def refrag_fields(job: Job, result: dict[str, Any]) -> dict[str, Any]:
+def refrag_fields(result: dict[str, Any]) -> dict[str, Any]:
     """What a reply tells beyond OpenAI's fields."""
     names = ("question", "citations", "passages", "chunks", "dropped_passages", "metrics", "settings")
-    return {name: result[name] for name in names} | {"left_out": job.asked.left_out}
+    return {name: result[name] for name in names}
 
 
 def whole_reply(job: Job, result: dict[str, Any], model: str) -> dict[str, Any]:
@@ -10256,7 +10353,7 @@ def whole_reply(job: Job, result: dict[str, Any], model: str) -> dict[str, Any]:
     choice = {"index": 0, "message": {"role": "assistant", "content": result["answer"], "refusal": None},
               "logprobs": None, "finish_reason": "stop" if result["ended"] else "length"}
     return {**reply_head(job, "chat.completion", model), "choices": [choice], "usage": usage_of(result),
-            "refrag": refrag_fields(job, result)}
+            "refrag": refrag_fields(result)}
 
 
 def event(data: Any) -> str:
@@ -10272,7 +10369,7 @@ def stream_events(job: Job, kind: str, value: Any, model: str) -> Iterator[str]:
     ended = kind == "done"
     choice = {"index": 0, "delta": {} if ended else {"content": value}, "logprobs": None,
               "finish_reason": None if not ended else "stop" if value["ended"] else "length"}
-    more = {"refrag": refrag_fields(job, value)} if ended else {}
+    more = {"refrag": refrag_fields(value)} if ended else {}
     yield event({**reply_head(job, "chat.completion.chunk", model), "choices": [choice], **more})
     if ended:
         if job.asked.usage:
@@ -10280,8 +10377,8 @@ def stream_events(job: Job, kind: str, value: Any, model: str) -> Iterator[str]:
         yield event("[DONE]")
 
 
-async def read_body(request: Any, serve: ServeConfig) -> dict[str, Any]:
-    """A JSON object that is neither too long nor too long in coming. Raises Refused."""
+async def read_body(request: Any, serve: ServeConfig) -> bytes:
+    """A request's body, neither too long nor too long in coming. Raises Refused."""
     data = bytearray()
     try:
         async with asyncio.timeout(serve.timeout):
@@ -10291,13 +10388,7 @@ async def read_body(request: Any, serve: ServeConfig) -> dict[str, Any]:
                     raise Refused(413, f"the request is longer than {serve.body_bytes} bytes", "too_large")
     except TimeoutError:
         raise Refused(408, "the request did not come to its end in time", "timeout") from None
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
-        raise bad("the request is no JSON") from None
-    if not isinstance(body, dict):
-        raise bad("the request is no JSON object")
-    return body
+    return bytes(data)
 
 
 class Service:
@@ -10327,12 +10418,8 @@ class Service:
                 if answer not in (self.health, self.page, self.docs):
                     self.check_key(request)
                 response = await answer(request)
-            except Refused as error:
-                response = self.refuse(error)
-            except UserError as error:
-                response = self.refuse(bad(str(error)))
             except Exception as error:
-                response = self.refuse(self.engine.refusal(error))
+                response = self.refuse(refusal(error))
             self.engine.counts[f'responses_total{{status="{response.status_code}"}}'] += 1
             return response
 
@@ -10343,11 +10430,21 @@ class Service:
         headers = {"Retry-After": "1"} if error.status == 429 else {}
         return self.http.JSONResponse(error.body(), error.status, headers)
 
+    async def no_route(self, request: Any, error: Any) -> Any:
+        """An address or a method that is not there, as a reply. error: Starlette's HTTPException."""
+        message = f"{request.method} {request.url.path}: {error.detail}; see GET /docs"
+        refused = Refused(error.status_code, message, error.detail.lower().replace(" ", "_"))
+        return self.http.JSONResponse(refused.body(), error.status_code, error.headers)
+
     def check_origin(self, request: Any) -> None:
-        """Raises Refused for what a page from elsewhere asks in the name of the person who opened it."""
+        """Raises Refused for what a page from elsewhere asks in the name of the person who opened it.
+
+        CORSMiddleware keeps such a page from reading the reply, but would let it post.
+        """
         origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-            raise Refused(403, f"pages of {origin} may not ask this server", "foreign_origin")
+        own = origin is None or origin.partition("://")[2] == request.headers.get("host")
+        if not own and origin not in self.serve.cors:
+            raise Refused(403, f"pages of {origin} may not ask this server: see its --cors", "foreign_origin")
 
     def check_key(self, request: Any) -> None:
         """Raises Refused without the right --api_key."""
@@ -10357,8 +10454,7 @@ class Service:
 
     async def chat(self, request: Any) -> Any:
         """POST /v1/chat/completions"""
-        body = await read_body(request, self.serve)
-        asked = ChatRequest.read(body, self.engine.pipeline, self.serve, ["refrag"])
+        asked = ChatRequest.read(await read_body(request, self.serve), self.engine.pipeline, self.serve)
         self.engine.pipeline_for(asked.wish)  # wrong settings are refused before they wait
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
         job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
@@ -10412,25 +10508,17 @@ class Service:
 
     async def embeddings(self, request: Any) -> Any:
         """POST /v1/embeddings"""
-        body = await read_body(request, self.serve)
-        unknown = sorted(set(body) - {"model", "input", "encoding_format", "user", "dimensions"})
-        if unknown or body.get("dimensions") is not None:
-            raise bad(f"unknown field {unknown[0]!r}" if unknown else "dimensions is not supported")
-        name = typed(body, "model", str, "")
-        check_served(name, [model for model, use in self.models.items() if use == "embeddings"])
-        texts = [body["input"]] if isinstance(body.get("input"), str) else body.get("input")
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-            raise bad("input must be a text or a list of texts, none of them empty")
-        form = typed(body, "encoding_format", str, "float")
-        if form not in ("float", "base64"):
-            raise bad(f"encoding_format {form!r}: float or base64")
-        for text in texts:
-            check_string(text, "input", "request")
-        vectors, tokens = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, texts)
-        rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if form == "base64" else row.tolist()
-                for row in vectors]
+        _, form = request_forms(self.serve.max_tokens)
+        form = form.model_validate_json(await read_body(request, self.serve))
+        check_served(form.model, [model for model, use in self.models.items() if use == "embeddings"])
+        dim = self.engine.pipeline.embedder.dim
+        if form.dimensions not in (None, dim):
+            raise Refused(400, f"dimensions: the vectors of {form.model} have {dim}", "invalid_value", "dimensions")
+        vectors, tokens = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, form.input)
+        coded = form.encoding_format == "base64"
+        rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if coded else row.tolist() for row in vectors]
         return self.http.JSONResponse({
-            "object": "list", "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "object": "list", "model": form.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})
 
     def model_facts(self, name: str) -> dict[str, Any]:
@@ -10470,33 +10558,60 @@ class Service:
 SERVER_DOCS = """\
 POST /v1/chat/completions
     As OpenAI's, for the model "refrag". The last message is the question; one that refers back is asked with the names
-    of the one before. stream, max_tokens, temperature, top_p and seed are obeyed.
+    of the one before. System messages stand before it in the prompt. stream, max_tokens, temperature, top_p, seed and
+    stop (up to four) are obeyed; a sampled answer without a seed draws one and reports it. Other official fields are
+    accepted with the value that changes nothing, and refused with any other.
     Beyond OpenAI's: "refrag": {"mode": "refrag|full|none|truncate", "k": .., "p": .., "topk": .., "hops": ..} in the
     request; in the reply, or the last event of a stream, "refrag": {question, citations, passages, chunks, metrics,
-    settings, left_out}. System messages have no place in the prompt: left_out names them.
+    settings}, the seed among the settings.
 POST /v1/embeddings
-    The embedder's vectors: {"model": .., "input": a text or a list of texts, "encoding_format": "float" or "base64"}
+    The embedder's vectors: {"model": .., "input": .., "encoding_format": "float" or "base64"}. input: a text, token ids
+    of the embedder's own tokenizer, or a list of either. More tokens than it reads are an error.
 GET  /v1/models    what is served
 GET  /healthz      200 while the server can answer
 GET  /metrics      counts for Prometheus
 GET  /             a page to ask from
 
-Errors: 400 what is wrong with the request, 401 the key, 403 a page from elsewhere, 404 the model, 408 the request came
-too slowly, 413 too long, 429 too many are waiting (with Retry-After), 504 not done within --timeout, 5xx a fault, with
-its reason.
+Errors: 400 what is wrong with the request, its field as param, or a Host that is not this machine; 401 the key, 403 a
+page from elsewhere, 404 the model or the address, 405 the method, 408 the request came too slowly, 413 too long, 429
+too many are waiting (with Retry-After), 504 not done within the server's time, 5xx a fault, with its reason.
 """
+
+
+def make_app(engine: Engine, serve: ServeConfig, address: str) -> Any:
+    """The server as a Starlette application. address: what it listens on.
+
+    On a loopback address it answers to this machine's names alone: a page elsewhere could have its own name resolve to
+    127.0.0.1 and would then be no page from elsewhere.
+    """
+    middleware, service = late_import("starlette.middleware"), Service(engine, serve)
+    layers = []
+    if ipaddress.ip_address(address).is_loopback:
+        own = f"[{address}]" if ":" in address else address
+        layers.append(middleware.Middleware(late_import("starlette.middleware.trustedhost").TrustedHostMiddleware,
+                                            allowed_hosts=["localhost", "127.0.0.1", "[::1]", own], www_redirect=False))
+    elif serve.api_key is None:
+        notice(f"warning: {address} lets other machines in, and there is no --api_key: whoever reaches this server can "
+               "read its passages")
+    if serve.cors:
+        layers.append(middleware.Middleware(late_import("starlette.middleware.cors").CORSMiddleware,
+                                            allow_origins=serve.cors, allow_methods=["GET", "POST"],
+                                            allow_headers=["*"]))
+    error = late_import("starlette.exceptions").HTTPException
+    return late_import("starlette.applications").Starlette(routes=service.routes(), middleware=layers,
+                                                           exception_handlers={error: service.no_route})
 
 
 def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
-    uvicorn, applications = late_import("uvicorn"), late_import("starlette.applications")
+    uvicorn = late_import("uvicorn")
     raise_file_limit()
     engine = Engine(pipeline, serve)
     engine.thread.start()
-    app = applications.Starlette(routes=Service(engine, serve).routes())
     with listening_socket(serve) as listener:
         host, port = listener.getsockname()[:2]
-        notice(f"serving on http://{host}:{port} (page at /, description at /docs)")
+        app = make_app(engine, serve, host)
+        notice(f"serving on http://{f'[{host}]' if ':' in host else host}:{port} (page at /, description at /docs)")
         config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=10,
                                 server_header=False)
         try:

@@ -554,6 +554,43 @@ def test_a_template_that_alters_the_message_is_refused(tokenizers):
         refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", []))
 
 
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+LEAVES_OUT = "{% set messages = messages | selectattr('role', 'ne', 'system') | list %}" + CHATML
+
+
+@pytest.mark.parametrize(("template", "turns"), [
+    (CHATML, ["system", "user"]), (CHATML.replace("m['content']", "m['content'] | trim"), ["system", "user"]),
+    (NO_SYSTEM, ["user"]), (LEAVES_OUT, ["user"])], ids=["system", "trimmed", "raises", "left out"])
+def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, template, turns):
+    """Token for token plain prompting with the same messages, or with it before the user's where there is no place."""
+    tokenizer, system = with_template(tokenizers, template), "Be brief.\n\nCite."
+    docs = [make_doc(tokenizer, "1", TWO[0])]
+    pieces = refrag.question_pieces("Why?", docs)
+    prompt = refrag.build_prompt(tokenizer, pieces, system)
+    message = "".join(piece if isinstance(piece, str) else f'<doc id="1">\n{TWO[0]}\n</doc>' for piece in pieces)
+    content = {"system": system, "user": message if "system" in turns else f"{system}\n\n{message}"}
+    expected = tokenizer.decoder.apply_chat_template([{"role": role, "content": content[role]} for role in turns],
+                                                     add_generation_prompt=True, return_dict=False)
+    assert prompt.input_ids.tolist() == expected
+    check_tiling(tokenizer, prompt, docs)
+    plain = refrag.build_prompt(tokenizer, pieces)
+    assert plain.input_ids.tolist() == template_ids(tokenizer.decoder, message)
+
+
+def test_a_system_message_that_repeats_the_question_moves_no_chunk(chat):
+    docs = [make_doc(chat, "1", TWO[0])]
+    prompt = refrag.build_prompt(chat, refrag.question_pieces("Why?", docs), f"{TWO[0]}\nQuestion: Why?")
+    check_tiling(chat, prompt, docs)
+
+
+def test_without_a_template_a_system_message_comes_first(loaded):
+    tokenizer = refrag.RefragTokenizer(loaded["plain_bpe"], compression=4)
+    prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", []), "Be brief.")
+    assert prompt.text == "Be brief.\n\nAnswer the question briefly.\n\nQuestion: Why?\nAnswer:"
+
+
 # -- plans ----------------------------------------------------------------------
 
 
