@@ -243,11 +243,12 @@ if not %ERRORLEVEL%==0 goto job_failed
 :trained
 
 echo [%TIME%] index
-for %%F in ("%CORPUS%") do >"%KEY_FILE%" echo %INDEX_ARGS% corpus %%~zF %%~tF
+>"%KEY_FILE%" echo %INDEX_ARGS%
+for %%F in ("%CORPUS%" refrag.py) do >>"%KEY_FILE%" echo %%~nxF %%~zF %%~tF
 if not exist "%INDEX_DIR%\manifest.json" goto build_index
 fc /b "%KEY_FILE%" "%INDEX_STAMP%" >nul 2>nul
 if not %ERRORLEVEL%==0 goto build_index
-echo     rem kept: built with the same settings from the same corpus
+echo     rem kept: built by the same program with the same settings from the same corpus
 goto index_done
 :build_index
 %RUN% %VENV_PY% refrag.py index %INDEX_ARGS%

@@ -333,10 +333,10 @@ build_index() {
     args=(index --corpus "$CORPUS" --index_dir "$INDEX_DIR" ${EMBED_MODEL:+--embed_model "$EMBED_MODEL"}
         ${ENC_MODEL:+--enc "$ENC_MODEL"} ${DEC_MODEL:+--dec "$DEC_MODEL"} --k "$VECTOR_K"
         ${STEPS:+--load_dir "$NEXT_DIR"})
-    settings="$(quoted "${args[@]}") corpus $(cksum <"$CORPUS")"
+    settings="$(quoted "${args[@]}") corpus $(cksum <"$CORPUS") program $(cksum <refrag.py)"
     step "index"
     if [[ -f $INDEX_DIR/manifest.json && -f $INDEX_STAMP && $(cat "$INDEX_STAMP") == "$settings" ]]; then
-        printf '    # kept: built with the same settings from the same corpus\n' >&"$OUT"
+        printf '    # kept: built by the same program with the same settings from the same corpus\n' >&"$OUT"
         return
     fi
     run "$VENV_PY" refrag.py "${args[@]}" || failed_in "refrag.py index" $?
