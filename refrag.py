@@ -4054,7 +4054,7 @@ def exact_anchors(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
     Found from the lengths of the decoded prefixes; beyond the texts' common prefix no two can be equal. Of several
-    tokens with one decoded prefix the first counts. `anchor_table` is the definition.
+    tokens with one decoded prefix the first counts. The tests hold the table of all pairs as the definition.
     """
     texts = ["".join(side.pieces) for side in (a, b)]
     common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
@@ -4063,24 +4063,6 @@ def exact_anchors(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
         reached = itertools.accumulate(map(len, side.pieces))
         lengths.append([n if piece and n <= common else -1 for n, piece in zip(reached, side.pieces, strict=True)])
     return common_boundaries(*lengths)
-
-
-def anchor_table(text: str, first: Any, second: Any) -> np.ndarray:
-    """The definition of `exact_anchors` as a table: (M, N) bool, O(M N) comparisons of decoded prefixes.
-
-    first, second: tokenizers. A prefix that ends inside a character decodes to a replacement mark and equals nothing.
-    """
-    prefixes = []
-    for tokenizer in (first, second):
-        ids, seen = tokenizer(text, add_special_tokens=False)["input_ids"], {""}
-        column: list[str | None] = []
-        for i in range(len(ids)):
-            prefix = tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False)
-            column.append(None if prefix in seen or prefix.endswith("\ufffd") else prefix)
-            seen.add(prefix)
-        prefixes.append(column)
-    return np.asarray([[p is not None and p == q for q in prefixes[1]] for p in prefixes[0]], dtype=bool).reshape(
-        len(prefixes[0]), len(prefixes[1]))
 
 
 SAME_LETTER = 0.1  # cost of a substitution that changes only case or accent
