@@ -10017,14 +10017,12 @@ NEUTRAL = {"n": (1,), "logprobs": (False,), "response_format": ({"type": "text"}
 
 
 @functools.cache
-def request_forms(most: int) -> tuple[Any, Any]:
-    """The pydantic models of the requests for answers and for vectors. Built late: only the server needs pydantic.
+def form_class() -> Any:
+    """What the requests' pydantic models have in common. Built late: only the server needs pydantic.
 
-    most: tokens that may be asked for. A field that is not here is refused: to ignore one may change the answer.
+    null counts as left out. A field that is not declared is refused: to ignore one may change the answer.
     """
     pydantic = late_import("pydantic")
-    Field, Before, After = pydantic.Field, pydantic.BeforeValidator, pydantic.AfterValidator
-    alone = Before(lambda value: [value] if isinstance(value, str) else value)
 
     class Form(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
         @pydantic.model_validator(mode="before")
@@ -10032,6 +10030,16 @@ def request_forms(most: int) -> tuple[Any, Any]:
         def leave_out(cls, data: Any) -> Any:
             return {key: value for key, value in data.items() if value is not None and key not in UNREAD
                     and value not in NEUTRAL.get(key, ())} if isinstance(data, dict) else data
+
+    return Form
+
+
+@functools.cache
+def chat_form(most: int) -> Any:
+    """The pydantic model of a request for an answer. most: tokens that it may ask for."""
+    pydantic, Form = late_import("pydantic"), form_class()
+    Field, Before, After = pydantic.Field, pydantic.BeforeValidator, pydantic.AfterValidator
+    alone = Before(lambda value: [value] if isinstance(value, str) else value)
 
     class Message(Form):
         role: Literal["system", "developer", "user", "assistant"]
@@ -10061,13 +10069,20 @@ def request_forms(most: int) -> tuple[Any, Any]:
         stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), alone] = ()
         refrag: Settings = Settings()
 
-    class Embeddings(Form):
+    return Chat
+
+
+@functools.cache
+def embeddings_form() -> Any:
+    """The pydantic model of a request for vectors."""
+
+    class Embeddings(form_class()):
         model: str
-        input: Annotated[list, Before(listed_inputs)]
+        input: Annotated[list, late_import("pydantic").BeforeValidator(listed_inputs)]
         encoding_format: Literal["float", "base64"] = "float"
         dimensions: int = None
 
-    return Chat, Embeddings
+    return Embeddings
 
 
 class Wish(NamedTuple):
@@ -10091,7 +10106,7 @@ class ChatRequest(NamedTuple):
     @classmethod
     def read(cls, data: bytes, pipeline: Pipeline, serve: ServeConfig) -> ChatRequest:
         """Raises Refused and what `refusal` makes one of."""
-        body = request_forms(serve.max_tokens)[0].model_validate_json(data)
+        body = chat_form(serve.max_tokens).model_validate_json(data)
         check_served(body.model, ["refrag"])
         question, system = asked_by(body.messages)
         counts = (body.max_completion_tokens, body.max_tokens, min(pipeline.generate.max_new, serve.max_tokens))
@@ -10268,24 +10283,20 @@ class Engine:
         """
         with self.models:
             embedder, are_texts = self.pipeline.embedder, isinstance(inputs[0], str)
-            rows = text_rows(embedder, inputs) if are_texts else token_rows(embedder, inputs)
+            texts = [embedder.prompt + text for text in inputs] if are_texts else []
+            rows = embedder.tokenizer(texts, verbose=False)["input_ids"] if texts else framed_ids(embedder, inputs)
             longest = max(map(len, rows))
             if longest > embedder.max_tokens:  # a vector of a part would look like one of the whole
                 raise Refused(400, f"an input has {longest} tokens, more than the {embedder.max_tokens} that "
                               f"{embedder.name} reads: split it", "context_length_exceeded", "input")
-            vectors = embedder.embed_passages(inputs) if are_texts else embed_rows(embedder, rows)
+            vectors = embedder.embed_passages(inputs) if are_texts else embed_ids(embedder, rows)
             return vectors, sum(map(len, rows))
 
 
-def text_rows(embedder: Embedder, texts: list[str]) -> list[list[int]]:
-    """The token ids that an embedder reads of texts: its prompt and special tokens among them."""
-    return embedder.tokenizer([embedder.prompt + text for text in texts], verbose=False)["input_ids"]
+def framed_ids(embedder: Embedder, inputs: list[list[int]]) -> list[list[int]]:
+    """What an embedder reads of token ids, which may hold its special tokens or lack them. Raises Refused.
 
-
-def token_rows(embedder: Embedder, inputs: list[list[int]]) -> list[list[int]]:
-    """The same of token ids, which may come with the embedder's special tokens or without. Raises Refused.
-
-    Other vocabularies' ids can not be told from its own where they are small enough.
+    Another vocabulary's ids are noticed only where they are too large.
     """
     tokenizer, size = embedder.tokenizer, len(embedder.tokenizer)
     for token in itertools.chain.from_iterable(inputs):
@@ -10300,7 +10311,7 @@ def token_rows(embedder: Embedder, inputs: list[list[int]]) -> list[list[int]]:
     return [[*before, *prompt, *(token for token in row if token not in added), *after] for row in inputs]
 
 
-def embed_rows(embedder: Embedder, rows: list[list[int]]) -> np.ndarray:
+def embed_ids(embedder: Embedder, rows: list[list[int]]) -> np.ndarray:
     """(N, dim) float32 of complete rows of token ids."""
     vectors = []
     for some in batched(rows, 32):
@@ -10490,8 +10501,7 @@ class Service:
 
     async def embeddings(self, request: Any) -> Any:
         """POST /v1/embeddings"""
-        _, form = request_forms(self.serve.max_tokens)
-        form = form.model_validate_json(await read_body(request, self.serve))
+        form = embeddings_form().model_validate_json(await read_body(request, self.serve))
         check_served(form.model, [model for model, use in self.models.items() if use == "embeddings"])
         dim = self.engine.pipeline.embedder.dim
         if form.dimensions not in (None, dim):

@@ -859,6 +859,19 @@ class TestEngine:
         asked = refrag.ChatRequest.read(body, Loaded, refrag.ServeConfig(max_tokens=64))
         assert asked.wish.generate.max_new == 64
 
+    @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "sentencepiece"])
+    @pytest.mark.parametrize("prompt", ["", "passage of a text "])
+    def test_token_ids_get_the_embedder_s_prompt_and_special_tokens(self, tokenizers, kind, prompt):
+        """Such as the tokenizer itself gives the text; some tokenizers have no special tokens to add."""
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers[kind])
+        embedder, text = SimpleNamespace(tokenizer=tokenizer, prompt=prompt, name="tiny"), "bells of bronze"
+        bare, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+        outside = (set(tokenizer("")["input_ids"]) & set(whole)) - set(bare)
+        expected = tokenizer(prompt, add_special_tokens=False)["input_ids"] + bare
+        for row in refrag.framed_ids(embedder, [bare, whole]):
+            assert [token for token in row if token not in outside] == expected
+            assert (row[0], row[-1]) == ((whole[0], whole[-1]) if outside else (expected[0], expected[-1]))
+
     def test_jobs_that_are_late_or_given_up_are_not_begun(self):
         engine, told = refrag.Engine(None, refrag.ServeConfig(together=1)), []
         late, left = (refrag.Job(refrag.ChatRequest("why?", PLAIN), seconds,
