@@ -8200,7 +8200,7 @@ class Pipeline:
             return answer, None, state
         else:
             chosen, state = choose_citation(self.model.decoder, self.tokenizer.decoder, state, row, pending, list(seen))
-        if any(stop in f" [{chosen}]" for stop in self.generate.stop):
+        if any(stop in f"{answer} [{chosen}]" for stop in self.generate.stop):
             return plain, None, state
         return f"{answer} [{chosen}]", chosen, state
 
