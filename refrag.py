@@ -9809,7 +9809,7 @@ def with_topic(question: str, before: Sequence[tuple[str, str]]) -> str:
     if not short and not REFERS_BACK.search(question):
         return question
     (last, answer), known = before[-1], set(words(question))
-    names = names_in(last) or names_in(answer)
+    names = names_in(last) or names_in(CITATION.sub(" ", answer))
     new = [name for name in names if not known.issuperset(words(name))]
     topic = ", ".join(new) if names else last.strip().rstrip("?.!")
     stripped = question.strip()
