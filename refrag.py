@@ -9944,7 +9944,7 @@ def line_history() -> Iterator[None]:
 # -- the server: requests ---------------------------------------------------------
 
 API_NAMES = {"max_new": "max_tokens", "temperature": "temperature", "top_p": "top_p",  # of flags that clients can set
-             **{name: f"refrag.{name}" for name in ("mode", "k", "p", "topk", "hops")}}
+             **{name: f"refrag.{name}" for name in ("mode", "k", "p", "floor", "topk", "hops")}}
 
 
 class Refused(Exception):
@@ -10049,6 +10049,7 @@ def chat_form(most: int) -> Any:
         mode: Literal[MODES] = ""
         k: int = 0
         p: float = 0
+        floor: int = 0
         topk: int = Field(0, le=100)
         hops: int = Field(0, le=4)
 
@@ -10553,9 +10554,9 @@ POST /v1/chat/completions
     of the one before. System messages stand before it in the prompt. stream, max_tokens, temperature, top_p, seed and
     stop (up to four) are obeyed; a sampled answer without a seed draws one and reports it. Other official fields are
     accepted with the value that changes nothing, and refused with any other.
-    Beyond OpenAI's: "refrag": {"mode": "refrag|full|none|truncate", "k": .., "p": .., "topk": .., "hops": ..} in the
-    request; in the reply, or the last event of a stream, "refrag": {question, citations, passages, chunks, metrics,
-    settings}, the seed among the settings.
+    Beyond OpenAI's: "refrag": {"mode": "refrag|full|none|truncate", "k": .., "p": .., "floor": .., "topk": ..,
+    "hops": ..} in the request; in the reply, or the last event of a stream, "refrag": {question, citations, passages,
+    chunks, metrics, settings}, the seed among the settings.
 POST /v1/embeddings
     The embedder's vectors: {"model": .., "input": .., "encoding_format": "float" or "base64"}. input: a text, token ids
     of the embedder's own tokenizer, or a list of either. More tokens than it reads are an error.
