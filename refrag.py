@@ -2194,10 +2194,13 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
             continue
         inside = [p for p in sorted(path.rglob("*"))
                   if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        fit = [p for p in inside if bare_name(p).suffix.lower() in (*TEXTS, *OBJECTS, *TABLES)]
-        require(bool(fit), f"--corpus {name}: the folder holds no {', '.join((*TEXTS, *OBJECTS, *TABLES))} files")
-        files += [CorpusFile(p, f"{label}/{spelled(p.relative_to(path))}", True) for p in fit]
-        others += [p for p in inside if p not in set(fit)]
+        known = [bare_name(p).suffix.lower() in (*TEXTS, *OBJECTS, *TABLES) for p in inside]
+        require(any(known), f"--corpus {name}: the folder holds no {', '.join((*TEXTS, *OBJECTS, *TABLES))} files")
+        for file, fits in zip(inside, known, strict=True):
+            if fits:
+                files.append(CorpusFile(file, f"{label}/{spelled(file.relative_to(path))}", True))
+            else:
+                others.append(file)
     return files, others
 
 
