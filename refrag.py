@@ -3458,7 +3458,7 @@ class Passage:
     score: float  # what it is ranked by: the fused ranks, or the reranker's score
     rank: int
     document_id: str
-    scores: dict[str, float]  # of the retrievers that found it: cosine or inner product, BM25
+    scores: dict[str, float] = field(default_factory=dict)  # of the retrievers that found it
     metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:

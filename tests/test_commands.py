@@ -169,7 +169,7 @@ def test_serving_names_all_that_it_needs(run, monkeypatch):
     """Before anything is loaded."""
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, out, err = run("serve", "--index_dir", "nothing")
-    assert (code, out) == (3, "") and err.endswith(": pip install starlette uvicorn\n")
+    assert (code, out) == (3, "") and err.endswith(": pip install pydantic starlette uvicorn\n")
 
 
 def test_a_missing_library_is_named_with_the_command_that_mends_it(tmp_path, program):
@@ -829,7 +829,7 @@ def test_trec_ids_that_collide_or_are_empty_are_refused(results, told):
 
 def test_nothing_is_printed_before_ids_are_refused(run, tmp_path, llama):
     corpus, questions = tmp_path / "c.jsonl", tmp_path / "q.jsonl"
-    corpus.write_text("".join(json.dumps({"id": name, "text": "bridges"}) + "\n" for name in ("x y", "x_y")))
+    corpus.write_text("".join(json.dumps({"id": name, "text": f"bridges {name}"}) + "\n" for name in ("x y", "x_y")))
     questions.write_text('{"id": "first", "question": "bridges"}\n')
     folder = tmp_path / "index"
     assert run("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)[0] == 0

@@ -23,7 +23,7 @@ FED = ["--enc", "decoder:2", "--compressed", "feed", "--json", "--quiet"]
 
 def load(decoder, **options):
     """A pipeline for --prompt over a decoder folder."""
-    pack = refrag.PackConfig(**({"k": 4, "gate": "random", "compressed": "feed"} | options.pop("pack", {})))
+    pack = refrag.PackConfig(**({"k": 4, "floor": 0, "gate": "random", "compressed": "feed"} | options.pop("pack", {})))
     generate = refrag.GenerateConfig(prompt=PROMPT, **({"max_new": 6, "cite": False} | options))
     models = refrag.ModelConfig(dec=str(decoder), enc="decoder:2")
     return refrag.load_pipeline(refrag.IndexConfig(), refrag.SearchConfig(), pack, generate, models,

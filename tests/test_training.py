@@ -725,8 +725,7 @@ def test_no_more_than_a_share_of_the_context_stays_text(lessons_on, p):
         vectors = {-v - 1 for v in sequence.plan.tolist() if v < 0}
         sizes = [len(chunk) for chunk in sequence.content.chunks]
         realised.append(sum(size for n, size in enumerate(sizes) if n not in vectors) / sum(sizes))
-        assert realised[-1] <= p
-    assert np.mean(realised) > p - 0.08
+        assert p - (max(sizes) + 1) / sum(sizes) < realised[-1] <= p  # what is left does not hold the next chunk
 
 
 def test_the_shares_are_drawn_by_question(lessons_on):
@@ -745,10 +744,10 @@ def test_the_gate_chooses_the_text_as_in_use(tmp_path, whole, index_dir, words, 
     """The chunks that `generate` opens over the same passages; by words alone where the index has no vectors."""
     index, same = index_dir if gate == "learned" else words, 0
     lessons = answer_lessons(whole, index, write(tmp_path / "q.jsonl", QUESTIONS), gate_frac=1.0, no_answer_frac=0.0,
-                             p=(0.6,), k=(16,))
+                             p=(0.9,), k=(16,))
     pipeline = refrag.load_pipeline(
         refrag.IndexConfig(index_dir=str(index)), refrag.SearchConfig(topk=3),
-        refrag.PackConfig(k=16, p=0.6, gate="blend"), refrag.GenerateConfig(),
+        refrag.PackConfig(k=16, p=0.9, floor=0, gate="blend"), refrag.GenerateConfig(),
         refrag.ModelConfig(dec=str(llama), enc="decoder:2"), RUNTIME)
     if gate == "learned":
         torch.manual_seed(1)
