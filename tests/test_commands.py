@@ -829,9 +829,10 @@ def test_trec_ids_that_collide_or_are_empty_are_refused(results, told):
 
 def test_nothing_is_printed_before_ids_are_refused(run, tmp_path, llama):
     corpus, questions = tmp_path / "c.jsonl", tmp_path / "q.jsonl"
-    corpus.write_text("".join(json.dumps({"id": name, "text": f"bridges {name}"}) + "\n" for name in ("x y", "x_y")))
+    records = [{"id": "x y", "text": "seven bridges"}, {"id": "x_y", "text": "bridges"}]
+    corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
     questions.write_text('{"id": "first", "question": "bridges"}\n')
     folder = tmp_path / "index"
     assert run("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)[0] == 0
     code, out, err = run("search", "--index_dir", folder, "--questions", questions, "--format", "trec")
-    assert (code, out) == (2, "") and "'x y' and 'x_y'" in err
+    assert (code, out) == (2, "") and "'x_y' and 'x y'" in err

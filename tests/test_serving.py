@@ -83,7 +83,7 @@ class TestTopic:
 @pytest.fixture
 def argv(index_dir, llama):
     return ["chat", "--index_dir", str(index_dir), "--dec", str(llama), "--enc", "decoder:2", "--max_new", "4",
-            "--topk", "2", "--compressed", "feed", "--floor", "0", "--no_cite"]
+            "--topk", "2", "--compressed", "feed", "--p", "0.25", "--floor", "0", "--no_cite"]
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ class Server:
 @pytest.fixture(scope="module")
 def serve_argv(index_dir, llama):
     return ["--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--max_new", "6", "--topk", "2",
-            "--compressed", "feed", "--floor", "0", "--threads", "1"]
+            "--compressed", "feed", "--p", "0.25", "--floor", "0", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -904,7 +904,7 @@ class TestEngine:
 def asked(index_dir, llama):
     """A question to tiny models."""
     return ["--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--topk", "2", "--compressed", "feed",
-            "--floor", "0", "--question", "Where do smiths cast bells?", "--max_new", "6", "--json"]
+            "--p", "0.25", "--floor", "0", "--question", "Where do smiths cast bells?", "--max_new", "6", "--json"]
 
 
 class TestExport:
