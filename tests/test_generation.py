@@ -410,6 +410,20 @@ class TestCitations:
         assert dataclasses.replace(context, expanded=some, plan=plan).read == ["partly", "vectors"]
         assert load(llama, pack={"p": 1.0}).prepare({"id": "1", "question": PROMPT})[0].read == ["text", "text"]
 
+    def test_what_was_not_read_is_said(self, tmp_path, run, llama):
+        """Nothing found: no citation, and a line that says so. Found but left out: a line that says that."""
+        (tmp_path / "c.txt").write_text("Seven bridges cross the old city.\n", encoding="utf-8")
+        models = ["--dec", llama, "--enc", "decoder:2"]
+        assert run("index", "--corpus", tmp_path / "c.txt", "--index_dir", tmp_path / "i", "--retriever", "bm25",
+                   *models)[0] == 0
+        ask = ["generate", "--index_dir", tmp_path / "i", *models, "--max_new", "4", "--gate", "blend"]
+        _, out, _ = run(*ask, "--question", "zebra?")
+        assert "\nno citation\nno passage was found: the answer is the decoder's own\n" in out
+        _, out, _ = run(*ask, "--question", "bridges?", "--p", "0", "--compressed", "drop")
+        assert "\nno citation\nno passage was read as text\n" in out
+        _, out, _ = run(*ask, "--question", "bridges?")
+        assert "no passage" not in out
+
     def test_no_cite_leaves_the_answer_alone(self, llama):
         assert ask(load(llama, cite=False))["citations"] == []
 
