@@ -188,7 +188,7 @@ class CorpusConfig:
     """What to index and how it is cut."""
 
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                      "per line; also zipped), folders, or - for standard input")
+                                      "per line; also gzipped), folders, or - for standard input")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
                       choices=("strict", "replace", "skip"))
     limit: int | None = opt(None, "read at most this many records")
@@ -315,7 +315,7 @@ class GenerateConfig:
 
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most")
-    temperature: float = opt(0.0, "0 is greedy")
+    temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn")
     top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability")
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
@@ -755,8 +755,6 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     start = time.perf_counter()
     with index_lock(index.index_dir):
         previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
-        if previous is None:
-            announce_replacement(Path(index.index_dir) / "manifest.json")
         summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
@@ -978,6 +976,9 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             if near:
                 message += " (options go after the command)" if near[0] == unknown[1] else f" (did you mean {near[0]}?)"
+        elif "unrecognized arguments" in message:
+            flag = next((f for f in ("--question", "--corpus") if f in self._option_string_actions), "a flag")
+            message += f" (write {flag} before it)"
         raise UserError(f"{message}: see python {self.prog} --help")
 
 
@@ -1155,7 +1156,7 @@ def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
     if as_json:
         try:
             print(dumps({"error": {"code": code, "message": message}}), flush=True)
-        except BrokenPipeError:
+        except OSError:  # its reader has gone, or its disk is full
             silence(sys.stdout)
     return code
 
@@ -1931,15 +1932,27 @@ class BadRecord(UserError):
     """A record that --errors skip leaves out."""
 
 
+NAMED = 10  # bad records and files that are named one by one
+
+
+def leave_out(error: Exception, counts: dict[str, int]) -> None:
+    """Count and name a bad record or file that does not stop the run."""
+    counts["skipped"] += 1
+    if counts["skipped"] <= NAMED:
+        notice(f"skipped: {one_line(error)}")
+    elif counts["skipped"] == NAMED + 1:
+        notice("skipped: and more")
+
+
 @contextlib.contextmanager
 def skipping(errors: str | None, counts: dict[str, int]) -> Iterator[None]:
-    """With --errors skip, a BadRecord in the block is counted instead of raised."""
+    """With "skip" in --errors, a BadRecord in the block is left out instead of raised."""
     try:
         yield
-    except BadRecord:
-        if errors != "skip":
+    except BadRecord as error:
+        if "skip" not in (errors or ""):
             raise
-        counts["skipped"] += 1
+        leave_out(error, counts)
 
 
 def spelled(path: Path) -> str:
@@ -1952,6 +1965,7 @@ def bare_name(path: Path) -> Path:
     return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
 
 
+BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
@@ -1966,7 +1980,9 @@ def opened(path: Path) -> Iterator[tuple[typing.BinaryIO, str, int]]:
         try:
             if handle.peek(2).startswith(b"\x1f\x8b") or path.suffix.lower() == ".gz":
                 handle = gzip.GzipFile(fileobj=handle)
-            head = handle.peek(3)
+            head = handle.peek(8)
+            if head.startswith(BINARY):
+                raise BadRecord(f"{spelled(path)} is a PDF, picture, archive or office document: index its text")
             mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
             handle.read(len(mark))
             yield handle, MARKS.get(mark, "utf-8"), len(mark)
@@ -2002,7 +2018,7 @@ def decoded_lines(path: Path, counts: dict[str, int], errors: str | None,
                 try:
                     text = raw.decode(encoding)
                 except UnicodeDecodeError as error:
-                    if errors != "replace":
+                    if "replace" not in (errors or ""):
                         place = f"{spelled(path)}: invalid {encoding[:6].upper()} at byte {offset + error.start}"
                         raise BadRecord(f"{place}: mend it{' or use --errors replace' if errors else ''}") from None
                     text = raw.decode(encoding, errors="replace")
@@ -2116,7 +2132,8 @@ def read_table(path: Path, counts: dict[str, int], errors: str | None,
 
 
 TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-TEXTS = (".txt", ".text", ".md", ".markdown")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
 
 
 def parsed(text: str) -> Any:
@@ -2184,30 +2201,38 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
 
     sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
     """
-    files, others = [], []
+    files: dict[str, CorpusFile] = {}  # by label: one that stands in a folder that is named too is read once
+    others = []
     for name in paths:
         path = Path(name)
         require(name == "-" or path.exists(), f"--corpus {name}: no such file or folder")
-        label = source_label(name, sources)
+        absolute = Path(os.path.abspath(path))
+        folder = next(((label, place) for label, place in sources.items() if place and place != spelled(absolute)
+                       and absolute.is_relative_to(place)), None)
+        if folder is not None:  # a part of it, named by itself: the ids stay those that it has in the folder
+            label = f"{folder[0]}/{spelled(absolute.relative_to(folder[1]))}"
+        else:
+            label = source_label(name, sources)
         if not path.is_dir():
-            files.append(CorpusFile(path, label, False))
+            files.setdefault(label, CorpusFile(path, label, folder is not None))
             continue
         inside = [p for p in sorted(path.rglob("*"))
                   if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
         known = [bare_name(p).suffix.lower() in (*TEXTS, *OBJECTS, *TABLES) for p in inside]
         require(any(known), f"--corpus {name}: the folder holds no {', '.join((*TEXTS, *OBJECTS, *TABLES))} files")
         for file, fits in zip(inside, known, strict=True):
+            inner = f"{label}/{spelled(file.relative_to(path))}"
             if fits:
-                files.append(CorpusFile(file, f"{label}/{spelled(file.relative_to(path))}", True))
+                files.setdefault(inner, CorpusFile(file, inner, True))
             else:
                 others.append(file)
-    return files, others
+    return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """Every record of a file: of JSON and tables, of text its lines, or all of it where the file is in a folder."""
+    """Every record of a file: of JSON and tables, of text its lines; Markdown, and any text in a folder, is one."""
     path, source = file.path, spelled(file.path)
-    of_text = file.in_folder and bare_name(path).suffix.lower() in TEXTS
+    of_text = bare_name(path).suffix.lower() in (TEXTS if file.in_folder else MARKDOWN)
     if of_text and not read_items(path, collections.Counter(), "replace", TEXT_FIELDS)[0]:
         for _, text in decoded_lines(path, counts, errors, whole=True):
             if text.strip():
@@ -2226,16 +2251,16 @@ def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator
 
 
 def first_few(items: Sequence[str]) -> str:
-    """The first three of some texts, for a message."""
-    return "; ".join(items[:3]) + ("; .." if len(items) > 3 else "")
+    """The first of some texts, for a message."""
+    return "; ".join(items[:NAMED]) + ("; .." if len(items) > NAMED else "")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
     """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
 
-    sources: see `source_label`. A file in a folder that can not be read, and with --errors skip any file from where it
-    can not, is left out, counted and named. To know that before its first record, those in folders are read twice.
+    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record does not take its file with
+    it, nor a file that can not be read the others: they are left out, counted and named.
     """
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
@@ -2243,19 +2268,14 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
         notice(f"files of other kinds, not read: {len(others):,} ({first_few([spelled(p) for p in others])})")
 
     def records() -> Iterator[Record]:
-        faults = []
         for file in files:
+            errors = f"{corpus.errors} skip" if file.in_folder else corpus.errors
             try:
-                if file.in_folder and corpus.errors != "skip":
-                    collections.deque(read_file(file, collections.Counter(), corpus.errors), maxlen=0)
-                yield from read_file(file, counts, corpus.errors)
+                yield from read_file(file, counts, errors)
             except (RefragError, OSError) as error:
-                if not (file.in_folder or corpus.errors == "skip"):
+                if "skip" not in errors:
                     raise
-                faults.append(one_line(error))
-                counts["skipped"] += 1
-        if faults:
-            notice(f"files left out: {len(faults):,} ({first_few(faults)})")
+                leave_out(error, counts)
 
     return itertools.islice(records(), corpus.limit)
 
@@ -2330,14 +2350,14 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
     """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
 
-    They are what `read_items` finds, such as JSON lines. Raises UserError.
+    They are what `read_items` finds, such as JSON lines; a line of text is a question. Raises UserError.
     """
     path, items, places = Path(name), [], []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
-    _, lines = read_items(path, collections.Counter(), None, QUESTION_FIELDS)
+    records, lines = read_items(path, collections.Counter(), None, QUESTION_FIELDS)
     for number, (line, text) in enumerate(lines, start=1):
         places.append(f"{spelled(path)}:{line}")
-        item = parse_object(text, places[-1])
+        item = parse_object(text, places[-1]) if records else {"question": text.strip()}
         question = item.pop(field_in(item, QUESTION_FIELDS, places[-1]))
         items.append({"id": own_id(item, str(number), places[-1]), "question": question, **item})
     require(bool(items), f"{flag} {path}: the file holds no question")
@@ -2968,7 +2988,7 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
-    foreign = [n for n in names if not re.fullmatch(r"manifest\.json|\.manifest\..*|\.lock|gen-\d+|\..*\.(tmp|old)", n)]
+    foreign = [n for n in names if not re.fullmatch(r"manifest\.json|gen-\d+|\..*|Thumbs\.db|desktop\.ini", n)]
     require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     return exclusive(path / ".lock", f"index {path}")
@@ -3093,8 +3113,14 @@ class CorpusWriter:
         self.parts.append([part])
 
     def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as one passage, or as several with #1, #2, .. after its id. Raises UserError."""
-        self.claim(record.id, record.where)
+        """Append a record as one passage, or as several with #1, #2, .. after its id. Raises UserError.
+
+        Nothing of a record whose id was there already is written: that is a BadRecord.
+        """
+        try:
+            self.claim(record.id, record.where)
+        except UserError as error:
+            raise BadRecord(str(error)) from None
         self.documents[record.id] = record.where
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
         for part, piece in enumerate(pieces, start=1):
@@ -3146,7 +3172,8 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
         records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
         while block := list(itertools.islice(records, EMBED_BLOCK)):
             for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
-                writer.add(record, spans)
+                with skipping(corpus.errors, counts):
+                    writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
         replaced = [writer.replaced(segment) for segment in previous.segments] if previous is not None else []
         counts["added"] = writer.parts.rows
@@ -3429,6 +3456,8 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
                  "dim": embedder.dim if embedder else None,
                  "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
                  "chunking": {"k": chunking.k, **chunking.stored}, "sources": sources}
+    if previous is None:
+        announce_replacement(path / "manifest.json")
     make_current(path, manifest, known)
     shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
     return {**manifest["counts"], **counts, "dim": manifest["dim"]}
@@ -4005,7 +4034,8 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
     edges = [0, *(edge for match, _ in blocks for edge in match.span()), len(text)]
     for start, end in zip(edges[::2], edges[1::2], strict=True):
         tag = DOC_TAG.search(text, start, end)
-        require(tag is None, f"--prompt: {text[tag.start() :][:40]!r} opens or closes no document" if tag else "")
+        require(tag is None, f"--prompt: {text[tag.start() :][:40]!r} opens or closes no document: write "
+                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
     require(len({label for _, label in blocks}) == len(blocks), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
@@ -8085,7 +8115,7 @@ class Pipeline:
         citation = f" and a citation {self.citation_room}" if self.citation_room else ""
         require(self.fits_window(positions),
                 f"the prompt takes {positions} positions, --max_new {self.generate.max_new}{citation}; the decoder's "
-                f"window is {self.model.window}: lower --topk, --p or --max_new")
+                f"window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
 
     def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
         """Everything before the prefill. Returns the context and the decoder's inputs (T, D)."""
@@ -8340,15 +8370,19 @@ def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
                settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
 
-    Ids do not count: by default they are line numbers, which another question before them changes.
+    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
+    --out has already is followed by -2, -3, ..
     """
     if not generate.resume or not Path(generate.out).exists():
         return questions
-    done = collections.Counter(line.get("question") for line in finished_lines(Path(generate.out), settings, "--out"))
-    waiting = []
+    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
+    done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
     for item in questions:
         done[item["question"]] -= 1
-        waiting += [item] if done[item["question"]] < 0 else []
+        if done[item["question"]] < 0:
+            free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
+            ids.add(waiting[-1]["id"])
     return waiting
 
 
@@ -9789,13 +9823,15 @@ NAME = re.compile(rf"(?:[{CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*)(?:(?: (?:of|the|
                   rf"(?:[{CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*\b))*")
 
 
-def names_in(text: str) -> list[str]:
-    """Names and numbers of a text, each once; the word that it begins with is capitalised anyway and counts as none.
+def names_in(text: str, answer: bool = False) -> list[str]:
+    """Names and numbers of a text, each once.
 
-    Example: "When was the Eiffel Tower in Paris finished?" -> ["Eiffel Tower", "Paris"]
+    The word that a question begins with is capitalised anyway and counts as none; an answer often begins with a name.
+    Examples: "When was the Eiffel Tower in Paris finished?" -> ["Eiffel Tower", "Paris"]; "Ada Lovelace" -> the same
     """
-    first = len(text) - len(text.lstrip()) + len(text.split(maxsplit=1)[0]) if text.strip() else 0
-    return list(dict.fromkeys(match[0].rstrip(".,") for match in NAME.finditer(text, first)))
+    first = 0 if answer or not text.strip() else len(text) - len(text.lstrip()) + len(text.split(maxsplit=1)[0])
+    names = dict.fromkeys(match[0].rstrip(".,") for match in NAME.finditer(text, first))
+    return [name for name in names if name.casefold() not in STOPWORDS]
 
 
 def with_topic(question: str, before: Sequence[tuple[str, str]]) -> str:
@@ -9812,7 +9848,7 @@ def with_topic(question: str, before: Sequence[tuple[str, str]]) -> str:
     if not short and not REFERS_BACK.search(question):
         return question
     (last, answer), known = before[-1], set(words(question))
-    names = names_in(last) or names_in(CITATION.sub(" ", answer))
+    names = names_in(last) or names_in(CITATION.sub(" ", answer), answer=True)
     new = [name for name in names if not known.issuperset(words(name))]
     topic = ", ".join(new) if names else last.strip().rstrip("?.!")
     stripped = question.strip()

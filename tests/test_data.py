@@ -422,7 +422,7 @@ def test_a_damaged_gzip_file_in_a_folder_is_left_out(write, tmp_path, capsys, ho
     (tmp_path / "docs/c.txt.gz").write_bytes(damaged_gzip(how))
     got = read(tmp_path / "docs")
     assert (got.texts, got.skipped) == (["good"], 1)
-    assert re.fullmatch(r"files left out: 1 \(\S*c\.txt\.gz: not a complete gzip file .*\)\n", capsys.readouterr().err)
+    assert re.fullmatch(r"skipped: \S*c\.txt\.gz: not a complete gzip file .*\n", capsys.readouterr().err)
 
 
 def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, capsys):
@@ -484,19 +484,20 @@ def test_a_mark_at_the_start_of_a_document_is_no_text(write, tmp_path):
 
 
 FAULTY = {"a.txt": b"ab\ncd\xff", "c.jsonl": b'{"text": "one"}\n{"x": 1}\n', "d.json": b'{"name": "x"}',
-          "e.csv": b"a,b\n1,2", "f.txt.gz": b"", "g.ndjson": b"prose", "h.tsv": b'text\nrow\n"open'}
+          "e.csv": b"a,b\n1,2", "f.txt.gz": b"", "g.ndjson": b"prose", "h.tsv": b'text\nrow\n"open', "i.txt": b"%PDF-1.7 x"}
+GOOD_IN = {"c.jsonl": ["one"], "h.tsv": ["row"]}
 
 
 @pytest.mark.parametrize("name", FAULTY)
-def test_a_file_of_a_folder_that_can_not_be_read_is_left_out_whole(write, tmp_path, capsys, name):
-    """It is named and counted, and the others are read. A file that was named itself stops the run."""
+def test_a_fault_in_a_folder_takes_neither_its_file_nor_the_others_with_it(write, tmp_path, capsys, name):
+    """It is named and counted. In a file that was named itself it stops the run."""
     path = write(f"docs/{name}", FAULTY[name])
     path.write_bytes(FAULTY[name] or damaged_gzip("checksum"))
     write("docs/b.txt", b"good")
     got = read(tmp_path / "docs")
-    assert (got.texts, got.skipped, got.replaced) == (["good"], 1, 0)
+    assert (got.texts, got.skipped, got.replaced) == (sorted(["good", *GOOD_IN.get(name, [])]), 1, 0)
     told = capsys.readouterr().err
-    assert told.startswith(f"files left out: 1 ({path}") and told.count("\n") == 1
+    assert told.startswith(f"skipped: {path}") and told.count("\n") == 1
     with pytest.raises(refrag.RefragError, match=re.escape(str(path))):
         read(path, tmp_path / "docs")
 
@@ -508,7 +509,16 @@ def test_skipping_keeps_what_can_be_read(write, tmp_path, capsys):
     path.write_bytes(damaged_gzip("truncated"))
     got = read(tmp_path / "docs", path, write("last.txt", "last"), errors="skip")
     assert got.texts[:2] == ["one", "passage 0"] and got.texts[-1] == "last" and got.skipped == 2
-    assert re.fullmatch(r"files left out: 1 \(\S*cut\.txt\.gz: not a complete gzip .*\)\n", capsys.readouterr().err)
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"skipped: \S*c\.jsonl:2: no text .*", first)
+    assert re.fullmatch(r"skipped: \S*cut\.txt\.gz: not a complete gzip .*", second)
+
+
+def test_ten_of_many_faults_are_named(write, tmp_path, capsys):
+    write("docs/c.jsonl", b'{"text": "one"}\n' + b'{"x": 1}\n' * 50)
+    assert read(tmp_path / "docs").skipped == 50
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 11 and told[9].startswith("skipped: ") and ":11: no text" in told[9] and told[10].endswith("more")
 
 
 def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypatch):
@@ -764,13 +774,30 @@ def test_invalid_utf8_in_a_file_of_questions_is_refused(write):
 # ---- Names of files -------------------------------------------------------------------------------------------------
 
 
-def test_a_file_named_beside_its_folder_is_read_as_a_file(write, tmp_path, monkeypatch):
-    """The folder's .txt is one document, the one that was named itself has a passage per line."""
+def test_a_file_of_a_folder_that_is_known_is_that_folders_document(write, tmp_path, monkeypatch):
+    """Named by itself later, it has the same id, and replaces; named in the same command, it is read once."""
     write("docs/a.txt", "one\ntwo")
     monkeypatch.chdir(tmp_path)
     for folder in ("docs", ".", tmp_path / "docs"):
         file = tmp_path / "docs/a.txt" if folder == tmp_path / "docs" else "docs/a.txt"
-        assert read(folder, file).texts == ["one\ntwo", "one", "two"]
+        whole = read(folder)
+        assert read(folder, file).ids == whole.ids and whole.texts == ["one\ntwo"]
+        later = read(file, sources=whole.sources)
+        assert (later.ids, later.texts, later.sources) == (whole.ids, whole.texts, whole.sources)
+    write("docs/sub/b.txt", "three")
+    assert read("docs/sub", sources=read("docs").sources).ids == ["docs/sub/b.txt"]
+
+
+def test_markdown_is_one_document_also_by_itself(write):
+    got = read(write("plan.v2.md", "# Plan\n\n- paint\n"))
+    assert (got.ids, got.texts, [r.title for r in got.records]) == (["plan.v2.md"], ["# Plan\n\n- paint\n"], ["plan.v2"])
+
+
+@pytest.mark.parametrize("head", [b"%PDF-1.7\n", b"PK\x03\x04", b"\x89PNG\r\n", b"\xff\xd8\xff\xe0"])
+def test_a_file_that_is_no_text_is_refused_whatever_its_name(write, head):
+    for errors in ("strict", "replace"):
+        with pytest.raises(refrag.UserError, match=r"a\.txt is a PDF, picture, archive or office document"):
+            read(write("a.txt", head + b"rest"), errors=errors)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")
