@@ -256,7 +256,10 @@ def test_flags_are_not_abbreviated(short):
         (["index", "--embed-modle", "x"], "did you mean --embed_model?"),
         (["generate", "--no-steam"], "did you mean --no_stream?"),
         (["search", "--zzzzzz"], "unrecognized arguments: --zzzzzz: see python refrag.py search --help"),
-        (["search", "stray"], "unrecognized arguments: stray"),
+        (["search", "stray"], "unrecognized arguments: stray (write --question before it)"),
+        (["generate", "Who built it?", "--index_dir", "i"], "Who built it? (write --question before it)"),
+        (["index", "notes"], "notes (write --corpus before it)"),
+        (["doctor", "all"], "all (write a flag before it)"),
         (["search", "--topk"], "--topk: expected one argument"),
         (["search", "--topk", "many"], "--topk: invalid int value: 'many'"),
         (["search", "--retriever", "magic"], "choose from 'hybrid', 'dense', 'bm25'"),
@@ -596,6 +599,16 @@ def test_work_goes_on_when_nobody_reads_stderr(deaf_stderr, monkeypatch):
         bar.delay = 0
         bar.update()
         bar.refresh()
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_WRONLY)
+
+    with pytest.MonkeyPatch.context() as patched:  # the error's own line can not be printed either
+        patched.setattr(sys, "stdout", Full())
+        assert refrag.report(OSError(errno.ENOSPC, "full"), as_json=True) == 6
     assert refrag.report(refrag.UserError("a mistake"), as_json=False, debug=True) == 2
 
 

@@ -771,6 +771,13 @@ def test_invalid_utf8_in_a_file_of_questions_is_refused(write):
         ask(questions=path)
 
 
+def test_a_line_of_text_is_a_question(write, stdin):
+    assert [q["question"] for q in ask(questions=write("q.txt", "Who repairs it?\n\n Where? \n"))] == [
+        "Who repairs it?", "Where?"]
+    stdin(b"Why?\n")
+    assert [(q["id"], q["question"]) for q in ask(questions="-")] == [("1", "Why?")]
+
+
 # ---- Names of files -------------------------------------------------------------------------------------------------
 
 

@@ -546,6 +546,8 @@ class TestCommand:
             assert generate(run, index_dir, llama, "--questions", questions, "--out", out, *more)[0] == 0
         answered = [json.loads(line)["question"][8] for line in out.read_text().splitlines()]
         assert answered == [*before, *new]
+        ids = [json.loads(line)["id"] for line in out.read_text().splitlines()]
+        assert len(set(ids)) == len(ids), "one that was taken is followed by -2"
 
     def test_json_of_a_file_of_questions_is_one_object(self, run, index_dir, llama, tmp_path):
         """The lines go to --out; without --json a person reads the answers."""

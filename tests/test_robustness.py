@@ -355,6 +355,17 @@ def test_a_foreign_folder_is_refused(refused, tmp_path, write, models, name):
     assert [(p.name, p.read_text()) for p in (tmp_path / "mine").iterdir()] == [(name, "precious")]
 
 
+def test_what_systems_leave_in_folders_is_not_foreign(run, tmp_path, write, models):
+    """A file manager's .DS_Store in an index is no reason to refuse an addition, and stays."""
+    first, more = write("a.jsonl", [GOOD]), write("b.jsonl", [GOOD | {"id": "another"}])
+    assert run("index", "--corpus", first, "--index_dir", tmp_path / "i", *models)[0] == 0
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "i" / name).write_text("a system's")
+    code, _, err = run("index", "--corpus", more, "--index_dir", tmp_path / "i", "--add", *models)
+    assert code == 0, err
+    assert (tmp_path / "i" / ".DS_Store").read_text() == "a system's"
+
+
 def test_an_empty_folder_is_accepted(run, tmp_path, write, models):
     (tmp_path / "i").mkdir()
     assert run("index", "--corpus", write("c.jsonl", [GOOD]), "--index_dir", tmp_path / "i", *models)[0] == 0
