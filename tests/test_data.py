@@ -484,7 +484,8 @@ def test_a_mark_at_the_start_of_a_document_is_no_text(write, tmp_path):
 
 
 FAULTY = {"a.txt": b"ab\ncd\xff", "c.jsonl": b'{"text": "one"}\n{"x": 1}\n', "d.json": b'{"name": "x"}',
-          "e.csv": b"a,b\n1,2", "f.txt.gz": b"", "g.ndjson": b"prose", "h.tsv": b'text\nrow\n"open', "i.txt": b"%PDF-1.7 x"}
+          "e.csv": b"a,b\n1,2", "f.txt.gz": b"", "g.ndjson": b"prose", "h.tsv": b'text\nrow\n"open',
+          "i.txt": b"%PDF-1.7 x"}
 GOOD_IN = {"c.jsonl": ["one"], "h.tsv": ["row"]}
 
 
@@ -518,7 +519,8 @@ def test_ten_of_many_faults_are_named(write, tmp_path, capsys):
     write("docs/c.jsonl", b'{"text": "one"}\n' + b'{"x": 1}\n' * 50)
     assert read(tmp_path / "docs").skipped == 50
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 11 and told[9].startswith("skipped: ") and ":11: no text" in told[9] and told[10].endswith("more")
+    assert len(told) == 11 and all(line.startswith("skipped: ") for line in told)
+    assert ":11: no text" in told[9] and told[10].endswith("more")
 
 
 def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypatch):
@@ -797,7 +799,8 @@ def test_a_file_of_a_folder_that_is_known_is_that_folders_document(write, tmp_pa
 
 def test_markdown_is_one_document_also_by_itself(write):
     got = read(write("plan.v2.md", "# Plan\n\n- paint\n"))
-    assert (got.ids, got.texts, [r.title for r in got.records]) == (["plan.v2.md"], ["# Plan\n\n- paint\n"], ["plan.v2"])
+    assert (got.ids, got.texts) == (["plan.v2.md"], ["# Plan\n\n- paint\n"])
+    assert [record.title for record in got.records] == ["plan.v2"]
 
 
 @pytest.mark.parametrize("head", [b"%PDF-1.7\n", b"PK\x03\x04", b"\x89PNG\r\n", b"\xff\xd8\xff\xe0"])

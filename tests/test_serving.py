@@ -61,8 +61,9 @@ class TestTopic:
         before = [("who built the tallest tower?", "The company of Gustave Eiffel [2]")]
         assert refrag.with_topic("When was he born?", before) == "When was he born (Gustave Eiffel)?"
 
-    @pytest.mark.parametrize(("answer", "topic"), [("Jonas Weber [1]", "Jonas Weber"), ("Paris [2]", "Paris"),
-                                                   ("The Rhone [1, 3]", "The Rhone"), ("It was Ada [1]", "Ada"), ("1889 [12]", "1889")])
+    @pytest.mark.parametrize(("answer", "topic"), [
+        ("Jonas Weber [1]", "Jonas Weber"), ("Paris [2]", "Paris"), ("The Rhone [1, 3]", "The Rhone"),
+        ("It was Ada [1]", "Ada"), ("1889 [12]", "1889")])
     def test_an_answer_may_begin_with_a_name_and_its_citation_is_none(self, answer, topic):
         asked = refrag.with_topic("What is his phone extension?", [("Who repairs the printers?", answer)])
         assert asked == f"What is his phone extension ({topic})?"
