@@ -2592,9 +2592,11 @@ UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\
 # Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
 # 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)"
-                     r"|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
-                     rf"|[\w--{UNSPACED}]+(?:\'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?")
+SHORT = (r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)"
+         r"|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)")
+ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
+WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|{SHORT}|[\w--{UNSPACED}]+{ENDING}")
+ASCII_WORD = re.compile(rf"{SHORT}|\w+{ENDING}", re.ASCII)  # finds the same in ASCII text, twice as fast
 IN_NUMBER, IN_INITIALS = str.maketrans("", "", ","), str.maketrans("", "", ".-")  # what is no part of the word
 WORDS_FINGERPRINT = hashlib.sha256((UNSEEN.pattern + WORD.pattern).encode()).hexdigest()[:16]
 STOPWORDS = frozenset(bm25s.stopwords.STOPWORDS_EN)
@@ -2606,12 +2608,13 @@ def words(text: str) -> list[str]:
 
     Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]
     """
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text.replace("\u2019", "'"))
-    text = text.casefold()
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", UNSEEN.sub("", text))
-    return [word.translate(IN_NUMBER if word[0].isdigit() else IN_INITIALS) for word in WORD.findall(text)]
+    if text.isascii():
+        found = ASCII_WORD.findall(text.lower())
+    else:
+        text = unicodedata.normalize("NFKC", text.replace("\u2019", "'")).casefold()
+        found = WORD.findall(unicodedata.normalize("NFC", UNSEEN.sub("", text)))
+    return [word if word.isalpha() else word.translate(IN_NUMBER if word[0].isdigit() else IN_INITIALS)
+            for word in found]
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -5481,12 +5484,12 @@ def form_features(given: GateInput) -> list[Any]:
     """
     asked, lower = words(given.question), given.question.lower()
     known = set(map(term_of, asked))
-    counts = np.zeros((4, len(given.texts)), dtype=np.float32)  # names, new names, numbers, new numbers
+    counts = [[0] * len(given.texts) for _ in range(4)]  # names, new names, numbers, new numbers
     for row, text in enumerate(given.texts):
         for found in NAME_OR_NUMBER.findall(text):
             first = 2 if found < ":" else 0  # what follows 9
-            counts[first, row] += 1
-            counts[first + 1, row] += term_of(found.casefold()) not in known
+            counts[first][row] += 1
+            counts[first + 1][row] += term_of(found.casefold()) not in known
     kinds = [pattern.search(lower) is not None for pattern in KINDS.values()]
     lengths = np.asarray([len(text) for text in given.texts]) / 64
     return [*counts, lengths, *kinds, len(asked) / 10]

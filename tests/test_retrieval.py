@@ -378,6 +378,12 @@ def test_words_do_not_depend_on_the_unicode_form(text):
     assert refrag.words(unicodedata.normalize("NFD", plain)) == refrag.words(plain)
 
 
+@given(st.text("aAtsI179.,-'+#_ \n=", max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_the_faster_pattern_finds_the_same_in_ascii(text):
+    assert refrag.ASCII_WORD.findall(text) == refrag.WORD.findall(text)
+
+
 def textbook_bm25(texts, question):
     """Lucene's BM25 of each text, straight from the formula (k1 = 1.5, b = .75), every repeat of a term counted."""
     docs = [Counter(refrag.index_terms(text)) for text in texts]
