@@ -109,6 +109,10 @@ class UserError(RefragError):
     code = 2
 
 
+class TooLongError(UserError):
+    """A prompt beyond the decoder's window."""
+
+
 class MissingError(RefragError):
     """A model, library or device is not there."""
 
@@ -1993,15 +1997,15 @@ def opened(path: Path) -> Iterator[tuple[typing.BinaryIO, str, int]]:
 
 def raw_lines(handle: typing.BinaryIO, newline: bytes) -> Iterator[bytes]:
     """Lines with their ends; half of UTF-16's newline can stand in another character."""
-    line = b""
+    line = bytearray()  # grows in place: text in some scripts has the byte of a newline in every character
     for part in handle:
         line += part
         line += handle.read(-len(line) % len(newline))  # the rest of the last character
         if line.endswith(newline):
-            yield line
-            line = b""
+            yield bytes(line)
+            line.clear()
     if line:
-        yield line
+        yield bytes(line)
 
 
 def decoded_lines(path: Path, counts: dict[str, int], errors: str | None,
@@ -2106,29 +2110,35 @@ def read_table(path: Path, counts: dict[str, int], errors: str | None,
                fields: Sequence[str]) -> Iterator[tuple[int, str]]:
     """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
 
-    The separator is the comma, semicolon or tab that the header has most of. Raises BadRecord.
+    The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
     """
     csv.field_size_limit(2**31 - 1)
     lines = decoded_lines(path, counts, errors)
     first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
     texts = itertools.chain([header], (text for _, text in lines))
-    rows = csv.reader(texts, delimiter=max(",;\t", key=header.count), strict=True)
+    delimiter = "\t" if bare_name(path).suffix.lower() == ".tsv" else max(",;\t", key=header.count)
+    rows = csv.reader(texts, delimiter=delimiter, strict=True)
     known = {*ID_FIELDS, *fields, "title"}
     try:
         names = [low if (low := name.strip().lower()) in known else name.strip() for name in next(rows, [])]
         if names:
             field_in(names, fields, f"{spelled(path)}:{first}")
-        line = first + rows.line_num
-        for row in rows:
-            with skipping(errors, counts):
-                if len(row) > len(names):
-                    raise BadRecord(f"{spelled(path)}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                    "put those that hold the separator between quotes")
-                if any(row):
-                    yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
-            line = first + rows.line_num
     except csv.Error as error:
-        raise BadRecord(f"{spelled(path)}:{first + rows.line_num - 1}: malformed table ({error})") from None
+        raise BadRecord(f"{spelled(path)}:{first}: malformed table ({error})") from None
+    while True:
+        line = first + rows.line_num
+        with skipping(errors, counts):
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise BadRecord(f"{spelled(path)}:{line}: malformed table ({error})") from None
+            if row is None:
+                return
+            if len(row) > len(names):
+                raise BadRecord(f"{spelled(path)}:{line}: {len(row)} cells, but the header has {len(names)}: "
+                                "put those that hold the separator between quotes")
+            if any(row):
+                yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
 
 TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
@@ -2196,34 +2206,45 @@ def source_label(name: str, sources: dict[str, str]) -> str:
     return label
 
 
+def known_label(path: Path, sources: dict[str, str]) -> str | None:
+    """The label of a path that is a source, or lies in one, the closest to it; None for others."""
+    absolute = Path(os.path.abspath(path))
+    holding = [(place, label) for label, place in sources.items() if place and absolute.is_relative_to(place)]
+    if not holding:
+        return None
+    place, label = max(holding, key=lambda pair: len(pair[0]))
+    inner = spelled(absolute.relative_to(place))
+    return label if inner == "." else f"{label}/{inner}"
+
+
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
     """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
 
-    sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
+    A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
+    once. sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
     """
-    files: dict[str, CorpusFile] = {}  # by label: one that stands in a folder that is named too is read once
+    files: dict[str, CorpusFile] = {}  # by label
     others = []
     for name in paths:
+        require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
+    folders = sorted((name for name in paths if Path(name).is_dir()), key=len)  # the outer before the inner
+    for name in folders:
+        if known_label(Path(name), sources) is None:
+            source_label(name, sources)
+    for name in paths:
         path = Path(name)
-        require(name == "-" or path.exists(), f"--corpus {name}: no such file or folder")
-        absolute = Path(os.path.abspath(path))
-        folder = next(((label, place) for label, place in sources.items() if place and place != spelled(absolute)
-                       and absolute.is_relative_to(place)), None)
-        if folder is not None:  # a part of it, named by itself: the ids stay those that it has in the folder
-            label = f"{folder[0]}/{spelled(absolute.relative_to(folder[1]))}"
-        else:
-            label = source_label(name, sources)
         if not path.is_dir():
-            files.setdefault(label, CorpusFile(path, label, folder is not None))
+            label = (known_label(path, sources) if name != "-" else None) or source_label(name, sources)
+            files.setdefault(label, CorpusFile(path, label, label not in sources))
             continue
         inside = [p for p in sorted(path.rglob("*"))
                   if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
         known = [bare_name(p).suffix.lower() in (*TEXTS, *OBJECTS, *TABLES) for p in inside]
         require(any(known), f"--corpus {name}: the folder holds no {', '.join((*TEXTS, *OBJECTS, *TABLES))} files")
         for file, fits in zip(inside, known, strict=True):
-            inner = f"{label}/{spelled(file.relative_to(path))}"
             if fits:
-                files.setdefault(inner, CorpusFile(file, inner, True))
+                label = known_label(file, sources)
+                files.setdefault(label, CorpusFile(file, label, label not in sources))
             else:
                 others.append(file)
     return list(files.values()), others
@@ -2480,7 +2501,7 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
     if model is None:
         return
     rows, added = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
-    if max(len(tokenizer) - 1, *added) < rows:
+    if max([len(tokenizer) - 1, *added]) < rows:
         return
     special = {number for number, token in added.items() if token.special}
     last = max({*tokenizer.get_vocab().values()} - special | {*tokenizer(around("a"))["input_ids"]})
@@ -3860,7 +3881,7 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
 
     try:
         with contextlib.suppress(late_import("jinja2").TemplateError):
-            if system and system in (text := render(system=system, user=message)):
+            if system and (text := render(system=system, user=message)).count(system) > message.count(system):
                 return text
         return render(user=joined)
     except Exception as error:  # a template is a program of its own, and fails as any may
@@ -5489,7 +5510,7 @@ def form_features(given: GateInput) -> list[Any]:
         for found in NAME_OR_NUMBER.findall(text):
             first = 2 if found < ":" else 0  # what follows 9
             counts[first][row] += 1
-            counts[first + 1][row] += term_of(found.casefold()) not in known
+            counts[first + 1][row] += term_of(found.casefold().replace(",", "")) not in known
     kinds = [pattern.search(lower) is not None for pattern in KINDS.values()]
     lengths = np.asarray([len(text) for text in given.texts]) / 64
     return [*counts, lengths, *kinds, len(asked) / 10]
@@ -5682,12 +5703,14 @@ def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
 def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> np.ndarray:
     """(L,) bool, the chunks that stay text: in the order of their scores, up to the first that exceeds the budget.
 
-    tokens: (L,) decoder tokens of each chunk. The best chunk is never passed over for a worse one that fits.
+    tokens: (L,) decoder tokens of each chunk. The best chunk is never passed over for a worse one that fits, and with a
+    floor it stays text even if it is larger.
     Example: scores [.9, .5, .7], tokens [4, 1, 4], p = .6 -> [T, F, F]; with floor = 8 -> [T, F, T]
     """
     order = np.argsort(-scores, kind="stable")
     chosen = np.zeros(len(scores), dtype=bool)
     chosen[order] = np.cumsum(tokens[order]) <= text_budget(tokens, p, floor)
+    chosen[order[:1]] |= p > 0 and floor > 0
     return chosen & (tokens > 0)
 
 
@@ -7766,7 +7789,15 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
     return out, state
 
 
-UNSETTLED = re.compile(r"\s*(?:\[[^\[\]]{0,64}\]?)?\s*$")  # an answer's last citation, begun or whole
+LONGEST_MARK = 66  # characters of a citation in an answer, its brackets among them
+
+
+def settled_length(text: str) -> int:
+    """Characters of an answer before the citation at its end, begun or whole, and the blanks there."""
+    body = text.rstrip()
+    at = body.rfind("[")
+    is_mark = 0 <= at >= len(body) - LONGEST_MARK and "]" not in body[at:-1]
+    return len(body[:at].rstrip() if is_mark else body)
 
 
 class TextStream:
@@ -7791,8 +7822,11 @@ class TextStream:
         text = self.text(tokens)
         if self.stopped or text.endswith("\ufffd"):
             return self.stopped
-        settled = UNSETTLED.search(text).start()
-        begun = (len(text) - n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        settled, mark = settled_length(text), text.find("[")
+        if mark >= 0 and holds_answer(text[:mark], [NO_ANSWER]):
+            settled = min(settled, mark)  # a refusal cites nothing
+        begun = (len(text) - n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1))
+                 if text.endswith(stop[:n]))
         return self.show(text[: min(settled, *begun, len(text))].rstrip())
 
     def show(self, text: str) -> bool | None:
@@ -7819,8 +7853,8 @@ def abstains(reply: str) -> bool:
 
 
 CITATION = re.compile(
-    r"<doc id=[\"']?([^\"'<>]+?)[\"']?>|\[\s*(?:doc(?:ument)?\s*)?#?([^\[\]()]{1,200}?)\s*\]"
-    r"|\(\s*doc(?:ument)?\s*#?([^\[\]()]{1,200}?)\s*\)", re.IGNORECASE)
+    r"<doc id=[\"']?([^\"'<>]{1,200}?)[\"']?>|\[\s{0,9}(?:doc(?:ument)?\s{0,9})?#?([^\[\]()]{1,200}?)\]"
+    r"|\(\s{0,9}doc(?:ument)?\s{0,9}#?([^\[\]()]{1,200}?)\)", re.IGNORECASE)
 
 
 def citation_marks(answer: str, labels: Sequence[str]) -> list[tuple[re.Match, list[str]]]:
@@ -7848,9 +7882,10 @@ def cited_labels(answer: str, labels: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def without_citations(answer: str, labels: Sequence[str]) -> str:
-    """An answer without its citation marks. Example: "Ulm [1] (doc 2)" -> "Ulm    " """
+    """An answer without its citation marks. Example: "Ulm [1] (doc 2)." -> "Ulm." """
     for match, _ in reversed(citation_marks(answer, labels)):
-        answer = f"{answer[: match.start()]} {answer[match.end() :]}"
+        rest = answer[match.end() :]
+        answer = answer[: match.start()].rstrip() + " " * rest[:1].isalnum() + rest
     return answer
 
 
@@ -7859,7 +7894,7 @@ def split_citation(answer: str, labels: Sequence[str]) -> tuple[str, str | None]
 
     Examples with label "1": "Ulm [1]" -> ("Ulm", None); "Ulm [1" -> ("Ulm", "1"); "Ulm [sic]" -> ("Ulm [sic]", None)
     """
-    at = UNSETTLED.search(answer).start()
+    at = settled_length(answer)
     mark = answer[at:].strip()
     if mark.endswith("]") or not mark:
         return answer[:at] if citation_marks(mark, labels) else answer, None
@@ -7928,15 +7963,15 @@ class Context:
     @functools.cached_property
     def read(self) -> list[str]:
         """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
-        fed = {-v - 1 for v in self.plan.tolist() if v < 0}
-        opened: list[list[bool]] = [[] for _ in self.packed.docs]
-        vectors = [False] * len(opened)
-        for number, chunk in enumerate(self.packed.prompt.chunks):
-            if chunk.tokens:
-                opened[chunk.doc].append(bool(self.expanded[number]))
-                vectors[chunk.doc] |= number in fed
-        return ["text" if all(own) else "partly" if any(own) else "vectors" if fed_some else "left out"
-                for own, fed_some in zip(opened, vectors, strict=True)]
+        prompt, fed = self.packed.prompt, np.zeros(len(self.packed.prompt.input_ids), dtype=bool)
+        fed[self.plan[self.plan >= 0]] = True
+        vectors = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
+        tokens, kept = np.zeros((2, len(self.packed.docs)), dtype=np.int64)
+        for chunk in prompt.chunks:
+            tokens[chunk.doc] += chunk.tokens
+            kept[chunk.doc] += fed[chunk.first : chunk.last].sum()
+        return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
+                for doc, (total, n) in enumerate(zip(tokens, kept, strict=True))]
 
 
 class Pipeline:
@@ -8114,9 +8149,10 @@ class Pipeline:
         return self.model.window is None or needed <= self.model.window
 
     def check_window(self, positions: int) -> None:
-        """Raises UserError when prompt and answer exceed what the decoder was built for."""
-        citation = f" and a citation {self.citation_room}" if self.citation_room else ""
-        require(self.fits_window(positions),
+        """Raises TooLongError when prompt and answer exceed what the decoder was built for."""
+        if not self.fits_window(positions):
+            citation = f" and a citation {self.citation_room}" if self.citation_room else ""
+            raise TooLongError(
                 f"the prompt takes {positions} positions, --max_new {self.generate.max_new}{citation}; the decoder's "
                 f"window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
 
@@ -8218,17 +8254,18 @@ class Pipeline:
         document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
         row, pending: see `choose_citation`.
         """
-        if not self.generate.cite:
+        if not self.generate.cite or not context.labels:
             return answer, None, state
         plain, begun = split_citation(answer, context.labels)
         seen = {doc.label: doc.content for doc, read in zip(context.packed.docs, context.read, strict=True)
                 if read != "left out"}
-        if not seen or abstains(without_citations(plain, context.labels)):
-            return plain, None, state
+        bare = without_citations(plain, context.labels)
+        if not seen or abstains(bare):
+            return bare, None, state
         named = [label for label, forged in cited_labels(answer, context.labels) if not forged]
         holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
         answer = answer if begun is None else plain
-        if len(holding) == 1 and holding[0] not in named:
+        if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
             answer, chosen = plain, holding[0]
         elif begun in seen:
             chosen = begun
@@ -8250,7 +8287,7 @@ class Pipeline:
         citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
                       "label": label, "read": read.get(label), "expanded": read.get(label) in ("text", "partly"),
                       "forged": forged, "chosen": label == chosen}
-                     for label, forged in cited_labels(answer, context.labels)]
+                     for label, forged in (cited_labels(answer, context.labels) if context.labels else ())]
         chunks = [{"passage_id": ids[docs[chunk.doc].label], "start": chunk.start, "end": chunk.end,
                    "score": round(float(score), 6), "expanded": bool(expanded)}
                   for chunk, score, expanded in numbered]
@@ -9033,7 +9070,7 @@ class GateTask(QuestionTask):
                 scores = one.score(unit, packed)
             for p in self.shares:
                 if (unit["id"], gate, p) not in done:
-                    opened = select_chunks(scores, tokens, p)
+                    opened = select_chunks(scores, tokens, p, self.options.floor)
                     yield {"id": unit["id"], "mode": gate, "p": p, "retrieved": any(right),
                            **gate_scores(opened, spans, right, packed.prompt.chunks),
                            "gate_ms": round(1000 * watch.seconds[gate], 4)}
@@ -10018,8 +10055,10 @@ def refusal(error: Exception) -> Refused:
     if isinstance(error, UserError):
         names = re.findall(rf"--({'|'.join(API_NAMES)})\b", str(error))
         message = re.sub(r"--(\w+)", lambda match: API_NAMES.get(match[1], match[0]), str(error))
+        if isinstance(error, TooLongError):
+            return Refused(400, message, "context_length_exceeded", "messages")
         return Refused(400, message, "invalid_value", API_NAMES[names[0]] if names else None)
-    print(f"error: {one_line(error)}", file=STDERR)
+    say(f"error: {one_line(error)}", file=STDERR)
     return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
 
 
@@ -10109,7 +10148,7 @@ def chat_form(most: int) -> Any:
         temperature: float = Field(0, le=100)
         top_p: float = 1
         seed: int = Field(None, ge=-(2**63), lt=2**63)
-        stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), alone] = ()
+        stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4), alone] = ()
         refrag: Settings = Settings()
 
     return Chat
@@ -10624,7 +10663,8 @@ def make_app(engine: Engine, serve: ServeConfig, address: str) -> Any:
     if ipaddress.ip_address(address).is_loopback:
         own = f"[{address}]" if ":" in address else address
         layers.append(middleware.Middleware(late_import("starlette.middleware.trustedhost").TrustedHostMiddleware,
-                                            allowed_hosts=["localhost", "127.0.0.1", "[::1]", own], www_redirect=False))
+                                            allowed_hosts=["localhost", "127.0.0.1", "[::1]", own, serve.host],
+                                            www_redirect=False))
     elif serve.api_key is None:
         notice(f"warning: {address} lets other machines in, and there is no --api_key: whoever reaches this server can "
                "read its passages")

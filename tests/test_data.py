@@ -500,7 +500,7 @@ def test_a_fault_in_a_folder_takes_neither_its_file_nor_the_others_with_it(write
     told = capsys.readouterr().err
     assert told.startswith(f"skipped: {path}") and told.count("\n") == 1
     with pytest.raises(refrag.RefragError, match=re.escape(str(path))):
-        read(path, tmp_path / "docs")
+        read(path)
 
 
 def test_skipping_keeps_what_can_be_read(write, tmp_path, capsys):
@@ -795,6 +795,33 @@ def test_a_file_of_a_folder_that_is_known_is_that_folders_document(write, tmp_pa
         assert (later.ids, later.texts, later.sources) == (whole.ids, whole.texts, whole.sources)
     write("docs/sub/b.txt", "three")
     assert read("docs/sub", sources=read("docs").sources).ids == ["docs/sub/b.txt"]
+
+
+def test_a_part_of_a_folder_is_read_once_in_any_order(write, tmp_path, monkeypatch):
+    """And what was indexed as a source of its own keeps its ids when the folder around it is added."""
+    write("docs/a.md", "one")
+    write("docs/sub/b.md", "two")
+    monkeypatch.chdir(tmp_path)
+    for names in (("docs", "docs/sub"), ("docs/sub", "docs"), ("docs/a.md", "docs"), ("docs/sub/b.md", "docs")):
+        assert sorted(read(*names).ids) == ["docs/a.md", "docs/sub/b.md"], names
+    part = read("docs/sub")
+    assert part.ids == ["sub/b.md"]
+    assert sorted(read("docs", sources=part.sources).ids) == ["docs/a.md", "sub/b.md"]
+
+
+def test_a_malformed_row_does_not_take_the_rest_of_its_table(write):
+    got = read(write("a.csv", 'id,text\n1,one\n2,"two" bad\n3,three\n4,four\n'), errors="skip")
+    assert (got.ids, got.skipped) == (["1", "3", "4"], 1)
+
+
+def test_the_separator_of_a_tsv_is_the_tab(write):
+    assert read(write("a.tsv", "text\nHello, world\n")).texts == ["Hello, world"]
+
+
+def test_a_long_line_of_utf16_is_read_in_linear_time(write):
+    """The second byte of this letter is a newline's, so the line comes in as many parts as it has letters."""
+    text = "\u4e0a" * 300_000
+    assert read(write("a.txt", codecs.BOM_UTF16_BE + text.encode("utf-16-be"))).texts == [text]
 
 
 def test_markdown_is_one_document_also_by_itself(write):

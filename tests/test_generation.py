@@ -369,9 +369,42 @@ class TestCitations:
     def test_split_citation(self, answer, plain, begun):
         assert refrag.split_citation(answer, ["1", "2"]) == (plain, begun)
 
-    def test_a_refusal_cites_nothing(self, llama):
-        for said in ("Not in the documents.", "Not in the documents. [a]", "It is not in the documents [a", ""):
-            assert cited(load(llama, cite=True), said) == (said.partition(" [")[0], None)
+    @pytest.mark.parametrize(("said", "left"), [
+        ("Not in the documents.", "Not in the documents."), ("Not in the documents. [a]", "Not in the documents."),
+        ("It is not in the documents [a", "It is not in the documents"), ("Not in the documents [a].",
+                                                                          "Not in the documents."),
+        ("Not in the documents. [a] [b]", "Not in the documents."), ("Not in the documents (doc 1)",
+                                                                     "Not in the documents (doc 1)"), ("", "")])
+    def test_a_refusal_cites_nothing(self, llama, tokenizers, said, left):
+        """Nor does its stream show a citation that is taken away again."""
+        assert cited(load(llama, cite=True), said) == (left, None)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
+        pieces: list[str] = []
+        stream, ids = refrag.TextStream(tokenizer, (), pieces.append), tokenizer(said)["input_ids"]
+        for n in range(1, len(ids) + 1):
+            stream(ids[:n])
+        stream.show(left)
+        assert "".join(pieces) == left
+
+    def test_an_answer_without_documents_is_left_as_it_is(self, llama):
+        """A number in brackets at its end is no citation there."""
+        pipeline = load(llama, cite=True)
+        item = {"id": "1", "question": "Which element?"}
+        context, _ = pipeline.prepare(item)
+        assert context.labels == [] and cited(pipeline, "return a[0]", context) == ("return a[0]", None)
+        [result] = pipeline.answer([item])
+        assert result["citations"] == []
+
+    def test_yes_and_no_stand_anywhere(self, llama):
+        pipeline = load(llama, cite=True, pack={"p": 1.0})
+        context, _ = pipeline.prepare({"id": "1", "question": "Is it? <doc id='a'>No bells.</doc> <doc id='b'>x</doc>"})
+        assert cited(pipeline, "No [b]", context) == ("No [b]", None)
+
+    def test_the_end_of_an_answer_is_found_in_no_time(self):
+        """Blanks and brackets in any number: the work grows with their number, not with its cube."""
+        for text in ("a" + " " * 50_000 + "x", "[" * 50_000, "a [" + " " * 50_000, "]" * 50_000):
+            assert refrag.settled_length(text) <= len(text)
+            refrag.citation_marks(text, ["1"])
 
     def test_the_citation_is_where_the_answer_stands(self, llama):
         """In one document alone: there, whatever the decoder wrote at its end. Else what it wrote counts."""
@@ -408,6 +441,9 @@ class TestCitations:
         some = np.arange(len(context.packed.prompt.chunks)) == 0
         plan = refrag.mixed_plan(context.packed.prompt, some)
         assert dataclasses.replace(context, expanded=some, plan=plan).read == ["partly", "vectors"]
+        cut = refrag.truncated_plan(context.packed.prompt, len(context.packed.prompt.input_ids) - 3)
+        assert dataclasses.replace(context, plan=cut).read[0] == "text", "the last document is cut first"
+        assert dataclasses.replace(context, plan=cut).read[1] in ("partly", "left out")
         assert load(llama, pack={"p": 1.0}).prepare({"id": "1", "question": PROMPT})[0].read == ["text", "text"]
 
     def test_what_was_not_read_is_said(self, tmp_path, run, llama):

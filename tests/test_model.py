@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
@@ -1579,3 +1580,18 @@ def test_vectors_that_are_no_numbers_are_an_error(embedder):
     for encode in (lambda texts: made.embed_query(*texts), made.embed_passages, made.embed_with_states):
         with pytest.raises(refrag.CorruptError, match=r"embedder .* gives values that are not finite"):
             encode(["bronze"])
+
+
+def test_a_tokenizer_without_added_tokens_is_checked_too():
+    """A plain word list of three words, for embeddings of three and of two rows."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    assert not tokenizer.added_tokens_decoder
+    for rows in (3, 2):
+        model = torch.nn.Module()
+        model.get_input_embeddings = lambda rows=rows: torch.nn.Embedding(rows, 4)
+        if rows == 3:
+            refrag.check_tokens("words", tokenizer, model)
+        else:
+            with pytest.raises(refrag.MismatchError, match="its tokenizer has 3 tokens, its embedding 2 rows"):
+                refrag.check_tokens("words", tokenizer, model)

@@ -809,7 +809,8 @@ def test_selection_is_a_prefix_of_the_ranking_exact_and_maximal(chunks, percent,
     assert chosen.dtype == bool and chosen.shape == scores.shape
     order = sorted(range(len(chunks)), key=lambda i: (-chunks[i][0], i))
     for place, i in enumerate(order):
-        assert chosen[i] == (sum(int(tokens[j]) for j in order[: place + 1]) <= budget)
+        fits = sum(int(tokens[j]) for j in order[: place + 1]) <= budget
+        assert chosen[i] == (fits or (place == 0 and percent > 0 and floor > 0))
 
 
 @given(chunks=chunk_lists)
@@ -827,6 +828,7 @@ def test_selection_golden():
     assert refrag.select_chunks(scores, tokens, 0.6, 9).tolist() == [True, False, True]
     assert refrag.select_chunks(scores, tokens, 0.01, 64).all(), "a short context is simply read"
     assert not refrag.select_chunks(scores, tokens, 0.0, 64).any(), "p = 0 expands nothing"
+    assert refrag.select_chunks(np.array([1.0, 2.0]), np.array([65, 65]), 0.05, 64).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("percent", [7, 29, 57, 58])

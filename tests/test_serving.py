@@ -458,11 +458,11 @@ class TestBadRequests:
         ({"refrag": {"topk": 0}}, "refrag.topk", "refrag.topk must be 1"),
         ({"refrag": {"topk": 10**9}}, "refrag.topk", "less than or equal to 100"),
         ({"refrag": {"hops": 9}}, "refrag.hops", "less than or equal to 4"), ({"seed": 2**70}, "seed", "less than"),
-        ({"refrag": 7}, "refrag", "an object"),
-        ({"messages": say("why " * 4000), "refrag": {"mode": "none"}}, "max_tokens",
+        ({"refrag": 7}, "refrag", "an object"), ({"stop": ["x" * 1001]}, "stop[0]", "at most 1000"),
+        ({"messages": say("why " * 4000), "refrag": {"mode": "none"}}, "messages",
          "window is 2048: lower refrag.topk, refrag.p or max_tokens"),
         ({"messages": [{"role": "system", "content": "Be brief. " * 1500}, *say("Why?")], "refrag": {"mode": "none"}},
-         "max_tokens", "the decoder's window"),
+         "messages", "the decoder's window"),
     ], ids=lambda value: str(value)[:60])
     def test_are_told_what_is_wrong_and_where(self, server, body, param, told):
         if isinstance(body, dict):
