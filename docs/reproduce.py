@@ -123,6 +123,7 @@ def tables(data: Path, out: Path) -> dict[str, list[str]]:
         "_nq4": index(out / "nq_all.jsonl", out / "nq4", "--k", "4"),
         "answers_squad": answers(squad, out / "squad", "16", "0 0.1 0.25 0.5 1", EVERY_MODE, out / "answers_squad"),
         "answers_squad_more": answers(more, out / "squad", "16", "0 0.1 0.25", MAIN_MODES, out / "answers_squad_more"),
+        "answers_low_p": answers(more, out / "squad", "16", "0.05 0.1", "refrag", out / "answers_low_p"),
         "answers_nq": answers(nq, out / "nq", "16", "0 0.1 0.25", MAIN_MODES, out / "answers_nq"),
         **{f"answers_{name}_k{k}": answers(asked, out / f"{name}4", k, "0", VECTORS_ALONE, out / f"answers_{name}_k{k}")
            for name, asked in (("squad", more), ("nq", nq)) for k in ("4", "8", "32")},
