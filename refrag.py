@@ -3929,19 +3929,40 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
     return [ASK_WITH_CONTEXT, *spaced, f"\nQuestion: {question}"]
 
 
-def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.ndarray:
-    """What to feed at each position: v >= 0 is the prompt's token v, v < 0 the vector of chunk -v - 1.
+def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
+    """(T,) bool, the prompt's tokens that are fed as such when only these chunks (L,) of the context stay text."""
+    mask = np.ones(len(prompt.input_ids), dtype=bool)
+    for chunk, stays in zip(prompt.chunks, expanded.tolist(), strict=True):
+        mask[chunk.first : chunk.last] = stays
+    return mask
 
-    expanded: (L,) bool. feed False: compressed chunks are left out instead. All expanded: 0, 1, .., T - 1.
+
+def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
+    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags.
+
+    What stands outside the documents always stays, even if it alone is more than `positions`.
     """
-    plan, at = [], 0
+    mask = np.ones(len(prompt.input_ids), dtype=bool)
+    for first, last in reversed(prompt.blocks):
+        excess = int(mask.sum()) - positions
+        if excess <= 0:
+            break
+        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
+        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
+        mask[list(cut)] = False
+    return mask
+
+
+def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.ndarray:
+    """What to feed at each position: v >= 0 is the token v, v < 0 the vector of chunk -v - 1.
+
+    expanded: (L,) bool. feed False: compressed chunks are left out instead. All expanded: the prompt's input_ids.
+    """
+    plan, mask = prompt.input_ids.copy(), text_mask(prompt, expanded)
     for number, chunk in enumerate(prompt.chunks):
-        if expanded[number] or not chunk.tokens:
-            continue
-        plan.append(np.arange(at, chunk.first))
-        plan.append(np.full(int(feed), -number - 1))
-        at = chunk.last
-    return np.concatenate([*plan, np.arange(at, len(prompt.input_ids))])
+        if feed and chunk.tokens and not expanded[number]:  # the vector stands where the chunk begins
+            plan[chunk.first], mask[chunk.first] = -number - 1, True
+    return plan[mask]
 
 
 class Content(NamedTuple):
@@ -4019,22 +4040,6 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def truncated_plan(prompt: Prompt, positions: int) -> np.ndarray:
-    """Tokens only, at most `positions` of them: contents are cut from the end, an emptied document goes with its tags.
-
-    What stands outside the documents always stays, even if it alone is more than `positions`.
-    """
-    keep = np.ones(len(prompt.input_ids), dtype=bool)
-    for first, last in reversed(prompt.blocks):
-        excess = int(keep.sum()) - positions
-        if excess <= 0:
-            break
-        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
-        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
-        keep[list(cut)] = False
-    return np.flatnonzero(keep)
-
-
 def show_plan(prompt: Prompt, plan: np.ndarray, tokenizer: RefragTokenizer, contents: Sequence[str]) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
@@ -4044,7 +4049,7 @@ def show_plan(prompt: Prompt, plan: np.ndarray, tokenizer: RefragTokenizer, cont
             chunks = [prompt.chunks[-v - 1] for v in values]
             parts += [f"[[{contents[c.doc][c.start : c.end]}]]" for c in chunks]
         else:
-            parts.append(tokenizer.decoder.decode(prompt.input_ids[values].tolist()))
+            parts.append(tokenizer.decoder.decode(values))
     return "".join(parts)
 
 
@@ -4581,8 +4586,7 @@ class Batch(NamedTuple):
     owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, C for none
     chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
     sizes: Tensor  # (C,), how many of them each chunk has
-    input_ids: Tensor  # (B, T), 0 under a vector
-    chunks: Tensor  # (B, T), the chunk whose vector is fed at a position, -1 at a token
+    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
     position_ids: Tensor  # (B, T), starting again with each sequence
     asked: Tensor  # (N,), positions b * T + t that are asked something
     labels: Tensor  # (N,), what should follow them
@@ -4632,14 +4636,13 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
     mask = None if packed else encoder_rows(lambda i: np.ones(lengths[i], dtype=np.int64), 0)
     positions = encoder_rows(lambda i: np.arange(lengths[i]), 0) if packed else None
     pieces = [chunk for s in sequences for chunk in s.content.chunks]
-    fed = [[np.where(s.plan < 0, base[id(s)] - s.plan - 1, -1) for s in row] for row in rows]
+    plans = [[np.where(s.plan < 0, s.plan - base[id(s)], s.plan) for s in row] for row in rows]
     labels = lay_rows([[s.labels for s in row] for row in rows], -1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
     return Batch(
         encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], C),
         torch.from_numpy(np.concatenate(pieces or empty)), torch.tensor([len(p) for p in pieces], dtype=torch.long),
-        lay_rows([[np.maximum(s.plan, 0) for s in row] for row in rows], 0), lay_rows(fed, -1),
-        lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
+        lay_rows(plans, 0), lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
 
 
 @contextlib.contextmanager
@@ -4853,52 +4856,33 @@ class RefragModel(PreTrainedModel):
                 return getattr(self.decoder.config, name)
         return None
 
-    def chunk_embeddings(self, prompt: Prompt, states: dict[int, np.ndarray]) -> Tensor:
-        """Decoder embeddings of chunks. states: chunk number -> (E,). Returns (len(states), D), in dict order."""
-        embed = self.decoder.get_input_embeddings()
-        spans = [prompt.chunks[number] for number in states]
-        ids = np.concatenate([prompt.input_ids[c.first : c.last] for c in spans])
-        sizes = torch.tensor([c.tokens for c in spans], device=embed.weight.device)
-        tokens = embed(torch.as_tensor(ids, device=embed.weight.device))  # (sum of sizes, D)
-        stacked = torch.as_tensor(np.stack(list(states.values())), device=embed.weight.device)  # (L, E)
-        return self.projector(stacked, pool_runs(tokens.float(), sizes)).to(embed.weight.dtype)
-
-    @torch.inference_mode()
-    def embed_plan(self, prompt: Prompt, plan: np.ndarray, states: dict[int, np.ndarray]) -> Tensor:
-        """Decoder inputs of a plan. states: a vector for each chunk the plan feeds. Returns (T, D)."""
-        embed = self.decoder.get_input_embeddings()
-        inputs = embed.weight.new_zeros(len(plan), embed.weight.shape[1])
-        is_token = torch.as_tensor(plan >= 0)
-        ids = torch.as_tensor(prompt.input_ids[plan[plan >= 0]], device=embed.weight.device)
-        inputs[is_token] = embed(ids)
-        if states:
-            fed = [-v - 1 for v in plan[plan < 0].tolist()]
-            inputs[~is_token] = self.chunk_embeddings(prompt, {number: states[number] for number in fed})
-        return inputs
-
-    def chunk_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Vectors of all chunks of a batch and the means of their token embeddings, both (C, D) float32."""
-        C = len(batch.sizes)
+    def chunk_states(self, batch: Batch) -> Tensor:
+        """Encoder states of all chunks of a batch: (C, E) float32."""
+        if not len(batch.sizes):
+            return torch.zeros(0, self.encoder.width, device=batch.sizes.device)
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             states = self.encoder(batch.encoder_ids, batch.encoder_mask, batch.encoder_positions)  # (B', T', E)
-            pooled = pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), C)  # (C, E)
-        tokens = self.decoder.get_input_embeddings()(batch.chunk_ids)  # (sum of sizes, D)
-        means = pool_runs(tokens.float(), batch.sizes)
-        return self.projector(pooled, means), means
+            return pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), len(batch.sizes))
 
-    def embed_batch(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Decoder inputs (B, T, D) of a batch; vectors and token means of its chunks, both (C, D) float32."""
-        inputs = self.decoder.get_input_embeddings()(batch.input_ids)
-        if not len(batch.sizes):
-            return inputs, *(inputs.new_zeros(0, inputs.shape[2]) for _ in range(2))
-        vectors, means = self.chunk_vectors(batch)
-        fed = vectors[batch.chunks[batch.chunks >= 0]].to(inputs.dtype)
-        return inputs.masked_scatter((batch.chunks >= 0).unsqueeze(-1), fed), vectors, means
+    def embed(self, plan: Tensor, chunk_ids: Tensor, sizes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The decoder's inputs (.., D) for a plan (..) of token ids and chunks; the chunks' vectors and means, (C, D).
+
+        chunk_ids: the decoder's tokens of the C chunks, one after the other; sizes: (C,), how many each has; states:
+        (C, E), the encoder's. A vector is the mean of its chunk's token embeddings with the projector's correction.
+        """
+        table = self.decoder.get_input_embeddings()
+        inputs = table(plan.clamp(min=0))
+        if not len(sizes):
+            return inputs, *(inputs.new_zeros(0, inputs.shape[-1]) for _ in range(2))
+        means = pool_runs(table(chunk_ids).float(), sizes)
+        vectors = self.projector(states, means)
+        at = plan < 0
+        return inputs.masked_scatter(at.unsqueeze(-1), vectors[-plan[at] - 1].to(inputs.dtype)), vectors, means
 
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
-        inputs, vectors, means = self.embed_batch(batch)
+        inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
         known: dict[str, Any] = {"use_cache": False}
         if accepts(self.decoder, "position_ids"):
             known["position_ids"] = batch.position_ids
@@ -6197,9 +6181,7 @@ class AnswerPrompts:
 
     def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
         """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
-        plan = mixed_plan(asked.prompt, expanded, feed)
-        plan = np.where(plan >= 0, asked.prompt.input_ids[plan], plan)
-        return continue_plan(plan, asked.target, asked.content)
+        return continue_plan(mixed_plan(asked.prompt, expanded, feed), asked.target, asked.content)
 
     def pack(self, question: str, shown: list[int], gold: int | None,
              k: int) -> tuple[Prompt, list[Doc], list[np.ndarray], list[int]]:
@@ -6797,7 +6779,7 @@ def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
     """(N, V) logits at the asked positions of a batch that feeds tokens alone."""
     known = {"position_ids": batch.position_ids} if accepts(decoder, "position_ids") else {}
     with head_reads(decoder, batch.asked):
-        return decoder(input_ids=batch.input_ids, use_cache=False, **known).logits
+        return decoder(input_ids=batch.plan, use_cache=False, **known).logits
 
 
 def controls(sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> dict[str, list[TrainingSequence]]:
@@ -7951,7 +7933,8 @@ class Context:
     packed: Packed
     scores: np.ndarray  # (L,)
     expanded: np.ndarray  # (L,) bool
-    plan: np.ndarray  # (T,)
+    plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
+    kept: np.ndarray  # (T,) bool, the prompt's tokens among them
     seconds: dict[str, float]
     kv_bytes: int = 0  # its share of the decoder's cache after the prefill
 
@@ -7963,13 +7946,12 @@ class Context:
     @functools.cached_property
     def read(self) -> list[str]:
         """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
-        prompt, fed = self.packed.prompt, np.zeros(len(self.packed.prompt.input_ids), dtype=bool)
-        fed[self.plan[self.plan >= 0]] = True
+        prompt = self.packed.prompt
         vectors = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
         tokens, kept = np.zeros((2, len(self.packed.docs)), dtype=np.int64)
         for chunk in prompt.chunks:
             tokens[chunk.doc] += chunk.tokens
-            kept[chunk.doc] += fed[chunk.first : chunk.last].sum()
+            kept[chunk.doc] += self.kept[chunk.first : chunk.last].sum()
         return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
                 for doc, (total, n) in enumerate(zip(tokens, kept, strict=True))]
 
@@ -8122,8 +8104,8 @@ class Pipeline:
         return gate_input(item["question"], query, contents, tables, self.searcher and self.searcher.index,
                           self.runtime.seed, packed.prompt, self.model.decoder)
 
-    def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(expanded (L,), plan): what the decoder is fed in the pipeline's mode."""
+    def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(expanded (L,), plan (P,), kept (T,)): what the decoder is fed in the pipeline's mode, see `Context`."""
         tokens = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
         if self.pack.mode in ("full", "none"):
             expanded = np.ones(len(tokens), dtype=bool)
@@ -8132,11 +8114,11 @@ class Pipeline:
         else:
             expanded = select_chunks(scores, tokens, self.pack.p, self.pack.floor)
         plan = mixed_plan(prompt, expanded, self.feed)
-        if self.pack.mode == "truncate":
-            plan = truncated_plan(prompt, len(plan))
-            kept = set(plan.tolist())
-            expanded = np.asarray([all(t in kept for t in range(c.first, c.last)) for c in prompt.chunks], dtype=bool)
-        return expanded, plan
+        if self.pack.mode != "truncate":
+            return expanded, plan, text_mask(prompt, expanded)
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[c.first : c.last].all() for c in prompt.chunks], dtype=bool)
+        return expanded, prompt.input_ids[kept], kept
 
     @property
     def citation_room(self) -> int:
@@ -8167,21 +8149,29 @@ class Pipeline:
             packed = self.pack_docs(item, passages)
         with watch.stage("gate_s"):
             scores = self.score(item, packed)
-            expanded, plan = self.plan(packed.prompt, scores)
+            expanded, plan, kept = self.plan(packed.prompt, scores)
         self.check_window(len(plan))
         with watch.stage("vectors_s"):
             states = self.states(packed, plan)
         with watch.stage("pack_s"):
-            inputs = self.model.embed_plan(packed.prompt, plan, states)
-        return Context(item, passages, packed, scores, expanded, plan, watch.seconds), inputs
+            inputs = self.embed(packed.prompt, plan, states)
+        return Context(item, passages, packed, scores, expanded, plan, kept, watch.seconds), inputs
 
-    def states(self, packed: Packed, plan: np.ndarray) -> dict[int, np.ndarray]:
-        """Encoder states of the chunks that a plan feeds as vectors, by chunk number."""
+    def states(self, packed: Packed, plan: np.ndarray) -> np.ndarray:
+        """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
         if not len(plan) or plan.min() >= 0:
-            return {}
+            return np.zeros((0, self.model.encoder.width), dtype=np.float32)
         tables = self.chunk_tables([doc.content for doc in packed.docs], packed.rows, {"states"})
-        stacked = np.concatenate([table.states for table in tables])
-        return {-v - 1: stacked[-v - 1] for v in plan[plan < 0].tolist()}
+        return np.concatenate([table.states for table in tables])[-plan[plan < 0] - 1]
+
+    @torch.inference_mode()
+    def embed(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
+        """(P, D) the decoder's inputs for a plan. states: (n, E), of the chunks that it feeds, in its order."""
+        chunks = [prompt.chunks[-v - 1] for v in plan[plan < 0].tolist()]
+        ids = [prompt.input_ids[chunk.first : chunk.last] for chunk in chunks]
+        plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # numbers only those chunks that are fed
+        parts = plan, np.concatenate([*ids, plan[:0]]), np.asarray([len(part) for part in ids], dtype=np.int64), states
+        return self.model.embed(*(torch.as_tensor(part, device=self.device) for part in parts))[0]
 
     # -- answers ---------------------------------------------------------------
 
@@ -8650,12 +8640,10 @@ def answer_spans(packed: Packed, item: dict[str, Any], index: Index, tokenizer: 
 
 def texts_fed(context: Context, tokenizer: RefragTokenizer) -> list[str]:
     """The runs of the documents' text that the decoder was fed as tokens."""
-    prompt = context.packed.prompt
-    fed, runs = np.zeros(len(prompt.input_ids), dtype=bool), []
-    fed[context.plan[context.plan >= 0]] = True
+    prompt, runs = context.packed.prompt, []
     for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
         chunks = list(group)
-        kept = chunks[0].first + np.flatnonzero(fed[chunks[0].first : chunks[-1].last])
+        kept = chunks[0].first + np.flatnonzero(context.kept[chunks[0].first : chunks[-1].last])
         runs += [run for run in np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1) if len(run)]
     return [tokenizer.decoder.decode(prompt.input_ids[run].tolist()) for run in runs]
 
@@ -8719,7 +8707,7 @@ class ControlPipeline(Pipeline):
             other = self.other_question(item)
             packed = self.pack_docs(other, self.retrieve(other))
             plan = np.asarray([-number - 1 for number, chunk in enumerate(packed.prompt.chunks) if chunk.tokens])
-            self.foreign[item["id"]] = self.model.embed_plan(packed.prompt, plan, self.states(packed, plan))
+            self.foreign[item["id"]] = self.embed(packed.prompt, plan, self.states(packed, plan))
         return self.foreign[item["id"]]
 
 
@@ -9274,7 +9262,8 @@ class ReconTask(TextTask):
         decoder, device, asked = self.model.decoder, self.accelerator.device, sequence.asked
         before = continue_plan(sequence.plan[: len(sequence.plan) - asked + 1], sequence.labels[-1:], sequence.content)
         with self.accelerator.autocast():
-            inputs, _, _ = self.model.embed_batch(checked_batch(self.model, [[before]], self.packs).to(device))
+            batch = checked_batch(self.model, [[before]], self.packs).to(device)
+            inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
             logits, state = prefill(decoder, [inputs[0]])
             [out], _ = decode(decoder, logits, state, max_new=asked, watch=Stopwatch(device),
                               stops=stop_tokens(decoder, self.lessons.tokenizer.decoder),
@@ -9589,7 +9578,7 @@ class Benchmark:
     def positions(self, pipeline: Pipeline) -> int:
         """Positions the question will take: all that comes before vectors and prefill."""
         packed = pipeline.pack_docs(self.item, pipeline.retrieve(self.item))
-        _, plan = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
+        _, plan, _ = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
         return len(plan)
 
     def plan(self) -> list[Trial]:
