@@ -412,17 +412,6 @@ class TrainConfig(Options):
                 "not one chunk would fit")
 
 
-class AlignConfig(Options):
-    """Losses of the alignment phase."""
-
-    mse: float = opt(1.0, "weight of the squared error between vectors and mean token embeddings", low=0)
-    kl: float = opt(1.0, "weight of the divergence between next-token distributions after vectors and after tokens",
-                    low=0)
-    argmax: float = opt(0.2, "weight of the cross entropy to the likeliest token after tokens", low=0)
-    max_cost: float = opt(0.5, "anchors whose spans differ by more than this share of edits are left out",
-                          low=0, high=1)
-
-
 class ReconConfig(Options):
     """The reconstruction phase."""
 
@@ -435,7 +424,6 @@ class NextConfig(Options):
     """The next-paragraph phase."""
 
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
-    next_frac: float = opt(0.5, "share of a text that is predicted, where the file gives no split", above=0, below=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
     distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
 
@@ -547,13 +535,7 @@ class GateConfig(Options):
     """How the gate learns."""
 
     epochs: int = opt(3, "times through the questions", low=1)
-    gate_lr: float = opt(1e-3, "peak learning rate", above=0)
     batch_size: int = opt(32, "questions of an optimizer step", low=1)
-    bce: float = opt(0.2, "weight of the chunkwise cross entropy beside the listwise one", low=0)
-    utility: int = opt(0, "also learn from what each chunk adds to the answer's log-probability, for this many "
-                          "questions; the decoder reads each nine times", low=0)
-    utility_weight: float = opt(0.5, "weight of that", low=0)
-    tau: float = opt(1.0, "temperature of that, in nats", above=0)
 
 
 class PolicyConfig(Options):
@@ -563,8 +545,6 @@ class PolicyConfig(Options):
     batch_size: int = opt(4, "questions of an update", low=1)
     policy_lr: float = opt(1e-4, "learning rate", above=0)
     group: int = opt(4, "choices drawn for each question; the advantage is over them", low=2)
-    clip: float = opt(0.2, "how far the ratio of new to old probability counts", above=0, below=1)
-    reuse: int = opt(2, "optimizer steps on what was drawn", low=1)
     blind: bool = opt(False, "do not look at the question, as in the paper")
 
 
@@ -709,19 +689,18 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
     spans = anchor_rows(encoder, decoder)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= AlignConfig.max_cost for span in spans)}
+              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
     emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
          f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {AlignConfig.max_cost} or less")
+         f"with a cost of {MAX_COST} or less")
 
 
-@command("cpt_align", TextConfig, AlignConfig, TrainConfig, ModelConfig)
-def cmd_cpt_align(texts: TextConfig, align: AlignConfig, train: TrainConfig, models: ModelConfig,
-                  runtime: RuntimeConfig) -> None:
+@command("cpt_align", TextConfig, TrainConfig, ModelConfig)
+def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Train vectors to stand for the tokens between anchors: error, divergence and argmax terms."""
-    phase = Phase("cpt_align", Weights(text=0.0, kl=align.kl, argmax=align.argmax, mse=align.mse))
-    run_training(phase, (texts, align, train, models, runtime),
-                 lambda model, settled: AlignLessons(model.encoder, texts, settled, align))
+    phase = Phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
+    run_training(phase, (texts, train, models, runtime),
+                 lambda model, settled: AlignLessons(model.encoder, texts, settled))
 
 
 @command("cpt_recon", TextConfig, ReconConfig, TrainConfig, ModelConfig)
@@ -4061,6 +4040,9 @@ def edit_distance(a: str, b: str) -> float:
     return row[-1]
 
 
+MAX_COST = 0.5  # anchors whose spans differ more are not trained on
+
+
 class Anchor(NamedTuple):
     """Two tokens that end at the same character of the text, and how much the decoded spans up to them differ."""
 
@@ -5920,16 +5902,16 @@ class AlignLessons(TextLessons):
 
     shortest = 2
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, align: AlignConfig):
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
         super().__init__(encoder, texts, train)
-        self.align, self.anchors = align, {}
+        self.anchors: dict[tuple[str, int], list[int]] = {}
 
     def anchor_ends(self, key: tuple[str, int], text: str) -> list[int]:
         """Characters of a text at which both tokenizers cut and agree well enough; found once per text."""
         if key not in self.anchors:
             sides = (tokenize_pieces(text, side) for side in (self.tokenizer.encoder, self.tokenizer.decoder))
             encoder, decoder = sides
-            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= self.align.max_cost]
+            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= MAX_COST]
             self.anchors[key] = [encoder.ends[a.i] for a in good]
         return self.anchors[key]
 
@@ -6012,8 +5994,8 @@ class NextLessons(TextLessons):
         self.following = following
 
     def split(self, length: int, declared: int) -> int:
-        """Tokens to compress: what the file says, else a share of the text; one is always left to predict."""
-        wanted = declared if 0 < declared < length else round(length * (1 - self.following.next_frac))
+        """Tokens to compress: what the file says, else half of the text; one is always left to predict."""
+        wanted = declared if 0 < declared < length else round(length / 2)
         return min(max(wanted, 1), length - 1)
 
     def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
@@ -6941,6 +6923,11 @@ def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime:
 
 # -- the gate and the policy ------------------------------------------------------
 
+GATE_LR = 1e-3  # at its peak
+CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
+CLIP = 0.2  # how far the policy's ratio of new to old probability counts
+REUSE = 2  # optimizer steps of the policy on what was drawn
+
 
 class GateExample(NamedTuple):
     """A question for the gate to learn from, or to be examined on."""
@@ -6950,7 +6937,6 @@ class GateExample(NamedTuple):
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
     gold: list[list[int]]  # chunks of each place where an answer stands in a right passage
-    utility: np.ndarray | None = None  # (L,), what each chunk adds to the answer's log-probability; NaN: unknown
 
     @property
     def positive(self) -> np.ndarray:
@@ -6985,24 +6971,15 @@ def collate_gate(examples: Sequence[GateExample], device: torch.device) -> GateB
     return gate_batch([e.given for e in examples], [e.features for e in examples], device)
 
 
-def gate_loss(logits: Tensor, positive: Tensor, utility: Tensor | None, settings: GateConfig) -> Tensor:
+def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
     """Listwise and chunkwise cross entropy against the chunks that hold the answer, mean over questions.
 
-    logits: (B, L), -inf where padded; positive: (B, L) bool; utility: (B, L), NaN where unknown, or None: then a
-    divergence from softmax(utility / tau) over the known chunks is added.
+    logits: (B, L), -inf where padded; positive: (B, L) bool.
     """
     real = logits > -math.inf
     chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
     each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
-    loss = (logits.logsumexp(-1) - chosen).mean() + settings.bce * each / len(logits)
-    if utility is None:
-        return loss
-    known = ~utility.isnan() & real
-    rows = known.sum(-1) > 1
-    target = (utility / settings.tau).masked_fill(~known, -math.inf)[rows].softmax(-1)
-    student = logits.masked_fill(~known, -math.inf)[rows].log_softmax(-1)
-    terms = torch.where(known[rows], target * (target.clamp_min(1e-9).log() - student), 0.0)
-    return loss + settings.utility_weight * terms.sum() / len(logits)
+    return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
 
 
 @torch.inference_mode()
@@ -7035,7 +7012,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     stacked = np.concatenate([example.features for example in examples])
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
     gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=settings.gate_lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
     parts, records = math.ceil(len(examples) / settings.batch_size), []
     bar = progress_bar("train_gate", settings.epochs * parts, "step")
     with contextlib.closing(bar):
@@ -7043,7 +7020,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
             losses = []
             for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
                 factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
-                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, settings, factor))
+                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, factor))
                 bar.update(1)
             records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
                             "recall": held_out_recall(gate, held_out, p)})
@@ -7051,17 +7028,12 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     return records
 
 
-def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, settings: GateConfig,
-              factor: float) -> float:
+def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, factor: float) -> float:
     """One optimizer step. Returns the loss."""
-    batch, utility = collate_gate(examples, gate.device), None
     positive = padded_rows([e.positive for e in examples], False).to(gate.device)
-    if any(e.utility is not None for e in examples):
-        rows = [np.full(len(e.tokens), np.nan) if e.utility is None else e.utility for e in examples]
-        utility = padded_rows(rows, np.nan).float().to(gate.device)
     for group in optimizer.param_groups:
-        group["lr"] = settings.gate_lr * factor
-    loss = gate_loss(gate.train()(batch), positive, utility, settings)
+        group["lr"] = GATE_LR * factor
+    loss = gate_loss(gate.train()(collate_gate(examples, gate.device)), positive)
     loss.backward()
     nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
     optimizer.step()
@@ -7080,7 +7052,7 @@ class GateData(NamedTuple):
 
 
 class AnswerReader:
-    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy, and utility."""
+    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy."""
 
     def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
@@ -7112,20 +7084,6 @@ class AnswerReader:
         return logs.reshape(len(masks), -1).mean(1)
 
 
-def utility_labels(reader: AnswerReader, example: GateExample, candidates: int = 8) -> np.ndarray:
-    """(L,) what each chunk as text, alone, adds to the answer's log-probability; NaN where it was not tried.
-
-    Tried are the chunks with the answer and those that the untrained blend likes best.
-    """
-    blend = example.features[:, [FEATURE_NAMES.index(name) for name in ("cosine", "overlap_window")]].sum(1)
-    ranked = np.argsort(-(blend + 10 * example.positive), kind="stable")[:candidates]
-    masks = [np.isin(np.arange(len(blend)), [number]) for number in (-1, *ranked)]
-    logs = reader.log_probabilities(reader.ask(example), masks)
-    utility = np.full(len(blend), np.nan)
-    utility[ranked] = logs[1:] - logs[0]
-    return utility
-
-
 def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
     """(n, picks) chunks drawn one after another without replacement, by their logits (L,): the Gumbel top-k draw."""
     uniform = torch.rand(n, len(logits), generator=generator).clamp(1e-9, 1 - 1e-9)
@@ -7145,14 +7103,14 @@ def order_log_probability(logits: Tensor, orders: Tensor) -> Tensor:
     return total
 
 
-def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor, clip: float) -> Tensor:
+def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor) -> Tensor:
     """The clipped ratio of proximal policy optimisation with the advantage over the group (Shao et al. 2024).
 
     logits: (L,), now; before: (n,) log-probability of each order when it was drawn; rewards: (n,).
     """
     advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
     ratio = (order_log_probability(logits, orders) - before).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
 class PolicyTrainer:
@@ -7184,8 +7142,8 @@ class PolicyTrainer:
     def step(self) -> float:
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
         drawn = [self.draw(int(number)) for number in self.rng.choice(len(self.examples), self.settings.batch_size)]
-        for _ in range(self.settings.reuse):
-            losses = [policy_loss(self.logits(example), before, orders, rewards, self.settings.clip)
+        for _ in range(REUSE):
+            losses = [policy_loss(self.logits(example), before, orders, rewards)
                       for example, orders, before, rewards in drawn]
             torch.stack(losses).mean().backward()
             nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -7254,10 +7212,6 @@ def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, s
     """Train a gate on retrieved questions and write it. Returns a summary."""
     start = time.perf_counter()
     loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
-    if settings.utility:
-        reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
-        first = progress(loaded.examples[: settings.utility], "utility", total=settings.utility, unit="question")
-        loaded.examples[: settings.utility] = [e._replace(utility=utility_labels(reader, e)) for e in first]
     torch.manual_seed(runtime.seed)
     gate = QueryGate(loaded.searcher.embedder.dim).to(pick_device(runtime.device))
     records = fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
