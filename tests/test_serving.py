@@ -251,7 +251,7 @@ def serve_argv(index_dir, llama):
 
 @pytest.fixture(scope="module")
 def server(serve_argv):
-    made = Server(*serve_argv, "--body_bytes", "20000", "--together", "4")
+    made = Server(*serve_argv, "--together", "4")
     yield made
     if made.process.poll() is None:
         made.end()
@@ -475,7 +475,7 @@ class TestBadRequests:
 
     def test_too_long_a_body(self, server):
         reply = server.http.post("/v1/chat/completions", content=b" " * 20_001)
-        assert reply.status_code == 413 and "longer than 20000 bytes" in reply.json()["error"]["message"]
+        assert reply.status_code == 413 and "longer than 1048576 bytes" in reply.json()["error"]["message"]
 
     @pytest.mark.parametrize("more", [
         {"tools": []}, {"tools": [], "tool_choice": "auto"}, {"tool_choice": "none", "parallel_tool_calls": True},
@@ -865,8 +865,7 @@ class TestEngine:
             runtime = refrag.RuntimeConfig()
 
         body = json.dumps({"model": "refrag", "messages": say("Why?")}).encode()
-        asked = serve.ChatRequest.read(body, Loaded, refrag.ServeConfig(max_tokens=64))
-        assert asked.wish.generate.max_new == 64
+        assert serve.ChatRequest.read(body, Loaded).wish.generate.max_new == 128
 
     @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "sentencepiece"])
     @pytest.mark.parametrize("prompt", ["", "passage of a text "])
