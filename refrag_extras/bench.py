@@ -174,7 +174,7 @@ class Benchmark:
     def positions(self, pipeline: Pipeline) -> int:
         """Positions the question will take: all that comes before vectors and prefill."""
         packed = pipeline.pack_docs(self.item, pipeline.retrieve(self.item))
-        _, plan = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
+        _, plan, _ = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
         return len(plan)
 
     def plan(self) -> list[Trial]:

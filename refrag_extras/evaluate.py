@@ -211,12 +211,10 @@ def answer_spans(packed: Packed, item: dict[str, Any], index: Index, tokenizer: 
 
 def texts_fed(context: Context, tokenizer: RefragTokenizer) -> list[str]:
     """The runs of the documents' text that the decoder was fed as tokens."""
-    prompt = context.packed.prompt
-    fed, runs = np.zeros(len(prompt.input_ids), dtype=bool), []
-    fed[context.plan[context.plan >= 0]] = True
+    prompt, runs = context.packed.prompt, []
     for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
         chunks = list(group)
-        kept = chunks[0].first + np.flatnonzero(fed[chunks[0].first : chunks[-1].last])
+        kept = chunks[0].first + np.flatnonzero(context.kept[chunks[0].first : chunks[-1].last])
         runs += [run for run in np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1) if len(run)]
     return [tokenizer.decoder.decode(prompt.input_ids[run].tolist()) for run in runs]
 
@@ -280,7 +278,7 @@ class ControlPipeline(Pipeline):
             other = self.other_question(item)
             packed = self.pack_docs(other, self.retrieve(other))
             plan = np.asarray([-number - 1 for number, chunk in enumerate(packed.prompt.chunks) if chunk.tokens])
-            self.foreign[item["id"]] = self.model.embed_plan(packed.prompt, plan, self.states(packed, plan))
+            self.foreign[item["id"]] = self.embed(packed.prompt, plan, self.states(packed, plan))
         return self.foreign[item["id"]]
 
 
@@ -835,7 +833,8 @@ class ReconTask(TextTask):
         decoder, device, asked = self.model.decoder, self.accelerator.device, sequence.asked
         before = continue_plan(sequence.plan[: len(sequence.plan) - asked + 1], sequence.labels[-1:], sequence.content)
         with self.accelerator.autocast():
-            inputs, _, _ = self.model.embed_batch(checked_batch(self.model, [[before]], self.packs).to(device))
+            batch = checked_batch(self.model, [[before]], self.packs).to(device)
+            inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
             logits, state = prefill(decoder, [inputs[0]])
             [out], _ = decode(decoder, logits, state, max_new=asked, watch=Stopwatch(device),
                               stops=stop_tokens(decoder, self.lessons.tokenizer.decoder),

@@ -569,13 +569,7 @@ def test_a_second_writer_is_told_so(run, argv, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "told"), [
-    (["--contexts", "512,0"], "--contexts must be 1 or more"),
-    (["--contexts", "many"], "--contexts: contexts must be a int, got 'many'"),
-    (["--modes", "magic"], "--modes: modes must be one of full, refrag, none, got 'magic'"),
     (["--k", "0"], "--k must lie between 1 and 64"),
-    (["--p", "1.5"], "--p must lie between 0 and 1"),
-    (["--repeats", "0"], "--repeats must be 1 or more"),
-    (["--new", "0"], "--new must be 1 or more"),
     (["--question", " "], "the question is empty"),
     (["--out_dir", __file__], "is a file: name a folder"),
     (["--index_dir", "nowhere"], "--index_dir nowhere: no such folder"),

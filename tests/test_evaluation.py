@@ -294,7 +294,7 @@ class TestControls:
         nothing, _ = self.prepare(task, "refrag", 0.0)
         assert evaluate.texts_fed(nothing, task.pipeline.tokenizer) == []
         first, last = full.packed.prompt.chunks[0].first, full.packed.prompt.chunks[-1].last
-        gap = dataclasses.replace(full, plan=np.delete(full.plan, first + 2))
+        gap = dataclasses.replace(full, kept=np.arange(len(full.kept)) != first + 2)
         ids = full.packed.prompt.input_ids[first:last]
         decode = task.pipeline.tokenizer.decoder.decode
         assert evaluate.texts_fed(gap, task.pipeline.tokenizer)[0] == decode(ids[:2])  # what misses a token is two runs
