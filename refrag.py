@@ -786,12 +786,12 @@ def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generat
 def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
               models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
-    from refrag_extras.serve import run_server
-
     require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
     check_generate(QuestionConfig(), index, pack, generate)
     for name in ("pydantic", "starlette", "uvicorn"):  # told before the models are loaded
         late_import(name, "pydantic starlette uvicorn")
+    from refrag_extras.serve import run_server
+
     run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
 
 
