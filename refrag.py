@@ -62,6 +62,7 @@ import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import pickle
 import re
@@ -77,7 +78,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ __version__ = "0.1.0"
 
 # =============================================================================
 # 1. Configuration. Every option is one dataclass field: its default, its help
-#    and its check stand here and nowhere else.
+#    and its range stand here and nowhere else.
 # =============================================================================
 
 
@@ -137,28 +138,62 @@ class LockedError(RefragError):
     code = 75
 
 
-def opt(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
-    """A dataclass field that is also a command line option. A tuple default takes one or more values.
-
-    choices: what a value, or each of several, may be.
-    """
-    return field(default=default, metadata={"help": help, "choices": tuple(choices)})
-
-
-def like(cls: type, name: str) -> Any:
-    """An option that another class has too: the same default, help and choices."""
-    known = cls.__dataclass_fields__[name]
-    return opt(known.default, known.metadata["help"], choices=known.metadata["choices"])
-
-
 def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-@dataclass(frozen=True)
-class RuntimeConfig:
+LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than {}"),
+          "high": (operator.le, "at most {}"), "below": (operator.lt, "less than {}")}
+
+
+def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = False, needed: str = "",
+        **limits: float) -> Any:
+    """A dataclass field that is also a command line option. A tuple default takes several values.
+
+    Each value must be one of the choices, the name of a file that exists, and within the limits: low, above, high,
+    below. needed: what to do when there is none; by default an option may be left out.
+    """
+    assert limits.keys() <= LIMITS.keys()
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "exists": exists,
+                                            "needed": needed, "limits": limits})
+
+
+def like(cls: type, name: str, **changes: Any) -> Any:
+    """An option that another class has too: the same help and checks, and default unless changed."""
+    known = cls.__dataclass_fields__[name]
+    return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
+
+
+def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
+    """Raise UserError unless a value keeps its option's rule."""
+    choices, limits = rule["choices"], rule["limits"]
+    require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
+    require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
+    if limits and not (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())):
+        valid = " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+        between = "lie between {low} and {high}".format(**limits) if limits.keys() == {"low", "high"} else f"be {valid}"
+        raise UserError(f"{flag} must {between}, got {value}")
+
+
+@typing.dataclass_transform(frozen_default=True)
+class Options:
+    """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            flag, value = f"--{f.name}", getattr(self, f.name)
+            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['needed']}")
+            require(value != () or not f.default, f"{flag} is empty: give it one value or more")
+            for item in value if isinstance(value, tuple) else () if value is None else (value,):
+                check_value(flag, item, f.metadata)
+
+
+class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
 
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
@@ -168,43 +203,36 @@ class RuntimeConfig:
     engine: str = opt("auto", "how tokens after the first are decoded: by the decoder as it is, or on a CPU with its "
                               "weights in 8 or 4 bits; auto: 4 bits where these hold the weights as they are, else 8, "
                               "where it can be done", choices=("auto", "model", "int8", "int4"))
-    threads: int = opt(0, "CPU threads, 0 for the library's choice")
-    seed: int = opt(1337, "random seed")
+    threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
+    seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
     quiet: bool = opt(False, "no progress and no notices on stderr")
     offline: bool = opt(False, "never contact a model hub")
     debug: bool = opt(False, "show the traceback of an error")
     config: str | None = opt(None, "TOML file with defaults; a flag or REFRAG_<FLAG> in the environment beats it")
 
-    def __post_init__(self) -> None:
-        require(self.threads >= 0, f"--threads must be 0 or more, got {self.threads}")
-        require(0 <= self.seed < 2**63, f"--seed must lie between 0 and 2**63 - 1, got {self.seed}")
 
-
-@dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Options):
     """What to index and how it is cut."""
 
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                      "per line; also gzipped), folders, or - for standard input")
+                                      "per line; also gzipped), folders, or - for standard input",
+                                  needed="name a file, a folder or - for standard input")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
                       choices=("strict", "replace", "skip"))
-    limit: int | None = opt(None, "read at most this many records")
-    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads")
-    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage")
+    limit: int | None = opt(None, "read at most this many records", low=1)
+    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
+    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
     def __post_init__(self) -> None:
-        require(bool(self.corpus), "--corpus is missing: name a file, a folder or - for standard input")
+        super().__post_init__()
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
-        require(self.limit is None or 1 <= self.limit <= sys.maxsize, f"--limit must be 1 or more, got {self.limit}")
-        require(self.max_passage_tokens >= 8, f"--max_passage_tokens must be 8 or more, got {self.max_passage_tokens}")
-        require(0 <= self.overlap <= self.max_passage_tokens // 2,
+        require(self.overlap <= self.max_passage_tokens // 2,
                 f"--overlap must lie between 0 and half of --max_passage_tokens {self.max_passage_tokens}, "
                 f"got {self.overlap}: set both")
 
 
-@dataclass(frozen=True)
-class IndexConfig:
+class IndexConfig(Options):
     """Which index, and by which retrievers."""
 
     index_dir: str | None = opt(None, "the index folder")
@@ -214,24 +242,18 @@ class IndexConfig:
                                         "default all-MiniLM-L6-v2, or the one the index was built with")
 
 
-@dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(Options):
     """How to build the index."""
 
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
-                              "multiples too, where k is one of 4")
-    batch_size: int = opt(32, "passages embedded at once")
-
-    def __post_init__(self) -> None:
-        require(self.k is None or 1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
+                              "multiples too, where k is one of 4", low=1, high=64)
+    batch_size: int = opt(32, "passages embedded at once", low=1)
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Encoder and decoder."""
 
     dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
@@ -246,29 +268,23 @@ class ModelConfig:
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
-@dataclass(frozen=True)
 class ReaderConfig(ModelConfig):
-    """Encoder and decoder that answer."""
+    """Encoder and decoder that answer; trained weights are shipped for them."""
 
     load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
                                        "shipped one where it is for these models, none: no trained weights")
 
 
-@dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Options):
     """How passages are found."""
 
-    topk: int = opt(8, "passages to return")
+    topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence")
-
-    def __post_init__(self) -> None:
-        require(self.topk >= 1, f"--topk must be 1 or more, got {self.topk}")
-        require(1 <= self.hops <= 8, f"--hops must lie between 1 and 8, got {self.hops}")
+    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence",
+                    low=1, high=8)
 
 
-@dataclass(frozen=True)
-class QuestionConfig:
+class QuestionConfig(Options):
     """What is asked."""
 
     question: str | None = opt(None, "the question")
@@ -276,45 +292,36 @@ class QuestionConfig:
                                       "input")
 
 
-@dataclass(frozen=True)
-class FormatConfig:
+class FormatConfig(Options):
     """How search results are printed."""
 
     format: str = opt("text", "output form", choices=("text", "json", "trec"))
 
 
-@dataclass(frozen=True)
-class PackConfig:
+class PackConfig(Options):
     """Context packing."""
 
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
-    k: int = opt(16, "tokens compressed into one vector")
-    p: float = opt(0.05, "largest fraction of the context's tokens that stays text")
-    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read")
+    k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
+    p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
+    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
-                            "embedder, else blend", choices=("auto", "learned", "policy", "blend", "cosine", "ppl",
-                                                             "random", "none"))
+                            "embedder, else blend",
+                    choices=("auto", "learned", "policy", "blend", "cosine", "ppl", "random", "none"))
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
                           choices=("auto", "feed", "drop"))
-    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first")
-
-    def __post_init__(self) -> None:
-        require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(0.0 <= self.p <= 1.0, f"--p must lie between 0 and 1, got {self.p}")
-        require(self.floor >= 0, f"--floor must be 0 or more, got {self.floor}")
-        require(self.ctx_max >= 1, f"--ctx_max must be 1 or more, got {self.ctx_max}")
+    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first", low=1)
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Options):
     """How the answer is decoded and shown."""
 
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
-    max_new: int = opt(128, "new tokens at most")
-    temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn")
-    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability")
+    max_new: int = opt(128, "new tokens at most", low=1)
+    temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
+    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
     stream: bool = opt(True, "print the answer as it is decoded")
@@ -323,113 +330,89 @@ class GenerateConfig:
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
-    batch_size: int = opt(1, "questions decoded together")
+    batch_size: int = opt(1, "questions decoded together", low=1)
 
     def __post_init__(self) -> None:
-        require(self.max_new >= 1, f"--max_new must be 1 or more, got {self.max_new}")
-        require(self.temperature >= 0, f"--temperature must be 0 or more, got {self.temperature}")
-        require(0 < self.top_p <= 1, f"--top_p must lie in (0, 1], got {self.top_p}")
+        super().__post_init__()
         require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
-        require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
-@dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Options):
     """What is timed, side by side."""
 
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "context lengths in tokens; whole passages, as many "
-                                                                   "as fit")
+                                                                   "as fit", low=1)
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
                                                              "floor", choices=("full", "refrag", "none"))
-    k: tuple[int, ...] = opt((8, 16, 32), "tokens compressed into one vector")
-    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text")
-    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times")
-    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them")
-    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up")
+    k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
+    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text",
+                               low=0, high=1)
+    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
+    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
+    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up",
+                       low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?",
                         "what is asked each time")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
     def __post_init__(self) -> None:
-        require(bool(self.contexts) and all(c >= 1 for c in self.contexts),
-                f"--contexts must be 1 or more, got {self.contexts}")
-        require(bool(self.modes), "--modes is empty: name one of full, refrag and none at least")
-        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
-        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        require(bool(self.batch_size) and all(n >= 1 for n in self.batch_size),
-                f"--batch_size must be 1 or more, got {self.batch_size}")
-        for name in ("new", "repeats"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+        super().__post_init__()
         require(self.out_dir is None or not os.path.isfile(self.out_dir),
                 f"--out_dir {self.out_dir} is a file: name a folder")
 
 
-@dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Options):
     """What is read in training."""
 
-    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz")
-    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training")
-
-    def __post_init__(self) -> None:
-        require(bool(self.train_json), "--train_json is missing: name a file of JSON lines with a text each")
-        for flag in ("train_json", "eval_json"):
-            for name in getattr(self, flag):
-                require(os.path.isfile(name), f"--{flag} {name}: no such file")
+    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
+                                      needed="name a file of JSON lines with a text each", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training",
+                                     exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
 LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights themselves
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """The training loop; every phase has these."""
 
-    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png")
-    k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text")
+    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png",
+                              needed="name the folder for the run")
+    k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "what is trained, by letters: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
-    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all")
-    steps: int = opt(1000, "optimizer steps")
+    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all", low=0)
+    steps: int = opt(1000, "optimizer steps", low=1)
     lr: float | None = opt(None, "peak learning rate; default " + ", ".join(
-        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r")
-    projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr")
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together")
-    grad_accum: int = opt(1, "passes per optimizer step and process")
+        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r",
+        above=0, high=1e30)
+    projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together",
+                          low=1)
+    grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
-    warmup: float = opt(0.04, "share of the steps in which the learning rate rises")
-    weight_decay: float = opt(0.01, "AdamW weight decay of matrices")
-    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is")
-    log_every: int = opt(10, "steps between lines of metrics.jsonl")
-    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last")
-    eval_limit: int = opt(32, "sequences of each kind in an evaluation")
-    save_every: int = opt(500, "steps between checkpoints; the last two are kept")
+    warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
+    weight_decay: float = opt(0.01, "AdamW weight decay of matrices", low=0)
+    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
+    log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
+    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last", low=0)
+    eval_limit: int = opt(32, "sequences of each kind in an evaluation", low=1)
+    save_every: int = opt(500, "steps between checkpoints; the last two are kept", low=1)
     resume: bool = opt(False, "continue the run in --out_dir")
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
     def __post_init__(self) -> None:
-        require(self.out_dir is not None, "--out_dir is missing: name the folder for the run")
-        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
+        super().__post_init__()
         require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
                 f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
-        for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_limit"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("lora_r", "eval_every", "weight_decay", "grad_clip"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("lr", "projector_lr"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"--{name} must be more than 0, got {value}")
-            require(value is None or value <= 1e30, f"--{name} {value} is beyond what weights can hold")
-        require(0 <= self.warmup < 1, f"--warmup must lie in [0, 1), got {self.warmup}")
         require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
                 "not one chunk would fit")
 
 
-@dataclass(frozen=True)
-class ReconConfig:
+class ReconConfig(Options):
     """The reconstruction phase."""
 
     curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
@@ -437,60 +420,41 @@ class ReconConfig:
                           choices=("paper", "even", "none"))
 
 
-@dataclass(frozen=True)
-class NextConfig:
+class NextConfig(Options):
     """The next-paragraph phase."""
 
-    expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average")
-    recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead")
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
-
-    def __post_init__(self) -> None:
-        for name in ("expand_frac", "recon_frac"):
-            require(0 <= getattr(self, name) <= 1, f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
-        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+    expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
+    recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
+    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
 
 
-@dataclass(frozen=True)
-class SftConfig:
+class SftConfig(Options):
     """Question answering on retrieved passages."""
 
-    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training")
+    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
+                               needed="name a file of questions with answers", exists=True)
+    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training",
+                                exists=True)
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
-                                                 "1: the reader of the full text")
+                                                 "1: the reader of the full text", low=0, high=1)
     gate_frac: float = opt(0.75, "share of the questions for which the gate chooses the chunks that stay text, as in "
-                                 "use; for the others they are drawn at random, so that the vectors must be read")
+                                 "use; for the others they are drawn at random, so that the vectors must be read",
+                           low=0, high=1)
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
-                                     "\"not in the documents\"")
+                                     "\"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
-                                 "takes more reading of the vectors than an answer of few words")
+                                 "takes more reading of the vectors than an answer of few words", low=0, high=1)
     topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
-                                     "read faster (default: always --topk)")
-    limit: int | None = opt(None, "read at most this many questions")
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
-
-    def __post_init__(self) -> None:
-        require(self.rag_json is not None, "--rag_json is missing: name a file of questions with answers")
-        for flag in ("rag_json", "eval_json"):
-            name = getattr(self, flag)
-            require(name is None or os.path.isfile(name), f"--{flag} {name}: no such file")
-        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        for flag in ("gate_frac", "no_answer_frac", "quote_frac"):
-            share = getattr(self, flag)
-            require(0 <= share <= 1, f"--{flag} must lie between 0 and 1, got {share}")
-        for flag in ("topk_min", "limit"):
-            count = getattr(self, flag)
-            require(count is None or count >= 1, f"--{flag} must be 1 or more, got {count}")
-        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+                                     "read faster (default: always --topk)", low=1)
+    limit: int | None = opt(None, "read at most this many questions", low=1)
+    distill: float = like(NextConfig, "distill")
 
 
 EVAL_MODES = {  # what --modes may name
     "qa": ("full", "refrag", "none", "truncate", "expanded_only", "random_gate", "wrong_vectors", "cosine_gate",
            "oracle_gate"),
     "retrieval": ("bm25", "dense", "hybrid"),
-    "gate": tuple(name for name in PackConfig.__dataclass_fields__["gate"].metadata["choices"]
-                  if name not in ("auto", "none")),
+    "gate": ("learned", "policy", "blend", "cosine", "ppl", "random"),
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
     "recon": (),
 }
@@ -498,171 +462,137 @@ EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes name
 TEXT_TASKS = ("ppl", "recon")
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Options):
     """What is evaluated, and against which controls."""
 
     task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
                           "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz")
+    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
         f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
         + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
-    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most")
-    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several")
+    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most", low=0, high=1)
+    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several",
+                             low=1, high=64)
     gate: str = like(PackConfig, "gate")
-    floor: int = opt(0, PackConfig.__dataclass_fields__["floor"].metadata["help"])
+    floor: int = like(PackConfig, "floor", default=0)
     ctx_max: int = like(PackConfig, "ctx_max")
     max_new: int = like(GenerateConfig, "max_new")
     cite: bool = like(GenerateConfig, "cite")
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
-    next_tokens: int = opt(128, "with ppl: tokens after them that are predicted")
+    next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
     limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
-                                   "questions of 2 n - 1 hold those of n")
+                                  "questions of 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
                                     "sample.md; without it the results are printed alone")
     resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
                               "questions, add to it")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
-        for name in self.texts:
-            require(os.path.isfile(name), f"--texts {name}: no such file")
         unknown = [name for name in self.named if name not in valid]
         require(not unknown, f"--modes {', '.join(unknown)}: --task {self.task} knows {', '.join(valid) or 'none'}")
-        require(bool(self.p), "--p is empty: give shares between 0 and 1")
-        require(len(self.k) == 1 or (textual and bool(self.k)), f"--k takes one value with --task {self.task}")
+        require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
         require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
-        for k, p in itertools.product(self.k, self.p):
-            PackConfig(k=k, p=p, floor=self.floor, ctx_max=self.ctx_max)  # checks them
-        GenerateConfig(max_new=self.max_new, batch_size=self.batch_size)
         require(self.context_tokens >= max(self.k), f"--context_tokens must be --k {max(self.k)} or more, got "
                 f"{self.context_tokens}")
-        require(self.next_tokens >= 1, f"--next_tokens must be 1 or more, got {self.next_tokens}")
-        require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
         require(not self.resume or self.out_dir is not None, "--resume needs --out_dir, the folder to continue")
 
     @property
     def named(self) -> tuple[str, ...]:
         """The modes to run, each once; commas part them too."""
-        given = dict.fromkeys(name for part in self.modes for name in part.split(",") if name)
+        given = dict.fromkeys(filter(None, ",".join(self.modes).split(",")))
         return tuple(given) or tuple(name for name in EVAL_MODES[self.task] if name not in EVAL_ONLY_NAMED)
 
 
-@dataclass(frozen=True)
-class GateDataConfig:
+class GateDataConfig(Options):
     """What gate and policy learn from."""
 
-    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form")
-    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained")
-    k: int = opt(PackConfig.k, "tokens of a chunk")
-    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at")
-    limit: int | None = opt(None, "read at most this many questions of each file")
-    eval_limit: int = opt(600, "held-out questions at most")
+    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz",
+                                    needed="name a file of questions with answers", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form", exists=True)
+    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained",
+                              needed="name the folder for the checkpoint")
+    k: int = opt(PackConfig.k, "tokens of a chunk", low=1, high=64)
+    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at",
+                               above=0, below=1)
+    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
+    eval_limit: int = opt(600, "held-out questions at most", low=1)
 
     def __post_init__(self) -> None:
-        require(bool(self.rag_json), "--rag_json is missing: name a file of questions with answers")
-        require(self.out_dir is not None, "--out_dir is missing: name the folder for the checkpoint")
-        for flag in ("rag_json", "eval_json"):
-            for name in getattr(self, flag):
-                require(os.path.isfile(name), f"--{flag} {name}: no such file")
+        super().__post_init__()
         folder = Path(self.out_dir)
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         require(empty, f"--out_dir {folder} is there already: name a new folder")
-        require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(bool(self.p) and all(0 < p < 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        for name in ("limit", "eval_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} must be 1 or more, got {value}")
 
 
-@dataclass(frozen=True)
-class GateConfig:
+class GateConfig(Options):
     """How the gate learns."""
 
-    epochs: int = opt(3, "times through the questions")
-    batch_size: int = opt(32, "questions of an optimizer step")
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+    epochs: int = opt(3, "times through the questions", low=1)
+    batch_size: int = opt(32, "questions of an optimizer step", low=1)
 
 
-@dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(Options):
     """How the paper's policy learns."""
 
-    steps: int = opt(200, "updates")
-    batch_size: int = opt(4, "questions of an update")
-    policy_lr: float = opt(1e-4, "learning rate")
-    group: int = opt(4, "choices drawn for each question")
+    steps: int = opt(200, "updates", low=1)
+    batch_size: int = opt(4, "questions of an update", low=1)
+    policy_lr: float = opt(1e-4, "learning rate", above=0)
+    group: int = opt(4, "choices drawn for each question; the advantage is over them", low=2)
     blind: bool = opt(False, "do not look at the question, as in the paper")
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        require(self.group >= 2, f"--group must be 2 or more, got {self.group}: the advantage is over the group")
-        require(0 < self.policy_lr < math.inf, f"--policy_lr must be more than 0, got {self.policy_lr}")
 
-
-@dataclass(frozen=True)
-class AnchorConfig:
+class AnchorConfig(Options):
     """What `align` shows."""
 
-    text: str | None = opt(None, "the text to align")
+    text: str | None = opt(None, "the text to align", needed="give the text to align")
 
     def __post_init__(self) -> None:
-        require(bool(self.text), "--text is missing: give the text to align")
+        super().__post_init__()
         require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
 
 
-@dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Options):
     """The HTTP server."""
 
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
-    port: int = opt(8000, "port to listen on, 0 for a free one")
+    port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
     together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
-                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone")
-    waiting: int = opt(64, "requests that may wait; more are told to come again (429)")
-    body_bytes: int = opt(1 << 20, "longest request")
-    max_tokens: int = opt(1024, "new tokens that a request may ask for")
-    timeout: float = opt(120.0, "seconds from a request to the end of its answer")
+                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
+    waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
+    body_bytes: int = opt(1 << 20, "longest request", low=1)
+    max_tokens: int = opt(1024, "new tokens that a request may ask for", low=1)
+    timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def __post_init__(self) -> None:
-        require(0 <= self.port < 65536, f"--port must lie between 0 and 65535, got {self.port}")
-        require(self.together >= 0, f"--together must be 0 or more, got {self.together}")
-        for name in ("waiting", "body_bytes", "max_tokens"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        require(0 < self.timeout < math.inf, f"--timeout must be above 0, got {self.timeout}")
-        require(self.api_key is None or bool(self.api_key), "--api_key is empty: leave it out")
+        super().__post_init__()
+        require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
                     f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
 
 
-@dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Options):
     """What is written for another engine."""
 
-    out_dir: str | None = opt(None, "the folder to write")
+    out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
 
     def __post_init__(self) -> None:
-        require(self.out_dir is not None, "--out_dir is missing: name the folder to write")
+        super().__post_init__()
         folder = Path(self.out_dir)
         require(not folder.exists(), f"--out_dir {folder} is there already: name a new folder")
 
 
-@dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Options):
     """What to examine."""
 
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
@@ -856,12 +786,12 @@ def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generat
 def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
               models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
-    from refrag_extras.serve import run_server
-
     require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
     check_generate(QuestionConfig(), index, pack, generate)
     for name in ("pydantic", "starlette", "uvicorn"):  # told before the models are loaded
         late_import(name, "pydantic starlette uvicorn")
+    from refrag_extras.serve import run_server
+
     run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
 
 
@@ -1879,14 +1809,8 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    line: int  # 1-based, of an array the object's number; 0 where the whole file is one document
-    source: str
+    where: str  # file:line, of an array the object's number; the file alone where all of it is one document
     metadata: str = ""  # the record's other fields as a JSON object, empty without any
-
-    @property
-    def where(self) -> str:
-        """file:line for messages."""
-        return f"{self.source}:{self.line}" if self.line else self.source
 
 
 class BadRecord(UserError):
@@ -1896,24 +1820,17 @@ class BadRecord(UserError):
 NAMED = 10  # bad records and files that are named one by one
 
 
-def leave_out(error: Exception, counts: dict[str, int]) -> None:
-    """Count and name a bad record or file that does not stop the run."""
-    counts["skipped"] += 1
-    if counts["skipped"] <= NAMED:
-        notice(f"skipped: {one_line(error)}")
-    elif counts["skipped"] == NAMED + 1:
-        notice("skipped: and more")
-
-
 @contextlib.contextmanager
-def skipping(errors: str | None, counts: dict[str, int]) -> Iterator[None]:
-    """With "skip" in --errors, a BadRecord in the block is left out instead of raised."""
+def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Iterator[None]:
+    """With "skip" in --errors, an error of these kinds leaves out what the block reads: counted, and named."""
     try:
         yield
-    except BadRecord as error:
-        if "skip" not in (errors or ""):
+    except kinds as error:
+        if "skip" not in errors:
             raise
-        leave_out(error, counts)
+        counts["skipped"] += 1
+        if counts["skipped"] <= NAMED + 1:
+            notice(f"skipped: {one_line(error) if counts['skipped'] <= NAMED else 'and more'}")
 
 
 def spelled(path: Path) -> str:
@@ -1927,71 +1844,129 @@ def bare_name(path: Path) -> Path:
 
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
-MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[typing.BinaryIO, str, int]]:
-    """(bytes after the byte order mark, encoding, length of the mark) of a file, or of standard input for "-".
+class TextFile:
+    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are known by their first bytes.
 
-    gzip and UTF-16 are known by their first bytes. Raises CorruptError for a damaged gzip file.
+    errors: of --errors, empty where a command does not have it. counts: receives skipped and replaced.
     """
-    with sys.stdin.buffer if str(path) == "-" else path.open("rb") as raw:
-        handle = io.BufferedReader(raw)
+
+    def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
+        self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
+        self.errors, self.counts = errors, collections.Counter() if counts is None else counts
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[typing.BinaryIO, int]]:
+        """(its text in UTF-8, the length of the mark before it). Raises CorruptError for a damaged gzip file."""
+        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
+            handle = io.BufferedReader(raw)
+            try:
+                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
+                    handle = gzip.GzipFile(fileobj=handle)
+                head = handle.peek(8)
+                if head.startswith(BINARY):
+                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
+                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    handle = io.BytesIO(self.decoded(handle.read(), "utf-16").encode())
+                yield handle, len(handle.read(3)) if head.startswith(codecs.BOM_UTF8) else 0
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
+                raise CorruptError(message) from None
+
+    def decoded(self, raw: bytes, encoding: str = "utf-8", offset: int = 0) -> str:
+        """Bytes as text. Raises BadRecord that names the bad one, unless --errors is replace."""
         try:
-            if handle.peek(2).startswith(b"\x1f\x8b") or path.suffix.lower() == ".gz":
-                handle = gzip.GzipFile(fileobj=handle)
-            head = handle.peek(8)
-            if head.startswith(BINARY):
-                raise BadRecord(f"{spelled(path)} is a PDF, picture, archive or office document: index its text")
-            mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
-            handle.read(len(mark))
-            yield handle, MARKS.get(mark, "utf-8"), len(mark)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            message = f"{spelled(path)}: not a complete gzip file ({one_line(error)}): fetch it again"
-            raise CorruptError(message) from None
+            return raw.decode(encoding)
+        except UnicodeDecodeError as error:
+            if "replace" not in self.errors:
+                place = f"{self.name}: invalid {encoding.upper()} at byte {offset + error.start}"
+                raise BadRecord(f"{place}: mend it{' or use --errors replace' * bool(self.errors)}") from None
+        self.counts["replaced"] += 1
+        return raw.decode(encoding, errors="replace")
+
+    def lines(self, whole: bool = False) -> Iterator[tuple[int, str]]:
+        """(1-based number, text with its line end) of each line, "" for one that is skipped. whole: the file as one."""
+        with self.opened() as (handle, offset):
+            for number, raw in enumerate([handle.read()] if whole else handle, start=1):
+                text = ""
+                with skipping(self.errors, self.counts):
+                    text = self.decoded(raw, offset=offset)
+                offset += len(raw)
+                yield number, text
+
+    def filled_lines(self) -> Iterator[tuple[int, str]]:
+        """(1-based number, text without its line end) of each line that is not blank."""
+        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip("\ufeff").strip())
+
+    def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
+
+        The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
+        """
+        csv.field_size_limit(2**31 - 1)
+        lines = self.lines()
+        first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
+        delimiter = "\t" if self.suffix == ".tsv" else max(",;\t", key=header.count)
+        texts = itertools.chain([header], (text for _, text in lines))
+        rows = csv.reader(texts, delimiter=delimiter, strict=True)
+
+        def next_row(line: int) -> list[str] | None:
+            try:
+                return next(rows, None)
+            except csv.Error as error:
+                raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
+
+        known = {*ID_FIELDS, *fields, "title"}
+        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next_row(first) or []]
+        if names:
+            field_in(names, fields, f"{self.name}:{first}")
+        row: list[str] | None = []
+        while row is not None:
+            line = first + rows.line_num
+            with skipping(self.errors, self.counts):
+                row = next_row(line)
+                if len(row or []) > len(names):
+                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
+                                    "put those that hold the separator between quotes")
+                if any(row or []):
+                    yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
+
+    def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
+        """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
+
+        .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
+        of an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
+        """
+        if self.suffix in TABLES:
+            return True, self.table(fields)
+        lines, named = self.filled_lines(), self.suffix in OBJECTS
+        number, first = next(lines, (1, ""))
+        lines = itertools.chain([(number, first)] if first else [], lines)
+        if isinstance(parsed(first), dict):
+            return True, lines
+        if not first.lstrip().startswith(("[", "{")):
+            return named, lines
+        lines = list(lines)
+        value = parsed("\n".join(text for _, text in lines))
+        items = value if isinstance(value, list) else [value]
+        if value is None or not (named or all(isinstance(item, dict) for item in items[:1])):
+            return named, iter(lines)
+        return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
 
 
-def raw_lines(handle: typing.BinaryIO, newline: bytes) -> Iterator[bytes]:
-    """Lines with their ends; half of UTF-16's newline can stand in another character."""
-    line = bytearray()  # grows in place: text in some scripts has the byte of a newline in every character
-    for part in handle:
-        line += part
-        line += handle.read(-len(line) % len(newline))  # the rest of the last character
-        if line.endswith(newline):
-            yield bytes(line)
-            line.clear()
-    if line:
-        yield bytes(line)
-
-
-def decoded_lines(path: Path, counts: dict[str, int], errors: str | None,
-                  whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(1-based number, text with its line end) of every line, "" for one that is skipped. whole: the file as a line.
-
-    errors: of --errors, None where a command does not have it. Raises BadRecord that names the byte, unless "replace".
-    """
-    with opened(path) as (handle, encoding, offset):
-        lines = [handle.read()] if whole else raw_lines(handle, "\n".encode(encoding))
-        for number, raw in enumerate(lines, start=1):
-            text = ""
-            with skipping(errors, counts):
-                try:
-                    text = raw.decode(encoding)
-                except UnicodeDecodeError as error:
-                    if "replace" not in (errors or ""):
-                        place = f"{spelled(path)}: invalid {encoding[:6].upper()} at byte {offset + error.start}"
-                        raise BadRecord(f"{place}: mend it{' or use --errors replace' if errors else ''}") from None
-                    text = raw.decode(encoding, errors="replace")
-                    counts["replaced"] += 1
-            offset += len(raw)
-            yield number, text
-
-
-def read_lines(path: Path, counts: dict[str, int], errors: str | None) -> Iterator[tuple[int, str]]:
-    """(1-based number, text without its line end) of every line that is not blank."""
-    lines = decoded_lines(path, counts, errors)
-    return ((number, text.rstrip("\r\n")) for number, text in lines if text.strip("\ufeff").strip())
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
@@ -2021,9 +1996,10 @@ def check_id(value: Any, where: str) -> str:
     return str(value) if type(value) is int else check_string(value, "id", where)
 
 
-ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
-QUESTION_FIELDS = ("question", "query", "text")
+def own_id(item: dict[str, Any], default: str, where: str) -> str:
+    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
+    name = next((name for name in ID_FIELDS if name in item), None)
+    return default if name is None else check_id(item.pop(name), where)
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
@@ -2035,104 +2011,20 @@ def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
     return found
 
 
-def own_id(item: dict[str, Any], default: str, where: str) -> str:
-    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
-    name = next((name for name in ID_FIELDS if name in item), None)
-    return default if name is None else check_id(item.pop(name), where)
-
-
-def metadata_json(item: dict[str, Any], where: str) -> str:
-    """Fields as JSON, those of an object `metadata` among them; "" without any. Raises BadRecord."""
-    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
-        item = item.pop("metadata") | item
-    try:
-        return json.dumps(item, allow_nan=False) if item else ""
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
-
-
-def parse_passage(text: str, line: int, source: str, label: str) -> Record:
-    """A JSON object as a record; a missing id is made of the file's label and the line. Raises BadRecord."""
-    where = f"{source}:{line}"
-    item = parse_object(text, where)
+def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
+    """A JSON object as a record. Raises BadRecord."""
     name = field_in(item, TEXT_FIELDS, where)
     body, title = check_string(item.pop(name), name, where), item.pop("title", None)
     if not body.strip():
         raise BadRecord(f"{where}: {name} is empty")
     title = "" if title is None else check_string(title, "title", where)
-    return Record(own_id(item, f"{label}:{line}", where), title, body, line, source, metadata_json(item, where))
-
-
-def read_table(path: Path, counts: dict[str, int], errors: str | None,
-               fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
-
-    The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
-    """
-    csv.field_size_limit(2**31 - 1)
-    lines = decoded_lines(path, counts, errors)
-    first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
-    texts = itertools.chain([header], (text for _, text in lines))
-    delimiter = "\t" if bare_name(path).suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-    rows = csv.reader(texts, delimiter=delimiter, strict=True)
-    known = {*ID_FIELDS, *fields, "title"}
+    identifier = own_id(item, default_id, where)
+    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
+        item = item.pop("metadata") | item
     try:
-        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next(rows, [])]
-        if names:
-            field_in(names, fields, f"{spelled(path)}:{first}")
-    except csv.Error as error:
-        raise BadRecord(f"{spelled(path)}:{first}: malformed table ({error})") from None
-    while True:
-        line = first + rows.line_num
-        with skipping(errors, counts):
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                raise BadRecord(f"{spelled(path)}:{line}: malformed table ({error})") from None
-            if row is None:
-                return
-            if len(row) > len(names):
-                raise BadRecord(f"{spelled(path)}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                "put those that hold the separator between quotes")
-            if any(row):
-                yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
-
-
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-
-
-def parsed(text: str) -> Any:
-    """The value of a JSON text, None for what is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_items(path: Path, counts: dict[str, int], errors: str | None,
-               fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
-    """(whether a file holds records rather than text, the number and text of each: its line, or JSON for a record).
-
-    .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those of
-    an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
-    """
-    suffix = bare_name(path).suffix.lower()
-    if suffix in TABLES:
-        return True, read_table(path, counts, errors, fields)
-    lines = read_lines(path, counts, errors)
-    first = next(lines, (1, ""))
-    lines, named = itertools.chain([first] if first[1] else [], lines), suffix in OBJECTS
-    if isinstance(parsed(first[1]), dict):
-        return True, lines
-    if first[1].lstrip().startswith(("[", "{")):
-        lines = list(lines)
-        value = parsed("\n".join(text for _, text in lines))
-        items = value if isinstance(value, list) else [value]
-        if value is not None and (named or all(isinstance(item, dict) for item in items[:1])):
-            return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
-    return named, iter(lines)
+        return Record(identifier, title, body, where, json.dumps(item, allow_nan=False) if item else "")
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
 
 
 class CorpusFile(NamedTuple):
@@ -2152,25 +2044,23 @@ def source_label(name: str, sources: dict[str, str]) -> str:
     path = Path(os.path.abspath(name))
     if name != "-" and (path.is_file() or path.is_dir()):
         place, parts = spelled(path), spelled(path).split("/")
-        labels = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
     else:
         place, labels = "", ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
-    found = next((label for label, other in sources.items() if place and other == place), None)
-    apart = (label for label in labels if not any(
-        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources))
-    label = found or next(apart, place)
+    label = next((label for label in labels if not any(
+        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources)), place)
     sources[label] = place
     return label
 
 
 def known_label(path: Path, sources: dict[str, str]) -> str | None:
     """The label of a path that is a source, or lies in one, the closest to it; None for others."""
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(spelled(Path(os.path.abspath(path))))
     holding = [(place, label) for label, place in sources.items() if place and absolute.is_relative_to(place)]
     if not holding:
         return None
     place, label = max(holding, key=lambda pair: len(pair[0]))
-    inner = spelled(absolute.relative_to(place))
+    inner = absolute.relative_to(place).as_posix()
     return label if inner == "." else f"{label}/{inner}"
 
 
@@ -2181,56 +2071,42 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
     once. sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
-    others = []
+    others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
-    folders = sorted((name for name in paths if Path(name).is_dir()), key=len)  # the outer before the inner
-    for name in folders:
+    for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
         if known_label(Path(name), sources) is None:
             source_label(name, sources)
     for name in paths:
         path = Path(name)
-        if not path.is_dir():
-            label = (known_label(path, sources) if name != "-" else None) or source_label(name, sources)
-            files.setdefault(label, CorpusFile(path, label, label not in sources))
-            continue
-        inside = [p for p in sorted(path.rglob("*"))
-                  if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        known = [bare_name(p).suffix.lower() in (*TEXTS, *OBJECTS, *TABLES) for p in inside]
-        require(any(known), f"--corpus {name}: the folder holds no {', '.join((*TEXTS, *OBJECTS, *TABLES))} files")
-        for file, fits in zip(inside, known, strict=True):
-            if fits:
-                label = known_label(file, sources)
-                files.setdefault(label, CorpusFile(file, label, label not in sources))
-            else:
-                others.append(file)
+        inside = [path]
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*"))
+                     if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            inside = [p for p in found if bare_name(p).suffix.lower() in kinds]
+            others += [p for p in found if p not in inside]
+            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
+        for file in inside:
+            label = (known_label(file, sources) if name != "-" else None) or source_label(name, sources)
+            files.setdefault(label, CorpusFile(file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
     """Every record of a file: of JSON and tables, of text its lines; Markdown, and any text in a folder, is one."""
-    path, source = file.path, spelled(file.path)
-    of_text = bare_name(path).suffix.lower() in (TEXTS if file.in_folder else MARKDOWN)
-    if of_text and not read_items(path, collections.Counter(), "replace", TEXT_FIELDS)[0]:
-        for _, text in decoded_lines(path, counts, errors, whole=True):
+    source = TextFile(file.path, errors, counts)
+    of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
+    if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
+        for _, text in source.lines(whole=True):
             if text.strip():
-                yield Record(file.label, bare_name(path).stem, text, 0, source)
+                yield Record(file.label, bare_name(file.path).stem, text, source.name)
         return
-    records, items = read_items(path, counts, errors, TEXT_FIELDS)
+    records, items = source.items(TEXT_FIELDS)
     for number, text in items:
-        if not records:
-            yield Record(f"{file.label}:{number}", "", text.strip(), number, source)
-            continue
-        record = None
+        where = f"{source.name}:{number}"
         with skipping(errors, counts):
-            record = parse_passage(text, number, source, file.label)
-        if record is not None:
-            yield record
-
-
-def first_few(items: Sequence[str]) -> str:
-    """The first of some texts, for a message."""
-    return "; ".join(items[:NAMED]) + ("; .." if len(items) > NAMED else "")
+            item = parse_object(text, where) if records else {"text": text.strip()}
+            yield parse_passage(item, where, f"{file.label}:{number}")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
@@ -2243,17 +2119,14 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
-        notice(f"files of other kinds, not read: {len(others):,} ({first_few([spelled(p) for p in others])})")
+        shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
+        notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
 
     def records() -> Iterator[Record]:
         for file in files:
             errors = f"{corpus.errors} skip" if file.in_folder else corpus.errors
-            try:
+            with skipping(errors, counts, (RefragError, OSError)):
                 yield from read_file(file, counts, errors)
-            except (RefragError, OSError) as error:
-                if "skip" not in errors:
-                    raise
-                leave_out(error, counts)
 
     return itertools.islice(records(), corpus.limit)
 
@@ -2287,7 +2160,7 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
     """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
     for name in paths:
-        for number, line in read_lines(Path(name), collections.Counter(), None):
+        for number, line in TextFile(Path(name)).filled_lines():
             yield parse_training_text(line, f"{name}:{number}")
 
 
@@ -2299,7 +2172,7 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
     token_ends: where each token of the text ends. A piece ends after a sentence, else after a word, when one ends in
-    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 4), (4, 7)]
+    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
     """
     if len(token_ends) <= size:
         return [(0, len(text))]
@@ -2317,45 +2190,57 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
         first = max(cut - overlap, first + 1)
 
 
+def check_question(value: Any, where: str) -> str:
+    """A question's text. Raises UserError."""
+    question = check_string(value, "question", where)
+    require(bool(question.strip()), f"{where}: the question is empty")
+    return question
+
+
 def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
     """The question, or those of the file, as {id, question, ...}. Raises UserError."""
     require((ask.question is None) != (ask.questions is None), "name one of --question and --questions")
-    if ask.question is not None:
-        return check_questions([{"id": "1", "question": ask.question}], ["--question"], "--question")
-    return read_question_file(ask.questions, "--questions")
+    if ask.questions is not None:
+        return read_question_file(ask.questions, "--questions")
+    return [{"id": "1", "question": check_question(ask.question, "--question")}]
 
 
-def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
+def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
 
-    They are what `read_items` finds, such as JSON lines; a line of text is a question. Raises UserError.
+    They are what `TextFile.items` finds, such as JSON lines; a line of text is a question. needs: see `check_labels`.
+    Raises UserError.
     """
-    path, items, places = Path(name), [], []
+    path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
-    records, lines = read_items(path, collections.Counter(), None, QUESTION_FIELDS)
-    for number, (line, text) in enumerate(lines, start=1):
-        places.append(f"{spelled(path)}:{line}")
-        item = parse_object(text, places[-1]) if records else {"question": text.strip()}
-        question = item.pop(field_in(item, QUESTION_FIELDS, places[-1]))
-        items.append({"id": own_id(item, str(number), places[-1]), "question": question, **item})
-    require(bool(items), f"{flag} {path}: the file holds no question")
-    return check_questions(items, places, f"{flag} {path}")
+    source = TextFile(path)
+    records, items = source.items(QUESTION_FIELDS)
+    for number, (line, text) in enumerate(items, start=1):
+        where = f"{source.name}:{line}"
+        item = parse_object(text, where) if records else {"question": text.strip()}
+        question = check_question(item.pop(field_in(item, QUESTION_FIELDS, where)), where)
+        questions.append({"id": own_id(item, str(number), where), "question": question, **item})
+    require(bool(questions), f"{flag} {path}: the file holds no question")
+    require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
+    for number, item in enumerate(questions if needs else (), start=1):
+        check_labels(item, f"{flag} {path}: question {number}", needs)
+    return questions
 
 
-def check_answers(item: dict[str, Any], where: str) -> None:
-    """Raise UserError unless a question has a list of true answers; an empty one says that there is none."""
-    answers = item.get("answers")
-    strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-    require(strings, f"{where} has no list of answers")
-    for answer in answers:
-        check_string(answer, "an answer", where)
+def check_labels(item: dict[str, Any], where: str, needs: Collection[str]) -> None:
+    """Check a question's `answers` (empty: there is none) and `positive_ids`, which become a list. Raises UserError.
 
-
-def check_positive_ids(item: dict[str, Any], where: str) -> list[str]:
-    """The ids of the documents that hold the answer, may be none. Raises UserError."""
-    ids = item.get("positive_ids") or []
+    needs: those of the two that must be there; a question without an answer needs no ids.
+    """
+    answers, ids = item.get("answers"), item.get("positive_ids") or []
+    if "answers" in needs:
+        strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+        require(strings, f"{where} has no list of answers")
+        for answer in answers:
+            check_string(answer, "an answer", where)
     require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
-    return [check_id(value, where) for value in ids]
+    item["positive_ids"] = [check_id(value, where) for value in ids]
+    require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
 
 
 def spread(items: Sequence, limit: int | None) -> Sequence:
@@ -2365,13 +2250,13 @@ def spread(items: Sequence, limit: int | None) -> Sequence:
     return [items[i * (len(items) - 1) // max(limit - 1, 1)] for i in range(limit)]
 
 
-def check_questions(items: list[dict[str, Any]], places: list[str], source: str) -> list[dict[str, Any]]:
-    """Questions with checked text and ids. Raises UserError that names the place."""
-    for item, place in zip(items, places, strict=True):
-        check_string(item["question"], "question", place)
-        require(bool(item["question"].strip()), f"{place}: the question is empty")
-    require(len({item["id"] for item in items}) == len(items), f"{source}: ids are not unique")
-    return items
+def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None, source: str) -> list[dict[str, Any]]:
+    """The questions with something in `answers` or `positive_ids`, at most `limit`, evenly spread. Raises UserError."""
+    found = [item for item in questions if item[label]]
+    if len(found) < len(questions):
+        notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
+    require(bool(found), f"{source}: no question has an answer")
+    return list(spread(found, limit))
 
 
 # =============================================================================
@@ -6026,20 +5911,8 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a file that have an answer, each with a list of positive_ids, which may be empty.
-
-    limit: this many, spread over them. Raises UserError.
-    """
-    questions = read_question_file(name, flag)
-    for number, item in enumerate(questions, start=1):
-        where = f"{flag} {name}: question {number}"
-        check_answers(item, where)
-        item["positive_ids"] = check_positive_ids(item, where)
-    answered = [item for item in questions if item["answers"]]
-    if len(answered) < len(questions):
-        notice(f"{flag} {name}: left out {len(questions) - len(answered)}, which have no answer")
-    require(bool(answered), f"{flag} {name}: no question has an answer")
-    return list(spread(answered, limit))
+    """The questions of a file that have an answer, at most `limit`, evenly spread. Raises UserError."""
+    return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
 
 
 def sentence_with(answer: str, text: str, question: str) -> str | None:

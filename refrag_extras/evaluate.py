@@ -51,8 +51,6 @@ from refrag import (
     answer_chunks,
     batched,
     can_pack,
-    check_answers,
-    check_positive_ids,
     checked_batch,
     checkpoint_digest,
     continue_plan,
@@ -67,6 +65,7 @@ from refrag import (
     holds_answer,
     index_manifest,
     known_gate,
+    labelled,
     late_import,
     library_versions,
     load_model,
@@ -76,7 +75,6 @@ from refrag import (
     measure_sequences,
     model_config,
     normalize_answer,
-    notice,
     others_apart_first,
     part_whole,
     passage_content,
@@ -363,19 +361,10 @@ class QuestionTask(Task):
     def __init__(self, *configs: Any):
         super().__init__(*configs)
         name = self.options.qa
-        self.file = read_question_file(name, "--qa")
-        for number, item in enumerate(self.file, start=1):
-            where = f"--qa {name}: question {number} ({item['id']})"
-            if "answers" in self.needs:
-                check_answers(item, where)
-            item["positive_ids"] = check_positive_ids(item, where)
-            require(bool(item["positive_ids"]) or item.get("answers") == [] or "positive_ids" not in self.needs,
-                    f"{where} has no positive_ids")
-        counted = [item for item in self.file if item["positive_ids"] or self.options.task == "qa"]
-        if len(counted) < len(self.file):
-            notice(f"--qa {name}: left out {len(self.file) - len(counted)}, which have no answer")
-        require(bool(counted), f"--qa {name}: no question has positive_ids")
-        self.questions = list(spread(counted, self.options.limit))
+        self.file = read_question_file(name, "--qa", self.needs)
+        limit = self.options.limit
+        self.questions = (list(spread(self.file, limit)) if self.options.task == "qa" else
+                          labelled(self.file, "positive_ids", limit, f"--qa {name}"))
         self.manifest = index_manifest(self.index.index_dir)
 
     def sources(self) -> dict[str, Any]:
