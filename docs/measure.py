@@ -303,7 +303,7 @@ def measure_anchors(args: argparse.Namespace) -> dict:
         exact, anchors = refrag.exact_anchors(encoder, decoder), refrag.cost_anchors(encoder, decoder)
         seconds += time.perf_counter() - start
         counts.update(texts=1, decoder=len(decoder.ids), encoder=len(encoder.ids), exact=len(exact),
-                      anchors=len(anchors), good=sum(a.cost <= refrag.AlignConfig.max_cost for a in anchors))
+                      anchors=len(anchors), good=sum(a.cost <= refrag.MAX_COST for a in anchors))
         costs += [a.cost for a in anchors]
     tokens = counts["decoder"]
     return {**counts, "exact_share": counts["exact"] / tokens, "anchor_share": counts["anchors"] / tokens,
@@ -322,7 +322,7 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     model = refrag.load_model(refrag.ModelConfig(), RUNTIME, letters)
     made = {"recon": lambda: refrag.ReconLessons(model.encoder, texts, settled, refrag.ReconConfig()),
             "next": lambda: refrag.NextLessons(model.encoder, texts, settled, refrag.NextConfig()),
-            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled, refrag.AlignConfig())}[lessons]()
+            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled)}[lessons]()
     refrag.mark_trained(model, letters, 0)
     facts = {"run": "", "data": []}
     return refrag.Trainer(model, made, phase, settled, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)

@@ -136,23 +136,29 @@ def prompt(whole):
     return refrag.build_prompt(tokenizer, refrag.question_pieces("Where?", docs))
 
 
+def embed(model, prompt, plan, states):
+    """The decoder's inputs for a plan over all chunks of a prompt. states: (L, E)."""
+    ids = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
+    sizes = torch.tensor([len(part) for part in ids])
+    with torch.inference_mode():
+        return model.embed(torch.as_tensor(plan), torch.as_tensor(np.concatenate(ids)), sizes, states)[0]
+
+
 def test_a_plan_of_tokens_is_their_embeddings(whole, prompt):
-    plan = np.arange(len(prompt.input_ids))
     expected = whole.decoder.get_input_embeddings().weight[torch.as_tensor(prompt.input_ids)]
-    assert torch.equal(whole.embed_plan(prompt, plan, {}), expected)
+    none = torch.zeros(0, dtype=torch.long)
+    assert torch.equal(whole.embed(torch.as_tensor(prompt.input_ids), none, none, torch.zeros(0, 32))[0], expected)
 
 
 def test_a_plan_of_vectors_is_the_mean_of_their_tokens_embeddings(whole, prompt):
     """With an untrained projector, whatever the encoder's states are."""
     matrix = whole.decoder.get_input_embeddings().weight.detach().numpy()
-    expanded = np.arange(len(prompt.chunks)) % 3 == 0
-    plan = refrag.mixed_plan(prompt, expanded)
-    states = {n: np.full(32, n, np.float32) for n in reversed(range(len(prompt.chunks)))}
-    inputs = whole.embed_plan(prompt, plan, states).numpy()
+    plan = refrag.mixed_plan(prompt, np.arange(len(prompt.chunks)) % 3 == 0)
+    inputs = embed(whole, prompt, plan, torch.randn(len(prompt.chunks), 32)).numpy()
     assert inputs.shape == (len(plan), 32) and (plan < 0).any()
     for value, row in zip(plan.tolist(), inputs, strict=True):
         if value >= 0:
-            assert (row == matrix[prompt.input_ids[value]]).all()
+            assert (row == matrix[value]).all()
         else:
             chunk = prompt.chunks[-value - 1]
             np.testing.assert_allclose(row, matrix[prompt.input_ids[chunk.first : chunk.last]].mean(0), atol=1e-5)
@@ -163,9 +169,10 @@ def test_each_vector_comes_from_its_own_state(llama, prompt):
     model = build("decoder:2", llama)
     disturb(model.projector)
     plan = refrag.mixed_plan(prompt, np.zeros(len(prompt.chunks), bool))
-    states = {n: np.random.default_rng(n).standard_normal(32).astype(np.float32) for n in range(len(prompt.chunks))}
-    before = model.embed_plan(prompt, plan, states)
-    after = model.embed_plan(prompt, plan, states | {1: -states[1]})
+    states = torch.randn(len(prompt.chunks), 32)
+    before = embed(model, prompt, plan, states)
+    states[1] *= -1
+    after = embed(model, prompt, plan, states)
     assert plan[(before != after).any(1).numpy()].tolist() == [-2]
 
 
@@ -385,7 +392,7 @@ def states_in_training(model, contents, packs):
     batch = refrag.collate([[sequence_of(content)] for content in contents], model.encoder, packs)
     seen = []
     hook = model.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model.chunk_vectors(batch)
+    model(batch)
     hook.remove()
     return seen[0].detach().split([len(content.chunks) for content in contents])
 
@@ -480,8 +487,7 @@ def test_collate_golden(packs):
     }
     assert got == encoder[packs] | {
         "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2],
-        "input_ids": [[1, 0, 7, 3, 4], [2, 0, 0, 0, 0]],
-        "chunks": [[-1, 0, -1, -1, -1], [-1, 2, 1, -1, -1]],
+        "plan": [[1, -1, 7, 3, 4], [2, -3, -2, 0, 0]],
         "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]],
         "asked": [1, 2, 4, 5, 6], "labels": [7, 8, 5, 3, 4],
     }

@@ -601,37 +601,29 @@ def test_without_a_template_a_system_message_comes_first(loaded):
 
 
 def bare_prompt(T, chunks, blocks=()):
-    """A prompt of T tokens with chunks given as (doc, first, last)."""
-    return refrag.Prompt("", np.arange(T), [refrag.Chunk(d, 0, 1, a, b) for d, a, b in chunks], list(blocks))
+    """A prompt of T tokens, 50, 51, .., with chunks given as (doc, first, last)."""
+    return refrag.Prompt("", 50 + np.arange(T), [refrag.Chunk(d, 0, 1, a, b) for d, a, b in chunks], list(blocks))
 
 
 def test_mixed_plan_golden():
     """Ten tokens, chunks over 2-3, 4-6 and 8: the second stays text, the others become vectors -1 and -3."""
     prompt = bare_prompt(10, [(0, 2, 4), (0, 4, 7), (1, 8, 9)])
     expanded = np.array([False, True, False])
-    assert refrag.mixed_plan(prompt, expanded).tolist() == [0, 1, -1, 4, 5, 6, 7, -3, 9]
-    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [0, 1, 4, 5, 6, 7, 9]
+    assert refrag.mixed_plan(prompt, expanded).tolist() == [50, 51, -1, 54, 55, 56, 57, -3, 59]
+    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [50, 51, 54, 55, 56, 57, 59]
+    assert np.flatnonzero(~refrag.text_mask(prompt, expanded)).tolist() == [2, 3, 8]
 
 
 def test_a_chunk_without_tokens_has_no_vector():
     """Characters that vanish into the token before leave nothing to stand for."""
     prompt = bare_prompt(6, [(0, 1, 3), (0, 3, 3), (0, 3, 5)])
-    assert refrag.mixed_plan(prompt, np.zeros(3, bool)).tolist() == [0, -1, -3, 5]
+    assert refrag.mixed_plan(prompt, np.zeros(3, bool)).tolist() == [50, -1, -3, 55]
 
 
 def test_all_expanded_is_the_prompt_itself(chat):
     prompt = two_docs(chat)
     plan = refrag.mixed_plan(prompt, np.ones(len(prompt.chunks), bool))
-    assert plan.tolist() == list(range(len(prompt.input_ids)))
-
-
-def test_none_expanded_leaves_no_token_of_a_content(chat):
-    prompt = two_docs(chat)
-    plan = refrag.mixed_plan(prompt, np.zeros(len(prompt.chunks), bool))
-    content = {i for c in prompt.chunks for i in range(c.first, c.last)}
-    assert not content & set(plan.tolist())
-    assert set(plan[plan >= 0].tolist()) == set(range(len(prompt.input_ids))) - content
-    assert (-plan[plan < 0] - 1).tolist() == list(range(len(prompt.chunks)))
+    assert plan.tolist() == prompt.input_ids.tolist()
 
 
 @given(st.data())
@@ -639,25 +631,30 @@ def test_none_expanded_leaves_no_token_of_a_content(chat):
 def test_plans_keep_the_order_and_every_token_outside(chat, data):
     prompt = two_docs(chat)
     L = len(prompt.chunks)
-    expanded = np.array(data.draw(st.lists(st.booleans(), min_size=L, max_size=L)))
+    expanded = np.array(data.draw(st.lists(st.booleans(), min_size=L, max_size=L) | st.just([False] * L)))
     plan = refrag.mixed_plan(prompt, expanded).tolist()
     spread = []  # each vector replaced by the tokens it stands for
     for v in plan:
-        spread += [v] if v >= 0 else range(prompt.chunks[-v - 1].first, prompt.chunks[-v - 1].last)
-    assert spread == list(range(len(prompt.input_ids)))
+        chunk = prompt.chunks[-v - 1] if v < 0 else None
+        spread += [v] if chunk is None else prompt.input_ids[chunk.first : chunk.last].tolist()
+    assert spread == prompt.input_ids.tolist()
     assert {-v - 1 for v in plan if v < 0} == set(np.flatnonzero(~expanded).tolist())
-    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [v for v in plan if v >= 0]
+    kept = prompt.input_ids[refrag.text_mask(prompt, expanded)].tolist()
+    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == kept == [v for v in plan if v >= 0]
 
 
-def test_truncated_plan_golden():
+def test_truncated_mask_golden():
     """Frame 0, 9 and 10; documents 1-4 and 5-8 with tags 1, 4, 5, 8 around two content tokens each."""
     prompt = bare_prompt(11, [(0, 2, 4), (1, 6, 7), (1, 7, 8)], [(1, 5), (5, 9)])
-    assert refrag.truncated_plan(prompt, 11).tolist() == list(range(11))
-    assert refrag.truncated_plan(prompt, 10).tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
-    assert refrag.truncated_plan(prompt, 9).tolist() == [0, 1, 2, 3, 4, 9, 10]  # emptied: its tags go too
-    assert refrag.truncated_plan(prompt, 6).tolist() == [0, 1, 2, 4, 9, 10]
-    assert refrag.truncated_plan(prompt, 5).tolist() == [0, 9, 10]
-    assert refrag.truncated_plan(prompt, 0).tolist() == [0, 9, 10]
+
+    def kept(positions):
+        return np.flatnonzero(refrag.truncated_mask(prompt, positions)).tolist()
+
+    assert kept(11) == list(range(11))
+    assert kept(10) == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert kept(9) == [0, 1, 2, 3, 4, 9, 10]  # emptied: its tags go too
+    assert kept(6) == [0, 1, 2, 4, 9, 10]
+    assert kept(5) == kept(0) == [0, 9, 10]
 
 
 @given(positions=st.integers(0, 200), texts=st.lists(ordinary | wild, min_size=1, max_size=4))
@@ -665,8 +662,7 @@ def test_truncated_plan_golden():
 def test_truncation_keeps_to_the_positions_and_the_best_ranked(chat, positions, texts):
     docs = [make_doc(chat, str(i), text) for i, text in enumerate(texts, 1)]
     prompt = refrag.build_prompt(chat, refrag.question_pieces("Why?", docs))
-    plan = refrag.truncated_plan(prompt, positions).tolist()
-    assert plan == sorted(set(plan))
+    plan = np.flatnonzero(refrag.truncated_mask(prompt, positions)).tolist()
     frame = set(range(len(prompt.input_ids))) - {i for a, b in prompt.blocks for i in range(a, b)}
     assert frame <= set(plan)
     assert len(plan) <= max(positions, len(frame))
