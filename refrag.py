@@ -28,8 +28,9 @@ Contents:
     10. Gate            which chunks stay text, under an exact budget
     11. Training        phases, curriculum, the loop, resume
     12. Generation      prefill, decode, citations, TTFT and TTIT
-    13. Evaluation      metrics, controls and their report
-    14. Serving         the conversation on a terminal, the HTTP server, prompts for other engines
+
+Beside it, in refrag_extras/: evaluation, benchmark, conversation, server, prompts for other engines, and decoding in
+8 and 4 bits on a CPU.
 
 Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D decoder width, V vocabulary.
 """
@@ -38,7 +39,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import base64
 import bisect
 import codecs
 import collections
@@ -54,25 +54,20 @@ import gc
 import glob
 import gzip
 import hashlib
-import hmac
 import importlib
 import importlib.util
 import inspect
 import io
-import ipaddress
 import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import pickle
 import re
-import secrets
-import shlex
 import shutil
 import signal
-import socket
-import statistics
 import string
 import subprocess
 import sys
@@ -83,17 +78,17 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 __version__ = "0.1.0"
 
 # =============================================================================
 # 1. Configuration. Every option is one dataclass field: its default, its help
-#    and its check stand here and nowhere else.
+#    and its range stand here and nowhere else.
 # =============================================================================
 
 
@@ -143,28 +138,62 @@ class LockedError(RefragError):
     code = 75
 
 
-def opt(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
-    """A dataclass field that is also a command line option. A tuple default takes one or more values.
-
-    choices: what a value, or each of several, may be.
-    """
-    return field(default=default, metadata={"help": help, "choices": tuple(choices)})
-
-
-def like(cls: type, name: str) -> Any:
-    """An option that another class has too: the same default, help and choices."""
-    known = cls.__dataclass_fields__[name]
-    return opt(known.default, known.metadata["help"], choices=known.metadata["choices"])
-
-
 def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-@dataclass(frozen=True)
-class RuntimeConfig:
+LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than {}"),
+          "high": (operator.le, "at most {}"), "below": (operator.lt, "less than {}")}
+
+
+def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = False, needed: str = "",
+        **limits: float) -> Any:
+    """A dataclass field that is also a command line option. A tuple default takes several values.
+
+    Each value must be one of the choices, the name of a file that exists, and within the limits: low, above, high,
+    below. needed: what to do when there is none; by default an option may be left out.
+    """
+    assert limits.keys() <= LIMITS.keys()
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "exists": exists,
+                                            "needed": needed, "limits": limits})
+
+
+def like(cls: type, name: str, **changes: Any) -> Any:
+    """An option that another class has too: the same help and checks, and default unless changed."""
+    known = cls.__dataclass_fields__[name]
+    return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
+
+
+def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
+    """Raise UserError unless a value keeps its option's rule."""
+    choices, limits = rule["choices"], rule["limits"]
+    require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
+    require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
+    if limits and not (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())):
+        valid = " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+        between = "lie between {low} and {high}".format(**limits) if limits.keys() == {"low", "high"} else f"be {valid}"
+        raise UserError(f"{flag} must {between}, got {value}")
+
+
+@typing.dataclass_transform(frozen_default=True)
+class Options:
+    """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            flag, value = f"--{f.name}", getattr(self, f.name)
+            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['needed']}")
+            require(value != () or not f.default, f"{flag} is empty: give it one value or more")
+            for item in value if isinstance(value, tuple) else () if value is None else (value,):
+                check_value(flag, item, f.metadata)
+
+
+class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
 
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
@@ -174,43 +203,36 @@ class RuntimeConfig:
     engine: str = opt("auto", "how tokens after the first are decoded: by the decoder as it is, or on a CPU with its "
                               "weights in 8 or 4 bits; auto: 4 bits where these hold the weights as they are, else 8, "
                               "where it can be done", choices=("auto", "model", "int8", "int4"))
-    threads: int = opt(0, "CPU threads, 0 for the library's choice")
-    seed: int = opt(1337, "random seed")
+    threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
+    seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
     quiet: bool = opt(False, "no progress and no notices on stderr")
     offline: bool = opt(False, "never contact a model hub")
     debug: bool = opt(False, "show the traceback of an error")
     config: str | None = opt(None, "TOML file with defaults; a flag or REFRAG_<FLAG> in the environment beats it")
 
-    def __post_init__(self) -> None:
-        require(self.threads >= 0, f"--threads must be 0 or more, got {self.threads}")
-        require(0 <= self.seed < 2**63, f"--seed must lie between 0 and 2**63 - 1, got {self.seed}")
 
-
-@dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Options):
     """What to index and how it is cut."""
 
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                      "per line; also gzipped), folders, or - for standard input")
+                                      "per line; also gzipped), folders, or - for standard input",
+                                  needed="name a file, a folder or - for standard input")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
                       choices=("strict", "replace", "skip"))
-    limit: int | None = opt(None, "read at most this many records")
-    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads")
-    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage")
+    limit: int | None = opt(None, "read at most this many records", low=1)
+    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
+    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
     def __post_init__(self) -> None:
-        require(bool(self.corpus), "--corpus is missing: name a file, a folder or - for standard input")
+        super().__post_init__()
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
-        require(self.limit is None or 1 <= self.limit <= sys.maxsize, f"--limit must be 1 or more, got {self.limit}")
-        require(self.max_passage_tokens >= 8, f"--max_passage_tokens must be 8 or more, got {self.max_passage_tokens}")
-        require(0 <= self.overlap <= self.max_passage_tokens // 2,
+        require(self.overlap <= self.max_passage_tokens // 2,
                 f"--overlap must lie between 0 and half of --max_passage_tokens {self.max_passage_tokens}, "
                 f"got {self.overlap}: set both")
 
 
-@dataclass(frozen=True)
-class IndexConfig:
+class IndexConfig(Options):
     """Which index, and by which retrievers."""
 
     index_dir: str | None = opt(None, "the index folder")
@@ -220,24 +242,18 @@ class IndexConfig:
                                         "default all-MiniLM-L6-v2, or the one the index was built with")
 
 
-@dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(Options):
     """How to build the index."""
 
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
-                              "multiples too, where k is one of 4")
-    batch_size: int = opt(32, "passages embedded at once")
-
-    def __post_init__(self) -> None:
-        require(self.k is None or 1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
+                              "multiples too, where k is one of 4", low=1, high=64)
+    batch_size: int = opt(32, "passages embedded at once", low=1)
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Encoder and decoder."""
 
     dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
@@ -252,29 +268,23 @@ class ModelConfig:
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
-@dataclass(frozen=True)
 class ReaderConfig(ModelConfig):
-    """Encoder and decoder that answer."""
+    """Encoder and decoder that answer; trained weights are shipped for them."""
 
     load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
                                        "shipped one where it is for these models, none: no trained weights")
 
 
-@dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Options):
     """How passages are found."""
 
-    topk: int = opt(8, "passages to return")
+    topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence")
-
-    def __post_init__(self) -> None:
-        require(self.topk >= 1, f"--topk must be 1 or more, got {self.topk}")
-        require(1 <= self.hops <= 8, f"--hops must lie between 1 and 8, got {self.hops}")
+    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence",
+                    low=1, high=8)
 
 
-@dataclass(frozen=True)
-class QuestionConfig:
+class QuestionConfig(Options):
     """What is asked."""
 
     question: str | None = opt(None, "the question")
@@ -282,45 +292,36 @@ class QuestionConfig:
                                       "input")
 
 
-@dataclass(frozen=True)
-class FormatConfig:
+class FormatConfig(Options):
     """How search results are printed."""
 
     format: str = opt("text", "output form", choices=("text", "json", "trec"))
 
 
-@dataclass(frozen=True)
-class PackConfig:
+class PackConfig(Options):
     """Context packing."""
 
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
-    k: int = opt(16, "tokens compressed into one vector")
-    p: float = opt(0.05, "largest fraction of the context's tokens that stays text")
-    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read")
+    k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
+    p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
+    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
-                            "embedder, else blend", choices=("auto", "learned", "policy", "blend", "cosine", "ppl",
-                                                             "random", "none"))
+                            "embedder, else blend",
+                    choices=("auto", "learned", "policy", "blend", "cosine", "ppl", "random", "none"))
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
                           choices=("auto", "feed", "drop"))
-    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first")
-
-    def __post_init__(self) -> None:
-        require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(0.0 <= self.p <= 1.0, f"--p must lie between 0 and 1, got {self.p}")
-        require(self.floor >= 0, f"--floor must be 0 or more, got {self.floor}")
-        require(self.ctx_max >= 1, f"--ctx_max must be 1 or more, got {self.ctx_max}")
+    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first", low=1)
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Options):
     """How the answer is decoded and shown."""
 
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
-    max_new: int = opt(128, "new tokens at most")
-    temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn")
-    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability")
+    max_new: int = opt(128, "new tokens at most", low=1)
+    temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
+    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
     stream: bool = opt(True, "print the answer as it is decoded")
@@ -329,129 +330,89 @@ class GenerateConfig:
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
-    batch_size: int = opt(1, "questions decoded together")
+    batch_size: int = opt(1, "questions decoded together", low=1)
 
     def __post_init__(self) -> None:
-        require(self.max_new >= 1, f"--max_new must be 1 or more, got {self.max_new}")
-        require(self.temperature >= 0, f"--temperature must be 0 or more, got {self.temperature}")
-        require(0 < self.top_p <= 1, f"--top_p must lie in (0, 1], got {self.top_p}")
+        super().__post_init__()
         require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
-        require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
-@dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Options):
     """What is timed, side by side."""
 
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "context lengths in tokens; whole passages, as many "
-                                                                   "as fit")
+                                                                   "as fit", low=1)
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
                                                              "floor", choices=("full", "refrag", "none"))
-    k: tuple[int, ...] = opt((8, 16, 32), "tokens compressed into one vector")
-    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text")
-    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times")
-    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them")
-    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up")
+    k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
+    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text",
+                               low=0, high=1)
+    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
+    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
+    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up",
+                       low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?",
                         "what is asked each time")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
     def __post_init__(self) -> None:
-        require(bool(self.contexts) and all(c >= 1 for c in self.contexts),
-                f"--contexts must be 1 or more, got {self.contexts}")
-        require(bool(self.modes), "--modes is empty: name one of full, refrag and none at least")
-        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
-        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        require(bool(self.batch_size) and all(n >= 1 for n in self.batch_size),
-                f"--batch_size must be 1 or more, got {self.batch_size}")
-        for name in ("new", "repeats"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+        super().__post_init__()
         require(self.out_dir is None or not os.path.isfile(self.out_dir),
                 f"--out_dir {self.out_dir} is a file: name a folder")
 
 
-@dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Options):
     """What is read in training."""
 
-    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz")
-    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training")
-
-    def __post_init__(self) -> None:
-        require(bool(self.train_json), "--train_json is missing: name a file of JSON lines with a text each")
-        for flag in ("train_json", "eval_json"):
-            for name in getattr(self, flag):
-                require(os.path.isfile(name), f"--{flag} {name}: no such file")
+    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
+                                      needed="name a file of JSON lines with a text each", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training",
+                                     exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
 LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights themselves
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """The training loop; every phase has these."""
 
-    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png")
-    k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text")
+    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png",
+                              needed="name the folder for the run")
+    k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "what is trained, by letters: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
-    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all")
-    steps: int = opt(1000, "optimizer steps")
+    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all", low=0)
+    steps: int = opt(1000, "optimizer steps", low=1)
     lr: float | None = opt(None, "peak learning rate; default " + ", ".join(
-        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r")
-    projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr")
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together")
-    grad_accum: int = opt(1, "passes per optimizer step and process")
+        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r",
+        above=0, high=1e30)
+    projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together",
+                          low=1)
+    grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
-    warmup: float = opt(0.04, "share of the steps in which the learning rate rises")
-    weight_decay: float = opt(0.01, "AdamW weight decay of matrices")
-    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is")
-    log_every: int = opt(10, "steps between lines of metrics.jsonl")
-    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last")
-    eval_limit: int = opt(32, "sequences of each kind in an evaluation")
-    save_every: int = opt(500, "steps between checkpoints; the last two are kept")
+    warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
+    weight_decay: float = opt(0.01, "AdamW weight decay of matrices", low=0)
+    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
+    log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
+    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last", low=0)
+    eval_limit: int = opt(32, "sequences of each kind in an evaluation", low=1)
+    save_every: int = opt(500, "steps between checkpoints; the last two are kept", low=1)
     resume: bool = opt(False, "continue the run in --out_dir")
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
     def __post_init__(self) -> None:
-        require(self.out_dir is not None, "--out_dir is missing: name the folder for the run")
-        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
+        super().__post_init__()
         require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
                 f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
-        for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_limit"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("lora_r", "eval_every", "weight_decay", "grad_clip"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("lr", "projector_lr"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"--{name} must be more than 0, got {value}")
-            require(value is None or value <= 1e30, f"--{name} {value} is beyond what weights can hold")
-        require(0 <= self.warmup < 1, f"--warmup must lie in [0, 1), got {self.warmup}")
         require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
                 "not one chunk would fit")
 
 
-@dataclass(frozen=True)
-class AlignConfig:
-    """Losses of the alignment phase."""
-
-    mse: float = opt(1.0, "weight of the squared error between vectors and mean token embeddings")
-    kl: float = opt(1.0, "weight of the divergence between next-token distributions after vectors and after tokens")
-    argmax: float = opt(0.2, "weight of the cross entropy to the likeliest token after tokens")
-    max_cost: float = opt(0.5, "anchors whose spans differ by more than this share of edits are left out")
-
-    def __post_init__(self) -> None:
-        for name in ("mse", "kl", "argmax"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        require(self.mse + self.kl + self.argmax > 0, "--mse, --kl and --argmax are all 0: nothing would be trained")
-        require(0 <= self.max_cost <= 1, f"--max_cost must lie between 0 and 1, got {self.max_cost}")
-
-
-@dataclass(frozen=True)
-class ReconConfig:
+class ReconConfig(Options):
     """The reconstruction phase."""
 
     curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
@@ -459,62 +420,41 @@ class ReconConfig:
                           choices=("paper", "even", "none"))
 
 
-@dataclass(frozen=True)
-class NextConfig:
+class NextConfig(Options):
     """The next-paragraph phase."""
 
-    expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average")
-    next_frac: float = opt(0.5, "share of a text that is predicted, where the file gives no split")
-    recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead")
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
-
-    def __post_init__(self) -> None:
-        for name in ("expand_frac", "recon_frac"):
-            require(0 <= getattr(self, name) <= 1, f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
-        require(0 < self.next_frac < 1, f"--next_frac must lie between 0 and 1, got {self.next_frac}")
-        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+    expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
+    recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
+    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
 
 
-@dataclass(frozen=True)
-class SftConfig:
+class SftConfig(Options):
     """Question answering on retrieved passages."""
 
-    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training")
+    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
+                               needed="name a file of questions with answers", exists=True)
+    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training",
+                                exists=True)
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
-                                                 "1: the reader of the full text")
+                                                 "1: the reader of the full text", low=0, high=1)
     gate_frac: float = opt(0.75, "share of the questions for which the gate chooses the chunks that stay text, as in "
-                                 "use; for the others they are drawn at random, so that the vectors must be read")
+                                 "use; for the others they are drawn at random, so that the vectors must be read",
+                           low=0, high=1)
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
-                                     "\"not in the documents\"")
+                                     "\"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
-                                 "takes more reading of the vectors than an answer of few words")
+                                 "takes more reading of the vectors than an answer of few words", low=0, high=1)
     topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
-                                     "read faster (default: always --topk)")
-    limit: int | None = opt(None, "read at most this many questions")
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
-
-    def __post_init__(self) -> None:
-        require(self.rag_json is not None, "--rag_json is missing: name a file of questions with answers")
-        for flag in ("rag_json", "eval_json"):
-            name = getattr(self, flag)
-            require(name is None or os.path.isfile(name), f"--{flag} {name}: no such file")
-        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        for flag in ("gate_frac", "no_answer_frac", "quote_frac"):
-            share = getattr(self, flag)
-            require(0 <= share <= 1, f"--{flag} must lie between 0 and 1, got {share}")
-        for flag in ("topk_min", "limit"):
-            count = getattr(self, flag)
-            require(count is None or count >= 1, f"--{flag} must be 1 or more, got {count}")
-        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+                                     "read faster (default: always --topk)", low=1)
+    limit: int | None = opt(None, "read at most this many questions", low=1)
+    distill: float = like(NextConfig, "distill")
 
 
 EVAL_MODES = {  # what --modes may name
     "qa": ("full", "refrag", "none", "truncate", "expanded_only", "random_gate", "wrong_vectors", "cosine_gate",
            "oracle_gate"),
     "retrieval": ("bm25", "dense", "hybrid"),
-    "gate": tuple(name for name in PackConfig.__dataclass_fields__["gate"].metadata["choices"]
-                  if name not in ("auto", "none")),
+    "gate": ("learned", "policy", "blend", "cosine", "ppl", "random"),
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
     "recon": (),
 }
@@ -522,184 +462,137 @@ EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes name
 TEXT_TASKS = ("ppl", "recon")
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Options):
     """What is evaluated, and against which controls."""
 
     task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
                           "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz")
+    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
         f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
         + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
-    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most")
-    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several")
+    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most", low=0, high=1)
+    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several",
+                             low=1, high=64)
     gate: str = like(PackConfig, "gate")
-    floor: int = opt(0, PackConfig.__dataclass_fields__["floor"].metadata["help"])
+    floor: int = like(PackConfig, "floor", default=0)
     ctx_max: int = like(PackConfig, "ctx_max")
     max_new: int = like(GenerateConfig, "max_new")
     cite: bool = like(GenerateConfig, "cite")
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
-    next_tokens: int = opt(128, "with ppl: tokens after them that are predicted")
+    next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
     limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
-                                   "questions of 2 n - 1 hold those of n")
+                                  "questions of 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
                                     "sample.md; without it the results are printed alone")
     resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
                               "questions, add to it")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
-        for name in self.texts:
-            require(os.path.isfile(name), f"--texts {name}: no such file")
         unknown = [name for name in self.named if name not in valid]
         require(not unknown, f"--modes {', '.join(unknown)}: --task {self.task} knows {', '.join(valid) or 'none'}")
-        require(bool(self.p), "--p is empty: give shares between 0 and 1")
-        require(len(self.k) == 1 or (textual and bool(self.k)), f"--k takes one value with --task {self.task}")
+        require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
         require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
-        for k, p in itertools.product(self.k, self.p):
-            PackConfig(k=k, p=p, floor=self.floor, ctx_max=self.ctx_max)  # checks them
-        GenerateConfig(max_new=self.max_new, batch_size=self.batch_size)
         require(self.context_tokens >= max(self.k), f"--context_tokens must be --k {max(self.k)} or more, got "
                 f"{self.context_tokens}")
-        require(self.next_tokens >= 1, f"--next_tokens must be 1 or more, got {self.next_tokens}")
-        require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
         require(not self.resume or self.out_dir is not None, "--resume needs --out_dir, the folder to continue")
 
     @property
     def named(self) -> tuple[str, ...]:
         """The modes to run, each once; commas part them too."""
-        given = dict.fromkeys(name for part in self.modes for name in part.split(",") if name)
+        given = dict.fromkeys(filter(None, ",".join(self.modes).split(",")))
         return tuple(given) or tuple(name for name in EVAL_MODES[self.task] if name not in EVAL_ONLY_NAMED)
 
 
-@dataclass(frozen=True)
-class GateDataConfig:
+class GateDataConfig(Options):
     """What gate and policy learn from."""
 
-    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form")
-    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained")
-    k: int = opt(PackConfig.k, "tokens of a chunk")
-    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at")
-    limit: int | None = opt(None, "read at most this many questions of each file")
-    eval_limit: int = opt(600, "held-out questions at most")
+    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz",
+                                    needed="name a file of questions with answers", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form", exists=True)
+    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained",
+                              needed="name the folder for the checkpoint")
+    k: int = opt(PackConfig.k, "tokens of a chunk", low=1, high=64)
+    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at",
+                               above=0, below=1)
+    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
+    eval_limit: int = opt(600, "held-out questions at most", low=1)
 
     def __post_init__(self) -> None:
-        require(bool(self.rag_json), "--rag_json is missing: name a file of questions with answers")
-        require(self.out_dir is not None, "--out_dir is missing: name the folder for the checkpoint")
-        for flag in ("rag_json", "eval_json"):
-            for name in getattr(self, flag):
-                require(os.path.isfile(name), f"--{flag} {name}: no such file")
+        super().__post_init__()
         folder = Path(self.out_dir)
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         require(empty, f"--out_dir {folder} is there already: name a new folder")
-        require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(bool(self.p) and all(0 < p < 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        for name in ("limit", "eval_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} must be 1 or more, got {value}")
 
 
-@dataclass(frozen=True)
-class GateConfig:
+class GateConfig(Options):
     """How the gate learns."""
 
-    epochs: int = opt(3, "times through the questions")
-    gate_lr: float = opt(1e-3, "peak learning rate")
-    batch_size: int = opt(32, "questions of an optimizer step")
-    bce: float = opt(0.2, "weight of the chunkwise cross entropy beside the listwise one")
-    utility: int = opt(0, "also learn from what each chunk adds to the answer's log-probability, for this many "
-                          "questions; the decoder reads each nine times")
-    utility_weight: float = opt(0.5, "weight of that")
-    tau: float = opt(1.0, "temperature of that, in nats")
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("bce", "utility", "utility_weight"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("gate_lr", "tau"):
-            require(0 < getattr(self, name) < math.inf, f"--{name} must be more than 0, got {getattr(self, name)}")
+    epochs: int = opt(3, "times through the questions", low=1)
+    batch_size: int = opt(32, "questions of an optimizer step", low=1)
 
 
-@dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(Options):
     """How the paper's policy learns."""
 
-    steps: int = opt(200, "updates")
-    batch_size: int = opt(4, "questions of an update")
-    policy_lr: float = opt(1e-4, "learning rate")
-    group: int = opt(4, "choices drawn for each question")
-    clip: float = opt(0.2, "how far the ratio of new to old probability counts")
-    reuse: int = opt(2, "optimizer steps on what was drawn")
+    steps: int = opt(200, "updates", low=1)
+    batch_size: int = opt(4, "questions of an update", low=1)
+    policy_lr: float = opt(1e-4, "learning rate", above=0)
+    group: int = opt(4, "choices drawn for each question; the advantage is over them", low=2)
     blind: bool = opt(False, "do not look at the question, as in the paper")
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "reuse"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        require(self.group >= 2, f"--group must be 2 or more, got {self.group}: the advantage is over the group")
-        require(0 < self.policy_lr < math.inf, f"--policy_lr must be more than 0, got {self.policy_lr}")
-        require(0 < self.clip < 1, f"--clip must lie between 0 and 1, got {self.clip}")
 
-
-@dataclass(frozen=True)
-class AnchorConfig:
+class AnchorConfig(Options):
     """What `align` shows."""
 
-    text: str | None = opt(None, "the text to align")
+    text: str | None = opt(None, "the text to align", needed="give the text to align")
 
     def __post_init__(self) -> None:
-        require(bool(self.text), "--text is missing: give the text to align")
+        super().__post_init__()
         require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
 
 
-@dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Options):
     """The HTTP server."""
 
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
-    port: int = opt(8000, "port to listen on, 0 for a free one")
+    port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
     together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
-                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone")
-    waiting: int = opt(64, "requests that may wait; more are told to come again (429)")
-    body_bytes: int = opt(1 << 20, "longest request")
-    max_tokens: int = opt(1024, "new tokens that a request may ask for")
-    timeout: float = opt(120.0, "seconds from a request to the end of its answer")
+                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
+    waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
+    body_bytes: int = opt(1 << 20, "longest request", low=1)
+    max_tokens: int = opt(1024, "new tokens that a request may ask for", low=1)
+    timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def __post_init__(self) -> None:
-        require(0 <= self.port < 65536, f"--port must lie between 0 and 65535, got {self.port}")
-        require(self.together >= 0, f"--together must be 0 or more, got {self.together}")
-        for name in ("waiting", "body_bytes", "max_tokens"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        require(0 < self.timeout < math.inf, f"--timeout must be above 0, got {self.timeout}")
-        require(self.api_key is None or bool(self.api_key), "--api_key is empty: leave it out")
+        super().__post_init__()
+        require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
                     f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
 
 
-@dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Options):
     """What is written for another engine."""
 
-    out_dir: str | None = opt(None, "the folder to write")
+    out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
 
     def __post_init__(self) -> None:
-        require(self.out_dir is not None, "--out_dir is missing: name the folder to write")
+        super().__post_init__()
         folder = Path(self.out_dir)
         require(not folder.exists(), f"--out_dir {folder} is there already: name a new folder")
 
 
-@dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Options):
     """What to examine."""
 
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
@@ -790,25 +683,24 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 @command("align", AnchorConfig, ModelConfig)
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Show where the tokens of encoder and decoder end together."""
-    tokenizer = build_tokenizer(model_config(models, PackConfig.k))
+    tokenizer = build_tokenizer(model_config(models))
     text = tokenizer.neutralize(anchor.text)
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     spans = anchor_rows(encoder, decoder)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= AlignConfig.max_cost for span in spans)}
+              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
     emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
          f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {AlignConfig.max_cost} or less")
+         f"with a cost of {MAX_COST} or less")
 
 
-@command("cpt_align", TextConfig, AlignConfig, TrainConfig, ModelConfig)
-def cmd_cpt_align(texts: TextConfig, align: AlignConfig, train: TrainConfig, models: ModelConfig,
-                  runtime: RuntimeConfig) -> None:
+@command("cpt_align", TextConfig, TrainConfig, ModelConfig)
+def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Train vectors to stand for the tokens between anchors: error, divergence and argmax terms."""
-    phase = Phase("cpt_align", Weights(text=0.0, kl=align.kl, argmax=align.argmax, mse=align.mse))
-    run_training(phase, (texts, align, train, models, runtime),
-                 lambda model, settled: AlignLessons(model.encoder, texts, settled, align))
+    phase = Phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
+    run_training(phase, (texts, train, models, runtime),
+                 lambda model, settled: AlignLessons(model.encoder, texts, settled))
 
 
 @command("cpt_recon", TextConfig, ReconConfig, TrainConfig, ModelConfig)
@@ -883,15 +775,11 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
 def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
              models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Answer one question after another, each in the light of those before it; /help lists the commands."""
+    from refrag_extras.chat import run_chat
+
     require(generate.prompt is None, "--prompt goes with generate: chat asks for its questions")
     check_generate(QuestionConfig(), index, pack, generate)
-    chat = Chat(load_pipeline(index, search, pack, generate, models, runtime), as_json=runtime.json)
-    if sys.stdin.isatty():
-        chat.converse()
-    else:
-        for line in sys.stdin:
-            if not chat.take(line):
-                break
+    run_chat(load_pipeline(index, search, pack, generate, models, runtime))
 
 
 @command("serve", ServeConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
@@ -902,6 +790,8 @@ def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack
     check_generate(QuestionConfig(), index, pack, generate)
     for name in ("pydantic", "starlette", "uvicorn"):  # told before the models are loaded
         late_import(name, "pydantic starlette uvicorn")
+    from refrag_extras.serve import run_server
+
     run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
 
 
@@ -909,6 +799,8 @@ def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack
 def cmd_export(export: ExportConfig, ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
                generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Write a question's mixed prompt as embeddings, and the request that vLLM takes it in."""
+    from refrag_extras.export import export_prompt
+
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
     check_generate(ask, index, pack, generate)
@@ -922,21 +814,17 @@ def cmd_export(export: ExportConfig, ask: QuestionConfig, index: IndexConfig, se
 def cmd_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ReaderConfig,
              runtime: RuntimeConfig) -> None:
     """Measure answers, rankings, the gate or the vectors, each against its controls."""
-    task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
-    summary = evaluate(task)
-    emit(summary, runtime, task.table(summary))
+    from refrag_extras.evaluate import run_eval
+
+    run_eval(evaluation, index, search, models, runtime)
 
 
 @command("bench", BenchConfig, IndexConfig, ReaderConfig)
 def cmd_bench(bench: BenchConfig, index: IndexConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Time the first token and those after it against context length, side by side in one run."""
-    with bench_folder(bench.out_dir) as folder:
-        benchmark = load_benchmark(bench, index, models, runtime)
-        for done in benchmark.rounds(runtime.seed):
-            if folder is not None:  # an interrupted run keeps its finished rounds
-                write_bench(folder, benchmark.result(), last=done == bench.repeats)
-    result = benchmark.result()
-    emit(result, runtime, bench_text(result))
+    from refrag_extras.bench import run_bench
+
+    run_bench(bench, index, models, runtime)
 
 
 @command("doctor", IndexConfig, ModelConfig, DoctorConfig)
@@ -1316,6 +1204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["refrag"] = sys.modules["__main__"]  # what the companions import: no class may exist twice
     _INVOCATION = parse_or_exit(sys.argv[1:])
     signal.signal(signal.SIGINT, leave_at_once)
     gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
@@ -1326,8 +1215,6 @@ if __name__ == "__main__":
 # =============================================================================
 
 try:
-    import asyncio
-
     import bm25s
     import faiss
     import filelock
@@ -1922,14 +1809,8 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    line: int  # 1-based, of an array the object's number; 0 where the whole file is one document
-    source: str
+    where: str  # file:line, of an array the object's number; the file alone where all of it is one document
     metadata: str = ""  # the record's other fields as a JSON object, empty without any
-
-    @property
-    def where(self) -> str:
-        """file:line for messages."""
-        return f"{self.source}:{self.line}" if self.line else self.source
 
 
 class BadRecord(UserError):
@@ -1939,24 +1820,17 @@ class BadRecord(UserError):
 NAMED = 10  # bad records and files that are named one by one
 
 
-def leave_out(error: Exception, counts: dict[str, int]) -> None:
-    """Count and name a bad record or file that does not stop the run."""
-    counts["skipped"] += 1
-    if counts["skipped"] <= NAMED:
-        notice(f"skipped: {one_line(error)}")
-    elif counts["skipped"] == NAMED + 1:
-        notice("skipped: and more")
-
-
 @contextlib.contextmanager
-def skipping(errors: str | None, counts: dict[str, int]) -> Iterator[None]:
-    """With "skip" in --errors, a BadRecord in the block is left out instead of raised."""
+def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Iterator[None]:
+    """With "skip" in --errors, an error of these kinds leaves out what the block reads: counted, and named."""
     try:
         yield
-    except BadRecord as error:
-        if "skip" not in (errors or ""):
+    except kinds as error:
+        if "skip" not in errors:
             raise
-        leave_out(error, counts)
+        counts["skipped"] += 1
+        if counts["skipped"] <= NAMED + 1:
+            notice(f"skipped: {one_line(error) if counts['skipped'] <= NAMED else 'and more'}")
 
 
 def spelled(path: Path) -> str:
@@ -1970,71 +1844,129 @@ def bare_name(path: Path) -> Path:
 
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
-MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[typing.BinaryIO, str, int]]:
-    """(bytes after the byte order mark, encoding, length of the mark) of a file, or of standard input for "-".
+class TextFile:
+    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are known by their first bytes.
 
-    gzip and UTF-16 are known by their first bytes. Raises CorruptError for a damaged gzip file.
+    errors: of --errors, empty where a command does not have it. counts: receives skipped and replaced.
     """
-    with sys.stdin.buffer if str(path) == "-" else path.open("rb") as raw:
-        handle = io.BufferedReader(raw)
+
+    def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
+        self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
+        self.errors, self.counts = errors, collections.Counter() if counts is None else counts
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[typing.BinaryIO, int]]:
+        """(its text in UTF-8, the length of the mark before it). Raises CorruptError for a damaged gzip file."""
+        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
+            handle = io.BufferedReader(raw)
+            try:
+                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
+                    handle = gzip.GzipFile(fileobj=handle)
+                head = handle.peek(8)
+                if head.startswith(BINARY):
+                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
+                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    handle = io.BytesIO(self.decoded(handle.read(), "utf-16").encode())
+                yield handle, len(handle.read(3)) if head.startswith(codecs.BOM_UTF8) else 0
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
+                raise CorruptError(message) from None
+
+    def decoded(self, raw: bytes, encoding: str = "utf-8", offset: int = 0) -> str:
+        """Bytes as text. Raises BadRecord that names the bad one, unless --errors is replace."""
         try:
-            if handle.peek(2).startswith(b"\x1f\x8b") or path.suffix.lower() == ".gz":
-                handle = gzip.GzipFile(fileobj=handle)
-            head = handle.peek(8)
-            if head.startswith(BINARY):
-                raise BadRecord(f"{spelled(path)} is a PDF, picture, archive or office document: index its text")
-            mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
-            handle.read(len(mark))
-            yield handle, MARKS.get(mark, "utf-8"), len(mark)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            message = f"{spelled(path)}: not a complete gzip file ({one_line(error)}): fetch it again"
-            raise CorruptError(message) from None
+            return raw.decode(encoding)
+        except UnicodeDecodeError as error:
+            if "replace" not in self.errors:
+                place = f"{self.name}: invalid {encoding.upper()} at byte {offset + error.start}"
+                raise BadRecord(f"{place}: mend it{' or use --errors replace' * bool(self.errors)}") from None
+        self.counts["replaced"] += 1
+        return raw.decode(encoding, errors="replace")
+
+    def lines(self, whole: bool = False) -> Iterator[tuple[int, str]]:
+        """(1-based number, text with its line end) of each line, "" for one that is skipped. whole: the file as one."""
+        with self.opened() as (handle, offset):
+            for number, raw in enumerate([handle.read()] if whole else handle, start=1):
+                text = ""
+                with skipping(self.errors, self.counts):
+                    text = self.decoded(raw, offset=offset)
+                offset += len(raw)
+                yield number, text
+
+    def filled_lines(self) -> Iterator[tuple[int, str]]:
+        """(1-based number, text without its line end) of each line that is not blank."""
+        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip("\ufeff").strip())
+
+    def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
+
+        The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
+        """
+        csv.field_size_limit(2**31 - 1)
+        lines = self.lines()
+        first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
+        delimiter = "\t" if self.suffix == ".tsv" else max(",;\t", key=header.count)
+        texts = itertools.chain([header], (text for _, text in lines))
+        rows = csv.reader(texts, delimiter=delimiter, strict=True)
+
+        def next_row(line: int) -> list[str] | None:
+            try:
+                return next(rows, None)
+            except csv.Error as error:
+                raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
+
+        known = {*ID_FIELDS, *fields, "title"}
+        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next_row(first) or []]
+        if names:
+            field_in(names, fields, f"{self.name}:{first}")
+        row: list[str] | None = []
+        while row is not None:
+            line = first + rows.line_num
+            with skipping(self.errors, self.counts):
+                row = next_row(line)
+                if len(row or []) > len(names):
+                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
+                                    "put those that hold the separator between quotes")
+                if any(row or []):
+                    yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
+
+    def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
+        """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
+
+        .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
+        of an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
+        """
+        if self.suffix in TABLES:
+            return True, self.table(fields)
+        lines, named = self.filled_lines(), self.suffix in OBJECTS
+        number, first = next(lines, (1, ""))
+        lines = itertools.chain([(number, first)] if first else [], lines)
+        if isinstance(parsed(first), dict):
+            return True, lines
+        if not first.lstrip().startswith(("[", "{")):
+            return named, lines
+        lines = list(lines)
+        value = parsed("\n".join(text for _, text in lines))
+        items = value if isinstance(value, list) else [value]
+        if value is None or not (named or all(isinstance(item, dict) for item in items[:1])):
+            return named, iter(lines)
+        return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
 
 
-def raw_lines(handle: typing.BinaryIO, newline: bytes) -> Iterator[bytes]:
-    """Lines with their ends; half of UTF-16's newline can stand in another character."""
-    line = bytearray()  # grows in place: text in some scripts has the byte of a newline in every character
-    for part in handle:
-        line += part
-        line += handle.read(-len(line) % len(newline))  # the rest of the last character
-        if line.endswith(newline):
-            yield bytes(line)
-            line.clear()
-    if line:
-        yield bytes(line)
-
-
-def decoded_lines(path: Path, counts: dict[str, int], errors: str | None,
-                  whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(1-based number, text with its line end) of every line, "" for one that is skipped. whole: the file as a line.
-
-    errors: of --errors, None where a command does not have it. Raises BadRecord that names the byte, unless "replace".
-    """
-    with opened(path) as (handle, encoding, offset):
-        lines = [handle.read()] if whole else raw_lines(handle, "\n".encode(encoding))
-        for number, raw in enumerate(lines, start=1):
-            text = ""
-            with skipping(errors, counts):
-                try:
-                    text = raw.decode(encoding)
-                except UnicodeDecodeError as error:
-                    if "replace" not in (errors or ""):
-                        place = f"{spelled(path)}: invalid {encoding[:6].upper()} at byte {offset + error.start}"
-                        raise BadRecord(f"{place}: mend it{' or use --errors replace' if errors else ''}") from None
-                    text = raw.decode(encoding, errors="replace")
-                    counts["replaced"] += 1
-            offset += len(raw)
-            yield number, text
-
-
-def read_lines(path: Path, counts: dict[str, int], errors: str | None) -> Iterator[tuple[int, str]]:
-    """(1-based number, text without its line end) of every line that is not blank."""
-    lines = decoded_lines(path, counts, errors)
-    return ((number, text.rstrip("\r\n")) for number, text in lines if text.strip("\ufeff").strip())
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
@@ -2064,9 +1996,10 @@ def check_id(value: Any, where: str) -> str:
     return str(value) if type(value) is int else check_string(value, "id", where)
 
 
-ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
-QUESTION_FIELDS = ("question", "query", "text")
+def own_id(item: dict[str, Any], default: str, where: str) -> str:
+    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
+    name = next((name for name in ID_FIELDS if name in item), None)
+    return default if name is None else check_id(item.pop(name), where)
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
@@ -2078,104 +2011,20 @@ def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
     return found
 
 
-def own_id(item: dict[str, Any], default: str, where: str) -> str:
-    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
-    name = next((name for name in ID_FIELDS if name in item), None)
-    return default if name is None else check_id(item.pop(name), where)
-
-
-def metadata_json(item: dict[str, Any], where: str) -> str:
-    """Fields as JSON, those of an object `metadata` among them; "" without any. Raises BadRecord."""
-    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
-        item = item.pop("metadata") | item
-    try:
-        return json.dumps(item, allow_nan=False) if item else ""
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
-
-
-def parse_passage(text: str, line: int, source: str, label: str) -> Record:
-    """A JSON object as a record; a missing id is made of the file's label and the line. Raises BadRecord."""
-    where = f"{source}:{line}"
-    item = parse_object(text, where)
+def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
+    """A JSON object as a record. Raises BadRecord."""
     name = field_in(item, TEXT_FIELDS, where)
     body, title = check_string(item.pop(name), name, where), item.pop("title", None)
     if not body.strip():
         raise BadRecord(f"{where}: {name} is empty")
     title = "" if title is None else check_string(title, "title", where)
-    return Record(own_id(item, f"{label}:{line}", where), title, body, line, source, metadata_json(item, where))
-
-
-def read_table(path: Path, counts: dict[str, int], errors: str | None,
-               fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
-
-    The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
-    """
-    csv.field_size_limit(2**31 - 1)
-    lines = decoded_lines(path, counts, errors)
-    first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
-    texts = itertools.chain([header], (text for _, text in lines))
-    delimiter = "\t" if bare_name(path).suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-    rows = csv.reader(texts, delimiter=delimiter, strict=True)
-    known = {*ID_FIELDS, *fields, "title"}
+    identifier = own_id(item, default_id, where)
+    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
+        item = item.pop("metadata") | item
     try:
-        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next(rows, [])]
-        if names:
-            field_in(names, fields, f"{spelled(path)}:{first}")
-    except csv.Error as error:
-        raise BadRecord(f"{spelled(path)}:{first}: malformed table ({error})") from None
-    while True:
-        line = first + rows.line_num
-        with skipping(errors, counts):
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                raise BadRecord(f"{spelled(path)}:{line}: malformed table ({error})") from None
-            if row is None:
-                return
-            if len(row) > len(names):
-                raise BadRecord(f"{spelled(path)}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                "put those that hold the separator between quotes")
-            if any(row):
-                yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
-
-
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-
-
-def parsed(text: str) -> Any:
-    """The value of a JSON text, None for what is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_items(path: Path, counts: dict[str, int], errors: str | None,
-               fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
-    """(whether a file holds records rather than text, the number and text of each: its line, or JSON for a record).
-
-    .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those of
-    an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
-    """
-    suffix = bare_name(path).suffix.lower()
-    if suffix in TABLES:
-        return True, read_table(path, counts, errors, fields)
-    lines = read_lines(path, counts, errors)
-    first = next(lines, (1, ""))
-    lines, named = itertools.chain([first] if first[1] else [], lines), suffix in OBJECTS
-    if isinstance(parsed(first[1]), dict):
-        return True, lines
-    if first[1].lstrip().startswith(("[", "{")):
-        lines = list(lines)
-        value = parsed("\n".join(text for _, text in lines))
-        items = value if isinstance(value, list) else [value]
-        if value is not None and (named or all(isinstance(item, dict) for item in items[:1])):
-            return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
-    return named, iter(lines)
+        return Record(identifier, title, body, where, json.dumps(item, allow_nan=False) if item else "")
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
 
 
 class CorpusFile(NamedTuple):
@@ -2195,25 +2044,23 @@ def source_label(name: str, sources: dict[str, str]) -> str:
     path = Path(os.path.abspath(name))
     if name != "-" and (path.is_file() or path.is_dir()):
         place, parts = spelled(path), spelled(path).split("/")
-        labels = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
     else:
         place, labels = "", ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
-    found = next((label for label, other in sources.items() if place and other == place), None)
-    apart = (label for label in labels if not any(
-        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources))
-    label = found or next(apart, place)
+    label = next((label for label in labels if not any(
+        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources)), place)
     sources[label] = place
     return label
 
 
 def known_label(path: Path, sources: dict[str, str]) -> str | None:
     """The label of a path that is a source, or lies in one, the closest to it; None for others."""
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(spelled(Path(os.path.abspath(path))))
     holding = [(place, label) for label, place in sources.items() if place and absolute.is_relative_to(place)]
     if not holding:
         return None
     place, label = max(holding, key=lambda pair: len(pair[0]))
-    inner = spelled(absolute.relative_to(place))
+    inner = absolute.relative_to(place).as_posix()
     return label if inner == "." else f"{label}/{inner}"
 
 
@@ -2224,56 +2071,42 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
     once. sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
-    others = []
+    others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
-    folders = sorted((name for name in paths if Path(name).is_dir()), key=len)  # the outer before the inner
-    for name in folders:
+    for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
         if known_label(Path(name), sources) is None:
             source_label(name, sources)
     for name in paths:
         path = Path(name)
-        if not path.is_dir():
-            label = (known_label(path, sources) if name != "-" else None) or source_label(name, sources)
-            files.setdefault(label, CorpusFile(path, label, label not in sources))
-            continue
-        inside = [p for p in sorted(path.rglob("*"))
-                  if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        known = [bare_name(p).suffix.lower() in (*TEXTS, *OBJECTS, *TABLES) for p in inside]
-        require(any(known), f"--corpus {name}: the folder holds no {', '.join((*TEXTS, *OBJECTS, *TABLES))} files")
-        for file, fits in zip(inside, known, strict=True):
-            if fits:
-                label = known_label(file, sources)
-                files.setdefault(label, CorpusFile(file, label, label not in sources))
-            else:
-                others.append(file)
+        inside = [path]
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*"))
+                     if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            inside = [p for p in found if bare_name(p).suffix.lower() in kinds]
+            others += [p for p in found if p not in inside]
+            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
+        for file in inside:
+            label = (known_label(file, sources) if name != "-" else None) or source_label(name, sources)
+            files.setdefault(label, CorpusFile(file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
     """Every record of a file: of JSON and tables, of text its lines; Markdown, and any text in a folder, is one."""
-    path, source = file.path, spelled(file.path)
-    of_text = bare_name(path).suffix.lower() in (TEXTS if file.in_folder else MARKDOWN)
-    if of_text and not read_items(path, collections.Counter(), "replace", TEXT_FIELDS)[0]:
-        for _, text in decoded_lines(path, counts, errors, whole=True):
+    source = TextFile(file.path, errors, counts)
+    of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
+    if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
+        for _, text in source.lines(whole=True):
             if text.strip():
-                yield Record(file.label, bare_name(path).stem, text, 0, source)
+                yield Record(file.label, bare_name(file.path).stem, text, source.name)
         return
-    records, items = read_items(path, counts, errors, TEXT_FIELDS)
+    records, items = source.items(TEXT_FIELDS)
     for number, text in items:
-        if not records:
-            yield Record(f"{file.label}:{number}", "", text.strip(), number, source)
-            continue
-        record = None
+        where = f"{source.name}:{number}"
         with skipping(errors, counts):
-            record = parse_passage(text, number, source, file.label)
-        if record is not None:
-            yield record
-
-
-def first_few(items: Sequence[str]) -> str:
-    """The first of some texts, for a message."""
-    return "; ".join(items[:NAMED]) + ("; .." if len(items) > NAMED else "")
+            item = parse_object(text, where) if records else {"text": text.strip()}
+            yield parse_passage(item, where, f"{file.label}:{number}")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
@@ -2286,17 +2119,14 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
-        notice(f"files of other kinds, not read: {len(others):,} ({first_few([spelled(p) for p in others])})")
+        shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
+        notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
 
     def records() -> Iterator[Record]:
         for file in files:
             errors = f"{corpus.errors} skip" if file.in_folder else corpus.errors
-            try:
+            with skipping(errors, counts, (RefragError, OSError)):
                 yield from read_file(file, counts, errors)
-            except (RefragError, OSError) as error:
-                if "skip" not in errors:
-                    raise
-                leave_out(error, counts)
 
     return itertools.islice(records(), corpus.limit)
 
@@ -2330,7 +2160,7 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
     """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
     for name in paths:
-        for number, line in read_lines(Path(name), collections.Counter(), None):
+        for number, line in TextFile(Path(name)).filled_lines():
             yield parse_training_text(line, f"{name}:{number}")
 
 
@@ -2342,7 +2172,7 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
     token_ends: where each token of the text ends. A piece ends after a sentence, else after a word, when one ends in
-    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 4), (4, 7)]
+    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
     """
     if len(token_ends) <= size:
         return [(0, len(text))]
@@ -2360,45 +2190,57 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
         first = max(cut - overlap, first + 1)
 
 
+def check_question(value: Any, where: str) -> str:
+    """A question's text. Raises UserError."""
+    question = check_string(value, "question", where)
+    require(bool(question.strip()), f"{where}: the question is empty")
+    return question
+
+
 def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
     """The question, or those of the file, as {id, question, ...}. Raises UserError."""
     require((ask.question is None) != (ask.questions is None), "name one of --question and --questions")
-    if ask.question is not None:
-        return check_questions([{"id": "1", "question": ask.question}], ["--question"], "--question")
-    return read_question_file(ask.questions, "--questions")
+    if ask.questions is not None:
+        return read_question_file(ask.questions, "--questions")
+    return [{"id": "1", "question": check_question(ask.question, "--question")}]
 
 
-def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
+def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
 
-    They are what `read_items` finds, such as JSON lines; a line of text is a question. Raises UserError.
+    They are what `TextFile.items` finds, such as JSON lines; a line of text is a question. needs: see `check_labels`.
+    Raises UserError.
     """
-    path, items, places = Path(name), [], []
+    path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
-    records, lines = read_items(path, collections.Counter(), None, QUESTION_FIELDS)
-    for number, (line, text) in enumerate(lines, start=1):
-        places.append(f"{spelled(path)}:{line}")
-        item = parse_object(text, places[-1]) if records else {"question": text.strip()}
-        question = item.pop(field_in(item, QUESTION_FIELDS, places[-1]))
-        items.append({"id": own_id(item, str(number), places[-1]), "question": question, **item})
-    require(bool(items), f"{flag} {path}: the file holds no question")
-    return check_questions(items, places, f"{flag} {path}")
+    source = TextFile(path)
+    records, items = source.items(QUESTION_FIELDS)
+    for number, (line, text) in enumerate(items, start=1):
+        where = f"{source.name}:{line}"
+        item = parse_object(text, where) if records else {"question": text.strip()}
+        question = check_question(item.pop(field_in(item, QUESTION_FIELDS, where)), where)
+        questions.append({"id": own_id(item, str(number), where), "question": question, **item})
+    require(bool(questions), f"{flag} {path}: the file holds no question")
+    require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
+    for number, item in enumerate(questions if needs else (), start=1):
+        check_labels(item, f"{flag} {path}: question {number}", needs)
+    return questions
 
 
-def check_answers(item: dict[str, Any], where: str) -> None:
-    """Raise UserError unless a question has a list of true answers; an empty one says that there is none."""
-    answers = item.get("answers")
-    strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-    require(strings, f"{where} has no list of answers")
-    for answer in answers:
-        check_string(answer, "an answer", where)
+def check_labels(item: dict[str, Any], where: str, needs: Collection[str]) -> None:
+    """Check a question's `answers` (empty: there is none) and `positive_ids`, which become a list. Raises UserError.
 
-
-def check_positive_ids(item: dict[str, Any], where: str) -> list[str]:
-    """The ids of the documents that hold the answer, may be none. Raises UserError."""
-    ids = item.get("positive_ids") or []
+    needs: those of the two that must be there; a question without an answer needs no ids.
+    """
+    answers, ids = item.get("answers"), item.get("positive_ids") or []
+    if "answers" in needs:
+        strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+        require(strings, f"{where} has no list of answers")
+        for answer in answers:
+            check_string(answer, "an answer", where)
     require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
-    return [check_id(value, where) for value in ids]
+    item["positive_ids"] = [check_id(value, where) for value in ids]
+    require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
 
 
 def spread(items: Sequence, limit: int | None) -> Sequence:
@@ -2408,13 +2250,13 @@ def spread(items: Sequence, limit: int | None) -> Sequence:
     return [items[i * (len(items) - 1) // max(limit - 1, 1)] for i in range(limit)]
 
 
-def check_questions(items: list[dict[str, Any]], places: list[str], source: str) -> list[dict[str, Any]]:
-    """Questions with checked text and ids. Raises UserError that names the place."""
-    for item, place in zip(items, places, strict=True):
-        check_string(item["question"], "question", place)
-        require(bool(item["question"].strip()), f"{place}: the question is empty")
-    require(len({item["id"] for item in items}) == len(items), f"{source}: ids are not unique")
-    return items
+def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None, source: str) -> list[dict[str, Any]]:
+    """The questions with something in `answers` or `positive_ids`, at most `limit`, evenly spread. Raises UserError."""
+    found = [item for item in questions if item[label]]
+    if len(found) < len(questions):
+        notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
+    require(bool(found), f"{source}: no question has an answer")
+    return list(spread(found, limit))
 
 
 # =============================================================================
@@ -2517,6 +2359,24 @@ def check_finite(values: np.ndarray | Tensor, model: str) -> None:
                            "their precision: fetch it again, or use --dtype float32")
 
 
+class Tokens(NamedTuple):
+    """A text as a tokenizer cuts it: ids and the characters each token stands for, (T,) int64 each."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Tokens]:
+    """Tokens of each text by a fast tokenizer, without special ones unless the options ask for them."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, **{"add_special_tokens": False} | options)
+    rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [Tokens(np.asarray(ids, dtype=np.int64), *np.asarray(spans, dtype=np.int64).reshape(-1, 2).T)
+            for ids, spans in rows]
+
+
 class Embedder:
     """A sentence-transformers model, with its own pooling, prompts and normalisation."""
 
@@ -2571,11 +2431,11 @@ class Embedder:
         states = [row["token_embeddings"][row["attention_mask"].bool()] for row in rows]
         return self.unit_length(vectors), [state.float().cpu().numpy() for state in states]
 
-    def state_ends(self, texts: list[str]) -> list[list[int]]:
+    def state_ends(self, texts: list[str]) -> list[np.ndarray]:
         """Where each token state of `embed_with_states` ends, in characters; 0 for special tokens and the prompt."""
-        options = {"truncation": True, "max_length": self.max_tokens, "return_offsets_mapping": True}
-        encoded = self.tokenizer([self.prompt + t for t in texts], **options)
-        return [[max(end - len(self.prompt), 0) for _, end in row] for row in encoded["offset_mapping"]]
+        tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
+                          truncation=True, max_length=self.max_tokens)
+        return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
@@ -2856,15 +2716,16 @@ class ChunkTable(NamedTuple):
 
 
 class Chunking(NamedTuple):
-    """How content is cut and encoded, made by section 9 and used here without knowing the decoder."""
+    """How contents are cut into chunks of k tokens and encoded."""
 
     k: int
-    prepare: Callable[[str], str]  # content as the decoder sees it, same length
-    runs: Callable[[list[str]], list[tuple[np.ndarray, np.ndarray]]]  # contents -> (ends, sizes) each
-    encode: Callable[[list[str]], list[np.ndarray]] | None  # contents -> (L, E) each; None: store no states
-    width: int  # E
-    tokenizer: Any  # for splitting passages where there is no embedder
-    stored: dict[str, Any]  # what the manifest keeps: fingerprints of the tokenizer and, with states, the encoder
+    tokenizer: Any  # a RefragTokenizer
+    encoder: Any = None  # a ChunkEncoder; None: no states
+
+    def facts(self) -> dict[str, Any]:
+        """What an index's manifest says of its chunks."""
+        return {"k": self.k, "tokenizer": self.tokenizer.fingerprint,
+                "encoder": self.encoder and self.encoder.fingerprint}
 
 
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
@@ -3089,21 +2950,15 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"{embedder.name}: use the same --embed_model or build the index again")
 
 
-def token_ends(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Where each token of each text ends, in characters; no special tokens."""
-    encoded = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False)
-    return [[end for _, end in row] for row in encoded["offset_mapping"]]
-
-
 def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
     """Where to cut each record so that title and piece fit `limit` tokens."""
     special = tokenizer.num_special_tokens_to_add()
-    titles = token_ends(tokenizer, [r.title or "." for r in records])
-    texts = token_ends(tokenizer, [r.text for r in records])
+    titles = tokenize(tokenizer, [r.title or "." for r in records])
+    texts = tokenize(tokenizer, [r.text for r in records])
     spans = []
-    for record, title, ends in zip(records, titles, texts, strict=True):
-        room = max(limit - special - (len(title) + 1 if record.title else 0), limit // 2)
-        spans.append(split_spans(record.text, ends, room, min(overlap, room // 2)))
+    for record, title, text in zip(records, titles, texts, strict=True):
+        room = max(limit - special - (len(title.ids) + 1 if record.title else 0), limit // 2)
+        spans.append(split_spans(record.text, text.ends.tolist(), room, min(overlap, room // 2)))
     return spans
 
 
@@ -3256,16 +3111,16 @@ class ChunkWriter:
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
     """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
-    prepared = [chunking.prepare(content) for content in contents]
-    runs = chunking.runs(prepared)
-    states = chunking.encode(prepared) if chunking.encode else [None] * len(contents)
-    if embedder is None:
-        return None, [ChunkTable(*run, None, s) for run, s in zip(runs, states, strict=True)]
-    vectors, token_states = embedder.embed_with_states(contents, batch_size)
-    ends = embedder.state_ends(contents)
-    gates = [late_chunk_vectors(*item)
-             for item in zip(token_states, ends, [r[0] for r in runs], vectors, strict=True)]
-    return vectors, [ChunkTable(*run, g, s) for run, g, s in zip(runs, gates, states, strict=True)]
+    k, tokenizer, encoder = chunking
+    prepared = [tokenizer.neutralize(content) for content in contents]
+    cuts = tokenizer.cut(prepared, k)
+    vectors, gates = None, [None] * len(contents)
+    states = encoder.encode(prepared, k) if encoder else gates
+    if embedder is not None:
+        vectors, token_states = embedder.embed_with_states(contents, batch_size)
+        gates = [late_chunk_vectors(*item) for item in zip(
+            token_states, embedder.state_ends(contents), [cut.ends for cut in cuts], vectors, strict=True)]
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
 
 
 class FinishedBlocks:
@@ -3337,7 +3192,7 @@ def embed_corpus(folder: Path, count: int, chunking: Chunking, embedder: Embedde
                  batch_size: int, finished: FinishedBlocks | None) -> None:
     """Second pass: embed the first `count` passages and write vectors (a temporary file) and chunk tables of all."""
     vectors = ArrayWriter(folder / "vectors.npy", np.float32, embedder.dim) if embedder else None
-    writer = ChunkWriter(folder, embedder and embedder.dim, chunking.width if chunking.encode else None)
+    writer = ChunkWriter(folder, embedder and embedder.dim, chunking.encoder and chunking.encoder.width)
     bar = progress_bar("embedding", count, "passage")
     with aborting(vectors, *writer.writers), bar:
         for contents in block_contents(folder, count):
@@ -3441,7 +3296,7 @@ FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
 
 def computes(embedder: Embedder | None, chunking: Chunking) -> bool:
     """Whether a build runs a model over its passages."""
-    return embedder is not None or chunking.encode is not None
+    return embedder is not None or chunking.encoder is not None
 
 
 def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, build: BuildConfig,
@@ -3450,7 +3305,7 @@ def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, b
     if not computes(embedder, chunking):
         return None
     blocks = FinishedBlocks(path / FINISHED_BLOCKS, {
-        "embedder": embedder and embedder.fingerprint, "k": chunking.k, **chunking.stored, "dtype": runtime.dtype,
+        "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
         "device": str(pick_device(runtime.device)), "batch_size": build.batch_size})
     if count := blocks.count():
         notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
@@ -3465,7 +3320,8 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
     if previous is not None and embedder is not None:
         check_embedder(previous.manifest, embedder)
-    cutter = (embedder.tokenizer, embedder.room) if embedder else (chunking.tokenizer, corpus.max_passage_tokens)
+    cutter = ((embedder.tokenizer, embedder.room) if embedder else
+              (chunking.tokenizer.encoder, corpus.max_passage_tokens))
     new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(new) as folder:
         parted = ingest(folder, corpus, *cutter, previous, counts, sources)
@@ -3479,7 +3335,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     manifest |= {"words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses,
                  "dim": embedder.dim if embedder else None,
                  "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-                 "chunking": {"k": chunking.k, **chunking.stored}, "sources": sources}
+                 "chunking": chunking.facts(), "sources": sources}
     if previous is None:
         announce_replacement(path / "manifest.json")
     make_current(path, manifest, known)
@@ -3663,10 +3519,11 @@ ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
 NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
-def whole_tokens(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+def whole_tokens(tokens: Tokens) -> np.ndarray:
     """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
-    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    return np.concatenate([[True], spans[1:, 0] >= spans[:-1, 1], [True]]) if len(spans) else np.ones(1, dtype=bool)
+    whole = np.ones(len(tokens.ids) + 1, dtype=bool)
+    whole[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
+    return whole
 
 
 def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
@@ -3689,16 +3546,28 @@ def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
     return np.asarray([*cuts[::step], *([cuts[-1]] if (len(cuts) - 1) % step else [])], dtype=np.int64)
 
 
-def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a text into chunks of k tokens: (ends in characters, sizes in tokens), both (L,).
+class Cut(NamedTuple):
+    """A text cut into L chunks of the encoder's tokens."""
 
-    offsets: (start, end) of each token. The cuts are those of `token_cuts`; tokens without characters of their own
-    belong to the chunk before.
+    ids: np.ndarray  # (T,)
+    ends: np.ndarray  # (L,), characters
+    sizes: np.ndarray  # (L,), tokens
+
+
+def first_tokens(tokens: Tokens, places: np.ndarray) -> np.ndarray:
+    """The first token at or after each place (in characters): a token belongs to the chunk in which it starts."""
+    return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
+
+
+def chunk_runs(text: str, tokens: Tokens, k: int) -> Cut:
+    """Cut a text into chunks of k tokens.
+
+    The cuts are those of `token_cuts`; tokens without characters of their own belong to the chunk before.
     """
     if not text:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    ends, T = [e for _, e in offsets], len(offsets)
-    bounds = token_cuts(whole_tokens(offsets), k).tolist()
+        return Cut(*np.zeros((3, 0), np.int64))
+    ends, T = tokens.ends.tolist(), len(tokens.ids)
+    bounds = token_cuts(whole_tokens(tokens), k).tolist()
     runs, first = [(0, 0)], 0
     for bound in bounds[1:]:
         end = ends[bound - 1] if bound < T else len(text)
@@ -3711,8 +3580,7 @@ def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[n
         first = bound
     if runs[-1][0] < len(text):  # not one token: the text is nothing but white space
         runs.append((len(text), 0))
-    table = np.asarray(runs[1:], dtype=np.int64)
-    return table[:, 0], table[:, 1]
+    return Cut(tokens.ids, *np.asarray(runs[1:], dtype=np.int64).T)
 
 
 def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
@@ -3736,14 +3604,8 @@ def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
-    ends, _ = text_runs([text], tokenizer, k)[0]
-    return list(itertools.pairwise([0, *ends.tolist()]))
-
-
-def text_runs(texts: list[str], tokenizer: Any, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`chunk_runs` of each text."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return [chunk_runs(text, offsets, k) for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)]
+    [tokens] = tokenize(tokenizer, [text])
+    return list(itertools.pairwise([0, *chunk_runs(text, tokens, k).ends.tolist()]))
 
 
 class Segment(NamedTuple):
@@ -3753,27 +3615,39 @@ class Segment(NamedTuple):
     text: str
     doc_id: str | None
     input_ids: list[int]  # decoder tokens
-    packed_tokens: np.ndarray  # (L, compression) encoder tokens, zero where padded; L = 0 for plain text
-    packed_mask: np.ndarray  # (L, compression), 1 for a token
+    packed_tokens: np.ndarray  # (L, k) encoder tokens, zero where padded; L = 0 for plain text
+    packed_mask: np.ndarray  # (L, k), 1 for a token
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Short digest of how a tokenizer cuts text."""
+    probe = "Grüße 12345, naïve  café 日本語 🙂 don't\tUPPER_case\n"
+    facts = repr((len(tokenizer), tokenizer(probe, add_special_tokens=False)["input_ids"]))
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 class RefragTokenizer:
     """The decoder's tokenizer, the encoder's, and the rules between them.
 
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own. compression: tokens per chunk.
+    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
     """
 
-    def __init__(self, decoder: Any, encoder: Any = None, compression: int = 16):
+    def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
             require(getattr(tokenizer, "is_fast", False), f"tokenizer {type(tokenizer).__name__} gives no character "
                     "offsets: use a model with a fast tokenizer (tokenizer.json)")
-        self.decoder, self.encoder, self.compression = decoder, encoder or decoder, compression
+        self.decoder, self.encoder = decoder, encoder or decoder
         names: set[str] = set()
         for tokenizer in (self.decoder, self.encoder):
             added = getattr(tokenizer, "added_tokens_decoder", {})
             names |= {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         longest_first = sorted(filter(None, names), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Short digest of how contents are cut."""
+        return tokenizer_fingerprint(self.encoder)
 
     def neutralize(self, text: str) -> str:
         """Text that can make no special token and no <doc> tag: their first character becomes a look-alike.
@@ -3792,28 +3666,28 @@ class RefragTokenizer:
             if not count:
                 return text
 
-    def runs(self, contents: list[str], k: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ends, sizes) of the chunks of each content, in the encoder's tokens."""
-        return text_runs(contents, self.encoder, k or self.compression)
+    def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
+        """Each content cut into chunks of k of the encoder's tokens."""
+        rows = zip(contents, tokenize(self.encoder, contents), strict=True)
+        return [chunk_runs(content, tokens, k) for content, tokens in rows]
 
-    def pack(self, content: str) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder tokens of a content by chunk, and their mask: (L, compression) each."""
-        ids = self.encoder(content, add_special_tokens=False)["input_ids"]
-        _, sizes = self.runs([content])[0]
-        width = max(self.compression, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
+    def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
+        [(ids, _, sizes)] = self.cut([content], k)
+        width = max(k, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
         tokens, mask = (np.zeros((len(sizes), width), dtype=np.int64) for _ in range(2))
         for row, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
             tokens[row, :size], mask[row, :size] = ids[end - size : end], 1
         return tokens, mask
 
-    def parse_and_tokenize(self, text: str) -> list[Segment]:
+    def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
 
         Everything but `doc_blocks` is plain text: an unclosed tag, a stray </doc>, the outer tags of nested blocks.
 
         Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
-        empty = np.zeros((0, self.compression), dtype=np.int64)
+        empty = np.zeros((0, k), dtype=np.int64)
         segments, at = [], 0
         for match, doc_id in [*doc_blocks(text), (None, "")]:
             plain = self.neutralize(text[at : match.start() if match else len(text)])
@@ -3823,7 +3697,7 @@ class RefragTokenizer:
             if match:
                 content, at = self.neutralize(match[2]), match.end()
                 ids = self.decoder(content, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content)))
+                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content, k)))
         return segments
 
 
@@ -3909,16 +3783,15 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     text = render_chat(decoder, message, system)
     base = text.find(message)
     require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
-    encoded = decoder(text, add_special_tokens=not decoder.chat_template, return_offsets_mapping=True)
-    starts = np.maximum.accumulate(np.asarray([s for s, _ in encoded["offset_mapping"]]))
+    [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks: list[Chunk] = []
     docs = [piece for piece in pieces if isinstance(piece, Doc)]
     for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
-        marks = np.searchsorted(starts, base + at + np.concatenate([[0], doc.ends])).tolist()
+        marks = first_tokens(tokens, base + at + np.concatenate([[0], doc.ends])).tolist()
         edges = [0, *doc.ends.tolist()]
         chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(doc.ends))]
-    blocks = [tuple(np.searchsorted(starts, [base + a, base + b]).tolist()) for a, b in tagged]
-    return Prompt(text, np.asarray(encoded["input_ids"], dtype=np.int64), chunks, blocks)
+    blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
+    return Prompt(text, tokens.ids, chunks, blocks)
 
 
 def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
@@ -3929,19 +3802,40 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
     return [ASK_WITH_CONTEXT, *spaced, f"\nQuestion: {question}"]
 
 
-def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.ndarray:
-    """What to feed at each position: v >= 0 is the prompt's token v, v < 0 the vector of chunk -v - 1.
+def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
+    """(T,) bool, the prompt's tokens that are fed as such when only these chunks (L,) of the context stay text."""
+    mask = np.ones(len(prompt.input_ids), dtype=bool)
+    for chunk, stays in zip(prompt.chunks, expanded.tolist(), strict=True):
+        mask[chunk.first : chunk.last] = stays
+    return mask
 
-    expanded: (L,) bool. feed False: compressed chunks are left out instead. All expanded: 0, 1, .., T - 1.
+
+def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
+    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags.
+
+    What stands outside the documents always stays, even if it alone is more than `positions`.
     """
-    plan, at = [], 0
+    mask = np.ones(len(prompt.input_ids), dtype=bool)
+    for first, last in reversed(prompt.blocks):
+        excess = int(mask.sum()) - positions
+        if excess <= 0:
+            break
+        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
+        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
+        mask[list(cut)] = False
+    return mask
+
+
+def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.ndarray:
+    """What to feed at each position: v >= 0 is the token v, v < 0 the vector of chunk -v - 1.
+
+    expanded: (L,) bool. feed False: compressed chunks are left out instead. All expanded: the prompt's input_ids.
+    """
+    plan, mask = prompt.input_ids.copy(), text_mask(prompt, expanded)
     for number, chunk in enumerate(prompt.chunks):
-        if expanded[number] or not chunk.tokens:
-            continue
-        plan.append(np.arange(at, chunk.first))
-        plan.append(np.full(int(feed), -number - 1))
-        at = chunk.last
-    return np.concatenate([*plan, np.arange(at, len(prompt.input_ids))])
+        if feed and chunk.tokens and not expanded[number]:  # the vector stands where the chunk begins
+            plan[chunk.first], mask[chunk.first] = -number - 1, True
+    return plan[mask]
 
 
 class Content(NamedTuple):
@@ -4019,22 +3913,6 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def truncated_plan(prompt: Prompt, positions: int) -> np.ndarray:
-    """Tokens only, at most `positions` of them: contents are cut from the end, an emptied document goes with its tags.
-
-    What stands outside the documents always stays, even if it alone is more than `positions`.
-    """
-    keep = np.ones(len(prompt.input_ids), dtype=bool)
-    for first, last in reversed(prompt.blocks):
-        excess = int(keep.sum()) - positions
-        if excess <= 0:
-            break
-        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
-        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
-        keep[list(cut)] = False
-    return np.flatnonzero(keep)
-
-
 def show_plan(prompt: Prompt, plan: np.ndarray, tokenizer: RefragTokenizer, contents: Sequence[str]) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
@@ -4044,7 +3922,7 @@ def show_plan(prompt: Prompt, plan: np.ndarray, tokenizer: RefragTokenizer, cont
             chunks = [prompt.chunks[-v - 1] for v in values]
             parts += [f"[[{contents[c.doc][c.start : c.end]}]]" for c in chunks]
         else:
-            parts.append(tokenizer.decoder.decode(prompt.input_ids[values].tolist()))
+            parts.append(tokenizer.decoder.decode(values))
     return "".join(parts)
 
 
@@ -4069,7 +3947,7 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
 # =============================================================================
 
 
-class Tokens(NamedTuple):
+class Pieces(NamedTuple):
     """A text as one tokenizer cuts it, special tokens left out."""
 
     ids: list[int]
@@ -4077,14 +3955,12 @@ class Tokens(NamedTuple):
     pieces: list[str]  # what each token adds to the decoded text; "" where it completes no character
 
 
-def tokenize_pieces(text: str, tokenizer: Any) -> Tokens:
+def tokenize_pieces(text: str, tokenizer: Any) -> Pieces:
     """Tokens of a text with the pieces of decoded text that they add. tokenizer: a fast one."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    stream = DecodeStream(skip_special_tokens=False)
+    [tokens] = tokenize(tokenizer, [text])
+    ids, stream = tokens.ids.tolist(), DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-    whole = whole_tokens(offsets)
-    return Tokens(ids, [end if whole[i + 1] else -1 for i, (_, end) in enumerate(offsets)], pieces)
+    return Pieces(ids, np.where(whole_tokens(tokens)[1:], tokens.ends, -1).tolist(), pieces)
 
 
 def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
@@ -4107,7 +3983,7 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
     return pairs
 
 
-def exact_anchors(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
+def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
     Found from the lengths of the decoded prefixes; beyond the texts' common prefix no two can be equal. Of several
@@ -4148,6 +4024,9 @@ def edit_distance(a: str, b: str) -> float:
     return row[-1]
 
 
+MAX_COST = 0.5  # anchors whose spans differ more are not trained on
+
+
 class Anchor(NamedTuple):
     """Two tokens that end at the same character of the text, and how much the decoded spans up to them differ."""
 
@@ -4156,7 +4035,7 @@ class Anchor(NamedTuple):
     cost: float  # edits by the longer span's length, range [0, 1]
 
 
-def cost_anchors(a: Tokens, b: Tokens) -> list[Anchor]:
+def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
     """Anchors for tokenizers that normalise text: equal ends in the source text, which character offsets give.
 
     An uncased WordPiece tokenizer and a byte-level one part for good at the first capital letter as far as decoded
@@ -4172,7 +4051,7 @@ def cost_anchors(a: Tokens, b: Tokens) -> list[Anchor]:
     return anchors
 
 
-def anchor_rows(a: Tokens, b: Tokens) -> list[dict[str, Any]]:
+def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
     """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
     exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
     for anchor in [*cost_anchors(a, b), None]:
@@ -4366,10 +4245,11 @@ def accepts(decoder: nn.Module, name: str) -> bool:
 
 
 def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of the states of each owner. states: (T, E); owners: (T,), range [0, count], count for none.
+    """Mean of the states of each owner. states: (T, E); owners: (T,), range [-1, count), -1 for none.
 
-    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, 1], count 1 -> [[2]]
+    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
+    owners = owners % (count + 1)  # none is one more, the last
     sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
     sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
     return (sums / sizes.to(states.dtype))[:count]
@@ -4402,8 +4282,7 @@ class ChunkEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of weights and of how they are used; stored states carry it."""
-        cuts = tokenizer_fingerprint(self.tokenizer.encoder)
-        return weights_fingerprint(self.backbone, self.whole, self.pooling, cuts)
+        return weights_fingerprint(self.backbone, self.whole, self.pooling, self.tokenizer.fingerprint)
 
     @property
     def borrowed(self) -> set[str]:
@@ -4435,103 +4314,65 @@ class ChunkEncoder(nn.Module):
         """
         if not self.whole:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-            return self.content_of_text(text, k)[0]
-        cuts = token_cuts(whole, k)
-        owner = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
-        return Content(np.split(ids, cuts[1:-1]), self.encoder_rows(ids, owner))
+            return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
+        bounds = token_cuts(whole, k)
+        return Content(np.split(ids, bounds[1:-1]), self.inputs([""], [Cut(ids, bounds[1:], np.diff(bounds))]))
 
-    def content_of_text(self, text: str, k: int) -> tuple[Content, np.ndarray]:
-        """A text, cut and made ready for training, and where its chunks end in characters."""
-        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = np.asarray(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-        ends, sizes = self.tokenizer.runs([text], k)[0]
-        chunks = np.split(ids, np.searchsorted(np.maximum.accumulate(starts), ends[:-1])) if len(ends) else []
-        return Content(chunks, self.text_rows(text, ends, sizes)), ends
+    def content_of_text(self, text: str, cut: Cut) -> Content:
+        """A text that has been cut, made ready for training."""
+        [tokens] = tokenize(self.tokenizer.decoder, [text])
+        chunks = np.split(tokens.ids, first_tokens(tokens, cut.ends[:-1])) if len(cut.ends) else []
+        return Content(chunks, self.inputs([text], [cut]))
 
-    def text_rows(self, text: str, ends: np.ndarray, sizes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for a text whose chunks are known: see `Content.rows`."""
-        encoder = self.tokenizer.encoder
-        if self.whole:
-            ids = np.asarray(encoder(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-            return self.encoder_rows(ids, np.repeat(np.arange(len(sizes)), sizes))
-        rows = []
-        for number, ids in enumerate(self.chunk_rows(text, ends)):
-            owner = np.full(len(ids), number)
-            owner[1:] = -1 if self.pooling == "cls" else number
-            rows.append((np.asarray(ids), owner))
+    def inputs(self, texts: Sequence[str], cuts: Sequence[Cut]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the encoder reads for some texts, their chunks numbered through: see `Content.rows`."""
+        rows, first = [], 0
+        for text, cut in zip(texts, cuts, strict=True):
+            L, W = len(cut.ends), ENCODER_WINDOW
+            if self.whole:  # windows at the same tokens for every k, so that stored states can be merged
+                owners = np.repeat(np.arange(first, first + L), cut.sizes)
+                rows += [(cut.ids[at : at + W], owners[at : at + W]) for at in range(0, len(cut.ids), W)]
+            elif L:
+                chunks = [text[a:b] for a, b in itertools.pairwise([0, *cut.ends.tolist()])]
+                encoded = self.tokenizer.encoder(chunks, truncation=True, max_length=W)["input_ids"]
+                for chunk, ids in enumerate(encoded, start=first):
+                    owners = np.full(max(len(ids), 1), chunk)
+                    owners[1:] = -1 if self.pooling == "cls" else chunk
+                    rows.append((np.asarray(ids or [0]), owners))
+            first += L
         return rows
 
-    def encoder_rows(self, ids: np.ndarray, owner: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Windows of a text that is read whole, and the chunk of each token."""
-        windows = range(0, len(ids), ENCODER_WINDOW)
-        return [(ids[i : i + ENCODER_WINDOW], owner[i : i + ENCODER_WINDOW]) for i in windows]
-
-    def chunk_rows(self, text: str, ends: np.ndarray) -> list[list[int]]:
-        """Encoder tokens of each chunk, special ones included, for chunks that are rows of their own."""
-        texts = [text[a:b] for a, b in itertools.pairwise([0, *ends.tolist()])]
-        ids = self.tokenizer.encoder(texts, truncation=True, max_length=ENCODER_WINDOW)["input_ids"] if texts else []
-        return [row or [0] for row in ids]
-
-    def run_rows(self, rows: list[list[int]]) -> list[Tensor]:
+    def read(self, rows: list[np.ndarray]) -> list[Tensor]:
         """States (T, E) of each row of token ids; rows of like length share a pass."""
-        device = next(self.parameters()).device
+        device, states = next(self.parameters()).device, [torch.empty(0)] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        states: list[Tensor] = [torch.empty(0)] * len(rows)
-        at = 0
-        while at < len(order):
+        while order:
             size = 1  # as many rows as fit when padded to the longest, which is the last
-            while at + size < len(order) and (size + 1) * len(rows[order[at + size]]) <= ENCODER_BATCH_TOKENS:
+            while size < len(order) and (size + 1) * len(rows[order[size]]) <= ENCODER_BATCH_TOKENS:
                 size += 1
-            batch = order[at : at + size]
-            T = len(rows[batch[-1]])
-            ids = torch.tensor([rows[i] + [0] * (T - len(rows[i])) for i in batch], device=device)
-            mask = torch.tensor([[1] * len(rows[i]) + [0] * (T - len(rows[i])) for i in batch], device=device)
-            for i, row in zip(batch, self(ids, mask), strict=True):
+            batch, order = order[:size], order[size:]
+            ids = nn.utils.rnn.pad_sequence([torch.from_numpy(rows[i]) for i in batch], batch_first=True)
+            lengths = torch.tensor([len(rows[i]) for i in batch])
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            for i, row in zip(batch, self(ids.to(device), mask.to(device)), strict=True):
                 states[i] = row[: len(rows[i])]
-            at += size
         return states
-
-    def encode_whole(self, contents: list[str]) -> list[Tensor]:
-        """Pooled states of contents that are read whole: (L, E) each."""
-        rows, parts = [], []
-        encoded = self.tokenizer.encoder(contents, add_special_tokens=False, return_offsets_mapping=True)
-        for ids in encoded["input_ids"]:
-            windows = batched(ids, ENCODER_WINDOW)  # at the same tokens for every k: stored states can be merged
-            rows += windows
-            parts.append(len(windows))
-        states, at = self.run_rows(rows), 0
-        pooled = []
-        for content, offsets, count in zip(contents, encoded["offset_mapping"], parts, strict=True):
-            _, sizes = chunk_runs(content, offsets, self.tokenizer.compression)
-            if count:
-                whole = torch.cat(states[at : at + count]).float()  # (T, E)
-                pooled.append(pool_runs(whole, torch.as_tensor(sizes, device=whole.device)))
-            else:  # nothing, or nothing but white space
-                pooled.append(torch.zeros(len(sizes), self.width))
-            at += count
-        return pooled
-
-    def encode_rows(self, contents: list[str]) -> list[Tensor]:
-        """Pooled states of contents whose chunks are rows of their own: (L, E) each."""
-        rows, counts = [], []
-        for content in contents:
-            ends, _ = self.tokenizer.runs([content])[0]
-            rows += self.chunk_rows(content, ends)
-            counts.append(len(ends))
-        states = [row[0] if self.pooling == "cls" else row.mean(0) for row in self.run_rows(rows)]
-        stacked = torch.stack(states).float() if states else torch.zeros(0, self.width)
-        return list(stacked.split(counts))
 
     @torch.inference_mode()
-    def encode(self, contents: list[str]) -> list[np.ndarray]:
+    def encode(self, contents: Sequence[str], k: int) -> list[np.ndarray]:
         """One state per chunk for each content: (L, E) float16-rounded float32, exactly what an index stores."""
-        if not contents:
-            return []
-        with torch.autocast(self.backbone.device.type, self.precision, enabled=self.precision != self.backbone.dtype):
-            pooled = self.encode_whole(contents) if self.whole else self.encode_rows(contents)
-        states = [p.cpu().numpy().astype(np.float16).astype(np.float32) for p in pooled]
-        check_finite(np.concatenate(states), "encoder")
-        return states
+        cuts = self.tokenizer.cut(contents, k)
+        bounds = np.cumsum([len(cut.ends) for cut in cuts], dtype=np.int64)
+        pooled, rows = torch.zeros(int(bounds[-1]) if len(bounds) else 0, self.width), self.inputs(contents, cuts)
+        if rows:
+            with torch.autocast(self.backbone.device.type, self.precision,
+                                enabled=self.precision != self.backbone.dtype):
+                states = torch.cat(self.read([ids for ids, _ in rows])).float()
+            owners = torch.from_numpy(np.concatenate([owners for _, owners in rows])).to(states.device)
+            pooled = pool_owners(states, owners, len(pooled))
+        stored = pooled.cpu().numpy().astype(np.float16).astype(np.float32)
+        check_finite(stored, "encoder")
+        return np.split(stored, bounds)[:-1]
 
 
 class RMSNorm(nn.Module):
@@ -4578,11 +4419,10 @@ class Batch(NamedTuple):
     encoder_ids: Tensor  # (B', T')
     encoder_mask: Tensor | None  # (B', T'), None where rows are packed
     encoder_positions: Tensor | None  # (B', T'), starting again with each text; None where rows are not packed
-    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, C for none
+    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, -1 for none
     chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
     sizes: Tensor  # (C,), how many of them each chunk has
-    input_ids: Tensor  # (B, T), 0 under a vector
-    chunks: Tensor  # (B, T), the chunk whose vector is fed at a position, -1 at a token
+    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
     position_ids: Tensor  # (B, T), starting again with each sequence
     asked: Tensor  # (N,), positions b * T + t that are asked something
     labels: Tensor  # (N,), what should follow them
@@ -4617,8 +4457,7 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
     sequences = [sequence for row in rows for sequence in row]
     bases = np.cumsum([0, *(len(s.content.chunks) for s in sequences)])  # first chunk of each sequence in the batch
     base = {id(s): int(b) for s, b in zip(sequences, bases, strict=False)}
-    C = int(bases[-1])
-    texts = [(ids, np.where(owner < 0, C, owner + b)) for s, b in zip(sequences, bases, strict=False)
+    texts = [(ids, np.where(owner < 0, -1, owner + b)) for s, b in zip(sequences, bases, strict=False)
              for ids, owner in s.content.rows]
     packed = encoder.whole and packs
     lengths = [len(ids) for ids, _ in texts]
@@ -4632,14 +4471,13 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
     mask = None if packed else encoder_rows(lambda i: np.ones(lengths[i], dtype=np.int64), 0)
     positions = encoder_rows(lambda i: np.arange(lengths[i]), 0) if packed else None
     pieces = [chunk for s in sequences for chunk in s.content.chunks]
-    fed = [[np.where(s.plan < 0, base[id(s)] - s.plan - 1, -1) for s in row] for row in rows]
+    plans = [[np.where(s.plan < 0, s.plan - base[id(s)], s.plan) for s in row] for row in rows]
     labels = lay_rows([[s.labels for s in row] for row in rows], -1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
     return Batch(
-        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], C),
+        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], -1),
         torch.from_numpy(np.concatenate(pieces or empty)), torch.tensor([len(p) for p in pieces], dtype=torch.long),
-        lay_rows([[np.maximum(s.plan, 0) for s in row] for row in rows], 0), lay_rows(fed, -1),
-        lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
+        lay_rows(plans, 0), lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
 
 
 @contextlib.contextmanager
@@ -4853,52 +4691,33 @@ class RefragModel(PreTrainedModel):
                 return getattr(self.decoder.config, name)
         return None
 
-    def chunk_embeddings(self, prompt: Prompt, states: dict[int, np.ndarray]) -> Tensor:
-        """Decoder embeddings of chunks. states: chunk number -> (E,). Returns (len(states), D), in dict order."""
-        embed = self.decoder.get_input_embeddings()
-        spans = [prompt.chunks[number] for number in states]
-        ids = np.concatenate([prompt.input_ids[c.first : c.last] for c in spans])
-        sizes = torch.tensor([c.tokens for c in spans], device=embed.weight.device)
-        tokens = embed(torch.as_tensor(ids, device=embed.weight.device))  # (sum of sizes, D)
-        stacked = torch.as_tensor(np.stack(list(states.values())), device=embed.weight.device)  # (L, E)
-        return self.projector(stacked, pool_runs(tokens.float(), sizes)).to(embed.weight.dtype)
-
-    @torch.inference_mode()
-    def embed_plan(self, prompt: Prompt, plan: np.ndarray, states: dict[int, np.ndarray]) -> Tensor:
-        """Decoder inputs of a plan. states: a vector for each chunk the plan feeds. Returns (T, D)."""
-        embed = self.decoder.get_input_embeddings()
-        inputs = embed.weight.new_zeros(len(plan), embed.weight.shape[1])
-        is_token = torch.as_tensor(plan >= 0)
-        ids = torch.as_tensor(prompt.input_ids[plan[plan >= 0]], device=embed.weight.device)
-        inputs[is_token] = embed(ids)
-        if states:
-            fed = [-v - 1 for v in plan[plan < 0].tolist()]
-            inputs[~is_token] = self.chunk_embeddings(prompt, {number: states[number] for number in fed})
-        return inputs
-
-    def chunk_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Vectors of all chunks of a batch and the means of their token embeddings, both (C, D) float32."""
-        C = len(batch.sizes)
+    def chunk_states(self, batch: Batch) -> Tensor:
+        """Encoder states of all chunks of a batch: (C, E) float32."""
+        if not len(batch.sizes):
+            return torch.zeros(0, self.encoder.width, device=batch.sizes.device)
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             states = self.encoder(batch.encoder_ids, batch.encoder_mask, batch.encoder_positions)  # (B', T', E)
-            pooled = pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), C)  # (C, E)
-        tokens = self.decoder.get_input_embeddings()(batch.chunk_ids)  # (sum of sizes, D)
-        means = pool_runs(tokens.float(), batch.sizes)
-        return self.projector(pooled, means), means
+            return pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), len(batch.sizes))
 
-    def embed_batch(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Decoder inputs (B, T, D) of a batch; vectors and token means of its chunks, both (C, D) float32."""
-        inputs = self.decoder.get_input_embeddings()(batch.input_ids)
-        if not len(batch.sizes):
-            return inputs, *(inputs.new_zeros(0, inputs.shape[2]) for _ in range(2))
-        vectors, means = self.chunk_vectors(batch)
-        fed = vectors[batch.chunks[batch.chunks >= 0]].to(inputs.dtype)
-        return inputs.masked_scatter((batch.chunks >= 0).unsqueeze(-1), fed), vectors, means
+    def embed(self, plan: Tensor, chunk_ids: Tensor, sizes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The decoder's inputs (.., D) for a plan (..) of token ids and chunks; the chunks' vectors and means, (C, D).
+
+        chunk_ids: the decoder's tokens of the C chunks, one after the other; sizes: (C,), how many each has; states:
+        (C, E), the encoder's. A vector is the mean of its chunk's token embeddings with the projector's correction.
+        """
+        table = self.decoder.get_input_embeddings()
+        inputs = table(plan.clamp(min=0))
+        if not len(sizes):
+            return inputs, *(inputs.new_zeros(0, inputs.shape[-1]) for _ in range(2))
+        means = pool_runs(table(chunk_ids).float(), sizes)
+        vectors = self.projector(states, means)
+        at = plan < 0
+        return inputs.masked_scatter(at.unsqueeze(-1), vectors[-plan[at] - 1].to(inputs.dtype)), vectors, means
 
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
-        inputs, vectors, means = self.embed_batch(batch)
+        inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
         known: dict[str, Any] = {"use_cache": False}
         if accepts(self.decoder, "position_ids"):
             known["position_ids"] = batch.position_ids
@@ -5122,19 +4941,11 @@ def load_part(part: nn.Module, path: Path, without: Collection[str] = (), exactl
             tensor.copy_(tensors[name])
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Short digest of how a tokenizer cuts text."""
-    probe = "Grüße 12345, naïve  café 日本語 🙂 don't\tUPPER_case\n"
-    facts = repr((len(tokenizer), tokenizer(probe, add_special_tokens=False)["input_ids"]))
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
-
-
 def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
     """The pair of tokenizers of a configuration."""
     decoder = load_tokenizer(config.decoder_name_or_path)
-    if encoder_layers(config.encoder_name_or_path) is not None:
-        return RefragTokenizer(decoder, None, config.compression)
-    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path), config.compression)
+    separate = encoder_layers(config.encoder_name_or_path) is None
+    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path) if separate else None)
 
 
 def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "") -> RefragModel:
@@ -5179,7 +4990,9 @@ def check_base(config: RefragConfig, kind: str, model: nn.Module) -> None:
 
 MODEL_FLAGS = {"dec": "decoder_name_or_path", "enc": "encoder_name_or_path", "pooling": "pooling",
                "projector": "projector"}  # by their names in a checkpoint
-SHIPPED_READER = Path(__file__).resolve().parent / "data" / "reader"
+HERE = Path(__file__).resolve().parent
+SHIPPED = HERE / "data" if (HERE / "data" / "gate").is_dir() else HERE / "refrag_extras" / "data"  # pip puts it there
+SHIPPED_READER = SHIPPED / "reader"
 
 
 def other_models(models: ModelConfig, config: RefragConfig) -> list[str]:
@@ -5206,15 +5019,15 @@ def for_others(models: ModelConfig) -> str:
             f"--enc {config.encoder_name_or_path}")
 
 
-def model_config(models: ModelConfig, k: int) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models; compression is k either way.
+def model_config(models: ModelConfig) -> RefragConfig:
+    """The configuration of --load_dir's checkpoint, or of the named models.
 
     Raises MismatchError if the checkpoint was made with other models than those named.
     """
     folder = chosen_checkpoint(models)
     if folder is None:
         given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-        config = RefragConfig(compression=k, **{key: value for key, value in given.items() if value is not None})
+        config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
         if models.enc is None:
             config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
         return config
@@ -5222,7 +5035,6 @@ def model_config(models: ModelConfig, k: int) -> RefragConfig:
     for flag in other_models(models, config):
         raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
                             f"{getattr(models, flag)}: leave the flag out, or name another checkpoint")
-    config.compression = k
     return config
 
 
@@ -5235,47 +5047,31 @@ def checkpoint_digest(models: ModelConfig) -> str | None:
     return read_manifest(manifest, CHECKPOINT_FORMAT)["digest"][:16] if manifest.is_file() else str(folder)
 
 
-def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
+def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
     folder = chosen_checkpoint(models)  # of a run, the newest: looked for once, so that a damaged one is told once
-    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)), k)
+    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)))
     if folder is None:
         model = build_model(config, device, dtype, train)
     else:
         model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
-        model.config.compression = model.encoder.tokenizer.compression = k
     model.encoder.precision = pick_encoding_dtype(runtime.dtype, device)
     return model
-
-
-def make_chunking(tokenizer: RefragTokenizer, encoder: ChunkEncoder | None) -> Chunking:
-    """How section 6 cuts and encodes contents."""
-    stored = {"tokenizer": tokenizer_fingerprint(tokenizer.encoder), "encoder": encoder and encoder.fingerprint}
-    return Chunking(
-        k=tokenizer.compression,
-        prepare=tokenizer.neutralize,
-        runs=tokenizer.runs,
-        encode=encoder and encoder.encode,
-        width=encoder.width if encoder else 0,
-        tokenizer=tokenizer.encoder,
-        stored=stored,
-    )
 
 
 def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, previous: Index | None) -> Chunking:
     """The chunking of a new index, or one that continues an index. Raises MismatchError if it can not."""
     built = previous.manifest["chunking"] if previous else None
-    width = built["k"] if built else k or PackConfig.k
-    asked = k is not None or models.load_dir not in (None, "none", "auto")
-    with_states = bool(built["encoder"]) if built else asked
+    with_states = built["encoder"] if built else k is not None or models.load_dir not in (None, "none", "auto")
+    k = built["k"] if built else k or PackConfig.k
     if with_states:
-        encoder = load_model(models, width, runtime).encoder
-        chunking = make_chunking(encoder.tokenizer, encoder)
+        encoder = load_model(models, runtime).encoder
+        chunking = Chunking(k, encoder.tokenizer, encoder)
     else:
-        chunking = make_chunking(build_tokenizer(model_config(models, width)), None)
-    if built and {key: built[key] for key in chunking.stored} != chunking.stored:
+        chunking = Chunking(k, build_tokenizer(model_config(models)))
+    if built and built != chunking.facts():
         raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
     return chunking
 
@@ -5316,7 +5112,7 @@ class GateInput(NamedTuple):
     vectors: np.ndarray | None  # (L, dim), the embedder's vectors of the chunks
     texts: list[str]  # (L,)
     docs: np.ndarray  # (L,), the document of each chunk
-    idf: Callable[[str], float]  # of a stemmed term
+    idf: Callable[[str], float] | None  # of a term, by the index's words; None: by the chunks'
     prompt: Prompt | None  # for the decoder's own reading
     decoder: nn.Module | None
     seed: int
@@ -5325,24 +5121,14 @@ class GateInput(NamedTuple):
 def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str], tables: Sequence[ChunkTable],
                index: Index | None, seed: int = 0, prompt: Prompt | None = None,
                decoder: nn.Module | None = None) -> GateInput:
-    """What a gate may look at. contents and tables: of the documents, by rank; vectors only if all tables have them.
-
-    index: whose words tell how rare a word is, see `word_weights`.
-    """
+    """contents and tables: of the documents, by rank; there are vectors only if all tables have them."""
     texts = [content[a:b] for content, table in zip(contents, tables, strict=True)
              for a, b in itertools.pairwise([0, *table.ends.tolist()])]
     has_vectors = query is not None and all(table.gate is not None for table in tables)
     vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
     docs = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
-    return GateInput(question, query, vectors, texts, docs, word_weights(index, texts), prompt, decoder, seed)
-
-
-def word_weights(index: Index | None, texts: Sequence[str]) -> Callable[[str], float]:
-    """Inverse document frequency of a stemmed term: in an index by its words, else in the given chunks."""
-    if index is not None and index.bm25 is not None:
-        return index.idf
-    sets = [set(index_terms(text)) for text in texts]
-    return lambda term: math.log(1 + len(sets) / (0.5 + sum(term in s for s in sets)))
+    idf = index.idf if index is not None and index.bm25 is not None else None
+    return GateInput(question, query, vectors, texts, docs, idf, prompt, decoder, seed)
 
 
 def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
@@ -5364,27 +5150,25 @@ def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Se
     return spans
 
 
-def cosine_scores(given: GateInput) -> np.ndarray:
+def cosine_scores(inputs: GateInput) -> np.ndarray:
     """(L,) cosine of question and chunk; zeros without an embedder."""
-    if given.query is None or given.vectors is None:
-        return np.zeros(len(given.texts), dtype=np.float32)
-    lengths = np.sqrt(np.einsum("ld,ld->l", given.vectors, given.vectors))  # twice as fast as np.linalg.norm
-    return given.vectors @ given.query / np.maximum(lengths * np.linalg.norm(given.query), 1e-12)
+    if inputs.query is None or inputs.vectors is None:
+        return np.zeros(len(inputs.texts), dtype=np.float32)
+    lengths = np.sqrt(np.einsum("ld,ld->l", inputs.vectors, inputs.vectors))  # twice as fast as np.linalg.norm
+    return inputs.vectors @ inputs.query / np.maximum(lengths * np.linalg.norm(inputs.query), 1e-12)
 
 
-def term_hits(given: GateInput) -> tuple[np.ndarray, np.ndarray]:
-    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) their shares of its idf mass)."""
-    asked = list(dict.fromkeys(index_terms(given.question)))
-    held = [set(index_terms(text)) for text in given.texts]
-    hits = np.asarray([[term in chunk for term in asked] for chunk in held], dtype=bool).reshape(len(held), len(asked))
-    idf = np.asarray([given.idf(term) for term in asked], dtype=np.float64)
+def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
+    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) the terms' shares of their idf's sum)."""
+    question = list(dict.fromkeys(index_terms(inputs.question)))
+    chunks = [set(index_terms(text)) for text in inputs.texts]
+    hits = np.asarray([[term in terms for term in question] for terms in chunks], dtype=bool)
+    hits = hits.reshape(len(chunks), len(question))
+    if inputs.idf is not None:
+        idf = np.asarray([inputs.idf(term) for term in question], dtype=np.float64)
+    else:
+        idf = np.asarray([math.log(1 + len(chunks) / (0.5 + n)) for n in hits.sum(0).tolist()])
     return hits, idf / (idf.sum() or 1.0)
-
-
-def overlap_scores(given: GateInput) -> np.ndarray:
-    """(L,) share of the question's idf mass that a chunk's terms cover, range [0, 1]."""
-    hits, shares = term_hits(given)
-    return hits @ shares
 
 
 def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -5399,47 +5183,40 @@ def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return before, after
 
 
-def best_neighbour(scores: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """(L,) the larger score of the chunks before and after in the same document, 0 where there is none.
-
-    Example: scores [3, 1, 2], docs [0, 0, 1] -> [1, 3, 0]
-    """
-    return np.maximum(*beside(scores, docs))
-
-
-def blend_scores(given: GateInput) -> np.ndarray:
-    """(L,) cosine plus idf overlap, each with half of its best neighbour's. Needs no training."""
-    parts = (cosine_scores(given), overlap_scores(given))
-    return sum(part + NEIGHBOUR_SHARE * best_neighbour(part, given.docs) for part in parts)
+def blend_scores(inputs: GateInput) -> np.ndarray:
+    """(L,) cosine plus idf overlap, each with half of its better neighbour's. Needs no training."""
+    hits, shares = term_hits(inputs)
+    parts = (cosine_scores(inputs), hits @ shares)
+    return sum(part + NEIGHBOUR_SHARE * np.maximum(*beside(part, inputs.docs)) for part in parts)
 
 
 @torch.inference_mode()
-def ppl_scores(given: GateInput) -> np.ndarray:
+def ppl_scores(inputs: GateInput) -> np.ndarray:
     """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
 
     It needs the decoder to read all of the context, so it can not make the first token faster; it is a baseline.
     """
-    scores = np.zeros(len(given.texts), dtype=np.float32)
-    device = next(given.decoder.parameters()).device
-    for doc in np.unique(given.docs):
-        numbers = np.flatnonzero(given.docs == doc)
-        first, last = given.prompt.chunks[numbers[0]].first, given.prompt.chunks[numbers[-1]].last
-        ids = torch.as_tensor(given.prompt.input_ids[first:last], device=device)[None]  # (1, T)
+    scores = np.zeros(len(inputs.texts), dtype=np.float32)
+    device = next(inputs.decoder.parameters()).device
+    for doc in np.unique(inputs.docs):
+        numbers = np.flatnonzero(inputs.docs == doc)
+        first, last = inputs.prompt.chunks[numbers[0]].first, inputs.prompt.chunks[numbers[-1]].last
+        ids = torch.as_tensor(inputs.prompt.input_ids[first:last], device=device)[None]  # (1, T)
         if ids.shape[1] < 2:
             continue
-        logits = given.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
+        logits = inputs.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
         nll = nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none").cpu().numpy()
         losses = np.concatenate([[nll.mean()], nll])  # nothing precedes the first token: it counts as average
         for number in numbers:
-            chunk = given.prompt.chunks[number]
+            chunk = inputs.prompt.chunks[number]
             scores[number] = losses[chunk.first - first : chunk.last - first].mean() if chunk.tokens else 0.0
     return scores
 
 
-def random_scores(given: GateInput) -> np.ndarray:
+def random_scores(inputs: GateInput) -> np.ndarray:
     """(L,) uniform, the same for the same question and seed."""
-    key = int.from_bytes(hashlib.sha256(f"{given.seed}:{given.question}".encode()).digest()[:8], "little")
-    return np.random.default_rng(key).random(len(given.texts))
+    key = int.from_bytes(hashlib.sha256(f"{inputs.seed}:{inputs.question}".encode()).digest()[:8], "little")
+    return np.random.default_rng(key).random(len(inputs.texts))
 
 
 # -- the learned gate -----------------------------------------------------------
@@ -5467,92 +5244,77 @@ def standard(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / (values.std() + 1e-6)
 
 
-def document_runs(docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first chunk, number of chunks) of each document that has any. docs: (L,), ascending."""
-    starts = np.flatnonzero(np.concatenate([[len(docs) > 0], docs[1:] != docs[:-1]]))
-    return starts, np.concatenate([starts[1:], [len(docs)]])[: len(starts)] - starts
-
-
-def per_document(values: np.ndarray, runs: tuple[np.ndarray, np.ndarray], reduce: np.ufunc) -> np.ndarray:
-    """(L, ..) a reduction of the values (L, ..) of each chunk's document. runs: of `document_runs`."""
-    starts, sizes = runs
-    return np.repeat(reduce.reduceat(values, starts, axis=0), sizes, axis=0)
-
-
-def meaning_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """The features of group "meaning"."""
-    cosine = cosine_scores(given)
-    order = np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(len(cosine) - 1, 1)
-    return [cosine, best_neighbour(cosine, given.docs), standard(cosine), order,
-            per_document(cosine, runs, np.maximum)]
-
-
-def word_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """The features of group "words"."""
-    hits, shares = term_hits(given)
-    before, after = beside(hits, given.docs)
-    overlap = hits @ shares
-    whole = per_document(hits, runs, np.logical_or)
-    phrase = (hits[:, 1:] & hits[:, :-1]).sum(1) if hits.shape[1] else np.zeros(len(hits))
-    return [overlap, best_neighbour(overlap, given.docs), (hits | before | after) @ shares, standard(overlap),
-            whole @ shares, phrase]
-
-
-def form_features(given: GateInput) -> list[Any]:
-    """The features of group "form": names and numbers, also those the question does not have, and what it asks.
-
-    Those of the question alone are one number for all chunks.
-    """
-    asked, lower = words(given.question), given.question.lower()
-    known = set(map(term_of, asked))
-    counts = [[0] * len(given.texts) for _ in range(4)]  # names, new names, numbers, new numbers
-    for row, text in enumerate(given.texts):
+def name_counts(inputs: GateInput) -> list[list[int]]:
+    """(4, L) names in each chunk, names that the question does not have, numbers, and numbers that it does not have."""
+    known = set(map(term_of, words(inputs.question)))
+    counts = [[0] * len(inputs.texts) for _ in range(4)]
+    for row, text in enumerate(inputs.texts):
         for found in NAME_OR_NUMBER.findall(text):
             first = 2 if found < ":" else 0  # what follows 9
             counts[first][row] += 1
             counts[first + 1][row] += term_of(found.casefold().replace(",", "")) not in known
-    kinds = [pattern.search(lower) is not None for pattern in KINDS.values()]
-    lengths = np.asarray([len(text) for text in given.texts]) / 64
-    return [*counts, lengths, *kinds, len(asked) / 10]
+    return counts
 
 
-def place_features(docs: np.ndarray,
-                   runs: tuple[np.ndarray, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The features of groups "passage" and "place"."""
-    starts, sizes = runs
-    at, count = np.arange(len(docs)) - np.repeat(starts, sizes), np.repeat(sizes, sizes)
-    passage = [docs / 8, 1 / (1 + docs), np.full(len(docs), (docs.max(initial=0) + 1) / 8)]
-    return passage, [at / np.maximum(count - 1, 1), at == 0, at == count - 1, np.log(count)]
+def chunk_features(inputs: GateInput) -> np.ndarray:
+    """(L, F) float32, the features of FEATURES in order. One number for all chunks: a fact of question or prompt."""
+    docs, L = inputs.docs, len(inputs.docs)
+    _, starts, sizes = np.unique(docs, return_index=True, return_counts=True)
+    place, count = np.arange(L) - np.repeat(starts, sizes), np.repeat(sizes, sizes)  # of each chunk in its document
+    cosine, (hits, shares) = cosine_scores(inputs), term_hits(inputs)
+    overlap, (before, after) = hits @ shares, beside(hits, docs)
+    names, new_names, numbers, new_numbers = name_counts(inputs)
+    columns = {
+        "cosine": cosine,
+        "cosine_neighbour": np.maximum(*beside(cosine, docs)),
+        "cosine_z": standard(cosine),
+        "cosine_rank": np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(L - 1, 1),
+        "cosine_doc": np.repeat(np.maximum.reduceat(cosine, starts), sizes),
+        "overlap": overlap,
+        "overlap_neighbour": np.maximum(*beside(overlap, docs)),
+        "overlap_window": (hits | before | after) @ shares,
+        "overlap_z": standard(overlap),
+        "overlap_doc": np.repeat(np.logical_or.reduceat(hits, starts), sizes, axis=0) @ shares,
+        "phrase": (hits[:, 1:] & hits[:, :-1]).sum(1),  # the question's neighbouring terms
+        "rank": docs / 8,
+        "first_rank": 1 / (1 + docs),
+        "passages": (docs.max(initial=0) + 1) / 8,
+        "names": names, "new_names": new_names, "numbers": numbers, "new_numbers": new_numbers,
+        "length": np.asarray([len(text) for text in inputs.texts]) / 64,
+        **{kind: pattern.search(inputs.question.lower()) is not None for kind, pattern in KINDS.items()},
+        "question_length": len(words(inputs.question)) / 10,
+        "place": place / np.maximum(count - 1, 1),
+        "first": place == 0,
+        "last": place == count - 1,
+        "chunks": np.log(count),
+    }
+    features = np.empty((len(FEATURE_NAMES), L), dtype=np.float32)
+    for row, name in zip(features, FEATURE_NAMES, strict=True):
+        row[:] = columns[name]
+    return features.T
 
 
-def chunk_features(given: GateInput) -> np.ndarray:
-    """(L, F) float32, the features of FEATURES in order."""
-    runs = document_runs(given.docs)
-    passage, place = place_features(given.docs, runs)
-    columns = [*meaning_features(given, runs), *word_features(given, runs), *passage, *form_features(given), *place]
-    made = np.empty((len(FEATURE_NAMES), len(given.docs)), dtype=np.float32)
-    for row, column in zip(made, columns, strict=True):
-        row[:] = column
-    return made.T
+def with_neighbours(hidden: Tensor, docs: Tensor) -> Tensor:
+    """(B, L, 3 W) each chunk between those before and after it, zeros where these are of another document.
 
-
-class GateBatch(NamedTuple):
-    """Questions as tensors, padded to the most chunks."""
-
-    features: Tensor  # (B, L, F)
-    queries: Tensor  # (B, dim)
-    vectors: Tensor  # (B, L, dim)
-    docs: Tensor  # (B, L), -1 where padded
-
-
-def with_neighbours(hidden: Tensor, same: Tensor) -> Tensor:
-    """(B, L, 3 width): of the chunk before, itself and the one after, zeros where that is of another document.
-
-    hidden: (B, L, width); same: (B, L - 1, 1), whether a chunk and the next are of one document.
+    hidden: (B, L, W); docs: (B, L).
     """
+    same = (docs[:, 1:] == docs[:, :-1]).unsqueeze(-1)
     before = nn.functional.pad(hidden[:, :-1] * same, (0, 0, 1, 0))
     after = nn.functional.pad(hidden[:, 1:] * same, (0, 0, 0, 1))
     return torch.cat([before, hidden, after], dim=-1)
+
+
+def padded_rows(rows: Sequence[np.ndarray], fill: float) -> Tensor:
+    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
+    return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def gate_batch(inputs: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """What `QueryGate` reads of several questions, padded to the most chunks. features: (L, F) of each."""
+    tensors = (padded_rows(features, 0), torch.from_numpy(np.stack([one.query for one in inputs])),
+               padded_rows([one.vectors for one in inputs], 0).float(), padded_rows([one.docs for one in inputs], -1))
+    return [tensor.to(device) for tensor in tensors]
 
 
 class QueryGate(nn.Module):
@@ -5576,23 +5338,24 @@ class QueryGate(nn.Module):
         self.own, self.all = nn.Linear(width, width), nn.Linear(2 * width, width)
         self.leave = nn.Linear(width, 1)
 
-    def forward(self, batch: GateBatch) -> Tensor:
-        """(B, L) logits, -inf where padded."""
-        real = (batch.docs >= 0).unsqueeze(-1)  # (B, L, 1)
-        shown = self.show(nn.functional.normalize(batch.vectors, dim=-1))  # (B, L, pairs)
+    def forward(self, features: Tensor, queries: Tensor, vectors: Tensor, docs: Tensor) -> Tensor:
+        """(B, L) logits, -inf where padded.
+
+        features: (B, L, F); queries: (B, dim); vectors: (B, L, dim); docs: (B, L), -1 where padded.
+        """
+        real = (docs >= 0).unsqueeze(-1)  # (B, L, 1)
+        shown = self.show(nn.functional.normalize(vectors, dim=-1))  # (B, L, pairs)
         parts = [shown]
         if not self.shape["blind"]:
-            asked = self.ask(nn.functional.normalize(batch.queries, dim=-1))
-            parts.append(shown * asked.unsqueeze(1))
+            parts.append(shown * self.ask(nn.functional.normalize(queries, dim=-1)).unsqueeze(1))
         if self.shape["features"]:
-            parts.append(((batch.features - self.mean) / self.deviation).clamp(-6, 6))
-        same = (batch.docs[:, 1:] == batch.docs[:, :-1]).unsqueeze(-1) & real[:, 1:]
-        hidden = nn.functional.gelu(self.enter(torch.cat(parts, dim=-1)))  # (B, L, width)
-        hidden = hidden + nn.functional.gelu(self.beside(with_neighbours(hidden, same)))
+            parts.append(((features - self.mean) / self.deviation).clamp(-6, 6))
+        hidden = nn.functional.gelu(self.enter(torch.cat(parts, dim=-1)))  # (B, L, W)
+        hidden = hidden + nn.functional.gelu(self.beside(with_neighbours(hidden, docs)))
         largest = hidden.masked_fill(~real, -math.inf).amax(1, keepdim=True)
         mean = (hidden * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
         hidden = hidden + nn.functional.gelu(self.own(hidden) + self.all(torch.cat([largest, mean], dim=-1)))
-        hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, same)))
+        hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, docs)))
         return self.leave(hidden).masked_fill(~real, -math.inf).squeeze(-1)
 
     @property
@@ -5601,98 +5364,67 @@ class QueryGate(nn.Module):
         return self.leave.weight.device
 
     @torch.inference_mode()
-    def scores(self, given: GateInput) -> np.ndarray:
-        """(L,) logits of one question's chunks. given: with vectors."""
-        features = chunk_features(given) if self.shape["features"] else np.zeros((len(given.docs), 0), dtype=np.float32)
-        return self(gate_batch([given], [features], self.device))[0].float().cpu().numpy()
+    def logits(self, inputs: GateInput, features: np.ndarray) -> np.ndarray:
+        """(L,) of one question. features: (L, F)."""
+        return self(*gate_batch([inputs], [features], self.device))[0].float().cpu().numpy()
 
-    @torch.inference_mode()
-    def shares(self, given: GateInput) -> dict[str, np.ndarray]:
+    def scores(self, inputs: GateInput) -> np.ndarray:
+        """(L,) logits of one question's chunks, which have vectors."""
+        features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
+        return self.logits(inputs, features)
+
+    def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
-        features, shares, at = chunk_features(given), {}, 0
-        whole = self(gate_batch([given], [features], self.device))[0]
+        features, shares, at = chunk_features(inputs), {}, 0
+        logits = self.logits(inputs, features)
         for group, names in FEATURES.items():
             without = features.copy()
             without[:, at : at + len(names)] = self.mean[at : at + len(names)].cpu().numpy()
             at += len(names)
-            shares[group] = (whole - self(gate_batch([given], [without], self.device))[0]).float().cpu().numpy()
+            shares[group] = logits - self.logits(inputs, without)
         return shares
 
 
-def padded_rows(rows: Sequence[np.ndarray], fill: Any) -> Tensor:
-    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
-    out = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
-    for place, row in zip(out, rows, strict=True):
-        place[: len(row)] = row
-    return torch.from_numpy(out)
+SHIPPED_GATE = SHIPPED / "gate"
 
 
-def gate_batch(given: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> GateBatch:
-    """Questions as a batch. features: (L, F) of each."""
-    return GateBatch(*(part.to(device) for part in (
-        padded_rows(features, 0), torch.from_numpy(np.stack([g.query for g in given])),
-        padded_rows([g.vectors for g in given], 0).float(), padded_rows([g.docs for g in given], -1))))
-
-
-SHIPPED_GATE = Path(__file__).resolve().parent / "data" / "gate"
-
-
-def gate_facts(gate: QueryGate, embedder: Embedder) -> dict[str, Any]:
-    """What a checkpoint keeps of a gate beside its tensors."""
-    return {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [], "embedder": embedder.name,
-            "embedder_fingerprint": embedder.fingerprint}
-
-
-def build_gate(facts: dict[str, Any], tensors: dict[str, Tensor], kind: str) -> QueryGate:
-    """A gate from a checkpoint. Raises MismatchError if its features or tensors are not those of this program."""
-    try:
-        shape = {key: facts[key] for key in ("dim", "pairs", "width", "features", "blind")}
-        gate = QueryGate(**shape)
-        same = not shape["features"] or facts["feature_names"] == FEATURE_NAMES
-        gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
-    if not same:
-        raise MismatchError(f"{kind}: it was trained on other features than this program's: train it again")
-    return gate.eval()
-
-
-def gate_knows(config: RefragConfig, kind: str, fingerprint: str | None) -> bool:
-    """Whether a gate of this kind reads the vectors of an embedder: the checkpoint's, or the one that is shipped.
-
-    kind: "gate" or "policy"; fingerprint: the embedder's, None without one.
-    """
+def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
+    """What a checkpoint says of its gate or policy, or else of the shipped gate; None unless it reads the vectors of
+    this embedder. kind: "gate" or "policy"; fingerprint: the embedder's, None without one."""
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
         facts = read_model_config(SHIPPED_GATE).gate
-    return facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
+    known = facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
+    return facts if known else None
 
 
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
     """The checkpoint's gate or policy, or the shipped gate; None where there is none for this embedder.
 
-    kind: "gate" or "policy". Raises MismatchError if the checkpoint's was trained on another embedder's vectors.
+    kind: "gate" or "policy". Raises MismatchError if the checkpoint's reads other vectors or features.
     """
-    facts, known = getattr(model.config, kind), gate_knows(model.config, kind, embedder and embedder.fingerprint)
-    if facts is not None and embedder is not None and not known:
-        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {facts.get('embedder')}, the index has "
+    facts, own = known_gate(model.config, kind, embedder and embedder.fingerprint), getattr(model.config, kind)
+    if facts is None and own is not None and embedder is not None:
+        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index has "
                             f"those of {embedder.name}: use --gate blend, or train it on this index")
-    if not known:
+    if facts is None:
         return None
-    if facts is not None:
-        return build_gate(facts, model.carried[kind], kind)
-    verify_checkpoint(SHIPPED_GATE)
-    return build_gate(read_model_config(SHIPPED_GATE).gate, read_tensors(SHIPPED_GATE / "gate.safetensors"), kind)
+    if own is None:
+        verify_checkpoint(SHIPPED_GATE)
+    tensors = read_tensors(SHIPPED_GATE / "gate.safetensors") if own is None else model.carried[kind]
+    try:
+        gate = QueryGate(**{name: facts[name] for name in ("dim", "pairs", "width", "features", "blind")})
+        if facts["features"] and facts["feature_names"] != FEATURE_NAMES:
+            raise ValueError("it was trained on other features than this program's")
+        gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
+    return gate.eval()
 
 
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
 TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # by the name of their part in a checkpoint
-GATES: dict[str, Callable[[GateInput], np.ndarray]] = {
-    "blend": blend_scores,
-    "cosine": cosine_scores,
-    "ppl": ppl_scores,
-    "random": random_scores,
-}
+GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
 
 
 def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
@@ -5879,8 +5611,8 @@ def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.nd
         require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
                 f"the decoder's {len(tokenizer.decoder)}")
         return ids, np.ones(len(ids), dtype=bool)
-    encoded = tokenizer.decoder(tokenizer.neutralize(text.text), add_special_tokens=False, return_offsets_mapping=True)
-    return np.asarray(encoded["input_ids"], dtype=np.int64), whole_tokens(encoded["offset_mapping"])[:-1]
+    [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
+    return tokens.ids, whole_tokens(tokens)[:-1]
 
 
 class Item(NamedTuple):
@@ -6026,16 +5758,16 @@ class AlignLessons(TextLessons):
 
     shortest = 2
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, align: AlignConfig):
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
         super().__init__(encoder, texts, train)
-        self.align, self.anchors = align, {}
+        self.anchors: dict[tuple[str, int], list[int]] = {}
 
     def anchor_ends(self, key: tuple[str, int], text: str) -> list[int]:
         """Characters of a text at which both tokenizers cut and agree well enough; found once per text."""
         if key not in self.anchors:
             sides = (tokenize_pieces(text, side) for side in (self.tokenizer.encoder, self.tokenizer.decoder))
             encoder, decoder = sides
-            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= self.align.max_cost]
+            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= MAX_COST]
             self.anchors[key] = [encoder.ends[a.i] for a in good]
         return self.anchors[key]
 
@@ -6044,14 +5776,10 @@ class AlignLessons(TextLessons):
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
             return self.encoder.content_of_tokens(ids, whole, k)
         text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        ends, _ = self.tokenizer.runs([text], k)[0]
+        [cut] = self.tokenizer.cut([text], k)
         anchors = np.asarray([0, *self.anchor_ends((where, hash(text)), text)])
-        snapped = np.unique(anchors[np.searchsorted(anchors, ends[:-1], side="right") - 1])
-        ends = np.asarray([*snapped[snapped > 0].tolist(), len(text)])
-        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = np.maximum.accumulate([start for start, _ in encoded["offset_mapping"]])
-        chunks = np.split(np.asarray(encoded["input_ids"]), np.searchsorted(starts, ends[:-1]))
-        return Content(chunks, self.encoder.text_rows(text, ends, np.zeros(0)))
+        snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
+        return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
     def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
         ids, whole, where = self.pick(cache, window, None, rng)
@@ -6118,8 +5846,8 @@ class NextLessons(TextLessons):
         self.following = following
 
     def split(self, length: int, declared: int) -> int:
-        """Tokens to compress: what the file says, else a share of the text; one is always left to predict."""
-        wanted = declared if 0 < declared < length else round(length * (1 - self.following.next_frac))
+        """Tokens to compress: what the file says, else half of the text; one is always left to predict."""
+        wanted = declared if 0 < declared < length else round(length / 2)
         return min(max(wanted, 1), length - 1)
 
     def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
@@ -6144,20 +5872,8 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a file that have an answer, each with a list of positive_ids, which may be empty.
-
-    limit: this many, spread over them. Raises UserError.
-    """
-    questions = read_question_file(name, flag)
-    for number, item in enumerate(questions, start=1):
-        where = f"{flag} {name}: question {number}"
-        check_answers(item, where)
-        item["positive_ids"] = check_positive_ids(item, where)
-    answered = [item for item in questions if item["answers"]]
-    if len(answered) < len(questions):
-        notice(f"{flag} {name}: left out {len(questions) - len(answered)}, which have no answer")
-    require(bool(answered), f"{flag} {name}: no question has an answer")
-    return list(spread(answered, limit))
+    """The questions of a file that have an answer, at most `limit`, evenly spread. Raises UserError."""
+    return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
 
 
 def sentence_with(answer: str, text: str, question: str) -> str | None:
@@ -6189,42 +5905,32 @@ class AnswerPrompts:
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
         """A question over the passages of some rows; the answer names the row `gold`."""
-        prompt, docs, sizes, kept = self.pack(question, shown, gold, k)
+        prompt, docs, cuts, kept = self.pack(question, shown, gold, k)
         label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
-        return Asked(prompt, docs, Content(chunks, self.rows(docs, sizes)), np.concatenate([ids, self.end]), kept)
+        return Asked(prompt, docs, Content(chunks, self.encoder.inputs([doc.content for doc in docs], cuts)),
+                     np.concatenate([ids, self.end]), kept)
 
     def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
         """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
-        plan = mixed_plan(asked.prompt, expanded, feed)
-        plan = np.where(plan >= 0, asked.prompt.input_ids[plan], plan)
-        return continue_plan(plan, asked.target, asked.content)
+        return continue_plan(mixed_plan(asked.prompt, expanded, feed), asked.target, asked.content)
 
     def pack(self, question: str, shown: list[int], gold: int | None,
-             k: int) -> tuple[Prompt, list[Doc], list[np.ndarray], list[int]]:
-        """The prompt, its documents, the sizes of their chunks in encoder tokens, and their rows in the index.
+             k: int) -> tuple[Prompt, list[Doc], list[Cut], list[int]]:
+        """The prompt, its documents, their chunks in encoder tokens, and their rows in the index.
 
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        runs = self.tokenizer.runs(contents, k) if contents else []
-        lengths = [int(size.sum()) for _, size in runs]
+        cuts = self.tokenizer.cut(contents, k)
+        lengths = [int(cut.sizes.sum()) for cut in cuts]
         keep = list(range(len(contents)))
         while len(keep) > 1 and sum(lengths[i] for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], runs[i][0]) for rank, i in enumerate(keep, start=1)]
+        docs = [Doc(str(rank), contents[i], cuts[i].ends) for rank, i in enumerate(keep, start=1)]
         prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
-        return prompt, docs, [runs[i][1] for i in keep], [shown[i] for i in keep]
-
-    def rows(self, docs: list[Doc], sizes: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for several passages, their chunks numbered through."""
-        rows, base = [], 0
-        for doc, size in zip(docs, sizes, strict=True):
-            rows += [(ids, np.where(owner < 0, -1, owner + base))
-                     for ids, owner in self.encoder.text_rows(doc.content, doc.ends, size)]
-            base += len(size)
-        return rows
+        return prompt, docs, [cuts[i] for i in keep], [shown[i] for i in keep]
 
 
 class AnswerLessons(Lessons):
@@ -6797,7 +6503,7 @@ def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
     """(N, V) logits at the asked positions of a batch that feeds tokens alone."""
     known = {"position_ids": batch.position_ids} if accepts(decoder, "position_ids") else {}
     with head_reads(decoder, batch.asked):
-        return decoder(input_ids=batch.input_ids, use_cache=False, **known).logits
+        return decoder(input_ids=batch.plan, use_cache=False, **known).logits
 
 
 def controls(sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> dict[str, list[TrainingSequence]]:
@@ -7014,7 +6720,8 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         checkpoint, data = open_run(folder, settings, accelerator.num_processes, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, max(train.k), runtime, settled.train, train.lora_r).to(accelerator.device)
+        model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
+        model.config.compression = max(train.k)
         lessons = make_lessons(model, settled)
         check_same_data(lessons.facts(), data)
         teacher = load_teacher(phase, settled, models, runtime)
@@ -7044,10 +6751,15 @@ def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime:
     """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
     if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
         return None
-    return load_model(models, max(train.k), runtime).decoder.requires_grad_(False)
+    return load_model(models, runtime).decoder.requires_grad_(False)
 
 
 # -- the gate and the policy ------------------------------------------------------
+
+GATE_LR = 1e-3  # at its peak
+CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
+CLIP = 0.2  # how far the policy's ratio of new to old probability counts
+REUSE = 2  # optimizer steps of the policy on what was drawn
 
 
 class GateExample(NamedTuple):
@@ -7058,7 +6770,6 @@ class GateExample(NamedTuple):
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
     gold: list[list[int]]  # chunks of each place where an answer stands in a right passage
-    utility: np.ndarray | None = None  # (L,), what each chunk adds to the answer's log-probability; NaN: unknown
 
     @property
     def positive(self) -> np.ndarray:
@@ -7075,7 +6786,7 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     pairs = enumerate(zip(questions, ranked, strict=True))
     for number, (question, rows) in progress(pairs, "features", total=len(questions), unit="question"):
         rows = rows[:topk]
-        contents = [chunking.prepare(index.content(row)) for row in rows]
+        contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         tables = [index.chunk_table(row, chunking.k) for row in rows]
         right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
         gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
@@ -7088,29 +6799,20 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     return examples
 
 
-def collate_gate(examples: Sequence[GateExample], device: torch.device) -> GateBatch:
+def collate_gate(examples: Sequence[GateExample], device: torch.device) -> list[Tensor]:
     """Examples as a batch."""
     return gate_batch([e.given for e in examples], [e.features for e in examples], device)
 
 
-def gate_loss(logits: Tensor, positive: Tensor, utility: Tensor | None, settings: GateConfig) -> Tensor:
+def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
     """Listwise and chunkwise cross entropy against the chunks that hold the answer, mean over questions.
 
-    logits: (B, L), -inf where padded; positive: (B, L) bool; utility: (B, L), NaN where unknown, or None: then a
-    divergence from softmax(utility / tau) over the known chunks is added.
+    logits: (B, L), -inf where padded; positive: (B, L) bool.
     """
     real = logits > -math.inf
     chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
     each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
-    loss = (logits.logsumexp(-1) - chosen).mean() + settings.bce * each / len(logits)
-    if utility is None:
-        return loss
-    known = ~utility.isnan() & real
-    rows = known.sum(-1) > 1
-    target = (utility / settings.tau).masked_fill(~known, -math.inf)[rows].softmax(-1)
-    student = logits.masked_fill(~known, -math.inf)[rows].log_softmax(-1)
-    terms = torch.where(known[rows], target * (target.clamp_min(1e-9).log() - student), 0.0)
-    return loss + settings.utility_weight * terms.sum() / len(logits)
+    return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
 
 
 @torch.inference_mode()
@@ -7118,7 +6820,7 @@ def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.nda
     """(L,) logits of each example."""
     out = []
     for part in batched(examples, 64):
-        rows = gate.eval()(collate_gate(part, gate.device)).float().cpu().numpy()
+        rows = gate.eval()(*collate_gate(part, gate.device)).float().cpu().numpy()
         out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
     return out
 
@@ -7143,7 +6845,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     stacked = np.concatenate([example.features for example in examples])
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
     gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=settings.gate_lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
     parts, records = math.ceil(len(examples) / settings.batch_size), []
     bar = progress_bar("train_gate", settings.epochs * parts, "step")
     with contextlib.closing(bar):
@@ -7151,7 +6853,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
             losses = []
             for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
                 factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
-                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, settings, factor))
+                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, factor))
                 bar.update(1)
             records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
                             "recall": held_out_recall(gate, held_out, p)})
@@ -7159,17 +6861,12 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     return records
 
 
-def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, settings: GateConfig,
-              factor: float) -> float:
+def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, factor: float) -> float:
     """One optimizer step. Returns the loss."""
-    batch, utility = collate_gate(examples, gate.device), None
     positive = padded_rows([e.positive for e in examples], False).to(gate.device)
-    if any(e.utility is not None for e in examples):
-        rows = [np.full(len(e.tokens), np.nan) if e.utility is None else e.utility for e in examples]
-        utility = padded_rows(rows, np.nan).float().to(gate.device)
     for group in optimizer.param_groups:
-        group["lr"] = settings.gate_lr * factor
-    loss = gate_loss(gate.train()(batch), positive, utility, settings)
+        group["lr"] = GATE_LR * factor
+    loss = gate_loss(gate.train()(*collate_gate(examples, gate.device)), positive)
     loss.backward()
     nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
     optimizer.step()
@@ -7188,7 +6885,7 @@ class GateData(NamedTuple):
 
 
 class AnswerReader:
-    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy, and utility."""
+    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy."""
 
     def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
@@ -7220,20 +6917,6 @@ class AnswerReader:
         return logs.reshape(len(masks), -1).mean(1)
 
 
-def utility_labels(reader: AnswerReader, example: GateExample, candidates: int = 8) -> np.ndarray:
-    """(L,) what each chunk as text, alone, adds to the answer's log-probability; NaN where it was not tried.
-
-    Tried are the chunks with the answer and those that the untrained blend likes best.
-    """
-    blend = example.features[:, [FEATURE_NAMES.index(name) for name in ("cosine", "overlap_window")]].sum(1)
-    ranked = np.argsort(-(blend + 10 * example.positive), kind="stable")[:candidates]
-    masks = [np.isin(np.arange(len(blend)), [number]) for number in (-1, *ranked)]
-    logs = reader.log_probabilities(reader.ask(example), masks)
-    utility = np.full(len(blend), np.nan)
-    utility[ranked] = logs[1:] - logs[0]
-    return utility
-
-
 def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
     """(n, picks) chunks drawn one after another without replacement, by their logits (L,): the Gumbel top-k draw."""
     uniform = torch.rand(n, len(logits), generator=generator).clamp(1e-9, 1 - 1e-9)
@@ -7253,14 +6936,14 @@ def order_log_probability(logits: Tensor, orders: Tensor) -> Tensor:
     return total
 
 
-def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor, clip: float) -> Tensor:
+def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor) -> Tensor:
     """The clipped ratio of proximal policy optimisation with the advantage over the group (Shao et al. 2024).
 
     logits: (L,), now; before: (n,) log-probability of each order when it was drawn; rewards: (n,).
     """
     advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
     ratio = (order_log_probability(logits, orders) - before).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
 class PolicyTrainer:
@@ -7274,7 +6957,7 @@ class PolicyTrainer:
 
     def logits(self, example: GateExample) -> Tensor:
         """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
-        return self.policy.eval()(collate_gate([example], self.policy.device))[0]
+        return self.policy.eval()(*collate_gate([example], self.policy.device))[0]
 
     def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
@@ -7292,8 +6975,8 @@ class PolicyTrainer:
     def step(self) -> float:
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
         drawn = [self.draw(int(number)) for number in self.rng.choice(len(self.examples), self.settings.batch_size)]
-        for _ in range(self.settings.reuse):
-            losses = [policy_loss(self.logits(example), before, orders, rewards, self.settings.clip)
+        for _ in range(REUSE):
+            losses = [policy_loss(self.logits(example), before, orders, rewards)
                       for example, orders, before, rewards in drawn]
             torch.stack(losses).mean().backward()
             nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -7324,8 +7007,8 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
             f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
             "hybrid")
-    chunking = make_chunking(build_tokenizer(model_config(models, data.k)), None)
-    if opened.manifest["chunking"]["tokenizer"] != chunking.stored["tokenizer"]:
+    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
+    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
         raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
     stored = opened.manifest["chunking"]["k"]
     require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
@@ -7346,11 +7029,14 @@ def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConf
 
     kind: "gate" or "policy".
     """
-    config, parts, folder = model_config(models, settings.k), {}, chosen_checkpoint(models)
+    config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
+    config.compression = settings.k
     if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
-    setattr(config, kind, gate_facts(gate, data.searcher.embedder))
+    embedder = data.searcher.embedder
+    setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
+                           "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
     files = file_facts([*settings.rag_json, *settings.eval_json])
     config.history = [*config.history, entry | {"data": without_folders(files)}]
@@ -7362,10 +7048,6 @@ def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, s
     """Train a gate on retrieved questions and write it. Returns a summary."""
     start = time.perf_counter()
     loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
-    if settings.utility:
-        reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
-        first = progress(loaded.examples[: settings.utility], "utility", total=settings.utility, unit="question")
-        loaded.examples[: settings.utility] = [e._replace(utility=utility_labels(reader, e)) for e in first]
     torch.manual_seed(runtime.seed)
     gate = QueryGate(loaded.searcher.embedder.dim).to(pick_device(runtime.device))
     records = fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
@@ -7377,7 +7059,7 @@ def train_policy(data: GateDataConfig, settings: PolicyConfig, index: IndexConfi
     """Train the paper's policy by the decoder's rewards and write it. Returns a summary."""
     start = time.perf_counter()
     loaded = load_gate_data(data, index, search, models, runtime)
-    reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
+    reader = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
     prepared = time.perf_counter()
     torch.manual_seed(runtime.seed)
     policy = QueryGate(loaded.searcher.embedder.dim, features=False, blind=settings.blind)
@@ -7492,227 +7174,6 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
 CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 
 
-class Int8Matrix:
-    """A matrix in 8 bits with a scale per row, for vectors few at a time: what a step costs is reading the weights."""
-
-    kind = "int8"
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
-        """weight: (out, in); bias: (out,); columns: (in,), what the input is multiplied with first."""
-        values, scales = [], []
-        for part in weight.split(4096):  # by parts, so that no large memory is asked for and touched at first
-            part = part.float() if columns is None else part.float() * columns
-            scales.append(part.abs().amax(1).clamp_min(1e-12) / 127)
-            values.append((part / scales[-1][:, None]).round().to(torch.int8))
-        self.values, self.scale, self.bias = torch.cat(values), torch.cat(scales).bfloat16(), bias
-
-    @staticmethod
-    def takes(rows: int, columns: int) -> bool:
-        """Whether torch's kernel can read such a matrix; with columns left over it reads beyond the end, silently."""
-        return columns % 16 == 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(n, in) -> (n, out), in bfloat16, for which the kernel is made."""
-        made = torch._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
-        return made if self.bias is None else made + self.bias
-
-
-class Int4Matrix:
-    """A matrix in 4 bits with a scale and a middle for every 32 columns of a row, as in a GGUF file of type Q4_1."""
-
-    kind = "int4"
-    group = 32
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
-        """As `Int8Matrix`."""
-        levels, scale, least = self.levels(weight)
-        self.error = float((levels - levels.round()).abs().max())  # of a level, at most 1/2
-        self.values = torch._convert_weight_to_int4pack_for_cpu(levels.round().int(), 1)
-        self.scale = torch.stack([scale, least + 8 * scale], -1).transpose(0, 1).contiguous().bfloat16()
-        self.bias, self.columns = bias, columns
-
-    @classmethod
-    def levels(cls, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(levels from 0 to 15, not rounded (out, in), scale, least) with weight = levels * scale + least by group."""
-        groups = weight.float().unflatten(1, (-1, cls.group))
-        least = groups.amin(2)
-        scale = (groups.amax(2) - least).clamp_min(1e-12) / 15
-        return ((groups - least[..., None]) / scale[..., None]).flatten(1), scale, least
-
-    @classmethod
-    def takes(cls, rows: int, columns: int) -> bool:
-        """Whether torch's kernel takes such a matrix."""
-        return rows % 16 == 0 and columns % cls.group == 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(n, in) -> (n, out), in bfloat16."""
-        x = x if self.columns is None else x * self.columns
-        made = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), self.values, self.group, self.scale)
-        return made if self.bias is None else made + self.bias
-
-
-HELD = 1 / 16  # of a level; what weights in 16 levels are off at most when they were rounded to bfloat16 meanwhile
-
-
-def smallest_matrix(weight: Tensor, bias: Tensor | None = None,
-                    columns: Tensor | None = None) -> Int4Matrix | Int8Matrix:
-    """A matrix in 4 bits where these hold it as it is and the kernel is a fast one, else in 8."""
-    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if fast and Int4Matrix.takes(*weight.shape) and Int4Matrix(weight[:16]).error < HELD:  # most are told by few rows
-        small = Int4Matrix(weight, bias, columns)
-        if small.error < HELD:
-            return small
-    return Int8Matrix(weight, bias, columns)
-
-
-STEP_ENGINES = {"auto": smallest_matrix, "int8": Int8Matrix, "int4": Int4Matrix}
-
-
-class LayerMatrices(NamedTuple):
-    """One layer's matrices. The weights of the norms and the scale of the scores are in them."""
-
-    attend: Int4Matrix | Int8Matrix  # queries, keys and values, one below the other
-    leave: Int4Matrix | Int8Matrix
-    widen: Int4Matrix | Int8Matrix  # the feed-forward's gate and its input, one below the other
-    narrow: Int4Matrix | Int8Matrix
-
-
-class LayerCache(NamedTuple):
-    """One layer's keys and values, and views of them made once: a view for each step costs as much as a product."""
-
-    both: Tensor  # (2, B, key heads, room, width of a head)
-    keys: Tensor  # (B * key heads, width of a head, room)
-    values: Tensor  # (B * key heads, room, width of a head)
-
-    @classmethod
-    def over(cls, both: Tensor) -> LayerCache:
-        """The views of `both`."""
-        keys, values = both.flatten(1, 2)
-        return cls(both, keys.transpose(1, 2), values)
-
-
-class FixedCache(NamedTuple):
-    """Keys and values with room for the tokens to come: growing them by copies costs more than the step itself."""
-
-    stepper: Stepper
-    layers: list[LayerCache]
-    length: int  # positions that are filled
-
-
-class Stepper:
-    """Steps of one token a sequence for a Llama-like decoder on a CPU, without the detours of the library's modules.
-
-    The prompt is read by the decoder itself; from its cache on, all matrices are in 8 or 4 bits and what lies between
-    them in float32.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, decoder: nn.Module, engine: str = "auto"):
-        """decoder: one that it `fits`; engine: a key of STEP_ENGINES."""
-        config, body = decoder.config, decoder.model
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.embed, self.rotary = decoder.get_input_embeddings(), body.rotary_emb
-        self.head_width, width = body.layers[0].self_attn.head_dim, self.embed.embedding_dim
-        self.root, self.least = width**0.5, torch.tensor((width * config.rms_norm_eps) ** 0.5)
-        self.layers = [self.layer(block, STEP_ENGINES[engine]) for block in body.layers]
-        self.head = Int8Matrix(decoder.get_output_embeddings().weight, columns=body.norm.weight * self.root)
-        self.engine = "+".join(sorted({matrix.kind for layer in self.layers for matrix in layer}))
-
-    @staticmethod
-    def fits(decoder: nn.Module, engine: str = "auto") -> bool:
-        """Whether it computes what the decoder does: layers like Llama's, none of them changed, on a CPU."""
-        if type(decoder).__name__ not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"):
-            return False
-        config, biased = decoder.config, ("q_proj", "k_proj", "v_proj")
-        takes = (Int4Matrix if engine == "int4" else Int8Matrix).takes
-        plain = all(type(module) is nn.Linear and (module.bias is None or name.endswith(biased))
-                    and (takes if name.endswith("_proj") else Int8Matrix.takes)(*module.weight.shape)
-                    for name, module in decoder.named_modules() if name.endswith(("_proj", "lm_head")))
-        return (plain and decoder.device.type == "cpu" and config.hidden_act == "silu"
-                and getattr(config, "sliding_window", None) is None)
-
-    def layer(self, block: nn.Module, matrix: Callable[..., Int4Matrix | Int8Matrix]) -> LayerMatrices:
-        """The matrices of one layer."""
-        attention, mlp = block.self_attn, block.mlp
-        before, between = (norm.weight * self.root for norm in (block.input_layernorm, block.post_attention_layernorm))
-        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
-
-        def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            """(.., heads D) each, for all queries, keys and values."""
-            turned = torch.cat([query * self.head_width**-0.5, key], dim=-1)
-            return torch.cat([paired(turned.unflatten(-1, (-1, self.head_width))).flatten(-2), value], dim=-1)
-
-        biases = None if query.bias is None else joined(query.bias, key.bias, value.bias).float()
-        return LayerMatrices(
-            matrix(joined(query.weight.T, key.weight.T, value.weight.T).T, biases, before),
-            matrix(attention.o_proj.weight),
-            matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), None, between),
-            matrix(mlp.down_proj.weight),
-        )
-
-    def adopt(self, state: State, room: int) -> State:
-        """The state of a prompt that the decoder has read, with room for so many tokens more."""
-        layers = state.cache.layers
-        B, G, T, D = layers[0].keys.shape
-
-        def roomy(layer: Any) -> LayerCache:
-            both = torch.empty(2, B, G, T + room, D)
-            both[0, :, :, :T], both[1, :, :, :T] = paired(layer.keys), layer.values
-            return LayerCache.over(both)
-
-        return state._replace(cache=FixedCache(self, [roomy(layer) for layer in layers], T))
-
-    def step(self, token: Tensor, cache: FixedCache, mask: Tensor | None,
-             position: Tensor) -> tuple[Tensor, FixedCache]:
-        """(logits (B, V), cache). token, position: (B,); mask: (B, T + 1) or None. The cache given is used up."""
-        if cache.length == cache.layers[0].values.shape[1]:
-            more = (0, 0, 0, max(32, cache.length // 4))
-            cache = cache._replace(layers=[LayerCache.over(nn.functional.pad(one.both, more)) for one in cache.layers])
-        T = cache.length + 1
-        x = self.embed.weight[token].float()  # (B, W)
-        cos, sin = (part[..., : self.head_width // 2].float() for part in self.rotary(x, position[:, None]))
-        turn = torch.complex(cos, sin)  # (B, 1, D / 2)
-        hidden = None if mask is None else (mask == 0).repeat_interleave(self.kv_heads, 0)[:, None]  # (B * G, 1, T)
-        for layer, held in zip(self.layers, cache.layers, strict=True):
-            x = x + self.attend(layer, x, held, T, turn, hidden)
-            gate, up = layer.widen(self.norm(x)).chunk(2, dim=-1)
-            x = x + layer.narrow(nn.functional.silu(gate) * up)
-        return self.head(self.norm(x)).float(), cache._replace(length=T)
-
-    def norm(self, x: Tensor) -> Tensor:
-        """(B, W) over its length, eps as in the norm; the root of W that is lacking is in the matrices' columns."""
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.least)
-
-    def attend(self, layer: LayerMatrices, x: Tensor, held: LayerCache, T: int, turn: Tensor,
-               hidden: Tensor | None) -> Tensor:
-        """(B, W), what attention adds. The token's own key and value are filled in at T - 1."""
-        B, H, G, D = len(x), self.heads, self.kv_heads, self.head_width
-        made = layer.attend(self.norm(x)).float().view(B, H + 2 * G, D // 2, 2)
-        torch.view_as_complex(made.narrow(1, 0, H + G)).mul_(turn)
-        held.both.select(3, T - 1).copy_(made.narrow(1, H, 2 * G).view(B, 2, G, D).transpose(0, 1))
-        query = made.narrow(1, 0, H).reshape(B * G, H // G, D)
-        scores = torch.bmm(query, held.keys.narrow(2, 0, T))  # (B * G, heads of a key, T)
-        if hidden is not None:
-            scores.masked_fill_(hidden, -math.inf)
-        return layer.leave(torch.bmm(scores.softmax(-1), held.values.narrow(1, 0, T)).view(B, H * D))
-
-
-def make_stepper(decoder: nn.Module, engine: str) -> Stepper | None:
-    """What takes the steps by --engine, None for the decoder itself. Raises UserError if it is not for this one."""
-    if engine == "model" or (engine == "auto" and not Stepper.fits(decoder)):
-        return None
-    require(Stepper.fits(decoder, engine), f"--engine {engine} is for Llama and its like on a CPU: leave it out")
-    return Stepper(decoder, engine)
-
-
-def paired(x: Tensor) -> Tensor:
-    """A head's width (.., D) with its halves interleaved, so that rotary position embedding is one complex product.
-
-    With queries and keys alike, their products stay what they are. Example: [1, 2, 3, 4] -> [1, 3, 2, 4]
-    """
-    return torch.stack(x.chunk(2, -1), -1).flatten(-2)
-
-
 @torch.inference_mode()
 def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
                      alive: Tensor | None = None) -> tuple[Tensor, State]:
@@ -7722,8 +7183,8 @@ def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
     if mask is not None:
         column = torch.ones_like(mask[:, :1]) if alive is None else alive.long()[:, None]
         mask, step = torch.cat([mask, column], dim=1), column[:, 0]
-    if isinstance(state.cache, FixedCache):
-        logits, cache = state.cache.stepper.step(token, state.cache, mask, state.position)
+    if (engine := getattr(state.cache, "stepper", None)) is not None:  # see refrag_extras/cpu_engine.py
+        logits, cache = engine.step(token, state.cache, mask, state.position)
     else:
         logits, cache = forward_step(decoder, state, mask, state.position[:, None], input_ids=token[:, None])
     return logits, State(cache, mask, state.position + step)
@@ -7738,6 +7199,13 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0  # keeps the first token that passes top_p
     picked = torch.multinomial(ordered, 1, generator=generator)  # renormalises
     return index.gather(-1, picked).squeeze(-1).to(logits.device)
+
+
+def make_stepper(decoder: nn.Module, engine: str) -> Any:
+    """What takes the steps of decoding by --engine, None for the decoder itself. Raises UserError."""
+    from refrag_extras import cpu_engine
+
+    return cpu_engine.make_stepper(decoder, engine)
 
 
 def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
@@ -7756,7 +7224,7 @@ def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
 def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, stops: frozenset[int],
            pick: Callable[[Tensor], Tensor], watch: Stopwatch,
            on_token: Callable[[int, list[int]], bool | None] | None = None,
-           stepper: Stepper | None = None) -> tuple[list[Decoded], State]:
+           stepper: Any = None) -> tuple[list[Decoded], State]:
     """Decode until every sequence has ended or has max_new tokens. Returns the tokens and the final state.
 
     pick: logits (B, V) -> tokens (B,). on_token(b, tokens of b so far) is called for each new token; True
@@ -7951,7 +7419,8 @@ class Context:
     packed: Packed
     scores: np.ndarray  # (L,)
     expanded: np.ndarray  # (L,) bool
-    plan: np.ndarray  # (T,)
+    plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
+    kept: np.ndarray  # (T,) bool, the prompt's tokens among them
     seconds: dict[str, float]
     kv_bytes: int = 0  # its share of the decoder's cache after the prefill
 
@@ -7963,13 +7432,12 @@ class Context:
     @functools.cached_property
     def read(self) -> list[str]:
         """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
-        prompt, fed = self.packed.prompt, np.zeros(len(self.packed.prompt.input_ids), dtype=bool)
-        fed[self.plan[self.plan >= 0]] = True
+        prompt = self.packed.prompt
         vectors = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
         tokens, kept = np.zeros((2, len(self.packed.docs)), dtype=np.int64)
         for chunk in prompt.chunks:
             tokens[chunk.doc] += chunk.tokens
-            kept[chunk.doc] += fed[chunk.first : chunk.last].sum()
+            kept[chunk.doc] += self.kept[chunk.first : chunk.last].sum()
         return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
                 for doc, (total, n) in enumerate(zip(tokens, kept, strict=True))]
 
@@ -7982,7 +7450,6 @@ class Pipeline:
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.search, self.pack, self.generate, self.runtime = search, pack, generate, runtime
         self.tokenizer = model.encoder.tokenizer
-        self.chunking = make_chunking(self.tokenizer, model.encoder)
         self.device = next(model.decoder.parameters()).device
         self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
         self.sampler = torch.Generator().manual_seed(runtime.seed)
@@ -7991,8 +7458,9 @@ class Pipeline:
         self.batches = False  # warm_up finds out
         index = searcher.index if searcher else None
         built = index.manifest["chunking"] if index else {}
-        self.stored = index if built.get("tokenizer") == self.chunking.stored["tokenizer"] else None
-        if built.get("encoder") not in (None, self.chunking.stored["encoder"]):
+        self.stored = index if built.get("tokenizer") == self.tokenizer.fingerprint else None
+        self.stored_encoder = built.get("encoder")
+        if self.stored_encoder not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
                                 "it was built with, or build it again")
 
@@ -8009,7 +7477,7 @@ class Pipeline:
         return {name: gate and gate.to(self.device) for name, gate in gates.items()}
 
     @functools.cached_property
-    def stepper(self) -> Stepper | None:
+    def stepper(self) -> Any:
         """What takes the steps after the first token, None for the decoder itself."""
         return make_stepper(self.model.decoder, self.runtime.engine)
 
@@ -8035,11 +7503,6 @@ class Pipeline:
         other = copy.copy(self)
         other.search, other.generate = search or self.search, generate or self.generate
         other.pack = dataclasses.replace(self.pack, **changes)
-        if other.pack.k != self.pack.k:
-            encoder = copy.copy(self.model.encoder)  # the weights are shared, the tokenizer is not
-            other.tokenizer = encoder.tokenizer = copy.copy(self.tokenizer)
-            other.tokenizer.compression = other.pack.k
-            other.chunking = self.chunking._replace(k=other.pack.k, runs=other.tokenizer.runs, encode=encoder.encode)
         return other
 
     # -- stages, in order ----------------------------------------------------
@@ -8053,7 +7516,7 @@ class Pipeline:
     def stored_table(self, row: int) -> ChunkTable | None:
         """The index's chunks of a passage, with the encoder's states where they are those that it would compute."""
         usable = self.model.encoder.serves(self.pack.k, self.stored.manifest["chunking"]["k"])
-        return self.stored.chunk_table(row, self.pack.k, self.chunking.stored["encoder"] if usable else None)
+        return self.stored.chunk_table(row, self.pack.k, self.stored_encoder if usable else None)
 
     def chunk_tables(self, contents: list[str], rows: Sequence[int | None], needs: set[str]) -> list[ChunkTable]:
         """Chunk tables of contents: the index's where they hold what is needed ("gate", "states"), else made now."""
@@ -8066,7 +7529,7 @@ class Pipeline:
             tables.append(table if complete else None)
         waiting = [i for i, table in enumerate(tables) if table is None]
         if waiting:
-            chunking = self.chunking if "states" in needs else self.chunking._replace(encode=None)
+            chunking = Chunking(self.pack.k, self.tokenizer, self.model.encoder if "states" in needs else None)
             embedder = self.embedder if "gate" in needs else None
             _, made = chunk_tables([contents[i] for i in waiting], chunking, embedder, 32)
             for i, table in zip(waiting, made, strict=True):
@@ -8097,8 +7560,8 @@ class Pipeline:
             if segment.kind == "text":
                 pieces.append(segment.text)
             else:
-                ends, _ = self.tokenizer.runs([segment.text])[0]
-                pieces.append(Doc(segment.doc_id, segment.text, ends))
+                [cut] = self.tokenizer.cut([segment.text], self.pack.k)
+                pieces.append(Doc(segment.doc_id, segment.text, cut.ends))
         docs = [piece for piece in pieces if isinstance(piece, Doc)]
         prompt = build_prompt(self.tokenizer, pieces)
         require(prompt.context_tokens <= self.pack.ctx_max,
@@ -8122,8 +7585,8 @@ class Pipeline:
         return gate_input(item["question"], query, contents, tables, self.searcher and self.searcher.index,
                           self.runtime.seed, packed.prompt, self.model.decoder)
 
-    def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(expanded (L,), plan): what the decoder is fed in the pipeline's mode."""
+    def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(expanded (L,), plan (P,), kept (T,)): what the decoder is fed in the pipeline's mode, see `Context`."""
         tokens = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
         if self.pack.mode in ("full", "none"):
             expanded = np.ones(len(tokens), dtype=bool)
@@ -8132,11 +7595,11 @@ class Pipeline:
         else:
             expanded = select_chunks(scores, tokens, self.pack.p, self.pack.floor)
         plan = mixed_plan(prompt, expanded, self.feed)
-        if self.pack.mode == "truncate":
-            plan = truncated_plan(prompt, len(plan))
-            kept = set(plan.tolist())
-            expanded = np.asarray([all(t in kept for t in range(c.first, c.last)) for c in prompt.chunks], dtype=bool)
-        return expanded, plan
+        if self.pack.mode != "truncate":
+            return expanded, plan, text_mask(prompt, expanded)
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[c.first : c.last].all() for c in prompt.chunks], dtype=bool)
+        return expanded, prompt.input_ids[kept], kept
 
     @property
     def citation_room(self) -> int:
@@ -8167,21 +7630,29 @@ class Pipeline:
             packed = self.pack_docs(item, passages)
         with watch.stage("gate_s"):
             scores = self.score(item, packed)
-            expanded, plan = self.plan(packed.prompt, scores)
+            expanded, plan, kept = self.plan(packed.prompt, scores)
         self.check_window(len(plan))
         with watch.stage("vectors_s"):
             states = self.states(packed, plan)
         with watch.stage("pack_s"):
-            inputs = self.model.embed_plan(packed.prompt, plan, states)
-        return Context(item, passages, packed, scores, expanded, plan, watch.seconds), inputs
+            inputs = self.embed(packed.prompt, plan, states)
+        return Context(item, passages, packed, scores, expanded, plan, kept, watch.seconds), inputs
 
-    def states(self, packed: Packed, plan: np.ndarray) -> dict[int, np.ndarray]:
-        """Encoder states of the chunks that a plan feeds as vectors, by chunk number."""
+    def states(self, packed: Packed, plan: np.ndarray) -> np.ndarray:
+        """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
         if not len(plan) or plan.min() >= 0:
-            return {}
+            return np.zeros((0, self.model.encoder.width), dtype=np.float32)
         tables = self.chunk_tables([doc.content for doc in packed.docs], packed.rows, {"states"})
-        stacked = np.concatenate([table.states for table in tables])
-        return {-v - 1: stacked[-v - 1] for v in plan[plan < 0].tolist()}
+        return np.concatenate([table.states for table in tables])[-plan[plan < 0] - 1]
+
+    @torch.inference_mode()
+    def embed(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
+        """(P, D) the decoder's inputs for a plan. states: (n, E), of the chunks that it feeds, in its order."""
+        chunks = [prompt.chunks[-v - 1] for v in plan[plan < 0].tolist()]
+        ids = [prompt.input_ids[chunk.first : chunk.last] for chunk in chunks]
+        plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # numbers only those chunks that are fed
+        parts = plan, np.concatenate([*ids, plan[:0]]), np.asarray([len(part) for part in ids], dtype=np.int64), states
+        return self.model.embed(*(torch.as_tensor(part, device=self.device) for part in parts))[0]
 
     # -- answers ---------------------------------------------------------------
 
@@ -8189,7 +7660,7 @@ class Pipeline:
         """Run every part once, so that the first question pays for no lazy initialisation."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
-        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")])
+        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.pack.k)
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
@@ -8368,7 +7839,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
         index_manifest(index.index_dir)  # a folder that is none is told before anything is loaded
-    model = load_model(models, pack.k, runtime)
+    model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
         stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
         searcher = load_searcher(index, search, runtime) if needs_index else None
@@ -8530,2226 +8001,6 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
                      f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")
     return "\n".join(lines)
-
-
-# =============================================================================
-# 13. Evaluation. Metrics, controls and their report.
-# =============================================================================
-
-RESAMPLES = 2000  # of the bootstrap
-ONE_P = {"full": (1.0,), "none": (0.0,)}  # modes that no p changes
-SAMPLES = 20  # questions that sample.md shows
-SEARCH_DEPTH = 50  # passages, so that ten documents are left when their pieces count once
-CELL_NAMES = {"f1_ci": "F1, 95%", "em": "EM", "f1": "F1", "ttft_s": "TTFT, s", "ttit_s": "TTIT, s"}
-
-
-# -- metrics ----------------------------------------------------------------------
-
-
-def exact_match(reply: str, truths: Sequence[str]) -> float:
-    """1 if the reply is a true answer after normalisation, or as it is where that leaves nothing; an empty one never.
-
-    Without a true answer (SQuAD 2's unanswerable questions), 1 if the reply abstains.
-    """
-    made, *known = (normalize_answer(text) or text.strip().lower() for text in (reply, *truths))
-    return float(bool(made) and made in known if truths else abstains(reply))
-
-
-def token_f1(reply: str, truths: Sequence[str]) -> float:
-    """Best F1 of the normalised words over the true answers, range [0, 1]; without one as `exact_match`.
-
-    Example: "in the old town", truth "old town hall" -> 2 common of 3 and 3: .667
-    """
-    best, words = exact_match(reply, truths), normalize_answer(reply).split()
-    for truth in (normalize_answer(t).split() for t in truths):
-        common = sum((collections.Counter(words) & collections.Counter(truth)).values())
-        best = max(best, 2 * common / (len(words) + len(truth)) if common else 0.0)
-    return best
-
-
-def grounding(reply: str, texts: Sequence[str]) -> float | None:
-    """Share of the reply's words that occur in the texts; None without words or texts."""
-    words, known = normalize_answer(reply).split(), set(normalize_answer(" ".join(texts)).split())
-    return sum(word in known for word in words) / len(words) if words and texts else None
-
-
-def citation_scores(cited: Sequence[set[str]], positives: set[str]) -> tuple[float | None, float | None]:
-    """(precision, recall) of citations. cited: the ids each may be known by, empty for a forged one.
-
-    Precision is None without citations, both are without positives. Example: [{"a#1", "a"}, {"b"}], {"a"} -> (.5, 1)
-    """
-    if not positives:
-        return None, None
-    right = sum(bool(names & positives) for names in cited)
-    return right / len(cited) if cited else None, len(positives & set().union(*cited)) / len(positives)
-
-
-def kept_in_order(truth: Sequence[int], made: Sequence[int]) -> float:
-    """Share of a text's tokens that stand in another, in the same order. Example: [1, 2, 3, 4], [1, 9, 3, 4] -> 0.75"""
-    matcher = difflib.SequenceMatcher(None, truth, made, autojunk=False)
-    return sum(block.size for block in matcher.get_matching_blocks()) / len(truth)
-
-
-def ranking_scores(ranked: Sequence[str], positives: set[str]) -> dict[str, float]:
-    """recall@8, MRR@10 and nDCG@10 of document ids, best first, with binary relevance."""
-    gains = [1.0 / math.log2(rank + 1) for rank, doc in enumerate(ranked[:10], 1) if doc in positives]
-    ideal = sum(1.0 / math.log2(rank + 1) for rank in range(1, min(len(positives), 10) + 1))
-    first = next((rank for rank, doc in enumerate(ranked[:10], 1) if doc in positives), None)
-    return {"recall@8": len(positives & set(ranked[:8])) / len(positives), "mrr@10": 1 / first if first else 0.0,
-            "ndcg@10": sum(gains) / ideal}
-
-
-def bootstrap_interval(values: Sequence[float], seed: int) -> list[float]:
-    """95% percentile interval of the mean: [low, high]. One seed, one interval."""
-    rng, drawn = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
-    n = len(drawn)
-    blocks = batched(range(RESAMPLES), max(1, 10**6 // n))  # of resamples, so that n may be large
-    means = np.concatenate([drawn[rng.integers(0, n, (len(block), n))].mean(1) for block in blocks])
-    return [round(float(edge), 4) for edge in np.quantile(means, [0.025, 0.975])]
-
-
-def average(rows: Sequence[dict[str, Any]], name: str, of: Callable = statistics.fmean) -> float | None:
-    """Mean of what the rows have under a name, None left out; None if none has it."""
-    values = [float(row[name]) for row in rows if row[name] is not None]
-    return round(of(values), 4) if values else None
-
-
-# -- controls ---------------------------------------------------------------------
-
-
-class Setup(NamedTuple):
-    """What a question is answered from. Modes that come to the same setup are the same by definition."""
-
-    mode: str  # of PackConfig
-    p: float
-    gate: str
-    compressed: str
-    oracle: bool = False
-    wrong: bool = False
-
-
-def setup_of(name: str, p: float, gate: str) -> Setup:
-    """The setup of a mode of `eval`. At p = 1 all but `none` are the full text; at p = 0 there is nothing to choose."""
-    if name == "none":
-        return Setup("none", 0.0, "none", "feed")
-    if name == "full" or p == 1:
-        return Setup("full", 1.0, "none", "feed")
-    gate = "none" if p == 0 else name.removesuffix("_gate") if name in ("random_gate", "cosine_gate") else gate
-    return Setup("truncate" if name == "truncate" else "refrag", p, gate, "drop" if name == "expanded_only" else "feed",
-                 name == "oracle_gate" and p > 0, name == "wrong_vectors")
-
-
-def answer_spans(packed: Packed, item: dict[str, Any], index: Index, tokenizer: RefragTokenizer) -> list[list[int]]:
-    """`answer_chunks` of a packed context: in positive passages, without chunks that no token starts in."""
-    right = [bool(index.names(row) & set(item["positive_ids"])) for row in packed.rows]
-    spans = answer_chunks([doc.content for doc in packed.docs], [doc.ends for doc in packed.docs], right,
-                          [tokenizer.neutralize(answer) for answer in item["answers"]])
-    filled = [[number for number in span if packed.prompt.chunks[number].tokens] for span in spans]
-    return [span for span in filled if span]
-
-
-def texts_fed(context: Context, tokenizer: RefragTokenizer) -> list[str]:
-    """The runs of the documents' text that the decoder was fed as tokens."""
-    prompt = context.packed.prompt
-    fed, runs = np.zeros(len(prompt.input_ids), dtype=bool), []
-    fed[context.plan[context.plan >= 0]] = True
-    for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
-        chunks = list(group)
-        kept = chunks[0].first + np.flatnonzero(fed[chunks[0].first : chunks[-1].last])
-        runs += [run for run in np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1) if len(run)]
-    return [tokenizer.decoder.decode(prompt.input_ids[run].tolist()) for run in runs]
-
-
-class ControlPipeline(Pipeline):
-    """A pipeline that can also feed another question's vectors, or open the chunks that hold the answer first."""
-
-    oracle = wrong = False
-
-    @classmethod
-    def over(cls, pipeline: Pipeline, questions: list[dict[str, Any]]) -> ControlPipeline:
-        """The same models for the questions of a file."""
-        made = object.__new__(cls)
-        made.__dict__ = {**pipeline.__dict__, "questions": questions, "rows": {}, "foreign": {},
-                         "numbers": {q["id"]: number for number, q in enumerate(questions)}}
-        return made
-
-    def under(self, setup: Setup) -> ControlPipeline:
-        """This pipeline in another setup."""
-        other = self.variant(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
-        other.oracle, other.wrong = setup.oracle, setup.wrong
-        return other
-
-    def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
-        usual = super().score(item, packed)
-        if self.oracle and len(usual):
-            spans = answer_spans(packed, item, self.searcher.index, self.tokenizer)
-            right = list({number for span in spans for number in span})
-            usual = usual.astype(np.float64)
-            usual[right] += 1 + np.ptp(usual)  # above all others, in the usual order among themselves
-        return usual
-
-    @torch.inference_mode()
-    def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
-        context, inputs = super().prepare(item)
-        at = context.plan < 0
-        if self.wrong and at.any():
-            vectors = self.foreign_vectors(item)
-            inputs[torch.as_tensor(at)] = vectors[torch.as_tensor((-context.plan[at] - 1) % len(vectors))]
-        return context, inputs
-
-    def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
-        return super().result(context, out, answer, chosen) | {"context": context}
-
-    def rows_found(self, number: int) -> frozenset[int]:
-        """Rows of the index that are retrieved for a question, looked up once."""
-        if number not in self.rows:
-            self.rows[number] = frozenset(p.row for p in self.retrieve(self.questions[number]))
-        return self.rows[number]
-
-    def other_question(self, item: dict[str, Any]) -> dict[str, Any]:
-        """The next question of the file that finds none of this one's passages; if all find some, the next one."""
-        others = others_apart_first(self.numbers[item["id"]], len(self.questions), self.rows_found)
-        chosen = next((number for number in others if self.rows_found(number)), None)
-        require(chosen is not None, "--modes wrong_vectors: no other question finds any passage: leave it out")
-        return self.questions[chosen]
-
-    def foreign_vectors(self, item: dict[str, Any]) -> Tensor:
-        """(L, D) the vectors of all chunks of another question's context."""
-        if item["id"] not in self.foreign:
-            other = self.other_question(item)
-            packed = self.pack_docs(other, self.retrieve(other))
-            plan = np.asarray([-number - 1 for number, chunk in enumerate(packed.prompt.chunks) if chunk.tokens])
-            self.foreign[item["id"]] = self.model.embed_plan(packed.prompt, plan, self.states(packed, plan))
-        return self.foreign[item["id"]]
-
-
-# -- tasks --------------------------------------------------------------------------
-
-Key = tuple[str, str, Any]  # of a line: question, mode, and p or k
-
-
-def key_of(line: dict[str, Any]) -> Key:
-    """What a line of questions.jsonl is about."""
-    return line["id"], line["mode"], line.get("p", line.get("k"))
-
-
-class Task:
-    """What `eval` measures: units of work, the lines each gives, and what all lines come to."""
-
-    notes = ""  # how to read the table
-    unused: frozenset[str] = frozenset()  # options that change no line
-    accelerator: Any = None  # set by `evaluate`
-
-    def __init__(self, options: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-                 runtime: RuntimeConfig):
-        self.options, self.index, self.search, self.models, self.runtime = options, index, search, models, runtime
-
-    def wanted(self) -> list[Key]:
-        """Of all lines, in the order of the report."""
-        return [key for unit in self.units() for key in self.keys(unit)]
-
-    def load(self) -> None:
-        """Load what measuring needs; not called when every line is there already."""
-        raise NotImplementedError
-
-    def units(self) -> list[Any]:
-        """Pieces of work that do not depend on each other."""
-        raise NotImplementedError
-
-    def keys(self, unit: Any) -> list[Key]:
-        """Of the lines that a unit gives."""
-        raise NotImplementedError
-
-    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        """The lines of a unit that are not done yet, as they come."""
-        raise NotImplementedError
-
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        """The summary's fields: n, results and more."""
-        raise NotImplementedError
-
-    @classmethod
-    def table(cls, summary: dict[str, Any]) -> str:
-        """The results for people."""
-        raise NotImplementedError
-
-    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
-        """Files beside the report."""
-
-    def settings(self) -> dict[str, Any]:
-        """What every line depends on, beside its own mode, p and k. Files are named by their contents."""
-        merged = run_settings((self.options, self.index, self.search, self.models, self.runtime))
-        own = FREE_TO_CHANGE | self.unused | {"modes", "p", "qa", "texts", "index_dir", "load_dir"}
-        kept = {key: value for key, value in merged.items() if key not in own}
-        device = describe_device(self.runtime)
-        return kept | {"device": device["device"], "dtype": device["dtype"]} | self.sources()
-
-    def sources(self) -> dict[str, Any]:
-        """Digests of the files that are read, by option."""
-        raise NotImplementedError
-
-    def model_sources(self) -> dict[str, Any]:
-        """The models, with a checkpoint's digest."""
-        config = model_config(self.models, self.options.k[0])
-        return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
-                "projector": config.projector, "load_dir": checkpoint_digest(self.models)}
-
-
-class QuestionTask(Task):
-    """A task over the questions of --qa and an index."""
-
-    needs = ("answers", "positive_ids")
-    unused = frozenset({"context_tokens", "next_tokens", "limit"})
-
-    def __init__(self, *configs: Any):
-        super().__init__(*configs)
-        name = self.options.qa
-        self.file = read_question_file(name, "--qa")
-        for number, item in enumerate(self.file, start=1):
-            where = f"--qa {name}: question {number} ({item['id']})"
-            if "answers" in self.needs:
-                check_answers(item, where)
-            item["positive_ids"] = check_positive_ids(item, where)
-            require(bool(item["positive_ids"]) or item.get("answers") == [] or "positive_ids" not in self.needs,
-                    f"{where} has no positive_ids")
-        counted = [item for item in self.file if item["positive_ids"] or self.options.task == "qa"]
-        if len(counted) < len(self.file):
-            notice(f"--qa {name}: left out {len(self.file) - len(counted)}, which have no answer")
-        require(bool(counted), f"--qa {name}: no question has positive_ids")
-        self.questions = list(spread(counted, self.options.limit))
-        self.manifest = index_manifest(self.index.index_dir)
-
-    def sources(self) -> dict[str, Any]:
-        return {"qa": sha256_file(Path(self.options.qa))[:16], "index_dir": self.manifest["digest"][:16]}
-
-    def load_pipeline(self) -> ControlPipeline:
-        """The pipeline that `generate` has, for the controls too."""
-        options = self.options
-        pack = PackConfig(k=options.k[0], floor=options.floor, gate=options.gate, compressed="feed",
-                          ctx_max=options.ctx_max)
-        generate = GenerateConfig(max_new=options.max_new, cite=options.cite)
-        pipeline = load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
-        positive_rows(self.questions, pipeline.searcher.index)  # the questions belong to this index
-        return ControlPipeline.over(pipeline, self.file)
-
-
-class QaTask(QuestionTask):
-    """Answers, each mode at each p, with citations, sizes and times."""
-
-    means = ("em", "f1", "answer_in_passages", "answer_in_text", "answer_in_reply", "citation_precision",
-             "citation_recall", "citations_forged", "citation_chosen", "grounding", "abstention", "positions",
-             "full_positions", "compression", "p_realised", "new_tokens")
-    columns = ("em", "f1", "f1_ci", "f1_minus_full", "f1_minus_expanded_only", "answer_in_text", "answer_in_reply",
-               "citation_precision", "citation_recall", "grounding", "abstention", "positions", "compression", "ttft_s")
-    notes = ("EM and F1 are SQuAD's, without citation marks; an empty reply scores 0. Where there is no true answer, "
-             "they are 1 if the reply abstains, and what compares with one is left out. Differences are of F1, paired "
-             "over the questions. Intervals are 95% percentile bootstrap intervals. Answer in text: a true answer "
-             "stands in what is fed as tokens; in reply: word for word in the reply. Grounding: share of the "
-             "reply's words that occur in the passages. Abstention: the reply is empty or says that the documents do "
-             "not hold the answer. Times are medians; those of wrong_vectors and oracle_gate mean nothing.")
-
-    def __init__(self, *configs: Any):
-        options = configs[0]
-        self.needs = ("answers", "positive_ids") if "oracle_gate" in options.named else ("answers",)
-        super().__init__(*configs)
-        require("wrong_vectors" not in options.named or len(self.file) > 1,
-                "--modes wrong_vectors needs two questions at least: leave it out")
-        self.cells = [(name, p) for name in options.named for p in ONE_P.get(name, dict.fromkeys(options.p))]
-        self.setups: dict[Setup, list[tuple[str, float]]] = {}
-        for name, p in self.cells:
-            self.setups.setdefault(setup_of(name, p, options.gate), []).append((name, p))
-        shares = sorted(set(options.p))
-        self.sample = ("refrag", shares[len(shares) // 2])
-        self.sampled = {q["id"] for q in spread(self.questions, SAMPLES)}
-
-    def sources(self) -> dict[str, Any]:
-        return super().sources() | self.model_sources()
-
-    def load(self) -> None:
-        self.pipeline = self.load_pipeline()
-        require(self.pipeline.embedder is not None or "cosine_gate" not in self.options.named,
-                "--modes cosine_gate needs an embedder, and retrieval here is by words alone: leave it out")
-
-    def units(self) -> list[Any]:
-        return batched(self.questions, self.options.batch_size)
-
-    def keys(self, unit: Any) -> list[Key]:
-        return [(q["id"], *cell) for q in unit for cell in self.cells]
-
-    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        self.pipeline.foreign.clear()
-        for setup, cells in self.setups.items():
-            if all((q["id"], *cell) in done for q in unit for cell in cells):
-                continue  # else the whole batch again, since padding can move the last digits
-            results = self.pipeline.under(setup).answer(unit)
-            for item, result in zip(unit, results, strict=True):
-                scored = score_answer(result, item, self.pipeline.tokenizer)
-                for name, p in cells:
-                    if (item["id"], name, p) not in done:
-                        shown = self.shown(item, result) if (name, p) == self.sample else {}
-                        yield {"id": item["id"], "mode": name, "p": p, **scored, **shown}
-
-    def shown(self, item: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
-        """The prompt as a person can read it, of some questions."""
-        if item["id"] not in self.sampled:
-            return {}
-        context = result["context"]
-        contents = [doc.content for doc in context.packed.docs]
-        return {"prompt": show_plan(context.packed.prompt, context.plan, self.pipeline.tokenizer, contents)}
-
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        rows = {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
-        results: dict[str, Any] = {}
-        for (name, p), mine in rows.items():
-            rivals = self.options.named if name == "refrag" else ("full", "expanded_only")
-            theirs = {rival: rows.get((rival, *ONE_P.get(rival, (p,)))) for rival in rivals if rival != name}
-            results.setdefault(name, {})[f"{p:g}"] = self.summarise(mine, {r: t for r, t in theirs.items() if t})
-        return {"n": len(self.questions), "results": results}
-
-    def summarise(self, rows: list[dict[str, Any]], rivals: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        """Means, medians of times, and intervals of one mode at one p."""
-        seed = self.runtime.seed
-        made: dict[str, Any] = {name: average(rows, name) for name in self.means}
-        made |= {name: average(rows, name, statistics.median) for name in ("ttft_s", "ttit_s")}
-        made |= {f"{name}_ci": bootstrap_interval([row[name] for row in rows], seed) for name in ("em", "f1")}
-        for rival, theirs in rivals.items():
-            gains = [row["f1"] - other["f1"] for row, other in zip(rows, theirs, strict=True)]
-            made[f"f1_minus_{rival}"] = {"mean": round(statistics.fmean(gains), 4),
-                                         "ci": bootstrap_interval(gains, seed)}
-        return made
-
-    @classmethod
-    def table(cls, summary: dict[str, Any]) -> str:
-        rows = [[name, p, *map(cell.get, cls.columns)]
-                for name, cells in summary["results"].items() for p, cell in cells.items()]
-        refrag = summary["results"].get("refrag", {})
-        rivals = [name for name in summary["results"] if any(f"f1_minus_{name}" in cell for cell in refrag.values())]
-        versus = [[p, *(cell.get(f"f1_minus_{name}") for name in rivals)] for p, cell in refrag.items()]
-        tables = [markdown_table(["mode", "p", *cls.columns], rows)]
-        if rivals:
-            tables += ["F1 of refrag minus that of each control, question by question:",
-                       markdown_table(["p", *rivals], versus)]
-        return "\n\n".join(tables)
-
-    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
-        draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
-        rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
-        if rows := [(q, line) for q, line in rows if "prompt" in line]:
-            write_atomic(folder / "sample.md", sample_text(spread(rows, SAMPLES), self.sample[1]))
-
-
-def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: RefragTokenizer) -> dict[str, Any]:
-    """The metrics of one answer; what does not apply is None."""
-    truths, context = item["answers"], result["context"]
-    reply = without_citations(result["answer"], context.labels)
-    names = {p.id: {p.id, p.document_id} for p in context.passages}
-    cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
-    passages = [passage_content(p["title"], p["text"]) for p in result["passages"]]
-    precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages and truths else set())
-    metrics = ("positions", "full_positions", "compression", "p_realised", "new_tokens", "ttft_s", "ttit_s")
-    return {
-        "reply": result["answer"],
-        "gate": result["settings"]["gate"],
-        "em": exact_match(reply, truths),
-        "f1": round(token_f1(reply, truths), 6),
-        "answer_in_passages": any(holds_answer(text, truths) for text in passages) if truths else None,
-        "answer_in_text": any(holds_answer(text, truths) for text in texts_fed(context, tokenizer)) if truths else None,
-        "answer_in_reply": holds_answer(reply, truths) if truths else None,
-        "cited": [c["id"] for c in result["citations"]],
-        "citation_precision": precision,
-        "citation_recall": recall,
-        "citations_forged": sum(c["forged"] for c in result["citations"]),
-        "citation_chosen": any(c["chosen"] for c in result["citations"]),
-        "grounding": grounding(reply, passages) if truths or not abstains(reply) else None,
-        "abstention": abstains(reply),
-        **{name: result["metrics"][name] for name in metrics},
-    }
-
-
-class RetrievalTask(QuestionTask):
-    """Each retriever; the pieces of one document count once, at their best rank."""
-
-    needs = ("positive_ids",)
-    unused = QuestionTask.unused | {"k", "gate", "ctx_max", "max_new", "cite", "batch_size"} | {
-        f.name for f in dataclasses.fields(ModelConfig)}
-    columns = ("recall@8", "mrr@10", "ndcg@10", "ms_per_question")
-    notes = "Relevance is binary: the documents of positive_ids. Pieces of one document count once, at the best rank."
-
-    def __init__(self, *configs: Any):
-        super().__init__(*configs)
-        require(self.index.retriever is None, "--retriever does not go with --task retrieval: use --modes")
-        uses = self.manifest["uses"]
-        there = [name for name in EVAL_MODES["retrieval"] if name in uses or (name == "hybrid" and len(uses) == 2)]
-        lacking = [name for name in self.options.named if name not in there]
-        require(not (self.options.modes and lacking), f"--modes {', '.join(lacking)}: the index at --index_dir holds "
-                f"only {', '.join(there)}")
-        self.retrievers = [name for name in self.options.named if name in there]
-
-    def load(self) -> None:
-        whole = load_searcher(self.index, self.search, self.runtime)
-        positive_rows(self.questions, whole.index)
-        self.searchers = {name: Searcher(whole.index, name, whole.embedder, whole.reranker) for name in self.retrievers}
-
-    def units(self) -> list[Any]:
-        return self.questions
-
-    def keys(self, unit: Any) -> list[Key]:
-        return [(unit["id"], name, None) for name in self.retrievers]
-
-    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        for name, searcher in self.searchers.items():
-            if (unit["id"], name, None) in done:
-                continue
-            if searcher.embedder is not None:
-                searcher.embedder.queries.clear()  # each retriever embeds the question itself
-            start = time.perf_counter()
-            found = searcher.search(unit["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops)
-            seconds = time.perf_counter() - start
-            scores = ranking_scores(ranked_ids(found, set(unit["positive_ids"])), set(unit["positive_ids"]))
-            yield {"id": unit["id"], "mode": name, **scores, "ms_per_question": round(1000 * seconds, 3)}
-
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        results = {}
-        for name in self.retrievers:
-            rows = [found[q["id"], name, None] for q in self.questions]
-            results[name] = {column: average(rows, column) for column in self.columns[:-1]}
-            results[name]["ms_per_question"] = average(rows, "ms_per_question", statistics.median)
-        return {"n": len(self.questions), "results": results, "passages": self.manifest["counts"]["passages"]}
-
-    @classmethod
-    def table(cls, summary: dict[str, Any]) -> str:
-        rows = [[name, *(scores[c] for c in cls.columns)] for name, scores in summary["results"].items()]
-        return markdown_table(["retriever", *cls.columns], rows)
-
-
-def ranked_ids(passages: Sequence[Passage], positives: set[str]) -> list[str]:
-    """Ids of documents, best first, each once; a piece that positives name by its own id goes by that."""
-    return list(dict.fromkeys(p.id if p.id in positives else p.document_id for p in passages))
-
-
-class GateTask(QuestionTask):
-    """Whether each gate opens the chunks that hold an answer."""
-
-    unused = QuestionTask.unused | {"gate", "max_new", "cite", "batch_size"}
-    notes = ("Recall: all chunks of one place where an answer stands in a positive passage are opened, over the "
-             "questions for which such a passage was retrieved. Partial: any such chunk. All positives: of questions "
-             "with several positive passages, those where a chunk of each that was retrieved is opened.")
-
-    def __init__(self, *configs: Any):
-        super().__init__(*configs)
-        config, built = model_config(self.models, self.options.k[0]), self.manifest["embedder"].get("fingerprint")
-        known = {name for name, kind in TRAINED_GATES.items() if gate_knows(config, kind, built)}
-        self.gates = [n for n in self.options.named if self.options.modes or n not in TRAINED_GATES or n in known]
-        self.shares = list(dict.fromkeys(self.options.p))
-
-    def sources(self) -> dict[str, Any]:
-        return super().sources() | self.model_sources()
-
-    def load(self) -> None:
-        self.pipeline = self.load_pipeline()
-        for name in self.gates:
-            self.pipeline.check_gate(name)
-
-    def units(self) -> list[Any]:
-        return self.questions
-
-    def keys(self, unit: Any) -> list[Key]:
-        return [(unit["id"], gate, p) for gate in self.gates for p in self.shares]
-
-    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        passages = self.pipeline.retrieve(unit)
-        packed = self.pipeline.pack_docs(unit, passages)
-        index, watch = self.pipeline.searcher.index, Stopwatch(self.pipeline.device)
-        spans = answer_spans(packed, unit, index, self.pipeline.tokenizer)
-        right = [{number for number, row in enumerate(packed.rows) if name in index.names(row)}
-                 for name in dict.fromkeys(unit["positive_ids"])]
-        tokens = np.asarray([chunk.tokens for chunk in packed.prompt.chunks], dtype=np.int64)
-        for gate in self.gates:
-            one = self.pipeline.variant(gate=gate, p=0.5)  # between 0 and 1 the scores do not depend on p
-            with watch.stage(gate):
-                scores = one.score(unit, packed)
-            for p in self.shares:
-                if (unit["id"], gate, p) not in done:
-                    opened = select_chunks(scores, tokens, p, self.options.floor)
-                    yield {"id": unit["id"], "mode": gate, "p": p, "retrieved": any(right),
-                           **gate_scores(opened, spans, right, packed.prompt.chunks),
-                           "gate_ms": round(1000 * watch.seconds[gate], 4)}
-
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        tables: dict[str, Any] = {name: {} for name in ("recall", "partial", "all_positives", "gate_ms")}
-        for gate, p in itertools.product(self.gates, self.shares):
-            rows = [found[q["id"], gate, p] for q in self.questions]
-            for name in ("recall", "partial", "all_positives"):
-                tables[name].setdefault(gate, {})[f"{p:g}"] = average(rows, name)
-            tables["gate_ms"][gate] = average(rows, "gate_ms", statistics.median)
-        asked = [row for row in rows if row["recall"] is not None]
-        left_out = {"not_retrieved": sum(not row["retrieved"] for row in rows),
-                    "no_answer_in_passage": sum(row["retrieved"] and row["recall"] is None for row in rows)}
-        return {"n": len(self.questions), "results": tables.pop("recall"), "asked": len(asked), "left_out": left_out,
-                "several_positives": sum(row["all_positives"] is not None for row in rows), **tables}
-
-    @classmethod
-    def table(cls, summary: dict[str, Any]) -> str:
-        rows = [[gate, p, recall, summary["partial"][gate][p], summary["all_positives"][gate][p],
-                 summary["gate_ms"][gate]]
-                for gate, cells in summary["results"].items() for p, recall in cells.items()]
-        left = ", ".join(f"{name} {count}" for name, count in summary["left_out"].items())
-        return markdown_table(["gate", "p", "recall", "partial", "all positives", "ms"], rows) + (
-            f"\n\n{summary['asked']} of {summary['n']} questions count; left out: {left}")
-
-
-def gate_scores(opened: np.ndarray, spans: list[list[int]], right: list[set[int]],
-                chunks: Sequence[Chunk]) -> dict[str, bool | None]:
-    """What a choice of chunks opens. opened: (L,) bool; right: of each positive id, the documents. None: not asked."""
-    docs = {chunks[number].doc for number in np.flatnonzero(opened)}
-    return {"recall": any(all(opened[i] for i in span) for span in spans) if spans else None,
-            "partial": any(opened[i] for span in spans for i in span) if spans else None,
-            "all_positives": all(ds & docs for ds in right if ds) if len(right) > 1 and any(right) else None}
-
-
-class ProbeLessons(TextLessons):
-    """Texts in windows of exactly --seq_tokens tokens."""
-
-    def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
-        size = self.train.seq_tokens
-        windows = super().cut(cache)
-        windows = windows[windows[:, 2] - windows[:, 1] == size]
-        require(len(windows) > 1, f"--texts {', '.join(cache.paths)}: needs two pieces of {size} tokens at "
-                "least: lower --context_tokens or --next_tokens")
-        return windows
-
-    def compressed(self, window: np.ndarray, k: int, s: int) -> tuple[TrainingSequence, TrainingSequence]:
-        """A window's first s tokens as vectors and then the rest; the same from as many of the last tokens."""
-        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
-        context, cuts, following = part_whole(ids, whole, s)
-        content = self.encoder.content_of_tokens(context, cuts, k)
-        vectors = self.vectors(content)
-        last = continue_plan(np.concatenate([self.start, context[-len(vectors) :]]), following, Content([], []))
-        return continue_plan(np.concatenate([self.start, vectors]), following, content), last
-
-    def repeated(self, window: np.ndarray, k: int) -> TrainingSequence:
-        """All of a window as vectors, then its text."""
-        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
-        return self.reconstruction(ids, whole, k)
-
-
-class TextTask(Task):
-    """A task over texts: what the decoder makes of vectors, teacher forced."""
-
-    modes: tuple[str, ...] = ()
-    without_wrong = ""  # how to do without that control
-    unused = frozenset({"k", "gate", "ctx_max", "max_new", "cite"}) | {
-        f.name for config in (IndexConfig, SearchConfig) for f in dataclasses.fields(config)}
-
-    def sources(self) -> dict[str, Any]:
-        files = [fact["sha256"][:16] for fact in file_facts(self.options.texts)]
-        return {"texts": files} | self.model_sources()
-
-    @property
-    def size(self) -> int:
-        """Tokens of a window."""
-        raise NotImplementedError
-
-    def load(self) -> None:
-        ks, options = tuple(dict.fromkeys(self.options.k)), self.options
-        self.model = load_model(self.models, max(ks), self.runtime).to(self.accelerator.device)
-        train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
-        self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
-        self.windows = np.asarray(spread(self.lessons.windows, options.limit))
-        require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
-                f"--texts {', '.join(options.texts)}: one text alone has pieces of {self.size} tokens, and "
-                "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
-        self.packs = can_pack(self.model.decoder)
-
-    def units(self) -> list[Any]:
-        """(mode, values of k): what reads no vector is measured once for all k."""
-        ks = tuple(dict.fromkeys(self.options.k))
-        parts = [(mode, [ks] if mode in ("full", "none") else [(k,) for k in ks]) for mode in self.modes]
-        return [(mode, part) for mode, several in parts for part in several]
-
-    def keys(self, unit: Any) -> list[Key]:
-        mode, ks = unit
-        return [("texts", mode, k) for k in ks]
-
-    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
-        """What the decoder is asked in a mode."""
-        raise NotImplementedError
-
-    def control(self, sequences: list[TrainingSequence], mode: str) -> list[TrainingSequence]:
-        """One of the controls of some sequences."""
-        names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
-        made = controls(sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
-        require(names[mode] in made, f"--modes {mode}: needs a decoder with a start token")
-        return made[names[mode]]
-
-    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        mode, ks = unit
-        sequences = self.sequences(mode, ks[0])
-        measured = measure_sequences(self.model, sequences, self.packs, 2 * self.size, self.options.batch_size,
-                                     self.accelerator)
-        require(math.isfinite(measured["loss"]), f"--task {self.options.task}: the loss of {mode} is "
-                f"{measured['loss']}: mend the models")
-        for k in ks:
-            if ("texts", mode, k) not in done:
-                yield {"id": "texts", "mode": mode, "k": k, **measured, "texts": len(sequences),
-                       "tokens": sum(s.asked for s in sequences),
-                       "positions": round(statistics.fmean(len(s.plan) for s in sequences), 2)}
-
-    def tables(self, found: dict[Key, dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
-        """{mode: {k: value}}"""
-        return {mode: {str(k): found["texts", mode, k][name] for k in dict.fromkeys(self.options.k)}
-                for mode in self.modes}
-
-
-class PplTask(TextTask):
-    """Log-perplexity of the tokens after a compressed context."""
-
-    notes = ("Mean nats per token of the --next_tokens tokens after --context_tokens tokens that are compressed "
-             "(refrag, wrong_vectors), read as text (full), left out (none), or cut to their last tokens, as many as "
-             "there are vectors (truncate). Positions: the mean length of what is fed, with the tokens to be "
-             "predicted.")
-    without_wrong = ", or leave wrong_vectors out of --modes"
-
-    def __init__(self, *configs: Any):
-        super().__init__(*configs)
-        self.modes = self.options.named
-
-    @property
-    def size(self) -> int:
-        return self.options.context_tokens + self.options.next_tokens
-
-    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
-        pairs = [self.lessons.compressed(window, k, self.options.context_tokens) for window in self.windows]
-        made, last = (list(side) for side in zip(*pairs, strict=True))
-        return last if mode == "truncate" else self.control(made, mode)
-
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        texts = next(iter(found.values()))["texts"]
-        return {"n": texts, "results": self.tables(found, "loss"), "accuracy": self.tables(found, "accuracy"),
-                "positions": self.tables(found, "positions")}
-
-    @classmethod
-    def table(cls, summary: dict[str, Any]) -> str:
-        rows = [[mode, k, loss, summary["accuracy"][mode][k], summary["positions"][mode][k]]
-                for mode, cells in summary["results"].items() for k, loss in cells.items()]
-        return markdown_table(["mode", "k", "log_ppl", "accuracy", "positions"], rows)
-
-
-class ReconTask(TextTask):
-    """How much of a text comes back from its vectors."""
-
-    modes = ("refrag", "none", "wrong_vectors", "full")
-    columns = ("accuracy", "no_vectors", "wrong_vectors", "full_text", "free_running", "free_running_wrong")
-    free = ("refrag", "wrong_vectors")  # modes in which the decoder also writes by itself
-    asked = (*itertools.product(("accuracy",), modes), *itertools.product(("free_running",), free))
-    notes = ("Share of the tokens of a text that are the likeliest next ones, teacher forced, after its vectors, after "
-             f"none, after another text's, and after the text itself. Free running: share of the tokens of {SAMPLES} "
-             "texts that stand, in their order, in what the decoder writes by itself after the vectors, and after "
-             "another text's.")
-
-    @property
-    def size(self) -> int:
-        return self.options.context_tokens
-
-    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
-        return self.control([self.lessons.repeated(window, k) for window in self.windows], mode)
-
-    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        mode, _ = unit
-        for line in super().lines(unit, done):
-            yield {**line, **(self.write_freely(mode, line["k"]) if mode in self.free else {})}
-
-    def write_freely(self, mode: str, k: int) -> dict[str, Any]:
-        """What the decoder makes of some texts' vectors by itself, and how much of them that is."""
-        texts, shares = [], []
-        for sequence in spread(self.sequences(mode, k), SAMPLES):
-            truth, made = sequence.labels[sequence.labels >= 0].tolist(), self.continue_freely(sequence)
-            shares.append(kept_in_order(truth, made))
-            texts.append([self.lessons.tokenizer.decoder.decode(ids) for ids in (truth, made)])
-        return {"free_running": round(statistics.fmean(shares), 5), "written": texts}
-
-    @torch.inference_mode()
-    def continue_freely(self, sequence: TrainingSequence) -> list[int]:
-        """The tokens that the decoder puts in the place of a sequence's answer, as many at most, greedily."""
-        decoder, device, asked = self.model.decoder, self.accelerator.device, sequence.asked
-        before = continue_plan(sequence.plan[: len(sequence.plan) - asked + 1], sequence.labels[-1:], sequence.content)
-        with self.accelerator.autocast():
-            inputs, _, _ = self.model.embed_batch(checked_batch(self.model, [[before]], self.packs).to(device))
-            logits, state = prefill(decoder, [inputs[0]])
-            [out], _ = decode(decoder, logits, state, max_new=asked, watch=Stopwatch(device),
-                              stops=stop_tokens(decoder, self.lessons.tokenizer.decoder),
-                              pick=lambda logits: logits.argmax(-1))
-        return out.tokens
-
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        results = {str(k): {name: found["texts", mode, k][measure]
-                            for name, (measure, mode) in zip(self.columns, self.asked, strict=True)}
-                   for k in self.options.k}
-        return {"n": next(iter(found.values()))["texts"], "results": results}
-
-    @classmethod
-    def table(cls, summary: dict[str, Any]) -> str:
-        return markdown_table(["k", *cls.columns], [[k, *map(cell.get, cls.columns)]
-                                                    for k, cell in summary["results"].items()])
-
-    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
-        written = {k: found["texts", "refrag", k]["written"] for k in self.options.k}
-        write_atomic(folder / "sample.md", written_text(written))
-
-
-TASKS: dict[str, type[Task]] = {"qa": QaTask, "retrieval": RetrievalTask, "gate": GateTask, "ppl": PplTask,
-                                "recon": ReconTask}
-
-
-# -- the run and its report -----------------------------------------------------------
-
-EVAL_FILES = re.compile(
-    r"questions(-\d+)?\.jsonl|results\.json|(report|sample)\.md|quality\.png|\.lock|\..*\.tmp")
-
-
-def evaluate(task: Task) -> dict[str, Any]:
-    """Measure what is not measured yet, and write the report. Returns the summary that the command prints."""
-    accelerator = task.accelerator = make_accelerator(task.runtime)
-    if task.options.out_dir is None:
-        return summary_of(task, measure_lines(task, {}, lambda line: None))
-    folder = Path(task.options.out_dir)
-    with run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"):
-        with accelerator.main_process_first():  # which mends what a kill left
-            settings = task.settings()
-            done = measured_lines(folder, settings, task.options.resume)
-        accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
-        rank = accelerator.process_index
-        path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
-        found = measure_lines(task, done, lambda line: append_line(path, line | {"settings": settings}))
-        summary = summary_of(task, found)
-        if accelerator.is_main_process:
-            write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
-        accelerator.wait_for_everyone()
-        return summary
-
-
-def measured_lines(folder: Path, settings: dict[str, Any], resume: bool) -> dict[Key, dict[str, Any]]:
-    """The lines that are there already. Raises UserError without --resume, MismatchError for other settings."""
-    files = sorted(path for path in folder.glob("questions*.jsonl") if path.stat().st_size)
-    require(resume or not files, f"--out_dir {folder} holds an evaluation: add --resume to continue it, or name "
-            "another folder")
-    return {key_of(line): line for path in files for line in finished_lines(path, settings, "--out_dir")}
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line to a file at once, so that a kill loses no finished one."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(dumps(line) + "\n")
-
-
-def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
-                  write: Callable[[dict[str, Any]], None]) -> dict[Key, dict[str, Any]]:
-    """All lines of a task: those done and those measured now, each process its share of the units that lack some."""
-    new: list[dict[str, Any]] = []
-    finished = set(done)
-    if lacking := [unit for unit in task.units() if not finished.issuperset(task.keys(unit))]:
-        task.load()
-        units = lacking[task.accelerator.process_index :: task.accelerator.num_processes]
-        for unit in progress(units, f"eval {task.options.task}", total=len(units)):
-            for line in task.lines(unit, finished):
-                new.append(line)
-                write(line)
-    gathered = late_import("accelerate.utils").gather_object(new)
-    return done | {key_of(line): line for line in gathered}
-
-
-def summary_of(task: Task, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-    """The JSON object of the command."""
-    return {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
-
-
-def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
-    """All files of --out_dir: the lines in order, and what they come to."""
-    wanted = dict.fromkeys(task.wanted())
-    lines = [*(found[key] for key in wanted), *(line for key, line in found.items() if key not in wanted)]
-    write_atomic(folder / "questions.jsonl", "".join(dumps(line) + "\n" for line in lines))
-    for part in folder.glob("questions-*.jsonl"):
-        part.unlink()
-    facts = {"settings": lines[0]["settings"], "command": [word for word in sys.argv if word != "--resume"],
-             "versions": library_versions(), "device": describe_device(task.runtime), "commit": source_commit()}
-    write_atomic(folder / "results.json", json.dumps(summary | facts, indent=1) + "\n")
-    write_atomic(folder / "report.md", report_text(task, summary, facts))
-    task.pictures(folder, found, summary)
-
-
-def cell_text(value: Any) -> str:
-    """A value for a table: [low, high] for an interval, the mean before it for a difference."""
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        return f"{value['mean']:+.3f} {cell_text(value['ci'])}"
-    if isinstance(value, list):
-        return f"[{', '.join(f'{v:.3f}' for v in value)}]"
-    if isinstance(value, str | int):
-        return f"{value:,}" if isinstance(value, int) else value
-    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def aligned_table(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table that can be read as it is. rows: column -> text, all with the same columns."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |"
-                     for line in lines)
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown of values of any kind, under readable names."""
-    names = [CELL_NAMES.get(name, name.replace("_", " ")) for name in header]
-    return aligned_table([dict(zip(names, map(cell_text, row), strict=True)) for row in rows])
-
-
-def report_text(task: Task, summary: dict[str, Any], facts: dict[str, Any]) -> str:
-    """report.md."""
-    rows = [[key, dumps(value)] for key, value in {**facts["settings"], "commit": facts["commit"]}.items()
-            if value is not None]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return "\n".join([f"# Evaluation: {task.options.task}", "", f"n = {summary['n']}, seed {summary['seed']}.", "",
-                      task.table(summary), "", task.notes, "", "## Settings", "",
-                      markdown_table(["setting", "value"], rows), "", f"Versions: {versions}.", ""])
-
-
-def sample_text(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], p: float) -> str:
-    """sample.md: what was asked, what the decoder read, what it said."""
-    parts = [f"# What the decoder read, mode refrag, p = {p:g}", "",
-             "Compressed chunks, each one vector, stand in [[..]]; everything else was read as text.", ""]
-    for item, line in rows:
-        fence = "`" * (2 + max(map(len, re.findall(r"`+", line["prompt"])), default=1))
-        parts += [f"## {item['id']}: {item['question']}", "", f"- True answers: {'; '.join(item['answers']) or 'none'}",
-                  f"- Reply: {' '.join(line['reply'].split())}", f"- F1 {line['f1']:.3f}, EM {line['em']:.0f}, "
-                  f"{line['positions']} positions of {line['full_positions']}", "", fence, line["prompt"], fence, ""]
-    return "\n".join(parts)
-
-
-def written_text(written: dict[int, list[list[str]]]) -> str:
-    """sample.md: texts, and beside each what the decoder wrote from its vectors. written: k -> [text, what of it]."""
-    parts = ["# What the decoder writes from a text's vectors alone", ""]
-    for number, pairs in enumerate(zip(*written.values(), strict=True), start=1):
-        named = {"text": pairs[0][0], **{f"k = {k}": made for k, (_, made) in zip(written, pairs, strict=True)}}
-        parts += [f"## {number}", "", *(f"- {name}: {' '.join(text.split())}" for name, text in named.items()), ""]
-    return "\n".join(parts)
-
-
-def paint_quality(axes: Any, results: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """F1 against the positions the decoder is fed, a curve per mode, with the intervals."""
-    for name, cells in results.items():
-        points = sorted((cell["positions"], cell["f1"], *cell["f1_ci"]) for cell in cells.values())
-        x, y, low, high = (np.asarray(values) for values in zip(*points, strict=True))
-        axes.errorbar(x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], marker="o", capsize=2, label=name)
-    axes.set(xlabel="decoder positions fed, mean", ylabel="F1, with 95% intervals", ylim=(0, None))
-    axes.legend(fontsize=7)
-
-
-# -- speed --------------------------------------------------------------------
-
-TIMED = ("ttft_s", "ttit_s", "tokens_per_s")
-SIZED = ("context_tokens", "positions", "full_positions", "compression", "p_realised", "new_tokens", "kv_bytes")
-
-
-class Setting(NamedTuple):
-    """One combination that is timed; what its mode does not know is None, and the question alone has context 0."""
-
-    mode: str
-    context: int
-    k: int | None
-    p: float | None
-    batch: int = 1
-
-    @property
-    def curve(self) -> str:
-        """Its name without the context. Example: "refrag k=16 p=0.25" """
-        shown = (("k", self.k), ("p", self.p), ("batch", self.batch if self.batch > 1 else None))
-        return " ".join([self.mode, *(f"{name}={value:g}" for name, value in shown if value is not None)])
-
-
-def bench_settings(bench: BenchConfig) -> list[Setting]:
-    """Every combination once, though some are named twice: full context knows no k and p, the question no context."""
-    made = []
-    for context, mode, batch in itertools.product(bench.contexts, bench.modes, bench.batch_size):
-        compression = itertools.product(bench.k, bench.p) if mode == "refrag" else [(None, None)]
-        made += [Setting(mode, 0 if mode == "none" else context, k, p, batch) for k, p in compression]
-    return list(dict.fromkeys(made))
-
-
-def theoretical_ratio(k: int, p: float) -> float:
-    """Tokens of the context over positions fed for it, a share p of them as text: 1 / (p + (1 - p) / k).
-
-    Example: k = 16, p = 0.25 -> 1 / (0.25 + 0.75 / 16) = 3.368
-    """
-    return 1 / (p + (1 - p) / k)
-
-
-def growth_exponent(lengths: Sequence[float], seconds: Sequence[float]) -> float:
-    """The e that fits seconds ~ lengths ** e best: least squares of the logarithms. Example: [1, 2], [3, 12] -> 2.0"""
-    return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
-
-
-def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
-    """For each round a random order of `count` runs, never that of the round before (unless there is only one).
-
-    What a run leaves behind in caches and clock rates then meets another successor each time.
-    """
-    generator, last = np.random.default_rng(seed), []
-    for _ in range(rounds):
-        order = generator.permutation(count).tolist()
-        while order == last and count > 1:
-            order = generator.permutation(count).tolist()
-        yield order
-        last = order
-
-
-@dataclass
-class Trial:
-    """A setting that fits, the pipeline that runs it, and what its runs measured."""
-
-    setting: Setting
-    pipeline: Pipeline
-    stored_vectors: bool | None  # whether the index holds what it reads; None where no vectors are read
-    runs: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each counted round
-    memory: dict[str, float | None] = field(default_factory=dict)
-
-    def run(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Answer once; returns the metrics."""
-        return metrics_together([result["metrics"] for result in self.pipeline.answer([item] * self.setting.batch)])
-
-    def warm_up(self, item: dict[str, Any]) -> None:
-        """A run that does not count, and shows the memory taken: giving back what is free would slow one that does."""
-        reset_peak_memory(self.pipeline.device)
-        peak, device_peak = self.run(item)["peak_rss_mb"], peak_device_mb(self.pipeline.device)
-        self.memory = {"peak_rss_mb": peak, "peak_device_mb": device_peak and round(device_peak, 1)}
-
-
-def metrics_together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of answers made together: they share the prefill and the steps, each has its own context."""
-    first, count = answers[0], len(answers)
-    if count == 1:
-        return first
-    own = {name: round(sum(one["stages"][name] for one in answers), 6) for name in first["stages"]}
-    stages = own | {"prefill_s": first["stages"]["prefill_s"]}
-    pace = first["tokens_per_s"]
-    return first | {"stages": stages, "ttft_s": round(sum(stages.values()), 6), "kv_bytes": first["kv_bytes"] * count,
-                    "tokens_per_s": pace and round(pace * count, 3)}
-
-
-def reads_stored(pipeline: Pipeline) -> bool:
-    """Whether the index holds the encoder's states at the pipeline's k."""
-    if pipeline.stored is None:
-        return False
-    table = pipeline.stored_table(0)
-    return table is not None and table.states is not None
-
-
-class Benchmark:
-    """Settings that take turns over one loaded pipeline, and their result."""
-
-    def __init__(self, pipeline: Pipeline, bench: BenchConfig, item: dict[str, Any], facts: dict[str, Any]):
-        self.pipeline, self.bench, self.item, self.facts = pipeline, bench, item, facts
-        self.left_out: list[str] = []
-        self.trials = self.plan()
-
-    def leave_out(self, text: str) -> None:
-        """Tell what is not timed, now and in the result."""
-        self.left_out.append(text)
-        notice(text)
-
-    def fill(self, context: int) -> SearchConfig | None:
-        """The search for as many passages as `context` tokens hold; None, and told, where they can not be filled."""
-        for topk in (SearchConfig.topk * 2**doubled for doubled in itertools.count()):
-            probe = self.pipeline.variant(mode="full", ctx_max=context, search=SearchConfig(topk=topk))
-            found = probe.retrieve(self.item)
-            packed = probe.pack_docs(self.item, found)
-            if packed.dropped or len(found) < topk:
-                break
-        tokens = packed.prompt.context_tokens
-        if packed.dropped and not packed.docs:
-            self.leave_out(f"--contexts {context} left out: the best passage alone is longer")
-        elif tokens < context and not packed.dropped:
-            self.leave_out(f"--contexts {context} left out: all {len(found)} passages that the question finds hold "
-                           f"{tokens} tokens")
-        else:
-            return SearchConfig(topk=len(packed.docs))
-        return None
-
-    def make_trial(self, setting: Setting, search: SearchConfig | None) -> Trial:
-        """A setting's pipeline. Its answers have all of --new tokens: nothing stops them."""
-        stored = self.pipeline.stored
-        k = setting.k or (stored.manifest["chunking"]["k"] if stored else self.pipeline.pack.k)  # full text: no recount
-        changes = {"mode": setting.mode, "k": k} | ({} if setting.p is None else {"p": setting.p})
-        one = self.pipeline.variant(search=search, **changes, ctx_max=setting.context or self.pipeline.pack.ctx_max)
-        one.stops = frozenset()
-        reads_vectors = setting.mode == "refrag" and setting.p < 1
-        return Trial(setting, one, reads_stored(one) if reads_vectors else None)
-
-    def positions(self, pipeline: Pipeline) -> int:
-        """Positions the question will take: all that comes before vectors and prefill."""
-        packed = pipeline.pack_docs(self.item, pipeline.retrieve(self.item))
-        _, plan = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
-        return len(plan)
-
-    def plan(self) -> list[Trial]:
-        """The trials that fit the index and the decoder's window. Raises UserError if none does."""
-        settings = bench_settings(self.bench)
-        searches = {context: self.fill(context) for context in dict.fromkeys(s.context for s in settings) if context}
-        trials = [self.make_trial(s, searches.get(s.context)) for s in settings if not s.context or searches[s.context]]
-        kept = []
-        for trial in trials:
-            positions = self.positions(trial.pipeline)
-            if trial.setting.batch > 1 and not self.pipeline.batches:
-                self.leave_out(f"--batch_size {trial.setting.batch} left out: this decoder's layers carry a state, so "
-                               "that it answers one question after another")
-            elif trial.pipeline.fits_window(positions):
-                kept.append(trial)
-            else:
-                self.leave_out(f"{trial.setting.curve} at --contexts {trial.setting.context} left out: {positions} "
-                               f"positions and --new {self.bench.new} exceed the decoder's window "
-                               f"{self.pipeline.model.window}")
-        require(bool(kept), f"nothing to time: {self.left_out[-1] if self.left_out else 'no combination'}")
-        for k in dict.fromkeys(trial.setting.k for trial in kept if trial.stored_vectors is False):
-            notice(f"--k {k}: the index holds no vectors that serve it, so they are computed while the clock runs")
-        return kept
-
-    def rounds(self, seed: int) -> Iterator[int]:
-        """Run every trial once a round, after a round that warms up. Yields the number of counted rounds after each."""
-        orders = round_orders(len(self.trials), self.bench.repeats + 1, seed)
-        with progress_bar("timing", len(self.trials) * (self.bench.repeats + 1), "run") as bar:
-            for done, order in enumerate(orders):
-                for trial in (self.trials[number] for number in order):
-                    if done:
-                        trial.runs.append(trial.run(self.item))
-                    else:
-                        trial.warm_up(self.item)
-                    bar.update()
-                if done:
-                    yield done
-
-    def result(self) -> dict[str, Any]:
-        """What the counted rounds so far show, as JSON."""
-        full = {(one.setting.context, one.setting.batch): one for one in self.trials if one.setting.mode == "full"}
-        rows = [bench_row(one, full.get((one.setting.context, one.setting.batch))) for one in self.trials]
-        return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "growth": bench_growth(rows),
-                "batch_growth": batch_growth(rows), "left_out": self.left_out}
-
-
-def median_of(values: Sequence[float | None], digits: int = 6) -> float | None:
-    """The rounded median; None where nothing was measured."""
-    return None if not values or None in values else round(float(np.median(values)), digits)
-
-
-def bench_row(trial: Trial, full: Trial | None) -> dict[str, Any]:
-    """A trial's medians, their spread and every round's values. full: the full context of the same length, if timed.
-
-    Ratios are full context over this, round by round: more than 1 is faster, or smaller.
-    """
-    runs, (mode, _, k, p, _) = trial.runs, trial.setting
-    series = {name: [run[name] for run in runs] for name in TIMED}
-    for name in ("ttft", "ttit"):
-        pairs = [(one[f"{name}_s"], run[f"{name}_s"]) for one, run in zip(full.runs, runs, strict=True)] if full else []
-        series[f"{name}_ratio"] = [round(a / b, 6) for a, b in pairs if a and b]
-    spread = {name: [min(values), max(values)] for name, values in series.items() if values and None not in values}
-    return {
-        **trial.setting._asdict(),
-        **{name: runs[-1][name] for name in SIZED},
-        **{name: median_of(values) for name, values in series.items()},
-        "theoretical_ratio": round(theoretical_ratio(k, p), 6) if mode == "refrag" else None,
-        "stages": {name: median_of([run["stages"][name] for run in runs]) for name in runs[0]["stages"]},
-        **trial.memory,
-        "stored_vectors": trial.stored_vectors,
-        "spread": spread,
-        "runs": series,
-    }
-
-
-def bench_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows with a context by curve, shortest first."""
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["context_tokens"]):
-        if row["context"]:
-            curves.setdefault(Setting(*(row[name] for name in Setting._fields)).curve, []).append(row)
-    return curves
-
-
-def bench_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per curve of three context lengths or more: the exponent with which the time to first token grows."""
-    found = []
-    for curve in bench_curves(rows).values():
-        lengths, seconds = ([row[name] for row in curve] for name in ("context_tokens", "ttft_s"))
-        if len(set(lengths)) >= 3:
-            exponent = round(growth_exponent(lengths, seconds), 4)
-            found.append({**{name: curve[0][name] for name in ("mode", "k", "p", "batch")},
-                          "lengths": len(set(lengths)), "ttft_exponent": exponent})
-    return found
-
-
-def batch_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For what was timed in batches of three sizes or more: the exponents with which a batch's times grow."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("mode", "context", "k", "p")), []).append(row)
-    found = []
-    for (mode, context, k, p), group in groups.items():
-        sizes = [row["batch"] for row in group]
-        if len(sizes) >= 3:
-            exponents = {f"{name}_exponent": round(growth_exponent(sizes, [row[f"{name}_s"] for row in group]), 4)
-                         for name in ("ttft", "ttit") if all(row[f"{name}_s"] for row in group)}
-            found.append({"mode": mode, "context": context, "k": k, "p": p, "sizes": sizes, **exponents})
-    return found
-
-
-def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> Benchmark:
-    """Load what `bench` times, with what its result must say to be made again."""
-    [item] = read_questions(QuestionConfig(question=bench.question))
-    pack = PackConfig(mode="refrag" if "refrag" in bench.modes else "full", floor=0, compressed="feed")
-    generate = GenerateConfig(max_new=bench.new, cite=False)
-    pipeline = load_pipeline(index, SearchConfig(), pack, generate, models, runtime)
-    known = ("enc", "dec", "projector_trained", "gate", "compressed", "dtype")
-    settings = {name: value for name, value in pipeline.settings().items() if name in known}
-    facts = {"device": describe_device(runtime), "settings": run_settings((bench, index, models, runtime)) | settings,
-             "versions": library_versions(), "command": sys.argv, "commit": source_commit(),
-             "index": index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
-    return Benchmark(pipeline, bench, item, facts)
-
-
-@contextlib.contextmanager
-def bench_folder(out_dir: str | None) -> Iterator[Path | None]:
-    """Hold the folder of --out_dir, made where needed; if nothing comes to stand in it, it goes. Raises LockedError."""
-    if out_dir is None:
-        yield None
-        return
-    folder = Path(out_dir)
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / ".lock", f"--out_dir {folder}"):
-        try:
-            yield folder
-        finally:
-            if made and not (folder / "bench.json").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-BENCH_PICTURES = ("ttft.png", "ratio.png")
-
-
-def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
-    """bench.json and report.md after a round; the pictures after the last one. Those of another result go first."""
-    for name in BENCH_PICTURES:
-        (folder / name).unlink(missing_ok=True)
-    write_atomic(folder / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    if last:
-        draw_bench(folder, result["rows"])
-    pictures = [f"![]({name})" for name in BENCH_PICTURES if (folder / name).is_file()]
-    command = shlex.join(result["command"]).encode("utf-8", "replace").decode()  # arguments may be any bytes
-    made = [f"Command: `{command}`", f"Device: {dumps(result['device'])}",
-            f"Versions: {dumps(result['versions'])}", f"Commit: {result['commit']}",
-            f"Medians of {result['rounds']} rounds in which all rows take turns (least and greatest in brackets)."]
-    write_atomic(folder / "report.md", "\n\n".join(["# Speed against context length", *made, bench_text(result),
-                                                    *pictures]) + "\n")
-
-
-def draw_bench(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """ttft.png, and ratio.png where full context was timed too."""
-    draw(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
-    if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
-        draw(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
-
-
-def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: str) -> Any:
-    """One column of a curve against its context tokens, medians with their spread. Returns the colour."""
-    lengths, values = ([row[key] for row in curve] for key in ("context_tokens", column))
-    around = [[abs(row["spread"][column][side] - row[column]) for row in curve] for side in (0, 1)]
-    return axes.errorbar(lengths, values, yerr=around, marker=".", capsize=2, label=name).lines[0].get_color()
-
-
-def log_axes(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Logarithmic axes with the context lengths that were timed, plain numbers, and the legend beside them."""
-    ticks = sorted({row["context_tokens"] for row in rows} - {0})
-    axes.set(xscale="log", yscale="log", xlabel="context tokens")
-    if ticks:
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def paint_ttft(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Time to first token against context length, and full context's over k and over k squared."""
-    curves = bench_curves(rows)
-    for name, curve in curves.items():
-        paint_curve(axes, name, curve, "ttft_s")
-    full = curves.get("full", [])
-    lengths, seconds = ([row[key] for row in full] for key in ("context_tokens", "ttft_s"))
-    for k in sorted({row["k"] for row in rows} - {None}) if full else ():
-        for power, style in ((1, "--"), (2, ":")):
-            label = f"full / {k}" + "²" * (power == 2)
-            axes.plot(lengths, [s / k**power for s in seconds], style, color="grey", linewidth=0.8)
-            axes.annotate(label, (lengths[0], seconds[0] / k**power), (0, 3), textcoords="offset points",
-                          fontsize=7, color="grey")
-    for row in rows:
-        if row["mode"] == "none":
-            axes.axhline(row["ttft_s"], color="black", linestyle="-.", linewidth=0.8, label="question alone")
-    log_axes(axes, rows)
-    axes.set(ylabel="time to first token, s")
-    axes.set_title("dashed and dotted: full context's over k and k²", fontsize=9)
-
-
-def paint_ratio(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """How many times sooner the first token comes than from full context; dashed: tokens over positions in theory."""
-    for name, curve in bench_curves(rows).items():
-        known = [row for row in curve if row["mode"] == "refrag" and row["ttft_ratio"] is not None]
-        if known:
-            colour = paint_curve(axes, name, known, "ttft_ratio")
-            axes.axhline(known[0]["theoretical_ratio"], color=colour, linestyle="--", linewidth=0.8)
-    log_axes(axes, rows)
-    axes.yaxis.set_minor_formatter("{x:g}")  # there may be no power of ten among the ratios
-    axes.set(ylabel="full context's time to first token over this")
-    axes.set_title("dashed: 1 / (p + (1 - p) / k)", fontsize=9)
-
-
-def bench_cells(row: dict[str, Any]) -> dict[str, str]:
-    """A row for people: column -> text. Times in ms."""
-
-    def ms(seconds: float | None) -> str:
-        return "-" if seconds is None else f"{1000 * seconds:,.1f}"
-
-    low, high = row["spread"]["ttft_s"]
-    times = {"TTFT ms": f"{ms(row['ttft_s'])} ({ms(low)}-{ms(high)})"}
-    ratios = {column: "-" if row[name] is None else f"{row[name]:.2f}x" for column, name in (
-        ("shorter", "compression"), ("faster", "ttft_ratio"), ("theory", "theoretical_ratio"))}
-    stages = {name.removesuffix("_s"): ms(value) for name, value in row["stages"].items()}
-    shown = {name: "-" if row[name] is None else f"{row[name]:g}" for name in ("k", "p")}
-    return {"mode": row["mode"], **shown, "batch": str(row["batch"]), "context": f"{row['context_tokens']:,}",
-            "positions": f"{row['positions']:,}", **times, **ratios, **stages, "TTIT ms": ms(row["ttit_s"]),
-            "tokens/s": "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
-            "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}"}
-
-
-def bench_text(result: dict[str, Any]) -> str:
-    """A benchmark for people: the table, how the time grows, what was left out."""
-    cells = [bench_cells(row) for row in result["rows"]]
-    if all(row["batch"] == 1 for row in result["rows"]):
-        cells = [{name: text for name, text in one.items() if name != "batch"} for one in cells]
-    lines = [aligned_table(cells), ""]
-    for entry in result["growth"]:
-        curve = Setting(entry["mode"], 0, entry["k"], entry["p"], entry["batch"]).curve
-        lines.append(f"- {curve}: the time to first token grows with the {entry['ttft_exponent']:.2f}th power of the "
-                     "context tokens")
-    for entry in result["batch_growth"]:
-        curve = Setting(entry["mode"], 0, entry["k"], entry["p"]).curve
-        grown = " and ".join(f"{label} with the {entry[name]:.2f}th" for label, name in (
-            ("the time to first token", "ttft_exponent"), ("a step", "ttit_exponent")) if name in entry)
-        lines.append(f"- {curve} at --contexts {entry['context']}: {grown} power of the questions answered together")
-    fresh = sorted({row["k"] for row in result["rows"] if row["stored_vectors"] is False})
-    if fresh:
-        lines.append(f"- vectors that the index does not hold, computed while the clock runs: k = "
-                     f"{', '.join(map(str, fresh))}")
-    lines += [f"- {text}" for text in result["left_out"]]
-    return "\n".join(lines).rstrip()
-
-
-# =============================================================================
-# 14. Serving. The conversation on a terminal, the HTTP server, and prompts for
-#     other engines.
-# =============================================================================
-
-MODES = PackConfig.__dataclass_fields__["mode"].metadata["choices"]
-REFERS_BACK = re.compile(r"^\W*(and|but|so|why|(what|how) about)\b|\b(he|him|his|she|hers?|its?|they|them|theirs?|this|"
-                         r"that|these|those|there|then|ones?|same|others?|former|latter)\b", re.IGNORECASE)
-NAME = re.compile(rf"(?:[{CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*)(?:(?: (?:of|the|de|la|van|von|and))* "
-                  rf"(?:[{CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*\b))*")
-
-
-def names_in(text: str, answer: bool = False) -> list[str]:
-    """Names and numbers of a text, each once.
-
-    The word that a question begins with is capitalised anyway and counts as none; an answer often begins with a name.
-    Examples: "When was the Eiffel Tower in Paris finished?" -> ["Eiffel Tower", "Paris"]; "Ada Lovelace" -> the same
-    """
-    first = 0 if answer or not text.strip() else len(text) - len(text.lstrip()) + len(text.split(maxsplit=1)[0])
-    names = dict.fromkeys(match[0].rstrip(".,") for match in NAME.finditer(text, first))
-    return [name for name in names if name.casefold() not in STOPWORDS]
-
-
-def with_topic(question: str, before: Sequence[tuple[str, str]]) -> str:
-    """A question that can be understood alone. before: (question, answer) so far, the questions as they came out here.
-
-    One that refers back ("she", "there", "what about 1950?") is given what the last question was about: its names, else
-    those of its answer, else itself.
-
-    Example: "Who designed it?" after "When was the Eiffel Tower finished?" -> "Who designed it (Eiffel Tower)?"
-    """
-    if not before:
-        return question
-    short = len(index_terms(question)) < 3 and not names_in(question)
-    if not short and not REFERS_BACK.search(question):
-        return question
-    (last, answer), known = before[-1], set(words(question))
-    names = names_in(last) or names_in(CITATION.sub(" ", answer), answer=True)
-    new = [name for name in names if not known.issuperset(words(name))]
-    topic = ", ".join(new) if names else last.strip().rstrip("?.!")
-    stripped = question.strip()
-    body = stripped.rstrip("?.!\u3002\uff1f\uff01 ")
-    return f"{body} ({topic}){stripped[len(body) :].strip() or '?'}" if topic else question
-
-
-class Chat:
-    """A conversation: questions and commands in, answers on stdout, all else on stderr."""
-
-    def __init__(self, pipeline: Pipeline, as_json: bool):
-        self.pipeline, self.as_json = pipeline, as_json
-        self.turns: list[dict[str, Any]] = []  # results, with `asked`: the question as it was typed
-        self.commands = {"docs": self.show_docs, "history": self.show_history, "clear": self.clear, "mode": self.mode,
-                         "p": self.share, "save": self.save, "help": self.help}
-
-    def take(self, line: str) -> bool:
-        """Answer a question, or obey a command. Returns False when the conversation is to end."""
-        line = line.strip()
-        if line in ("/quit", "/exit"):
-            return False
-        try:
-            if line.startswith("/"):
-                name, _, rest = line[1:].partition(" ")
-                require(name in self.commands, f"/{name}: no such command, see /help")
-                self.commands[name](rest.strip())
-            elif line:
-                self.answer(line)
-        except RefragError as error:
-            say(f"error: {error}", file=STDERR)
-        return True
-
-    def converse(self) -> None:
-        """Questions from a terminal, with line editing and a history that is kept. Ctrl-C stops an answer alone."""
-        notice("ask away; /help lists the commands")
-        with line_history():
-            while True:
-                try:
-                    if not self.take(input("> ")):
-                        return
-                except EOFError:
-                    print()
-                    return
-                except KeyboardInterrupt:
-                    print("\n(stopped; /quit leaves)", file=STDERR)
-
-    def answer(self, question: str) -> None:
-        """Answer a question and remember it."""
-        asked = with_topic(question, [(turn["question"], turn["answer"]) for turn in self.turns])
-        if asked != question:
-            notice(f"asked as: {asked}")
-        [item] = check_questions([{"id": str(len(self.turns) + 1), "question": asked}], ["question"], "question")
-        live = write_text if self.pipeline.generate.stream and not self.as_json else None
-        [result] = self.pipeline.answer([item], live)
-        self.turns.append(result | {"asked": question})
-        print(dumps(self.turns[-1])) if self.as_json else say(answer_text(result, shown=live is not None))
-        sys.stdout.flush()
-
-    def help(self, rest: str) -> None:
-        """What can be typed."""
-        notice("/docs what was retrieved for the last question, compressed parts in [[..]]\n/history the questions and "
-               "answers so far\n/clear forget them\n/mode refrag|full|none|truncate\n/p SHARE of the context that "
-               "stays text\n/save FILE the conversation as JSON lines\n/quit")
-
-    def show_docs(self, rest: str) -> None:
-        """The passages of the last question with their chunks as they were read."""
-        require(bool(self.turns), "/docs: nothing has been asked yet")
-        last = self.turns[-1]
-        for passage in last["passages"]:
-            content = passage_content(passage["title"], passage["text"])
-            chunks = [c for c in last["chunks"] if c["passage_id"] == passage["id"]]
-            opened = sum(c["expanded"] for c in chunks)
-            shown = "".join(part if c["expanded"] else f"[[{part}]]" for c in chunks
-                            if (part := content[c["start"] : c["end"]]))
-            notice(f"[{passage['rank']}] {passage['id']}: {opened} of {len(chunks)} chunks read as text\n{shown}\n")
-
-    def show_history(self, rest: str) -> None:
-        """Questions and answers so far."""
-        for number, turn in enumerate(self.turns, start=1):
-            notice(f"{number}. {turn['asked']}\n   {turn['answer']}")
-
-    def clear(self, rest: str) -> None:
-        """Forget what was said."""
-        self.turns.clear()
-
-    def mode(self, rest: str) -> None:
-        """Change --mode."""
-        require(rest in MODES, f"/mode: one of {', '.join(MODES)}, got {rest!r}")
-        require(rest == "none" or self.pipeline.searcher is not None, "/mode: this chat was begun without an index")
-        self.pipeline = self.pipeline.variant(mode=rest)
-
-    def share(self, rest: str) -> None:
-        """Change --p."""
-        try:
-            p = float(rest)
-        except ValueError:
-            raise UserError(f"/p: a share between 0 and 1, got {rest!r}") from None
-        changed = self.pipeline.variant(p=p)
-        changed.check_gate(changed.gate)
-        self.pipeline = changed
-
-    def save(self, rest: str) -> None:
-        """Write the conversation."""
-        require(bool(rest), "/save: name a file")
-        try:
-            write_atomic(Path(rest).expanduser(), "".join(dumps(turn) + "\n" for turn in self.turns))
-        except OSError as error:
-            raise UserError(f"/save {rest}: {one_line(error)}") from None
-        notice(f"{len(self.turns)} turns in {rest}")
-
-
-@contextlib.contextmanager
-def line_history() -> Iterator[None]:
-    """Line editing for `input`, with the lines of earlier conversations, where the platform has it."""
-    try:
-        readline = importlib.import_module("readline")
-    except ImportError:  # Windows: its console edits lines itself
-        yield
-        return
-    path = cache_home() / "chat_history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(path)
-
-
-# -- the server: requests ---------------------------------------------------------
-
-API_NAMES = {"max_new": "max_tokens", "temperature": "temperature", "top_p": "top_p",  # of flags that clients can set
-             **{name: f"refrag.{name}" for name in ("mode", "k", "p", "floor", "topk", "hops")}}
-
-
-class Refused(Exception):
-    """A request that is answered with an error. status: HTTP's; code: a word for programs; param: the field."""
-
-    def __init__(self, status: int, message: str, code: str, param: str | None = None):
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
-
-    def body(self) -> dict[str, Any]:
-        """In the form of OpenAI's errors."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-
-def refusal(error: Exception) -> Refused:
-    """What a client is told of an error, in the API's words. What is no fault of the request goes to stderr too.
-
-    Example: UserError("--p must lie between 0 and 1, got 2") -> "refrag.p must lie between 0 and 1, got 2", 400
-    """
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, late_import("pydantic").ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        message = "not supported here, or not with this value" if first["type"] == "extra_forbidden" else first["msg"]
-        message = message.removeprefix("Value error, ")
-        return Refused(400, f"{place}: {message}" if place else message, first["type"], place or None)
-    if isinstance(error, UserError):
-        names = re.findall(rf"--({'|'.join(API_NAMES)})\b", str(error))
-        message = re.sub(r"--(\w+)", lambda match: API_NAMES.get(match[1], match[0]), str(error))
-        if isinstance(error, TooLongError):
-            return Refused(400, message, "context_length_exceeded", "messages")
-        return Refused(400, message, "invalid_value", API_NAMES[names[0]] if names else None)
-    say(f"error: {one_line(error)}", file=STDERR)
-    return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
-
-
-def joined_parts(content: Any) -> Any:
-    """A message's text, also where it comes in parts. Raises ValueError for a part that is no text."""
-    if not isinstance(content, list):
-        return content
-    if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-               for part in content):
-        raise ValueError("only parts of type text are supported")
-    return "".join(part["text"] for part in content)
-
-
-def ends_with_question(messages: list[Any]) -> list[Any]:
-    """Raises ValueError unless the last message can be answered."""
-    if messages[-1].role != "user" or not messages[-1].content.strip():
-        raise ValueError("the last message must be the user's, and not empty")
-    return messages
-
-
-def listed_inputs(value: Any) -> list[Any]:
-    """What is to be embedded, as a list of texts or of lists of token ids. Raises ValueError."""
-    rows = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
-    texts = all(isinstance(row, str) and row for row in rows)
-    if not texts and not all(isinstance(row, list) and row and all(type(t) is int for t in row) for row in rows):
-        raise ValueError("must be a text, a list of texts, token ids or a list of lists of them, none of them empty")
-    return rows
-
-
-UNREAD = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-          "parallel_tool_calls", "name")  # official fields that change no answer
-NEUTRAL = {"n": (1,), "logprobs": (False,), "response_format": ({"type": "text"},), "modalities": (["text"],),
-           "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
-           **dict.fromkeys(("top_logprobs", "presence_penalty", "frequency_penalty"), (0,)), "logit_bias": ({},),
-           **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-           **dict.fromkeys(("tools", "functions", "tool_calls", "annotations"), ([],))}
-
-
-@functools.cache
-def form_class() -> Any:
-    """What the requests' pydantic models have in common. Built late: only the server needs pydantic.
-
-    null counts as left out. A field that is not declared is refused: to ignore one may change the answer.
-    """
-    pydantic = late_import("pydantic")
-
-    class Form(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
-        @pydantic.model_validator(mode="before")
-        @classmethod
-        def leave_out(cls, data: Any) -> Any:
-            return {key: value for key, value in data.items() if value is not None and key not in UNREAD
-                    and value not in NEUTRAL.get(key, ())} if isinstance(data, dict) else data
-
-    return Form
-
-
-@functools.cache
-def chat_form(most: int) -> Any:
-    """The pydantic model of a request for an answer. most: tokens that it may ask for."""
-    pydantic, Form = late_import("pydantic"), form_class()
-    Field, Before, After = pydantic.Field, pydantic.BeforeValidator, pydantic.AfterValidator
-    alone = Before(lambda value: [value] if isinstance(value, str) else value)
-
-    class Message(Form):
-        role: Literal["system", "developer", "user", "assistant"]
-        content: Annotated[str, Before(joined_parts)]
-
-    class Settings(Form):
-        mode: Literal[MODES] = ""
-        k: int = 0
-        p: float = 0
-        floor: int = 0
-        topk: int = Field(0, le=100)
-        hops: int = Field(0, le=4)
-
-    class StreamOptions(Form):
-        include_usage: bool = False
-        include_obfuscation: bool = False
-
-    class Chat(Form):
-        model: str
-        messages: Annotated[list[Message], Field(min_length=1), After(ends_with_question)]
-        stream: bool = False
-        stream_options: StreamOptions = StreamOptions()
-        max_tokens: int = Field(None, le=most)
-        max_completion_tokens: int = Field(None, le=most)
-        temperature: float = Field(0, le=100)
-        top_p: float = 1
-        seed: int = Field(None, ge=-(2**63), lt=2**63)
-        stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4), alone] = ()
-        refrag: Settings = Settings()
-
-    return Chat
-
-
-@functools.cache
-def embeddings_form() -> Any:
-    """The pydantic model of a request for vectors."""
-
-    class Embeddings(form_class()):
-        model: str
-        input: Annotated[list, late_import("pydantic").BeforeValidator(listed_inputs)]
-        encoding_format: Literal["float", "base64"] = "float"
-        dimensions: int = None
-
-    return Embeddings
-
-
-class Wish(NamedTuple):
-    """The settings of a request; those with the same may share a batch."""
-
-    search: SearchConfig
-    pack: PackConfig
-    generate: GenerateConfig
-    seed: int = 0
-    system: str = ""
-
-
-class ChatRequest(NamedTuple):
-    """A request for an answer, understood."""
-
-    question: str
-    wish: Wish
-    stream: bool = False
-    usage: bool = False  # whether a stream ends with the counts of tokens
-
-    @classmethod
-    def read(cls, data: bytes, pipeline: Pipeline, serve: ServeConfig) -> ChatRequest:
-        """Raises Refused and what `refusal` makes one of."""
-        body = chat_form(serve.max_tokens).model_validate_json(data)
-        check_served(body.model, ["refrag"])
-        question, system = asked_by(body.messages)
-        counts = (body.max_completion_tokens, body.max_tokens, min(pipeline.generate.max_new, serve.max_tokens))
-        how = body.model_dump(include={"temperature", "top_p"}, exclude_unset=True)
-        how |= {"stop": tuple(body.stop)} if body.stop else {}
-        generate = dataclasses.replace(pipeline.generate, **how, max_new=next(n for n in counts if n is not None))
-        own = body.refrag.model_dump(exclude_unset=True)
-        search = dataclasses.replace(pipeline.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
-        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.runtime.seed  # JavaScript keeps 53 bits
-        wish = Wish(search, dataclasses.replace(pipeline.pack, **own), generate,
-                    seed if body.seed is None else body.seed % 2**63, system)
-        return cls(question, wish, body.stream, body.stream_options.include_usage)
-
-
-def asked_by(messages: Sequence[Any]) -> tuple[str, str]:
-    """(the last message's question, with the topic of those before; the system messages)."""
-    before: list[tuple[str, str]] = []
-    for message in messages[:-1]:
-        if message.role == "user":
-            before.append((with_topic(message.content, before), ""))
-        elif message.role == "assistant" and before:
-            before[-1] = (before[-1][0], message.content)
-    system = [message.content.strip() for message in messages if message.role in ("system", "developer")]
-    return with_topic(messages[-1].content, before), "\n\n".join(filter(None, system))
-
-
-def check_served(model: str, names: Sequence[str]) -> None:
-    """Raises Refused for a model that is not here."""
-    if model not in names:
-        raise Refused(404, f"the model {model!r} does not exist here: {', '.join(names)}", "model_not_found", "model")
-
-
-# -- the server: work -------------------------------------------------------------
-
-
-class Job:
-    """A request at work. tell(kind, value): "text" as it comes, then "done" with the result or "error" with Refused."""
-
-    numbers = itertools.count(1)
-
-    def __init__(self, asked: ChatRequest, timeout: float, tell: Callable[[str, Any], None]):
-        self.asked, self.tell, self.deadline = asked, tell, time.monotonic() + timeout
-        self.id = f"chatcmpl-{os.getpid()}-{next(self.numbers)}"
-        self.item = {"id": self.id, "question": asked.question}
-        self.cancelled = False  # set when the client has gone
-        self.heard = False  # whether a part of the answer was told
-
-    @property
-    def late(self) -> bool:
-        """Whether its time is up."""
-        return time.monotonic() > self.deadline
-
-    def refuse_late(self) -> None:
-        """Tell that there was not enough time."""
-        self.tell("error", Refused(504, "the answer took longer than this server allows", "timeout"))
-
-
-class Engine:
-    """Answers jobs, batch after batch, in a thread of its own."""
-
-    def __init__(self, pipeline: Pipeline, serve: ServeConfig):
-        self.pipeline, self.serve, self.ready = pipeline, serve, True
-        self.together = serve.together or (1 if pipeline.device.type == "cpu" else 4)
-        self.jobs: collections.deque[Job] = collections.deque()
-        self.changed = threading.Condition()
-        self.models = threading.Lock()  # one thread computes at a time
-        self.counts: collections.Counter = collections.Counter()
-        self.thread = threading.Thread(target=self.work_on, name="engine", daemon=True)
-
-    def submit(self, job: Job) -> None:
-        """Put a job in the queue. Raises Refused when it is full."""
-        with self.changed:
-            for gone in [job for job in self.jobs if job.cancelled]:
-                self.jobs.remove(gone)
-            if len(self.jobs) >= self.serve.waiting:
-                raise Refused(429, "too many requests are waiting: come again later", "queue_full")
-            self.jobs.append(job)
-            self.changed.notify()
-
-    def stop(self) -> None:
-        """End the thread after the batch in work."""
-        with self.changed:
-            self.ready = False
-            self.changed.notify()
-
-    def next_batch(self) -> list[Job]:
-        """The job that has waited longest and others of the same settings; none when the server stops.
-
-        What is sampled is answered alone: in a batch it would depend on its neighbours.
-        """
-        with self.changed:
-            self.changed.wait_for(lambda: self.jobs or not self.ready)
-            if not self.ready:
-                return []
-            first = self.jobs.popleft()
-            room = self.together - 1 if first.asked.wish.generate.temperature == 0 else 0
-            others = [job for job in self.jobs if job.asked.wish == first.asked.wish][:room]
-            for job in others:
-                self.jobs.remove(job)
-        return [first, *others]
-
-    def work_on(self) -> None:
-        """The thread."""
-        while batch := self.next_batch():
-            self.work(batch)
-
-    def work(self, batch: list[Job]) -> None:
-        """Answer jobs of the same settings, and tell each how it went."""
-        for job in batch:
-            if job.late and not job.cancelled:
-                job.refuse_late()
-        batch = [job for job in batch if not job.late and not job.cancelled]
-        refusal = self.try_batch(batch) if batch else None
-        if refusal is not None:
-            for job in batch:
-                if len(batch) > 1 and not job.heard:  # the fault may be another question's; what was heard stays said
-                    self.work([job])
-                else:
-                    job.tell("error", refusal)
-
-    def try_batch(self, batch: list[Job]) -> Refused | None:
-        """Answer jobs, or return why not; the failed batch's memory is free when this returns."""
-        try:
-            with self.models:
-                results = self.pipeline_for(batch[0].asked.wish).answer([job.item for job in batch],
-                                                                        functools.partial(self.spread_text, batch))
-        except Exception as error:
-            return refusal(error)
-        for job, result in zip(batch, results, strict=True):
-            self.count(result)
-            if job.late and not result["ended"]:
-                job.refuse_late()
-            else:
-                job.tell("done", result)
-        return None
-
-    def spread_text(self, batch: list[Job], row: int, text: str) -> bool:
-        """Pass a part of an answer on. Returns True when no more of it is wanted."""
-        job = batch[row]
-        if text:
-            job.heard = True
-            job.tell("text", text)
-        return job.cancelled or job.late
-
-    def pipeline_for(self, wish: Wish) -> Pipeline:
-        """The pipeline with a request's settings. Raises RefragError."""
-        if wish.pack.mode != "none" and self.pipeline.searcher is None:
-            raise Refused(400, "this server was started without an index: only the mode none is left", "invalid_value",
-                          "refrag.mode")
-        made = self.pipeline.variant(search=wish.search, generate=wish.generate, **vars(wish.pack))
-        made.check_gate(made.gate)
-        made.sampler, made.system = torch.Generator().manual_seed(wish.seed), wish.system
-        return made
-
-    def count(self, result: dict[str, Any]) -> None:
-        """Add an answer to /metrics."""
-        metrics = result["metrics"]
-        self.counts["answers_total"] += 1
-        self.counts["new_tokens_total"] += metrics["new_tokens"]
-        self.counts["positions_total"] += metrics["positions"]
-        self.counts["full_positions_total"] += metrics["full_positions"]
-        self.counts["ttft_seconds_total"] += metrics["ttft_s"]
-
-    def metrics_text(self) -> str:
-        """/metrics, in Prometheus' text form."""
-        lines = [f"refrag_requests_waiting {len(self.jobs)}", f"refrag_peak_rss_bytes {int(peak_rss_mb() * 2**20)}"]
-        lines += [f"refrag_{name} {value}" for name, value in sorted(self.counts.items())]
-        return "\n".join(lines) + "\n"
-
-    def embed(self, inputs: list[str] | list[list[int]]) -> tuple[np.ndarray, int]:
-        """(N, dim) float32 of texts or of token ids, and how many tokens were read. Raises Refused.
-
-        A tokenizer serves one thread at a time, too.
-        """
-        with self.models:
-            embedder, are_texts = self.pipeline.embedder, isinstance(inputs[0], str)
-            texts = [embedder.prompt + text for text in inputs] if are_texts else []
-            rows = embedder.tokenizer(texts, verbose=False)["input_ids"] if texts else framed_ids(embedder, inputs)
-            longest = max(map(len, rows))
-            if longest > embedder.max_tokens:  # a vector of a part would look like one of the whole
-                raise Refused(400, f"an input has {longest} tokens, more than the {embedder.max_tokens} that "
-                              f"{embedder.name} reads: split it", "context_length_exceeded", "input")
-            vectors = embedder.embed_passages(inputs) if are_texts else embed_ids(embedder, rows)
-            return vectors, sum(map(len, rows))
-
-
-def framed_ids(embedder: Embedder, inputs: list[list[int]]) -> list[list[int]]:
-    """What an embedder reads of token ids, which may hold its special tokens or lack them. Raises Refused.
-
-    Another vocabulary's ids are noticed only where they are too large.
-    """
-    tokenizer, size = embedder.tokenizer, len(embedder.tokenizer)
-    for token in itertools.chain.from_iterable(inputs):
-        if not 0 <= token < size:
-            raise Refused(400, f"token id {token} is not in the vocabulary of {embedder.name}, 0 to {size - 1}: send "
-                          "texts, or the ids of its own tokenizer", "invalid_value", "input")
-    whole, body, prompt = (tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in (
-        ("a", True), ("a", False), (embedder.prompt, False)))
-    at = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
-    before, after = whole[:at], whole[at + len(body) :]
-    added = {*before, *after}
-    return [[*before, *prompt, *(token for token in row if token not in added), *after] for row in inputs]
-
-
-def embed_ids(embedder: Embedder, rows: list[list[int]]) -> np.ndarray:
-    """(N, dim) float32 of complete rows of token ids."""
-    vectors = []
-    for some in batched(rows, 32):
-        features = embedder.tokenizer.pad({"input_ids": some}, return_tensors="pt").to(embedder.model.device)
-        with torch.inference_mode():
-            vectors.append(embedder.model(dict(features))["sentence_embedding"].float().cpu().numpy())
-    return embedder.unit_length(np.concatenate(vectors))
-
-
-# -- the server: HTTP ---------------------------------------------------------------
-
-
-def reply_head(job: Job, kind: str, model: str) -> dict[str, Any]:
-    """The fields that every object of a reply has."""
-    return {"id": job.id, "object": kind, "created": int(time.time()), "model": model}
-
-
-def usage_of(result: dict[str, Any]) -> dict[str, int]:
-    """OpenAI's counts: positions fed, tokens made."""
-    fed, made = result["metrics"]["positions"], result["metrics"]["new_tokens"]
-    return {"prompt_tokens": fed, "completion_tokens": made, "total_tokens": fed + made}
-
-
-def refrag_fields(result: dict[str, Any]) -> dict[str, Any]:
-    """What a reply tells beyond OpenAI's fields."""
-    names = ("question", "citations", "passages", "chunks", "dropped_passages", "metrics", "settings")
-    return {name: result[name] for name in names}
-
-
-def whole_reply(job: Job, result: dict[str, Any], model: str) -> dict[str, Any]:
-    """A reply in one piece."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": result["answer"], "refusal": None},
-              "logprobs": None, "finish_reason": "stop" if result["ended"] else "length"}
-    return {**reply_head(job, "chat.completion", model), "choices": [choice], "usage": usage_of(result),
-            "refrag": refrag_fields(result)}
-
-
-def event(data: Any) -> str:
-    """A server-sent event."""
-    return f"data: {data if isinstance(data, str) else dumps(data)}\n\n"
-
-
-def stream_events(job: Job, kind: str, value: Any, model: str) -> Iterator[str]:
-    """The events of one thing that a job told."""
-    if kind == "error":
-        yield event(value.body())
-        return
-    ended = kind == "done"
-    choice = {"index": 0, "delta": {} if ended else {"content": value}, "logprobs": None,
-              "finish_reason": None if not ended else "stop" if value["ended"] else "length"}
-    more = {"refrag": refrag_fields(value)} if ended else {}
-    yield event({**reply_head(job, "chat.completion.chunk", model), "choices": [choice], **more})
-    if ended:
-        if job.asked.usage:
-            yield event({**reply_head(job, "chat.completion.chunk", model), "choices": [], "usage": usage_of(value)})
-        yield event("[DONE]")
-
-
-async def read_body(request: Any, serve: ServeConfig) -> bytes:
-    """A request's body, neither too long nor too long in coming. Raises Refused."""
-    data = bytearray()
-    try:
-        async with asyncio.timeout(serve.timeout):
-            async for part in request.stream():
-                data += part
-                if len(data) > serve.body_bytes:
-                    raise Refused(413, f"the request is longer than {serve.body_bytes} bytes", "too_large")
-    except TimeoutError:
-        raise Refused(408, "the request did not come to its end in time", "timeout") from None
-    return bytes(data)
-
-
-class Service:
-    """What the addresses of the server do. Its methods take and return Starlette's requests and responses."""
-
-    def __init__(self, engine: Engine, serve: ServeConfig):
-        self.engine, self.serve = engine, serve
-        self.http = late_import("starlette.responses")
-        embedder = engine.pipeline.embedder
-        self.models = {"refrag": "answers"} | ({embedder.name: "embeddings"} if embedder is not None else {})
-
-    def routes(self) -> list[Any]:
-        """Address, method and what answers."""
-        route = late_import("starlette.routing").Route
-        table = (("/v1/chat/completions", self.chat, "POST"), ("/v1/embeddings", self.embeddings, "POST"),
-                 ("/v1/models", self.list_models, "GET"), ("/v1/models/{name:path}", self.one_model, "GET"),
-                 ("/healthz", self.health, "GET"), ("/metrics", self.metrics, "GET"), ("/docs", self.docs, "GET"),
-                 ("/", self.page, "GET"))
-        return [route(path, self.guarded(answer), methods=[method]) for path, answer, method in table]
-
-    def guarded(self, answer: Callable) -> Callable:
-        """An address behind the key, whose refusals become replies. What is none is a fault of ours: 500."""
-
-        async def reply(request: Any) -> Any:
-            try:
-                self.check_origin(request)
-                if answer not in (self.health, self.page, self.docs):
-                    self.check_key(request)
-                response = await answer(request)
-            except Exception as error:
-                response = self.refuse(refusal(error))
-            self.engine.counts[f'responses_total{{status="{response.status_code}"}}'] += 1
-            return response
-
-        return reply
-
-    def refuse(self, error: Refused) -> Any:
-        """An error as a reply."""
-        headers = {"Retry-After": "1"} if error.status == 429 else {}
-        return self.http.JSONResponse(error.body(), error.status, headers)
-
-    async def no_route(self, request: Any, error: Any) -> Any:
-        """An address or a method that is not there, as a reply. error: Starlette's HTTPException."""
-        message = f"{request.method} {request.url.path}: {error.detail}; see GET /docs"
-        refused = Refused(error.status_code, message, error.detail.lower().replace(" ", "_"))
-        return self.http.JSONResponse(refused.body(), error.status_code, error.headers)
-
-    def check_origin(self, request: Any) -> None:
-        """Raises Refused for what a page from elsewhere asks in the name of the person who opened it.
-
-        CORSMiddleware keeps such a page from reading the reply, but would let it post.
-        """
-        origin = request.headers.get("origin")
-        own = origin is None or origin.partition("://")[2] == request.headers.get("host")
-        if not own and origin not in self.serve.cors:
-            raise Refused(403, f"pages of {origin} may not ask this server: see its --cors", "foreign_origin")
-
-    def check_key(self, request: Any) -> None:
-        """Raises Refused without the right --api_key."""
-        given, wanted = request.headers.get("authorization", ""), f"Bearer {self.serve.api_key}"
-        if self.serve.api_key is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
-            raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
-
-    async def chat(self, request: Any) -> Any:
-        """POST /v1/chat/completions"""
-        asked = ChatRequest.read(await read_body(request, self.serve), self.engine.pipeline, self.serve)
-        self.engine.pipeline_for(asked.wish)  # wrong settings are refused before they wait
-        loop, told = asyncio.get_running_loop(), asyncio.Queue()
-        job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
-        self.engine.submit(job)
-        try:
-            if not asked.stream:
-                return await self.in_one_piece(request, job, told)
-            first = await self.next_told(request, job, told)  # an error has its own status still
-        except BaseException:
-            job.cancelled = True
-            raise
-        return self.http.StreamingResponse(self.in_pieces(job, told, first), media_type="text/event-stream",
-                                           headers={"Cache-Control": "no-cache"})
-
-    async def next_told(self, request: Any, job: Job, told: asyncio.Queue) -> tuple[str, Any]:
-        """What a job tells next. Raises Refused for an error, and when the client has gone."""
-        waiting = asyncio.ensure_future(told.get())
-        try:
-            while not (await asyncio.wait([waiting], timeout=0.25))[0]:
-                if await request.is_disconnected():
-                    raise Refused(499, "the client has gone", "client_gone")
-        finally:
-            if not waiting.done():
-                waiting.cancel()
-        kind, value = waiting.result()
-        if kind == "error":
-            raise value
-        return kind, value
-
-    async def in_one_piece(self, request: Any, job: Job, told: asyncio.Queue) -> Any:
-        """The reply when all is said."""
-        while True:
-            kind, value = await self.next_told(request, job, told)
-            if kind == "done":
-                return self.http.JSONResponse(whole_reply(job, value, "refrag"))
-
-    async def in_pieces(self, job: Job, told: asyncio.Queue, first: tuple[str, Any]) -> Any:
-        """The reply as events. When the client goes, Starlette ends this, and that ends the job."""
-        try:
-            role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-            yield event({**reply_head(job, "chat.completion.chunk", "refrag"), "choices": [role]})
-            kind, value = first
-            while True:
-                for part in stream_events(job, kind, value, "refrag"):
-                    yield part
-                if kind != "text":
-                    return
-                kind, value = await told.get()
-        finally:
-            job.cancelled = True
-
-    async def embeddings(self, request: Any) -> Any:
-        """POST /v1/embeddings"""
-        form = embeddings_form().model_validate_json(await read_body(request, self.serve))
-        check_served(form.model, [model for model, use in self.models.items() if use == "embeddings"])
-        dim = self.engine.pipeline.embedder.dim
-        if form.dimensions not in (None, dim):
-            raise Refused(400, f"dimensions: the vectors of {form.model} have {dim}", "invalid_value", "dimensions")
-        vectors, tokens = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, form.input)
-        coded = form.encoding_format == "base64"
-        rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if coded else row.tolist() for row in vectors]
-        return self.http.JSONResponse({
-            "object": "list", "model": form.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})
-
-    def model_facts(self, name: str) -> dict[str, Any]:
-        """A model as OpenAI's clients expect it."""
-        return {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
-
-    async def list_models(self, request: Any) -> Any:
-        """GET /v1/models"""
-        return self.http.JSONResponse({"object": "list", "data": [self.model_facts(name) for name in self.models]})
-
-    async def one_model(self, request: Any) -> Any:
-        """GET /v1/models/NAME"""
-        check_served(request.path_params["name"], list(self.models))
-        return self.http.JSONResponse(self.model_facts(request.path_params["name"]))
-
-    async def health(self, request: Any) -> Any:
-        """GET /healthz"""
-        alive = self.engine.thread.is_alive()
-        return self.http.JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
-
-    async def metrics(self, request: Any) -> Any:
-        """GET /metrics"""
-        return self.http.PlainTextResponse(self.engine.metrics_text(), media_type="text/plain; version=0.0.4")
-
-    async def docs(self, request: Any) -> Any:
-        """GET /docs"""
-        return self.http.PlainTextResponse(SERVER_DOCS)
-
-    async def page(self, request: Any) -> Any:
-        """GET /"""
-        path = Path(__file__).resolve().parent / "webapp" / "index.html"
-        if not path.is_file():
-            raise Refused(404, "the page webapp/index.html is not beside refrag.py", "no_page")
-        return self.http.HTMLResponse(path.read_text(encoding="utf-8"))
-
-
-SERVER_DOCS = """\
-POST /v1/chat/completions
-    As OpenAI's, for the model "refrag". The last message is the question; one that refers back is asked with the names
-    of the one before. System messages stand before it in the prompt. stream, max_tokens, temperature, top_p, seed and
-    stop (up to four) are obeyed; a sampled answer without a seed draws one and reports it. Other official fields are
-    accepted with the value that changes nothing, and refused with any other.
-    Beyond OpenAI's: "refrag": {"mode": "refrag|full|none|truncate", "k": .., "p": .., "floor": .., "topk": ..,
-    "hops": ..} in the request; in the reply, or the last event of a stream, "refrag": {question, citations, passages,
-    chunks, metrics, settings}, the seed among the settings.
-POST /v1/embeddings
-    The embedder's vectors: {"model": .., "input": .., "encoding_format": "float" or "base64"}. input: a text, token ids
-    of the embedder's own tokenizer, or a list of either. More tokens than it reads are an error.
-GET  /v1/models    what is served
-GET  /healthz      200 while the server can answer
-GET  /metrics      counts for Prometheus
-GET  /             a page to ask from
-
-Errors: 400 what is wrong with the request, its field as param, or a Host that is not this machine; 401 the key, 403 a
-page from elsewhere, 404 the model or the address, 405 the method, 408 the request came too slowly, 413 too long, 429
-too many are waiting (with Retry-After), 504 not done within the server's time, 5xx a fault, with its reason.
-"""
-
-
-def make_app(engine: Engine, serve: ServeConfig, address: str) -> Any:
-    """The server as a Starlette application. address: what it listens on.
-
-    On a loopback address it answers to this machine's names alone: a page elsewhere could have its own name resolve to
-    127.0.0.1 and would then be no page from elsewhere.
-    """
-    middleware, service = late_import("starlette.middleware"), Service(engine, serve)
-    layers = []
-    if ipaddress.ip_address(address).is_loopback:
-        own = f"[{address}]" if ":" in address else address
-        layers.append(middleware.Middleware(late_import("starlette.middleware.trustedhost").TrustedHostMiddleware,
-                                            allowed_hosts=["localhost", "127.0.0.1", "[::1]", own, serve.host],
-                                            www_redirect=False))
-    elif serve.api_key is None:
-        notice(f"warning: {address} lets other machines in, and there is no --api_key: whoever reaches this server can "
-               "read its passages")
-    if serve.cors:
-        layers.append(middleware.Middleware(late_import("starlette.middleware.cors").CORSMiddleware,
-                                            allow_origins=serve.cors, allow_methods=["GET", "POST"],
-                                            allow_headers=["*"]))
-    error = late_import("starlette.exceptions").HTTPException
-    return late_import("starlette.applications").Starlette(routes=service.routes(), middleware=layers,
-                                                           exception_handlers={error: service.no_route})
-
-
-def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
-    uvicorn = late_import("uvicorn")
-    raise_file_limit()
-    engine = Engine(pipeline, serve)
-    engine.thread.start()
-    with listening_socket(serve) as listener:
-        host, port = listener.getsockname()[:2]
-        app = make_app(engine, serve, host)
-        notice(f"serving on http://{f'[{host}]' if ':' in host else host}:{port} (page at /, description at /docs)")
-        config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=10,
-                                server_header=False)
-        try:
-            uvicorn.Server(config).run(sockets=[listener])
-        finally:
-            engine.stop()
-
-
-def listening_socket(serve: ServeConfig) -> socket.socket:
-    """A socket on --host and --port. Raises UserError."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        return listener
-    except OSError as error:
-        raise UserError(f"--host {serve.host} --port {serve.port}: {error.strerror or error}") from None
-
-
-def raise_file_limit() -> None:
-    """Let the process hold as many connections as the system allows it to."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
-        resource = importlib.import_module("resource")
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 65_536), hard))
-
-
-# -- prompts for other engines ------------------------------------------------------
-
-
-def export_prompt(pipeline: Pipeline, item: dict[str, Any], folder: Path, with_decoder: bool) -> dict[str, Any]:
-    """Write prompt.safetensors, prompt.json, request.json and, if asked for, decoder/. Returns what prompt.json holds.
-
-    request.json is for `vllm serve DECODER --enable-prompt-embeds` and its address /v1/completions, which takes a saved
-    tensor (T, D) in base64 and adds no chat template of its own.
-    """
-    context, inputs = pipeline.prepare(item)
-    packed, decoder = context.packed, pipeline.model.decoder
-    inputs = inputs.detach().contiguous().cpu()
-    contents = [doc.content for doc in packed.docs]
-    ids = dict(zip(context.labels, (p.id for p in context.passages), strict=False))
-    facts = {
-        "question": item["question"], "positions": len(context.plan), "full_positions": len(packed.prompt.input_ids),
-        "documents": [{"label": doc.label, "id": ids.get(doc.label, doc.label)} for doc in packed.docs],
-        "prompt": show_plan(packed.prompt, context.plan, pipeline.tokenizer, contents),
-        "stop_token_ids": sorted(pipeline.stops), "max_tokens": pipeline.generate.max_new,
-        "dtype": str(inputs.dtype).removeprefix("torch."), "settings": pipeline.settings()}
-    data = io.BytesIO()
-    torch.save(inputs, data)
-    request = {"model": "DECODER", "prompt_embeds": base64.b64encode(data.getvalue()).decode(), "stream": False,
-               **{name: facts[name] for name in ("max_tokens", "stop_token_ids")},
-               "temperature": pipeline.generate.temperature, "top_p": pipeline.generate.top_p}
-    with new_folder(folder) as temporary:
-        save_file({"inputs_embeds": inputs}, temporary / "prompt.safetensors",
-                  {"positions": str(len(inputs)), "question": item["question"]})
-        (temporary / "prompt.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (temporary / "request.json").write_text(json.dumps(request) + "\n", encoding="utf-8")
-        if with_decoder:
-            decoder.save_pretrained(temporary / "decoder")
-            pipeline.tokenizer.decoder.save_pretrained(temporary / "decoder")
-    return facts
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 
 import refrag
+from refrag_extras import cpu_engine, evaluate
 
 RUNTIME = refrag.RuntimeConfig()
 
@@ -84,7 +85,7 @@ class LlamaReader:
         return first - start, (time.perf_counter() - first) / max(new - 1, 1)
 
 
-def stepper_bytes(stepper: refrag.Stepper) -> int:
+def stepper_bytes(stepper: cpu_engine.Stepper) -> int:
     """Bytes of the matrices of a stepper, which are read at every step."""
     matrices = [stepper.head, *(matrix for layer in stepper.layers for matrix in layer)]
     return sum(part.nbytes for matrix in matrices for part in (matrix.values, matrix.scale))
@@ -92,19 +93,19 @@ def stepper_bytes(stepper: refrag.Stepper) -> int:
 
 def measure_decode(args: argparse.Namespace) -> dict:
     """Our decode loop by every engine, transformers' generate and llama.cpp, taking turns."""
-    decoder, watch = refrag.load_model(refrag.ModelConfig(), 16, RUNTIME).decoder, refrag.Stopwatch(torch.device("cpu"))
+    decoder, watch = refrag.load_model(refrag.ModelConfig(), RUNTIME).decoder, refrag.Stopwatch(torch.device("cpu"))
     ids = torch.arange(100, 100 + args.prompt)
     inputs = decoder.get_input_embeddings().weight[ids].detach()
     engines: dict[str, dict] = {"generate": {}, "model": {}}
-    steppers: dict[str, refrag.Stepper | None] = {"model": None}
+    steppers: dict[str, cpu_engine.Stepper | None] = {"model": None}
     for name in ("int8", "int4"):
         start = time.perf_counter()
-        steppers[name] = refrag.Stepper(decoder, name)
+        steppers[name] = cpu_engine.Stepper(decoder, name)
         engines[name] = {"load_s": round(time.perf_counter() - start, 3), "mb": stepper_bytes(steppers[name]) / 1e6}
     weights = sum(parameter.nbytes for parameter in decoder.parameters()) / 1e6
     engines["generate"]["mb"] = engines["model"]["mb"] = weights
 
-    def ours(stepper: refrag.Stepper | None) -> tuple[float, float]:
+    def ours(stepper: cpu_engine.Stepper | None) -> tuple[float, float]:
         start = time.perf_counter()
         logits, state = refrag.prefill(decoder, [inputs])
         [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, stops=frozenset(),
@@ -140,7 +141,7 @@ def measure_decode(args: argparse.Namespace) -> dict:
             if other in rows:
                 ratios = [theirs[1] / mine[1] for theirs, mine in zip(rows[other], seconds, strict=True)]
                 engines[name][f"times_faster_than_{other}"] = round(statistics.median(ratios), 3)
-    return {"prompt": args.prompt, "new": args.new, "auto": refrag.Stepper(decoder).engine,
+    return {"prompt": args.prompt, "new": args.new, "auto": cpu_engine.Stepper(decoder).engine,
             "rows": [{"engine": name, **row} for name, row in engines.items()]}
 
 
@@ -151,7 +152,7 @@ def measure_answers(args: argparse.Namespace) -> dict:
                                     refrag.PackConfig(k=args.k, p=args.p), refrag.GenerateConfig(max_new=args.new),
                                     models, refrag.RuntimeConfig(engine="model"))
     decoder, watch = pipeline.model.decoder, refrag.Stopwatch(torch.device("cpu"))
-    steppers = {"int8": refrag.Stepper(decoder, "int8"), "int4": refrag.Stepper(decoder, "int4"), "model": None}
+    steppers = {"int8": cpu_engine.Stepper(decoder, "int8"), "int4": cpu_engine.Stepper(decoder, "int4"), "model": None}
     scores: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in steppers}
     questions = refrag.read_answered_questions(args.qa, "--qa", args.limit)
     for item in refrag.progress(questions, "answers", total=len(questions), unit="question"):
@@ -163,15 +164,16 @@ def measure_answers(args: argparse.Namespace) -> dict:
                                      pick=pipeline.pick, watch=watch, stepper=stepper)
             replies[name] = pipeline.tokenizer.decoder.decode(out.tokens, skip_special_tokens=True)
         for name, reply in replies.items():
-            scores[name].append((refrag.token_f1(reply, item["answers"]), refrag.exact_match(reply, item["answers"]),
+            truths = item["answers"]
+            scores[name].append((evaluate.token_f1(reply, truths), evaluate.exact_match(reply, truths),
                                  reply == replies["model"]))
     table = {name: dict(zip(("f1", "em", "same_as_model"), np.mean(rows, axis=0).round(4).tolist(), strict=True))
              for name, rows in scores.items()}
     for name, rows in scores.items():
         differences = [mine[0] - other[0] for mine, other in zip(rows, scores["model"], strict=True)]
-        interval = refrag.bootstrap_interval(differences, RUNTIME.seed)
+        interval = evaluate.bootstrap_interval(differences, RUNTIME.seed)
         table[name]["f1_minus_model"] = [round(statistics.mean(differences), 4), *interval]
-    return {"n": len(questions), "auto": refrag.Stepper(decoder).engine,
+    return {"n": len(questions), "auto": cpu_engine.Stepper(decoder).engine,
             "rows": [{"engine": name, **row} for name, row in table.items()]}
 
 
@@ -180,7 +182,7 @@ def measure_first_token(args: argparse.Namespace) -> dict:
     modes, contexts = ("full", "refrag"), tuple(args.contexts)
     bench = refrag.BenchConfig(contexts=contexts, modes=modes, k=(args.k,), p=(0.0, 0.1), new=2)
     index, models = refrag.IndexConfig(index_dir=args.index_dir), refrag.ModelConfig()
-    benchmark = refrag.load_benchmark(bench, index, models, RUNTIME)
+    benchmark = bench.load_benchmark(bench, index, models, RUNTIME)
     item, timers, sizes = benchmark.item, {}, {}
     llama = LlamaReader(benchmark.pipeline.model.window) if args.llama_cpp else None
     for trial in benchmark.trials:
@@ -269,7 +271,7 @@ def measure_embed(args: argparse.Namespace) -> dict:
     texts = [refrag.passage_content(record.title, record.text) for record in refrag.read_corpus(config, counts)]
     embedder = refrag.load_embedder(None, RUNTIME)
     plain = SentenceTransformer(str(refrag.bundled_path(embedder.name)), device=str(refrag.pick_device("auto")))
-    chunking = refrag.make_chunking(refrag.build_tokenizer(refrag.RefragConfig()), None)
+    chunking = refrag.Chunking(16, refrag.build_tokenizer(refrag.RefragConfig()))
     made, rows = {}, collections.defaultdict(list)
     for turn in range(args.repeats + 1):
         for name, embed in (("encode", lambda: plain.encode(texts, show_progress_bar=False)),
@@ -301,7 +303,7 @@ def measure_anchors(args: argparse.Namespace) -> dict:
         exact, anchors = refrag.exact_anchors(encoder, decoder), refrag.cost_anchors(encoder, decoder)
         seconds += time.perf_counter() - start
         counts.update(texts=1, decoder=len(decoder.ids), encoder=len(encoder.ids), exact=len(exact),
-                      anchors=len(anchors), good=sum(a.cost <= refrag.AlignConfig.max_cost for a in anchors))
+                      anchors=len(anchors), good=sum(a.cost <= refrag.MAX_COST for a in anchors))
         costs += [a.cost for a in anchors]
     tokens = counts["decoder"]
     return {**counts, "exact_share": counts["exact"] / tokens, "anchor_share": counts["anchors"] / tokens,
@@ -317,10 +319,10 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     texts = refrag.TextConfig(train_json=(args.texts,))
     phase = refrag.Phase(f"cpt_{lessons}", refrag.Weights(kl=float(lessons == "align")))
     settled = phase.settled(train)
-    model = refrag.load_model(refrag.ModelConfig(), args.k, RUNTIME, letters)
+    model = refrag.load_model(refrag.ModelConfig(), RUNTIME, letters)
     made = {"recon": lambda: refrag.ReconLessons(model.encoder, texts, settled, refrag.ReconConfig()),
             "next": lambda: refrag.NextLessons(model.encoder, texts, settled, refrag.NextConfig()),
-            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled, refrag.AlignConfig())}[lessons]()
+            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled)}[lessons]()
     refrag.mark_trained(model, letters, 0)
     facts = {"run": "", "data": []}
     return refrag.Trainer(model, made, phase, settled, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)
@@ -414,10 +416,10 @@ def measure_paired(args: argparse.Namespace) -> dict:
             shared.update(ids)
             mine, theirs = ([values[i] for i in ids] for values in (found, other))
             difference = [a - b for a, b in zip(mine, theirs, strict=True)]
-            gained = {"mean": statistics.fmean(difference), "ci": refrag.bootstrap_interval(difference, RUNTIME.seed)}
+            gained = {"mean": statistics.fmean(difference), "ci": evaluate.bootstrap_interval(difference, RUNTIME.seed)}
             rows.append({"mode": cell[0], "p": f"{cell[1]:g}", "f1": round(statistics.fmean(mine), 3),
                          "of_the_run": f"{statistics.fmean(mine) / statistics.fmean(theirs):.0%}",
-                         "f1_minus_the_run": refrag.cell_text(gained)})
+                         "f1_minus_the_run": evaluate.cell_text(gained)})
     return {"n": len(shared), "rows": rows}
 
 
