@@ -5,10 +5,10 @@
 
 `record` runs the commands of TABLE in CHECKOUT, on its data/ and the bundled models, on one thread, at low priority.
 Each part becomes OUT_DIR/PART.json: what its commands printed and every file that they wrote, JSON by its values, all
-else by its SHA-256. A part that is there is skipped, so a recording that was stopped goes on. Models are converted
-anew, into OUT_DIR/home. `compare` prints every value that differs and exits with 1 if there is one. Numbers must be
-equal exactly; of IGNORED keys only the presence counts. For each phase of training it prints the largest relative
-difference; --tolerance allows one there and skips its digests. Both recordings must come from the same machine.
+else by its SHA-256. A part that is there is skipped. Models are converted anew, into OUT_DIR/home. `compare` prints
+every value that differs and the largest relative difference of each part, and exits with 1 if there is one. Numbers
+must be equal exactly; of what is IGNORED only the presence counts. In phases of training --tolerance allows a relative
+difference and skips digests. Both recordings must come from the same machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-IGNORED = r"_s$|_m[sb]$|^ms_per_|^(seconds|stages|spread|runs|versions|commit|ttft_ratio|ttit_ratio)$"  # mostly times
+# Times, memory, versions, names of runs, and digests of files whose values are compared themselves.
+IGNORED = r"(_s|_m[sb]|/ms_per_\w+|/(seconds|stages|spread|runs|versions|commit|ttft_ratio|ttit_ratio|run|digest)" \
+          r"|/manifest\.json/files/\w+\.json)$"
 
 # Each line is the name of a part and one of its commands. {here} is the part's own folder, {index} and the like another
 # part's; {few} and {held} are files of SAMPLES, words in capitals stand in SHORT.
@@ -72,8 +74,8 @@ phase_align       cpt_align TEXTS
 phase_recon       cpt_recon TEXTS
 phase_next        cpt_next TEXTS
 phase_next_lora   cpt_next TEXTS --lora_r 8 --k 8 16 --distill 0.5 --load_dir data/reader
-phase_sft         sft LESSONS --limit 40 --topk 2 STEPS
-phase_gate        train_gate LESSONS --limit 80 --epochs 2 --batch_size 8 --topk 4 --out_dir {here} JSON
+phase_sft         sft LESSONS --limit 40 --topk 2 STEPS --seq_tokens 256 --batch_size 1
+phase_gate        train_gate LESSONS --limit 80 --epochs 5 --batch_size 8 --topk 4 --out_dir {here} JSON
 phase_policy      train_policy LESSONS --limit 20 --steps 20 --batch_size 1 --group 2 --topk 3 --out_dir {here} JSON
 phase_policy      FEW --gate policy --load_dir {here}
 vary_untrained    FEW --engine model --load_dir none
@@ -150,12 +152,12 @@ def leaves(value: Any, ignored: str, path: str = "") -> Iterator[tuple[str, Any]
     if not within:
         yield path, value
     for key, inner in within:
-        yield from leaves("ignored" if re.search(ignored, str(key)) else inner, ignored, f"{path}/{key}")
+        yield from leaves("ignored" if re.search(ignored, f"{path}/{key}") else inner, ignored, f"{path}/{key}")
 
 
 def compare(name: str, args: argparse.Namespace) -> bool:
     """Print what differs in a part. True if nothing does."""
-    ignored = "|".join([IGNORED, *(f"^{re.escape(key)}$" for key in args.ignore)])
+    ignored = "|".join([IGNORED, *(f"/{re.escape(key)}$" for key in args.ignore)])
     try:
         a, b = (dict(leaves(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), ignored))
                 for folder in args.folders)
@@ -171,8 +173,7 @@ def compare(name: str, args: argparse.Namespace) -> bool:
         close = apart <= args.tolerance if numbers else re.fullmatch(r'"[0-9a-f]{16,64}"', x)
         if x != y and not (training and args.tolerance and close):
             found.append(f"  {path}: {x[:300]} != {y[:300]}")
-    note = f"; largest relative difference {largest:.3g}" if training else ""
-    print(f"{name}: {len(a):,} values, {len(found):,} differ{note}", *found, sep="\n", flush=True)
+    print(f"{name}: {len(found):,} of {len(a):,} values differ, by at most {largest:.3g} relatively", *found, sep="\n")
     return not found
 
 
