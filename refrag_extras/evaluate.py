@@ -50,7 +50,6 @@ from refrag import (
     abstains,
     answer_chunks,
     batched,
-    can_pack,
     checked_batch,
     checkpoint_digest,
     continue_plan,
@@ -707,7 +706,6 @@ class TextTask(Task):
         require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
                 f"--texts {', '.join(options.texts)}: one text alone has pieces of {self.size} tokens, and "
                 "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
-        self.packs = can_pack(self.model.decoder)
 
     def units(self) -> list[Any]:
         """(mode, values of k): what reads no vector is measured once for all k."""
@@ -733,8 +731,7 @@ class TextTask(Task):
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         mode, ks = unit
         sequences = self.sequences(mode, ks[0])
-        measured = measure_sequences(self.model, sequences, self.packs, 2 * self.size, self.options.batch_size,
-                                     self.accelerator)
+        measured = measure_sequences(self.model, sequences, self.options.batch_size, self.accelerator)
         require(math.isfinite(measured["loss"]), f"--task {self.options.task}: the loss of {mode} is "
                 f"{measured['loss']}: mend the models")
         for k in ks:
@@ -822,7 +819,7 @@ class ReconTask(TextTask):
         decoder, device, asked = self.model.decoder, self.accelerator.device, sequence.asked
         before = continue_plan(sequence.plan[: len(sequence.plan) - asked + 1], sequence.labels[-1:], sequence.content)
         with self.accelerator.autocast():
-            batch = checked_batch(self.model, [[before]], self.packs).to(device)
+            batch = checked_batch(self.model, [before])
             inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
             logits, state = prefill(decoder, [inputs[0]])
             [out], _ = decode(decoder, logits, state, max_new=asked, watch=Stopwatch(device),
