@@ -737,7 +737,7 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
 def cmd_train_gate(data: GateDataConfig, gate: GateConfig, index: IndexConfig, search: SearchConfig,
                    models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Train the gate to find the chunks that hold the answer."""
-    summary = train_gate(data, gate, index, search, models, runtime)
+    summary = train_scorer("gate", data, gate, index, search, models, runtime)
     emit(summary, runtime, gate_text(summary))
 
 
@@ -745,7 +745,7 @@ def cmd_train_gate(data: GateDataConfig, gate: GateConfig, index: IndexConfig, s
 def cmd_train_policy(data: GateDataConfig, policy: PolicyConfig, index: IndexConfig, search: SearchConfig,
                      models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Train the paper's policy: it draws the chunks, the decoder's answer rewards it."""
-    summary = train_policy(data, policy, index, search, models, runtime)
+    summary = train_scorer("policy", data, policy, index, search, models, runtime)
     emit(summary, runtime, gate_text(summary))
 
 
@@ -6812,17 +6812,25 @@ class GateExample(NamedTuple):
     """A question for the gate to learn from, or to be examined on."""
 
     number: int  # of the question
-    given: GateInput  # without its texts
+    inputs: GateInput  # without its texts
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
-    gold: list[list[int]]  # chunks of each place where an answer stands in a right passage
+    spans: list[list[int]]  # chunks of each place where an answer stands in a right passage
 
     @property
     def positive(self) -> np.ndarray:
         """(L,) bool: chunks that hold an answer, or a part of one."""
-        marks = np.zeros(len(self.tokens), dtype=bool)
-        marks[[chunk for span in self.gold for chunk in span]] = True
-        return marks
+        return np.isin(np.arange(len(self.tokens)), [chunk for span in self.spans for chunk in span])
+
+
+class GateData(NamedTuple):
+    """What gate and policy are trained on."""
+
+    searcher: Searcher
+    questions: list[dict[str, Any]]
+    ranked: list[list[int]]
+    examples: list[GateExample]
+    held_out: list[GateExample]
 
 
 def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], searcher: Searcher, chunking: Chunking,
@@ -6835,19 +6843,55 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
         contents = [chunking.prepare(index.content(row)) for row in rows]
         tables = [index.chunk_table(row, chunking.k) for row in rows]
         right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
-        gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
-        if gold:
+        spans = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
+        if spans:
             query = searcher.embedder.embed_query(question["question"])[0]
-            given = gate_input(question["question"], query, contents, tables, index)
+            inputs = gate_input(question["question"], query, contents, tables, index)
             sizes = np.concatenate([table.sizes for table in tables]).astype(np.int64)
-            slim = given._replace(texts=[], vectors=given.vectors.astype(np.float16))
-            examples.append(GateExample(number, slim, chunk_features(given), sizes, gold))
+            slim = inputs._replace(texts=[], vectors=inputs.vectors.astype(np.float16))
+            examples.append(GateExample(number, slim, chunk_features(inputs), sizes, spans))
     return examples
 
 
-def collate_gate(examples: Sequence[GateExample], device: torch.device) -> list[Tensor]:
-    """Examples as a batch."""
-    return gate_batch([e.given for e in examples], [e.features for e in examples], device)
+def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+                   runtime: RuntimeConfig) -> GateData:
+    """Read, retrieve and prepare. Raises UserError, MismatchError."""
+    searcher = load_searcher(index, search, runtime)
+    opened = searcher.index
+    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
+            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
+            "hybrid")
+    chunking = make_chunking(build_tokenizer(model_config(models, data.k)), None)
+    if opened.manifest["chunking"]["tokenizer"] != chunking.stored["tokenizer"]:
+        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
+    stored = opened.manifest["chunking"]["k"]
+    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
+            f"{data.k}: give --k {stored}, or build the index with another")
+    made = []
+    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
+                               (data.eval_json, "--eval_json", data.eval_limit)):
+        questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
+        ranked = retrieved_rows(questions, searcher, search) if questions else []
+        made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
+    require(bool(made[0][2]), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
+    return GateData(searcher, *made[0], made[1][2])
+
+
+def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
+    """(B, L) logits of examples, -inf where padded."""
+    return gate(*gate_batch([e.inputs for e in examples], [e.features for e in examples], gate.device))
+
+
+@torch.inference_mode()
+def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
+    """Share of the examples of which all chunks of one place of an answer stay text, by p; nothing without examples."""
+    found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
+    for part in batched(examples, 64):
+        for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
+            for p in shares:
+                chosen = select_chunks(logits[: len(example.tokens)], example.tokens, p)
+                found[f"{p:g}"].append(any(chosen[span].all() for span in example.spans))
+    return {p: round(sum(hits) / len(hits), 4) for p, hits in found.items()}
 
 
 def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
@@ -6861,27 +6905,26 @@ def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
     return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
 
 
-@torch.inference_mode()
-def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.ndarray]:
-    """(L,) logits of each example."""
-    out = []
-    for part in batched(examples, 64):
-        rows = gate.eval()(*collate_gate(part, gate.device)).float().cpu().numpy()
-        out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
-    return out
+def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def gate_recall(scores: Sequence[np.ndarray], examples: Sequence[GateExample], p: float) -> float:
-    """Share of the examples, one at least, of which all chunks of one place of an answer stay text at p."""
-    chosen = [select_chunks(score, example.tokens, p) for score, example in zip(scores, examples, strict=True)]
-    return sum(any(mask[span].all() for span in example.gold)
-               for mask, example in zip(chosen, examples, strict=True)) / len(examples)
-
-
-def held_out_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
-    """`gate_recall` of a gate at each share; nothing without examples."""
-    scores = gate_logits(gate, examples)
-    return {f"{p:g}": round(gate_recall(scores, examples, p), 4) for p in shares} if scores else {}
+def run_steps(label: str, steps: int, every: int, step: Callable[[int], float],
+              recall: Callable[[], dict[str, float]]) -> list[tuple[int, float, dict[str, float]]]:
+    """Take steps, each of which returns a value. Returns (steps taken, mean value since the last, recall) at times."""
+    values, records = [], []
+    with contextlib.closing(progress_bar(label, steps, "step")) as bar:
+        for number in range(1, steps + 1):
+            values.append(step(number - 1))
+            bar.update(1)
+            if number % every == 0 or number == steps:
+                records.append((number, round(float(np.mean(values[-every:])), 4), recall()))
+                bar.set_postfix_str(f"{records[-1][1]}, recall {records[-1][2]}")
+    return records
 
 
 def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
@@ -6892,42 +6935,19 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
     gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
     optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
-    parts, records = math.ceil(len(examples) / settings.batch_size), []
-    bar = progress_bar("train_gate", settings.epochs * parts, "step")
-    with contextlib.closing(bar):
-        for epoch in range(settings.epochs):
-            losses = []
-            for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
-                factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
-                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, factor))
-                bar.update(1)
-            records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
-                            "recall": held_out_recall(gate, held_out, p)})
-            bar.set_postfix_str(f"loss {records[-1]['loss']:.3f}, recall {records[-1]['recall']}")
-    return records
+    epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
+    batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
 
+    def step(number: int) -> float:
+        optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
+        positive = padded_rows([example.positive for example in batches[number]], False).to(gate.device)
+        loss = gate_loss(example_logits(gate, batches[number]), positive)
+        descend(loss, gate, optimizer)
+        return loss.item()
 
-def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """One optimizer step. Returns the loss."""
-    positive = padded_rows([e.positive for e in examples], False).to(gate.device)
-    for group in optimizer.param_groups:
-        group["lr"] = GATE_LR * factor
-    loss = gate_loss(gate.train()(*collate_gate(examples, gate.device)), positive)
-    loss.backward()
-    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-class GateData(NamedTuple):
-    """What gate and policy are trained on."""
-
-    searcher: Searcher
-    questions: list[dict[str, Any]]
-    ranked: list[list[int]]
-    examples: list[GateExample]
-    held_out: list[GateExample]
+    each = len(batches) // settings.epochs
+    records = run_steps("train_gate", len(batches), each, step, lambda: gate_recall(gate, held_out, p))
+    return [{"epoch": number // each, "loss": loss, "recall": recall} for number, loss, recall in records]
 
 
 class AnswerReader:
@@ -6992,139 +7012,79 @@ def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
-class PolicyTrainer:
-    """The paper's policy: which chunks stay text is drawn, and the answer's log-probability is the reward."""
+def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExample], settings: PolicyConfig,
+               p: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    """Train the paper's policy in place: which chunks stay text is drawn, the answer's log-probability is the reward.
 
-    def __init__(self, policy: QueryGate, reader: AnswerReader, settings: PolicyConfig, p: Sequence[float], seed: int):
-        self.policy, self.reader, self.examples = policy, reader, reader.data.examples
-        self.settings, self.p, self.rng = settings, p, np.random.default_rng(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
+    Returns records of the mean reward, and of recall on the held-out examples at each p.
+    """
+    examples, rng, generator = reader.data.examples, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
 
-    def logits(self, example: GateExample) -> Tensor:
-        """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
-        return self.policy.eval()(*collate_gate([example], self.policy.device))[0]
-
-    def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
+    def draw(example: GateExample) -> tuple[GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
-        example = self.examples[number]
-        picks = max(1, math.floor(float(self.rng.choice(self.p)) * len(example.tokens)))
+        picks = max(1, math.floor(float(rng.choice(p)) * len(example.tokens)))
         with torch.no_grad():
-            logits = self.logits(example)
-            orders = sample_orders(logits, picks, self.settings.group, self.generator).to(logits.device)
+            logits = example_logits(policy, [example])[0]
+            orders = sample_orders(logits, picks, settings.group, generator).to(logits.device)
             before = order_log_probability(logits, orders)
         masks = [np.isin(np.arange(len(example.tokens)), order) for order in orders.cpu().numpy()]
-        asked = self.reader.ask(example)
-        rewards = torch.from_numpy(self.reader.log_probabilities(asked, masks)).to(logits.device)
-        return example, orders, before, rewards
+        rewards = torch.from_numpy(reader.log_probabilities(reader.ask(example), masks)).to(logits.device)
+        return example, before, orders, rewards
 
-    def step(self) -> float:
+    def step(number: int) -> float:
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
-        drawn = [self.draw(int(number)) for number in self.rng.choice(len(self.examples), self.settings.batch_size)]
+        drawn = [draw(examples[i]) for i in rng.choice(len(examples), settings.batch_size).tolist()]
         for _ in range(REUSE):
-            losses = [policy_loss(self.logits(example), before, orders, rewards)
-                      for example, orders, before, rewards in drawn]
-            torch.stack(losses).mean().backward()
-            nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            losses = [policy_loss(example_logits(policy, [example])[0], *group) for example, *group in drawn]
+            descend(torch.stack(losses).mean(), policy, optimizer)
         return float(torch.stack([rewards.mean() for *_, rewards in drawn]).mean())
 
-    def fit(self, held_out: list[GateExample]) -> list[dict[str, Any]]:
-        """Train. Returns records of mean reward, and of recall on the held-out examples at each p."""
-        records, rewards, every = [], [], max(1, self.settings.steps // 8)
-        bar = progress_bar("train_policy", self.settings.steps, "step")
-        with contextlib.closing(bar):
-            for step in range(1, self.settings.steps + 1):
-                rewards.append(self.step())
-                bar.update(1)
-                bar.set_postfix_str(f"reward {np.mean(rewards[-20:]):.4f}", refresh=False)
-                if step % every == 0 or step == self.settings.steps:
-                    records.append({"step": step, "reward": round(float(np.mean(rewards[-every:])), 4),
-                                    "recall": held_out_recall(self.policy, held_out, self.p)})
-        return records
+    records = run_steps("train_policy", settings.steps, max(1, settings.steps // 8), step,
+                        lambda: gate_recall(policy, held_out, p))
+    return [{"step": number, "reward": reward, "recall": recall} for number, reward, recall in records]
 
 
-def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-                   runtime: RuntimeConfig) -> GateData:
-    """Read, retrieve and prepare. Raises UserError, MismatchError."""
-    searcher = load_searcher(index, search, runtime)
-    opened = searcher.index
-    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
-            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
-            "hybrid")
-    chunking = make_chunking(build_tokenizer(model_config(models, data.k)), None)
-    if opened.manifest["chunking"]["tokenizer"] != chunking.stored["tokenizer"]:
-        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
-    stored = opened.manifest["chunking"]["k"]
-    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
-            f"{data.k}: give --k {stored}, or build the index with another")
-    made = []
-    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
-                               (data.eval_json, "--eval_json", data.eval_limit)):
-        questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
-        ranked = retrieved_rows(questions, searcher, search) if questions else []
-        made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
-    require(bool(made[0][2]), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
-    return GateData(searcher, *made[0], made[1][2])
+def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
+    """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
+    times = [time.perf_counter()]
+    loaded = load_gate_data(data, index, search, models, runtime)
+    embedder, policy = loaded.searcher.embedder, kind == "policy"
+    if policy:
+        source = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
+        fit, steps = fit_policy, settings.steps
+    else:
+        source, fit, steps = loaded.examples, fit_gate, settings.epochs
+    times.append(time.perf_counter())
+    torch.manual_seed(runtime.seed)
+    gate = QueryGate(embedder.dim, features=not policy, blind=policy and settings.blind).to(pick_device(runtime.device))
+    records = fit(gate, source, loaded.held_out, settings, data.p, runtime.seed)
+    gate.half().float()  # examine the weights as they are stored
+    recall = gate_recall(gate, loaded.held_out, data.p)
+    times.append(time.perf_counter())
+    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
+             "device": str(gate.device), "recall": recall}
+    save_gate(kind, gate, embedder, data, models, entry)
+    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+            "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+            "checkpoint": data.out_dir}
 
 
-def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConfig, models: ModelConfig,
+def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
               entry: dict[str, Any]) -> None:
-    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy.
-
-    kind: "gate" or "policy".
-    """
-    config, parts, folder = model_config(models, settings.k), {}, chosen_checkpoint(models)
+    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
+    config, parts, folder = model_config(models, data.k), {}, chosen_checkpoint(models)
     if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
-    embedder = data.searcher.embedder
     setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
                            "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
-    files = file_facts([*settings.rag_json, *settings.eval_json])
+    files = file_facts([*data.rag_json, *data.eval_json])
     config.history = [*config.history, entry | {"data": without_folders(files)}]
-    write_checkpoint(Path(settings.out_dir), config, parts, card=model_card(config, []))
-
-
-def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, search: SearchConfig,
-               models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train a gate on retrieved questions and write it. Returns a summary."""
-    start = time.perf_counter()
-    loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
-    torch.manual_seed(runtime.seed)
-    gate = QueryGate(loaded.searcher.embedder.dim).to(pick_device(runtime.device))
-    records = fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
-    return finish_gate("gate", gate, loaded, data, models, records, settings.epochs, (start, prepared))
-
-
-def train_policy(data: GateDataConfig, settings: PolicyConfig, index: IndexConfig, search: SearchConfig,
-                 models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train the paper's policy by the decoder's rewards and write it. Returns a summary."""
-    start = time.perf_counter()
-    loaded = load_gate_data(data, index, search, models, runtime)
-    reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
-    prepared = time.perf_counter()
-    torch.manual_seed(runtime.seed)
-    policy = QueryGate(loaded.searcher.embedder.dim, features=False, blind=settings.blind)
-    trainer = PolicyTrainer(policy.to(pick_device(runtime.device)), reader, settings, data.p, runtime.seed)
-    records = trainer.fit(loaded.held_out)
-    return finish_gate("policy", policy, loaded, data, models, records, settings.steps, (start, prepared))
-
-
-def finish_gate(kind: str, gate: QueryGate, loaded: GateData, data: GateDataConfig, models: ModelConfig,
-                records: list[dict[str, Any]], steps: int, times: tuple[float, float]) -> dict[str, Any]:
-    """Round the weights as they are stored, examine them and write the checkpoint. Returns the command's summary."""
-    gate.half().float()
-    recall = held_out_recall(gate, loaded.held_out, data.p)
-    trained_s = time.perf_counter() - times[1]
-    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
-             "device": str(gate.device), "recall": recall}
-    save_gate(kind, gate, loaded, data, models, entry)
-    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-            "prepare_s": round(times[1] - times[0], 1), "train_s": round(trained_s, 1), "checkpoint": data.out_dir}
+    write_checkpoint(Path(data.out_dir), config, parts, card=model_card(config, []))
 
 
 def gate_text(summary: dict[str, Any]) -> str:
