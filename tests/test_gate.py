@@ -117,7 +117,7 @@ def test_ppl_is_the_cross_entropy_of_each_document_alone(llama):
     model = refrag.build_model(refrag.RefragConfig("decoder:1", str(llama), compression=4), torch.device("cpu"),
                                torch.float32)
     tokenizer = model.encoder.tokenizer
-    docs = [refrag.Doc(str(i), text, tokenizer.runs([text])[0][0]) for i, text in enumerate(
+    docs = [refrag.Doc(str(i), text, tokenizer.cut([text], 4)[0].ends) for i, text in enumerate(
         ["The Rhone leaves Lake Geneva in May.", "长江 rises in Qinghai 🙂", "x"], start=1)]
     prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", docs))
     inputs = chunks_of([""] * len(prompt.chunks), [c.doc for c in prompt.chunks])
@@ -536,7 +536,7 @@ def test_rewards_are_the_answers_log_probability(llama, index_dir, asked):
     models, index = refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.IndexConfig(index_dir=str(index_dir))
     options = refrag.GateDataConfig((str(asked),), out_dir="unused", k=4)
     data = refrag.load_gate_data(options, index, refrag.SearchConfig(), models, runtime)
-    reader = refrag.AnswerReader(refrag.load_model(models, 4, runtime), data, 8, 4)
+    reader = refrag.AnswerReader(refrag.load_model(models, runtime), data, 8, 4)
     context = reader.ask(data.examples[1])
     mask = np.zeros(len(context.prompt.chunks), dtype=bool)
     mask[[0, 2]] = True
