@@ -784,7 +784,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 @command("align", AnchorConfig, ModelConfig)
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Show where the tokens of encoder and decoder end together."""
-    tokenizer = build_tokenizer(model_config(models, PackConfig.k))
+    tokenizer = build_tokenizer(model_config(models))
     text = tokenizer.neutralize(anchor.text)
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     spans = anchor_rows(encoder, decoder)
@@ -2506,6 +2506,24 @@ def check_finite(values: np.ndarray | Tensor, model: str) -> None:
                            "their precision: fetch it again, or use --dtype float32")
 
 
+class Tokens(NamedTuple):
+    """A text as a tokenizer cuts it: ids and the characters each token stands for, (T,) int64 each."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Tokens]:
+    """Tokens of each text by a fast tokenizer, without special ones unless the options ask for them."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, **{"add_special_tokens": False} | options)
+    rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [Tokens(np.asarray(ids, dtype=np.int64), *np.asarray(spans, dtype=np.int64).reshape(-1, 2).T)
+            for ids, spans in rows]
+
+
 class Embedder:
     """A sentence-transformers model, with its own pooling, prompts and normalisation."""
 
@@ -2560,11 +2578,11 @@ class Embedder:
         states = [row["token_embeddings"][row["attention_mask"].bool()] for row in rows]
         return self.unit_length(vectors), [state.float().cpu().numpy() for state in states]
 
-    def state_ends(self, texts: list[str]) -> list[list[int]]:
+    def state_ends(self, texts: list[str]) -> list[np.ndarray]:
         """Where each token state of `embed_with_states` ends, in characters; 0 for special tokens and the prompt."""
-        options = {"truncation": True, "max_length": self.max_tokens, "return_offsets_mapping": True}
-        encoded = self.tokenizer([self.prompt + t for t in texts], **options)
-        return [[max(end - len(self.prompt), 0) for _, end in row] for row in encoded["offset_mapping"]]
+        tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
+                          truncation=True, max_length=self.max_tokens)
+        return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
@@ -2845,15 +2863,16 @@ class ChunkTable(NamedTuple):
 
 
 class Chunking(NamedTuple):
-    """How content is cut and encoded, made by section 9 and used here without knowing the decoder."""
+    """How contents are cut into chunks of k tokens and encoded."""
 
     k: int
-    prepare: Callable[[str], str]  # content as the decoder sees it, same length
-    runs: Callable[[list[str]], list[tuple[np.ndarray, np.ndarray]]]  # contents -> (ends, sizes) each
-    encode: Callable[[list[str]], list[np.ndarray]] | None  # contents -> (L, E) each; None: store no states
-    width: int  # E
-    tokenizer: Any  # for splitting passages where there is no embedder
-    stored: dict[str, Any]  # what the manifest keeps: fingerprints of the tokenizer and, with states, the encoder
+    tokenizer: Any  # a RefragTokenizer
+    encoder: Any = None  # a ChunkEncoder; None: no states
+
+    def facts(self) -> dict[str, Any]:
+        """What an index's manifest says of its chunks."""
+        return {"k": self.k, "tokenizer": self.tokenizer.fingerprint,
+                "encoder": self.encoder and self.encoder.fingerprint}
 
 
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
@@ -3078,21 +3097,15 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"{embedder.name}: use the same --embed_model or build the index again")
 
 
-def token_ends(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Where each token of each text ends, in characters; no special tokens."""
-    encoded = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False)
-    return [[end for _, end in row] for row in encoded["offset_mapping"]]
-
-
 def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
     """Where to cut each record so that title and piece fit `limit` tokens."""
     special = tokenizer.num_special_tokens_to_add()
-    titles = token_ends(tokenizer, [r.title or "." for r in records])
-    texts = token_ends(tokenizer, [r.text for r in records])
+    titles = tokenize(tokenizer, [r.title or "." for r in records])
+    texts = tokenize(tokenizer, [r.text for r in records])
     spans = []
-    for record, title, ends in zip(records, titles, texts, strict=True):
-        room = max(limit - special - (len(title) + 1 if record.title else 0), limit // 2)
-        spans.append(split_spans(record.text, ends, room, min(overlap, room // 2)))
+    for record, title, text in zip(records, titles, texts, strict=True):
+        room = max(limit - special - (len(title.ids) + 1 if record.title else 0), limit // 2)
+        spans.append(split_spans(record.text, text.ends.tolist(), room, min(overlap, room // 2)))
     return spans
 
 
@@ -3245,16 +3258,16 @@ class ChunkWriter:
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
     """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
-    prepared = [chunking.prepare(content) for content in contents]
-    runs = chunking.runs(prepared)
-    states = chunking.encode(prepared) if chunking.encode else [None] * len(contents)
-    if embedder is None:
-        return None, [ChunkTable(*run, None, s) for run, s in zip(runs, states, strict=True)]
-    vectors, token_states = embedder.embed_with_states(contents, batch_size)
-    ends = embedder.state_ends(contents)
-    gates = [late_chunk_vectors(*item)
-             for item in zip(token_states, ends, [r[0] for r in runs], vectors, strict=True)]
-    return vectors, [ChunkTable(*run, g, s) for run, g, s in zip(runs, gates, states, strict=True)]
+    k, tokenizer, encoder = chunking
+    prepared = [tokenizer.neutralize(content) for content in contents]
+    cuts = tokenizer.cut(prepared, k)
+    vectors, gates = None, [None] * len(contents)
+    states = encoder.encode(prepared, k) if encoder else gates
+    if embedder is not None:
+        vectors, token_states = embedder.embed_with_states(contents, batch_size)
+        gates = [late_chunk_vectors(*item) for item in zip(
+            token_states, embedder.state_ends(contents), [cut.ends for cut in cuts], vectors, strict=True)]
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
 
 
 class FinishedBlocks:
@@ -3326,7 +3339,7 @@ def embed_corpus(folder: Path, count: int, chunking: Chunking, embedder: Embedde
                  batch_size: int, finished: FinishedBlocks | None) -> None:
     """Second pass: embed the first `count` passages and write vectors (a temporary file) and chunk tables of all."""
     vectors = ArrayWriter(folder / "vectors.npy", np.float32, embedder.dim) if embedder else None
-    writer = ChunkWriter(folder, embedder and embedder.dim, chunking.width if chunking.encode else None)
+    writer = ChunkWriter(folder, embedder and embedder.dim, chunking.encoder and chunking.encoder.width)
     bar = progress_bar("embedding", count, "passage")
     with aborting(vectors, *writer.writers), bar:
         for contents in block_contents(folder, count):
@@ -3430,7 +3443,7 @@ FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
 
 def computes(embedder: Embedder | None, chunking: Chunking) -> bool:
     """Whether a build runs a model over its passages."""
-    return embedder is not None or chunking.encode is not None
+    return embedder is not None or chunking.encoder is not None
 
 
 def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, build: BuildConfig,
@@ -3439,7 +3452,7 @@ def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, b
     if not computes(embedder, chunking):
         return None
     blocks = FinishedBlocks(path / FINISHED_BLOCKS, {
-        "embedder": embedder and embedder.fingerprint, "k": chunking.k, **chunking.stored, "dtype": runtime.dtype,
+        "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
         "device": str(pick_device(runtime.device)), "batch_size": build.batch_size})
     if count := blocks.count():
         notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
@@ -3454,7 +3467,8 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
     if previous is not None and embedder is not None:
         check_embedder(previous.manifest, embedder)
-    cutter = (embedder.tokenizer, embedder.room) if embedder else (chunking.tokenizer, corpus.max_passage_tokens)
+    cutter = ((embedder.tokenizer, embedder.room) if embedder else
+              (chunking.tokenizer.encoder, corpus.max_passage_tokens))
     new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(new) as folder:
         parted = ingest(folder, corpus, *cutter, previous, counts, sources)
@@ -3468,7 +3482,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     manifest |= {"words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses,
                  "dim": embedder.dim if embedder else None,
                  "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-                 "chunking": {"k": chunking.k, **chunking.stored}, "sources": sources}
+                 "chunking": chunking.facts(), "sources": sources}
     if previous is None:
         announce_replacement(path / "manifest.json")
     make_current(path, manifest, known)
@@ -3652,10 +3666,11 @@ ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
 NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
-def whole_tokens(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+def whole_tokens(tokens: Tokens) -> np.ndarray:
     """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
-    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    return np.concatenate([[True], spans[1:, 0] >= spans[:-1, 1], [True]]) if len(spans) else np.ones(1, dtype=bool)
+    whole = np.ones(len(tokens.ids) + 1, dtype=bool)
+    whole[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
+    return whole
 
 
 def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
@@ -3678,16 +3693,28 @@ def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
     return np.asarray([*cuts[::step], *([cuts[-1]] if (len(cuts) - 1) % step else [])], dtype=np.int64)
 
 
-def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a text into chunks of k tokens: (ends in characters, sizes in tokens), both (L,).
+class Cut(NamedTuple):
+    """A text cut into L chunks of the encoder's tokens."""
 
-    offsets: (start, end) of each token. The cuts are those of `token_cuts`; tokens without characters of their own
-    belong to the chunk before.
+    ids: np.ndarray  # (T,)
+    ends: np.ndarray  # (L,), characters
+    sizes: np.ndarray  # (L,), tokens
+
+
+def first_tokens(tokens: Tokens, places: np.ndarray) -> np.ndarray:
+    """The first token at or after each place (in characters): a token belongs to the chunk in which it starts."""
+    return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
+
+
+def chunk_runs(text: str, tokens: Tokens, k: int) -> Cut:
+    """Cut a text into chunks of k tokens.
+
+    The cuts are those of `token_cuts`; tokens without characters of their own belong to the chunk before.
     """
     if not text:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    ends, T = [e for _, e in offsets], len(offsets)
-    bounds = token_cuts(whole_tokens(offsets), k).tolist()
+        return Cut(*np.zeros((3, 0), np.int64))
+    ends, T = tokens.ends.tolist(), len(tokens.ids)
+    bounds = token_cuts(whole_tokens(tokens), k).tolist()
     runs, first = [(0, 0)], 0
     for bound in bounds[1:]:
         end = ends[bound - 1] if bound < T else len(text)
@@ -3700,8 +3727,7 @@ def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[n
         first = bound
     if runs[-1][0] < len(text):  # not one token: the text is nothing but white space
         runs.append((len(text), 0))
-    table = np.asarray(runs[1:], dtype=np.int64)
-    return table[:, 0], table[:, 1]
+    return Cut(tokens.ids, *np.asarray(runs[1:], dtype=np.int64).T)
 
 
 def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
@@ -3725,14 +3751,8 @@ def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
-    ends, _ = text_runs([text], tokenizer, k)[0]
-    return list(itertools.pairwise([0, *ends.tolist()]))
-
-
-def text_runs(texts: list[str], tokenizer: Any, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`chunk_runs` of each text."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return [chunk_runs(text, offsets, k) for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)]
+    [tokens] = tokenize(tokenizer, [text])
+    return list(itertools.pairwise([0, *chunk_runs(text, tokens, k).ends.tolist()]))
 
 
 class Segment(NamedTuple):
@@ -3742,27 +3762,39 @@ class Segment(NamedTuple):
     text: str
     doc_id: str | None
     input_ids: list[int]  # decoder tokens
-    packed_tokens: np.ndarray  # (L, compression) encoder tokens, zero where padded; L = 0 for plain text
-    packed_mask: np.ndarray  # (L, compression), 1 for a token
+    packed_tokens: np.ndarray  # (L, k) encoder tokens, zero where padded; L = 0 for plain text
+    packed_mask: np.ndarray  # (L, k), 1 for a token
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Short digest of how a tokenizer cuts text."""
+    probe = "Grüße 12345, naïve  café 日本語 🙂 don't\tUPPER_case\n"
+    facts = repr((len(tokenizer), tokenizer(probe, add_special_tokens=False)["input_ids"]))
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 class RefragTokenizer:
     """The decoder's tokenizer, the encoder's, and the rules between them.
 
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own. compression: tokens per chunk.
+    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
     """
 
-    def __init__(self, decoder: Any, encoder: Any = None, compression: int = 16):
+    def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
             require(getattr(tokenizer, "is_fast", False), f"tokenizer {type(tokenizer).__name__} gives no character "
                     "offsets: use a model with a fast tokenizer (tokenizer.json)")
-        self.decoder, self.encoder, self.compression = decoder, encoder or decoder, compression
+        self.decoder, self.encoder = decoder, encoder or decoder
         names: set[str] = set()
         for tokenizer in (self.decoder, self.encoder):
             added = getattr(tokenizer, "added_tokens_decoder", {})
             names |= {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         longest_first = sorted(filter(None, names), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Short digest of how contents are cut."""
+        return tokenizer_fingerprint(self.encoder)
 
     def neutralize(self, text: str) -> str:
         """Text that can make no special token and no <doc> tag: their first character becomes a look-alike.
@@ -3781,28 +3813,28 @@ class RefragTokenizer:
             if not count:
                 return text
 
-    def runs(self, contents: list[str], k: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ends, sizes) of the chunks of each content, in the encoder's tokens."""
-        return text_runs(contents, self.encoder, k or self.compression)
+    def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
+        """Each content cut into chunks of k of the encoder's tokens."""
+        rows = zip(contents, tokenize(self.encoder, contents), strict=True)
+        return [chunk_runs(content, tokens, k) for content, tokens in rows]
 
-    def pack(self, content: str) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder tokens of a content by chunk, and their mask: (L, compression) each."""
-        ids = self.encoder(content, add_special_tokens=False)["input_ids"]
-        _, sizes = self.runs([content])[0]
-        width = max(self.compression, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
+    def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
+        [(ids, _, sizes)] = self.cut([content], k)
+        width = max(k, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
         tokens, mask = (np.zeros((len(sizes), width), dtype=np.int64) for _ in range(2))
         for row, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
             tokens[row, :size], mask[row, :size] = ids[end - size : end], 1
         return tokens, mask
 
-    def parse_and_tokenize(self, text: str) -> list[Segment]:
+    def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
 
         Everything but `doc_blocks` is plain text: an unclosed tag, a stray </doc>, the outer tags of nested blocks.
 
         Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
-        empty = np.zeros((0, self.compression), dtype=np.int64)
+        empty = np.zeros((0, k), dtype=np.int64)
         segments, at = [], 0
         for match, doc_id in [*doc_blocks(text), (None, "")]:
             plain = self.neutralize(text[at : match.start() if match else len(text)])
@@ -3812,7 +3844,7 @@ class RefragTokenizer:
             if match:
                 content, at = self.neutralize(match[2]), match.end()
                 ids = self.decoder(content, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content)))
+                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content, k)))
         return segments
 
 
@@ -3898,16 +3930,15 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     text = render_chat(decoder, message, system)
     base = text.find(message)
     require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
-    encoded = decoder(text, add_special_tokens=not decoder.chat_template, return_offsets_mapping=True)
-    starts = np.maximum.accumulate(np.asarray([s for s, _ in encoded["offset_mapping"]]))
+    [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks: list[Chunk] = []
     docs = [piece for piece in pieces if isinstance(piece, Doc)]
     for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
-        marks = np.searchsorted(starts, base + at + np.concatenate([[0], doc.ends])).tolist()
+        marks = first_tokens(tokens, base + at + np.concatenate([[0], doc.ends])).tolist()
         edges = [0, *doc.ends.tolist()]
         chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(doc.ends))]
-    blocks = [tuple(np.searchsorted(starts, [base + a, base + b]).tolist()) for a, b in tagged]
-    return Prompt(text, np.asarray(encoded["input_ids"], dtype=np.int64), chunks, blocks)
+    blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
+    return Prompt(text, tokens.ids, chunks, blocks)
 
 
 def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
@@ -4063,7 +4094,7 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
 # =============================================================================
 
 
-class Tokens(NamedTuple):
+class Pieces(NamedTuple):
     """A text as one tokenizer cuts it, special tokens left out."""
 
     ids: list[int]
@@ -4071,14 +4102,12 @@ class Tokens(NamedTuple):
     pieces: list[str]  # what each token adds to the decoded text; "" where it completes no character
 
 
-def tokenize_pieces(text: str, tokenizer: Any) -> Tokens:
+def tokenize_pieces(text: str, tokenizer: Any) -> Pieces:
     """Tokens of a text with the pieces of decoded text that they add. tokenizer: a fast one."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    stream = DecodeStream(skip_special_tokens=False)
+    [tokens] = tokenize(tokenizer, [text])
+    ids, stream = tokens.ids.tolist(), DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-    whole = whole_tokens(offsets)
-    return Tokens(ids, [end if whole[i + 1] else -1 for i, (_, end) in enumerate(offsets)], pieces)
+    return Pieces(ids, np.where(whole_tokens(tokens)[1:], tokens.ends, -1).tolist(), pieces)
 
 
 def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
@@ -4101,7 +4130,7 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
     return pairs
 
 
-def exact_anchors(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
+def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
     Found from the lengths of the decoded prefixes; beyond the texts' common prefix no two can be equal. Of several
@@ -4150,7 +4179,7 @@ class Anchor(NamedTuple):
     cost: float  # edits by the longer span's length, range [0, 1]
 
 
-def cost_anchors(a: Tokens, b: Tokens) -> list[Anchor]:
+def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
     """Anchors for tokenizers that normalise text: equal ends in the source text, which character offsets give.
 
     An uncased WordPiece tokenizer and a byte-level one part for good at the first capital letter as far as decoded
@@ -4166,7 +4195,7 @@ def cost_anchors(a: Tokens, b: Tokens) -> list[Anchor]:
     return anchors
 
 
-def anchor_rows(a: Tokens, b: Tokens) -> list[dict[str, Any]]:
+def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
     """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
     exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
     for anchor in [*cost_anchors(a, b), None]:
@@ -4360,10 +4389,11 @@ def accepts(decoder: nn.Module, name: str) -> bool:
 
 
 def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of the states of each owner. states: (T, E); owners: (T,), range [0, count], count for none.
+    """Mean of the states of each owner. states: (T, E); owners: (T,), range [-1, count), -1 for none.
 
-    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, 1], count 1 -> [[2]]
+    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
+    owners = owners % (count + 1)  # none is one more, the last
     sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
     sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
     return (sums / sizes.to(states.dtype))[:count]
@@ -4396,8 +4426,7 @@ class ChunkEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of weights and of how they are used; stored states carry it."""
-        cuts = tokenizer_fingerprint(self.tokenizer.encoder)
-        return weights_fingerprint(self.backbone, self.whole, self.pooling, cuts)
+        return weights_fingerprint(self.backbone, self.whole, self.pooling, self.tokenizer.fingerprint)
 
     @property
     def borrowed(self) -> set[str]:
@@ -4429,103 +4458,65 @@ class ChunkEncoder(nn.Module):
         """
         if not self.whole:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-            return self.content_of_text(text, k)[0]
-        cuts = token_cuts(whole, k)
-        owner = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
-        return Content(np.split(ids, cuts[1:-1]), self.encoder_rows(ids, owner))
+            return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
+        bounds = token_cuts(whole, k)
+        return Content(np.split(ids, bounds[1:-1]), self.inputs([""], [Cut(ids, bounds[1:], np.diff(bounds))]))
 
-    def content_of_text(self, text: str, k: int) -> tuple[Content, np.ndarray]:
-        """A text, cut and made ready for training, and where its chunks end in characters."""
-        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = np.asarray(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-        ends, sizes = self.tokenizer.runs([text], k)[0]
-        chunks = np.split(ids, np.searchsorted(np.maximum.accumulate(starts), ends[:-1])) if len(ends) else []
-        return Content(chunks, self.text_rows(text, ends, sizes)), ends
+    def content_of_text(self, text: str, cut: Cut) -> Content:
+        """A text that has been cut, made ready for training."""
+        [tokens] = tokenize(self.tokenizer.decoder, [text])
+        chunks = np.split(tokens.ids, first_tokens(tokens, cut.ends[:-1])) if len(cut.ends) else []
+        return Content(chunks, self.inputs([text], [cut]))
 
-    def text_rows(self, text: str, ends: np.ndarray, sizes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for a text whose chunks are known: see `Content.rows`."""
-        encoder = self.tokenizer.encoder
-        if self.whole:
-            ids = np.asarray(encoder(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-            return self.encoder_rows(ids, np.repeat(np.arange(len(sizes)), sizes))
-        rows = []
-        for number, ids in enumerate(self.chunk_rows(text, ends)):
-            owner = np.full(len(ids), number)
-            owner[1:] = -1 if self.pooling == "cls" else number
-            rows.append((np.asarray(ids), owner))
+    def inputs(self, texts: Sequence[str], cuts: Sequence[Cut]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the encoder reads for some texts, their chunks numbered through: see `Content.rows`."""
+        rows, first = [], 0
+        for text, cut in zip(texts, cuts, strict=True):
+            L, W = len(cut.ends), ENCODER_WINDOW
+            if self.whole:  # windows at the same tokens for every k, so that stored states can be merged
+                owners = np.repeat(np.arange(first, first + L), cut.sizes)
+                rows += [(cut.ids[at : at + W], owners[at : at + W]) for at in range(0, len(cut.ids), W)]
+            elif L:
+                chunks = [text[a:b] for a, b in itertools.pairwise([0, *cut.ends.tolist()])]
+                encoded = self.tokenizer.encoder(chunks, truncation=True, max_length=W)["input_ids"]
+                for chunk, ids in enumerate(encoded, start=first):
+                    owners = np.full(max(len(ids), 1), chunk)
+                    owners[1:] = -1 if self.pooling == "cls" else chunk
+                    rows.append((np.asarray(ids or [0]), owners))
+            first += L
         return rows
 
-    def encoder_rows(self, ids: np.ndarray, owner: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Windows of a text that is read whole, and the chunk of each token."""
-        windows = range(0, len(ids), ENCODER_WINDOW)
-        return [(ids[i : i + ENCODER_WINDOW], owner[i : i + ENCODER_WINDOW]) for i in windows]
-
-    def chunk_rows(self, text: str, ends: np.ndarray) -> list[list[int]]:
-        """Encoder tokens of each chunk, special ones included, for chunks that are rows of their own."""
-        texts = [text[a:b] for a, b in itertools.pairwise([0, *ends.tolist()])]
-        ids = self.tokenizer.encoder(texts, truncation=True, max_length=ENCODER_WINDOW)["input_ids"] if texts else []
-        return [row or [0] for row in ids]
-
-    def run_rows(self, rows: list[list[int]]) -> list[Tensor]:
+    def read(self, rows: list[np.ndarray]) -> list[Tensor]:
         """States (T, E) of each row of token ids; rows of like length share a pass."""
-        device = next(self.parameters()).device
+        device, states = next(self.parameters()).device, [torch.empty(0)] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        states: list[Tensor] = [torch.empty(0)] * len(rows)
-        at = 0
-        while at < len(order):
+        while order:
             size = 1  # as many rows as fit when padded to the longest, which is the last
-            while at + size < len(order) and (size + 1) * len(rows[order[at + size]]) <= ENCODER_BATCH_TOKENS:
+            while size < len(order) and (size + 1) * len(rows[order[size]]) <= ENCODER_BATCH_TOKENS:
                 size += 1
-            batch = order[at : at + size]
-            T = len(rows[batch[-1]])
-            ids = torch.tensor([rows[i] + [0] * (T - len(rows[i])) for i in batch], device=device)
-            mask = torch.tensor([[1] * len(rows[i]) + [0] * (T - len(rows[i])) for i in batch], device=device)
-            for i, row in zip(batch, self(ids, mask), strict=True):
+            batch, order = order[:size], order[size:]
+            ids = nn.utils.rnn.pad_sequence([torch.from_numpy(rows[i]) for i in batch], batch_first=True)
+            lengths = torch.tensor([len(rows[i]) for i in batch])
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            for i, row in zip(batch, self(ids.to(device), mask.to(device)), strict=True):
                 states[i] = row[: len(rows[i])]
-            at += size
         return states
-
-    def encode_whole(self, contents: list[str]) -> list[Tensor]:
-        """Pooled states of contents that are read whole: (L, E) each."""
-        rows, parts = [], []
-        encoded = self.tokenizer.encoder(contents, add_special_tokens=False, return_offsets_mapping=True)
-        for ids in encoded["input_ids"]:
-            windows = batched(ids, ENCODER_WINDOW)  # at the same tokens for every k: stored states can be merged
-            rows += windows
-            parts.append(len(windows))
-        states, at = self.run_rows(rows), 0
-        pooled = []
-        for content, offsets, count in zip(contents, encoded["offset_mapping"], parts, strict=True):
-            _, sizes = chunk_runs(content, offsets, self.tokenizer.compression)
-            if count:
-                whole = torch.cat(states[at : at + count]).float()  # (T, E)
-                pooled.append(pool_runs(whole, torch.as_tensor(sizes, device=whole.device)))
-            else:  # nothing, or nothing but white space
-                pooled.append(torch.zeros(len(sizes), self.width))
-            at += count
-        return pooled
-
-    def encode_rows(self, contents: list[str]) -> list[Tensor]:
-        """Pooled states of contents whose chunks are rows of their own: (L, E) each."""
-        rows, counts = [], []
-        for content in contents:
-            ends, _ = self.tokenizer.runs([content])[0]
-            rows += self.chunk_rows(content, ends)
-            counts.append(len(ends))
-        states = [row[0] if self.pooling == "cls" else row.mean(0) for row in self.run_rows(rows)]
-        stacked = torch.stack(states).float() if states else torch.zeros(0, self.width)
-        return list(stacked.split(counts))
 
     @torch.inference_mode()
-    def encode(self, contents: list[str]) -> list[np.ndarray]:
+    def encode(self, contents: Sequence[str], k: int) -> list[np.ndarray]:
         """One state per chunk for each content: (L, E) float16-rounded float32, exactly what an index stores."""
-        if not contents:
-            return []
-        with torch.autocast(self.backbone.device.type, self.precision, enabled=self.precision != self.backbone.dtype):
-            pooled = self.encode_whole(contents) if self.whole else self.encode_rows(contents)
-        states = [p.cpu().numpy().astype(np.float16).astype(np.float32) for p in pooled]
-        check_finite(np.concatenate(states), "encoder")
-        return states
+        cuts = self.tokenizer.cut(contents, k)
+        bounds = np.cumsum([len(cut.ends) for cut in cuts], dtype=np.int64)
+        pooled, rows = torch.zeros(int(bounds[-1]) if len(bounds) else 0, self.width), self.inputs(contents, cuts)
+        if rows:
+            with torch.autocast(self.backbone.device.type, self.precision,
+                                enabled=self.precision != self.backbone.dtype):
+                states = torch.cat(self.read([ids for ids, _ in rows])).float()
+            owners = torch.from_numpy(np.concatenate([owners for _, owners in rows])).to(states.device)
+            pooled = pool_owners(states, owners, len(pooled))
+        stored = pooled.cpu().numpy().astype(np.float16).astype(np.float32)
+        check_finite(stored, "encoder")
+        return np.split(stored, bounds)[:-1]
 
 
 class RMSNorm(nn.Module):
@@ -4572,7 +4563,7 @@ class Batch(NamedTuple):
     encoder_ids: Tensor  # (B', T')
     encoder_mask: Tensor | None  # (B', T'), None where rows are packed
     encoder_positions: Tensor | None  # (B', T'), starting again with each text; None where rows are not packed
-    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, C for none
+    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, -1 for none
     chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
     sizes: Tensor  # (C,), how many of them each chunk has
     plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
@@ -4610,8 +4601,7 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
     sequences = [sequence for row in rows for sequence in row]
     bases = np.cumsum([0, *(len(s.content.chunks) for s in sequences)])  # first chunk of each sequence in the batch
     base = {id(s): int(b) for s, b in zip(sequences, bases, strict=False)}
-    C = int(bases[-1])
-    texts = [(ids, np.where(owner < 0, C, owner + b)) for s, b in zip(sequences, bases, strict=False)
+    texts = [(ids, np.where(owner < 0, -1, owner + b)) for s, b in zip(sequences, bases, strict=False)
              for ids, owner in s.content.rows]
     packed = encoder.whole and packs
     lengths = [len(ids) for ids, _ in texts]
@@ -4629,7 +4619,7 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
     labels = lay_rows([[s.labels for s in row] for row in rows], -1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
     return Batch(
-        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], C),
+        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], -1),
         torch.from_numpy(np.concatenate(pieces or empty)), torch.tensor([len(p) for p in pieces], dtype=torch.long),
         lay_rows(plans, 0), lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
 
@@ -5095,19 +5085,11 @@ def load_part(part: nn.Module, path: Path, without: Collection[str] = (), exactl
             tensor.copy_(tensors[name])
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Short digest of how a tokenizer cuts text."""
-    probe = "Grüße 12345, naïve  café 日本語 🙂 don't\tUPPER_case\n"
-    facts = repr((len(tokenizer), tokenizer(probe, add_special_tokens=False)["input_ids"]))
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
-
-
 def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
     """The pair of tokenizers of a configuration."""
     decoder = load_tokenizer(config.decoder_name_or_path)
-    if encoder_layers(config.encoder_name_or_path) is not None:
-        return RefragTokenizer(decoder, None, config.compression)
-    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path), config.compression)
+    separate = encoder_layers(config.encoder_name_or_path) is None
+    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path) if separate else None)
 
 
 def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "") -> RefragModel:
@@ -5181,15 +5163,15 @@ def for_others(models: ModelConfig) -> str:
             f"--enc {config.encoder_name_or_path}")
 
 
-def model_config(models: ModelConfig, k: int) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models; compression is k either way.
+def model_config(models: ModelConfig) -> RefragConfig:
+    """The configuration of --load_dir's checkpoint, or of the named models.
 
     Raises MismatchError if the checkpoint was made with other models than those named.
     """
     folder = chosen_checkpoint(models)
     if folder is None:
         given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-        config = RefragConfig(compression=k, **{key: value for key, value in given.items() if value is not None})
+        config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
         if models.enc is None:
             config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
         return config
@@ -5197,7 +5179,6 @@ def model_config(models: ModelConfig, k: int) -> RefragConfig:
     for flag in other_models(models, config):
         raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
                             f"{getattr(models, flag)}: leave the flag out, or name another checkpoint")
-    config.compression = k
     return config
 
 
@@ -5210,47 +5191,31 @@ def checkpoint_digest(models: ModelConfig) -> str | None:
     return read_manifest(manifest, CHECKPOINT_FORMAT)["digest"][:16] if manifest.is_file() else str(folder)
 
 
-def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
+def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
     folder = chosen_checkpoint(models)  # of a run, the newest: looked for once, so that a damaged one is told once
-    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)), k)
+    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)))
     if folder is None:
         model = build_model(config, device, dtype, train)
     else:
         model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
-        model.config.compression = model.encoder.tokenizer.compression = k
     model.encoder.precision = pick_encoding_dtype(runtime.dtype, device)
     return model
-
-
-def make_chunking(tokenizer: RefragTokenizer, encoder: ChunkEncoder | None) -> Chunking:
-    """How section 6 cuts and encodes contents."""
-    stored = {"tokenizer": tokenizer_fingerprint(tokenizer.encoder), "encoder": encoder and encoder.fingerprint}
-    return Chunking(
-        k=tokenizer.compression,
-        prepare=tokenizer.neutralize,
-        runs=tokenizer.runs,
-        encode=encoder and encoder.encode,
-        width=encoder.width if encoder else 0,
-        tokenizer=tokenizer.encoder,
-        stored=stored,
-    )
 
 
 def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, previous: Index | None) -> Chunking:
     """The chunking of a new index, or one that continues an index. Raises MismatchError if it can not."""
     built = previous.manifest["chunking"] if previous else None
-    width = built["k"] if built else k or PackConfig.k
-    asked = k is not None or models.load_dir not in (None, "none", "auto")
-    with_states = bool(built["encoder"]) if built else asked
+    with_states = built["encoder"] if built else k is not None or models.load_dir not in (None, "none", "auto")
+    k = built["k"] if built else k or PackConfig.k
     if with_states:
-        encoder = load_model(models, width, runtime).encoder
-        chunking = make_chunking(encoder.tokenizer, encoder)
+        encoder = load_model(models, runtime).encoder
+        chunking = Chunking(k, encoder.tokenizer, encoder)
     else:
-        chunking = make_chunking(build_tokenizer(model_config(models, width)), None)
-    if built and {key: built[key] for key in chunking.stored} != chunking.stored:
+        chunking = Chunking(k, build_tokenizer(model_config(models)))
+    if built and built != chunking.facts():
         raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
     return chunking
 
@@ -5854,8 +5819,8 @@ def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.nd
         require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
                 f"the decoder's {len(tokenizer.decoder)}")
         return ids, np.ones(len(ids), dtype=bool)
-    encoded = tokenizer.decoder(tokenizer.neutralize(text.text), add_special_tokens=False, return_offsets_mapping=True)
-    return np.asarray(encoded["input_ids"], dtype=np.int64), whole_tokens(encoded["offset_mapping"])[:-1]
+    [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
+    return tokens.ids, whole_tokens(tokens)[:-1]
 
 
 class Item(NamedTuple):
@@ -6019,14 +5984,10 @@ class AlignLessons(TextLessons):
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
             return self.encoder.content_of_tokens(ids, whole, k)
         text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        ends, _ = self.tokenizer.runs([text], k)[0]
+        [cut] = self.tokenizer.cut([text], k)
         anchors = np.asarray([0, *self.anchor_ends((where, hash(text)), text)])
-        snapped = np.unique(anchors[np.searchsorted(anchors, ends[:-1], side="right") - 1])
-        ends = np.asarray([*snapped[snapped > 0].tolist(), len(text)])
-        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = np.maximum.accumulate([start for start, _ in encoded["offset_mapping"]])
-        chunks = np.split(np.asarray(encoded["input_ids"]), np.searchsorted(starts, ends[:-1]))
-        return Content(chunks, self.encoder.text_rows(text, ends, np.zeros(0)))
+        snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
+        return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
     def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
         ids, whole, where = self.pick(cache, window, None, rng)
@@ -6164,40 +6125,32 @@ class AnswerPrompts:
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
         """A question over the passages of some rows; the answer names the row `gold`."""
-        prompt, docs, sizes, kept = self.pack(question, shown, gold, k)
+        prompt, docs, cuts, kept = self.pack(question, shown, gold, k)
         label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
-        return Asked(prompt, docs, Content(chunks, self.rows(docs, sizes)), np.concatenate([ids, self.end]), kept)
+        return Asked(prompt, docs, Content(chunks, self.encoder.inputs([doc.content for doc in docs], cuts)),
+                     np.concatenate([ids, self.end]), kept)
 
     def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
         """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
         return continue_plan(mixed_plan(asked.prompt, expanded, feed), asked.target, asked.content)
 
     def pack(self, question: str, shown: list[int], gold: int | None,
-             k: int) -> tuple[Prompt, list[Doc], list[np.ndarray], list[int]]:
-        """The prompt, its documents, the sizes of their chunks in encoder tokens, and their rows in the index.
+             k: int) -> tuple[Prompt, list[Doc], list[Cut], list[int]]:
+        """The prompt, its documents, their chunks in encoder tokens, and their rows in the index.
 
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        runs = self.tokenizer.runs(contents, k) if contents else []
-        lengths = [int(size.sum()) for _, size in runs]
+        cuts = self.tokenizer.cut(contents, k)
+        lengths = [int(cut.sizes.sum()) for cut in cuts]
         keep = list(range(len(contents)))
         while len(keep) > 1 and sum(lengths[i] for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], runs[i][0]) for rank, i in enumerate(keep, start=1)]
+        docs = [Doc(str(rank), contents[i], cuts[i].ends) for rank, i in enumerate(keep, start=1)]
         prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
-        return prompt, docs, [runs[i][1] for i in keep], [shown[i] for i in keep]
-
-    def rows(self, docs: list[Doc], sizes: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for several passages, their chunks numbered through."""
-        rows, base = [], 0
-        for doc, size in zip(docs, sizes, strict=True):
-            rows += [(ids, np.where(owner < 0, -1, owner + base))
-                     for ids, owner in self.encoder.text_rows(doc.content, doc.ends, size)]
-            base += len(size)
-        return rows
+        return prompt, docs, [cuts[i] for i in keep], [shown[i] for i in keep]
 
 
 class AnswerLessons(Lessons):
@@ -6987,7 +6940,8 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         checkpoint, data = open_run(folder, settings, accelerator.num_processes, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, max(train.k), runtime, settled.train, train.lora_r).to(accelerator.device)
+        model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
+        model.config.compression = max(train.k)
         lessons = make_lessons(model, settled)
         check_same_data(lessons.facts(), data)
         teacher = load_teacher(phase, settled, models, runtime)
@@ -7017,7 +6971,7 @@ def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime:
     """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
     if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
         return None
-    return load_model(models, max(train.k), runtime).decoder.requires_grad_(False)
+    return load_model(models, runtime).decoder.requires_grad_(False)
 
 
 # -- the gate and the policy ------------------------------------------------------
@@ -7048,7 +7002,7 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     pairs = enumerate(zip(questions, ranked, strict=True))
     for number, (question, rows) in progress(pairs, "features", total=len(questions), unit="question"):
         rows = rows[:topk]
-        contents = [chunking.prepare(index.content(row)) for row in rows]
+        contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         tables = [index.chunk_table(row, chunking.k) for row in rows]
         right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
         gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
@@ -7297,8 +7251,8 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
             f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
             "hybrid")
-    chunking = make_chunking(build_tokenizer(model_config(models, data.k)), None)
-    if opened.manifest["chunking"]["tokenizer"] != chunking.stored["tokenizer"]:
+    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
+    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
         raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
     stored = opened.manifest["chunking"]["k"]
     require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
@@ -7319,7 +7273,8 @@ def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConf
 
     kind: "gate" or "policy".
     """
-    config, parts, folder = model_config(models, settings.k), {}, chosen_checkpoint(models)
+    config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
+    config.compression = settings.k
     if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
@@ -7336,7 +7291,7 @@ def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, s
     start = time.perf_counter()
     loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
     if settings.utility:
-        reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
+        reader = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
         first = progress(loaded.examples[: settings.utility], "utility", total=settings.utility, unit="question")
         loaded.examples[: settings.utility] = [e._replace(utility=utility_labels(reader, e)) for e in first]
     torch.manual_seed(runtime.seed)
@@ -7350,7 +7305,7 @@ def train_policy(data: GateDataConfig, settings: PolicyConfig, index: IndexConfi
     """Train the paper's policy by the decoder's rewards and write it. Returns a summary."""
     start = time.perf_counter()
     loaded = load_gate_data(data, index, search, models, runtime)
-    reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
+    reader = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
     prepared = time.perf_counter()
     torch.manual_seed(runtime.seed)
     policy = QueryGate(loaded.searcher.embedder.dim, features=False, blind=settings.blind)
@@ -7741,7 +7696,6 @@ class Pipeline:
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.search, self.pack, self.generate, self.runtime = search, pack, generate, runtime
         self.tokenizer = model.encoder.tokenizer
-        self.chunking = make_chunking(self.tokenizer, model.encoder)
         self.device = next(model.decoder.parameters()).device
         self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
         self.sampler = torch.Generator().manual_seed(runtime.seed)
@@ -7750,8 +7704,9 @@ class Pipeline:
         self.batches = False  # warm_up finds out
         index = searcher.index if searcher else None
         built = index.manifest["chunking"] if index else {}
-        self.stored = index if built.get("tokenizer") == self.chunking.stored["tokenizer"] else None
-        if built.get("encoder") not in (None, self.chunking.stored["encoder"]):
+        self.stored = index if built.get("tokenizer") == self.tokenizer.fingerprint else None
+        self.stored_encoder = built.get("encoder")
+        if self.stored_encoder not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
                                 "it was built with, or build it again")
 
@@ -7794,11 +7749,6 @@ class Pipeline:
         other = copy.copy(self)
         other.search, other.generate = search or self.search, generate or self.generate
         other.pack = dataclasses.replace(self.pack, **changes)
-        if other.pack.k != self.pack.k:
-            encoder = copy.copy(self.model.encoder)  # the weights are shared, the tokenizer is not
-            other.tokenizer = encoder.tokenizer = copy.copy(self.tokenizer)
-            other.tokenizer.compression = other.pack.k
-            other.chunking = self.chunking._replace(k=other.pack.k, runs=other.tokenizer.runs, encode=encoder.encode)
         return other
 
     # -- stages, in order ----------------------------------------------------
@@ -7812,7 +7762,7 @@ class Pipeline:
     def stored_table(self, row: int) -> ChunkTable | None:
         """The index's chunks of a passage, with the encoder's states where they are those that it would compute."""
         usable = self.model.encoder.serves(self.pack.k, self.stored.manifest["chunking"]["k"])
-        return self.stored.chunk_table(row, self.pack.k, self.chunking.stored["encoder"] if usable else None)
+        return self.stored.chunk_table(row, self.pack.k, self.stored_encoder if usable else None)
 
     def chunk_tables(self, contents: list[str], rows: Sequence[int | None], needs: set[str]) -> list[ChunkTable]:
         """Chunk tables of contents: the index's where they hold what is needed ("gate", "states"), else made now."""
@@ -7825,7 +7775,7 @@ class Pipeline:
             tables.append(table if complete else None)
         waiting = [i for i, table in enumerate(tables) if table is None]
         if waiting:
-            chunking = self.chunking if "states" in needs else self.chunking._replace(encode=None)
+            chunking = Chunking(self.pack.k, self.tokenizer, self.model.encoder if "states" in needs else None)
             embedder = self.embedder if "gate" in needs else None
             _, made = chunk_tables([contents[i] for i in waiting], chunking, embedder, 32)
             for i, table in zip(waiting, made, strict=True):
@@ -7856,8 +7806,8 @@ class Pipeline:
             if segment.kind == "text":
                 pieces.append(segment.text)
             else:
-                ends, _ = self.tokenizer.runs([segment.text])[0]
-                pieces.append(Doc(segment.doc_id, segment.text, ends))
+                [cut] = self.tokenizer.cut([segment.text], self.pack.k)
+                pieces.append(Doc(segment.doc_id, segment.text, cut.ends))
         docs = [piece for piece in pieces if isinstance(piece, Doc)]
         prompt = build_prompt(self.tokenizer, pieces)
         require(prompt.context_tokens <= self.pack.ctx_max,
@@ -7956,7 +7906,7 @@ class Pipeline:
         """Run every part once, so that the first question pays for no lazy initialisation."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
-        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")])
+        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.pack.k)
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
@@ -8135,7 +8085,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
         index_manifest(index.index_dir)  # a folder that is none is told before anything is loaded
-    model = load_model(models, pack.k, runtime)
+    model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
         stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
         searcher = load_searcher(index, search, runtime) if needs_index else None
