@@ -189,7 +189,7 @@ def measure_first_token(args: argparse.Namespace) -> dict:
         length = trial.setting.context
         timers[length, trial.setting.curve] = lambda trial=trial: trial.run(item)["ttft_s"]
         if trial.setting.mode == "full":
-            prompt = trial.pipeline.prepare(item)[0].packed.prompt
+            prompt = trial.pipeline.prepare(item, trial.settings).context.prompt
             sizes[length] = prompt.context_tokens
             if llama is not None:
                 timers[length, "llama.cpp full"] = lambda prompt=prompt: llama.answer(prompt.input_ids.tolist(), 1)[0]

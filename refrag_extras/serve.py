@@ -216,14 +216,15 @@ class ChatRequest(NamedTuple):
         body = chat_form(serve.max_tokens).model_validate_json(data)
         check_served(body.model, ["refrag"])
         question, system = asked_by(body.messages)
-        counts = (body.max_completion_tokens, body.max_tokens, min(pipeline.generate.max_new, serve.max_tokens))
+        usual = pipeline.settings
+        counts = (body.max_completion_tokens, body.max_tokens, min(usual.generate.max_new, serve.max_tokens))
         how = body.model_dump(include={"temperature", "top_p"}, exclude_unset=True)
         how |= {"stop": tuple(body.stop)} if body.stop else {}
-        generate = dataclasses.replace(pipeline.generate, **how, max_new=next(n for n in counts if n is not None))
+        generate = dataclasses.replace(usual.generate, **how, max_new=next(n for n in counts if n is not None))
         own = body.refrag.model_dump(exclude_unset=True)
-        search = dataclasses.replace(pipeline.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
-        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.runtime.seed  # JavaScript keeps 53 bits
-        wish = Wish(search, dataclasses.replace(pipeline.pack, **own), generate,
+        search = dataclasses.replace(usual.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
+        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.seed  # JavaScript keeps 53 bits
+        wish = Wish(search, dataclasses.replace(usual.pack, **own), generate,
                     seed if body.seed is None else body.seed % 2**63, system)
         return cls(question, wish, body.stream, body.stream_options.include_usage)
 
