@@ -62,6 +62,7 @@ import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import pickle
 import re
@@ -77,7 +78,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ __version__ = "0.1.0"
 
 # =============================================================================
 # 1. Configuration. Every option is one dataclass field: its default, its help
-#    and its check stand here and nowhere else.
+#    and its range stand here and nowhere else.
 # =============================================================================
 
 
@@ -137,28 +138,62 @@ class LockedError(RefragError):
     code = 75
 
 
-def opt(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
-    """A dataclass field that is also a command line option. A tuple default takes one or more values.
-
-    choices: what a value, or each of several, may be.
-    """
-    return field(default=default, metadata={"help": help, "choices": tuple(choices)})
-
-
-def like(cls: type, name: str) -> Any:
-    """An option that another class has too: the same default, help and choices."""
-    known = cls.__dataclass_fields__[name]
-    return opt(known.default, known.metadata["help"], choices=known.metadata["choices"])
-
-
 def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-@dataclass(frozen=True)
-class RuntimeConfig:
+LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than {}"),
+          "high": (operator.le, "at most {}"), "below": (operator.lt, "less than {}")}
+
+
+def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = False, needed: str = "",
+        **limits: float) -> Any:
+    """A dataclass field that is also a command line option. A tuple default takes several values.
+
+    Each value must be one of the choices, the name of a file that exists, and within the limits: low, above, high,
+    below. needed: what to do when there is none; by default an option may be left out.
+    """
+    assert limits.keys() <= LIMITS.keys()
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "exists": exists,
+                                            "needed": needed, "limits": limits})
+
+
+def like(cls: type, name: str, **changes: Any) -> Any:
+    """An option that another class has too: the same help and checks, and default unless changed."""
+    known = cls.__dataclass_fields__[name]
+    return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
+
+
+def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
+    """Raise UserError unless a value keeps its option's rule."""
+    choices, limits = rule["choices"], rule["limits"]
+    require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
+    require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
+    if limits and not (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())):
+        valid = " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+        between = "lie between {low} and {high}".format(**limits) if limits.keys() == {"low", "high"} else f"be {valid}"
+        raise UserError(f"{flag} must {between}, got {value}")
+
+
+@typing.dataclass_transform(frozen_default=True)
+class Options:
+    """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            flag, value = f"--{f.name}", getattr(self, f.name)
+            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['needed']}")
+            require(value != () or not f.default, f"{flag} is empty: give it one value or more")
+            for item in value if isinstance(value, tuple) else () if value is None else (value,):
+                check_value(flag, item, f.metadata)
+
+
+class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
 
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
@@ -168,43 +203,36 @@ class RuntimeConfig:
     engine: str = opt("auto", "how tokens after the first are decoded: by the decoder as it is, or on a CPU with its "
                               "weights in 8 or 4 bits; auto: 4 bits where these hold the weights as they are, else 8, "
                               "where it can be done", choices=("auto", "model", "int8", "int4"))
-    threads: int = opt(0, "CPU threads, 0 for the library's choice")
-    seed: int = opt(1337, "random seed")
+    threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
+    seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
     quiet: bool = opt(False, "no progress and no notices on stderr")
     offline: bool = opt(False, "never contact a model hub")
     debug: bool = opt(False, "show the traceback of an error")
     config: str | None = opt(None, "TOML file with defaults; a flag or REFRAG_<FLAG> in the environment beats it")
 
-    def __post_init__(self) -> None:
-        require(self.threads >= 0, f"--threads must be 0 or more, got {self.threads}")
-        require(0 <= self.seed < 2**63, f"--seed must lie between 0 and 2**63 - 1, got {self.seed}")
 
-
-@dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Options):
     """What to index and how it is cut."""
 
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                      "per line; also gzipped), folders, or - for standard input")
+                                      "per line; also gzipped), folders, or - for standard input",
+                                  needed="name a file, a folder or - for standard input")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
                       choices=("strict", "replace", "skip"))
-    limit: int | None = opt(None, "read at most this many records")
-    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads")
-    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage")
+    limit: int | None = opt(None, "read at most this many records", low=1)
+    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
+    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
     def __post_init__(self) -> None:
-        require(bool(self.corpus), "--corpus is missing: name a file, a folder or - for standard input")
+        super().__post_init__()
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
-        require(self.limit is None or 1 <= self.limit <= sys.maxsize, f"--limit must be 1 or more, got {self.limit}")
-        require(self.max_passage_tokens >= 8, f"--max_passage_tokens must be 8 or more, got {self.max_passage_tokens}")
-        require(0 <= self.overlap <= self.max_passage_tokens // 2,
+        require(self.overlap <= self.max_passage_tokens // 2,
                 f"--overlap must lie between 0 and half of --max_passage_tokens {self.max_passage_tokens}, "
                 f"got {self.overlap}: set both")
 
 
-@dataclass(frozen=True)
-class IndexConfig:
+class IndexConfig(Options):
     """Which index, and by which retrievers."""
 
     index_dir: str | None = opt(None, "the index folder")
@@ -214,24 +242,18 @@ class IndexConfig:
                                         "default all-MiniLM-L6-v2, or the one the index was built with")
 
 
-@dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(Options):
     """How to build the index."""
 
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
-                              "multiples too, where k is one of 4")
-    batch_size: int = opt(32, "passages embedded at once")
-
-    def __post_init__(self) -> None:
-        require(self.k is None or 1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
+                              "multiples too, where k is one of 4", low=1, high=64)
+    batch_size: int = opt(32, "passages embedded at once", low=1)
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Encoder and decoder."""
 
     dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
@@ -246,29 +268,23 @@ class ModelConfig:
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
-@dataclass(frozen=True)
 class ReaderConfig(ModelConfig):
-    """Encoder and decoder that answer."""
+    """Encoder and decoder that answer; trained weights are shipped for them."""
 
     load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
                                        "shipped one where it is for these models, none: no trained weights")
 
 
-@dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Options):
     """How passages are found."""
 
-    topk: int = opt(8, "passages to return")
+    topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence")
-
-    def __post_init__(self) -> None:
-        require(self.topk >= 1, f"--topk must be 1 or more, got {self.topk}")
-        require(1 <= self.hops <= 8, f"--hops must lie between 1 and 8, got {self.hops}")
+    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence",
+                    low=1, high=8)
 
 
-@dataclass(frozen=True)
-class QuestionConfig:
+class QuestionConfig(Options):
     """What is asked."""
 
     question: str | None = opt(None, "the question")
@@ -276,45 +292,36 @@ class QuestionConfig:
                                       "input")
 
 
-@dataclass(frozen=True)
-class FormatConfig:
+class FormatConfig(Options):
     """How search results are printed."""
 
     format: str = opt("text", "output form", choices=("text", "json", "trec"))
 
 
-@dataclass(frozen=True)
-class PackConfig:
+class PackConfig(Options):
     """Context packing."""
 
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
-    k: int = opt(16, "tokens compressed into one vector")
-    p: float = opt(0.05, "largest fraction of the context's tokens that stays text")
-    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read")
+    k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
+    p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
+    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
-                            "embedder, else blend", choices=("auto", "learned", "policy", "blend", "cosine", "ppl",
-                                                             "random", "none"))
+                            "embedder, else blend",
+                    choices=("auto", "learned", "policy", "blend", "cosine", "ppl", "random", "none"))
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
                           choices=("auto", "feed", "drop"))
-    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first")
-
-    def __post_init__(self) -> None:
-        require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(0.0 <= self.p <= 1.0, f"--p must lie between 0 and 1, got {self.p}")
-        require(self.floor >= 0, f"--floor must be 0 or more, got {self.floor}")
-        require(self.ctx_max >= 1, f"--ctx_max must be 1 or more, got {self.ctx_max}")
+    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first", low=1)
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Options):
     """How the answer is decoded and shown."""
 
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
-    max_new: int = opt(128, "new tokens at most")
-    temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn")
-    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability")
+    max_new: int = opt(128, "new tokens at most", low=1)
+    temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
+    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
     stream: bool = opt(True, "print the answer as it is decoded")
@@ -323,129 +330,89 @@ class GenerateConfig:
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
-    batch_size: int = opt(1, "questions decoded together")
+    batch_size: int = opt(1, "questions decoded together", low=1)
 
     def __post_init__(self) -> None:
-        require(self.max_new >= 1, f"--max_new must be 1 or more, got {self.max_new}")
-        require(self.temperature >= 0, f"--temperature must be 0 or more, got {self.temperature}")
-        require(0 < self.top_p <= 1, f"--top_p must lie in (0, 1], got {self.top_p}")
+        super().__post_init__()
         require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
-        require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
-@dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Options):
     """What is timed, side by side."""
 
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "context lengths in tokens; whole passages, as many "
-                                                                   "as fit")
+                                                                   "as fit", low=1)
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
                                                              "floor", choices=("full", "refrag", "none"))
-    k: tuple[int, ...] = opt((8, 16, 32), "tokens compressed into one vector")
-    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text")
-    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times")
-    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them")
-    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up")
+    k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
+    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text",
+                               low=0, high=1)
+    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
+    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
+    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up",
+                       low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?",
                         "what is asked each time")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
     def __post_init__(self) -> None:
-        require(bool(self.contexts) and all(c >= 1 for c in self.contexts),
-                f"--contexts must be 1 or more, got {self.contexts}")
-        require(bool(self.modes), "--modes is empty: name one of full, refrag and none at least")
-        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
-        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        require(bool(self.batch_size) and all(n >= 1 for n in self.batch_size),
-                f"--batch_size must be 1 or more, got {self.batch_size}")
-        for name in ("new", "repeats"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+        super().__post_init__()
         require(self.out_dir is None or not os.path.isfile(self.out_dir),
                 f"--out_dir {self.out_dir} is a file: name a folder")
 
 
-@dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Options):
     """What is read in training."""
 
-    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz")
-    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training")
-
-    def __post_init__(self) -> None:
-        require(bool(self.train_json), "--train_json is missing: name a file of JSON lines with a text each")
-        for flag in ("train_json", "eval_json"):
-            for name in getattr(self, flag):
-                require(os.path.isfile(name), f"--{flag} {name}: no such file")
+    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
+                                      needed="name a file of JSON lines with a text each", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training",
+                                     exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
 LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights themselves
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """The training loop; every phase has these."""
 
-    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png")
-    k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text")
+    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png",
+                              needed="name the folder for the run")
+    k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "what is trained, by letters: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
-    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all")
-    steps: int = opt(1000, "optimizer steps")
+    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all", low=0)
+    steps: int = opt(1000, "optimizer steps", low=1)
     lr: float | None = opt(None, "peak learning rate; default " + ", ".join(
-        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r")
-    projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr")
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together")
-    grad_accum: int = opt(1, "passes per optimizer step and process")
+        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r",
+        above=0, high=1e30)
+    projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together",
+                          low=1)
+    grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
-    warmup: float = opt(0.04, "share of the steps in which the learning rate rises")
-    weight_decay: float = opt(0.01, "AdamW weight decay of matrices")
-    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is")
-    log_every: int = opt(10, "steps between lines of metrics.jsonl")
-    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last")
-    eval_limit: int = opt(32, "sequences of each kind in an evaluation")
-    save_every: int = opt(500, "steps between checkpoints; the last two are kept")
+    warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
+    weight_decay: float = opt(0.01, "AdamW weight decay of matrices", low=0)
+    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
+    log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
+    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last", low=0)
+    eval_limit: int = opt(32, "sequences of each kind in an evaluation", low=1)
+    save_every: int = opt(500, "steps between checkpoints; the last two are kept", low=1)
     resume: bool = opt(False, "continue the run in --out_dir")
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
     def __post_init__(self) -> None:
-        require(self.out_dir is not None, "--out_dir is missing: name the folder for the run")
-        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
+        super().__post_init__()
         require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
                 f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
-        for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_limit"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("lora_r", "eval_every", "weight_decay", "grad_clip"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("lr", "projector_lr"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"--{name} must be more than 0, got {value}")
-            require(value is None or value <= 1e30, f"--{name} {value} is beyond what weights can hold")
-        require(0 <= self.warmup < 1, f"--warmup must lie in [0, 1), got {self.warmup}")
         require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
                 "not one chunk would fit")
 
 
-@dataclass(frozen=True)
-class AlignConfig:
-    """Losses of the alignment phase."""
-
-    mse: float = opt(1.0, "weight of the squared error between vectors and mean token embeddings")
-    kl: float = opt(1.0, "weight of the divergence between next-token distributions after vectors and after tokens")
-    argmax: float = opt(0.2, "weight of the cross entropy to the likeliest token after tokens")
-    max_cost: float = opt(0.5, "anchors whose spans differ by more than this share of edits are left out")
-
-    def __post_init__(self) -> None:
-        for name in ("mse", "kl", "argmax"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        require(self.mse + self.kl + self.argmax > 0, "--mse, --kl and --argmax are all 0: nothing would be trained")
-        require(0 <= self.max_cost <= 1, f"--max_cost must lie between 0 and 1, got {self.max_cost}")
-
-
-@dataclass(frozen=True)
-class ReconConfig:
+class ReconConfig(Options):
     """The reconstruction phase."""
 
     curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
@@ -453,62 +420,41 @@ class ReconConfig:
                           choices=("paper", "even", "none"))
 
 
-@dataclass(frozen=True)
-class NextConfig:
+class NextConfig(Options):
     """The next-paragraph phase."""
 
-    expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average")
-    next_frac: float = opt(0.5, "share of a text that is predicted, where the file gives no split")
-    recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead")
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
-
-    def __post_init__(self) -> None:
-        for name in ("expand_frac", "recon_frac"):
-            require(0 <= getattr(self, name) <= 1, f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
-        require(0 < self.next_frac < 1, f"--next_frac must lie between 0 and 1, got {self.next_frac}")
-        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+    expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
+    recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
+    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
 
 
-@dataclass(frozen=True)
-class SftConfig:
+class SftConfig(Options):
     """Question answering on retrieved passages."""
 
-    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training")
+    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
+                               needed="name a file of questions with answers", exists=True)
+    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training",
+                                exists=True)
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
-                                                 "1: the reader of the full text")
+                                                 "1: the reader of the full text", low=0, high=1)
     gate_frac: float = opt(0.75, "share of the questions for which the gate chooses the chunks that stay text, as in "
-                                 "use; for the others they are drawn at random, so that the vectors must be read")
+                                 "use; for the others they are drawn at random, so that the vectors must be read",
+                           low=0, high=1)
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
-                                     "\"not in the documents\"")
+                                     "\"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
-                                 "takes more reading of the vectors than an answer of few words")
+                                 "takes more reading of the vectors than an answer of few words", low=0, high=1)
     topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
-                                     "read faster (default: always --topk)")
-    limit: int | None = opt(None, "read at most this many questions")
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
-
-    def __post_init__(self) -> None:
-        require(self.rag_json is not None, "--rag_json is missing: name a file of questions with answers")
-        for flag in ("rag_json", "eval_json"):
-            name = getattr(self, flag)
-            require(name is None or os.path.isfile(name), f"--{flag} {name}: no such file")
-        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        for flag in ("gate_frac", "no_answer_frac", "quote_frac"):
-            share = getattr(self, flag)
-            require(0 <= share <= 1, f"--{flag} must lie between 0 and 1, got {share}")
-        for flag in ("topk_min", "limit"):
-            count = getattr(self, flag)
-            require(count is None or count >= 1, f"--{flag} must be 1 or more, got {count}")
-        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+                                     "read faster (default: always --topk)", low=1)
+    limit: int | None = opt(None, "read at most this many questions", low=1)
+    distill: float = like(NextConfig, "distill")
 
 
 EVAL_MODES = {  # what --modes may name
     "qa": ("full", "refrag", "none", "truncate", "expanded_only", "random_gate", "wrong_vectors", "cosine_gate",
            "oracle_gate"),
     "retrieval": ("bm25", "dense", "hybrid"),
-    "gate": tuple(name for name in PackConfig.__dataclass_fields__["gate"].metadata["choices"]
-                  if name not in ("auto", "none")),
+    "gate": ("learned", "policy", "blend", "cosine", "ppl", "random"),
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
     "recon": (),
 }
@@ -516,184 +462,137 @@ EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes name
 TEXT_TASKS = ("ppl", "recon")
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Options):
     """What is evaluated, and against which controls."""
 
     task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
                           "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz")
+    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
         f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
         + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
-    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most")
-    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several")
+    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most", low=0, high=1)
+    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several",
+                             low=1, high=64)
     gate: str = like(PackConfig, "gate")
-    floor: int = opt(0, PackConfig.__dataclass_fields__["floor"].metadata["help"])
+    floor: int = like(PackConfig, "floor", default=0)
     ctx_max: int = like(PackConfig, "ctx_max")
     max_new: int = like(GenerateConfig, "max_new")
     cite: bool = like(GenerateConfig, "cite")
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
-    next_tokens: int = opt(128, "with ppl: tokens after them that are predicted")
+    next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
     limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
-                                   "questions of 2 n - 1 hold those of n")
+                                  "questions of 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
                                     "sample.md; without it the results are printed alone")
     resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
                               "questions, add to it")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
-        for name in self.texts:
-            require(os.path.isfile(name), f"--texts {name}: no such file")
         unknown = [name for name in self.named if name not in valid]
         require(not unknown, f"--modes {', '.join(unknown)}: --task {self.task} knows {', '.join(valid) or 'none'}")
-        require(bool(self.p), "--p is empty: give shares between 0 and 1")
-        require(len(self.k) == 1 or (textual and bool(self.k)), f"--k takes one value with --task {self.task}")
+        require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
         require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
-        for k, p in itertools.product(self.k, self.p):
-            PackConfig(k=k, p=p, floor=self.floor, ctx_max=self.ctx_max)  # checks them
-        GenerateConfig(max_new=self.max_new, batch_size=self.batch_size)
         require(self.context_tokens >= max(self.k), f"--context_tokens must be --k {max(self.k)} or more, got "
                 f"{self.context_tokens}")
-        require(self.next_tokens >= 1, f"--next_tokens must be 1 or more, got {self.next_tokens}")
-        require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
         require(not self.resume or self.out_dir is not None, "--resume needs --out_dir, the folder to continue")
 
     @property
     def named(self) -> tuple[str, ...]:
         """The modes to run, each once; commas part them too."""
-        given = dict.fromkeys(name for part in self.modes for name in part.split(",") if name)
+        given = dict.fromkeys(filter(None, ",".join(self.modes).split(",")))
         return tuple(given) or tuple(name for name in EVAL_MODES[self.task] if name not in EVAL_ONLY_NAMED)
 
 
-@dataclass(frozen=True)
-class GateDataConfig:
+class GateDataConfig(Options):
     """What gate and policy learn from."""
 
-    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form")
-    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained")
-    k: int = opt(PackConfig.k, "tokens of a chunk")
-    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at")
-    limit: int | None = opt(None, "read at most this many questions of each file")
-    eval_limit: int = opt(600, "held-out questions at most")
+    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz",
+                                    needed="name a file of questions with answers", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form", exists=True)
+    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained",
+                              needed="name the folder for the checkpoint")
+    k: int = opt(PackConfig.k, "tokens of a chunk", low=1, high=64)
+    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at",
+                               above=0, below=1)
+    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
+    eval_limit: int = opt(600, "held-out questions at most", low=1)
 
     def __post_init__(self) -> None:
-        require(bool(self.rag_json), "--rag_json is missing: name a file of questions with answers")
-        require(self.out_dir is not None, "--out_dir is missing: name the folder for the checkpoint")
-        for flag in ("rag_json", "eval_json"):
-            for name in getattr(self, flag):
-                require(os.path.isfile(name), f"--{flag} {name}: no such file")
+        super().__post_init__()
         folder = Path(self.out_dir)
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         require(empty, f"--out_dir {folder} is there already: name a new folder")
-        require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(bool(self.p) and all(0 < p < 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        for name in ("limit", "eval_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} must be 1 or more, got {value}")
 
 
-@dataclass(frozen=True)
-class GateConfig:
+class GateConfig(Options):
     """How the gate learns."""
 
-    epochs: int = opt(3, "times through the questions")
-    gate_lr: float = opt(1e-3, "peak learning rate")
-    batch_size: int = opt(32, "questions of an optimizer step")
-    bce: float = opt(0.2, "weight of the chunkwise cross entropy beside the listwise one")
-    utility: int = opt(0, "also learn from what each chunk adds to the answer's log-probability, for this many "
-                          "questions; the decoder reads each nine times")
-    utility_weight: float = opt(0.5, "weight of that")
-    tau: float = opt(1.0, "temperature of that, in nats")
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("bce", "utility", "utility_weight"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("gate_lr", "tau"):
-            require(0 < getattr(self, name) < math.inf, f"--{name} must be more than 0, got {getattr(self, name)}")
+    epochs: int = opt(3, "times through the questions", low=1)
+    batch_size: int = opt(32, "questions of an optimizer step", low=1)
 
 
-@dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(Options):
     """How the paper's policy learns."""
 
-    steps: int = opt(200, "updates")
-    batch_size: int = opt(4, "questions of an update")
-    policy_lr: float = opt(1e-4, "learning rate")
-    group: int = opt(4, "choices drawn for each question")
-    clip: float = opt(0.2, "how far the ratio of new to old probability counts")
-    reuse: int = opt(2, "optimizer steps on what was drawn")
+    steps: int = opt(200, "updates", low=1)
+    batch_size: int = opt(4, "questions of an update", low=1)
+    policy_lr: float = opt(1e-4, "learning rate", above=0)
+    group: int = opt(4, "choices drawn for each question; the advantage is over them", low=2)
     blind: bool = opt(False, "do not look at the question, as in the paper")
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "reuse"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        require(self.group >= 2, f"--group must be 2 or more, got {self.group}: the advantage is over the group")
-        require(0 < self.policy_lr < math.inf, f"--policy_lr must be more than 0, got {self.policy_lr}")
-        require(0 < self.clip < 1, f"--clip must lie between 0 and 1, got {self.clip}")
 
-
-@dataclass(frozen=True)
-class AnchorConfig:
+class AnchorConfig(Options):
     """What `align` shows."""
 
-    text: str | None = opt(None, "the text to align")
+    text: str | None = opt(None, "the text to align", needed="give the text to align")
 
     def __post_init__(self) -> None:
-        require(bool(self.text), "--text is missing: give the text to align")
+        super().__post_init__()
         require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
 
 
-@dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Options):
     """The HTTP server."""
 
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
-    port: int = opt(8000, "port to listen on, 0 for a free one")
+    port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
     together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
-                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone")
-    waiting: int = opt(64, "requests that may wait; more are told to come again (429)")
-    body_bytes: int = opt(1 << 20, "longest request")
-    max_tokens: int = opt(1024, "new tokens that a request may ask for")
-    timeout: float = opt(120.0, "seconds from a request to the end of its answer")
+                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
+    waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
+    body_bytes: int = opt(1 << 20, "longest request", low=1)
+    max_tokens: int = opt(1024, "new tokens that a request may ask for", low=1)
+    timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def __post_init__(self) -> None:
-        require(0 <= self.port < 65536, f"--port must lie between 0 and 65535, got {self.port}")
-        require(self.together >= 0, f"--together must be 0 or more, got {self.together}")
-        for name in ("waiting", "body_bytes", "max_tokens"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        require(0 < self.timeout < math.inf, f"--timeout must be above 0, got {self.timeout}")
-        require(self.api_key is None or bool(self.api_key), "--api_key is empty: leave it out")
+        super().__post_init__()
+        require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
                     f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
 
 
-@dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Options):
     """What is written for another engine."""
 
-    out_dir: str | None = opt(None, "the folder to write")
+    out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
 
     def __post_init__(self) -> None:
-        require(self.out_dir is not None, "--out_dir is missing: name the folder to write")
+        super().__post_init__()
         folder = Path(self.out_dir)
         require(not folder.exists(), f"--out_dir {folder} is there already: name a new folder")
 
 
-@dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Options):
     """What to examine."""
 
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
@@ -790,19 +689,18 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
     spans = anchor_rows(encoder, decoder)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= AlignConfig.max_cost for span in spans)}
+              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
     emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
          f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {AlignConfig.max_cost} or less")
+         f"with a cost of {MAX_COST} or less")
 
 
-@command("cpt_align", TextConfig, AlignConfig, TrainConfig, ModelConfig)
-def cmd_cpt_align(texts: TextConfig, align: AlignConfig, train: TrainConfig, models: ModelConfig,
-                  runtime: RuntimeConfig) -> None:
+@command("cpt_align", TextConfig, TrainConfig, ModelConfig)
+def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Train vectors to stand for the tokens between anchors: error, divergence and argmax terms."""
-    phase = Phase("cpt_align", Weights(text=0.0, kl=align.kl, argmax=align.argmax, mse=align.mse))
-    run_training(phase, (texts, align, train, models, runtime),
-                 lambda model, settled: AlignLessons(model.encoder, texts, settled, align))
+    phase = Phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
+    run_training(phase, (texts, train, models, runtime),
+                 lambda model, settled: AlignLessons(model.encoder, texts, settled))
 
 
 @command("cpt_recon", TextConfig, ReconConfig, TrainConfig, ModelConfig)
@@ -889,12 +787,12 @@ def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generat
 def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
               models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
-    from refrag_extras.serve import run_server
-
     require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
     check_generate(QuestionConfig(), index, pack, generate)
     for name in ("pydantic", "starlette", "uvicorn"):  # told before the models are loaded
         late_import(name, "pydantic starlette uvicorn")
+    from refrag_extras.serve import run_server
+
     run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
 
 
@@ -4234,6 +4132,9 @@ def edit_distance(a: str, b: str) -> float:
     return row[-1]
 
 
+MAX_COST = 0.5  # anchors whose spans differ more are not trained on
+
+
 class Anchor(NamedTuple):
     """Two tokens that end at the same character of the text, and how much the decoded spans up to them differ."""
 
@@ -6028,16 +5929,16 @@ class AlignLessons(TextLessons):
 
     shortest = 2
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, align: AlignConfig):
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
         super().__init__(encoder, texts, train)
-        self.align, self.anchors = align, {}
+        self.anchors: dict[tuple[str, int], list[int]] = {}
 
     def anchor_ends(self, key: tuple[str, int], text: str) -> list[int]:
         """Characters of a text at which both tokenizers cut and agree well enough; found once per text."""
         if key not in self.anchors:
             sides = (tokenize_pieces(text, side) for side in (self.tokenizer.encoder, self.tokenizer.decoder))
             encoder, decoder = sides
-            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= self.align.max_cost]
+            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= MAX_COST]
             self.anchors[key] = [encoder.ends[a.i] for a in good]
         return self.anchors[key]
 
@@ -6116,8 +6017,8 @@ class NextLessons(TextLessons):
         self.following = following
 
     def split(self, length: int, declared: int) -> int:
-        """Tokens to compress: what the file says, else a share of the text; one is always left to predict."""
-        wanted = declared if 0 < declared < length else round(length * (1 - self.following.next_frac))
+        """Tokens to compress: what the file says, else half of the text; one is always left to predict."""
+        wanted = declared if 0 < declared < length else round(length / 2)
         return min(max(wanted, 1), length - 1)
 
     def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
@@ -7029,6 +6930,11 @@ def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime:
 
 # -- the gate and the policy ------------------------------------------------------
 
+GATE_LR = 1e-3  # at its peak
+CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
+CLIP = 0.2  # how far the policy's ratio of new to old probability counts
+REUSE = 2  # optimizer steps of the policy on what was drawn
+
 
 class GateExample(NamedTuple):
     """A question for the gate to learn from, or to be examined on."""
@@ -7038,7 +6944,6 @@ class GateExample(NamedTuple):
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
     gold: list[list[int]]  # chunks of each place where an answer stands in a right passage
-    utility: np.ndarray | None = None  # (L,), what each chunk adds to the answer's log-probability; NaN: unknown
 
     @property
     def positive(self) -> np.ndarray:
@@ -7073,24 +6978,15 @@ def collate_gate(examples: Sequence[GateExample], device: torch.device) -> GateB
     return gate_batch([e.given for e in examples], [e.features for e in examples], device)
 
 
-def gate_loss(logits: Tensor, positive: Tensor, utility: Tensor | None, settings: GateConfig) -> Tensor:
+def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
     """Listwise and chunkwise cross entropy against the chunks that hold the answer, mean over questions.
 
-    logits: (B, L), -inf where padded; positive: (B, L) bool; utility: (B, L), NaN where unknown, or None: then a
-    divergence from softmax(utility / tau) over the known chunks is added.
+    logits: (B, L), -inf where padded; positive: (B, L) bool.
     """
     real = logits > -math.inf
     chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
     each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
-    loss = (logits.logsumexp(-1) - chosen).mean() + settings.bce * each / len(logits)
-    if utility is None:
-        return loss
-    known = ~utility.isnan() & real
-    rows = known.sum(-1) > 1
-    target = (utility / settings.tau).masked_fill(~known, -math.inf)[rows].softmax(-1)
-    student = logits.masked_fill(~known, -math.inf)[rows].log_softmax(-1)
-    terms = torch.where(known[rows], target * (target.clamp_min(1e-9).log() - student), 0.0)
-    return loss + settings.utility_weight * terms.sum() / len(logits)
+    return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
 
 
 @torch.inference_mode()
@@ -7123,7 +7019,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     stacked = np.concatenate([example.features for example in examples])
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
     gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=settings.gate_lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
     parts, records = math.ceil(len(examples) / settings.batch_size), []
     bar = progress_bar("train_gate", settings.epochs * parts, "step")
     with contextlib.closing(bar):
@@ -7131,7 +7027,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
             losses = []
             for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
                 factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
-                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, settings, factor))
+                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, factor))
                 bar.update(1)
             records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
                             "recall": held_out_recall(gate, held_out, p)})
@@ -7139,17 +7035,12 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     return records
 
 
-def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, settings: GateConfig,
-              factor: float) -> float:
+def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, factor: float) -> float:
     """One optimizer step. Returns the loss."""
-    batch, utility = collate_gate(examples, gate.device), None
     positive = padded_rows([e.positive for e in examples], False).to(gate.device)
-    if any(e.utility is not None for e in examples):
-        rows = [np.full(len(e.tokens), np.nan) if e.utility is None else e.utility for e in examples]
-        utility = padded_rows(rows, np.nan).float().to(gate.device)
     for group in optimizer.param_groups:
-        group["lr"] = settings.gate_lr * factor
-    loss = gate_loss(gate.train()(batch), positive, utility, settings)
+        group["lr"] = GATE_LR * factor
+    loss = gate_loss(gate.train()(collate_gate(examples, gate.device)), positive)
     loss.backward()
     nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
     optimizer.step()
@@ -7168,7 +7059,7 @@ class GateData(NamedTuple):
 
 
 class AnswerReader:
-    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy, and utility."""
+    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy."""
 
     def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
@@ -7200,20 +7091,6 @@ class AnswerReader:
         return logs.reshape(len(masks), -1).mean(1)
 
 
-def utility_labels(reader: AnswerReader, example: GateExample, candidates: int = 8) -> np.ndarray:
-    """(L,) what each chunk as text, alone, adds to the answer's log-probability; NaN where it was not tried.
-
-    Tried are the chunks with the answer and those that the untrained blend likes best.
-    """
-    blend = example.features[:, [FEATURE_NAMES.index(name) for name in ("cosine", "overlap_window")]].sum(1)
-    ranked = np.argsort(-(blend + 10 * example.positive), kind="stable")[:candidates]
-    masks = [np.isin(np.arange(len(blend)), [number]) for number in (-1, *ranked)]
-    logs = reader.log_probabilities(reader.ask(example), masks)
-    utility = np.full(len(blend), np.nan)
-    utility[ranked] = logs[1:] - logs[0]
-    return utility
-
-
 def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
     """(n, picks) chunks drawn one after another without replacement, by their logits (L,): the Gumbel top-k draw."""
     uniform = torch.rand(n, len(logits), generator=generator).clamp(1e-9, 1 - 1e-9)
@@ -7233,14 +7110,14 @@ def order_log_probability(logits: Tensor, orders: Tensor) -> Tensor:
     return total
 
 
-def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor, clip: float) -> Tensor:
+def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor) -> Tensor:
     """The clipped ratio of proximal policy optimisation with the advantage over the group (Shao et al. 2024).
 
     logits: (L,), now; before: (n,) log-probability of each order when it was drawn; rewards: (n,).
     """
     advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
     ratio = (order_log_probability(logits, orders) - before).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
 class PolicyTrainer:
@@ -7272,8 +7149,8 @@ class PolicyTrainer:
     def step(self) -> float:
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
         drawn = [self.draw(int(number)) for number in self.rng.choice(len(self.examples), self.settings.batch_size)]
-        for _ in range(self.settings.reuse):
-            losses = [policy_loss(self.logits(example), before, orders, rewards, self.settings.clip)
+        for _ in range(REUSE):
+            losses = [policy_loss(self.logits(example), before, orders, rewards)
                       for example, orders, before, rewards in drawn]
             torch.stack(losses).mean().backward()
             nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -7343,10 +7220,6 @@ def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, s
     """Train a gate on retrieved questions and write it. Returns a summary."""
     start = time.perf_counter()
     loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
-    if settings.utility:
-        reader = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
-        first = progress(loaded.examples[: settings.utility], "utility", total=settings.utility, unit="question")
-        loaded.examples[: settings.utility] = [e._replace(utility=utility_labels(reader, e)) for e in first]
     torch.manual_seed(runtime.seed)
     gate = QueryGate(loaded.searcher.embedder.dim).to(pick_device(runtime.device))
     records = fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)

@@ -156,12 +156,11 @@ def measure_answers(args: argparse.Namespace) -> dict:
     scores: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in steppers}
     questions = refrag.read_answered_questions(args.qa, "--qa", args.limit)
     for item in refrag.progress(questions, "answers", total=len(questions), unit="question"):
-        _, inputs = pipeline.prepare(item)
-        logits, state = refrag.prefill(decoder, [inputs])
+        logits, state = refrag.prefill(decoder, [pipeline.prepare(item).inputs])
         replies = {}
         for name, stepper in steppers.items():  # the decoder last: it adds to the cache, the others to a copy
-            [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, stops=pipeline.stops,
-                                     pick=pipeline.pick, watch=watch, stepper=stepper)
+            [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, watch=watch, stepper=stepper,
+                                     stops=pipeline.settings.stop_tokens, pick=pipeline.settings.pick)
             replies[name] = pipeline.tokenizer.decoder.decode(out.tokens, skip_special_tokens=True)
         for name, reply in replies.items():
             truths = item["answers"]
@@ -303,7 +302,7 @@ def measure_anchors(args: argparse.Namespace) -> dict:
         exact, anchors = refrag.exact_anchors(encoder, decoder), refrag.cost_anchors(encoder, decoder)
         seconds += time.perf_counter() - start
         counts.update(texts=1, decoder=len(decoder.ids), encoder=len(encoder.ids), exact=len(exact),
-                      anchors=len(anchors), good=sum(a.cost <= refrag.AlignConfig.max_cost for a in anchors))
+                      anchors=len(anchors), good=sum(a.cost <= refrag.MAX_COST for a in anchors))
         costs += [a.cost for a in anchors]
     tokens = counts["decoder"]
     return {**counts, "exact_share": counts["exact"] / tokens, "anchor_share": counts["anchors"] / tokens,
@@ -322,7 +321,7 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     model = refrag.load_model(refrag.ModelConfig(), args.k, RUNTIME, letters)
     made = {"recon": lambda: refrag.ReconLessons(model.encoder, texts, settled, refrag.ReconConfig()),
             "next": lambda: refrag.NextLessons(model.encoder, texts, settled, refrag.NextConfig()),
-            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled, refrag.AlignConfig())}[lessons]()
+            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled)}[lessons]()
     refrag.mark_trained(model, letters, 0)
     facts = {"run": "", "data": []}
     return refrag.Trainer(model, made, phase, settled, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)

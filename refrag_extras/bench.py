@@ -25,6 +25,7 @@ from refrag import (
     QuestionConfig,
     RuntimeConfig,
     SearchConfig,
+    Settings,
     describe_device,
     draw,
     dumps,
@@ -82,41 +83,31 @@ def theoretical_ratio(k: int, p: float) -> float:
     return 1 / (p + (1 - p) / k)
 
 
-def growth_exponent(lengths: Sequence[float], seconds: Sequence[float]) -> float:
-    """The e that fits seconds ~ lengths ** e best: least squares of the logarithms. Example: [1, 2], [3, 12] -> 2.0"""
-    return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
-
-
 def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
-    """For each round a random order of `count` runs, never that of the round before (unless there is only one).
-
-    What a run leaves behind in caches and clock rates then meets another successor each time.
-    """
-    generator, last = np.random.default_rng(seed), []
+    """A random order of `count` runs for each round, so that what a run leaves in caches meets another successor."""
+    generator = np.random.default_rng(seed)
     for _ in range(rounds):
-        order = generator.permutation(count).tolist()
-        while order == last and count > 1:
-            order = generator.permutation(count).tolist()
-        yield order
-        last = order
+        yield generator.permutation(count).tolist()
 
 
 @dataclass
 class Trial:
-    """A setting that fits, the pipeline that runs it, and what its runs measured."""
+    """A setting that fits, how the pipeline runs it, and what its runs measured."""
 
     setting: Setting
     pipeline: Pipeline
+    settings: Settings
     stored_vectors: bool | None  # whether the index holds what it reads; None where no vectors are read
     runs: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each counted round
     memory: dict[str, float | None] = field(default_factory=dict)
 
     def run(self, item: dict[str, Any]) -> dict[str, Any]:
         """Answer once; returns the metrics."""
-        return metrics_together([result["metrics"] for result in self.pipeline.answer([item] * self.setting.batch)])
+        results = self.pipeline.answer_batch([item] * self.setting.batch, self.settings)
+        return metrics_together([result["metrics"] for result in results])
 
     def warm_up(self, item: dict[str, Any]) -> None:
-        """A run that does not count, and shows the memory taken: giving back what is free would slow one that does."""
+        """A run that is not timed and measures peak memory, since returning freed memory would slow a timed one."""
         reset_peak_memory(self.pipeline.device)
         peak, device_peak = self.run(item)["peak_rss_mb"], peak_device_mb(self.pipeline.device)
         self.memory = {"peak_rss_mb": peak, "peak_device_mb": device_peak and round(device_peak, 1)}
@@ -134,11 +125,9 @@ def metrics_together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     "tokens_per_s": pace and round(pace * count, 3)}
 
 
-def reads_stored(pipeline: Pipeline) -> bool:
-    """Whether the index holds the encoder's states at the pipeline's k."""
-    if pipeline.stored is None:
-        return False
-    table = pipeline.stored_table(0)
+def reads_stored(pipeline: Pipeline, k: int) -> bool:
+    """Whether the index holds the encoder's states at k."""
+    table = None if pipeline.stored is None else pipeline.stored.chunk_table(0, k, pipeline.states_at(k))
     return table is not None and table.states is not None
 
 
@@ -151,22 +140,22 @@ class Benchmark:
         self.trials = self.plan()
 
     def leave_out(self, text: str) -> None:
-        """Tell what is not timed, now and in the result."""
+        """Report a combination that is not timed, and record it in the result."""
         self.left_out.append(text)
         notice(text)
 
     def fill(self, context: int) -> SearchConfig | None:
         """The search for as many passages as `context` tokens hold; None, and told, where they can not be filled."""
         for topk in (SearchConfig.topk * 2**doubled for doubled in itertools.count()):
-            probe = self.pipeline.variant(mode="full", ctx_max=context, search=SearchConfig(topk=topk))
-            found = probe.retrieve(self.item)
-            packed = probe.pack_docs(self.item, found)
-            if packed.dropped or len(found) < topk:
+            settings = self.pipeline.settings_for(mode="full", ctx_max=context, search=SearchConfig(topk=topk))
+            found = self.pipeline.retrieve(self.item, settings)
+            packed = self.pipeline.context(self.item, found, settings)
+            if packed.left_out or len(found) < topk:
                 break
         tokens = packed.prompt.context_tokens
-        if packed.dropped and not packed.docs:
+        if packed.left_out and not packed.docs:
             self.leave_out(f"--contexts {context} left out: the best passage alone is longer")
-        elif tokens < context and not packed.dropped:
+        elif tokens < context and not packed.left_out:
             self.leave_out(f"--contexts {context} left out: all {len(found)} passages that the question finds hold "
                            f"{tokens} tokens")
         else:
@@ -174,20 +163,22 @@ class Benchmark:
         return None
 
     def make_trial(self, setting: Setting, search: SearchConfig | None) -> Trial:
-        """A setting's pipeline. Its answers have all of --new tokens: nothing stops them."""
-        stored = self.pipeline.stored
-        k = setting.k or (stored.manifest["chunking"]["k"] if stored else self.pipeline.pack.k)  # full text: no recount
-        changes = {"mode": setting.mode, "k": k} | ({} if setting.p is None else {"p": setting.p})
-        one = self.pipeline.variant(search=search, **changes, ctx_max=setting.context or self.pipeline.pack.ctx_max)
-        one.stops = frozenset()
+        """A setting, ready to be timed. Its answers have all of --new tokens: nothing stops them."""
+        pipeline, stored = self.pipeline, self.pipeline.stored
+        usual = pipeline.settings
+        k = setting.k or (stored.manifest["chunking"]["k"] if stored else usual.pack.k)  # full text: no recount
+        settings = pipeline.settings_for(
+            search=search or usual.search, mode=setting.mode, k=k, p=usual.pack.p if setting.p is None else setting.p,
+            ctx_max=setting.context or usual.pack.ctx_max, stop_tokens=frozenset())
         reads_vectors = setting.mode == "refrag" and setting.p < 1
-        return Trial(setting, one, reads_stored(one) if reads_vectors else None)
+        return Trial(setting, pipeline, settings, reads_stored(pipeline, k) if reads_vectors else None)
 
-    def positions(self, pipeline: Pipeline) -> int:
+    def positions(self, settings: Settings) -> int:
         """Positions the question will take: all that comes before vectors and prefill."""
-        packed = pipeline.pack_docs(self.item, pipeline.retrieve(self.item))
-        _, plan, _ = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
-        return len(plan)
+        pipeline = self.pipeline
+        context = pipeline.context(self.item, pipeline.retrieve(self.item, settings), settings)
+        scores = pipeline.scores(context, pipeline.gate_input(context, settings), settings)
+        return len(pipeline.choose(context, scores, settings).plan)
 
     def plan(self) -> list[Trial]:
         """The trials that fit the index and the decoder's window. Raises UserError if none does."""
@@ -196,11 +187,11 @@ class Benchmark:
         trials = [self.make_trial(s, searches.get(s.context)) for s in settings if not s.context or searches[s.context]]
         kept = []
         for trial in trials:
-            positions = self.positions(trial.pipeline)
+            positions = self.positions(trial.settings)
             if trial.setting.batch > 1 and not self.pipeline.batches:
                 self.leave_out(f"--batch_size {trial.setting.batch} left out: this decoder's layers carry a state, so "
                                "that it answers one question after another")
-            elif trial.pipeline.fits_window(positions):
+            elif self.pipeline.fits_window(positions, trial.settings):
                 kept.append(trial)
             else:
                 self.leave_out(f"{trial.setting.curve} at --contexts {trial.setting.context} left out: {positions} "
@@ -229,8 +220,7 @@ class Benchmark:
         """What the counted rounds so far show, as JSON."""
         full = {(one.setting.context, one.setting.batch): one for one in self.trials if one.setting.mode == "full"}
         rows = [bench_row(one, full.get((one.setting.context, one.setting.batch))) for one in self.trials]
-        return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "growth": bench_growth(rows),
-                "batch_growth": batch_growth(rows), "left_out": self.left_out}
+        return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "left_out": self.left_out}
 
 
 def median_of(values: Sequence[float | None], digits: int = 6) -> float | None:
@@ -271,33 +261,6 @@ def bench_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
     return curves
 
 
-def bench_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per curve of three context lengths or more: the exponent with which the time to first token grows."""
-    found = []
-    for curve in bench_curves(rows).values():
-        lengths, seconds = ([row[name] for row in curve] for name in ("context_tokens", "ttft_s"))
-        if len(set(lengths)) >= 3:
-            exponent = round(growth_exponent(lengths, seconds), 4)
-            found.append({**{name: curve[0][name] for name in ("mode", "k", "p", "batch")},
-                          "lengths": len(set(lengths)), "ttft_exponent": exponent})
-    return found
-
-
-def batch_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For what was timed in batches of three sizes or more: the exponents with which a batch's times grow."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("mode", "context", "k", "p")), []).append(row)
-    found = []
-    for (mode, context, k, p), group in groups.items():
-        sizes = [row["batch"] for row in group]
-        if len(sizes) >= 3:
-            exponents = {f"{name}_exponent": round(growth_exponent(sizes, [row[f"{name}_s"] for row in group]), 4)
-                         for name in ("ttft", "ttit") if all(row[f"{name}_s"] for row in group)}
-            found.append({"mode": mode, "context": context, "k": k, "p": p, "sizes": sizes, **exponents})
-    return found
-
-
 def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> Benchmark:
     """Load what `bench` times, with what its result must say to be made again."""
     [item] = read_questions(QuestionConfig(question=bench.question))
@@ -305,7 +268,7 @@ def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, 
     generate = GenerateConfig(max_new=bench.new, cite=False)
     pipeline = load_pipeline(index, SearchConfig(), pack, generate, models, runtime)
     known = ("enc", "dec", "projector_trained", "gate", "compressed", "dtype")
-    settings = {name: value for name, value in pipeline.settings().items() if name in known}
+    settings = {name: value for name, value in pipeline.describe(pipeline.settings).items() if name in known}
     facts = {"device": describe_device(runtime), "settings": run_settings((bench, index, models, runtime)) | settings,
              "versions": library_versions(), "command": sys.argv, "commit": source_commit(),
              "index": index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
@@ -314,7 +277,7 @@ def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, 
 
 @contextlib.contextmanager
 def bench_folder(out_dir: str | None) -> Iterator[Path | None]:
-    """Hold the folder of --out_dir, made where needed; if nothing comes to stand in it, it goes. Raises LockedError."""
+    """Create and lock --out_dir; delete it if no result was written. Raises LockedError."""
     if out_dir is None:
         yield None
         return
@@ -426,20 +389,11 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def bench_text(result: dict[str, Any]) -> str:
-    """A benchmark for people: the table, how the time grows, what was left out."""
+    """A benchmark for people: the table, what was computed, what was left out."""
     cells = [bench_cells(row) for row in result["rows"]]
     if all(row["batch"] == 1 for row in result["rows"]):
         cells = [{name: text for name, text in one.items() if name != "batch"} for one in cells]
     lines = [aligned_table(cells), ""]
-    for entry in result["growth"]:
-        curve = Setting(entry["mode"], 0, entry["k"], entry["p"], entry["batch"]).curve
-        lines.append(f"- {curve}: the time to first token grows with the {entry['ttft_exponent']:.2f}th power of the "
-                     "context tokens")
-    for entry in result["batch_growth"]:
-        curve = Setting(entry["mode"], 0, entry["k"], entry["p"]).curve
-        grown = " and ".join(f"{label} with the {entry[name]:.2f}th" for label, name in (
-            ("the time to first token", "ttft_exponent"), ("a step", "ttit_exponent")) if name in entry)
-        lines.append(f"- {curve} at --contexts {entry['context']}: {grown} power of the questions answered together")
     fresh = sorted({row["k"] for row in result["rows"] if row["stored_vectors"] is False})
     if fresh:
         lines.append(f"- vectors that the index does not hold, computed while the clock runs: k = "

@@ -245,7 +245,7 @@ class Controls:
         at = reading.choice.plan < 0
         if setup.wrong and at.any():
             vectors = self.vectors(item, settings)
-            numbers = (-reading.choice.plan[at] - 1) % len(vectors)  # a shorter context's are taken again from its first
+            numbers = (-reading.choice.plan[at] - 1) % len(vectors)  # from the first again where there are fewer
             reading.inputs[torch.as_tensor(at)] = vectors[torch.as_tensor(numbers)]
         return reading
 
