@@ -7440,11 +7440,16 @@ def settled_length(text: str) -> int:
     return len(body[:at].rstrip() if is_mark else body)
 
 
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first stop string in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
 class TextStream:
     """Turns the growing tokens of an answer into text, shown as soon as it can not change any more.
 
-    Held back are an unfinished character, a citation at the end, which `Pipeline.cite` may replace, and what may be
-    the beginning of a stop string. write: receives new text; True asks for no more.
+    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may be the
+    beginning of a stop string. write: receives new text; True asks for no more.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
@@ -7453,9 +7458,9 @@ class TextStream:
     def text(self, tokens: list[int]) -> str:
         """The text of an answer up to the first stop string."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        self.stopped = bool(ends)
-        return text[: min(ends, default=len(text))].lstrip()
+        kept = before_stop(text, self.stops)
+        self.stopped = len(kept) < len(text)
+        return kept.lstrip()
 
     def __call__(self, tokens: list[int]) -> bool | None:
         """Write what is new. Returns True when the answer is to end."""
@@ -7573,6 +7578,33 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
     return min(options, key=lambda label: len(options[label])), state
 
 
+def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Callable[[], str],
+         stops: Sequence[str] = ()) -> tuple[str, str | None]:
+    """(an answer with its citation, the label if it was not the decoder's own).
+
+    labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
+    A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
+    document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
+    """
+    plain, begun = split_citation(answer, labels)
+    bare = without_citations(plain, labels)
+    if not seen or abstains(bare):
+        return bare, None
+    named = [label for label, forged in cited_labels(answer, labels) if not forged]
+    holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
+    answer = answer if begun is None else plain
+    if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
+        answer, chosen = plain, holding[0]
+    elif begun in seen:
+        chosen = begun
+    elif named:
+        return answer, None
+    else:
+        chosen = choose()
+    cited = f"{answer} [{chosen}]"
+    return (cited, chosen) if before_stop(cited, stops) == cited else (plain, None)
+
+
 class Choice(NamedTuple):
     """What of a context the decoder is fed."""
 
@@ -7656,6 +7688,12 @@ class Reading:
         sums = (np.bincount(docs, weights, minlength=count) for weights in (prompt.sizes, kept))
         return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
                 for doc, (total, n) in enumerate(zip(*sums, strict=True))]
+
+    @property
+    def seen(self) -> dict[str, str]:
+        """The contents of the documents that were read, by label."""
+        pairs = zip(self.context.docs, self.read, strict=True)
+        return {doc.label: doc.content for doc, read in pairs if read != "left out"}
 
 
 class Pipeline:
@@ -7860,48 +7898,24 @@ class Pipeline:
         outs, state = decode(decoder, logits, state, max_new=options.max_new, stops=settings.stop_tokens,
                              pick=settings.pick, watch=watch, stepper=self.stepper,
                              on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
+
+        def choose(row: int, pending: list[int], labels: list[str]) -> str:
+            nonlocal state
+            chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, labels)
+            return chosen
+
         results = []
         for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
             reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
-            answer = stream.text(out.tokens).rstrip()
-            pending = [] if out.ended else out.tokens[-1:]
-            answer, chosen, state = self.cite(reading, answer, state, row, pending, options)
+            answer, chosen = stream.text(out.tokens).rstrip(), None
+            if options.cite and reading.labels:
+                pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
+                answer, chosen = cite(answer, reading.labels, seen, functools.partial(choose, row, pending, list(seen)),
+                                      options.stop)
             out = out._replace(ended=out.ended or stream.stopped)
             results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
             stream.show(answer)
         return results
-
-    def cite(self, reading: Reading, answer: str, state: State, row: int, pending: Sequence[int],
-             options: GenerateConfig) -> tuple[str, str | None, State]:
-        """(the answer with its citation, the label if it was not the decoder's own, the decoder's state).
-
-        A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
-        document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
-        row, pending: see `choose_citation`.
-        """
-        labels = reading.labels
-        if not options.cite or not labels:
-            return answer, None, state
-        plain, begun = split_citation(answer, labels)
-        seen = {doc.label: doc.content for doc, read in zip(reading.context.docs, reading.read, strict=True)
-                if read != "left out"}
-        bare = without_citations(plain, labels)
-        if not seen or abstains(bare):
-            return bare, None, state
-        named = [label for label, forged in cited_labels(answer, labels) if not forged]
-        holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
-        answer = answer if begun is None else plain
-        if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
-            answer, chosen = plain, holding[0]
-        elif begun in seen:
-            chosen = begun
-        elif named:
-            return answer, None, state
-        else:
-            chosen, state = choose_citation(self.model.decoder, self.tokenizer.decoder, state, row, pending, list(seen))
-        if any(stop in f"{answer} [{chosen}]" for stop in options.stop):
-            return plain, None, state
-        return f"{answer} [{chosen}]", chosen, state
 
     def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
                kv_bytes: int) -> dict[str, Any]:
@@ -8012,12 +8026,12 @@ UNTRAINED = {
 }
 
 
-def open_pipeline(index_dir: str | None = None, **options: Any) -> Pipeline:
+def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
     """The pipeline of `generate`, with its flags as keywords: an index and the models are loaded and warmed up.
 
     Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
     """
-    configs, options = [], options | {"index_dir": index_dir}
+    configs, options = [], options | {"index_dir": None if index_dir is None else str(index_dir)}
     for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
         configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))
     require(not options, f"no such option of generate: {', '.join(options)}")
