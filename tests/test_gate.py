@@ -137,7 +137,7 @@ def model(llama):
 def ppl(model, contents):
     """(prompt, scores) of documents by the ppl gate."""
     tokenizer = model.encoder.tokenizer
-    docs = [refrag.Doc(str(i), text, tokenizer.runs([text])[0][0]) for i, text in enumerate(contents, 1)]
+    docs = [refrag.Doc(str(i), text, tokenizer.cut([text], 4)[0].ends) for i, text in enumerate(contents, 1)]
     prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", docs))
     chunks = given_chunks([""] * len(prompt.chunks), [c.doc for c in prompt.chunks])
     return prompt, refrag.ppl_scores(chunks._replace(prompt=prompt, decoder=model.decoder))
