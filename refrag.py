@@ -1810,14 +1810,8 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    line: int  # 1-based, of an array the object's number; 0 where the whole file is one document
-    source: str
+    where: str  # file:line, of an array the object's number; the file alone where all of it is one document
     metadata: str = ""  # the record's other fields as a JSON object, empty without any
-
-    @property
-    def where(self) -> str:
-        """file:line for messages."""
-        return f"{self.source}:{self.line}" if self.line else self.source
 
 
 class BadRecord(UserError):
@@ -1827,24 +1821,17 @@ class BadRecord(UserError):
 NAMED = 10  # bad records and files that are named one by one
 
 
-def leave_out(error: Exception, counts: dict[str, int]) -> None:
-    """Count and name a bad record or file that does not stop the run."""
-    counts["skipped"] += 1
-    if counts["skipped"] <= NAMED:
-        notice(f"skipped: {one_line(error)}")
-    elif counts["skipped"] == NAMED + 1:
-        notice("skipped: and more")
-
-
 @contextlib.contextmanager
-def skipping(errors: str | None, counts: dict[str, int]) -> Iterator[None]:
-    """With "skip" in --errors, a BadRecord in the block is left out instead of raised."""
+def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Iterator[None]:
+    """With "skip" in --errors, an error of these kinds leaves out what the block reads: counted, and named."""
     try:
         yield
-    except BadRecord as error:
-        if "skip" not in (errors or ""):
+    except kinds as error:
+        if "skip" not in errors:
             raise
-        leave_out(error, counts)
+        counts["skipped"] += 1
+        if counts["skipped"] <= NAMED + 1:
+            notice(f"skipped: {one_line(error) if counts['skipped'] <= NAMED else 'and more'}")
 
 
 def spelled(path: Path) -> str:
@@ -1858,71 +1845,129 @@ def bare_name(path: Path) -> Path:
 
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
-MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[typing.BinaryIO, str, int]]:
-    """(bytes after the byte order mark, encoding, length of the mark) of a file, or of standard input for "-".
+class TextFile:
+    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are known by their first bytes.
 
-    gzip and UTF-16 are known by their first bytes. Raises CorruptError for a damaged gzip file.
+    errors: of --errors, empty where a command does not have it. counts: receives skipped and replaced.
     """
-    with sys.stdin.buffer if str(path) == "-" else path.open("rb") as raw:
-        handle = io.BufferedReader(raw)
+
+    def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
+        self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
+        self.errors, self.counts = errors, collections.Counter() if counts is None else counts
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[typing.BinaryIO, int]]:
+        """(its text in UTF-8, the length of the mark before it). Raises CorruptError for a damaged gzip file."""
+        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
+            handle = io.BufferedReader(raw)
+            try:
+                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
+                    handle = gzip.GzipFile(fileobj=handle)
+                head = handle.peek(8)
+                if head.startswith(BINARY):
+                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
+                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    handle = io.BytesIO(self.decoded(handle.read(), "utf-16").encode())
+                yield handle, len(handle.read(3)) if head.startswith(codecs.BOM_UTF8) else 0
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
+                raise CorruptError(message) from None
+
+    def decoded(self, raw: bytes, encoding: str = "utf-8", offset: int = 0) -> str:
+        """Bytes as text. Raises BadRecord that names the bad one, unless --errors is replace."""
         try:
-            if handle.peek(2).startswith(b"\x1f\x8b") or path.suffix.lower() == ".gz":
-                handle = gzip.GzipFile(fileobj=handle)
-            head = handle.peek(8)
-            if head.startswith(BINARY):
-                raise BadRecord(f"{spelled(path)} is a PDF, picture, archive or office document: index its text")
-            mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
-            handle.read(len(mark))
-            yield handle, MARKS.get(mark, "utf-8"), len(mark)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            message = f"{spelled(path)}: not a complete gzip file ({one_line(error)}): fetch it again"
-            raise CorruptError(message) from None
+            return raw.decode(encoding)
+        except UnicodeDecodeError as error:
+            if "replace" not in self.errors:
+                place = f"{self.name}: invalid {encoding.upper()} at byte {offset + error.start}"
+                raise BadRecord(f"{place}: mend it{' or use --errors replace' * bool(self.errors)}") from None
+        self.counts["replaced"] += 1
+        return raw.decode(encoding, errors="replace")
+
+    def lines(self, whole: bool = False) -> Iterator[tuple[int, str]]:
+        """(1-based number, text with its line end) of each line, "" for one that is skipped. whole: the file as one."""
+        with self.opened() as (handle, offset):
+            for number, raw in enumerate([handle.read()] if whole else handle, start=1):
+                text = ""
+                with skipping(self.errors, self.counts):
+                    text = self.decoded(raw, offset=offset)
+                offset += len(raw)
+                yield number, text
+
+    def filled_lines(self) -> Iterator[tuple[int, str]]:
+        """(1-based number, text without its line end) of each line that is not blank."""
+        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip("\ufeff").strip())
+
+    def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
+
+        The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
+        """
+        csv.field_size_limit(2**31 - 1)
+        lines = self.lines()
+        first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
+        delimiter = "\t" if self.suffix == ".tsv" else max(",;\t", key=header.count)
+        texts = itertools.chain([header], (text for _, text in lines))
+        rows = csv.reader(texts, delimiter=delimiter, strict=True)
+
+        def next_row(line: int) -> list[str] | None:
+            try:
+                return next(rows, None)
+            except csv.Error as error:
+                raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
+
+        known = {*ID_FIELDS, *fields, "title"}
+        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next_row(first) or []]
+        if names:
+            field_in(names, fields, f"{self.name}:{first}")
+        row: list[str] | None = []
+        while row is not None:
+            line = first + rows.line_num
+            with skipping(self.errors, self.counts):
+                row = next_row(line)
+                if len(row or []) > len(names):
+                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
+                                    "put those that hold the separator between quotes")
+                if any(row or []):
+                    yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
+
+    def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
+        """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
+
+        .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
+        of an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
+        """
+        if self.suffix in TABLES:
+            return True, self.table(fields)
+        lines, named = self.filled_lines(), self.suffix in OBJECTS
+        number, first = next(lines, (1, ""))
+        lines = itertools.chain([(number, first)] if first else [], lines)
+        if isinstance(parsed(first), dict):
+            return True, lines
+        if not first.lstrip().startswith(("[", "{")):
+            return named, lines
+        lines = list(lines)
+        value = parsed("\n".join(text for _, text in lines))
+        items = value if isinstance(value, list) else [value]
+        if value is None or not (named or all(isinstance(item, dict) for item in items[:1])):
+            return named, iter(lines)
+        return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
 
 
-def raw_lines(handle: typing.BinaryIO, newline: bytes) -> Iterator[bytes]:
-    """Lines with their ends; half of UTF-16's newline can stand in another character."""
-    line = bytearray()  # grows in place: text in some scripts has the byte of a newline in every character
-    for part in handle:
-        line += part
-        line += handle.read(-len(line) % len(newline))  # the rest of the last character
-        if line.endswith(newline):
-            yield bytes(line)
-            line.clear()
-    if line:
-        yield bytes(line)
-
-
-def decoded_lines(path: Path, counts: dict[str, int], errors: str | None,
-                  whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(1-based number, text with its line end) of every line, "" for one that is skipped. whole: the file as a line.
-
-    errors: of --errors, None where a command does not have it. Raises BadRecord that names the byte, unless "replace".
-    """
-    with opened(path) as (handle, encoding, offset):
-        lines = [handle.read()] if whole else raw_lines(handle, "\n".encode(encoding))
-        for number, raw in enumerate(lines, start=1):
-            text = ""
-            with skipping(errors, counts):
-                try:
-                    text = raw.decode(encoding)
-                except UnicodeDecodeError as error:
-                    if "replace" not in (errors or ""):
-                        place = f"{spelled(path)}: invalid {encoding[:6].upper()} at byte {offset + error.start}"
-                        raise BadRecord(f"{place}: mend it{' or use --errors replace' if errors else ''}") from None
-                    text = raw.decode(encoding, errors="replace")
-                    counts["replaced"] += 1
-            offset += len(raw)
-            yield number, text
-
-
-def read_lines(path: Path, counts: dict[str, int], errors: str | None) -> Iterator[tuple[int, str]]:
-    """(1-based number, text without its line end) of every line that is not blank."""
-    lines = decoded_lines(path, counts, errors)
-    return ((number, text.rstrip("\r\n")) for number, text in lines if text.strip("\ufeff").strip())
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
@@ -1952,9 +1997,10 @@ def check_id(value: Any, where: str) -> str:
     return str(value) if type(value) is int else check_string(value, "id", where)
 
 
-ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
-QUESTION_FIELDS = ("question", "query", "text")
+def own_id(item: dict[str, Any], default: str, where: str) -> str:
+    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
+    name = next((name for name in ID_FIELDS if name in item), None)
+    return default if name is None else check_id(item.pop(name), where)
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
@@ -1966,104 +2012,20 @@ def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
     return found
 
 
-def own_id(item: dict[str, Any], default: str, where: str) -> str:
-    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
-    name = next((name for name in ID_FIELDS if name in item), None)
-    return default if name is None else check_id(item.pop(name), where)
-
-
-def metadata_json(item: dict[str, Any], where: str) -> str:
-    """Fields as JSON, those of an object `metadata` among them; "" without any. Raises BadRecord."""
-    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
-        item = item.pop("metadata") | item
-    try:
-        return json.dumps(item, allow_nan=False) if item else ""
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
-
-
-def parse_passage(text: str, line: int, source: str, label: str) -> Record:
-    """A JSON object as a record; a missing id is made of the file's label and the line. Raises BadRecord."""
-    where = f"{source}:{line}"
-    item = parse_object(text, where)
+def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
+    """A JSON object as a record. Raises BadRecord."""
     name = field_in(item, TEXT_FIELDS, where)
     body, title = check_string(item.pop(name), name, where), item.pop("title", None)
     if not body.strip():
         raise BadRecord(f"{where}: {name} is empty")
     title = "" if title is None else check_string(title, "title", where)
-    return Record(own_id(item, f"{label}:{line}", where), title, body, line, source, metadata_json(item, where))
-
-
-def read_table(path: Path, counts: dict[str, int], errors: str | None,
-               fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
-
-    The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
-    """
-    csv.field_size_limit(2**31 - 1)
-    lines = decoded_lines(path, counts, errors)
-    first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
-    texts = itertools.chain([header], (text for _, text in lines))
-    delimiter = "\t" if bare_name(path).suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-    rows = csv.reader(texts, delimiter=delimiter, strict=True)
-    known = {*ID_FIELDS, *fields, "title"}
+    identifier = own_id(item, default_id, where)
+    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
+        item = item.pop("metadata") | item
     try:
-        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next(rows, [])]
-        if names:
-            field_in(names, fields, f"{spelled(path)}:{first}")
-    except csv.Error as error:
-        raise BadRecord(f"{spelled(path)}:{first}: malformed table ({error})") from None
-    while True:
-        line = first + rows.line_num
-        with skipping(errors, counts):
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                raise BadRecord(f"{spelled(path)}:{line}: malformed table ({error})") from None
-            if row is None:
-                return
-            if len(row) > len(names):
-                raise BadRecord(f"{spelled(path)}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                "put those that hold the separator between quotes")
-            if any(row):
-                yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
-
-
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-
-
-def parsed(text: str) -> Any:
-    """The value of a JSON text, None for what is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_items(path: Path, counts: dict[str, int], errors: str | None,
-               fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
-    """(whether a file holds records rather than text, the number and text of each: its line, or JSON for a record).
-
-    .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those of
-    an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
-    """
-    suffix = bare_name(path).suffix.lower()
-    if suffix in TABLES:
-        return True, read_table(path, counts, errors, fields)
-    lines = read_lines(path, counts, errors)
-    first = next(lines, (1, ""))
-    lines, named = itertools.chain([first] if first[1] else [], lines), suffix in OBJECTS
-    if isinstance(parsed(first[1]), dict):
-        return True, lines
-    if first[1].lstrip().startswith(("[", "{")):
-        lines = list(lines)
-        value = parsed("\n".join(text for _, text in lines))
-        items = value if isinstance(value, list) else [value]
-        if value is not None and (named or all(isinstance(item, dict) for item in items[:1])):
-            return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
-    return named, iter(lines)
+        return Record(identifier, title, body, where, json.dumps(item, allow_nan=False) if item else "")
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
 
 
 class CorpusFile(NamedTuple):
@@ -2083,25 +2045,23 @@ def source_label(name: str, sources: dict[str, str]) -> str:
     path = Path(os.path.abspath(name))
     if name != "-" and (path.is_file() or path.is_dir()):
         place, parts = spelled(path), spelled(path).split("/")
-        labels = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
     else:
         place, labels = "", ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
-    found = next((label for label, other in sources.items() if place and other == place), None)
-    apart = (label for label in labels if not any(
-        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources))
-    label = found or next(apart, place)
+    label = next((label for label in labels if not any(
+        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources)), place)
     sources[label] = place
     return label
 
 
 def known_label(path: Path, sources: dict[str, str]) -> str | None:
     """The label of a path that is a source, or lies in one, the closest to it; None for others."""
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(spelled(Path(os.path.abspath(path))))
     holding = [(place, label) for label, place in sources.items() if place and absolute.is_relative_to(place)]
     if not holding:
         return None
     place, label = max(holding, key=lambda pair: len(pair[0]))
-    inner = spelled(absolute.relative_to(place))
+    inner = absolute.relative_to(place).as_posix()
     return label if inner == "." else f"{label}/{inner}"
 
 
@@ -2112,56 +2072,42 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
     once. sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
-    others = []
+    others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
-    folders = sorted((name for name in paths if Path(name).is_dir()), key=len)  # the outer before the inner
-    for name in folders:
+    for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
         if known_label(Path(name), sources) is None:
             source_label(name, sources)
     for name in paths:
         path = Path(name)
-        if not path.is_dir():
-            label = (known_label(path, sources) if name != "-" else None) or source_label(name, sources)
-            files.setdefault(label, CorpusFile(path, label, label not in sources))
-            continue
-        inside = [p for p in sorted(path.rglob("*"))
-                  if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        known = [bare_name(p).suffix.lower() in (*TEXTS, *OBJECTS, *TABLES) for p in inside]
-        require(any(known), f"--corpus {name}: the folder holds no {', '.join((*TEXTS, *OBJECTS, *TABLES))} files")
-        for file, fits in zip(inside, known, strict=True):
-            if fits:
-                label = known_label(file, sources)
-                files.setdefault(label, CorpusFile(file, label, label not in sources))
-            else:
-                others.append(file)
+        inside = [path]
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*"))
+                     if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            inside = [p for p in found if bare_name(p).suffix.lower() in kinds]
+            others += [p for p in found if p not in inside]
+            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
+        for file in inside:
+            label = (known_label(file, sources) if name != "-" else None) or source_label(name, sources)
+            files.setdefault(label, CorpusFile(file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
     """Every record of a file: of JSON and tables, of text its lines; Markdown, and any text in a folder, is one."""
-    path, source = file.path, spelled(file.path)
-    of_text = bare_name(path).suffix.lower() in (TEXTS if file.in_folder else MARKDOWN)
-    if of_text and not read_items(path, collections.Counter(), "replace", TEXT_FIELDS)[0]:
-        for _, text in decoded_lines(path, counts, errors, whole=True):
+    source = TextFile(file.path, errors, counts)
+    of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
+    if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
+        for _, text in source.lines(whole=True):
             if text.strip():
-                yield Record(file.label, bare_name(path).stem, text, 0, source)
+                yield Record(file.label, bare_name(file.path).stem, text, source.name)
         return
-    records, items = read_items(path, counts, errors, TEXT_FIELDS)
+    records, items = source.items(TEXT_FIELDS)
     for number, text in items:
-        if not records:
-            yield Record(f"{file.label}:{number}", "", text.strip(), number, source)
-            continue
-        record = None
+        where = f"{source.name}:{number}"
         with skipping(errors, counts):
-            record = parse_passage(text, number, source, file.label)
-        if record is not None:
-            yield record
-
-
-def first_few(items: Sequence[str]) -> str:
-    """The first of some texts, for a message."""
-    return "; ".join(items[:NAMED]) + ("; .." if len(items) > NAMED else "")
+            item = parse_object(text, where) if records else {"text": text.strip()}
+            yield parse_passage(item, where, f"{file.label}:{number}")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
@@ -2174,17 +2120,14 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
-        notice(f"files of other kinds, not read: {len(others):,} ({first_few([spelled(p) for p in others])})")
+        shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
+        notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
 
     def records() -> Iterator[Record]:
         for file in files:
             errors = f"{corpus.errors} skip" if file.in_folder else corpus.errors
-            try:
+            with skipping(errors, counts, (RefragError, OSError)):
                 yield from read_file(file, counts, errors)
-            except (RefragError, OSError) as error:
-                if "skip" not in errors:
-                    raise
-                leave_out(error, counts)
 
     return itertools.islice(records(), corpus.limit)
 
@@ -2218,7 +2161,7 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
     """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
     for name in paths:
-        for number, line in read_lines(Path(name), collections.Counter(), None):
+        for number, line in TextFile(Path(name)).filled_lines():
             yield parse_training_text(line, f"{name}:{number}")
 
 
@@ -2230,7 +2173,7 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
     token_ends: where each token of the text ends. A piece ends after a sentence, else after a word, when one ends in
-    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 4), (4, 7)]
+    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
     """
     if len(token_ends) <= size:
         return [(0, len(text))]
@@ -2248,45 +2191,57 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
         first = max(cut - overlap, first + 1)
 
 
+def check_question(value: Any, where: str) -> str:
+    """A question's text. Raises UserError."""
+    question = check_string(value, "question", where)
+    require(bool(question.strip()), f"{where}: the question is empty")
+    return question
+
+
 def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
     """The question, or those of the file, as {id, question, ...}. Raises UserError."""
     require((ask.question is None) != (ask.questions is None), "name one of --question and --questions")
-    if ask.question is not None:
-        return check_questions([{"id": "1", "question": ask.question}], ["--question"], "--question")
-    return read_question_file(ask.questions, "--questions")
+    if ask.questions is not None:
+        return read_question_file(ask.questions, "--questions")
+    return [{"id": "1", "question": check_question(ask.question, "--question")}]
 
 
-def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
+def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
 
-    They are what `read_items` finds, such as JSON lines; a line of text is a question. Raises UserError.
+    They are what `TextFile.items` finds, such as JSON lines; a line of text is a question. needs: see `check_labels`.
+    Raises UserError.
     """
-    path, items, places = Path(name), [], []
+    path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
-    records, lines = read_items(path, collections.Counter(), None, QUESTION_FIELDS)
-    for number, (line, text) in enumerate(lines, start=1):
-        places.append(f"{spelled(path)}:{line}")
-        item = parse_object(text, places[-1]) if records else {"question": text.strip()}
-        question = item.pop(field_in(item, QUESTION_FIELDS, places[-1]))
-        items.append({"id": own_id(item, str(number), places[-1]), "question": question, **item})
-    require(bool(items), f"{flag} {path}: the file holds no question")
-    return check_questions(items, places, f"{flag} {path}")
+    source = TextFile(path)
+    records, items = source.items(QUESTION_FIELDS)
+    for number, (line, text) in enumerate(items, start=1):
+        where = f"{source.name}:{line}"
+        item = parse_object(text, where) if records else {"question": text.strip()}
+        question = check_question(item.pop(field_in(item, QUESTION_FIELDS, where)), where)
+        questions.append({"id": own_id(item, str(number), where), "question": question, **item})
+    require(bool(questions), f"{flag} {path}: the file holds no question")
+    require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
+    for number, item in enumerate(questions if needs else (), start=1):
+        check_labels(item, f"{flag} {path}: question {number}", needs)
+    return questions
 
 
-def check_answers(item: dict[str, Any], where: str) -> None:
-    """Raise UserError unless a question has a list of true answers; an empty one says that there is none."""
-    answers = item.get("answers")
-    strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-    require(strings, f"{where} has no list of answers")
-    for answer in answers:
-        check_string(answer, "an answer", where)
+def check_labels(item: dict[str, Any], where: str, needs: Collection[str]) -> None:
+    """Check a question's `answers` (empty: there is none) and `positive_ids`, which become a list. Raises UserError.
 
-
-def check_positive_ids(item: dict[str, Any], where: str) -> list[str]:
-    """The ids of the documents that hold the answer, may be none. Raises UserError."""
-    ids = item.get("positive_ids") or []
+    needs: those of the two that must be there; a question without an answer needs no ids.
+    """
+    answers, ids = item.get("answers"), item.get("positive_ids") or []
+    if "answers" in needs:
+        strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+        require(strings, f"{where} has no list of answers")
+        for answer in answers:
+            check_string(answer, "an answer", where)
     require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
-    return [check_id(value, where) for value in ids]
+    item["positive_ids"] = [check_id(value, where) for value in ids]
+    require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
 
 
 def spread(items: Sequence, limit: int | None) -> Sequence:
@@ -2296,13 +2251,13 @@ def spread(items: Sequence, limit: int | None) -> Sequence:
     return [items[i * (len(items) - 1) // max(limit - 1, 1)] for i in range(limit)]
 
 
-def check_questions(items: list[dict[str, Any]], places: list[str], source: str) -> list[dict[str, Any]]:
-    """Questions with checked text and ids. Raises UserError that names the place."""
-    for item, place in zip(items, places, strict=True):
-        check_string(item["question"], "question", place)
-        require(bool(item["question"].strip()), f"{place}: the question is empty")
-    require(len({item["id"] for item in items}) == len(items), f"{source}: ids are not unique")
-    return items
+def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None, source: str) -> list[dict[str, Any]]:
+    """The questions with something in `answers` or `positive_ids`, at most `limit`, evenly spread. Raises UserError."""
+    found = [item for item in questions if item[label]]
+    if len(found) < len(questions):
+        notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
+    require(bool(found), f"{source}: no question has an answer")
+    return list(spread(found, limit))
 
 
 # =============================================================================
@@ -6043,20 +5998,8 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a file that have an answer, each with a list of positive_ids, which may be empty.
-
-    limit: this many, spread over them. Raises UserError.
-    """
-    questions = read_question_file(name, flag)
-    for number, item in enumerate(questions, start=1):
-        where = f"{flag} {name}: question {number}"
-        check_answers(item, where)
-        item["positive_ids"] = check_positive_ids(item, where)
-    answered = [item for item in questions if item["answers"]]
-    if len(answered) < len(questions):
-        notice(f"{flag} {name}: left out {len(questions) - len(answered)}, which have no answer")
-    require(bool(answered), f"{flag} {name}: no question has an answer")
-    return list(spread(answered, limit))
+    """The questions of a file that have an answer, at most `limit`, evenly spread. Raises UserError."""
+    return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
 
 
 def sentence_with(answer: str, text: str, question: str) -> str | None:

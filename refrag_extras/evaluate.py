@@ -35,7 +35,6 @@ from refrag import (
     PackConfig,
     Passage,
     Pipeline,
-    Prompt,
     Reading,
     RefragTokenizer,
     RuntimeConfig,
@@ -52,8 +51,6 @@ from refrag import (
     answer_chunks,
     batched,
     can_pack,
-    check_answers,
-    check_positive_ids,
     checked_batch,
     checkpoint_digest,
     continue_plan,
@@ -68,6 +65,7 @@ from refrag import (
     gate_knows,
     holds_answer,
     index_manifest,
+    labelled,
     late_import,
     library_versions,
     load_model,
@@ -77,7 +75,6 @@ from refrag import (
     measure_sequences,
     model_config,
     normalize_answer,
-    notice,
     others_apart_first,
     part_whole,
     passage_content,
@@ -211,9 +208,9 @@ def answer_spans(context: Context, item: dict[str, Any], index: Index, tokenizer
     return [span for span in filled if span]
 
 
-def texts_fed(prompt: Prompt, kept: np.ndarray, tokenizer: RefragTokenizer) -> list[str]:
-    """The runs of the documents' text that the decoder was fed as tokens. kept: (T,) bool, the tokens fed."""
-    runs = []
+def texts_fed(reading: Reading, tokenizer: RefragTokenizer) -> list[str]:
+    """The runs of the documents' text that the decoder was fed as tokens."""
+    prompt, kept, runs = reading.context.prompt, reading.choice.kept, []
     for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
         chunks = list(group)
         inside = chunks[0].first + np.flatnonzero(kept[chunks[0].first : chunks[-1].last])
@@ -355,19 +352,10 @@ class QuestionTask(Task):
     def __init__(self, *configs: Any):
         super().__init__(*configs)
         name = self.options.qa
-        self.file = read_question_file(name, "--qa")
-        for number, item in enumerate(self.file, start=1):
-            where = f"--qa {name}: question {number} ({item['id']})"
-            if "answers" in self.needs:
-                check_answers(item, where)
-            item["positive_ids"] = check_positive_ids(item, where)
-            require(bool(item["positive_ids"]) or item.get("answers") == [] or "positive_ids" not in self.needs,
-                    f"{where} has no positive_ids")
-        counted = [item for item in self.file if item["positive_ids"] or self.options.task == "qa"]
-        if len(counted) < len(self.file):
-            notice(f"--qa {name}: left out {len(self.file) - len(counted)}, which have no answer")
-        require(bool(counted), f"--qa {name}: no question has positive_ids")
-        self.questions = list(spread(counted, self.options.limit))
+        self.file = read_question_file(name, "--qa", self.needs)
+        limit = self.options.limit
+        self.questions = (list(spread(self.file, limit)) if self.options.task == "qa" else
+                          labelled(self.file, "positive_ids", limit, f"--qa {name}"))
         self.manifest = index_manifest(self.index.index_dir)
 
     def sources(self) -> dict[str, Any]:
@@ -433,8 +421,7 @@ class QaTask(QuestionTask):
         for setup, cells in self.setups.items():
             if all((q["id"], *cell) in done for q in unit for cell in cells):
                 continue  # else the whole batch again, since padding can move the last digits
-            settings = self.pipeline.settings_for(mode=setup.mode, p=setup.p, gate=setup.gate,
-                                                  compressed=setup.compressed)
+            settings = self.settings_of(setup)
             readings = [self.controls.prepare(item, setup, settings) for item in unit]
             results = self.pipeline.generate(readings, settings)
             for item, reading, result in zip(unit, readings, results, strict=True):
@@ -443,6 +430,10 @@ class QaTask(QuestionTask):
                     if (item["id"], name, p) not in done:
                         shown = self.shown(item, reading) if (name, p) == self.sample else {}
                         yield {"id": item["id"], "mode": name, "p": p, **scored, **shown}
+
+    def settings_of(self, setup: Setup) -> Settings:
+        """How the pipeline answers in a setup."""
+        return self.pipeline.settings_for(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
 
     def shown(self, item: dict[str, Any], reading: Reading) -> dict[str, str]:
         """The prompt as a person can read it, of some questions."""
@@ -494,7 +485,7 @@ class QaTask(QuestionTask):
 def score_answer(result: dict[str, Any], reading: Reading, item: dict[str, Any],
                  tokenizer: RefragTokenizer) -> dict[str, Any]:
     """The metrics of one answer; what does not apply is None."""
-    truths, fed = item["answers"], texts_fed(reading.context.prompt, reading.choice.kept, tokenizer)
+    truths, fed = item["answers"], texts_fed(reading, tokenizer)
     reply = without_citations(result["answer"], reading.labels)
     names = {p.id: {p.id, p.document_id} for p in reading.passages}
     cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
