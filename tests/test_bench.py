@@ -226,7 +226,7 @@ def test_an_answers_share_of_the_cache_is_in_its_metrics(llama, index_dir):
         refrag.GenerateConfig(max_new=2, cite=False), refrag.ModelConfig(dec=str(llama), enc="decoder:2"),
         refrag.RuntimeConfig(quiet=True))
     items = [{"id": str(i), "question": QUESTION} for i in range(2)]
-    for results in (pipeline.answer(items), pipeline.answer(items[:1])):
+    for results in (pipeline.answer_batch(items), pipeline.answer_batch(items[:1])):
         assert [r["metrics"]["kv_bytes"] for r in results] == [384 * r["metrics"]["positions"] for r in results]
 
 
