@@ -780,7 +780,7 @@ def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generat
 
     require(generate.prompt is None, "--prompt goes with generate: chat asks for its questions")
     check_generate(QuestionConfig(), index, pack, generate)
-    run_chat(load_pipeline(index, search, pack, generate, models, runtime))
+    run_chat(load_pipeline(index, search, pack, generate, models, runtime), runtime.json)
 
 
 @command("serve", ServeConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)

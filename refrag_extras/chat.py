@@ -196,9 +196,9 @@ def line_history() -> Iterator[None]:
             readline.write_history_file(path)
 
 
-def run_chat(pipeline: Pipeline) -> None:
+def run_chat(pipeline: Pipeline, as_json: bool) -> None:
     """Converse on a terminal; take the lines of a pipe one after the other."""
-    chat = Chat(pipeline, as_json=pipeline.runtime.json)
+    chat = Chat(pipeline, as_json)
     if sys.stdin.isatty():
         chat.converse()
     else:
