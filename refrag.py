@@ -5175,7 +5175,7 @@ class GateInput(NamedTuple):
     vectors: np.ndarray | None  # (L, dim), the embedder's vectors of the chunks
     texts: list[str]  # (L,)
     docs: np.ndarray  # (L,), the document of each chunk
-    idf: Callable[[str], float]  # of a stemmed term
+    idf: Callable[[str], float] | None  # of a term, by the index's words; None: by the chunks'
     prompt: Prompt | None  # for the decoder's own reading
     decoder: nn.Module | None
     seed: int
@@ -5183,24 +5183,14 @@ class GateInput(NamedTuple):
 
 def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, index: Index | None, seed: int = 0,
                prompt: Prompt | None = None, decoder: nn.Module | None = None) -> GateInput:
-    """What a gate may look at; vectors only if all documents have them.
-
-    index: whose words tell how rare a word is, see `word_weights`.
-    """
+    """What a gate may look at; there are vectors only if all documents have them."""
     tables = [doc.chunks for doc in docs]
     texts = [doc.content[a:b] for doc in docs for a, b in itertools.pairwise([0, *doc.chunks.ends.tolist()])]
     has_vectors = query is not None and all(table.gate is not None for table in tables)
     vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
     numbers = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
-    return GateInput(question, query, vectors, texts, numbers, word_weights(index, texts), prompt, decoder, seed)
-
-
-def word_weights(index: Index | None, texts: Sequence[str]) -> Callable[[str], float]:
-    """Inverse document frequency of a stemmed term: in an index by its words, else in the given chunks."""
-    if index is not None and index.bm25 is not None:
-        return index.idf
-    sets = [set(index_terms(text)) for text in texts]
-    return lambda term: math.log(1 + len(sets) / (0.5 + sum(term in s for s in sets)))
+    idf = index.idf if index is not None and index.bm25 is not None else None
+    return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
 def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
@@ -5222,27 +5212,25 @@ def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Se
     return spans
 
 
-def cosine_scores(given: GateInput) -> np.ndarray:
+def cosine_scores(inputs: GateInput) -> np.ndarray:
     """(L,) cosine of question and chunk; zeros without an embedder."""
-    if given.query is None or given.vectors is None:
-        return np.zeros(len(given.texts), dtype=np.float32)
-    lengths = np.sqrt(np.einsum("ld,ld->l", given.vectors, given.vectors))  # twice as fast as np.linalg.norm
-    return given.vectors @ given.query / np.maximum(lengths * np.linalg.norm(given.query), 1e-12)
+    if inputs.query is None or inputs.vectors is None:
+        return np.zeros(len(inputs.texts), dtype=np.float32)
+    lengths = np.sqrt(np.einsum("ld,ld->l", inputs.vectors, inputs.vectors))  # twice as fast as np.linalg.norm
+    return inputs.vectors @ inputs.query / np.maximum(lengths * np.linalg.norm(inputs.query), 1e-12)
 
 
-def term_hits(given: GateInput) -> tuple[np.ndarray, np.ndarray]:
-    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) their shares of its idf mass)."""
-    asked = list(dict.fromkeys(index_terms(given.question)))
-    held = [set(index_terms(text)) for text in given.texts]
-    hits = np.asarray([[term in chunk for term in asked] for chunk in held], dtype=bool).reshape(len(held), len(asked))
-    idf = np.asarray([given.idf(term) for term in asked], dtype=np.float64)
+def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
+    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) the terms' shares of their idf's sum)."""
+    question = list(dict.fromkeys(index_terms(inputs.question)))
+    chunks = [set(index_terms(text)) for text in inputs.texts]
+    hits = np.asarray([[term in terms for term in question] for terms in chunks], dtype=bool)
+    hits = hits.reshape(len(chunks), len(question))
+    if inputs.idf is not None:
+        idf = np.asarray([inputs.idf(term) for term in question], dtype=np.float64)
+    else:
+        idf = np.asarray([math.log(1 + len(chunks) / (0.5 + n)) for n in hits.sum(0).tolist()])
     return hits, idf / (idf.sum() or 1.0)
-
-
-def overlap_scores(given: GateInput) -> np.ndarray:
-    """(L,) share of the question's idf mass that a chunk's terms cover, range [0, 1]."""
-    hits, shares = term_hits(given)
-    return hits @ shares
 
 
 def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -5257,47 +5245,40 @@ def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return before, after
 
 
-def best_neighbour(scores: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """(L,) the larger score of the chunks before and after in the same document, 0 where there is none.
-
-    Example: scores [3, 1, 2], docs [0, 0, 1] -> [1, 3, 0]
-    """
-    return np.maximum(*beside(scores, docs))
-
-
-def blend_scores(given: GateInput) -> np.ndarray:
-    """(L,) cosine plus idf overlap, each with half of its best neighbour's. Needs no training."""
-    parts = (cosine_scores(given), overlap_scores(given))
-    return sum(part + NEIGHBOUR_SHARE * best_neighbour(part, given.docs) for part in parts)
+def blend_scores(inputs: GateInput) -> np.ndarray:
+    """(L,) cosine plus idf overlap, each with half of its better neighbour's. Needs no training."""
+    hits, shares = term_hits(inputs)
+    parts = (cosine_scores(inputs), hits @ shares)
+    return sum(part + NEIGHBOUR_SHARE * np.maximum(*beside(part, inputs.docs)) for part in parts)
 
 
 @torch.inference_mode()
-def ppl_scores(given: GateInput) -> np.ndarray:
+def ppl_scores(inputs: GateInput) -> np.ndarray:
     """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
 
     It needs the decoder to read all of the context, so it can not make the first token faster; it is a baseline.
     """
-    scores = np.zeros(len(given.texts), dtype=np.float32)
-    device = next(given.decoder.parameters()).device
-    for doc in np.unique(given.docs):
-        numbers = np.flatnonzero(given.docs == doc)
-        first, last = given.prompt.chunks[numbers[0]].first, given.prompt.chunks[numbers[-1]].last
-        ids = torch.as_tensor(given.prompt.input_ids[first:last], device=device)[None]  # (1, T)
+    scores = np.zeros(len(inputs.texts), dtype=np.float32)
+    device = next(inputs.decoder.parameters()).device
+    for doc in np.unique(inputs.docs):
+        numbers = np.flatnonzero(inputs.docs == doc)
+        first, last = inputs.prompt.chunks[numbers[0]].first, inputs.prompt.chunks[numbers[-1]].last
+        ids = torch.as_tensor(inputs.prompt.input_ids[first:last], device=device)[None]  # (1, T)
         if ids.shape[1] < 2:
             continue
-        logits = given.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
+        logits = inputs.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
         nll = nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none").cpu().numpy()
         losses = np.concatenate([[nll.mean()], nll])  # nothing precedes the first token: it counts as average
         for number in numbers:
-            chunk = given.prompt.chunks[number]
+            chunk = inputs.prompt.chunks[number]
             scores[number] = losses[chunk.first - first : chunk.last - first].mean() if chunk.tokens else 0.0
     return scores
 
 
-def random_scores(given: GateInput) -> np.ndarray:
+def random_scores(inputs: GateInput) -> np.ndarray:
     """(L,) uniform, the same for the same question and seed."""
-    key = int.from_bytes(hashlib.sha256(f"{given.seed}:{given.question}".encode()).digest()[:8], "little")
-    return np.random.default_rng(key).random(len(given.texts))
+    key = int.from_bytes(hashlib.sha256(f"{inputs.seed}:{inputs.question}".encode()).digest()[:8], "little")
+    return np.random.default_rng(key).random(len(inputs.texts))
 
 
 # -- the learned gate -----------------------------------------------------------
@@ -5325,92 +5306,77 @@ def standard(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / (values.std() + 1e-6)
 
 
-def document_runs(docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first chunk, number of chunks) of each document that has any. docs: (L,), ascending."""
-    starts = np.flatnonzero(np.concatenate([[len(docs) > 0], docs[1:] != docs[:-1]]))
-    return starts, np.concatenate([starts[1:], [len(docs)]])[: len(starts)] - starts
-
-
-def per_document(values: np.ndarray, runs: tuple[np.ndarray, np.ndarray], reduce: np.ufunc) -> np.ndarray:
-    """(L, ..) a reduction of the values (L, ..) of each chunk's document. runs: of `document_runs`."""
-    starts, sizes = runs
-    return np.repeat(reduce.reduceat(values, starts, axis=0), sizes, axis=0)
-
-
-def meaning_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """The features of group "meaning"."""
-    cosine = cosine_scores(given)
-    order = np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(len(cosine) - 1, 1)
-    return [cosine, best_neighbour(cosine, given.docs), standard(cosine), order,
-            per_document(cosine, runs, np.maximum)]
-
-
-def word_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """The features of group "words"."""
-    hits, shares = term_hits(given)
-    before, after = beside(hits, given.docs)
-    overlap = hits @ shares
-    whole = per_document(hits, runs, np.logical_or)
-    phrase = (hits[:, 1:] & hits[:, :-1]).sum(1) if hits.shape[1] else np.zeros(len(hits))
-    return [overlap, best_neighbour(overlap, given.docs), (hits | before | after) @ shares, standard(overlap),
-            whole @ shares, phrase]
-
-
-def form_features(given: GateInput) -> list[Any]:
-    """The features of group "form": names and numbers, also those the question does not have, and what it asks.
-
-    Those of the question alone are one number for all chunks.
-    """
-    asked, lower = words(given.question), given.question.lower()
-    known = set(map(term_of, asked))
-    counts = [[0] * len(given.texts) for _ in range(4)]  # names, new names, numbers, new numbers
-    for row, text in enumerate(given.texts):
+def name_counts(inputs: GateInput) -> list[list[int]]:
+    """(4, L) names in each chunk, names that the question does not have, numbers, and numbers that it does not have."""
+    known = set(map(term_of, words(inputs.question)))
+    counts = [[0] * len(inputs.texts) for _ in range(4)]
+    for row, text in enumerate(inputs.texts):
         for found in NAME_OR_NUMBER.findall(text):
             first = 2 if found < ":" else 0  # what follows 9
             counts[first][row] += 1
             counts[first + 1][row] += term_of(found.casefold().replace(",", "")) not in known
-    kinds = [pattern.search(lower) is not None for pattern in KINDS.values()]
-    lengths = np.asarray([len(text) for text in given.texts]) / 64
-    return [*counts, lengths, *kinds, len(asked) / 10]
+    return counts
 
 
-def place_features(docs: np.ndarray,
-                   runs: tuple[np.ndarray, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The features of groups "passage" and "place"."""
-    starts, sizes = runs
-    at, count = np.arange(len(docs)) - np.repeat(starts, sizes), np.repeat(sizes, sizes)
-    passage = [docs / 8, 1 / (1 + docs), np.full(len(docs), (docs.max(initial=0) + 1) / 8)]
-    return passage, [at / np.maximum(count - 1, 1), at == 0, at == count - 1, np.log(count)]
+def chunk_features(inputs: GateInput) -> np.ndarray:
+    """(L, F) float32, the features of FEATURES in order. One number for all chunks: a fact of question or prompt."""
+    docs, L = inputs.docs, len(inputs.docs)
+    _, starts, sizes = np.unique(docs, return_index=True, return_counts=True)
+    place, count = np.arange(L) - np.repeat(starts, sizes), np.repeat(sizes, sizes)  # of each chunk in its document
+    cosine, (hits, shares) = cosine_scores(inputs), term_hits(inputs)
+    overlap, (before, after) = hits @ shares, beside(hits, docs)
+    names, new_names, numbers, new_numbers = name_counts(inputs)
+    columns = {
+        "cosine": cosine,
+        "cosine_neighbour": np.maximum(*beside(cosine, docs)),
+        "cosine_z": standard(cosine),
+        "cosine_rank": np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(L - 1, 1),
+        "cosine_doc": np.repeat(np.maximum.reduceat(cosine, starts), sizes),
+        "overlap": overlap,
+        "overlap_neighbour": np.maximum(*beside(overlap, docs)),
+        "overlap_window": (hits | before | after) @ shares,
+        "overlap_z": standard(overlap),
+        "overlap_doc": np.repeat(np.logical_or.reduceat(hits, starts), sizes, axis=0) @ shares,
+        "phrase": (hits[:, 1:] & hits[:, :-1]).sum(1),  # the question's neighbouring terms
+        "rank": docs / 8,
+        "first_rank": 1 / (1 + docs),
+        "passages": (docs.max(initial=0) + 1) / 8,
+        "names": names, "new_names": new_names, "numbers": numbers, "new_numbers": new_numbers,
+        "length": np.asarray([len(text) for text in inputs.texts]) / 64,
+        **{kind: pattern.search(inputs.question.lower()) is not None for kind, pattern in KINDS.items()},
+        "question_length": len(words(inputs.question)) / 10,
+        "place": place / np.maximum(count - 1, 1),
+        "first": place == 0,
+        "last": place == count - 1,
+        "chunks": np.log(count),
+    }
+    features = np.empty((len(FEATURE_NAMES), L), dtype=np.float32)
+    for row, name in zip(features, FEATURE_NAMES, strict=True):
+        row[:] = columns[name]
+    return features.T
 
 
-def chunk_features(given: GateInput) -> np.ndarray:
-    """(L, F) float32, the features of FEATURES in order."""
-    runs = document_runs(given.docs)
-    passage, place = place_features(given.docs, runs)
-    columns = [*meaning_features(given, runs), *word_features(given, runs), *passage, *form_features(given), *place]
-    made = np.empty((len(FEATURE_NAMES), len(given.docs)), dtype=np.float32)
-    for row, column in zip(made, columns, strict=True):
-        row[:] = column
-    return made.T
+def with_neighbours(hidden: Tensor, docs: Tensor) -> Tensor:
+    """(B, L, 3 W) each chunk between those before and after it, zeros where these are of another document.
 
-
-class GateBatch(NamedTuple):
-    """Questions as tensors, padded to the most chunks."""
-
-    features: Tensor  # (B, L, F)
-    queries: Tensor  # (B, dim)
-    vectors: Tensor  # (B, L, dim)
-    docs: Tensor  # (B, L), -1 where padded
-
-
-def with_neighbours(hidden: Tensor, same: Tensor) -> Tensor:
-    """(B, L, 3 width): of the chunk before, itself and the one after, zeros where that is of another document.
-
-    hidden: (B, L, width); same: (B, L - 1, 1), whether a chunk and the next are of one document.
+    hidden: (B, L, W); docs: (B, L).
     """
+    same = (docs[:, 1:] == docs[:, :-1]).unsqueeze(-1)
     before = nn.functional.pad(hidden[:, :-1] * same, (0, 0, 1, 0))
     after = nn.functional.pad(hidden[:, 1:] * same, (0, 0, 0, 1))
     return torch.cat([before, hidden, after], dim=-1)
+
+
+def padded_rows(rows: Sequence[np.ndarray], fill: float) -> Tensor:
+    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
+    return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def gate_batch(inputs: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """What `QueryGate` reads of several questions, padded to the most chunks. features: (L, F) of each."""
+    tensors = (padded_rows(features, 0), torch.from_numpy(np.stack([one.query for one in inputs])),
+               padded_rows([one.vectors for one in inputs], 0).float(), padded_rows([one.docs for one in inputs], -1))
+    return [tensor.to(device) for tensor in tensors]
 
 
 class QueryGate(nn.Module):
@@ -5434,23 +5400,24 @@ class QueryGate(nn.Module):
         self.own, self.all = nn.Linear(width, width), nn.Linear(2 * width, width)
         self.leave = nn.Linear(width, 1)
 
-    def forward(self, batch: GateBatch) -> Tensor:
-        """(B, L) logits, -inf where padded."""
-        real = (batch.docs >= 0).unsqueeze(-1)  # (B, L, 1)
-        shown = self.show(nn.functional.normalize(batch.vectors, dim=-1))  # (B, L, pairs)
+    def forward(self, features: Tensor, queries: Tensor, vectors: Tensor, docs: Tensor) -> Tensor:
+        """(B, L) logits, -inf where padded.
+
+        features: (B, L, F); queries: (B, dim); vectors: (B, L, dim); docs: (B, L), -1 where padded.
+        """
+        real = (docs >= 0).unsqueeze(-1)  # (B, L, 1)
+        shown = self.show(nn.functional.normalize(vectors, dim=-1))  # (B, L, pairs)
         parts = [shown]
         if not self.shape["blind"]:
-            asked = self.ask(nn.functional.normalize(batch.queries, dim=-1))
-            parts.append(shown * asked.unsqueeze(1))
+            parts.append(shown * self.ask(nn.functional.normalize(queries, dim=-1)).unsqueeze(1))
         if self.shape["features"]:
-            parts.append(((batch.features - self.mean) / self.deviation).clamp(-6, 6))
-        same = (batch.docs[:, 1:] == batch.docs[:, :-1]).unsqueeze(-1) & real[:, 1:]
-        hidden = nn.functional.gelu(self.enter(torch.cat(parts, dim=-1)))  # (B, L, width)
-        hidden = hidden + nn.functional.gelu(self.beside(with_neighbours(hidden, same)))
+            parts.append(((features - self.mean) / self.deviation).clamp(-6, 6))
+        hidden = nn.functional.gelu(self.enter(torch.cat(parts, dim=-1)))  # (B, L, W)
+        hidden = hidden + nn.functional.gelu(self.beside(with_neighbours(hidden, docs)))
         largest = hidden.masked_fill(~real, -math.inf).amax(1, keepdim=True)
         mean = (hidden * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
         hidden = hidden + nn.functional.gelu(self.own(hidden) + self.all(torch.cat([largest, mean], dim=-1)))
-        hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, same)))
+        hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, docs)))
         return self.leave(hidden).masked_fill(~real, -math.inf).squeeze(-1)
 
     @property
@@ -5459,98 +5426,67 @@ class QueryGate(nn.Module):
         return self.leave.weight.device
 
     @torch.inference_mode()
-    def scores(self, given: GateInput) -> np.ndarray:
-        """(L,) logits of one question's chunks. given: with vectors."""
-        features = chunk_features(given) if self.shape["features"] else np.zeros((len(given.docs), 0), dtype=np.float32)
-        return self(gate_batch([given], [features], self.device))[0].float().cpu().numpy()
+    def logits(self, inputs: GateInput, features: np.ndarray) -> np.ndarray:
+        """(L,) of one question. features: (L, F)."""
+        return self(*gate_batch([inputs], [features], self.device))[0].float().cpu().numpy()
 
-    @torch.inference_mode()
-    def shares(self, given: GateInput) -> dict[str, np.ndarray]:
+    def scores(self, inputs: GateInput) -> np.ndarray:
+        """(L,) logits of one question's chunks, which have vectors."""
+        features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
+        return self.logits(inputs, features)
+
+    def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
-        features, shares, at = chunk_features(given), {}, 0
-        whole = self(gate_batch([given], [features], self.device))[0]
+        features, shares, at = chunk_features(inputs), {}, 0
+        logits = self.logits(inputs, features)
         for group, names in FEATURES.items():
             without = features.copy()
             without[:, at : at + len(names)] = self.mean[at : at + len(names)].cpu().numpy()
             at += len(names)
-            shares[group] = (whole - self(gate_batch([given], [without], self.device))[0]).float().cpu().numpy()
+            shares[group] = logits - self.logits(inputs, without)
         return shares
-
-
-def padded_rows(rows: Sequence[np.ndarray], fill: Any) -> Tensor:
-    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
-    out = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
-    for place, row in zip(out, rows, strict=True):
-        place[: len(row)] = row
-    return torch.from_numpy(out)
-
-
-def gate_batch(given: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> GateBatch:
-    """Questions as a batch. features: (L, F) of each."""
-    return GateBatch(*(part.to(device) for part in (
-        padded_rows(features, 0), torch.from_numpy(np.stack([g.query for g in given])),
-        padded_rows([g.vectors for g in given], 0).float(), padded_rows([g.docs for g in given], -1))))
 
 
 SHIPPED_GATE = SHIPPED / "gate"
 
 
-def gate_facts(gate: QueryGate, embedder: Embedder) -> dict[str, Any]:
-    """What a checkpoint keeps of a gate beside its tensors."""
-    return {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [], "embedder": embedder.name,
-            "embedder_fingerprint": embedder.fingerprint}
-
-
-def build_gate(facts: dict[str, Any], tensors: dict[str, Tensor], kind: str) -> QueryGate:
-    """A gate from a checkpoint. Raises MismatchError if its features or tensors are not those of this program."""
-    try:
-        shape = {key: facts[key] for key in ("dim", "pairs", "width", "features", "blind")}
-        gate = QueryGate(**shape)
-        same = not shape["features"] or facts["feature_names"] == FEATURE_NAMES
-        gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
-    if not same:
-        raise MismatchError(f"{kind}: it was trained on other features than this program's: train it again")
-    return gate.eval()
-
-
-def gate_knows(config: RefragConfig, kind: str, fingerprint: str | None) -> bool:
-    """Whether a gate of this kind reads the vectors of an embedder: the checkpoint's, or the one that is shipped.
-
-    kind: "gate" or "policy"; fingerprint: the embedder's, None without one.
-    """
+def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
+    """What a checkpoint says of its gate or policy, or else of the shipped gate; None unless it reads the vectors of
+    this embedder. kind: "gate" or "policy"; fingerprint: the embedder's, None without one."""
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
         facts = read_model_config(SHIPPED_GATE).gate
-    return facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
+    known = facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
+    return facts if known else None
 
 
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
     """The checkpoint's gate or policy, or the shipped gate; None where there is none for this embedder.
 
-    kind: "gate" or "policy". Raises MismatchError if the checkpoint's was trained on another embedder's vectors.
+    kind: "gate" or "policy". Raises MismatchError if the checkpoint's reads other vectors or features.
     """
-    facts, known = getattr(model.config, kind), gate_knows(model.config, kind, embedder and embedder.fingerprint)
-    if facts is not None and embedder is not None and not known:
-        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {facts.get('embedder')}, the index has "
+    facts, own = known_gate(model.config, kind, embedder and embedder.fingerprint), getattr(model.config, kind)
+    if facts is None and own is not None and embedder is not None:
+        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index has "
                             f"those of {embedder.name}: use --gate blend, or train it on this index")
-    if not known:
+    if facts is None:
         return None
-    if facts is not None:
-        return build_gate(facts, model.carried[kind], kind)
-    verify_checkpoint(SHIPPED_GATE)
-    return build_gate(read_model_config(SHIPPED_GATE).gate, read_tensors(SHIPPED_GATE / "gate.safetensors"), kind)
+    if own is None:
+        verify_checkpoint(SHIPPED_GATE)
+    tensors = read_tensors(SHIPPED_GATE / "gate.safetensors") if own is None else model.carried[kind]
+    try:
+        gate = QueryGate(**{name: facts[name] for name in ("dim", "pairs", "width", "features", "blind")})
+        if facts["features"] and facts["feature_names"] != FEATURE_NAMES:
+            raise ValueError("it was trained on other features than this program's")
+        gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
+    return gate.eval()
 
 
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
 TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # by the name of their part in a checkpoint
-GATES: dict[str, Callable[[GateInput], np.ndarray]] = {
-    "blend": blend_scores,
-    "cosine": cosine_scores,
-    "ppl": ppl_scores,
-    "random": random_scores,
-}
+GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
 
 
 def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
@@ -6916,7 +6852,7 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     return examples
 
 
-def collate_gate(examples: Sequence[GateExample], device: torch.device) -> GateBatch:
+def collate_gate(examples: Sequence[GateExample], device: torch.device) -> list[Tensor]:
     """Examples as a batch."""
     return gate_batch([e.given for e in examples], [e.features for e in examples], device)
 
@@ -6937,7 +6873,7 @@ def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.nda
     """(L,) logits of each example."""
     out = []
     for part in batched(examples, 64):
-        rows = gate.eval()(collate_gate(part, gate.device)).float().cpu().numpy()
+        rows = gate.eval()(*collate_gate(part, gate.device)).float().cpu().numpy()
         out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
     return out
 
@@ -6983,7 +6919,7 @@ def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.opt
     positive = padded_rows([e.positive for e in examples], False).to(gate.device)
     for group in optimizer.param_groups:
         group["lr"] = GATE_LR * factor
-    loss = gate_loss(gate.train()(collate_gate(examples, gate.device)), positive)
+    loss = gate_loss(gate.train()(*collate_gate(examples, gate.device)), positive)
     loss.backward()
     nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
     optimizer.step()
@@ -7074,7 +7010,7 @@ class PolicyTrainer:
 
     def logits(self, example: GateExample) -> Tensor:
         """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
-        return self.policy.eval()(collate_gate([example], self.policy.device))[0]
+        return self.policy.eval()(*collate_gate([example], self.policy.device))[0]
 
     def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
@@ -7151,7 +7087,9 @@ def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConf
     if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
-    setattr(config, kind, gate_facts(gate, data.searcher.embedder))
+    embedder = data.searcher.embedder
+    setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
+                           "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
     files = file_facts([*settings.rag_json, *settings.eval_json])
     config.history = [*config.history, entry | {"data": without_folders(files)}]

@@ -62,9 +62,9 @@ from refrag import (
     emit,
     file_facts,
     finished_lines,
-    gate_knows,
     holds_answer,
     index_manifest,
+    known_gate,
     labelled,
     late_import,
     library_versions,
@@ -583,7 +583,7 @@ class GateTask(QuestionTask):
     def __init__(self, *configs: Any):
         super().__init__(*configs)
         config, built = model_config(self.models), self.manifest["embedder"].get("fingerprint")
-        known = {name for name, kind in TRAINED_GATES.items() if gate_knows(config, kind, built)}
+        known = {name for name, kind in TRAINED_GATES.items() if known_gate(config, kind, built)}
         self.gates = [n for n in self.options.named if self.options.modes or n not in TRAINED_GATES or n in known]
         self.shares = list(dict.fromkeys(self.options.p))
 
