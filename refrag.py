@@ -6,7 +6,7 @@ tokens. The decoder's architecture does not change: it reads a shorter sequence 
 
     question ──> retrieve ──> pack ──────────> gate ──────────> vectors ──────────> prefill ──> decode
                  FAISS+BM25   <doc> + chunks   which stay text  stored / encoded    KV cache    cited answer
-    section      6            7                10               9                   12          12
+    section      5            6                9                8                   11          11
 
 Three commands:
 
@@ -16,18 +16,18 @@ Three commands:
 
 Contents:
 
-    1. Configuration    errors with exit codes, one dataclass field per option
-    2. Commands         the parser and the handlers
-    3. Imports          the heavy ones
-    4. Runtime          device, timers, locks, atomic files, progress
-    5. Data             corpus and question readers, splitting
-    6. Retrieval        embedder, FAISS, BM25, fusion, the index on disk
-    7. Packing          chunk spans, <doc> tags, the mixed prompt
-    8. Alignment        anchors between two tokenizers
-    9. Model            encoder, projector, decoder, checkpoints
-    10. Gate            which chunks stay text, under an exact budget
-    11. Training        phases, curriculum, the loop, resume
-    12. Generation      prefill, decode, citations, TTFT and TTIT
+    1. Options          errors with exit codes, one dataclass field per option, the table of commands
+    2. Imports          the heavy ones
+    3. Runtime          device, timers, locks, atomic files, progress
+    4. Data             corpus and question readers, splitting
+    5. Retrieval        embedder, FAISS, BM25, fusion, the index on disk
+    6. Packing          chunk spans, <doc> tags, the mixed prompt
+    7. Alignment        anchors between two tokenizers
+    8. Model            encoder, projector, decoder, checkpoints
+    9. Gate             which chunks stay text, under an exact budget
+    10. Training        phases, curriculum, the loop, resume
+    11. Generation      prefill, decode, citations, TTFT and TTIT
+    12. Commands        a thin handler for each
 
 Beside it, in refrag_extras/: evaluation, benchmark, conversation, server, prompts for other engines, and decoding in
 8 and 4 bits on a CPU.
@@ -73,6 +73,8 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
+import traceback
 import typing
 import unicodedata
 import warnings
@@ -87,20 +89,20 @@ from typing import Any, NamedTuple
 __version__ = "0.1.0"
 
 # =============================================================================
-# 1. Configuration. Every option is one dataclass field: its default, its help
-#    and its range stand here and nowhere else.
+# 1. Options. Errors with exit codes; every option as one dataclass field with its
+#    default, its help and its range; the table of commands. Run as a program, the
+#    command line is parsed HERE, before the heavy imports, so that --help and a
+#    mistyped flag answer at once.
 # =============================================================================
 
 
 class RefragError(Exception):
     """A failure with an exit code. The message is one line: what went wrong and how to mend it."""
-
     code = 1
 
 
 class UserError(RefragError):
     """Usage or bad input."""
-
     code = 2
 
 
@@ -110,31 +112,26 @@ class TooLongError(UserError):
 
 class MissingError(RefragError):
     """A model, library or device is not there."""
-
     code = 3
 
 
 class CorruptError(RefragError):
     """A file is damaged."""
-
     code = 4
 
 
 class MismatchError(RefragError):
     """Files that do not belong together."""
-
     code = 5
 
 
 class ExhaustedError(RefragError):
     """Disk or memory ran out."""
-
     code = 6
 
 
 class LockedError(RefragError):
     """Another process is writing."""
-
     code = 75
 
 
@@ -152,8 +149,8 @@ def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = 
         **limits: float) -> Any:
     """A dataclass field that is also a command line option. A tuple default takes several values.
 
-    Each value must be one of the choices, the name of a file that exists, and within the limits: low, above, high,
-    below. needed: what to do when there is none; by default an option may be left out.
+    Each value must be one of the choices, an existing file if `exists`, and within the limits: low, above, high, below.
+    needed: what to do when there is none; without it the option may be left out.
     """
     assert limits.keys() <= LIMITS.keys()
     return field(default=default, metadata={"help": help, "choices": tuple(choices), "exists": exists,
@@ -161,13 +158,13 @@ def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = 
 
 
 def like(cls: type, name: str, **changes: Any) -> Any:
-    """An option that another class has too: the same help and checks, and default unless changed."""
+    """An option that another class has too, with the same help, checks and default unless changed."""
     known = cls.__dataclass_fields__[name]
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
 def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UserError unless a value keeps its option's rule."""
+    """Raise UserError unless a value is what its option takes."""
     choices, limits = rule["choices"], rule["limits"]
     require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
     require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
@@ -195,14 +192,11 @@ class Options:
 
 class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
-
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = opt("auto", "precision; auto: bfloat16 on CUDA, else float32, but what encodes passages also on CPUs "
-                             "with instructions for bfloat16",
-                     choices=("auto", "float32", "bfloat16"))
-    engine: str = opt("auto", "how tokens after the first are decoded: by the decoder as it is, or on a CPU with its "
-                              "weights in 8 or 4 bits; auto: 4 bits where these hold the weights as they are, else 8, "
-                              "where it can be done", choices=("auto", "model", "int8", "int4"))
+                     "with instructions for bfloat16", choices=("auto", "float32", "bfloat16"))
+    engine: str = opt("auto", "decoding after the first token: the decoder as it is, or on a CPU its weights in 8 or 4 "
+                      "bits; auto: 4 bits where these lose nothing, else 8", choices=("auto", "model", "int8", "int4"))
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -214,9 +208,8 @@ class RuntimeConfig(Options):
 
 class CorpusConfig(Options):
     """What to index and how it is cut."""
-
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                      "per line; also gzipped), folders, or - for standard input",
+                                  "per line; also gzipped), folders, or - for standard input",
                                   needed="name a file, a folder or - for standard input")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
                       choices=("strict", "replace", "skip"))
@@ -227,87 +220,76 @@ class CorpusConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
-        require(self.overlap <= self.max_passage_tokens // 2,
-                f"--overlap must lie between 0 and half of --max_passage_tokens {self.max_passage_tokens}, "
-                f"got {self.overlap}: set both")
+        require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
+                f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
 
 class IndexConfig(Options):
     """Which index, and by which retrievers."""
-
     index_dir: str | None = opt(None, "the index folder")
-    retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; "
-                                      "default hybrid, or what the index holds", choices=("hybrid", "dense", "bm25"))
-    embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; "
-                                        "default all-MiniLM-L6-v2, or the one the index was built with")
+    retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; default hybrid, "
+                                "or what the index holds", choices=("hybrid", "dense", "bm25"))
+    embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; default "
+                                  "all-MiniLM-L6-v2, or the one the index was built with")
 
 
 class BuildConfig(Options):
     """How to build the index."""
-
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
-                              "multiples too, where k is one of 4", low=1, high=64)
+                        "multiples too, where k is one of 4", low=1, high=64)
     batch_size: int = opt(32, "passages embedded at once", low=1)
 
 
 class ModelConfig(Options):
     """Encoder and decoder."""
-
     dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
-                                "SmolLM2-135M-Instruct, or the checkpoint's")
+                          "SmolLM2-135M-Instruct, or the checkpoint's")
     enc: str | None = opt(None, "chunk encoder: decoder:N (the decoder's first N layers), bundled name, hub id or "
-                                "folder; default decoder:8, or the checkpoint's")
+                          "folder; default decoder:8, or the checkpoint's")
     pooling: str | None = opt(None, "pooling of a chunk's states; default mean, or the checkpoint's",
                               choices=("mean", "cls"))
     projector: str | None = opt(None, "encoder state to embedding: residual_mlp adds the mean of the chunk's token "
-                                      "embeddings, mlp does not; default residual_mlp, or the checkpoint's",
+                                "embeddings, mlp does not; default residual_mlp, or the checkpoint's",
                                 choices=("residual_mlp", "mlp"))
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
 class ReaderConfig(ModelConfig):
     """Encoder and decoder that answer; trained weights are shipped for them."""
-
     load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
-                                       "shipped one where it is for these models, none: no trained weights")
+                               "shipped one where it is for these models, none: no trained weights")
 
 
 class SearchConfig(Options):
     """How passages are found."""
-
     topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence",
-                    low=1, high=8)
+    hops: int = opt(1, "rounds; each later query adds the best new passage's title and first sentence", low=1, high=8)
 
 
 class QuestionConfig(Options):
     """What is asked."""
-
     question: str | None = opt(None, "the question")
-    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for standard "
-                                      "input")
+    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for stdin")
 
 
 class FormatConfig(Options):
     """How search results are printed."""
-
     format: str = opt("text", "output form", choices=("text", "json", "trec"))
 
 
 class PackConfig(Options):
     """Context packing."""
-
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
     floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
-                            "embedder, else blend",
+                    "embedder, else blend",
                     choices=("auto", "learned", "policy", "blend", "cosine", "ppl", "random", "none"))
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
@@ -317,7 +299,6 @@ class PackConfig(Options):
 
 class GenerateConfig(Options):
     """How the answer is decoded and shown."""
-
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
@@ -340,18 +321,15 @@ class GenerateConfig(Options):
 
 class BenchConfig(Options):
     """What is timed, side by side."""
-
-    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "context lengths in tokens; whole passages, as many "
-                                                                   "as fit", low=1)
+    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192),
+                                    "context lengths in tokens; whole passages, as many as fit", low=1)
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
-                                                             "floor", choices=("full", "refrag", "none"))
+                                 "floor", choices=("full", "refrag", "none"))
     k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
-    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text",
-                               low=0, high=1)
+    p: tuple[float, ...] = like(PackConfig, "p", default=(0.0, 0.1, 0.25))
     batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
-    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up",
-                       low=1)
+    repeats: int = opt(5, "rounds that count, after one that warms up; in each, every combination runs once", low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?",
                         "what is asked each time")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
@@ -364,11 +342,9 @@ class BenchConfig(Options):
 
 class TextConfig(Options):
     """What is read in training."""
-
     train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
                                       needed="name a file of JSON lines with a text each", exists=True)
-    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training",
-                                     exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, to evaluate during training", exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
@@ -377,7 +353,6 @@ LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights t
 
 class TrainConfig(Options):
     """The training loop; every phase has these."""
-
     out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png",
                               needed="name the folder for the run")
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
@@ -389,8 +364,7 @@ class TrainConfig(Options):
         f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r",
         above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together",
-                          low=1)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or shorter ones of the same total length", low=1)
     grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
     warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
@@ -414,15 +388,13 @@ class TrainConfig(Options):
 
 class ReconConfig(Options):
     """The reconstruction phase."""
-
     curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
-                                  "sample counts, the same over even stages, or none (full length from the start)",
+                          "sample counts, the same over even stages, or none (full length from the start)",
                           choices=("paper", "even", "none"))
 
 
 class NextConfig(Options):
     """The next-paragraph phase."""
-
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
     distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
@@ -430,23 +402,20 @@ class NextConfig(Options):
 
 class SftConfig(Options):
     """Question answering on retrieved passages."""
-
     rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
                                needed="name a file of questions with answers", exists=True)
-    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training",
-                                exists=True)
+    eval_json: str | None = opt(None, "held-out questions of the same form, to evaluate during training", exists=True)
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
-                                                 "1: the reader of the full text", low=0, high=1)
-    gate_frac: float = opt(0.75, "share of the questions for which the gate chooses the chunks that stay text, as in "
-                                 "use; for the others they are drawn at random, so that the vectors must be read",
-                           low=0, high=1)
+                               "1: the reader of the full text", low=0, high=1)
+    gate_frac: float = opt(0.75, "share of the questions whose text chunks the gate chooses, as in use; for the others "
+                           "they are drawn at random, so that the vectors must be read", low=0, high=1)
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
-                                     "\"not in the documents\"", low=0, high=1)
+                                "\"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
-                                 "takes more reading of the vectors than an answer of few words", low=0, high=1)
+                            "takes more reading of the vectors than an answer of few words", low=0, high=1)
     topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
-                                     "read faster (default: always --topk)", low=1)
-    limit: int | None = opt(None, "read at most this many questions", low=1)
+                               "read faster (default: always --topk)", low=1)
+    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
     distill: float = like(NextConfig, "distill")
 
 
@@ -464,17 +433,15 @@ TEXT_TASKS = ("ppl", "recon")
 
 class EvalConfig(Options):
     """What is evaluated, and against which controls."""
-
     task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
-                          "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
+                    "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
         f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
         + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
     p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most", low=0, high=1)
-    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several",
-                             low=1, high=64)
+    k: tuple[int, ...] = opt((PackConfig.k,), "tokens per vector; with ppl and recon several", low=1, high=64)
     gate: str = like(PackConfig, "gate")
     floor: int = like(PackConfig, "floor", default=0)
     ctx_max: int = like(PackConfig, "ctx_max")
@@ -484,11 +451,11 @@ class EvalConfig(Options):
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
     limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
-                                  "questions of 2 n - 1 hold those of n", low=1)
+                            "questions of 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
-                                    "sample.md; without it the results are printed alone")
+                              "sample.md; without it the results are printed alone")
     resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
-                              "questions, add to it")
+                       "questions, add to it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -512,35 +479,31 @@ class EvalConfig(Options):
 
 class GateDataConfig(Options):
     """What gate and policy learn from."""
-
-    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz",
-                                    needed="name a file of questions with answers", exists=True)
-    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form", exists=True)
+    rag_json: tuple[str, ...] = like(SftConfig, "rag_json", default=())
+    eval_json: tuple[str, ...] = like(SftConfig, "eval_json", default=())
     out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained",
                               needed="name the folder for the checkpoint")
-    k: int = opt(PackConfig.k, "tokens of a chunk", low=1, high=64)
+    k: int = like(PackConfig, "k")
     p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at",
                                above=0, below=1)
-    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
+    limit: int | None = like(SftConfig, "limit")
     eval_limit: int = opt(600, "held-out questions at most", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         folder = Path(self.out_dir)
-        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        require(empty, f"--out_dir {folder} is there already: name a new folder")
+        require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+                f"--out_dir {folder} is there already: name a new folder")
 
 
 class GateConfig(Options):
     """How the gate learns."""
-
     epochs: int = opt(3, "times through the questions", low=1)
     batch_size: int = opt(32, "questions of an optimizer step", low=1)
 
 
 class PolicyConfig(Options):
     """How the paper's policy learns."""
-
     steps: int = opt(200, "updates", low=1)
     batch_size: int = opt(4, "questions of an update", low=1)
     policy_lr: float = opt(1e-4, "learning rate", above=0)
@@ -550,7 +513,6 @@ class PolicyConfig(Options):
 
 class AnchorConfig(Options):
     """What `align` shows."""
-
     text: str | None = opt(None, "the text to align", needed="give the text to align")
 
     def __post_init__(self) -> None:
@@ -560,16 +522,13 @@ class AnchorConfig(Options):
 
 class ServeConfig(Options):
     """The HTTP server."""
-
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
     together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
-                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
+                        "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
     waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
-    body_bytes: int = opt(1 << 20, "longest request", low=1)
-    max_tokens: int = opt(1024, "new tokens that a request may ask for", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def __post_init__(self) -> None:
@@ -582,435 +541,181 @@ class ServeConfig(Options):
 
 class ExportConfig(Options):
     """What is written for another engine."""
-
     out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        folder = Path(self.out_dir)
-        require(not folder.exists(), f"--out_dir {folder} is there already: name a new folder")
+        require(not Path(self.out_dir).exists(), f"--out_dir {self.out_dir} is there already: name a new folder")
 
 
 class DoctorConfig(Options):
     """What to examine."""
-
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
 
 
-# =============================================================================
-# 2. Commands. The parser, the registry and thin handlers. Run as a program,
-#    the command line is parsed HERE, before the heavy imports of section 3,
-#    so that --help and a mistyped flag answer at once.
-# =============================================================================
-
-
 class Command(NamedTuple):
-    """A handler and the config classes whose fields are its options."""
+    """What --help says of a command, and its options: classes in the order of its handler's parameters."""
 
-    name: str
-    handler: Callable[..., None]
-    configs: tuple[type, ...]
-
-
-class Invocation(NamedTuple):
-    """A parsed command line: the command and one instance of each of its config classes."""
-
-    command: Command
-    configs: tuple[Any, ...]
-
-    @property
-    def runtime(self) -> RuntimeConfig:
-        """The options every command has."""
-        return next(c for c in self.configs if isinstance(c, RuntimeConfig))
+    help: str
+    configs: tuple[type[Options], ...]
 
 
-COMMANDS: dict[str, Command] = {}
+ANSWERING = (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
+COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *configs in (
+    ("index", "Read a corpus; build FAISS and BM25; store the chunk vectors.",
+     CorpusConfig, IndexConfig, BuildConfig, ReaderConfig),
+    ("search", "Show the passages that answer a question, best first.",
+     IndexConfig, QuestionConfig, SearchConfig, FormatConfig),
+    ("align", "Show where the tokens of encoder and decoder end together.", AnchorConfig, ModelConfig),
+    ("cpt_align", "Train vectors to stand for the tokens between anchors: error, divergence and argmax terms.",
+     TextConfig, TrainConfig, ModelConfig),
+    ("cpt_recon", "Train encoder and projector so that the frozen decoder gives a text back from its vectors.",
+     TextConfig, ReconConfig, TrainConfig, ModelConfig),
+    ("cpt_next", "Train everything to go on with a text whose beginning is compressed.",
+     TextConfig, NextConfig, TrainConfig, ModelConfig),
+    ("sft", "Train on questions with retrieved passages; the loss is on the answer alone.",
+     SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig),
+    ("train_gate", "Train the gate to find the chunks that hold the answer.",
+     GateDataConfig, GateConfig, IndexConfig, SearchConfig, ReaderConfig),
+    ("train_policy", "Train the paper's policy: it draws the chunks, the decoder's answer rewards it.",
+     GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ReaderConfig),
+    ("generate", "Answer a question from compressed context, with citations and timings.", QuestionConfig, *ANSWERING),
+    ("chat", "Answer one question after another, each in the light of those before it; /help lists the commands.",
+     *ANSWERING),
+    ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
+    ("export", "Write a question's mixed prompt as embeddings, and the request that vLLM takes it in.",
+     ExportConfig, QuestionConfig, *ANSWERING),
+    ("eval", "Measure answers, rankings, the gate or the vectors, each against its controls.",
+     EvalConfig, IndexConfig, SearchConfig, ReaderConfig),
+    ("bench", "Time the first token and those after it against context length, side by side in one run.",
+     BenchConfig, IndexConfig, ReaderConfig),
+    ("doctor", "Show what was found: device, versions, models, an index's integrity.",
+     IndexConfig, ModelConfig, DoctorConfig),
+)}
 
 
-def command(name: str, *configs: type) -> Callable[[Callable], Callable]:
-    """Register a handler under a command name; it is called with one instance of each config class."""
-
-    def register(handler: Callable) -> Callable:
-        COMMANDS[name] = Command(name, handler, (*configs, RuntimeConfig))
-        return handler
-
-    return register
-
-
-INDEX_COUNTS = {"replaced_documents": "documents replaced:", "replaced": "texts with bytes replaced:"}
-
-
-@command("index", CorpusConfig, IndexConfig, BuildConfig, ReaderConfig)
-def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
-              runtime: RuntimeConfig) -> None:
-    """Read a corpus; build FAISS and BM25; store the chunk vectors."""
-    require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
-    if several_processes() and not process_group().is_main_process:
-        return assist_build(index, build, models, runtime)
-    start = time.perf_counter()
-    with index_lock(index.index_dir):
-        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
-        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
-    seconds = time.perf_counter() - start
-    summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
-                "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    more = ", ".join(f"{text} {summary[key]:,}" for key, text in INDEX_COUNTS.items() if summary[key])
-    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
-
-
-@command("search", IndexConfig, QuestionConfig, SearchConfig, FormatConfig)
-def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
-               runtime: RuntimeConfig) -> None:
-    """Show the passages that answer a question, best first."""
-    questions = read_questions(ask)
-    searcher = load_searcher(index, search, runtime)
-    results = []
-    for question in progress(questions, "searching", total=len(questions)):
-        passages = searcher.search(question["question"], search.topk, search.hops)
-        results.append({"id": question["id"], "question": question["question"], "passages": passages})
-    if form.format == "json" or runtime.json:
-        many = ask.questions is not None
-        print(dumps({"results": [search_json(r) for r in results]} if many else search_json(results[0])))
-    elif form.format == "trec":
-        print(trec_text(results), end="")
-    else:
-        say("\n\n".join(search_text(result) for result in results))
-
-
-@command("align", AnchorConfig, ModelConfig)
-def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Show where the tokens of encoder and decoder end together."""
-    tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(anchor.text)
-    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
-    spans = anchor_rows(encoder, decoder)
-    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
-              "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
-         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {MAX_COST} or less")
-
-
-@command("cpt_align", TextConfig, TrainConfig, ModelConfig)
-def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Train vectors to stand for the tokens between anchors: error, divergence and argmax terms."""
-    phase = Phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
-    run_training(phase, (texts, train, models, runtime),
-                 lambda model, settled: AlignLessons(model.encoder, texts, settled))
-
-
-@command("cpt_recon", TextConfig, ReconConfig, TrainConfig, ModelConfig)
-def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
-                  runtime: RuntimeConfig) -> None:
-    """Train encoder and projector so that the frozen decoder gives a text back from its vectors."""
-    run_training(Phase("cpt_recon", Weights()), (texts, recon, train, models, runtime),
-                 lambda model, settled: ReconLessons(model.encoder, texts, settled, recon))
-
-
-@command("cpt_next", TextConfig, NextConfig, TrainConfig, ModelConfig)
-def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
-                 runtime: RuntimeConfig) -> None:
-    """Train everything to go on with a text whose beginning is compressed."""
-    phase = Phase("cpt_next", Weights(kl=following.distill))
-    run_training(phase, (texts, following, train, models, runtime),
-                 lambda model, settled: NextLessons(model.encoder, texts, settled, following))
-
-
-@command("sft", SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig)
-def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
-            runtime: RuntimeConfig) -> None:
-    """Train on questions with retrieved passages; the loss is on the answer alone."""
-    require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
-    searcher = load_searcher(index, search, runtime)
-    phase = Phase("sft", Weights(kl=sft.distill))
-    run_training(phase, (sft, index, search, train, models, runtime),
-                 lambda model, settled: AnswerLessons(
-                     model.encoder, settled, sft, searcher, search,
-                     load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None))
-
-
-@command("train_gate", GateDataConfig, GateConfig, IndexConfig, SearchConfig, ReaderConfig)
-def cmd_train_gate(data: GateDataConfig, gate: GateConfig, index: IndexConfig, search: SearchConfig,
-                   models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Train the gate to find the chunks that hold the answer."""
-    summary = train_gate(data, gate, index, search, models, runtime)
-    emit(summary, runtime, gate_text(summary))
-
-
-@command("train_policy", GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ReaderConfig)
-def cmd_train_policy(data: GateDataConfig, policy: PolicyConfig, index: IndexConfig, search: SearchConfig,
-                     models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Train the paper's policy: it draws the chunks, the decoder's answer rewards it."""
-    summary = train_policy(data, policy, index, search, models, runtime)
-    emit(summary, runtime, gate_text(summary))
-
-
-def run_training(phase: Phase, configs: tuple[Any, ...], make_lessons: Callable[..., Lessons]) -> None:
-    """Run a phase and show its summary. configs: all of the command's, ending with train, models, runtime."""
-    summary = train_phase(phase, configs, make_lessons)
-    emit(summary, configs[-1], training_text(summary))
-
-
-@command("generate", QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-                 generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer a question from compressed context, with citations and timings."""
-    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
-    check_generate(ask, index, pack, generate)
-    pipeline = load_pipeline(index, search, pack, generate, models, runtime)
-    live = write_text if generate.stream and not runtime.json and ask.questions is None else None
-    with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
-        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
-        for batch in progress(batched(waiting, generate.batch_size), "answering"):
-            writers = [live] * len(batch)
-            for result in ([pipeline.compare(batch[0], live)] if generate.compare else
-                           pipeline.answer_batch(batch, writers=writers)):
-                write(result)
-
-
-@command("chat", IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
-             models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer one question after another, each in the light of those before it; /help lists the commands."""
-    from refrag_extras.chat import run_chat
-
-    require(generate.prompt is None, "--prompt goes with generate: chat asks for its questions")
-    check_generate(QuestionConfig(), index, pack, generate)
-    run_chat(load_pipeline(index, search, pack, generate, models, runtime), runtime.json)
-
-
-@command("serve", ServeConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
-              models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
-    require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
-    check_generate(QuestionConfig(), index, pack, generate)
-    for name in ("pydantic", "starlette", "uvicorn"):  # told before the models are loaded
-        late_import(name, "pydantic starlette uvicorn")
-    from refrag_extras.serve import run_server
-
-    run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
-
-
-@command("export", ExportConfig, QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_export(export: ExportConfig, ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-               generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Write a question's mixed prompt as embeddings, and the request that vLLM takes it in."""
-    from refrag_extras.export import export_prompt
-
-    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
-    require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
-    check_generate(ask, index, pack, generate)
-    pipeline = load_pipeline(index, search, pack, generate, models, runtime)
-    facts = export_prompt(pipeline, questions[0], Path(export.out_dir), export.decoder)
-    files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
-    emit(facts | {"out_dir": export.out_dir}, runtime, f"{facts['positions']:,} positions in {export.out_dir}: {files}")
-
-
-@command("eval", EvalConfig, IndexConfig, SearchConfig, ReaderConfig)
-def cmd_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ReaderConfig,
-             runtime: RuntimeConfig) -> None:
-    """Measure answers, rankings, the gate or the vectors, each against its controls."""
-    from refrag_extras.evaluate import run_eval
-
-    run_eval(evaluation, index, search, models, runtime)
-
-
-@command("bench", BenchConfig, IndexConfig, ReaderConfig)
-def cmd_bench(bench: BenchConfig, index: IndexConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Time the first token and those after it against context length, side by side in one run."""
-    from refrag_extras.bench import run_bench
-
-    run_bench(bench, index, models, runtime)
-
-
-@command("doctor", IndexConfig, ModelConfig, DoctorConfig)
-def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    """Show what was found: device, versions, models, an index's integrity."""
-    if doctor.dist:
-        report = {"all_reduce": all_reduce_check()}
-    else:
-        report = {"device": describe_device(runtime), "versions": library_versions(),
-                  "models": {name: describe_model(name) for name in BUNDLED}}
-    if index.index_dir is not None:
-        opened = open_index(index.index_dir, again=True)
-        report["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
-    emit(report, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in report.items()))
-
-
-def option_type(annotation: Any) -> type:
-    """The scalar type behind `int`, `int | None` or `tuple[str, ...]`."""
-    args = [a for a in typing.get_args(annotation) if a not in (type(None), Ellipsis)]
-    return args[0] if args else annotation
-
-
-def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field, Any]]:
-    """Option name -> (field, annotation) over several config classes; a shared name must not occur twice."""
-    found: dict[str, tuple[dataclasses.Field, Any]] = {}
+def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field, type]]:
+    """Option name -> (field, type of a value) over several classes; a shared name must not occur twice."""
+    found: dict[str, tuple[dataclasses.Field, type]] = {}
     for cls in configs:
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            assert f.name not in found, f"option {f.name} is defined twice"
-            found[f.name] = (f, hints[f.name])
+        for name, hint in typing.get_type_hints(cls).items():
+            assert name not in found, f"option {name} is defined twice"
+            found[name] = cls.__dataclass_fields__[name], (typing.get_args(hint) or (hint,))[0]
     return found
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError instead of exiting, and proposes the flag that was meant."""
+    """Raises UserError instead of exiting, and proposes the flag that was meant."""
+
+    source = ""  # where the words stand that are parsed, unless on the command line
 
     def error(self, message: str) -> typing.NoReturn:
-        """Raise UserError, naming the nearest known flag."""
-        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            if near:
-                message += " (options go after the command)" if near[0] == unknown[1] else f" (did you mean {near[0]}?)"
-        elif "unrecognized arguments" in message:
-            flag = next((f for f in ("--question", "--corpus") if f in self._option_string_actions), "a flag")
-            message += f" (write {flag} before it)"
-        raise UserError(f"{message}: see python {self.prog} --help")
+        """Raise UserError, naming where a bad value stands and the nearest known flag."""
+        unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
+        near = difflib.get_close_matches(unknown.split(" ")[0].split("=")[0], flags, n=1)
+        if near:
+            message += f" (did you mean {near[0]}?)"
+        elif unknown and not unknown.startswith("-"):
+            message += f" (write {next((f for f in ('--question', '--corpus') if f in flags), 'a flag')} before it)"
+        raise UserError(f"{self.source}{message}: see python {self.prog} --help")
 
 
-def add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation: Any) -> None:
+def splitter(kind: type, commas: bool) -> Callable[[str], list]:
+    """What takes a word of an option of several values apart. Example: "8,16," -> [8, 16]"""
+    def split(word: str) -> list:
+        return [kind(part) for part in (word.removesuffix(",").split(",") if commas else [word])]
+
+    split.__name__ = kind.__name__  # argparse names it when a word does not fit
+    return split
+
+
+def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
     """Add one dataclass field as an option. No default here: what was not given must stay visible as such."""
-    kind, several = option_type(annotation), isinstance(f.default, tuple)
+    several, choices = isinstance(f.default, tuple), f.metadata["choices"]
     default = " ".join(map(str, f.default)) if several else f.default
     shown = "" if default is None or default is False or default == "" else f" (default {default})"
     common = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:
         parser.add_argument(f"--{f.name}", action="store_true", **common)
-        if f.default is True:
-            parser.add_argument(f"--no_{f.name}", action="store_false", **(common | {"help": f"not --{f.name}"}))
+        common["help"] = f"not --{f.name}" if f.default else argparse.SUPPRESS
+        parser.add_argument(f"--no_{f.name}", action="store_false", **common)
         return
-    choices = f.metadata["choices"] or None
-    if several:  # `coerce` takes the words apart and checks them, as it does for the environment
-        metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
-        parser.add_argument(f"--{f.name}", nargs="+", metavar=metavar, **common)
-        return
-    parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(),
-                        **common)
+    common["metavar"] = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+    if several:  # numbers and choices may stand between commas; names of files may hold some
+        parser.add_argument(f"--{f.name}", nargs="*", type=splitter(kind, kind is not str or bool(choices)), **common)
+    else:
+        parser.add_argument(f"--{f.name}", type=kind, **common)
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser and its sub-parsers by command."""
+def choose_command(argv: Sequence[str]) -> str:
+    """The command that a line begins with; without one, the help or the version is shown, or an error raised."""
+    if argv and argv[0] in COMMANDS:
+        return argv[0]
     parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    subparsers = {}
-    for name, cmd in COMMANDS.items():
-        text = (cmd.handler.__doc__ or "").strip()
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for f, annotation in config_fields(cmd.configs).values():
-            add_option(sub, f, annotation)
-        subparsers[name] = sub
-    return parser, subparsers
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help)
+    rest = parser.parse_known_args(argv)[1]
+    require(not rest, f"unrecognized arguments: {' '.join(rest)} (options go after the command)")
+    parser.print_help(sys.stderr)
+    raise UserError(f"no command: name one of {', '.join(COMMANDS)}")
 
 
-def underscore_flags(argv: Sequence[str]) -> list[str]:
-    """--max-new=4 -> --max_new=4; values and everything after a bare -- stay as they are."""
-    out = []
-    for position, arg in enumerate(argv):
-        if arg == "--":
-            return out + list(argv[position:])
-        name, equals, value = arg.partition("=")
-        is_flag = re.fullmatch(r"--[A-Za-z][\w-]*", name) is not None
-        out.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if is_flag else arg)
-    return out
-
-
-def listed(raw: Any, f: dataclasses.Field, kind: type) -> list[Any]:
-    """The items of an option of several values: a list, or words in a text.
-
-    Numbers and choices may also stand between commas; names of files may not, since they can hold them.
-    Example: "512, 1024 2048" -> ["512", "1024", "2048"]
-    """
-    words = raw if isinstance(raw, list) else str(raw).split()
-    if kind in (int, float) or f.metadata["choices"]:
-        return [part for word in words
-                for part in (word.removesuffix(",").split(",") if isinstance(word, str) else [word])]
-    return words
-
-
-def coerce(raw: Any, f: dataclasses.Field, annotation: Any, source: str) -> Any:
-    """A value from the environment or a TOML file, or the words after a flag of several values, as the option's type.
-
-    Raises UserError.
-    """
-    kind, choices = option_type(annotation), f.metadata["choices"]
-    truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-
-    def scalar(item: Any) -> Any:
-        if isinstance(item, str):  # from the environment, or a TOML string
-            return truth[item.lower()] if kind is bool else kind(item)
-        if type(item) is kind or (kind is float and type(item) is int):  # bool is an int, but no number here
-            return kind(item)
-        raise TypeError
-
-    def checked(item: Any) -> Any:
-        try:
-            value = scalar(item)
-        except (KeyError, ValueError, TypeError):
-            raise UserError(f"{source}: {f.name} must be a {kind.__name__}, got {item!r}") from None
-        require(not choices or value in choices,
-                f"{source}: {f.name} must be one of {', '.join(choices)}, got {item!r}")
-        return value
-
-    return tuple(map(checked, listed(raw, f, kind))) if isinstance(f.default, tuple) else checked(raw)
-
-
-def read_config_file(path: str, cmd: Command) -> dict[str, Any]:
-    """Options of a TOML file: top-level keys for every command, a table per command. Raises UserError."""
-    import tomllib
-
+def read_config_file(path: str, command: str) -> dict[str, Any]:
+    """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {one_line(error)}") from None
-    known = {name: set(config_fields(c.configs)) for name, c in COMMANDS.items()}
+    known = {name: config_fields(command.configs).keys() for name, command in COMMANDS.items()}
+    tables = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
+    settings = {}
+    for name, options in (("", table), *tables.items()):
+        for key, value in options.items():
+            option, valid = key.replace("-", "_"), known[name] if name else set().union(*known.values())
+            require(option in valid, f"--config {path}: unknown option {key!r}{name and f' in [{name}]'}")
+            if name in ("", command) and option in known[command]:
+                settings[option] = value
+    return settings
+
+
+def as_words(parser: Parser, f: dataclasses.Field, kind: type, value: Any) -> list[str]:
+    """An option of a file or the environment as it would stand on the command line."""
+    if isinstance(f.default, tuple):
+        return [f"--{f.name}", *map(str, value if isinstance(value, list) else str(value).split())]
+    if isinstance(value, list | dict):
+        parser.error(f"argument --{f.name}: {value} is not one value")
+    if kind is not bool:
+        return [f"--{f.name}={value}"]
+    truth = {"1": "", "true": "", "yes": "", "0": "no_", "false": "no_", "no": "no_"}.get(str(value).lower())
+    if truth is None:
+        parser.error(f"argument --{f.name}: {value!r} is not true or false")
+    return [f"--{truth}{f.name}"]
+
+
+def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
+    argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
+    name = choose_command(argv)
+    fields = config_fields(COMMANDS[name].configs)
+    parser = Parser(prog=f"refrag.py {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    for option in fields.values():
+        add_option(parser, *option)
+    flags = vars(parser.parse_args(argv[1:]))
+    path = flags.get("config") or os.environ.get("REFRAG_CONFIG")
+    stored = [(f"--config {path}: ", read_config_file(path, name))] if path else []
+    stored += [(f"REFRAG_{key.upper()}: ", {key: os.environ[f"REFRAG_{key.upper()}"]}) for key in fields
+               if f"REFRAG_{key.upper()}" in os.environ]
     values = {}
-    for key, value in table.items():
-        if key in COMMANDS and isinstance(value, dict):
-            for inner in value:
-                require(inner.replace("-", "_") in known[key], f"--config {path}: unknown option {inner!r} in [{key}]")
-        else:
-            require(any(key.replace("-", "_") in names for names in known.values()),
-                    f"--config {path}: unknown option {key!r}")
-            values[key.replace("-", "_")] = value
-    return values | {key.replace("-", "_"): value for key, value in table.get(cmd.name, {}).items()}
-
-
-def parse(argv: Sequence[str]) -> Invocation:
-    """Parse a command line: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
-    parser, subparsers = build_parser()
-    given, rest = parser.parse_known_args(underscore_flags(argv))
-    values = vars(given)
-    name = values.pop("command", None)
-    if name is None:
-        require(not rest, f"unrecognized arguments: {' '.join(rest)}: see python refrag.py --help")
-        parser.print_help(sys.stderr)
-        raise UserError(f"no command: name one of {', '.join(COMMANDS)}")
-    if rest:
-        subparsers[name].error(f"unrecognized arguments: {' '.join(rest)}")
-    cmd = COMMANDS[name]
-    fields = config_fields(cmd.configs)
-    config_path = values.get("config") or os.environ.get("REFRAG_CONFIG")
-    from_file = read_config_file(config_path, cmd) if config_path else {}
-    for key, (f, annotation) in fields.items():
-        variable = f"REFRAG_{key.upper()}"
-        if key in values:
-            several = isinstance(f.default, tuple)
-            values[key] = coerce(values[key], f, annotation, f"--{key}") if several else values[key]
-        elif variable in os.environ:
-            values[key] = coerce(os.environ[variable], f, annotation, f"environment variable {variable}")
-        elif key in from_file:
-            values[key] = coerce(from_file[key], f, annotation, f"--config {config_path}")
-    configs = tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-                    for cls in cmd.configs)
-    return Invocation(cmd, configs)
+    for parser.source, settings in stored:
+        words = [word for key, value in settings.items() for word in as_words(parser, *fields[key], value)]
+        values |= vars(parser.parse_args(words))
+    values |= flags
+    values |= {key: tuple(itertools.chain(*value)) for key, value in values.items() if isinstance(value, list)}
+    return name, tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+                       for cls in COMMANDS[name].configs)
 
 
 def one_line(error: BaseException) -> str:
@@ -1019,34 +724,32 @@ def one_line(error: BaseException) -> str:
 
 
 def classify(error: BaseException) -> tuple[int, str]:
-    """Exit code and one-line message of an exception, as the table of exit codes promises."""
+    """Exit code and one-line message of an exception."""
+    text, number = one_line(error), getattr(error, "errno", None)
     if isinstance(error, RefragError):
-        return error.code, one_line(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    if isinstance(error, SystemExit):
-        return int(error.code or 0), "interrupted"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-    full = full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if full or "DefaultCPUAllocator: can't allocate" in str(error):  # of torch, a RuntimeError
-        return ExhaustedError.code, f"disk or memory ran out: {one_line(error)}: free some and run again"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
-                                                      errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
-                                                      errno.ELOOP):
-        return UserError.code, f"{error.filename or 'file'}: {error.strerror}: check the path and its permissions"
-    fault = f"internal fault: {type(error).__name__}: {one_line(error)}"
-    return RefragError.code, f"{fault}: run again with --debug for the traceback"
+        return error.code, text
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return 130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0), "interrupted"
+    if isinstance(error, ImportError):
+        return MissingError.code, (f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install "
+                                   "'.[cpu,serve]'")
+    full = isinstance(error, MemoryError) or number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+    if full or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text:
+        return ExhaustedError.code, f"disk or memory ran out: {text}: free some and run again"
+    if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR,
+                                                 errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+        return UserError.code, (f"{error.filename or 'the current folder'}: {error.strerror}: check the path and its "
+                                "permissions")
+    return 1, f"internal fault: {type(error).__name__}: {text}: run again with --debug for the traceback"
 
 
-def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
+def report(error: BaseException, runtime: RuntimeConfig) -> int:
     """Print an error as one line on stderr (and as JSON on stdout, if asked for) and return its exit code."""
     code, message = classify(error)
-    if debug and code not in (130, 143):
-        import traceback
-
-        traceback.print_exception(error, file=STDERR)
-    say(f"error: {message}", file=STDERR)
-    if as_json:
+    if runtime.debug and code not in (130, 143):
+        traceback.print_exception(error)
+    say(f"error: {message}", file=sys.stderr)
+    if runtime.json:
         try:
             print(dumps({"error": {"code": code, "message": message}}), flush=True)
         except OSError:  # its reader has gone, or its disk is full
@@ -1056,12 +759,7 @@ def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
 
 def dumps(value: Any) -> str:
     """JSON in one line; NaN is refused. Characters as they are, unless an argument was no valid Unicode."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(value, allow_nan=False)
-    return text
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
 
 
 # Control characters but newline and tab, separators of lines, and what turns the direction of writing
@@ -1078,116 +776,62 @@ def say(text: str, end: str = "\n", file: Any = None) -> None:
     print(visible(text), end=end, file=file, flush=True)
 
 
-def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
-    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(dumps(result)) if runtime.json else say(text)
-
-
-def leave_at_once(signum: int, frame: Any) -> typing.NoReturn:
-    """Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody."""
-    code = report(KeyboardInterrupt(), as_json=_INVOCATION.runtime.json)
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
-    """SIGTERM as an exception, so that locks and temporary folders are cleaned up."""
-    raise SystemExit(128 + signum)
-
-
 def silence(stream: Any) -> None:
     """After a broken pipe: nothing more may be flushed to it, or Python complains at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class LastingStderr:
-    """sys.stderr, which may lose its reader: what is told there must neither end the work nor pass for its end."""
+class LastingStderr(io.TextIOWrapper):
+    """A stderr whose reader may leave: that must neither end the work nor change the exit code."""
 
     def write(self, text: str) -> int:
-        """Write, or let it go."""
-        return self.lasting(lambda: sys.stderr.write(text)) or len(text)
+        with contextlib.suppress(BrokenPipeError):
+            super().write(text)
+        return len(text)
 
     def flush(self) -> None:
-        """Flush, or let it go."""
-        self.lasting(lambda: sys.stderr.flush())
-
-    def lasting(self, call: Callable[[], Any]) -> Any:
-        """What a call returns; None when nobody reads any more."""
-        try:
-            return call()
-        except BrokenPipeError:
-            silence(sys.stderr)
-            return None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-
-STDERR = LastingStderr()
+        with contextlib.suppress(BrokenPipeError):
+            super().flush()
 
 
 def open_streams() -> None:
-    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; and a
-    stdout that can spell every name in a passage."""
+    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; a stdout
+    that can spell every name in a passage; a stderr that lasts."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+        elif number == 2 and type(sys.stderr) is io.TextIOWrapper:
+            sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace", line_buffering=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def run_invocation(invocation: Invocation) -> int:
-    """Run a parsed command and return its exit code."""
-    runtime = invocation.runtime
-    try:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            signal.signal(signal.SIGTERM, raise_exit)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        prepare_runtime(runtime)
-        invocation.command.handler(*invocation.configs)
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:
-        silence(sys.stdout)  # its reader, `head` say, has seen enough
-        return 0
-    except BaseException as error:
-        return report(error, as_json=runtime.json, debug=runtime.debug)
-
-
-def check_surroundings() -> None:
-    """What the libraries need to start, and would not say. Raises UserError."""
-    require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
-            "use 1 or none")
-    try:
-        os.getcwd()
-    except OSError:
-        raise UserError("the current folder is not there any more: change to another") from None
-
-
-def parse_or_exit(argv: Sequence[str]) -> Invocation:
-    """Parse, or print the error and leave. Also sets what libraries read from the environment at import."""
+def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """Parse, or show the help or the error and exit. Also sets what libraries read from the environment at import."""
     open_streams()
     try:
         invocation = parse(argv)
-        check_surroundings()
-    except BrokenPipeError:  # of --help's reader
-        silence(sys.stdout)
-        sys.exit(0)
+        os.getcwd()  # libraries need one at import
+        require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
+                "use 1 or none")
     except (RefragError, OSError) as error:  # a path of an option may be one that can not even be looked at
         as_json = "--json" in argv or os.environ.get("REFRAG_JSON", "0").lower() not in ("0", "false", "no")
-        sys.exit(report(error, as_json=as_json))
-    except SystemExit:  # --help or --version, whose reader may have gone
+        sys.exit(report(error, RuntimeConfig(json=as_json, debug="--debug" in argv)))
+    finally:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:
+        except BrokenPipeError:  # nobody reads --help any more
             silence(sys.stdout)
-        raise
-    if invocation.runtime.offline:
+    if invocation[1][-1].offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return invocation
+
+
+def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
+    """SIGTERM as an exception, so that locks and temporary folders are cleaned up."""
+    raise SystemExit(128 + signum)
 
 
 def leave(code: int) -> typing.NoReturn:
@@ -1199,19 +843,15 @@ def leave(code: int) -> typing.NoReturn:
     os._exit(code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (the program's own by default) and return the exit code."""
-    return run_invocation(parse_or_exit(sys.argv[1:] if argv is None else argv))
-
-
 if __name__ == "__main__":
     sys.modules["refrag"] = sys.modules["__main__"]  # what the companions import: no class may exist twice
-    _INVOCATION = parse_or_exit(sys.argv[1:])
-    signal.signal(signal.SIGINT, leave_at_once)
+    _NAME, _CONFIGS = parse_or_exit(sys.argv[1:])
+    # Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody
+    signal.signal(signal.SIGINT, lambda *_: leave(report(KeyboardInterrupt(), _CONFIGS[-1])))
     gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
 
 # =============================================================================
-# 3. Imports. The heavy ones. sentence-transformers is the exception: it costs
+# 2. Imports. The heavy ones. sentence-transformers is the exception: it costs
 #    two seconds, so only `load_embedder` and `load_reranker` pay for it.
 # =============================================================================
 
@@ -1242,15 +882,14 @@ try:
 except ImportError as missing:
     if __name__ != "__main__":
         raise
-    _FAULT = MissingError(f"library missing: {missing}: run ./refrag_quickstart_auto_accel.sh, or pip install '.[cpu]'")
-    sys.exit(report(_FAULT, as_json=_INVOCATION.runtime.json, debug=_INVOCATION.runtime.debug))
+    leave(report(missing, _CONFIGS[-1]))
 
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
 
 # =============================================================================
-# 4. Runtime. Device, seed, timers, progress, locks, files that are written
+# 3. Runtime. Device, seed, timers, progress, locks, files that are written
 #    whole. Knows no models.
 # =============================================================================
 
@@ -1270,7 +909,7 @@ def late_import(name: str, install: str | None = None) -> Any:
 def notice(text: str) -> None:
     """One line on stderr that a person should see."""
     if not QUIET:
-        say(text, file=STDERR)
+        say(text, file=sys.stderr)
 
 
 def progress(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterable:
@@ -1285,7 +924,7 @@ def progress_bar(label: str, total: int | None, unit: str, items: Iterable | Non
     """
     pace = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
-                leave=False, dynamic_ncols=True, file=STDERR)
+                leave=False, dynamic_ncols=True, file=sys.stderr)
 
 
 def batched(items: Sequence, size: int) -> list[Sequence]:
@@ -1800,7 +1439,7 @@ def map_array(path: Path) -> np.ndarray:
 
 
 # =============================================================================
-# 5. Data. Corpus and question files in, validated records out. Knows no models.
+# 4. Data. Corpus and question files in, validated records out. Knows no models.
 # =============================================================================
 
 
@@ -2261,7 +1900,7 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
 
 
 # =============================================================================
-# 6. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
+# 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
 #    on disk. Knows no decoder: what a chunk is, and its vectors for the
 #    decoder, come in as a `Chunking`.
 # =============================================================================
@@ -3507,7 +3146,7 @@ def search_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 # =============================================================================
-# 7. Packing. Passages and a budget in, a mixed prompt out.
+# 6. Packing. Passages and a budget in, a mixed prompt out.
 #    Knows tokens and tags; knows no weights and no files.
 # =============================================================================
 
@@ -4005,7 +3644,7 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
     return [{"id": "1", "question": text}]
 
 # =============================================================================
-# 8. Alignment. Where two tokenizers cut a text at the same place, and what the
+# 7. Alignment. Where two tokenizers cut a text at the same place, and what the
 #    decoder's tokens teach the projector there. Knows no files.
 # =============================================================================
 
@@ -4150,7 +3789,7 @@ def relative_error(vectors: Tensor, means: Tensor) -> Tensor:
 
 
 # =============================================================================
-# 9. Model. Encoder, projector and decoder, their loading and their checkpoints.
+# 8. Model. Encoder, projector and decoder, their loading and their checkpoints.
 #    Knows no command line.
 # =============================================================================
 
@@ -5160,7 +4799,7 @@ def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, ru
         embed_share(Path(folder), count, chunking, embedder, build.batch_size, finished, process_group())
 
 # =============================================================================
-# 10. Gate. A score for every chunk of the context, and the choice of those
+# 9. Gate. A score for every chunk of the context, and the choice of those
 #     that stay text under an exact budget.
 # =============================================================================
 
@@ -5519,7 +5158,7 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 
 
 # =============================================================================
-# 11. Training. Phases that build sequences, a curriculum, and one loop on
+# 10. Training. Phases that build sequences, a curriculum, and one loop on
 #     accelerate that can be killed and continued. Knows no command line.
 # =============================================================================
 
@@ -7155,7 +6794,7 @@ def training_text(summary: dict[str, Any]) -> str:
 
 
 # =============================================================================
-# 12. Generation. Prefill, decode, citations, and the clock on all of it.
+# 11. Generation. Prefill, decode, citations, and the clock on all of it.
 # =============================================================================
 
 
@@ -8061,5 +7700,175 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     return "\n".join(lines)
 
 
+# =============================================================================
+# 12. Commands. A thin handler for each row of COMMANDS, called with its options,
+#     and the way into the program and out of it.
+# =============================================================================
+
+
+def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
+    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result)) if runtime.json else say(text)
+
+
+def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
+              runtime: RuntimeConfig) -> None:
+    """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
+    require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
+    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
+    if several_processes() and not process_group().is_main_process:
+        return assist_build(index, build, models, runtime)
+    start = time.perf_counter()
+    with index_lock(index.index_dir):
+        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
+        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
+    seconds = time.perf_counter() - start
+    summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
+                "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
+    counts = {"documents replaced": "replaced_documents", "texts with bytes replaced": "replaced"}
+    more = ", ".join(f"{text}: {summary[key]:,}" for text, key in counts.items() if summary[key])
+    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
+         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
+
+
+def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
+               runtime: RuntimeConfig) -> None:
+    """Show the passages for one question or a file of them."""
+    questions = read_questions(ask)
+    searcher = load_searcher(index, search, runtime)
+    results = [{"id": q["id"], "question": q["question"],
+                "passages": searcher.search(q["question"], search.topk, search.hops)}
+               for q in progress(questions, "searching", total=len(questions))]
+    if form.format == "json" or runtime.json:
+        found = [search_json(result) for result in results]
+        print(dumps(found[0] if ask.questions is None else {"results": found}))
+    elif form.format == "trec":
+        print(trec_text(results), end="")
+    else:
+        say("\n\n".join(search_text(result) for result in results))
+
+
+def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Show the spans between a text's anchors."""
+    tokenizer = build_tokenizer(model_config(models))
+    text = tokenizer.neutralize(anchor.text)
+    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
+    spans = anchor_rows(encoder, decoder)
+    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
+              "exact_anchors": sum(span["exact"] for span in spans),
+              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
+    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
+         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
+         f"with a cost of {MAX_COST} or less")
+
+
+def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights]) -> Callable[..., None]:
+    """The handler of a phase that learns from texts. weights: of its losses, by the phase's own options."""
+
+    def handler(texts: TextConfig, *configs: Options) -> None:
+        *own, _, _, runtime = configs  # of the rest, TrainConfig, ModelConfig and RuntimeConfig are the last
+        summary = train_phase(Phase(name, weights(*own)), (texts, *configs),
+                              lambda model, train: lessons(model.encoder, texts, train, *own))
+        emit(summary, runtime, training_text(summary))
+
+    return handler
+
+
+cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
+cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: Weights())
+cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=following.distill))
+
+
+def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
+            runtime: RuntimeConfig) -> None:
+    """Train on answers."""
+    require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
+    searcher = load_searcher(index, search, runtime)
+
+    def lessons(model: RefragModel, train: TrainConfig) -> AnswerLessons:
+        gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
+        return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
+
+    summary = train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search, train, models, runtime), lessons)
+    emit(summary, runtime, training_text(summary))
+
+
+def cmd_train_gate(*configs: Options) -> None:
+    """Train the gate."""
+    summary = train_gate(*configs)
+    emit(summary, configs[-1], gate_text(summary))
+
+
+def cmd_train_policy(*configs: Options) -> None:
+    """Train the policy."""
+    summary = train_policy(*configs)
+    emit(summary, configs[-1], gate_text(summary))
+
+
+def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
+    """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
+    index, _, pack, generate, _, _ = configs
+    require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
+    check_generate(ask or QuestionConfig(), index, pack, generate)
+    return load_pipeline(*configs)
+
+
+def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
+                 generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
+    """Answer one question or a file of them."""
+    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
+    pipeline = answering(ask, index, search, pack, generate, models, runtime)
+    live = write_text if generate.stream and not runtime.json and ask.questions is None else None
+    with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
+        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
+        for batch in progress(batched(waiting, generate.batch_size), "answering"):
+            for result in ([pipeline.compare(batch[0], live)] if generate.compare else
+                           pipeline.answer_batch(batch, writers=[live] * len(batch))):
+                write(result)
+
+
+def companion(module: str) -> Callable[..., None]:
+    """The handler of a command that stands in a module of refrag_extras, imported when it is called."""
+    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
+
+
+cmd_chat, cmd_serve, cmd_export = companion("chat"), companion("serve"), companion("export")
+cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
+
+
+def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
+    """Show the device, libraries and models, and check every byte of an index."""
+    found = {"all_reduce": all_reduce_check()} if doctor.dist else {
+        "device": describe_device(runtime), "versions": library_versions(),
+        "models": {name: describe_model(name) for name in BUNDLED}}
+    if index.index_dir is not None:
+        opened = open_index(index.index_dir, again=True)
+        found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
+    emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
+
+
+def run_command(name: str, configs: Sequence[Options]) -> int:
+    """Call a command's handler and return the exit code."""
+    try:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            signal.signal(signal.SIGTERM, raise_exit)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        prepare_runtime(configs[-1])
+        globals()[f"cmd_{name}"](*configs)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        silence(sys.stdout)  # its reader, `head` say, has seen enough
+        return 0
+    except BaseException as error:
+        return report(error, configs[-1])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (the program's own by default) and return the exit code."""
+    return run_command(*parse_or_exit(sys.argv[1:] if argv is None else argv))
+
+
 if __name__ == "__main__":
-    leave(run_invocation(_INVOCATION))
+    leave(run_command(_NAME, _CONFIGS))

@@ -13,13 +13,13 @@ from typing import Any
 from refrag import (
     CAPITALS,
     CITATION,
-    STDERR,
     STOPWORDS,
     PackConfig,
     Pipeline,
     RefragError,
     UserError,
     answer_text,
+    answering,
     cache_home,
     check_question,
     dumps,
@@ -96,7 +96,7 @@ class Chat:
             elif line:
                 self.answer(line)
         except RefragError as error:
-            say(f"error: {error}", file=STDERR)
+            say(f"error: {error}", file=sys.stderr)
         return True
 
     def converse(self) -> None:
@@ -111,7 +111,7 @@ class Chat:
                     print()
                     return
                 except KeyboardInterrupt:
-                    print("\n(stopped; /quit leaves)", file=STDERR)
+                    print("\n(stopped; /quit leaves)", file=sys.stderr)
 
     def answer(self, question: str) -> None:
         """Answer a question and remember it."""
@@ -196,9 +196,9 @@ def line_history() -> Iterator[None]:
             readline.write_history_file(path)
 
 
-def run_chat(pipeline: Pipeline, as_json: bool) -> None:
+def run(*configs: Any) -> None:
     """Converse on a terminal; take the lines of a pipe one after the other."""
-    chat = Chat(pipeline, as_json)
+    chat = Chat(answering(None, *configs), as_json=configs[-1].json)
     if sys.stdin.isatty():
         chat.converse()
     else:

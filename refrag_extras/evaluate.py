@@ -990,8 +990,8 @@ def paint_quality(axes: Any, results: dict[str, dict[str, dict[str, Any]]]) -> N
     axes.legend(fontsize=7)
 
 
-def run_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-             runtime: RuntimeConfig) -> None:
+def run(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+        runtime: RuntimeConfig) -> None:
     """Measure, and show the table."""
     task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
     summary = evaluate(task)

@@ -1,4 +1,4 @@
-"""Section 11: the curriculum, what each phase reads, the loop, its checkpoints, and phases one after the other."""
+"""Section 10: the curriculum, what each phase reads, the loop, its checkpoints, and phases one after the other."""
 
 from __future__ import annotations
 
