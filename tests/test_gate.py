@@ -117,9 +117,9 @@ def test_ppl_is_the_cross_entropy_of_each_document_alone(llama):
     model = refrag.build_model(refrag.RefragConfig("decoder:1", str(llama), compression=4), torch.device("cpu"),
                                torch.float32)
     tokenizer = model.encoder.tokenizer
-    docs = [refrag.Doc(str(i), text, tokenizer.cut([text], 4)[0].ends) for i, text in enumerate(
-        ["The Rhone leaves Lake Geneva in May.", "长江 rises in Qinghai 🙂", "x"], start=1)]
-    prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", docs))
+    docs = refrag.make_docs(["The Rhone leaves Lake Geneva in May.", "长江 rises in Qinghai 🙂", "x"], [None] * 3, 4,
+                            tokenizer)
+    prompt = refrag.make_context(tokenizer, "Why?", docs).prompt
     inputs = chunks_of([""] * len(prompt.chunks), [c.doc for c in prompt.chunks])
     scores = refrag.ppl_scores(inputs._replace(prompt=prompt, decoder=model.decoder))
     for doc in (0, 1):
@@ -537,15 +537,15 @@ def test_rewards_are_the_answers_log_probability(llama, index_dir, asked):
     options = refrag.GateDataConfig((str(asked),), out_dir="unused", k=4)
     data = refrag.load_gate_data(options, index, refrag.SearchConfig(), models, runtime)
     reader = refrag.AnswerReader(refrag.load_model(models, runtime), data, 8, 4)
-    context = reader.ask(data.examples[1])
-    mask = np.zeros(len(context.prompt.chunks), dtype=bool)
+    example = reader.ask(data.examples[1])
+    mask = np.zeros(len(example.context.prompt.chunks), dtype=bool)
     mask[[0, 2]] = True
-    ids = refrag.mixed_plan(context.prompt, mask, feed=False).tolist()
+    ids = refrag.mixed_plan(example.context.prompt, mask, feed=False).tolist()
     with torch.inference_mode():
-        logits = reader.model.decoder(input_ids=torch.tensor([[*ids, *context.target]])).logits[0].log_softmax(-1)
-    logs = [logits[len(ids) - 1 + n, token].item() for n, token in enumerate(context.target)]
-    assert reader.log_probabilities(context, [mask, ~mask])[0] == pytest.approx(np.mean(logs), abs=1e-4)
-    assert reader.prompts.tokenizer.decoder.decode(context.target).startswith("bells [")
+        logits = reader.model.decoder(input_ids=torch.tensor([[*ids, *example.target]])).logits[0].log_softmax(-1)
+    logs = [logits[len(ids) - 1 + n, token].item() for n, token in enumerate(example.target)]
+    assert reader.log_probabilities(example, [mask, ~mask])[0] == pytest.approx(np.mean(logs), abs=1e-4)
+    assert reader.prompts.tokenizer.decoder.decode(example.target).startswith("bells [")
 
 
 def tensors(folder):
