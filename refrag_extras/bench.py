@@ -399,7 +399,7 @@ def bench_text(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def run_bench(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+def run(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Measure round after round, and show the table."""
     with bench_folder(bench.out_dir) as folder:
         benchmark = load_benchmark(bench, index, models, runtime)

@@ -13,15 +13,15 @@ from typing import Any
 from refrag import (
     CAPITALS,
     CITATION,
-    STDERR,
     STOPWORDS,
     PackConfig,
     Pipeline,
     RefragError,
     UserError,
     answer_text,
+    answering,
     cache_home,
-    check_questions,
+    check_question,
     dumps,
     index_terms,
     notice,
@@ -96,7 +96,7 @@ class Chat:
             elif line:
                 self.answer(line)
         except RefragError as error:
-            say(f"error: {error}", file=STDERR)
+            say(f"error: {error}", file=sys.stderr)
         return True
 
     def converse(self) -> None:
@@ -111,14 +111,14 @@ class Chat:
                     print()
                     return
                 except KeyboardInterrupt:
-                    print("\n(stopped; /quit leaves)", file=STDERR)
+                    print("\n(stopped; /quit leaves)", file=sys.stderr)
 
     def answer(self, question: str) -> None:
         """Answer a question and remember it."""
         asked = with_topic(question, [(turn["question"], turn["answer"]) for turn in self.turns])
         if asked != question:
             notice(f"asked as: {asked}")
-        [item] = check_questions([{"id": str(len(self.turns) + 1), "question": asked}], ["question"], "question")
+        item = {"id": str(len(self.turns) + 1), "question": check_question(asked, "question")}
         live = write_text if self.pipeline.generate.stream and not self.as_json else None
         [result] = self.pipeline.answer([item], live)
         self.turns.append(result | {"asked": question})
@@ -198,9 +198,9 @@ def line_history() -> Iterator[None]:
             readline.write_history_file(path)
 
 
-def run_chat(pipeline: Pipeline) -> None:
+def run(*configs: Any) -> None:
     """Converse on a terminal; take the lines of a pipe one after the other."""
-    chat = Chat(pipeline, as_json=pipeline.runtime.json)
+    chat = Chat(answering(None, *configs), as_json=configs[-1].json)
     if sys.stdin.isatty():
         chat.converse()
     else:

@@ -51,8 +51,6 @@ from refrag import (
     answer_chunks,
     batched,
     can_pack,
-    check_answers,
-    check_positive_ids,
     checked_batch,
     checkpoint_digest,
     continue_plan,
@@ -64,9 +62,10 @@ from refrag import (
     emit,
     file_facts,
     finished_lines,
-    gate_knows,
     holds_answer,
     index_manifest,
+    known_gate,
+    labelled,
     late_import,
     library_versions,
     load_model,
@@ -76,7 +75,6 @@ from refrag import (
     measure_sequences,
     model_config,
     normalize_answer,
-    notice,
     others_apart_first,
     part_whole,
     passage_content,
@@ -349,7 +347,7 @@ class Task:
 
     def model_sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
-        config = model_config(self.models, self.options.k[0])
+        config = model_config(self.models)
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
                 "projector": config.projector, "load_dir": checkpoint_digest(self.models)}
 
@@ -363,19 +361,10 @@ class QuestionTask(Task):
     def __init__(self, *configs: Any):
         super().__init__(*configs)
         name = self.options.qa
-        self.file = read_question_file(name, "--qa")
-        for number, item in enumerate(self.file, start=1):
-            where = f"--qa {name}: question {number} ({item['id']})"
-            if "answers" in self.needs:
-                check_answers(item, where)
-            item["positive_ids"] = check_positive_ids(item, where)
-            require(bool(item["positive_ids"]) or item.get("answers") == [] or "positive_ids" not in self.needs,
-                    f"{where} has no positive_ids")
-        counted = [item for item in self.file if item["positive_ids"] or self.options.task == "qa"]
-        if len(counted) < len(self.file):
-            notice(f"--qa {name}: left out {len(self.file) - len(counted)}, which have no answer")
-        require(bool(counted), f"--qa {name}: no question has positive_ids")
-        self.questions = list(spread(counted, self.options.limit))
+        self.file = read_question_file(name, "--qa", self.needs)
+        limit = self.options.limit
+        self.questions = (list(spread(self.file, limit)) if self.options.task == "qa" else
+                          labelled(self.file, "positive_ids", limit, f"--qa {name}"))
         self.manifest = index_manifest(self.index.index_dir)
 
     def sources(self) -> dict[str, Any]:
@@ -596,8 +585,8 @@ class GateTask(QuestionTask):
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)
-        config, built = model_config(self.models, self.options.k[0]), self.manifest["embedder"].get("fingerprint")
-        known = {name for name, kind in TRAINED_GATES.items() if gate_knows(config, kind, built)}
+        config, built = model_config(self.models), self.manifest["embedder"].get("fingerprint")
+        known = {name for name, kind in TRAINED_GATES.items() if known_gate(config, kind, built)}
         self.gates = [n for n in self.options.named if self.options.modes or n not in TRAINED_GATES or n in known]
         self.shares = list(dict.fromkeys(self.options.p))
 
@@ -711,7 +700,7 @@ class TextTask(Task):
 
     def load(self) -> None:
         ks, options = tuple(dict.fromkeys(self.options.k)), self.options
-        self.model = load_model(self.models, max(ks), self.runtime).to(self.accelerator.device)
+        self.model = load_model(self.models, self.runtime).to(self.accelerator.device)
         train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
         self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
         self.windows = np.asarray(spread(self.lessons.windows, options.limit))
@@ -1006,8 +995,8 @@ def paint_quality(axes: Any, results: dict[str, dict[str, dict[str, Any]]]) -> N
     axes.legend(fontsize=7)
 
 
-def run_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-             runtime: RuntimeConfig) -> None:
+def run(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+        runtime: RuntimeConfig) -> None:
     """Measure, and show the table."""
     task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
     summary = evaluate(task)

@@ -11,7 +11,29 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from refrag import Pipeline, new_folder, show_plan
+from refrag import (
+    ExportConfig,
+    Pipeline,
+    QuestionConfig,
+    answering,
+    emit,
+    new_folder,
+    read_prompt,
+    read_questions,
+    require,
+    show_plan,
+)
+
+
+def run(export: ExportConfig, ask: QuestionConfig, *configs: Any) -> None:
+    """Write the prompt of one question."""
+    _, _, _, generate, _, runtime = configs
+    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
+    require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
+    facts = export_prompt(answering(ask, *configs), questions[0], Path(export.out_dir), export.decoder)
+    files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
+    emit(facts | {"out_dir": export.out_dir}, runtime,
+         f"{facts['positions']:,} positions in {export.out_dir}: {files}")
 
 
 def export_prompt(pipeline: Pipeline, item: dict[str, Any], folder: Path, with_decoder: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,6 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from refrag import (
-    STDERR,
     Embedder,
     GenerateConfig,
     PackConfig,
@@ -44,6 +44,7 @@ from refrag import (
     ServeConfig,
     TooLongError,
     UserError,
+    answering,
     batched,
     dumps,
     notice,
@@ -93,7 +94,7 @@ def refusal(error: Exception) -> Refused:
         if isinstance(error, TooLongError):
             return Refused(400, message, "context_length_exceeded", "messages")
         return Refused(400, message, "invalid_value", API_NAMES[names[0]] if names else None)
-    say(f"error: {one_line(error)}", file=STDERR)
+    say(f"error: {one_line(error)}", file=sys.stderr)
     return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
 
 
@@ -698,9 +699,9 @@ def make_app(engine: Engine, serve: ServeConfig, address: str) -> Starlette:
     return Starlette(routes=service.routes(), middleware=layers, exception_handlers={HTTPException: service.no_route})
 
 
-def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
+def run(serve: ServeConfig, *configs: Any) -> None:
     """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
-    engine = Engine(pipeline, serve)
+    engine = Engine(answering(None, *configs), serve)
     engine.thread.start()
     with listening_socket(serve) as listener:
         host, port = listener.getsockname()[:2]

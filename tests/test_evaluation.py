@@ -772,11 +772,11 @@ class TestBadInput:
             monkeypatch.setattr(evaluate, name, None)
 
     @pytest.mark.parametrize(("item", "options", "told"), [
-        ({"answers": None}, [], "question 2 (2) has no list of answers"),
-        ({"answers": "Ulm"}, [], "question 2 (2) has no list of answers"),
-        ({"answers": ["x"]}, ["--task", "gate"], "question 2 (2) has no positive_ids"),
-        ({"answers": ["x"]}, ["--modes", "oracle_gate"], "question 2 (2) has no positive_ids"),
-        ({}, ["--task", "retrieval"], "question 2 (2) has no positive_ids"),
+        ({"answers": None}, [], "question 2 has no list of answers"),
+        ({"answers": "Ulm"}, [], "question 2 has no list of answers"),
+        ({"answers": ["x"]}, ["--task", "gate"], "question 2 has no positive_ids"),
+        ({"answers": ["x"]}, ["--modes", "oracle_gate"], "question 2 has no positive_ids"),
+        ({}, ["--task", "retrieval"], "question 2 has no positive_ids"),
         ({"answers": ["x"], "positive_ids": "a"}, [], "positive_ids must be a list"),
     ])
     def test_a_question_that_lacks_something_is_named(self, run_eval, tmp_path, item, options, told):

@@ -1,4 +1,4 @@
-"""Section 12: prefill, decode, citations, metrics, and `generate` through the command line."""
+"""Section 11: prefill, decode, citations, metrics, and `generate` through the command line."""
 
 from __future__ import annotations
 
