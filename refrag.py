@@ -3235,6 +3235,16 @@ def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
             yield match, values["id"]
 
 
+def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
+    """A text's parts in order, each with the id of the <doc> block whose content it is, None for plain text."""
+    at = 0
+    for match, label in doc_blocks(text):
+        yield text[at : match.start()], None
+        yield match[2], label
+        at = match.end()
+    yield text[at:], None
+
+
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     """Character spans of k tokens each that cover the text exactly; the last may be shorter.
 
@@ -3327,17 +3337,14 @@ class RefragTokenizer:
 
         Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
-        empty = np.zeros((0, k), dtype=np.int64)
-        segments, at = [], 0
-        for match, doc_id in [*doc_blocks(text), (None, "")]:
-            plain = self.neutralize(text[at : match.start() if match else len(text)])
-            if plain:
-                ids = self.decoder(plain, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text", plain, None, ids, empty, empty))
-            if match:
-                content, at = self.neutralize(match[2]), match.end()
-                ids = self.decoder(content, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content, k)))
+        segments = []
+        for part, label in split_docs(text):
+            part, packed = self.neutralize(part), (np.zeros((0, k), dtype=np.int64),) * 2
+            if label is not None:
+                label, packed = self.neutralize(label), self.pack(part, k)
+            if part or label is not None:
+                ids = self.decoder(part, add_special_tokens=False)["input_ids"]
+                segments.append(Segment("text" if label is None else "doc", part, label, ids, *packed))
         return segments
 
 
@@ -3365,10 +3372,15 @@ class Prompt:
     chunks: list[Chunk]
     blocks: list[tuple[int, int]]  # tokens of each document, its tags included
 
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(L,) the tokens of each chunk."""
+        return np.asarray([chunk.tokens for chunk in self.chunks], dtype=np.int64)
+
     @property
     def context_tokens(self) -> int:
         """Tokens of all contents, the tags left out."""
-        return sum(chunk.tokens for chunk in self.chunks)
+        return int(self.sizes.sum())
 
 
 class Doc(NamedTuple):
@@ -3376,7 +3388,17 @@ class Doc(NamedTuple):
 
     label: str  # the id in its tag
     content: str  # neutralised
-    ends: np.ndarray  # (L,), characters
+    chunks: ChunkTable
+    row: int | None = None  # in the index it comes from
+
+
+class Context(NamedTuple):
+    """A question over documents: the full-text prompt, in which chunks are numbered through all of them."""
+
+    question: str
+    prompt: Prompt
+    docs: list[Doc]
+    left_out: int = 0  # documents that did not fit
 
 
 def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
@@ -3427,9 +3449,9 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     chunks: list[Chunk] = []
     docs = [piece for piece in pieces if isinstance(piece, Doc)]
     for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
-        marks = first_tokens(tokens, base + at + np.concatenate([[0], doc.ends])).tolist()
-        edges = [0, *doc.ends.tolist()]
-        chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(doc.ends))]
+        edges = [0, *doc.chunks.ends.tolist()]
+        marks = first_tokens(tokens, base + at + np.asarray(edges)).tolist()
+        chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(edges) - 1)]
     blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
     return Prompt(text, tokens.ids, chunks, blocks)
 
@@ -3440,6 +3462,46 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
         return [f"{ASK_WITHOUT_CONTEXT}Question: {question}"]
     spaced = [piece for doc in docs for piece in (doc, "\n")]
     return [ASK_WITH_CONTEXT, *spaced, f"\nQuestion: {question}"]
+
+
+def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, tokenizer: RefragTokenizer,
+              index: Index | None = None, encoder: str | None = None) -> list[Doc]:
+    """Documents, best first, with chunks of k tokens: those of the index where it holds such, else cut now.
+
+    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`.
+    """
+    tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
+    cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
+    tables = [table or ChunkTable(*next(cuts)[1:], None, None) for table in tables]
+    return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
+
+
+def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
+                 system: str = "") -> Context:
+    """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    while True:
+        prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
+        if prompt.context_tokens <= ctx_max:
+            return Context(question, prompt, kept, len(docs) - len(kept))
+        counts = np.bincount([chunk.doc for chunk in prompt.chunks], prompt.sizes, minlength=len(kept))
+        kept = kept[: min(int((np.cumsum(counts) <= ctx_max).sum()), len(kept) - 1)]
+
+
+def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
+    """The same for --prompt, whose documents stand in the text. Raises UserError if they exceed ctx_max tokens."""
+    pieces: list[str | Doc] = []
+    for part, label in split_docs(text.strip()):
+        part = tokenizer.neutralize(part)
+        if label is not None:
+            [doc] = make_docs([part], [None], k, tokenizer)
+            pieces.append(doc._replace(label=tokenizer.neutralize(label)))
+        elif part:
+            pieces.append(part)
+    prompt = build_prompt(tokenizer, pieces)
+    require(prompt.context_tokens <= ctx_max,
+            f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
+    return Context(text, prompt, [piece for piece in pieces if isinstance(piece, Doc)])
 
 
 def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
@@ -3553,14 +3615,14 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def show_plan(prompt: Prompt, plan: np.ndarray, tokenizer: RefragTokenizer, contents: Sequence[str]) -> str:
+def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
     for is_vector, group in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
         values = list(group)
         if is_vector:
-            chunks = [prompt.chunks[-v - 1] for v in values]
-            parts += [f"[[{contents[c.doc][c.start : c.end]}]]" for c in chunks]
+            chunks = [context.prompt.chunks[-v - 1] for v in values]
+            parts += [f"[[{context.docs[c.doc].content[c.start : c.end]}]]" for c in chunks]
         else:
             parts.append(tokenizer.decoder.decode(values))
     return "".join(parts)
@@ -4758,17 +4820,16 @@ class GateInput(NamedTuple):
     seed: int
 
 
-def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str], tables: Sequence[ChunkTable],
-               index: Index | None, seed: int = 0, prompt: Prompt | None = None,
-               decoder: nn.Module | None = None) -> GateInput:
-    """contents and tables: of the documents, by rank; there are vectors only if all tables have them."""
-    texts = [content[a:b] for content, table in zip(contents, tables, strict=True)
-             for a, b in itertools.pairwise([0, *table.ends.tolist()])]
+def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, index: Index | None, seed: int = 0,
+               prompt: Prompt | None = None, decoder: nn.Module | None = None) -> GateInput:
+    """What a gate may look at; there are vectors only if all documents have them."""
+    tables = [doc.chunks for doc in docs]
+    texts = [doc.content[a:b] for doc in docs for a, b in itertools.pairwise([0, *doc.chunks.ends.tolist()])]
     has_vectors = query is not None and all(table.gate is not None for table in tables)
     vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
-    docs = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
+    numbers = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
     idf = index.idf if index is not None and index.bm25 is not None else None
-    return GateInput(question, query, vectors, texts, docs, idf, prompt, decoder, seed)
+    return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
 def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
@@ -5526,15 +5587,17 @@ def sentence_with(answer: str, text: str, question: str) -> str | None:
 class Asked(NamedTuple):
     """A question with its passages, before it is settled which of their chunks stay text."""
 
-    prompt: Prompt
-    docs: list[Doc]
+    context: Context
     content: Content
     target: np.ndarray  # tokens to be said
-    rows: list[int]  # of the passages, in the index
+
+    def answered(self, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
+        """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
+        return continue_plan(mixed_plan(self.context.prompt, expanded, feed), self.target, self.content)
 
 
 class AnswerPrompts:
-    """Makes sequences of a question, passages of an index and the answer to be said."""
+    """Asks questions over passages of an index, with the answer to be said."""
 
     def __init__(self, encoder: ChunkEncoder, index: Index, seq_tokens: int):
         """seq_tokens: of all passages together, at most."""
@@ -5544,33 +5607,23 @@ class AnswerPrompts:
         self.end = np.asarray([end])
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
-        """A question over the passages of some rows; the answer names the row `gold`."""
-        prompt, docs, cuts, kept = self.pack(question, shown, gold, k)
-        label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
-        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
-        chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
-        return Asked(prompt, docs, Content(chunks, self.encoder.inputs([doc.content for doc in docs], cuts)),
-                     np.concatenate([ids, self.end]), kept)
-
-    def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
-        """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
-        return continue_plan(mixed_plan(asked.prompt, expanded, feed), asked.target, asked.content)
-
-    def pack(self, question: str, shown: list[int], gold: int | None,
-             k: int) -> tuple[Prompt, list[Doc], list[Cut], list[int]]:
-        """The prompt, its documents, their chunks in encoder tokens, and their rows in the index.
+        """A question over the passages of some rows; the answer names the row `gold`.
 
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
         cuts = self.tokenizer.cut(contents, k)
-        lengths = [int(cut.sizes.sum()) for cut in cuts]
-        keep = list(range(len(contents)))
-        while len(keep) > 1 and sum(lengths[i] for i in keep) > self.seq_tokens:
+        keep = list(range(len(shown)))
+        while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], cuts[i].ends) for rank, i in enumerate(keep, start=1)]
-        prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
-        return prompt, docs, [cuts[i] for i in keep], [shown[i] for i in keep]
+        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:], None, None), shown[i])
+                for rank, i in enumerate(keep, start=1)]
+        context = make_context(self.tokenizer, question, docs)
+        label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
+        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
+        chunks = [context.prompt.input_ids[c.first : c.last] for c in context.prompt.chunks]
+        inputs = self.encoder.inputs([doc.content for doc in docs], [cuts[i] for i in keep])
+        return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
 
 
 class AnswerLessons(Lessons):
@@ -5622,9 +5675,9 @@ class AnswerLessons(Lessons):
             if quote_frac and rng.random() < quote_frac:  # where nothing is quoted, nothing is drawn
                 question, answer = self.quote(question, gold, answer)
         asked = self.prompts.ask(question, shown, gold, answer, k)
-        sequence = self.prompts.answered(asked, self.choose(item["question"], asked, p, k, rng))
+        sequence = asked.answered(self.choose(item["question"], asked.context, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}",
-                    tuple(asked.rows))
+                    tuple(doc.row for doc in asked.context.docs))
 
     def quote(self, question: str, gold: int, answer: str) -> tuple[str, str]:
         """A question with its answer, as one for the sentence that holds it; unchanged if none does."""
@@ -5636,24 +5689,23 @@ class AnswerLessons(Lessons):
         fewest, topk = self.sft.topk_min, self.search.topk
         return topk if fewest is None else int(rng.integers(fewest, topk + 1))
 
-    def choose(self, question: str, asked: Asked, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, question: str, context: Context, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
         """(L,) the chunks that stay text: those that the gate likes best, as in use, or some at random."""
-        chunks = asked.prompt.chunks
-        gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and asked.docs
-        scores = self.gate_scores(question, asked, k) if gated else rng.random(len(chunks))
-        return select_chunks(scores, np.asarray([chunk.tokens for chunk in chunks], dtype=np.int64), p)
+        gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and context.docs
+        scores = self.gate_scores(question, context.docs, k) if gated else rng.random(len(context.prompt.chunks))
+        return select_chunks(scores, context.prompt.sizes, p)
 
-    def gate_scores(self, question: str, asked: Asked, k: int) -> np.ndarray:
+    def gate_scores(self, question: str, docs: list[Doc], k: int) -> np.ndarray:
         """(L,) the gate's. Where the index has longer chunks alone, a chunk has the score of the one it lies in."""
-        stored = self.index.manifest["chunking"]["k"]
-        tables = [self.index.chunk_table(row, k) or self.index.chunk_table(row, stored) for row in asked.rows]
-        embedder = self.searcher.embedder
+        stored, embedder = self.index.manifest["chunking"]["k"], self.searcher.embedder
+        tables = [self.index.chunk_table(doc.row, k) or self.index.chunk_table(doc.row, stored) for doc in docs]
         query = embedder.embed_query(question)[0] if embedder is not None else None
-        given = gate_input(question, query, [doc.content for doc in asked.docs], tables, self.index)
+        wide = [doc._replace(chunks=table) for doc, table in zip(docs, tables, strict=True)]
+        given = gate_input(question, wide, query, self.index)
         scores = self.gate.scores(given) if self.gate is not None and given.vectors is not None else blend_scores(given)
         counts = [len(table.ends) for table in tables]
-        places = [base + np.searchsorted(table.ends[:-1], doc.ends) for base, table, doc in
-                  zip(np.cumsum([0, *counts[:-1]]), tables, asked.docs, strict=True)]
+        places = [base + np.searchsorted(table.ends[:-1], doc.chunks.ends) for base, table, doc in
+                  zip(np.cumsum([0, *counts[:-1]]), tables, docs, strict=True)]
         return scores[np.concatenate(places)]
 
     def exam(self) -> dict[str, list[Item]]:
@@ -6427,13 +6479,13 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     for number, (question, rows) in progress(pairs, "features", total=len(questions), unit="question"):
         rows = rows[:topk]
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
-        tables = [index.chunk_table(row, chunking.k) for row in rows]
+        docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
         right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
-        gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
+        gold = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, question["answers"])
         if gold:
             query = searcher.embedder.embed_query(question["question"])[0]
-            given = gate_input(question["question"], query, contents, tables, index)
-            sizes = np.concatenate([table.sizes for table in tables]).astype(np.int64)
+            given = gate_input(question["question"], docs, query, index)
+            sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
             slim = given._replace(texts=[], vectors=given.vectors.astype(np.float16))
             examples.append(GateExample(number, slim, chunk_features(given), sizes, gold))
     return examples
@@ -6542,15 +6594,15 @@ class AnswerReader:
         right = right_rows(index, question, rows)[0]
         answer = [*answers_in(index, question, right), question["answers"][0]][0]
         asked = self.prompts.ask(question["question"], rows, right, answer, self.k)
-        require(len(asked.rows) == len(rows), f"--topk {self.topk}: the passages for question {question['id']} take "
-                f"more than the decoder's window of {self.model.window}: lower it")
+        require(len(asked.context.docs) == len(rows), f"--topk {self.topk}: the passages for question {question['id']} "
+                f"take more than the decoder's window of {self.model.window}: lower it")
         return asked
 
     @torch.inference_mode()
     def log_probabilities(self, asked: Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
-        rows = [[self.prompts.answered(asked, mask, feed)] for mask in masks]
+        rows = [[asked.answered(mask, feed)] for mask in masks]
         batch = checked_batch(self.model, rows, self.packs).to(next(self.model.parameters()).device)
         logits = self.model(batch).logits.float()
         logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
@@ -6908,22 +6960,27 @@ def settled_length(text: str) -> int:
     return len(body[:at].rstrip() if is_mark else body)
 
 
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first stop string in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
 class TextStream:
     """Turns the growing tokens of an answer into text, shown as soon as it can not change any more.
 
-    Held back are an unfinished character, a citation at the end, which `Pipeline.cite` may replace, and what may be
-    the beginning of a stop string. write: receives new text; True asks for no more.
+    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may be the
+    beginning of a stop string. write: receives new text; True asks for no more.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None]):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
     def text(self, tokens: list[int]) -> str:
         """The text of an answer up to the first stop string."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        self.stopped = bool(ends)
-        return text[: min(ends, default=len(text))].lstrip()
+        kept = before_stop(text, self.stops)
+        self.stopped = len(kept) < len(text)
+        return kept.lstrip()
 
     def __call__(self, tokens: list[int]) -> bool | None:
         """Write what is new. Returns True when the answer is to end."""
@@ -6940,7 +6997,7 @@ class TextStream:
     def show(self, text: str) -> bool | None:
         """Write an answer's text beyond what was written."""
         new, self.shown = text[len(self.shown) :], max(text, self.shown, key=len)
-        return self.write(new)
+        return self.write(new) if self.write is not None else None
 
 
 def normalize_answer(text: str) -> str:
@@ -7041,252 +7098,229 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
     return min(options, key=lambda label: len(options[label])), state
 
 
-class Packed(NamedTuple):
-    """What `pack_docs` makes of passages."""
+def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Callable[[], str],
+         stops: Sequence[str] = ()) -> tuple[str, str | None]:
+    """(an answer with its citation, the label if it was not the decoder's own).
 
-    docs: list[Doc]
-    prompt: Prompt
-    dropped: int  # passages that did not fit --ctx_max
-    rows: list[int | None]  # of the documents in the index; None for documents that stand in --prompt
+    labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
+    A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
+    document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
+    """
+    plain, begun = split_citation(answer, labels)
+    bare = without_citations(plain, labels)
+    if not seen or abstains(bare):
+        return bare, None
+    named = [label for label, forged in cited_labels(answer, labels) if not forged]
+    holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
+    answer = answer if begun is None else plain
+    if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
+        answer, chosen = plain, holding[0]
+    elif begun in seen:
+        chosen = begun
+    elif named:
+        return answer, None
+    else:
+        chosen = choose()
+    cited = f"{answer} [{chosen}]"
+    return (cited, chosen) if before_stop(cited, stops) == cited else (plain, None)
 
 
-@dataclass
-class Context:
-    """One question on its way through the pipeline."""
+class Choice(NamedTuple):
+    """What of a context the decoder is fed."""
 
-    item: dict[str, Any]
-    passages: list[Passage]
-    packed: Packed
-    scores: np.ndarray  # (L,)
-    expanded: np.ndarray  # (L,) bool
+    expanded: np.ndarray  # (L,) bool, the chunks that stay text
+    kept: np.ndarray  # (T,) bool, the prompt's tokens that are fed as such
     plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
-    kept: np.ndarray  # (T,) bool, the prompt's tokens among them
-    seconds: dict[str, float]
-    kv_bytes: int = 0  # its share of the decoder's cache after the prefill
-
-    @property
-    def labels(self) -> list[str]:
-        """The ids the prompt gives its documents."""
-        return [doc.label for doc in self.packed.docs]
-
-    @functools.cached_property
-    def read(self) -> list[str]:
-        """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
-        prompt = self.packed.prompt
-        vectors = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
-        tokens, kept = np.zeros((2, len(self.packed.docs)), dtype=np.int64)
-        for chunk in prompt.chunks:
-            tokens[chunk.doc] += chunk.tokens
-            kept[chunk.doc] += self.kept[chunk.first : chunk.last].sum()
-        return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
-                for doc, (total, n) in enumerate(zip(tokens, kept, strict=True))]
 
 
-class Pipeline:
-    """Question in, cited answer out: everything that is loaded, and the settings."""
+def choose(prompt: Prompt, scores: np.ndarray, mode: str, p: float, floor: int = 0, feed: bool = True) -> Choice:
+    """What is fed in a mode. scores: (L,); feed False: what does not stay text is left out."""
+    expanded = np.ones(len(prompt.chunks), dtype=bool)
+    if mode not in ("full", "none"):
+        expanded = select_chunks(scores, prompt.sizes, p, floor)
+    plan = mixed_plan(prompt, expanded, feed)
+    if mode != "truncate":
+        return Choice(expanded, text_mask(prompt, expanded), plan)
+    kept = truncated_mask(prompt, len(plan))
+    expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
+    return Choice(expanded, kept, prompt.input_ids[kept])
 
-    def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
-                 pack: PackConfig, generate: GenerateConfig, runtime: RuntimeConfig):
-        self.model, self.searcher, self.embedder = model, searcher, embedder
-        self.search, self.pack, self.generate, self.runtime = search, pack, generate, runtime
-        self.tokenizer = model.encoder.tokenizer
-        self.device = next(model.decoder.parameters()).device
-        self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
-        self.sampler = torch.Generator().manual_seed(runtime.seed)
-        self.system = ""  # a system message for every prompt
-        self.load_s, self.checkpoint = 0.0, None  # `load_pipeline` knows
-        self.batches = False  # warm_up finds out
-        index = searcher.index if searcher else None
-        built = index.manifest["chunking"] if index else {}
-        self.stored = index if built.get("tokenizer") == self.tokenizer.fingerprint else None
-        self.stored_encoder = built.get("encoder")
-        if self.stored_encoder not in (None, model.encoder.fingerprint):
-            raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
-                                "it was built with, or build it again")
 
-    @property
-    def gate(self) -> str:
-        """The gate's name, --heuristic and auto resolved."""
-        name = "ppl" if self.pack.heuristic else self.pack.gate
-        return name if name != "auto" else "learned" if self.trained_gates["learned"] is not None else "blend"
+@dataclass(frozen=True)
+class Settings:
+    """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
 
-    @functools.cached_property
-    def trained_gates(self) -> dict[str, QueryGate | None]:
-        """The gates that have weights."""
-        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
-        return {name: gate and gate.to(self.device) for name, gate in gates.items()}
+    search: SearchConfig
+    pack: PackConfig
+    generate: GenerateConfig
+    stop_tokens: frozenset[int]
+    sampler: torch.Generator
+    system: str = ""  # a system message
 
-    @functools.cached_property
-    def stepper(self) -> Any:
-        """What takes the steps after the first token, None for the decoder itself."""
-        return make_stepper(self.model.decoder, self.runtime.engine)
-
-    @property
-    def feed(self) -> bool:
-        """Whether compressed chunks are fed as vectors, or left out."""
-        return self.pack.compressed == "feed" or (self.pack.compressed == "auto" and self.model.trained)
+    def but(self, **changes: Any) -> Settings:
+        """The same with other values of some fields or of some options in them."""
+        for name in ("search", "pack", "generate"):
+            options = getattr(self, name)
+            own = {key: changes.pop(key) for key in options.__dataclass_fields__ if key in changes}
+            changes[name] = dataclasses.replace(changes.get(name, options), **own)
+        return dataclasses.replace(self, **changes)
 
     @property
     def chooses(self) -> bool:
         """Whether there are chunks to be chosen; not where all or none stay text."""
-        return self.gate != "none" and self.pack.mode not in ("full", "none") and self.pack.p not in (0.0, 1.0)
+        return self.pack.gate != "none" and self.pack.mode in ("refrag", "truncate") and 0 < self.pack.p < 1
 
-    def check_gate(self, name: str) -> None:
-        """Raise UserError if a gate needs weights that are not there."""
-        require(name not in TRAINED_GATES or self.trained_gates[name] is not None, f"--gate {name}: there is none "
-                f"trained for these models and this index: make one with train_{TRAINED_GATES.get(name)}, or use "
-                "--gate blend")
-
-    def variant(self, *, search: SearchConfig | None = None, generate: GenerateConfig | None = None,
-                **changes: Any) -> Pipeline:
-        """The same loaded models with other settings. changes: fields of PackConfig."""
-        other = copy.copy(self)
-        other.search, other.generate = search or self.search, generate or self.generate
-        other.pack = dataclasses.replace(self.pack, **changes)
-        return other
-
-    # -- stages, in order ----------------------------------------------------
-
-    def retrieve(self, item: dict[str, Any]) -> list[Passage]:
-        """Passages for a question; none without an index or in mode none."""
-        if self.searcher is None or self.pack.mode == "none":
-            return []
-        return self.searcher.search(item["question"], self.search.topk, self.search.hops)
-
-    def stored_table(self, row: int) -> ChunkTable | None:
-        """The index's chunks of a passage, with the encoder's states where they are those that it would compute."""
-        usable = self.model.encoder.serves(self.pack.k, self.stored.manifest["chunking"]["k"])
-        return self.stored.chunk_table(row, self.pack.k, self.stored_encoder if usable else None)
-
-    def chunk_tables(self, contents: list[str], rows: Sequence[int | None], needs: set[str]) -> list[ChunkTable]:
-        """Chunk tables of contents: the index's where they hold what is needed ("gate", "states"), else made now."""
-        tables: list[ChunkTable | None] = []
-        for row in rows:
-            table = None
-            if self.stored is not None and row is not None:
-                table = self.stored_table(row)
-            complete = table is not None and all(getattr(table, need) is not None for need in needs)
-            tables.append(table if complete else None)
-        waiting = [i for i, table in enumerate(tables) if table is None]
-        if waiting:
-            chunking = Chunking(self.pack.k, self.tokenizer, self.model.encoder if "states" in needs else None)
-            embedder = self.embedder if "gate" in needs else None
-            _, made = chunk_tables([contents[i] for i in waiting], chunking, embedder, 32)
-            for i, table in zip(waiting, made, strict=True):
-                tables[i] = table
-        return tables
-
-    def pack_docs(self, item: dict[str, Any], passages: list[Passage]) -> Packed:
-        """Documents and the full-text prompt, without the lowest-ranked passages that do not fit --ctx_max."""
-        if self.generate.prompt is not None:
-            return self.pack_literal(item["question"])
-        contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
-        rows: list[int | None] = [p.row for p in passages]
-        tables = self.chunk_tables(contents, rows, set())
-        docs = [Doc(str(p.rank), c, t.ends) for p, c, t in zip(passages, contents, tables, strict=True)]
-        question, system = (self.tokenizer.neutralize(text.strip()) for text in (item["question"], self.system))
-        kept = len(docs)
-        prompt = build_prompt(self.tokenizer, question_pieces(question, docs), system)
-        while kept and prompt.context_tokens > self.pack.ctx_max:
-            counts = np.bincount([c.doc for c in prompt.chunks], [c.tokens for c in prompt.chunks], minlength=kept)
-            kept = min(int((np.cumsum(counts) <= self.pack.ctx_max).sum()), kept - 1)
-            prompt = build_prompt(self.tokenizer, question_pieces(question, docs[:kept]), system)
-        return Packed(docs[:kept], prompt, len(docs) - kept, rows[:kept])
-
-    def pack_literal(self, text: str) -> Packed:
-        """The same for --prompt, whose documents stand in the text."""
-        pieces: list[str | Doc] = []
-        for segment in self.tokenizer.parse_and_tokenize(text.strip()):
-            if segment.kind == "text":
-                pieces.append(segment.text)
-            else:
-                [cut] = self.tokenizer.cut([segment.text], self.pack.k)
-                pieces.append(Doc(segment.doc_id, segment.text, cut.ends))
-        docs = [piece for piece in pieces if isinstance(piece, Doc)]
-        prompt = build_prompt(self.tokenizer, pieces)
-        require(prompt.context_tokens <= self.pack.ctx_max,
-                f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {self.pack.ctx_max}")
-        return Packed(docs, prompt, 0, [None] * len(docs))
-
-    def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
-        """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
-        if not self.chooses or not packed.docs:
-            return np.zeros(len(packed.prompt.chunks))
-        given = self.gate_input(item, packed)
-        return self.trained_gates[self.gate].scores(given) if self.gate in TRAINED_GATES else GATES[self.gate](given)
-
-    def gate_input(self, item: dict[str, Any], packed: Packed) -> GateInput:
-        """What the gate may look at."""
-        contents, query = [doc.content for doc in packed.docs], None
-        needs = {"gate"} if self.gate in VECTOR_GATES and self.embedder is not None else set()
-        tables = self.chunk_tables(contents, packed.rows, needs)
-        if needs:
-            query = self.embedder.embed_query(item["question"])[0]
-        return gate_input(item["question"], query, contents, tables, self.searcher and self.searcher.index,
-                          self.runtime.seed, packed.prompt, self.model.decoder)
-
-    def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(expanded (L,), plan (P,), kept (T,)): what the decoder is fed in the pipeline's mode, see `Context`."""
-        tokens = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
-        if self.pack.mode in ("full", "none"):
-            expanded = np.ones(len(tokens), dtype=bool)
-        elif self.gate == "none":
-            expanded = np.zeros(len(tokens), dtype=bool)
-        else:
-            expanded = select_chunks(scores, tokens, self.pack.p, self.pack.floor)
-        plan = mixed_plan(prompt, expanded, self.feed)
-        if self.pack.mode != "truncate":
-            return expanded, plan, text_mask(prompt, expanded)
-        kept = truncated_mask(prompt, len(plan))
-        expanded = np.asarray([kept[c.first : c.last].all() for c in prompt.chunks], dtype=bool)
-        return expanded, prompt.input_ids[kept], kept
+    def pick(self, logits: Tensor) -> Tensor:
+        """The next tokens (B,) from logits (B, V)."""
+        return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
 
     @property
     def citation_room(self) -> int:
         """Positions that a citation chosen after the answer may take."""
         return CITATION_TOKENS if self.generate.cite and self.pack.mode != "none" else 0
 
-    def fits_window(self, positions: int) -> bool:
-        """Whether prompt, answer and a citation after it are within what the decoder was built for."""
-        needed = positions + self.generate.max_new + self.citation_room
-        return self.model.window is None or needed <= self.model.window
 
-    def check_window(self, positions: int) -> None:
-        """Raises TooLongError when prompt and answer exceed what the decoder was built for."""
-        if not self.fits_window(positions):
-            citation = f" and a citation {self.citation_room}" if self.citation_room else ""
-            raise TooLongError(
-                f"the prompt takes {positions} positions, --max_new {self.generate.max_new}{citation}; the decoder's "
-                f"window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+@dataclass
+class Reading:
+    """A question ready for the decoder."""
 
-    def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
-        """Everything before the prefill. Returns the context and the decoder's inputs (T, D)."""
-        watch = Stopwatch(self.device)
-        if self.embedder is not None:
-            self.embedder.queries.clear()  # so that a question asked again takes as long as at first
-        with watch.stage("retrieve_s"):
-            passages = self.retrieve(item)
-        with watch.stage("pack_s"):
-            packed = self.pack_docs(item, passages)
-        with watch.stage("gate_s"):
-            scores = self.score(item, packed)
-            expanded, plan, kept = self.plan(packed.prompt, scores)
-        self.check_window(len(plan))
-        with watch.stage("vectors_s"):
-            states = self.states(packed, plan)
-        with watch.stage("pack_s"):
-            inputs = self.embed(packed.prompt, plan, states)
-        return Context(item, passages, packed, scores, expanded, plan, kept, watch.seconds), inputs
+    item: dict[str, Any]
+    passages: list[Passage]
+    context: Context
+    given: GateInput | None  # what the gate looked at
+    scores: np.ndarray  # (L,)
+    choice: Choice
+    inputs: Tensor  # (P, D)
+    seconds: dict[str, float]
 
-    def states(self, packed: Packed, plan: np.ndarray) -> np.ndarray:
+    @property
+    def labels(self) -> list[str]:
+        """The ids the prompt gives its documents."""
+        return [doc.label for doc in self.context.docs]
+
+    @functools.cached_property
+    def read(self) -> list[str]:
+        """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
+        prompt, plan, count = self.context.prompt, self.choice.plan, len(self.context.docs)
+        vectors = {prompt.chunks[-v - 1].doc for v in plan[plan < 0].tolist()}
+        docs = np.asarray([chunk.doc for chunk in prompt.chunks], dtype=np.int64)
+        kept = [self.choice.kept[chunk.first : chunk.last].sum() for chunk in prompt.chunks]
+        sums = (np.bincount(docs, weights, minlength=count) for weights in (prompt.sizes, kept))
+        return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
+                for doc, (total, n) in enumerate(zip(*sums, strict=True))]
+
+    @property
+    def seen(self) -> dict[str, str]:
+        """The contents of the documents that were read, by label."""
+        pairs = zip(self.context.docs, self.read, strict=True)
+        return {doc.label: doc.content for doc, read in pairs if read != "left out"}
+
+
+class Pipeline:
+    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given."""
+
+    def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
+                 pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None,
+                 checkpoint: str | None = None):
+        """stepper: takes the steps after the first token in the decoder's place; checkpoint: the digest to report."""
+        self.model, self.searcher, self.embedder = model, searcher, embedder
+        self.seed, self.stepper, self.checkpoint, self.load_s = seed, stepper, checkpoint, 0.0
+        self.tokenizer = model.encoder.tokenizer
+        self.device = next(model.decoder.parameters()).device
+        self.index = searcher.index if searcher else None
+        built = self.index.manifest["chunking"] if self.index else {}
+        self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
+        if built.get("encoder") not in (None, model.encoder.fingerprint):
+            raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
+                                "it was built with, or build it again")
+        self.settings = Settings(search, pack, generate, stop_tokens(model.decoder, self.tokenizer.decoder),
+                                 torch.Generator().manual_seed(seed))
+        self.settings = self.settings_for()
+        self.batches = True  # `warm_up` finds out
+
+    @functools.cached_property
+    def trained_gates(self) -> dict[str, QueryGate]:
+        """The gates with weights. Raises MismatchError if the checkpoint's are for another embedder."""
+        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
+        return {name: gate.to(self.device) for name, gate in gates.items() if gate is not None}
+
+    def settings_for(self, **changes: Any) -> Settings:
+        """The pipeline's settings with others in place of some, --gate and --compressed settled. Raises UserError.
+
+        changes: options of SearchConfig, PackConfig and GenerateConfig by name, and fields of `Settings`.
+        """
+        settings = self.settings.but(**changes)
+        gate = "ppl" if settings.pack.heuristic else settings.pack.gate
+        gate = gate if gate != "auto" else "learned" if "learned" in self.trained_gates else "blend"
+        require(gate not in TRAINED_GATES or gate in self.trained_gates, f"--gate {gate}: there is none trained for "
+                f"these models and this index: make one with train_{TRAINED_GATES.get(gate)}, or use --gate blend")
+        feed = settings.pack.compressed == "feed" or (settings.pack.compressed == "auto" and self.model.trained)
+        return settings.but(gate=gate, heuristic=False, compressed="feed" if feed else "drop")
+
+    # -- stages, in order ----------------------------------------------------
+
+    def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
+        """Passages for a question; none without an index or in mode none."""
+        if self.searcher is None or settings.pack.mode == "none":
+            return []
+        return self.searcher.search(item["question"], settings.search.topk, settings.search.hops)
+
+    def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
+        """A question over its passages, or over the documents that stand in --prompt."""
+        k, ctx_max = settings.pack.k, settings.pack.ctx_max
+        if settings.generate.prompt is not None:
+            return read_context(self.tokenizer, item["question"], k, ctx_max)
+        contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
+        docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=ctx_max, system=settings.system)
+
+    def states_at(self, k: int) -> str | None:
+        """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
+        built = self.stored.manifest["chunking"] if self.stored else {}
+        return built["encoder"] if built and self.model.encoder.serves(k, built["k"]) else None
+
+    def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
+        """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
+        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.gate if gate else doc.chunks.states) is None]
+        if not lacking:
+            return docs
+        chunking = Chunking(k, self.tokenizer, None if gate else self.model.encoder)
+        _, tables = chunk_tables([docs[i].content for i in lacking], chunking, self.embedder if gate else None, 32)
+        filled = dict(zip(lacking, tables, strict=True))
+        return [doc._replace(chunks=filled.get(i, doc.chunks)) for i, doc in enumerate(docs)]
+
+    def gate_input(self, context: Context, settings: Settings) -> GateInput | None:
+        """What the gate may look at; None where nothing is to be chosen."""
+        if not settings.chooses or not context.docs:
+            return None
+        docs, query = context.docs, None
+        if settings.pack.gate in VECTOR_GATES and self.embedder is not None:
+            docs = self.filled(docs, settings.pack.k, gate=True)
+            query = self.embedder.embed_query(context.question)[0]
+        return gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
+
+    def scores(self, context: Context, given: GateInput | None, settings: Settings) -> np.ndarray:
+        """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
+        if given is None:
+            return np.zeros(len(context.prompt.chunks))
+        gate = settings.pack.gate
+        return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given)
+
+    def choose(self, context: Context, scores: np.ndarray, settings: Settings) -> Choice:
+        """What the decoder is fed."""
+        pack = settings.pack
+        return choose(context.prompt, scores, pack.mode, pack.p if pack.gate != "none" else 0.0, pack.floor,
+                      pack.compressed == "feed")
+
+    def states(self, context: Context, plan: np.ndarray, k: int) -> np.ndarray:
         """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
-        if not len(plan) or plan.min() >= 0:
+        if (plan >= 0).all():
             return np.zeros((0, self.model.encoder.width), dtype=np.float32)
-        tables = self.chunk_tables([doc.content for doc in packed.docs], packed.rows, {"states"})
-        return np.concatenate([table.states for table in tables])[-plan[plan < 0] - 1]
+        docs = self.filled(context.docs, k, gate=False)
+        return np.concatenate([doc.chunks.states for doc in docs])[-plan[plan < 0] - 1]
 
     @torch.inference_mode()
-    def embed(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
+    def inputs(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
         """(P, D) the decoder's inputs for a plan. states: (n, E), of the chunks that it feeds, in its order."""
         chunks = [prompt.chunks[-v - 1] for v in plan[plan < 0].tolist()]
         ids = [prompt.input_ids[chunk.first : chunk.last] for chunk in chunks]
@@ -7294,13 +7328,47 @@ class Pipeline:
         parts = plan, np.concatenate([*ids, plan[:0]]), np.asarray([len(part) for part in ids], dtype=np.int64), states
         return self.model.embed(*(torch.as_tensor(part, device=self.device) for part in parts))[0]
 
+    def fits_window(self, positions: int, settings: Settings) -> bool:
+        """Whether prompt, answer and a citation after it are within what the decoder was built for."""
+        needed = positions + settings.generate.max_new + settings.citation_room
+        return self.model.window is None or needed <= self.model.window
+
+    def prepare(self, item: dict[str, Any], settings: Settings | None = None,
+                rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
+        """Everything before the prefill. Raises TooLongError when the decoder was not built for so much.
+
+        rescore: other scores (L,) in place of the gate's.
+        """
+        settings, watch = settings or self.settings, Stopwatch(self.device)
+        if self.embedder is not None:
+            self.embedder.queries.clear()  # so that a question asked again takes as long as at first
+        with watch.stage("retrieve_s"):
+            passages = self.retrieve(item, settings)
+        with watch.stage("pack_s"):
+            context = self.context(item, passages, settings)
+        with watch.stage("gate_s"):
+            given = self.gate_input(context, settings)
+            scores = self.scores(context, given, settings)
+            scores = scores if rescore is None else rescore(context, scores)
+            choice = self.choose(context, scores, settings)
+        if not self.fits_window(len(choice.plan), settings):
+            citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
+            raise TooLongError(
+                f"the prompt takes {len(choice.plan)} positions, --max_new {settings.generate.max_new}{citation}; the "
+                f"decoder's window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+        with watch.stage("vectors_s"):
+            states = self.states(context, choice.plan, settings.pack.k)
+        with watch.stage("pack_s"):
+            inputs = self.inputs(context.prompt, choice.plan, states)
+        return Reading(item, passages, context, given, scores, choice, inputs, watch.seconds)
+
     # -- answers ---------------------------------------------------------------
 
-    def warm_up(self) -> None:
-        """Run every part once, so that the first question pays for no lazy initialisation."""
+    def warm_up(self, since: float) -> None:
+        """Run every part once, so that the first question pays for no lazy initialisation. since: loading began."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
-        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.pack.k)
+        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.settings.pack.k)
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
@@ -7309,164 +7377,140 @@ class Pipeline:
         if self.stepper is not None:
             decode_one_token(self.model.decoder, logits.argmax(-1), self.stepper.adopt(state, 1))
         self.batches = all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
-        if self.gate in TRAINED_GATES:
-            gate = self.trained_gates[self.gate]
+        if self.settings.pack.gate in TRAINED_GATES:
+            gate = self.trained_gates[self.settings.pack.gate]
             vectors = np.ones((8, gate.shape["dim"]), dtype=np.float32)
-            one = gate_input("warm up", vectors[0], [], [], None)
+            one = gate_input("warm up", [], vectors[0], None)
             gate.scores(one._replace(vectors=vectors, texts=["warm"] * 8, docs=np.arange(8)))
+        self.load_s = time.perf_counter() - since
 
-    def answer(self, items: Sequence[dict[str, Any]],
-               on_text: Callable[[int, str], bool | None] | None = None) -> list[dict]:
+    def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
+               **changes: Any) -> dict[str, Any]:
+        """The JSON object of one answer. on_text: receives the answer as it grows; True ends it.
+
+        changes: see `settings_for`. Example: pipeline.answer("Who wrote De Materia Medica?", p=.05)["answer"]
+        """
+        return self.answer_batch([{"id": "1", "question": question}], self.settings_for(**changes), [on_text])[0]
+
+    def answer_batch(self, items: Sequence[dict[str, Any]], settings: Settings | None = None,
+                     writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
+        """Results for questions {id, question} that are decoded together. writers: see `generate`."""
+        return self.generate([self.prepare(item, settings) for item in items], settings, writers)
+
+    def generate(self, readings: Sequence[Reading], settings: Settings | None = None,
+                 writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
         """Results for questions that are decoded together.
 
-        on_text(number of the question, new text of its answer) is called as it grows; True ends this answer.
+        writers: for each question None, or what receives new text of its answer as it grows; True ends the answer.
         """
-        if len(items) > 1 and not self.batches:  # recurrent layers would read the padding
-            lives = [functools.partial(lambda row, _, text: on_text(row, text), row) if on_text else None
-                     for row in range(len(items))]
-            return [result for item, live in zip(items, lives, strict=True) for result in self.answer([item], live)]
-        prepared = [self.prepare(item) for item in items]
-        contexts, inputs = [c for c, _ in prepared], [x for _, x in prepared]
-        if self.generate.show_prompt:
-            for context in contexts:
-                contents = [doc.content for doc in context.packed.docs]
-                notice(show_plan(context.packed.prompt, context.plan, self.tokenizer, contents))
-        decoder, watch = self.model.decoder, Stopwatch(self.device)
-        write, stops = on_text or (lambda row, text: None), self.generate.stop
-        streams = [TextStream(self.tokenizer.decoder, stops, functools.partial(write, row))
-                   for row in range(len(items))]
+        settings, writers = settings or self.settings, writers or [None] * len(readings)
+        if len(readings) > 1 and not self.batches:  # recurrent layers would read the padding
+            return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
+        decoder, watch, options = self.model.decoder, Stopwatch(self.device), settings.generate
+        if options.show_prompt:
+            for reading in readings:
+                notice(show_plan(reading.context, reading.choice.plan, self.tokenizer))
+        streams = [TextStream(self.tokenizer.decoder, options.stop, write) for write in writers]
         with watch.stage("prefill_s"):
-            logits, state = prefill(decoder, inputs)
-        for context in contexts:
-            context.kv_bytes = cache_bytes(state.cache) // len(contexts)
-        start = watch.clock()
-        outs, state = decode(decoder, logits, state, max_new=self.generate.max_new, stops=self.stops, pick=self.pick,
-                             watch=watch, stepper=self.stepper,
-                             on_token=(lambda b, tokens: streams[b](tokens)) if on_text or stops else None)
+            logits, state = prefill(decoder, [reading.inputs for reading in readings])
+        kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
+        listens = any(writers) or options.stop
+        outs, state = decode(decoder, logits, state, max_new=options.max_new, stops=settings.stop_tokens,
+                             pick=settings.pick, watch=watch, stepper=self.stepper,
+                             on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
+
+        def choose(row: int, pending: list[int], labels: list[str]) -> str:
+            nonlocal state
+            chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, labels)
+            return chosen
+
         results = []
-        for row, (context, out, stream) in enumerate(zip(contexts, outs, streams, strict=True)):
-            context.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
-            answer = stream.text(out.tokens).rstrip()
-            pending = [] if out.ended else out.tokens[-1:]
-            answer, chosen, state = self.cite(context, answer, state, row, pending)
-            results.append(self.result(context, out._replace(ended=out.ended or stream.stopped), answer, chosen))
+        for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
+            reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
+            answer, chosen = stream.text(out.tokens).rstrip(), None
+            if options.cite and reading.labels:
+                pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
+                answer, chosen = cite(answer, reading.labels, seen, functools.partial(choose, row, pending, list(seen)),
+                                      options.stop)
+            out = out._replace(ended=out.ended or stream.stopped)
+            results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
             stream.show(answer)
         return results
 
-    def pick(self, logits: Tensor) -> Tensor:
-        """Sample as the settings say."""
-        return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
-
-    def cite(self, context: Context, answer: str, state: State, row: int,
-             pending: Sequence[int]) -> tuple[str, str | None, State]:
-        """(the answer with its citation, the label if it was not the decoder's own, the decoder's state).
-
-        A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
-        document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
-        row, pending: see `choose_citation`.
-        """
-        if not self.generate.cite or not context.labels:
-            return answer, None, state
-        plain, begun = split_citation(answer, context.labels)
-        seen = {doc.label: doc.content for doc, read in zip(context.packed.docs, context.read, strict=True)
-                if read != "left out"}
-        bare = without_citations(plain, context.labels)
-        if not seen or abstains(bare):
-            return bare, None, state
-        named = [label for label, forged in cited_labels(answer, context.labels) if not forged]
-        holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
-        answer = answer if begun is None else plain
-        if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
-            answer, chosen = plain, holding[0]
-        elif begun in seen:
-            chosen = begun
-        elif named:
-            return answer, None, state
-        else:
-            chosen, state = choose_citation(self.model.decoder, self.tokenizer.decoder, state, row, pending, list(seen))
-        if any(stop in f"{answer} [{chosen}]" for stop in self.generate.stop):
-            return plain, None, state
-        return f"{answer} [{chosen}]", chosen, state
-
-    def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
+    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
+               kv_bytes: int) -> dict[str, Any]:
         """The JSON object of one answer."""
-        docs, prompt, dropped, _ = context.packed
-        source = dict(zip(context.labels, context.passages, strict=False))  # --prompt's documents have no passage
-        ids = {label: source[label].id if label in source else label for label in context.labels}
-        numbered = list(zip(prompt.chunks, context.scores, context.expanded, strict=True))
-        read = dict(zip(context.labels, context.read, strict=True))
+        context, labels, expanded = reading.context, reading.labels, reading.choice.expanded
+        source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
+        ids = {label: source[label].id if label in source else label for label in labels}
+        read = dict(zip(labels, reading.read, strict=True))
         citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
                       "label": label, "read": read.get(label), "expanded": read.get(label) in ("text", "partly"),
                       "forged": forged, "chosen": label == chosen}
-                     for label, forged in (cited_labels(answer, context.labels) if context.labels else ())]
-        chunks = [{"passage_id": ids[docs[chunk.doc].label], "start": chunk.start, "end": chunk.end,
-                   "score": round(float(score), 6), "expanded": bool(expanded)}
-                  for chunk, score, expanded in numbered]
-        if self.generate.explain:
-            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(context), strict=True)]
-        return {"id": context.item["id"], "question": context.item["question"], "answer": answer,
+                     for label, forged in (cited_labels(answer, labels) if labels else ())]
+        chunks = [{"passage_id": ids[labels[chunk.doc]], "start": chunk.start, "end": chunk.end,
+                   "score": round(score, 6), "expanded": stays}
+                  for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(), expanded.tolist(),
+                                                 strict=True)]
+        if settings.generate.explain:
+            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
+        return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": read[label]} for label, p in source.items() if label in read],
-                "dropped_passages": dropped, "citations": citations, "chunks": chunks, "ended": out.ended,
-                "metrics": self.metrics(context, out), "settings": self.settings()}
+                "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
+                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(settings)}
 
-    def explain(self, context: Context) -> list[dict[str, Any]]:
+    def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        prompt = context.packed.prompt
-        if self.pack.mode != "refrag" or not self.chooses:
-            return [{"why": f"{'text' if opened else 'compressed'}: no choice to make", "shares": {}}
-                    for opened in context.expanded]
-        shares: dict[str, np.ndarray] = {}
-        if self.gate == "learned":
-            shares = self.trained_gates["learned"].shares(self.gate_input(context.item, context.packed))
-        sizes = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
-        reasons = selection_reasons(context.scores, sizes, self.pack.p, self.pack.floor)
+        if settings.pack.mode != "refrag" or not settings.chooses:
+            return [{"why": f"{'text' if stays else 'compressed'}: no choice to make", "shares": {}}
+                    for stays in reading.choice.expanded]
+        learned = settings.pack.gate == "learned" and reading.given is not None
+        shares = self.trained_gates["learned"].shares(reading.given) if learned else {}
+        reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.pack.p, settings.pack.floor)
         return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, why in enumerate(reasons)]
 
-    def metrics(self, context: Context, out: Decoded) -> dict[str, Any]:
+    def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
         """Times and sizes as section 7 of the definitions has them; times in seconds."""
-        prompt = context.packed.prompt
-        opened = sum(c.tokens for c, e in zip(prompt.chunks, context.expanded, strict=True) if e)
-        later = out.times[-1] - out.times[0]
-        steps = len(out.times) - 1
-        full = len(prompt.input_ids)
+        prompt, positions = reading.context.prompt, len(reading.choice.plan)
+        later, steps = out.times[-1] - out.times[0], len(out.times) - 1
+        full, context_tokens = len(prompt.input_ids), prompt.context_tokens
         return {
-            "ttft_s": round(sum(context.seconds.values()), 6),
+            "ttft_s": round(sum(reading.seconds.values()), 6),
             "ttit_s": round(later / steps, 6) if steps else None,
             "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
             "new_tokens": len(out.tokens),
-            "positions": len(context.plan),
+            "positions": positions,
             "full_positions": full,
-            "context_tokens": prompt.context_tokens,
-            "compression": round(full / len(context.plan), 4),
-            "kv_bytes": context.kv_bytes,
-            "p_realised": round(opened / max(prompt.context_tokens, 1), 6),
-            "stages": {name: round(context.seconds.get(name, 0.0), 6)
+            "context_tokens": context_tokens,
+            "compression": round(full / positions, 4),
+            "kv_bytes": kv_bytes,
+            "p_realised": round(int(prompt.sizes[reading.choice.expanded].sum()) / max(context_tokens, 1), 6),
+            "stages": {name: round(reading.seconds.get(name, 0.0), 6)
                        for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")},
             "load_s": round(self.load_s, 3),
             "peak_rss_mb": round(peak_rss_mb(), 1),
         }
 
-    def settings(self) -> dict[str, Any]:
+    def describe(self, settings: Settings) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
-        pack, search, generate, searcher = self.pack, self.search, self.generate, self.searcher
-        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": self.gate,
-                "compressed": "feed" if self.feed else "drop", "ctx_max": pack.ctx_max,
-                "index_dir": searcher and searcher.index.manifest["digest"][:16],
-                "retriever": searcher and searcher.retriever, "topk": search.topk, "hops": search.hops,
+        pack, search, generate, config = settings.pack, settings.search, settings.generate, self.model.config
+        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": pack.gate,
+                "compressed": pack.compressed, "ctx_max": pack.ctx_max,
+                "index_dir": self.index and self.index.manifest["digest"][:16],
+                "retriever": self.searcher and self.searcher.retriever, "topk": search.topk, "hops": search.hops,
                 "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
                 "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite,
-                "seed": self.sampler.initial_seed(),
-                "enc": self.model.config.encoder_name_or_path, "dec": self.model.config.decoder_name_or_path,
-                "load_dir": self.checkpoint, "projector_trained": self.model.trained,
+                "seed": settings.sampler.initial_seed(), "enc": config.encoder_name_or_path,
+                "dec": config.decoder_name_or_path, "load_dir": self.checkpoint,
+                "projector_trained": self.model.trained,
                 "engine": "model" if self.stepper is None else self.stepper.engine, "device": str(self.device),
                 "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
-    def compare(self, item: dict[str, Any],
-                on_text: Callable[[int, str], bool | None] | None = None) -> dict[str, Any]:
+    def compare(self, item: dict[str, Any], write: Callable[[str], bool | None] | None = None) -> dict[str, Any]:
         """An answer, with the full-context answer beside it and the ratio of their times to first token."""
-        [result] = self.answer([item], on_text)
-        [full] = self.variant(mode="full").answer([item])
+        [result] = self.answer_batch([item], self.settings, [write])
+        [full] = self.answer_batch([item], self.settings.but(mode="full"))
         result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
         result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
         return result
@@ -7478,7 +7522,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
-        index_manifest(index.index_dir)  # a folder that is none is told before anything is loaded
+        index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
     model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
         stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
@@ -7487,21 +7531,34 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
-    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime)
-    pipeline.stepper, pipeline.checkpoint = stepper.result(), checkpoint_digest(models)
-    pipeline.check_gate(pipeline.gate)
-    pipeline.warm_up()
-    pipeline.load_s = time.perf_counter() - start
-    if not pipeline.model.trained and pack.mode == "refrag":
-        notice(UNTRAINED[pipeline.feed] + for_others(models))
+    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result(),
+                        checkpoint_digest(models))
+    pipeline.warm_up(start)
+    if not model.trained and pack.mode == "refrag":
+        notice(UNTRAINED[pipeline.settings.pack.compressed] + for_others(models))
     return pipeline
 
 
 UNTRAINED = {
-    True: "the projector is untrained: chunk vectors are plain means of token embeddings",
-    False: "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
-           "token embeddings (--compressed feed to feed them)",
+    "feed": "the projector is untrained: chunk vectors are plain means of token embeddings",
+    "drop": "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
+            "token embeddings (--compressed feed to feed them)",
 }
+
+
+def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
+    """The pipeline of `generate`, with its flags as keywords: an index and the models are loaded and warmed up.
+
+    Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
+    """
+    configs, options = [], options | {"index_dir": None if index_dir is None else str(index_dir)}
+    for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
+        configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))
+    require(not options, f"no such option of generate: {', '.join(options)}")
+    require(index_dir is not None or configs[3].prompt is not None or configs[2].mode == "none",
+            "name the folder that `index` wrote")
+    prepare_runtime(configs[-1])
+    return load_pipeline(*configs)
 
 
 def check_generate(ask: QuestionConfig, index: IndexConfig, pack: PackConfig, generate: GenerateConfig) -> None:
@@ -7597,7 +7654,7 @@ def result_writer(generate: GenerateConfig, ask: QuestionConfig, runtime: Runtim
         print(dumps({"results": results} if many else results[0]))
 
 
-def write_text(row: int, text: str) -> None:
+def write_text(text: str) -> None:
     """Text of an answer on stdout at once."""
     say(text, end="")
 
@@ -7764,9 +7821,10 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
     live = write_text if generate.stream and not runtime.json and ask.questions is None else None
     with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
-        waiting = unanswered(questions, generate, pipeline.settings())
+        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
         for batch in progress(batched(waiting, generate.batch_size), "answering"):
-            for result in [pipeline.compare(batch[0], live)] if generate.compare else pipeline.answer(batch, live):
+            for result in ([pipeline.compare(batch[0], live)] if generate.compare else
+                           pipeline.answer_batch(batch, writers=[live] * len(batch))):
                 write(result)
 
 

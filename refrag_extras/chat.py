@@ -78,7 +78,7 @@ class Chat:
     """A conversation: questions and commands in, answers on stdout, all else on stderr."""
 
     def __init__(self, pipeline: Pipeline, as_json: bool):
-        self.pipeline, self.as_json = pipeline, as_json
+        self.pipeline, self.settings, self.as_json = pipeline, pipeline.settings, as_json
         self.turns: list[dict[str, Any]] = []  # results, with `asked`: the question as it was typed
         self.commands = {"docs": self.show_docs, "history": self.show_history, "clear": self.clear, "mode": self.mode,
                          "p": self.share, "save": self.save, "help": self.help}
@@ -119,8 +119,8 @@ class Chat:
         if asked != question:
             notice(f"asked as: {asked}")
         item = {"id": str(len(self.turns) + 1), "question": check_question(asked, "question")}
-        live = write_text if self.pipeline.generate.stream and not self.as_json else None
-        [result] = self.pipeline.answer([item], live)
+        live = write_text if self.settings.generate.stream and not self.as_json else None
+        [result] = self.pipeline.answer_batch([item], self.settings, [live])
         self.turns.append(result | {"asked": question})
         print(dumps(self.turns[-1])) if self.as_json else say(answer_text(result, shown=live is not None))
         sys.stdout.flush()
@@ -156,7 +156,7 @@ class Chat:
         """Change --mode."""
         require(rest in MODES, f"/mode: one of {', '.join(MODES)}, got {rest!r}")
         require(rest == "none" or self.pipeline.searcher is not None, "/mode: this chat was begun without an index")
-        self.pipeline = self.pipeline.variant(mode=rest)
+        self.settings = self.settings.but(mode=rest)
 
     def share(self, rest: str) -> None:
         """Change --p."""
@@ -164,9 +164,7 @@ class Chat:
             p = float(rest)
         except ValueError:
             raise UserError(f"/p: a share between 0 and 1, got {rest!r}") from None
-        changed = self.pipeline.variant(p=p)
-        changed.check_gate(changed.gate)
-        self.pipeline = changed
+        self.settings = self.settings.but(p=p)
 
     def save(self, rest: str) -> None:
         """Write the conversation."""

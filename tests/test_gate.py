@@ -135,8 +135,8 @@ def model(llama):
 def ppl(model, contents):
     """(prompt, scores) of documents by the ppl gate."""
     tokenizer = model.encoder.tokenizer
-    docs = [refrag.Doc(str(i), text, tokenizer.cut([text], 4)[0].ends) for i, text in enumerate(contents, 1)]
-    prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", docs))
+    docs = refrag.make_docs(contents, [None] * len(contents), 4, tokenizer)
+    prompt = refrag.make_context(tokenizer, "Why?", docs).prompt
     chunks = given_chunks([""] * len(prompt.chunks), [c.doc for c in prompt.chunks])
     return prompt, refrag.ppl_scores(chunks._replace(prompt=prompt, decoder=model.decoder))
 
@@ -591,9 +591,9 @@ def test_rewards_are_the_answers_log_probability(train, monkeypatch):
     assert code == 0, err
     reader, example = readers[0], readers[0].data.examples[1]
     asked = reader.ask(example)
-    mask = np.zeros(len(asked.prompt.chunks), dtype=bool)
+    mask = np.zeros(len(asked.context.prompt.chunks), dtype=bool)
     mask[[0, 2]] = True
-    ids = refrag.mixed_plan(asked.prompt, mask, feed=False)
+    ids = refrag.mixed_plan(asked.context.prompt, mask, feed=False)
     with torch.inference_mode():
         logits = reader.model.decoder(input_ids=torch.tensor([[*ids, *asked.target]])).logits[0].log_softmax(-1)
     logs = [logits[len(ids) - 1 + n, token].item() for n, token in enumerate(asked.target)]
