@@ -560,10 +560,10 @@ def test_a_folder_in_which_nothing_came_to_stand_goes_again(run, argv, tmp_path,
 
 
 def test_a_second_writer_is_told_so(run, argv, tmp_path):
-    with bench.bench_folder(str(tmp_path / "b")):
+    with refrag.run_folder(tmp_path / "b", True, bench.BENCH_FILES, "bench.json"):
         code, _, err = run(*argv("--out_dir", tmp_path / "b"))
     assert code == 75
-    assert err == f"error: --out_dir {tmp_path / 'b'} is being written by another process: wait for it to end\n"
+    assert err == f"error: run {tmp_path / 'b'} is being written by another process: wait for it to end\n"
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------
