@@ -102,8 +102,7 @@ class RefragError(Exception):
 
 
 class UserError(RefragError):
-    """Usage or bad input."""
-    code = 2
+    code = 2  # usage or bad input
 
 
 class TooLongError(UserError):
@@ -111,28 +110,23 @@ class TooLongError(UserError):
 
 
 class MissingError(RefragError):
-    """A model, library or device is not there."""
-    code = 3
+    code = 3  # a model, library or device is not there
 
 
 class CorruptError(RefragError):
-    """A file is damaged."""
-    code = 4
+    code = 4  # a file is damaged
 
 
 class MismatchError(RefragError):
-    """Files that do not belong together."""
-    code = 5
+    code = 5  # files that do not belong together
 
 
 class ExhaustedError(RefragError):
-    """Disk or memory ran out."""
-    code = 6
+    code = 6  # disk or memory ran out
 
 
 class LockedError(RefragError):
-    """Another process is writing."""
-    code = 75
+    code = 75  # another process is writing
 
 
 def require(condition: bool, message: str) -> None:
@@ -188,6 +182,10 @@ class Options:
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
             for item in value if isinstance(value, tuple) else () if value is None else (value,):
                 check_value(flag, item, f.metadata)
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError where options contradict each other."""
 
 
 class RuntimeConfig(Options):
@@ -207,7 +205,6 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    """What to index and how it is cut."""
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
                                   "per line; also gzipped), folders, or - for standard input",
                                   needed="name a file, a folder or - for standard input")
@@ -217,15 +214,13 @@ class CorpusConfig(Options):
     max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
                 f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
 
 class IndexConfig(Options):
-    """Which index, and by which retrievers."""
     index_dir: str | None = opt(None, "the index folder")
     retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; default hybrid, "
                                 "or what the index holds", choices=("hybrid", "dense", "bm25"))
@@ -234,7 +229,6 @@ class IndexConfig(Options):
 
 
 class BuildConfig(Options):
-    """How to build the index."""
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
@@ -244,7 +238,6 @@ class BuildConfig(Options):
 
 
 class ModelConfig(Options):
-    """Encoder and decoder."""
     dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
                           "SmolLM2-135M-Instruct, or the checkpoint's")
     enc: str | None = opt(None, "chunk encoder: decoder:N (the decoder's first N layers), bundled name, hub id or "
@@ -264,25 +257,21 @@ class ReaderConfig(ModelConfig):
 
 
 class SearchConfig(Options):
-    """How passages are found."""
     topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
     hops: int = opt(1, "rounds; each later query adds the best new passage's title and first sentence", low=1, high=8)
 
 
 class QuestionConfig(Options):
-    """What is asked."""
     question: str | None = opt(None, "the question")
     questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for stdin")
 
 
 class FormatConfig(Options):
-    """How search results are printed."""
     format: str = opt("text", "output form", choices=("text", "json", "trec"))
 
 
 class PackConfig(Options):
-    """Context packing."""
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
@@ -298,7 +287,6 @@ class PackConfig(Options):
 
 
 class GenerateConfig(Options):
-    """How the answer is decoded and shown."""
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
@@ -313,14 +301,12 @@ class GenerateConfig(Options):
     resume: bool = opt(False, "with --out: skip the questions already answered there")
     batch_size: int = opt(1, "questions decoded together", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
 class BenchConfig(Options):
-    """What is timed, side by side."""
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192),
                                     "context lengths in tokens; whole passages, as many as fit", low=1)
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
@@ -334,14 +320,12 @@ class BenchConfig(Options):
                         "what is asked each time")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.out_dir is None or not os.path.isfile(self.out_dir),
                 f"--out_dir {self.out_dir} is a file: name a folder")
 
 
 class TextConfig(Options):
-    """What is read in training."""
     train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
                                       needed="name a file of JSON lines with a text each", exists=True)
     eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, to evaluate during training", exists=True)
@@ -378,8 +362,7 @@ class TrainConfig(Options):
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
                 f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
         require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
@@ -387,21 +370,18 @@ class TrainConfig(Options):
 
 
 class ReconConfig(Options):
-    """The reconstruction phase."""
     curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
                           "sample counts, the same over even stages, or none (full length from the start)",
                           choices=("paper", "even", "none"))
 
 
 class NextConfig(Options):
-    """The next-paragraph phase."""
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
     distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
 
 
 class SftConfig(Options):
-    """Question answering on retrieved passages."""
     rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
                                needed="name a file of questions with answers", exists=True)
     eval_json: str | None = opt(None, "held-out questions of the same form, to evaluate during training", exists=True)
@@ -432,7 +412,6 @@ TEXT_TASKS = ("ppl", "recon")
 
 
 class EvalConfig(Options):
-    """What is evaluated, and against which controls."""
     task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
                     "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
@@ -457,8 +436,7 @@ class EvalConfig(Options):
     resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
                        "questions, add to it")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
@@ -489,21 +467,18 @@ class GateDataConfig(Options):
     limit: int | None = like(SftConfig, "limit")
     eval_limit: int = opt(600, "held-out questions at most", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         folder = Path(self.out_dir)
         require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
                 f"--out_dir {folder} is there already: name a new folder")
 
 
 class GateConfig(Options):
-    """How the gate learns."""
     epochs: int = opt(3, "times through the questions", low=1)
     batch_size: int = opt(32, "questions of an optimizer step", low=1)
 
 
 class PolicyConfig(Options):
-    """How the paper's policy learns."""
     steps: int = opt(200, "updates", low=1)
     batch_size: int = opt(4, "questions of an update", low=1)
     policy_lr: float = opt(1e-4, "learning rate", above=0)
@@ -512,16 +487,13 @@ class PolicyConfig(Options):
 
 
 class AnchorConfig(Options):
-    """What `align` shows."""
     text: str | None = opt(None, "the text to align", needed="give the text to align")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
 
 
 class ServeConfig(Options):
-    """The HTTP server."""
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
@@ -531,8 +503,7 @@ class ServeConfig(Options):
     waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
@@ -540,17 +511,14 @@ class ServeConfig(Options):
 
 
 class ExportConfig(Options):
-    """What is written for another engine."""
     out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(not Path(self.out_dir).exists(), f"--out_dir {self.out_dir} is there already: name a new folder")
 
 
 class DoctorConfig(Options):
-    """What to examine."""
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
 
 
@@ -613,7 +581,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """Raise UserError, naming where a bad value stands and the nearest known flag."""
         unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
-        near = difflib.get_close_matches(unknown.split(" ")[0].split("=")[0], flags, n=1)
+        near = difflib.get_close_matches(re.split("[ =]", unknown)[0], flags, n=1)
         if near:
             message += f" (did you mean {near[0]}?)"
         elif unknown and not unknown.startswith("-"):
@@ -649,18 +617,15 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
 
 
 def choose_command(argv: Sequence[str]) -> str:
-    """The command that a line begins with; without one, the help or the version is shown, or an error raised."""
-    if argv and argv[0] in COMMANDS:
-        return argv[0]
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    """The command that a line begins with. Without one, the help or the version is shown, or an error raised."""
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help)
-    rest = parser.parse_known_args(argv)[1]
-    require(not rest, f"unrecognized arguments: {' '.join(rest)} (options go after the command)")
-    parser.print_help(sys.stderr)
-    raise UserError(f"no command: name one of {', '.join(COMMANDS)}")
+        commands.add_parser(name, help=command.help, add_help=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+    return parser.parse_args(argv[:1]).command
 
 
 def read_config_file(path: str, command: str) -> dict[str, Any]:
@@ -681,18 +646,16 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
     return settings
 
 
+TRUTH = {"1": "", "true": "", "yes": "", "0": "no_", "false": "no_", "no": "no_"}  # -> --stream or --no_stream
+
+
 def as_words(parser: Parser, f: dataclasses.Field, kind: type, value: Any) -> list[str]:
     """An option of a file or the environment as it would stand on the command line."""
     if isinstance(f.default, tuple):
         return [f"--{f.name}", *map(str, value if isinstance(value, list) else str(value).split())]
-    if isinstance(value, list | dict):
-        parser.error(f"argument --{f.name}: {value} is not one value")
-    if kind is not bool:
-        return [f"--{f.name}={value}"]
-    truth = {"1": "", "true": "", "yes": "", "0": "no_", "false": "no_", "no": "no_"}.get(str(value).lower())
-    if truth is None:
-        parser.error(f"argument --{f.name}: {value!r} is not true or false")
-    return [f"--{truth}{f.name}"]
+    if isinstance(value, list | dict) or (kind is bool and str(value).lower() not in TRUTH):
+        parser.error(f"argument --{f.name}: {value!r} is not {'true or false' if kind is bool else 'one value'}")
+    return [f"--{TRUTH[str(value).lower()]}{f.name}" if kind is bool else f"--{f.name}={value}"]
 
 
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
@@ -705,11 +668,11 @@ def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
         add_option(parser, *option)
     flags = vars(parser.parse_args(argv[1:]))
     path = flags.get("config") or os.environ.get("REFRAG_CONFIG")
-    stored = [(f"--config {path}: ", read_config_file(path, name))] if path else []
-    stored += [(f"REFRAG_{key.upper()}: ", {key: os.environ[f"REFRAG_{key.upper()}"]}) for key in fields
-               if f"REFRAG_{key.upper()}" in os.environ]
+    stored = {f"--config {path}: ": read_config_file(path, name)} if path else {}
+    stored |= {f"REFRAG_{key.upper()}: ": {key: os.environ[f"REFRAG_{key.upper()}"]} for key in fields
+               if f"REFRAG_{key.upper()}" in os.environ}
     values = {}
-    for parser.source, settings in stored:
+    for parser.source, settings in stored.items():
         words = [word for key, value in settings.items() for word in as_words(parser, *fields[key], value)]
         values |= vars(parser.parse_args(words))
     values |= flags
@@ -6458,17 +6421,25 @@ class GateExample(NamedTuple):
     """A question for the gate to learn from, or to be examined on."""
 
     number: int  # of the question
-    given: GateInput  # without its texts
+    inputs: GateInput  # without its texts
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
-    gold: list[list[int]]  # chunks of each place where an answer stands in a right passage
+    spans: list[list[int]]  # chunks of each place where an answer stands in a right passage
 
     @property
     def positive(self) -> np.ndarray:
         """(L,) bool: chunks that hold an answer, or a part of one."""
-        marks = np.zeros(len(self.tokens), dtype=bool)
-        marks[[chunk for span in self.gold for chunk in span]] = True
-        return marks
+        return np.isin(np.arange(len(self.tokens)), [chunk for span in self.spans for chunk in span])
+
+
+class GateData(NamedTuple):
+    """What gate and policy are trained on."""
+
+    searcher: Searcher
+    questions: list[dict[str, Any]]
+    ranked: list[list[int]]
+    examples: list[GateExample]
+    held_out: list[GateExample]
 
 
 def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], searcher: Searcher, chunking: Chunking,
@@ -6481,19 +6452,55 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
         right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
-        gold = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, question["answers"])
-        if gold:
+        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, question["answers"])
+        if spans:
             query = searcher.embedder.embed_query(question["question"])[0]
-            given = gate_input(question["question"], docs, query, index)
+            inputs = gate_input(question["question"], docs, query, index)
             sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
-            slim = given._replace(texts=[], vectors=given.vectors.astype(np.float16))
-            examples.append(GateExample(number, slim, chunk_features(given), sizes, gold))
+            slim = inputs._replace(texts=[], vectors=inputs.vectors.astype(np.float16))
+            examples.append(GateExample(number, slim, chunk_features(inputs), sizes, spans))
     return examples
 
 
-def collate_gate(examples: Sequence[GateExample], device: torch.device) -> list[Tensor]:
-    """Examples as a batch."""
-    return gate_batch([e.given for e in examples], [e.features for e in examples], device)
+def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+                   runtime: RuntimeConfig) -> GateData:
+    """Read, retrieve and prepare. Raises UserError, MismatchError."""
+    searcher = load_searcher(index, search, runtime)
+    opened = searcher.index
+    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
+            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
+            "hybrid")
+    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
+    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
+        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
+    stored = opened.manifest["chunking"]["k"]
+    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
+            f"{data.k}: give --k {stored}, or build the index with another")
+    made = []
+    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
+                               (data.eval_json, "--eval_json", data.eval_limit)):
+        questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
+        ranked = retrieved_rows(questions, searcher, search) if questions else []
+        made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
+    require(bool(made[0][2]), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
+    return GateData(searcher, *made[0], made[1][2])
+
+
+def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
+    """(B, L) logits of examples, -inf where padded."""
+    return gate(*gate_batch([e.inputs for e in examples], [e.features for e in examples], gate.device))
+
+
+@torch.inference_mode()
+def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
+    """Share of the examples of which all chunks of one place of an answer stay text, by p; nothing without examples."""
+    found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
+    for part in batched(examples, 64):
+        for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
+            for p in shares:
+                chosen = select_chunks(logits[: len(example.tokens)], example.tokens, p)
+                found[f"{p:g}"].append(any(chosen[span].all() for span in example.spans))
+    return {p: round(sum(hits) / len(hits), 4) for p, hits in found.items()}
 
 
 def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
@@ -6507,27 +6514,26 @@ def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
     return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
 
 
-@torch.inference_mode()
-def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.ndarray]:
-    """(L,) logits of each example."""
-    out = []
-    for part in batched(examples, 64):
-        rows = gate.eval()(*collate_gate(part, gate.device)).float().cpu().numpy()
-        out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
-    return out
+def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def gate_recall(scores: Sequence[np.ndarray], examples: Sequence[GateExample], p: float) -> float:
-    """Share of the examples, one at least, of which all chunks of one place of an answer stay text at p."""
-    chosen = [select_chunks(score, example.tokens, p) for score, example in zip(scores, examples, strict=True)]
-    return sum(any(mask[span].all() for span in example.gold)
-               for mask, example in zip(chosen, examples, strict=True)) / len(examples)
-
-
-def held_out_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
-    """`gate_recall` of a gate at each share; nothing without examples."""
-    scores = gate_logits(gate, examples)
-    return {f"{p:g}": round(gate_recall(scores, examples, p), 4) for p in shares} if scores else {}
+def run_steps(label: str, steps: int, every: int, step: Callable[[int], float],
+              recall: Callable[[], dict[str, float]]) -> list[tuple[int, float, dict[str, float]]]:
+    """Take steps, each of which returns a value. Returns (steps taken, mean value since the last, recall) at times."""
+    values, records = [], []
+    with contextlib.closing(progress_bar(label, steps, "step")) as bar:
+        for number in range(1, steps + 1):
+            values.append(step(number - 1))
+            bar.update(1)
+            if number % every == 0 or number == steps:
+                records.append((number, round(float(np.mean(values[-every:])), 4), recall()))
+                bar.set_postfix_str(f"{records[-1][1]}, recall {records[-1][2]}")
+    return records
 
 
 def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
@@ -6538,42 +6544,19 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
     gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
     optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
-    parts, records = math.ceil(len(examples) / settings.batch_size), []
-    bar = progress_bar("train_gate", settings.epochs * parts, "step")
-    with contextlib.closing(bar):
-        for epoch in range(settings.epochs):
-            losses = []
-            for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
-                factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
-                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, factor))
-                bar.update(1)
-            records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
-                            "recall": held_out_recall(gate, held_out, p)})
-            bar.set_postfix_str(f"loss {records[-1]['loss']:.3f}, recall {records[-1]['recall']}")
-    return records
+    epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
+    batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
 
+    def step(number: int) -> float:
+        optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
+        positive = padded_rows([example.positive for example in batches[number]], False).to(gate.device)
+        loss = gate_loss(example_logits(gate, batches[number]), positive)
+        descend(loss, gate, optimizer)
+        return loss.item()
 
-def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """One optimizer step. Returns the loss."""
-    positive = padded_rows([e.positive for e in examples], False).to(gate.device)
-    for group in optimizer.param_groups:
-        group["lr"] = GATE_LR * factor
-    loss = gate_loss(gate.train()(*collate_gate(examples, gate.device)), positive)
-    loss.backward()
-    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-class GateData(NamedTuple):
-    """What gate and policy are trained on."""
-
-    searcher: Searcher
-    questions: list[dict[str, Any]]
-    ranked: list[list[int]]
-    examples: list[GateExample]
-    held_out: list[GateExample]
+    each = len(batches) // settings.epochs
+    records = run_steps("train_gate", len(batches), each, step, lambda: gate_recall(gate, held_out, p))
+    return [{"epoch": number // each, "loss": loss, "recall": recall} for number, loss, recall in records]
 
 
 class AnswerReader:
@@ -6638,140 +6621,80 @@ def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
-class PolicyTrainer:
-    """The paper's policy: which chunks stay text is drawn, and the answer's log-probability is the reward."""
+def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExample], settings: PolicyConfig,
+               p: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    """Train the paper's policy in place: which chunks stay text is drawn, the answer's log-probability is the reward.
 
-    def __init__(self, policy: QueryGate, reader: AnswerReader, settings: PolicyConfig, p: Sequence[float], seed: int):
-        self.policy, self.reader, self.examples = policy, reader, reader.data.examples
-        self.settings, self.p, self.rng = settings, p, np.random.default_rng(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
+    Returns records of the mean reward, and of recall on the held-out examples at each p.
+    """
+    examples, rng, generator = reader.data.examples, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
 
-    def logits(self, example: GateExample) -> Tensor:
-        """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
-        return self.policy.eval()(*collate_gate([example], self.policy.device))[0]
-
-    def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
+    def draw(example: GateExample) -> tuple[GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
-        example = self.examples[number]
-        picks = max(1, math.floor(float(self.rng.choice(self.p)) * len(example.tokens)))
+        picks = max(1, math.floor(float(rng.choice(p)) * len(example.tokens)))
         with torch.no_grad():
-            logits = self.logits(example)
-            orders = sample_orders(logits, picks, self.settings.group, self.generator).to(logits.device)
+            logits = example_logits(policy, [example])[0]
+            orders = sample_orders(logits, picks, settings.group, generator).to(logits.device)
             before = order_log_probability(logits, orders)
         masks = [np.isin(np.arange(len(example.tokens)), order) for order in orders.cpu().numpy()]
-        asked = self.reader.ask(example)
-        rewards = torch.from_numpy(self.reader.log_probabilities(asked, masks)).to(logits.device)
-        return example, orders, before, rewards
+        rewards = torch.from_numpy(reader.log_probabilities(reader.ask(example), masks)).to(logits.device)
+        return example, before, orders, rewards
 
-    def step(self) -> float:
+    def step(number: int) -> float:
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
-        drawn = [self.draw(int(number)) for number in self.rng.choice(len(self.examples), self.settings.batch_size)]
+        drawn = [draw(examples[i]) for i in rng.choice(len(examples), settings.batch_size).tolist()]
         for _ in range(REUSE):
-            losses = [policy_loss(self.logits(example), before, orders, rewards)
-                      for example, orders, before, rewards in drawn]
-            torch.stack(losses).mean().backward()
-            nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            losses = [policy_loss(example_logits(policy, [example])[0], *group) for example, *group in drawn]
+            descend(torch.stack(losses).mean(), policy, optimizer)
         return float(torch.stack([rewards.mean() for *_, rewards in drawn]).mean())
 
-    def fit(self, held_out: list[GateExample]) -> list[dict[str, Any]]:
-        """Train. Returns records of mean reward, and of recall on the held-out examples at each p."""
-        records, rewards, every = [], [], max(1, self.settings.steps // 8)
-        bar = progress_bar("train_policy", self.settings.steps, "step")
-        with contextlib.closing(bar):
-            for step in range(1, self.settings.steps + 1):
-                rewards.append(self.step())
-                bar.update(1)
-                bar.set_postfix_str(f"reward {np.mean(rewards[-20:]):.4f}", refresh=False)
-                if step % every == 0 or step == self.settings.steps:
-                    records.append({"step": step, "reward": round(float(np.mean(rewards[-every:])), 4),
-                                    "recall": held_out_recall(self.policy, held_out, self.p)})
-        return records
+    records = run_steps("train_policy", settings.steps, max(1, settings.steps // 8), step,
+                        lambda: gate_recall(policy, held_out, p))
+    return [{"step": number, "reward": reward, "recall": recall} for number, reward, recall in records]
 
 
-def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-                   runtime: RuntimeConfig) -> GateData:
-    """Read, retrieve and prepare. Raises UserError, MismatchError."""
-    searcher = load_searcher(index, search, runtime)
-    opened = searcher.index
-    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
-            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
-            "hybrid")
-    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
-    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
-        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
-    stored = opened.manifest["chunking"]["k"]
-    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
-            f"{data.k}: give --k {stored}, or build the index with another")
-    made = []
-    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
-                               (data.eval_json, "--eval_json", data.eval_limit)):
-        questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
-        ranked = retrieved_rows(questions, searcher, search) if questions else []
-        made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
-    require(bool(made[0][2]), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
-    return GateData(searcher, *made[0], made[1][2])
+def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
+    """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
+    times = [time.perf_counter()]
+    loaded = load_gate_data(data, index, search, models, runtime)
+    embedder, policy = loaded.searcher.embedder, kind == "policy"
+    if policy:
+        source = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
+        fit, steps = fit_policy, settings.steps
+    else:
+        source, fit, steps = loaded.examples, fit_gate, settings.epochs
+    times.append(time.perf_counter())
+    torch.manual_seed(runtime.seed)
+    gate = QueryGate(embedder.dim, features=not policy, blind=policy and settings.blind).to(pick_device(runtime.device))
+    records = fit(gate, source, loaded.held_out, settings, data.p, runtime.seed)
+    gate.half().float()  # examine the weights as they are stored
+    recall = gate_recall(gate, loaded.held_out, data.p)
+    times.append(time.perf_counter())
+    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
+             "device": str(gate.device), "recall": recall}
+    save_gate(kind, gate, embedder, data, models, entry)
+    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+            "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+            "checkpoint": data.out_dir}
 
 
-def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConfig, models: ModelConfig,
+def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
               entry: dict[str, Any]) -> None:
-    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy.
-
-    kind: "gate" or "policy".
-    """
+    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
     config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
-    config.compression = settings.k
+    config.compression = data.k
     if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
-    embedder = data.searcher.embedder
     setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
                            "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
-    files = file_facts([*settings.rag_json, *settings.eval_json])
+    files = file_facts([*data.rag_json, *data.eval_json])
     config.history = [*config.history, entry | {"data": without_folders(files)}]
-    write_checkpoint(Path(settings.out_dir), config, parts, card=model_card(config, []))
-
-
-def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, search: SearchConfig,
-               models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train a gate on retrieved questions and write it. Returns a summary."""
-    start = time.perf_counter()
-    loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
-    torch.manual_seed(runtime.seed)
-    gate = QueryGate(loaded.searcher.embedder.dim).to(pick_device(runtime.device))
-    records = fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
-    return finish_gate("gate", gate, loaded, data, models, records, settings.epochs, (start, prepared))
-
-
-def train_policy(data: GateDataConfig, settings: PolicyConfig, index: IndexConfig, search: SearchConfig,
-                 models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train the paper's policy by the decoder's rewards and write it. Returns a summary."""
-    start = time.perf_counter()
-    loaded = load_gate_data(data, index, search, models, runtime)
-    reader = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
-    prepared = time.perf_counter()
-    torch.manual_seed(runtime.seed)
-    policy = QueryGate(loaded.searcher.embedder.dim, features=False, blind=settings.blind)
-    trainer = PolicyTrainer(policy.to(pick_device(runtime.device)), reader, settings, data.p, runtime.seed)
-    records = trainer.fit(loaded.held_out)
-    return finish_gate("policy", policy, loaded, data, models, records, settings.steps, (start, prepared))
-
-
-def finish_gate(kind: str, gate: QueryGate, loaded: GateData, data: GateDataConfig, models: ModelConfig,
-                records: list[dict[str, Any]], steps: int, times: tuple[float, float]) -> dict[str, Any]:
-    """Round the weights as they are stored, examine them and write the checkpoint. Returns the command's summary."""
-    gate.half().float()
-    recall = held_out_recall(gate, loaded.held_out, data.p)
-    trained_s = time.perf_counter() - times[1]
-    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
-             "device": str(gate.device), "recall": recall}
-    save_gate(kind, gate, loaded, data, models, entry)
-    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-            "prepare_s": round(times[1] - times[0], 1), "train_s": round(trained_s, 1), "checkpoint": data.out_dir}
+    write_checkpoint(Path(data.out_dir), config, parts, card=model_card(config, []))
 
 
 def gate_text(summary: dict[str, Any]) -> str:
@@ -7734,7 +7657,6 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
 
 def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
                runtime: RuntimeConfig) -> None:
-    """Show the passages for one question or a file of them."""
     questions = read_questions(ask)
     searcher = load_searcher(index, search, runtime)
     results = [{"id": q["id"], "question": q["question"],
@@ -7750,7 +7672,6 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 
 
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Show the spans between a text's anchors."""
     tokenizer = build_tokenizer(model_config(models))
     text = tokenizer.neutralize(anchor.text)
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
@@ -7782,7 +7703,6 @@ cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=
 
 def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
             runtime: RuntimeConfig) -> None:
-    """Train on answers."""
     require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
     searcher = load_searcher(index, search, runtime)
 
@@ -7795,14 +7715,7 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
 
 
 def cmd_train_gate(*configs: Options) -> None:
-    """Train the gate."""
-    summary = train_gate(*configs)
-    emit(summary, configs[-1], gate_text(summary))
-
-
-def cmd_train_policy(*configs: Options) -> None:
-    """Train the policy."""
-    summary = train_policy(*configs)
+    summary = train_scorer("policy", *configs)
     emit(summary, configs[-1], gate_text(summary))
 
 
@@ -7816,7 +7729,6 @@ def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
 
 def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
                  generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer one question or a file of them."""
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
     live = write_text if generate.stream and not runtime.json and ask.questions is None else None
@@ -7838,7 +7750,6 @@ cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    """Show the device, libraries and models, and check every byte of an index."""
     found = {"all_reduce": all_reduce_check()} if doctor.dist else {
         "device": describe_device(runtime), "versions": library_versions(),
         "models": {name: describe_model(name) for name in BUNDLED}}
