@@ -163,13 +163,21 @@ class Chat:
 
 def keep_history() -> None:
     """Line editing for `input`, with the lines of earlier conversations, where the platform has it."""
-    with contextlib.suppress(ImportError):  # Windows: its console edits lines itself
-        readline, path = importlib.import_module("readline"), refrag.cache_home() / "chat_history"
+    try:
+        readline = importlib.import_module("readline")
+    except ImportError:  # Windows: its console edits lines itself
+        return
+    path = refrag.cache_home() / "chat_history"
+
+    def write() -> None:
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.read_history_file(path)
-        readline.set_history_length(1000)
-        atexit.register(contextlib.suppress(OSError)(readline.write_history_file), path)
+            readline.write_history_file(path)
+
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        readline.read_history_file(path)
+    readline.set_history_length(1000)
+    atexit.register(write)
 
 
 def run(*configs: Any) -> None:

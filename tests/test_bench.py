@@ -400,7 +400,7 @@ def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     assert [row["stored_vectors"] for row in result["rows"] if row["mode"] != "refrag"] == [None, None]
     assert encoded.count(6) == 3  # one warm-up and two rounds
     assert 4 not in encoded and 8 not in encoded
-    assert "--k 6: the index holds no vectors that serve it, so they are computed while the clock runs\n" in err
+    assert "--k 6: the index holds no vectors that serve it: they are computed while the clock runs\n" in err
     assert "--k 4" not in err and "--k 8" not in err
 
 

@@ -451,7 +451,7 @@ class TestBadRequests:
         ({"max_completion_tokens": 5000}, "max_completion_tokens", "less than or equal to 1024"),
         ({"max_tokens": True}, "max_tokens", "a valid integer"),
         ({"temperature": -1}, "temperature", "temperature must be 0 or more"),
-        ({"temperature": 10**400}, "temperature", ""), ({"top_p": 0}, "top_p", "top_p must lie in (0, 1]"),
+        ({"temperature": 10**400}, "temperature", ""), ({"top_p": 0}, "top_p", "top_p must be more than 0 and at most 1"),
         ({"refrag": {"speed": 1}}, "refrag.speed", "not supported"),
         ({"refrag": {"p": 2}}, "refrag.p", "refrag.p must lie between 0 and 1, got 2.0"),
         ({"refrag": {"k": 0}}, "refrag.k", "refrag.k must lie"),
