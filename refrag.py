@@ -316,13 +316,11 @@ class BenchConfig(Options):
     batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
     repeats: int = opt(5, "rounds that count, after one that warms up; in each, every combination runs once", low=1)
-    question: str = opt("Which people, places and events are described, and when did it happen?",
-                        "what is asked each time")
+    question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
     def check(self) -> None:
-        require(self.out_dir is None or not os.path.isfile(self.out_dir),
-                f"--out_dir {self.out_dir} is a file: name a folder")
+        require(not os.path.isfile(self.out_dir or ""), f"--out_dir {self.out_dir} is a file: name a folder")
 
 
 class TextConfig(Options):
