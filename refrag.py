@@ -102,8 +102,7 @@ class RefragError(Exception):
 
 
 class UserError(RefragError):
-    """Usage or bad input."""
-    code = 2
+    code = 2  # usage or bad input
 
 
 class TooLongError(UserError):
@@ -111,28 +110,23 @@ class TooLongError(UserError):
 
 
 class MissingError(RefragError):
-    """A model, library or device is not there."""
-    code = 3
+    code = 3  # a model, library or device is not there
 
 
 class CorruptError(RefragError):
-    """A file is damaged."""
-    code = 4
+    code = 4  # a file is damaged
 
 
 class MismatchError(RefragError):
-    """Files that do not belong together."""
-    code = 5
+    code = 5  # files that do not belong together
 
 
 class ExhaustedError(RefragError):
-    """Disk or memory ran out."""
-    code = 6
+    code = 6  # disk or memory ran out
 
 
 class LockedError(RefragError):
-    """Another process is writing."""
-    code = 75
+    code = 75  # another process is writing
 
 
 def require(condition: bool, message: str) -> None:
@@ -188,6 +182,10 @@ class Options:
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
             for item in value if isinstance(value, tuple) else () if value is None else (value,):
                 check_value(flag, item, f.metadata)
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError where options contradict each other."""
 
 
 class RuntimeConfig(Options):
@@ -207,7 +205,6 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    """What to index and how it is cut."""
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
                                   "per line; also gzipped), folders, or - for standard input",
                                   needed="name a file, a folder or - for standard input")
@@ -217,15 +214,13 @@ class CorpusConfig(Options):
     max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
                 f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
 
 class IndexConfig(Options):
-    """Which index, and by which retrievers."""
     index_dir: str | None = opt(None, "the index folder")
     retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; default hybrid, "
                                 "or what the index holds", choices=("hybrid", "dense", "bm25"))
@@ -234,7 +229,6 @@ class IndexConfig(Options):
 
 
 class BuildConfig(Options):
-    """How to build the index."""
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
@@ -244,7 +238,6 @@ class BuildConfig(Options):
 
 
 class ModelConfig(Options):
-    """Encoder and decoder."""
     dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
                           "SmolLM2-135M-Instruct, or the checkpoint's")
     enc: str | None = opt(None, "chunk encoder: decoder:N (the decoder's first N layers), bundled name, hub id or "
@@ -264,25 +257,21 @@ class ReaderConfig(ModelConfig):
 
 
 class SearchConfig(Options):
-    """How passages are found."""
     topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
     hops: int = opt(1, "rounds; each later query adds the best new passage's title and first sentence", low=1, high=8)
 
 
 class QuestionConfig(Options):
-    """What is asked."""
     question: str | None = opt(None, "the question")
     questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for stdin")
 
 
 class FormatConfig(Options):
-    """How search results are printed."""
     format: str = opt("text", "output form", choices=("text", "json", "trec"))
 
 
 class PackConfig(Options):
-    """Context packing."""
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
@@ -298,7 +287,6 @@ class PackConfig(Options):
 
 
 class GenerateConfig(Options):
-    """How the answer is decoded and shown."""
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
@@ -313,14 +301,12 @@ class GenerateConfig(Options):
     resume: bool = opt(False, "with --out: skip the questions already answered there")
     batch_size: int = opt(1, "questions decoded together", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
 class BenchConfig(Options):
-    """What is timed, side by side."""
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192),
                                     "context lengths in tokens; whole passages, as many as fit", low=1)
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
@@ -334,14 +320,12 @@ class BenchConfig(Options):
                         "what is asked each time")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.out_dir is None or not os.path.isfile(self.out_dir),
                 f"--out_dir {self.out_dir} is a file: name a folder")
 
 
 class TextConfig(Options):
-    """What is read in training."""
     train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
                                       needed="name a file of JSON lines with a text each", exists=True)
     eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, to evaluate during training", exists=True)
@@ -378,8 +362,7 @@ class TrainConfig(Options):
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
                 f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
         require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
@@ -387,21 +370,18 @@ class TrainConfig(Options):
 
 
 class ReconConfig(Options):
-    """The reconstruction phase."""
     curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
                           "sample counts, the same over even stages, or none (full length from the start)",
                           choices=("paper", "even", "none"))
 
 
 class NextConfig(Options):
-    """The next-paragraph phase."""
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
     distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
 
 
 class SftConfig(Options):
-    """Question answering on retrieved passages."""
     rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
                                needed="name a file of questions with answers", exists=True)
     eval_json: str | None = opt(None, "held-out questions of the same form, to evaluate during training", exists=True)
@@ -432,7 +412,6 @@ TEXT_TASKS = ("ppl", "recon")
 
 
 class EvalConfig(Options):
-    """What is evaluated, and against which controls."""
     task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
                     "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
@@ -457,8 +436,7 @@ class EvalConfig(Options):
     resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
                        "questions, add to it")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
@@ -489,21 +467,18 @@ class GateDataConfig(Options):
     limit: int | None = like(SftConfig, "limit")
     eval_limit: int = opt(600, "held-out questions at most", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         folder = Path(self.out_dir)
         require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
                 f"--out_dir {folder} is there already: name a new folder")
 
 
 class GateConfig(Options):
-    """How the gate learns."""
     epochs: int = opt(3, "times through the questions", low=1)
     batch_size: int = opt(32, "questions of an optimizer step", low=1)
 
 
 class PolicyConfig(Options):
-    """How the paper's policy learns."""
     steps: int = opt(200, "updates", low=1)
     batch_size: int = opt(4, "questions of an update", low=1)
     policy_lr: float = opt(1e-4, "learning rate", above=0)
@@ -512,16 +487,13 @@ class PolicyConfig(Options):
 
 
 class AnchorConfig(Options):
-    """What `align` shows."""
     text: str | None = opt(None, "the text to align", needed="give the text to align")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
 
 
 class ServeConfig(Options):
-    """The HTTP server."""
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
@@ -531,8 +503,7 @@ class ServeConfig(Options):
     waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
@@ -540,17 +511,14 @@ class ServeConfig(Options):
 
 
 class ExportConfig(Options):
-    """What is written for another engine."""
     out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(not Path(self.out_dir).exists(), f"--out_dir {self.out_dir} is there already: name a new folder")
 
 
 class DoctorConfig(Options):
-    """What to examine."""
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
 
 
@@ -613,7 +581,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """Raise UserError, naming where a bad value stands and the nearest known flag."""
         unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
-        near = difflib.get_close_matches(unknown.split(" ")[0].split("=")[0], flags, n=1)
+        near = difflib.get_close_matches(re.split("[ =]", unknown)[0], flags, n=1)
         if near:
             message += f" (did you mean {near[0]}?)"
         elif unknown and not unknown.startswith("-"):
@@ -649,18 +617,15 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
 
 
 def choose_command(argv: Sequence[str]) -> str:
-    """The command that a line begins with; without one, the help or the version is shown, or an error raised."""
-    if argv and argv[0] in COMMANDS:
-        return argv[0]
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    """The command that a line begins with. Without one, the help or the version is shown, or an error raised."""
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help)
-    rest = parser.parse_known_args(argv)[1]
-    require(not rest, f"unrecognized arguments: {' '.join(rest)} (options go after the command)")
-    parser.print_help(sys.stderr)
-    raise UserError(f"no command: name one of {', '.join(COMMANDS)}")
+        commands.add_parser(name, help=command.help, add_help=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+    return parser.parse_args(argv[:1]).command
 
 
 def read_config_file(path: str, command: str) -> dict[str, Any]:
@@ -681,18 +646,16 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
     return settings
 
 
+TRUTH = {"1": "", "true": "", "yes": "", "0": "no_", "false": "no_", "no": "no_"}  # -> --stream or --no_stream
+
+
 def as_words(parser: Parser, f: dataclasses.Field, kind: type, value: Any) -> list[str]:
     """An option of a file or the environment as it would stand on the command line."""
     if isinstance(f.default, tuple):
         return [f"--{f.name}", *map(str, value if isinstance(value, list) else str(value).split())]
-    if isinstance(value, list | dict):
-        parser.error(f"argument --{f.name}: {value} is not one value")
-    if kind is not bool:
-        return [f"--{f.name}={value}"]
-    truth = {"1": "", "true": "", "yes": "", "0": "no_", "false": "no_", "no": "no_"}.get(str(value).lower())
-    if truth is None:
-        parser.error(f"argument --{f.name}: {value!r} is not true or false")
-    return [f"--{truth}{f.name}"]
+    if isinstance(value, list | dict) or (kind is bool and str(value).lower() not in TRUTH):
+        parser.error(f"argument --{f.name}: {value!r} is not {'true or false' if kind is bool else 'one value'}")
+    return [f"--{TRUTH[str(value).lower()]}{f.name}" if kind is bool else f"--{f.name}={value}"]
 
 
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
@@ -705,11 +668,11 @@ def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
         add_option(parser, *option)
     flags = vars(parser.parse_args(argv[1:]))
     path = flags.get("config") or os.environ.get("REFRAG_CONFIG")
-    stored = [(f"--config {path}: ", read_config_file(path, name))] if path else []
-    stored += [(f"REFRAG_{key.upper()}: ", {key: os.environ[f"REFRAG_{key.upper()}"]}) for key in fields
-               if f"REFRAG_{key.upper()}" in os.environ]
+    stored = {f"--config {path}: ": read_config_file(path, name)} if path else {}
+    stored |= {f"REFRAG_{key.upper()}: ": {key: os.environ[f"REFRAG_{key.upper()}"]} for key in fields
+               if f"REFRAG_{key.upper()}" in os.environ}
     values = {}
-    for parser.source, settings in stored:
+    for parser.source, settings in stored.items():
         words = [word for key, value in settings.items() for word in as_words(parser, *fields[key], value)]
         values |= vars(parser.parse_args(words))
     values |= flags
@@ -7653,7 +7616,6 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
 
 def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
                runtime: RuntimeConfig) -> None:
-    """Show the passages for one question or a file of them."""
     questions = read_questions(ask)
     searcher = load_searcher(index, search, runtime)
     results = [{"id": q["id"], "question": q["question"],
@@ -7669,7 +7631,6 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 
 
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Show the spans between a text's anchors."""
     tokenizer = build_tokenizer(model_config(models))
     text = tokenizer.neutralize(anchor.text)
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
@@ -7701,7 +7662,6 @@ cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=
 
 def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
             runtime: RuntimeConfig) -> None:
-    """Train on answers."""
     require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
     searcher = load_searcher(index, search, runtime)
 
@@ -7714,13 +7674,11 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
 
 
 def cmd_train_gate(*configs: Options) -> None:
-    """Train the gate."""
     summary = train_scorer("gate", *configs)
     emit(summary, configs[-1], gate_text(summary))
 
 
 def cmd_train_policy(*configs: Options) -> None:
-    """Train the policy."""
     summary = train_scorer("policy", *configs)
     emit(summary, configs[-1], gate_text(summary))
 
@@ -7750,7 +7708,6 @@ def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
 
 def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
                  generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer one question or a file of them."""
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
     live = write_text if generate.stream and not runtime.json and ask.questions is None else None
@@ -7772,7 +7729,6 @@ cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    """Show the device, libraries and models, and check every byte of an index."""
     found = {"all_reduce": all_reduce_check()} if doctor.dist else {
         "device": describe_device(runtime), "versions": library_versions(),
         "models": {name: describe_model(name) for name in BUNDLED}}
