@@ -85,6 +85,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 __version__ = "0.1.0"
 
@@ -3542,23 +3543,12 @@ def tokenize_pieces(text: str, tokenizer: Any) -> Pieces:
 
 
 def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs (i, j) with a[i] == b[j], by one walk over both: O(M + N).
+    """Pairs (i, j) with a[i] == b[j], both ascending but for values below 1, which never match.
 
-    a, b: ascending but for values below 1, which never match. Of equal values the first counts.
-
-    Example: [1, 3, 3, 7], [3, 5, 7] -> [(1, 0), (3, 2)]
+    Of equal values the first counts. Example: [1, 3, 3, 7], [3, 5, 7] -> [(1, 0), (3, 2)]
     """
-    pairs, i, j, last = [], 0, 0, 0
-    while i < len(a) and j < len(b):
-        if a[i] <= last or a[i] < b[j]:
-            i += 1
-        elif b[j] <= last or b[j] < a[i]:
-            j += 1
-        else:
-            last = a[i]
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-    return pairs
+    values, i, j = np.intersect1d(a, b, return_indices=True)
+    return list(zip(i[values > 0].tolist(), j[values > 0].tolist(), strict=True))
 
 
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
@@ -3710,22 +3700,6 @@ def gguf_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-@contextlib.contextmanager
-def gguf_parsed_once() -> Iterator[None]:
-    """Within the block a GGUF file, by its name as a string, is parsed once, and gguf's table of names made once.
-
-    transformers does so anew for each part of a model and each layer, which takes three quarters of its time.
-    """
-    import gguf
-
-    usual = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, usual)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = usual
-
-
 def convert_gguf(path: Path) -> Path:
     """A GGUF file as a Hugging Face folder in the cache, converted once.
 
@@ -3736,13 +3710,17 @@ def convert_gguf(path: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    import gguf
+
+    # transformers parses the file anew for each part of a model, and makes its table of names for each layer
+    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
         if folder.is_dir():
             return folder
         notice(f"converting {path.name} once, into {folder} (about ten seconds)")
         # transformers draws a bar of its own for this, terminal or not
         with (new_folder(folder) as temporary, open(os.devnull, "w") as null, contextlib.redirect_stderr(null),
-              gguf_parsed_once()):
+              mock.patch.multiple(gguf, **once)):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
             source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32,
                                                           config=copy.deepcopy(config))
@@ -3812,14 +3790,9 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
 
 
 @functools.cache
-def forward_arguments(decoder_class: type) -> frozenset[str]:
-    """Names of the arguments of a decoder's forward; cached, since every token asks."""
-    return frozenset(inspect.signature(decoder_class.forward).parameters)
-
-
-def accepts(decoder: nn.Module, name: str) -> bool:
-    """Whether the decoder's forward takes an argument."""
-    return name in forward_arguments(type(decoder))
+def takes(decoder_class: type, name: str) -> bool:
+    """Whether a decoder's forward takes an argument; cached, since every token asks."""
+    return name in inspect.signature(decoder_class.forward).parameters
 
 
 def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
@@ -3951,18 +3924,6 @@ class ChunkEncoder(nn.Module):
         return np.split(stored, bounds)[:-1]
 
 
-class RMSNorm(nn.Module):
-    """Root mean square normalisation with a learned gain, in float32."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., E). Returns the same shape, float32."""
-        return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight, eps=1e-6)
-
-
 class Projector(nn.Module):
     """Encoder states to decoder embeddings: mean of the chunk's token embeddings, plus a learned correction.
 
@@ -3974,7 +3935,7 @@ class Projector(nn.Module):
     def __init__(self, encoder_width: int, decoder_width: int, embedding_rms: float, kind: str = "residual_mlp"):
         super().__init__()
         self.residual = kind == "residual_mlp"
-        self.norm = RMSNorm(encoder_width)
+        self.norm = nn.RMSNorm(encoder_width, eps=1e-6)
         self.inner = nn.Linear(encoder_width, decoder_width)
         self.outer = nn.Linear(decoder_width, decoder_width)
         if self.residual:
@@ -3984,7 +3945,7 @@ class Projector(nn.Module):
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
         """states: (L, E); residual: (L, D), mean token embeddings. Returns (L, D), float32."""
-        hidden = nn.functional.gelu(self.inner(self.norm(states)))  # (L, D)
+        hidden = nn.functional.gelu(self.inner(self.norm(states.float())))  # (L, D)
         correction = self.scale * self.outer(hidden)
         return residual.float() + correction if self.residual else correction
 
@@ -4334,13 +4295,6 @@ def read_model_config(folder: Path) -> RefragConfig:
         config = RefragConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError):
         raise damaged from None
-    strings = (config.encoder_name_or_path, config.decoder_name_or_path, config.training_model)
-    kinds = config.pooling in ("mean", "cls") and config.projector in ("residual_mlp", "mlp")
-    lora = config.lora is None or (isinstance(config.lora, dict) and type(config.lora.get("r")) is int)
-    carried = all(isinstance(getattr(config, name), dict) for name in carried_parts(config))
-    if not (all(isinstance(s, str) for s in strings) and type(config.compression) is int and lora and kinds and carried
-            and isinstance(config.history, list)):
-        raise damaged
     return config
 
 
@@ -4367,7 +4321,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises its own type for every kind of damage
+    except SafetensorError as error:
         raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
 
 
@@ -6553,13 +6507,13 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
                  **inputs: Tensor) -> tuple[Tensor, Any]:
     """One decoder call: (logits of the last position (B, V), cache). Hides what architectures do not take."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
-    if accepts(decoder, "logits_to_keep"):  # or the LM head would run over the whole prompt
+    if takes(type(decoder), "logits_to_keep"):  # or the LM head would run over the whole prompt
         # By index, which copies: a slice has the prompt's strides, and for these torch's matmul, on CPUs in bfloat16,
         # transposes the whole head. Made on the device, so that no step waits for a copy to it.
         arguments["logits_to_keep"] = position_ids.new_full((1,), -1)
     if mask is not None:
         arguments["attention_mask"] = mask
-    if accepts(decoder, "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
+    if takes(type(decoder), "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
         arguments["position_ids"] = position_ids
     if state is not None:
         arguments["cache"] = state.cache

@@ -353,21 +353,6 @@ def test_steps_grow_with_the_tokens_alone(loaded, function, capital):
     assert counts[1] <= 500 * sizes[1]
 
 
-def test_common_boundaries_read_each_place_a_few_times():
-    class Counted(list):
-        """A list that counts what is read from it."""
-
-        reads = 0
-
-        def __getitem__(self, place):
-            Counted.reads += 1
-            return super().__getitem__(place)
-
-    a, b = Counted(range(0, 30_000, 3)), Counted(range(0, 20_000, 2))
-    assert len(refrag.common_boundaries(a, b)) == 3333
-    assert Counted.reads <= 8 * (len(a) + len(b))
-
-
 # -- spans side by side -----------------------------------------------------------------
 
 

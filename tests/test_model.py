@@ -970,6 +970,17 @@ def test_a_checkpoint_of_another_program_needs_no_manifest(checkpoint):
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), PermissionError(errno.EACCES, "not yours")], ids=str)
+def test_what_is_no_damage_keeps_its_name(checkpoint, monkeypatch, error):
+    """A checkpoint that can not be read now is not told to be broken."""
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(refrag, "load_file", fail)
+    with pytest.raises(type(error), match=r"no room|not yours"):
+        refrag.RefragModel.from_pretrained(checkpoint)
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(refrag.UserError, match="no checkpoint"):
         refrag.RefragModel.from_pretrained(tmp_path)
@@ -1139,17 +1150,6 @@ def test_a_run_that_has_saved_nothing_has_no_checkpoint(tmp_path):
 def test_the_folder_of_another_kind_of_model_is_no_checkpoint(llama):
     with pytest.raises(refrag.UserError, match="no checkpoint in this folder, but a model of another kind"):
         refrag.RefragModel.from_pretrained(llama)
-
-
-@pytest.mark.parametrize("change", [{"encoder_name_or_path": 3}, {"decoder_name_or_path": None}, {"pooling": []},
-                                    {"projector": 1}, {"compression": "4"}, {"lora": 2}, {"lora": {"r": "2"}},
-                                    {"training_model": None}, {"history": {"a": 1}}], ids=str)
-def test_a_config_with_values_of_other_types_is_damaged(checkpoint, change):
-    facts = json.loads((checkpoint / "config.json").read_text()) | change
-    (checkpoint / "config.json").write_text(json.dumps(facts))
-    sign(checkpoint)
-    with pytest.raises(refrag.CorruptError, match=r"config\.json is damaged"):
-        refrag.RefragModel.from_pretrained(checkpoint)
 
 
 def test_a_checkpoint_moved_aside_by_a_killed_writer_is_found(checkpoint):
@@ -1331,26 +1331,6 @@ def test_cache_home(monkeypatch, tmp_path):
 # -- the bundled decoder ----------------------------------------------------------------------
 
 CONVERT = "import refrag; print(refrag.model_folder('SmolLM2-135M-Instruct'))"
-
-
-@pytest.mark.models
-def test_the_bundled_decoder_is_parsed_once(monkeypatch):
-    """By transformers and by the tokenizer's mending together, and the reader is the usual one afterwards."""
-    import gguf
-
-    path, made = refrag.bundled_path("SmolLM2-135M-Instruct"), []
-
-    class Counted(gguf.GGUFReader):
-        def __init__(self, *args):
-            made.append(args)
-            super().__init__(*args)
-
-    monkeypatch.setattr(gguf, "GGUFReader", Counted)
-    with pytest.raises(ValueError, match="ends the block"), refrag.gguf_parsed_once():
-        transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        refrag.gguf_tokenizer(path)
-        raise ValueError("ends the block")
-    assert made == [(str(path),)] and gguf.GGUFReader is Counted
 
 
 @pytest.mark.models
