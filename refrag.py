@@ -3779,10 +3779,9 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"--enc decoder:{layers}: this decoder can not be cut after a layer ({one_line(error)[:100]}): "
                         "name an encoder") from None
-    for name, buffer in body.named_buffers():  # rotary tables are not in the state dict; the cut model has the same
+    for name, _ in list(model.named_buffers()):  # rotary tables are not in the state dict; the cut model has the same
         parent, _, leaf = name.rpartition(".")
-        if name in dict(model.named_buffers()):
-            model.get_submodule(parent)._buffers[leaf] = buffer
+        model.get_submodule(parent)._buffers[leaf] = body.get_buffer(name)
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())  # it was trained for the last layer's states
@@ -4014,15 +4013,10 @@ def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
     """A module's tensors by name, each once (tied weights have two names), gathered where FSDP has split them."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    tensors = {}
+    tensors: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in part.state_dict(keep_vars=True).items():
-        key = (id(tensor), tuple(tensor.shape))
-        if key not in seen:
-            seen.add(key)
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            tensors[name] = whole.detach()
-    return tensors
+        tensors.setdefault(id(tensor), (name, tensor))
+    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for name, t in tensors.values()}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
