@@ -5125,7 +5125,7 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 #     accelerate that can be killed and continued. Knows no command line.
 # =============================================================================
 
-TOKEN_CACHE_VERSION = 1
+TOKEN_CACHE_VERSION = 2
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
 NO_ANSWER = "Not in the documents."
 QUOTE = "Quote the sentence that answers this question. "
@@ -5182,94 +5182,94 @@ def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [fact | {"file": Path(fact["file"]).name} for fact in facts]
 
 
+def nearest_cut(cuts: np.ndarray, at: int, least: int = 1) -> int:
+    """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `whole_tokens`.
+
+    Example: cuts [T, F, F, T, T] -> 3 for 4 and 3, 3 for 2
+    """
+    places = itertools.chain(range(at, least - 1, -1), range(at + 1, len(cuts)))
+    return next((place for place in places if cuts[place]), at)
+
+
+def split_text(ids: np.ndarray, cuts: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A text parted after s tokens, or near there where no character is cut: (context, its cuts, what follows)."""
+    s = nearest_cut(cuts[:-1], s)
+    return ids[:s], np.append(cuts[:s], True), ids[s:]
+
+
 class TokenCache:
     """Training texts as the decoder's tokens, on disk and memory-mapped, made once for a set of files."""
 
     def __init__(self, folder: Path, paths: Sequence[str]):
         verify_files(folder, read_manifest(folder / "manifest.json", TOKENS_FORMAT)["files"], TOKENS_FORMAT)
-        self.tokens, self.whole, self.offsets, self.contexts, self.lines = (
-            map_array(folder / f"{name}.npy") for name in ("tokens", "whole", "offsets", "contexts", "lines"))
+        self.tokens, self.cuts, self.texts = (map_array(folder / f"{name}.npy") for name in ("tokens", "cuts", "texts"))
         self.paths = paths
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    def windows(self, size: int, least: int) -> np.ndarray:
+        """(W, 3) text, first and last token: texts in windows of `size` tokens, the last of each may have `least`."""
+        lengths = self.texts[:, 1] - self.texts[:, 0]
+        counts = -(-lengths // size)
+        text = np.repeat(np.arange(len(lengths)), counts)
+        first = (np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
+        windows = np.stack([text, first, np.minimum(first + size, lengths[text])], axis=1)
+        return windows[windows[:, 2] - windows[:, 1] >= least]
 
-    def whole_span(self, text: int, first: int, last: int) -> tuple[int, int]:
-        """A span of a text's tokens moved back to where no character is cut; it grows if nothing would be left."""
-        base, end = int(self.offsets[text]), int(self.offsets[text + 1])
-        while first and not self.whole[base + first]:
-            first -= 1
-        cut = last
-        while base + cut < end and not self.whole[base + cut]:
-            cut -= 1
-        while cut <= first or (base + cut < end and not self.whole[base + cut]):
-            cut += 1
-        return first, cut
+    def read(self, window: np.ndarray, tokens: int | None = None,
+             rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
+        """(ids (T,), cuts (T + 1,), file:line) of a window, or of a run of `tokens` at a random place in it.
 
-    def tokens_of(self, text: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (T,), whole (T + 1,)) of a run of a text's tokens; see `whole_tokens`."""
-        base = int(self.offsets[text])
-        whole = np.asarray(self.whole[base + start : base + end], dtype=bool)
-        return np.asarray(self.tokens[base + start : base + end], dtype=np.int64), np.append(whole, True)
-
-    def where(self, text: int) -> str:
-        """file:line of a text."""
-        return f"{self.paths[self.lines[text, 0]]}:{self.lines[text, 1]}"
+        The run is moved back to where no character is cut; it grows if nothing would be left. cuts: see `whole_tokens`.
+        """
+        text, first, last = window.tolist()
+        if tokens is not None and tokens < last - first:
+            first += int(rng.integers(0, last - first - tokens + 1))
+            last = first + tokens
+        start, end, _, file, line = self.texts[text].tolist()
+        cuts = np.append(self.cuts[start:end], True).astype(bool)
+        first = nearest_cut(cuts, first, 0)
+        last = nearest_cut(cuts, last, first + 1)
+        ids = np.asarray(self.tokens[start + first : start + last], dtype=np.int64)
+        return ids, np.append(cuts[first:last], True), f"{self.paths[file]}:{line}"
 
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
     """The token cache of a set of files, made if it is not there or damaged. Its name tells all it depends on."""
-    facts = file_facts(paths)
     special = tokenizer.special.pattern if tokenizer.special else ""
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, [f["sha256"] for f in facts]])
+    digests = [fact["sha256"] for fact in file_facts(paths)]
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
     folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    cached = open_tokens(folder, paths)
-    if cached is not None:
-        return cached
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):
-        cached = open_tokens(folder, paths)  # another process may have made it
-        if cached is None:
-            with new_folder(folder) as temporary:
-                write_tokens(paths, tokenizer, temporary)
-                write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
-        return cached or TokenCache(folder, paths)
-
-
-def open_tokens(folder: Path, paths: Sequence[str]) -> TokenCache | None:
-    """A token cache that is there and sound, else None."""
-    if not folder.is_dir():
-        return None
-    try:
+    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):  # several processes make it once
+        try:
+            return TokenCache(folder, paths)
+        except (RefragError, OSError) as error:
+            if folder.exists():
+                notice(one_line(error))
+        with new_folder(folder) as temporary:
+            write_tokens(paths, tokenizer, temporary)
+            write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
         return TokenCache(folder, paths)
-    except (RefragError, OSError) as error:
-        notice(one_line(error))
-        return None
 
 
 def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
-    """Tokenise the texts of the files into arrays."""
-    names = ("tokens", "whole", "offsets", "contexts")
-    writers = {name: ArrayWriter(folder / f"{name}.npy", dtype)
-               for name, dtype in zip(names, (np.int32, np.uint8, np.int64, np.int32), strict=True)}
-    lines = ArrayWriter(folder / "lines.npy", np.int64, 2)
-    with aborting(*writers.values(), lines):
-        writers["offsets"].append([0])
+    """Tokenise the texts of the files into arrays. texts: first and last token, tokens of context, file and line."""
+    writers = [ArrayWriter(folder / f"{name}.npy", dtype, width) for name, dtype, width in (
+        ("tokens", np.int32, None), ("cuts", np.uint8, None), ("texts", np.int64, 5))]
+    tokens, cuts, texts = writers
+    with aborting(*writers):
         for text in progress(read_training_texts(paths), "tokenising", unit="text"):
-            ids, whole = tokenize_text(text, tokenizer)
+            ids, can_cut = tokenize_text(text, tokenizer)
             name, _, line = text.where.rpartition(":")
-            writers["tokens"].append(ids)
-            writers["whole"].append(whole)
-            writers["offsets"].append([writers["tokens"].rows])
-            writers["contexts"].append([text.context])
-            lines.append([[list(paths).index(name), int(line)]])
-        require(writers["tokens"].rows > 0, f"{', '.join(paths)}: no text to train on")
-        for writer in (*writers.values(), lines):
+            texts.append([[tokens.rows, tokens.rows + len(ids), text.context, list(paths).index(name), int(line)]])
+            tokens.append(ids)
+            cuts.append(can_cut)
+        require(tokens.rows > 0, f"{', '.join(paths)}: no text to train on")
+        for writer in writers:
             writer.close()
 
 
 def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, whole), both (T,), of a training text. Raises UserError for ids the decoder does not have."""
+    """(ids, whether a cut may be made before each), both (T,), of a text. Raises UserError for foreign ids."""
     if isinstance(text.text, list):
         ids = np.asarray(text.text, dtype=np.int64)
         require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
@@ -5305,234 +5305,169 @@ class Item(NamedTuple):
 
 
 def opening(tokenizer: Any) -> np.ndarray:
-    """The token a sequence starts with, may be none. Attention gathers at position 0: no vector should stand there."""
+    """The token a sequence starts with, may be none. Position 0 draws attention: no vector should stand there."""
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return np.asarray([] if token is None else [token], dtype=np.int64)
 
 
+def all_vectors(encoder: ChunkEncoder, content: Content) -> np.ndarray:
+    """A plan of a start and all vectors of a content; a chunk that none of the decoder's tokens starts in has none."""
+    vectors = [-number - 1 for number, chunk in enumerate(content.chunks) if len(chunk)]
+    return np.append(opening(encoder.tokenizer.decoder), np.asarray(vectors, dtype=np.int64))
+
+
+def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: int) -> TrainingSequence:
+    """All vectors of a text, then the text."""
+    content = encoder.content_of_tokens(ids, cuts, k)
+    mark = encoder.tokenizer.decoder(RECONSTRUCT, add_special_tokens=False)["input_ids"]
+    return continue_plan(np.append(all_vectors(encoder, content), mark), ids, content)
+
+
 class Lessons:
-    """What a phase draws its training data from: `draw` by number, `exam` for the evaluation."""
+    """What a phase learns from: `draw` an item of a number below len(self), `exam` by items of the held-out data."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig):
-        self.encoder, self.train = encoder, train
-        self.tokenizer = encoder.tokenizer
-        self.start = opening(self.tokenizer.decoder)
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        """The item of a number below len(self). progress: range [0, 1), how far the run is."""
-        raise NotImplementedError
-
-    def exam(self) -> dict[str, list[Item]]:
-        """Items for the evaluation, by name; always the same."""
-        raise NotImplementedError
-
-    def facts(self) -> list[dict[str, Any]]:
-        """The data files."""
-        raise NotImplementedError
-
-    def vectors(self, content: Content) -> np.ndarray:
-        """A plan of all vectors of a content; a chunk none of the decoder's tokens starts in has none."""
-        return np.asarray([-number - 1 for number, chunk in enumerate(content.chunks) if len(chunk)], dtype=np.int64)
+        self.encoder, self.tokenizer, self.train = encoder, encoder.tokenizer, train
 
 
 class TextLessons(Lessons):
     """Texts, cut into windows of at most --seq_tokens tokens."""
 
-    shortest = 1  # tokens a window needs beyond one chunk
+    beyond = 0  # tokens that a window needs beyond one chunk
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
+        """options: the phase's own."""
         super().__init__(encoder, train)
-        self.paths = texts
-        self.cache = cache_tokens(texts.train_json, self.tokenizer)
-        self.windows = self.cut(self.cache, notify=True)
-        self.held_out = cache_tokens(texts.eval_json, self.tokenizer) if texts.eval_json else None
-        self.mark = np.asarray(self.tokenizer.decoder(RECONSTRUCT, add_special_tokens=False)["input_ids"])
+        self.paths, self.options = texts, options
+        self.cache, self.windows = self.load(texts.train_json)
+        short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
+        if short:
+            notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
+        self.held_out = self.load(texts.eval_json) if texts.eval_json else None
 
-    def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
-        """(W, 3) text, first and last token of each window. Raises UserError if no text has a chunk's length."""
-        size, least = self.train.seq_tokens, min(self.train.k) + self.shortest - 1
-        require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {min(self.train.k)}: give "
-                f"{least} or more")
-        windows, short = [], 0
-        for text, length in enumerate(np.diff(cache.offsets).tolist()):
-            spans = [(at, min(at + size, length)) for at in range(0, length, size)]
-            spans = [span for span in spans if span[1] - span[0] >= least]
-            windows += [(text, *span) for span in spans]
-            short += not spans
-        require(bool(windows), f"{', '.join(cache.paths)}: every text is shorter than {least} tokens, which --k "
-                f"{min(self.train.k)} needs: give longer texts or a smaller --k")
-        if short and notify:
-            notice(f"{short:,} texts of fewer than {least} tokens are left out")
-        return np.asarray(windows, dtype=np.int64)
+    def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
+        """The texts of some files and their windows. Raises UserError if no text has a chunk's length."""
+        size, k = self.train.seq_tokens, min(self.train.k)
+        least = k + self.beyond
+        require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {k}: give {least} or more")
+        cache = cache_tokens(paths, self.tokenizer)
+        windows = cache.windows(size, least)
+        require(len(windows) > 0, f"{', '.join(paths)}: every text is shorter than {least} tokens, which --k {k} "
+                "needs: give longer texts or a smaller --k")
+        return cache, windows
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def facts(self) -> list[dict[str, Any]]:
+        """The data files."""
         return file_facts([*self.paths.train_json, *self.paths.eval_json])
 
-    def pick(self, cache: TokenCache, window: np.ndarray, tokens: int | None,
-             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
-        """(ids, whole, where) of a window, or of a run of `tokens` at a random place in it."""
-        text, first, last = window.tolist()
-        if tokens is not None and tokens < last - first:
-            first += int(rng.integers(0, last - first - tokens + 1))
-            last = first + tokens
-        ids, whole = cache.tokens_of(text, *cache.whole_span(text, first, last))
-        return ids, whole, cache.where(text)
-
-    def reconstruction(self, ids: np.ndarray, whole: np.ndarray, k: int) -> TrainingSequence:
-        """All vectors of a text, then the text."""
-        content = self.encoder.content_of_tokens(ids, whole, k)
-        return continue_plan(np.concatenate([self.start, self.vectors(content), self.mark]), ids, content)
-
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        return self.item(self.cache, self.windows[number], rng, progress)
-
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        """The item of a window."""
-        raise NotImplementedError
-
-    def exam_windows(self, count: int) -> tuple[TokenCache, Sequence[np.ndarray]]:
-        """Windows spread over the held-out texts. Only call with --eval_json."""
-        return self.held_out, spread(self.cut(self.held_out), count)
+        """progress: range [0, 1), how far the run is."""
+        return self.item(self.cache, self.windows[number], self.train.k, rng, progress)
 
     def exam(self) -> dict[str, list[Item]]:
+        """Items for the evaluation, by name; always the same."""
         if self.held_out is None:
             return {}
-        exam = {}
-        for k in self.train.k:
-            only = self.only(k)
-            cache, windows = self.exam_windows(self.train.eval_limit)
-            exam[f"k{k}"] = [only.item(cache, w, np.random.default_rng([0, i]), 1.0) for i, w in enumerate(windows)]
-        return exam
+        cache, windows = self.held_out
+        windows = spread(windows, self.train.eval_limit)
+        return {f"k{k}": [self.item(cache, window, (k,), np.random.default_rng([0, i]), 1.0)
+                          for i, window in enumerate(windows)] for k in self.train.k}
 
-    def only(self, k: int) -> TextLessons:
-        """The same lessons with one k."""
-        other = object.__new__(type(self))
-        other.__dict__ = {**self.__dict__, "train": dataclasses.replace(self.train, k=(k,))}
-        return other
+
+@functools.lru_cache(maxsize=1 << 16)
+def anchor_ends(tokenizer: RefragTokenizer, text: str) -> list[int]:
+    """Characters of a text at which both tokenizers cut and agree well enough."""
+    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
+    return [encoder.ends[anchor.i] for anchor in cost_anchors(encoder, decoder) if anchor.cost <= MAX_COST]
 
 
 class AlignLessons(TextLessons):
     """The teacher reads tokens, the model the vectors of the spans between anchors; both are read out at anchors."""
 
-    shortest = 2
+    beyond = 1
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
-        super().__init__(encoder, texts, train)
-        self.anchors: dict[tuple[str, int], list[int]] = {}
-
-    def anchor_ends(self, key: tuple[str, int], text: str) -> list[int]:
-        """Characters of a text at which both tokenizers cut and agree well enough; found once per text."""
-        if key not in self.anchors:
-            sides = (tokenize_pieces(text, side) for side in (self.tokenizer.encoder, self.tokenizer.decoder))
-            encoder, decoder = sides
-            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= MAX_COST]
-            self.anchors[key] = [encoder.ends[a.i] for a in good]
-        return self.anchors[key]
-
-    def content(self, ids: np.ndarray, whole: np.ndarray, where: str, k: int) -> Content:
+    def content(self, ids: np.ndarray, cuts: np.ndarray, k: int) -> Content:
         """A text cut into chunks that end at anchors."""
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
-            return self.encoder.content_of_tokens(ids, whole, k)
+            return self.encoder.content_of_tokens(ids, cuts, k)
         text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
         [cut] = self.tokenizer.cut([text], k)
-        anchors = np.asarray([0, *self.anchor_ends((where, hash(text)), text)])
+        anchors = np.asarray([0, *anchor_ends(self.tokenizer, text)])
         snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
         return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        ids, whole, where = self.pick(cache, window, None, rng)
-        several = [k for k in self.train.k if k < len(ids)] or [min(self.train.k)]  # one chunk alone has no next token
-        content = self.content(ids, whole, where, int(rng.choice(several)))
-        following = np.asarray([chunk[0] for chunk in content.chunks[1:]])
-        ends = np.cumsum([len(chunk) for chunk in content.chunks])
-        tokens = np.concatenate(content.chunks)
-        spread = np.full(len(tokens), -1, dtype=np.int64)
-        spread[ends[:-1] - 1] = following
-        none = np.full(len(self.start), -1, dtype=np.int64)
-        plans = (self.vectors(content), np.append(following, -1)), (tokens, spread)
-        pair = [TrainingSequence(np.concatenate([self.start, plan]), np.concatenate([none, labels]), content)
-                for plan, labels in plans]
-        return Item(*pair, where)
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
+             progress: float) -> Item:
+        """A window's item with one of ks."""
+        ids, cuts, where = cache.read(window)
+        several = [k for k in ks if k < len(ids)] or [min(ks)]  # one chunk alone has no next token
+        content = self.content(ids, cuts, int(rng.choice(several)))
+        plan = all_vectors(self.encoder, content)
+        following = [*(chunk[0] for chunk in content.chunks[1:]), -1]
+        labels = np.append(np.full(len(plan) - len(following), -1), following)
+        sequence = TrainingSequence(plan, labels, content)
+        return Item(sequence, with_text(sequence), where)
 
 
 class ReconLessons(TextLessons):
     """Reconstruction: all vectors of a text, then the text; short texts first."""
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, recon: ReconConfig):
-        super().__init__(encoder, texts, train)
-        self.recon = recon
-
     def lengths(self, k: int) -> list[int]:
         """Text lengths in chunks that fit --seq_tokens: 1, 2, 4, .."""
         return [2**n for n in range(int(math.log2(self.train.seq_tokens // k)) + 1)]
 
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        k = int(rng.choice(self.train.k))
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
+             progress: float) -> Item:
+        """A window's item with one of ks, of a length that the curriculum draws."""
+        k, curriculum = int(rng.choice(ks)), self.options.curriculum
         lengths = self.lengths(k)
-        chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), self.recon.curriculum)))
-        tokens = self.train.seq_tokens if self.recon.curriculum == "none" else chunks * k
-        ids, whole, where = self.pick(cache, window, tokens, rng)
-        return Item(self.reconstruction(ids, whole, k), None, where)
+        chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), curriculum)))
+        ids, cuts, where = cache.read(window, None if curriculum == "none" else chunks * k, rng)
+        return Item(reconstruction(self.encoder, ids, cuts, k), None, where)
 
     def exam(self) -> dict[str, list[Item]]:
-        if self.held_out is None:
-            return {}
-        exam, (cache, windows) = {}, self.exam_windows(self.train.eval_limit)
+        """Each length apart."""
+        exam: dict[str, list[Item]] = {}
+        cache, windows = self.held_out or (None, [])
+        windows = spread(windows, self.train.eval_limit)
         for k in self.train.k:
             for chunks in self.lengths(k):
                 rng = np.random.default_rng([k, chunks])
-                picked = [self.pick(cache, w, chunks * k, rng) for w in windows if w[2] - w[1] >= chunks * k]
-                if picked:
-                    exam[f"k{k}/{chunks}"] = [Item(self.reconstruction(ids, whole, k), None, where)
-                                              for ids, whole, where in picked]
+                for window in (w for w in windows if w[2] - w[1] >= chunks * k):
+                    ids, cuts, where = cache.read(window, chunks * k, rng)
+                    item = Item(reconstruction(self.encoder, ids, cuts, k), None, where)
+                    exam.setdefault(f"k{k}/{chunks}", []).append(item)
         return exam
-
-
-def part_whole(ids: np.ndarray, whole: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Part a text after s tokens, or near there where no character is cut: (context, its `whole`, what follows)."""
-    s = next((cut for cut in (*range(s, 0, -1), *range(s, len(ids))) if whole[cut]), s)
-    return ids[:s], np.append(whole[:s], True), ids[s:]
 
 
 class NextLessons(TextLessons):
     """The next paragraph from compressed context, some texts reconstructed instead."""
 
-    shortest = 2
+    beyond = 1
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, following: NextConfig):
-        super().__init__(encoder, texts, train)
-        self.following = following
-
-    def split(self, length: int, declared: int) -> int:
-        """Tokens to compress: what the file says, else half of the text; one is always left to predict."""
-        wanted = declared if 0 < declared < length else round(length / 2)
-        return min(max(wanted, 1), length - 1)
-
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        k = int(rng.choice(self.train.k))
-        ids, whole, where = self.pick(cache, window, None, rng)
-        declared = int(cache.contexts[window[0]]) if window[1] == 0 else 0
-        s = self.split(len(ids), declared)
-        context, cuts, following = part_whole(ids, whole, s)
-        if rng.random() < self.following.recon_frac and progress < 1:  # the evaluation asks for the continuation alone
-            return self.taught(self.reconstruction(context, cuts, k), where)
-        content = self.encoder.content_of_tokens(context, cuts, k)
-        mean = self.following.expand_frac  # of a share that is different for every text
-        share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if progress < 1 else 0.0
-        opened = rng.random(len(content.chunks)) < share
-        parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `vectors`
-                 for c, chunk in enumerate(content.chunks)]
-        return self.taught(continue_plan(np.concatenate([self.start, *parts]), following, content), where)
-
-    def taught(self, sequence: TrainingSequence, where: str) -> Item:
-        """An item whose teacher, with --distill, reads the full text."""
-        return Item(sequence, with_text(sequence) if self.following.distill else None, where)
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
+             progress: float) -> Item:
+        """A window's item with one of ks. The evaluation, at progress 1, asks for what follows all vectors alone."""
+        k, training = int(rng.choice(ks)), progress < 1
+        ids, cuts, where = cache.read(window)
+        declared = int(cache.texts[window[0], 2]) if window[1] == 0 else 0  # what the file says, else half of the text
+        s = declared if 0 < declared < len(ids) else round(len(ids) / 2)
+        context, cuts, following = split_text(ids, cuts, min(max(s, 1), len(ids) - 1))
+        if rng.random() < self.options.recon_frac and training:
+            sequence = reconstruction(self.encoder, context, cuts, k)
+        else:
+            content = self.encoder.content_of_tokens(context, cuts, k)
+            mean = self.options.expand_frac  # of a share that is different for every text
+            share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if training else 0.0
+            opened = rng.random(len(content.chunks)) < share
+            parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
+                     for c, chunk in enumerate(content.chunks)]
+            plan = np.concatenate([opening(self.tokenizer.decoder), *parts])
+            sequence = continue_plan(plan, following, content)
+        return Item(sequence, with_text(sequence) if self.options.distill else None, where)
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
@@ -6078,8 +6013,9 @@ class Trainer:
         """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
         results = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
-            made = controls([item.sequence for item in items], [item.sources for item in items])
-            results[name] = {kind: self.measure(sequences) for kind, sequences in made.items()}
+            sequences, sources = [item.sequence for item in items], [item.sources for item in items]
+            made = {kind: control(kind, sequences, sources) for kind in CONTROLS}
+            results[name] = {kind: self.measure(changed) for kind, changed in made.items() if changed}
         return results
 
     def measure(self, sequences: list[TrainingSequence]) -> dict[str, float]:
@@ -6161,20 +6097,24 @@ def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
         return decoder(input_ids=batch.plan, use_cache=False, **known).logits
 
 
-def controls(sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> dict[str, list[TrainingSequence]]:
-    """What every evaluation compares: the vectors, none, another's (where there is another), and the full text.
+CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
 
-    sources: (N,) the texts or passages that each sequence's vectors tell of.
+
+def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
+    """Sequences as they are, without vectors, with another's, or with the full text; none where that makes no sense.
+
+    name: of CONTROLS. sources: (N,) the texts or passages that each sequence's vectors tell of.
     """
-    made, none = {"vectors": sequences}, [without_vectors(s) for s in sequences]
-    if sum(s.asked for s in none) == sum(s.asked for s in sequences):  # not where the vectors themselves are asked
-        made["none"] = none
-    if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) > 1:
-        others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
-                       if sequences[other].content.chunks and sources[other] != sources[n])
-                  for n in range(len(sequences))]
-        made["wrong"] = [with_content_of(s, sequences[n]) for s, n in zip(sequences, others, strict=True)]
-    return made | {"full": [with_text(s) for s in sequences]}
+    if name == "none":  # not where the vectors themselves are asked
+        made = [without_vectors(s) for s in sequences]
+        return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
+    if name != "wrong":
+        return [with_text(s) for s in sequences] if name == "full" else sequences
+    if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
+        return []
+    others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
+                   if sequences[other].content.chunks and sources[other] != sources[n]) for n in range(len(sequences))]
+    return [with_content_of(s, sequences[n]) for s, n in zip(sequences, others, strict=True)]
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:

@@ -42,19 +42,17 @@ from refrag import (
     Searcher,
     Settings,
     Stopwatch,
-    TextConfig,
-    TextLessons,
-    TokenCache,
-    TrainConfig,
     TrainingSequence,
     abstains,
+    all_vectors,
     answer_chunks,
     batched,
+    cache_tokens,
     can_pack,
     checked_batch,
     checkpoint_digest,
     continue_plan,
-    controls,
+    control,
     decode,
     describe_device,
     draw,
@@ -75,13 +73,14 @@ from refrag import (
     measure_sequences,
     model_config,
     normalize_answer,
+    opening,
     others_apart_first,
-    part_whole,
     passage_content,
     positive_rows,
     prefill,
     progress,
     read_question_file,
+    reconstruction,
     require,
     run_folder,
     run_settings,
@@ -89,6 +88,7 @@ from refrag import (
     sha256_file,
     show_plan,
     source_commit,
+    split_text,
     spread,
     stop_tokens,
     without_citations,
@@ -650,32 +650,6 @@ def gate_scores(opened: np.ndarray, spans: list[list[int]], right: list[set[int]
             "all_positives": all(ds & docs for ds in right if ds) if len(right) > 1 and any(right) else None}
 
 
-class ProbeLessons(TextLessons):
-    """Texts in windows of exactly --seq_tokens tokens."""
-
-    def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
-        size = self.train.seq_tokens
-        windows = super().cut(cache)
-        windows = windows[windows[:, 2] - windows[:, 1] == size]
-        require(len(windows) > 1, f"--texts {', '.join(cache.paths)}: needs two pieces of {size} tokens at "
-                "least: lower --context_tokens or --next_tokens")
-        return windows
-
-    def compressed(self, window: np.ndarray, k: int, s: int) -> tuple[TrainingSequence, TrainingSequence]:
-        """A window's first s tokens as vectors and then the rest; the same from as many of the last tokens."""
-        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
-        context, cuts, following = part_whole(ids, whole, s)
-        content = self.encoder.content_of_tokens(context, cuts, k)
-        vectors = self.vectors(content)
-        last = continue_plan(np.concatenate([self.start, context[-len(vectors) :]]), following, Content([], []))
-        return continue_plan(np.concatenate([self.start, vectors]), following, content), last
-
-    def repeated(self, window: np.ndarray, k: int) -> TrainingSequence:
-        """All of a window as vectors, then its text."""
-        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
-        return self.reconstruction(ids, whole, k)
-
-
 class TextTask(Task):
     """A task over texts: what the decoder makes of vectors, teacher forced."""
 
@@ -694,13 +668,15 @@ class TextTask(Task):
         raise NotImplementedError
 
     def load(self) -> None:
-        ks, options = tuple(dict.fromkeys(self.options.k)), self.options
+        options, files = self.options, ", ".join(self.options.texts)
         self.model = load_model(self.models, self.runtime).to(self.accelerator.device)
-        train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
-        self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
-        self.windows = np.asarray(spread(self.lessons.windows, options.limit))
+        self.cache = cache_tokens(options.texts, self.model.encoder.tokenizer)
+        windows = self.cache.windows(self.size, self.size)
+        require(len(windows) > 1, f"--texts {files}: needs two pieces of {self.size} tokens at least: lower "
+                "--context_tokens or --next_tokens")
+        self.windows = np.asarray(spread(windows, options.limit))
         require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
-                f"--texts {', '.join(options.texts)}: one text alone has pieces of {self.size} tokens, and "
+                f"--texts {files}: one text alone has pieces of {self.size} tokens, and "
                 "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
         self.packs = can_pack(self.model.decoder)
 
@@ -721,9 +697,9 @@ class TextTask(Task):
     def control(self, sequences: list[TrainingSequence], mode: str) -> list[TrainingSequence]:
         """One of the controls of some sequences."""
         names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
-        made = controls(sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
-        require(names[mode] in made, f"--modes {mode}: needs a decoder with a start token")
-        return made[names[mode]]
+        made = control(names[mode], sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
+        require(bool(made), f"--modes {mode}: needs a decoder with a start token")
+        return made
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         mode, ks = unit
@@ -762,9 +738,19 @@ class PplTask(TextTask):
         return self.options.context_tokens + self.options.next_tokens
 
     def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
-        pairs = [self.lessons.compressed(window, k, self.options.context_tokens) for window in self.windows]
-        made, last = (list(side) for side in zip(*pairs, strict=True))
-        return last if mode == "truncate" else self.control(made, mode)
+        made = [self.compressed(window, k, mode == "truncate") for window in self.windows]
+        return made if mode == "truncate" else self.control(made, mode)
+
+    def compressed(self, window: np.ndarray, k: int, truncate: bool) -> TrainingSequence:
+        """A window's first tokens as vectors and then the rest; truncate: the same from as many of the last tokens."""
+        ids, cuts, _ = self.cache.read(window)
+        context, cuts, following = split_text(ids, cuts, self.options.context_tokens)
+        content = self.model.encoder.content_of_tokens(context, cuts, k)
+        plan, start = all_vectors(self.model.encoder, content), opening(self.model.encoder.tokenizer.decoder)
+        if not truncate:
+            return continue_plan(plan, following, content)
+        vectors = len(plan) - len(start)
+        return continue_plan(np.append(start, context[-vectors:]), following, Content([], []))
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
         texts = next(iter(found.values()))["texts"]
@@ -795,7 +781,8 @@ class ReconTask(TextTask):
         return self.options.context_tokens
 
     def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
-        return self.control([self.lessons.repeated(window, k) for window in self.windows], mode)
+        texts = [self.cache.read(window) for window in self.windows]
+        return self.control([reconstruction(self.model.encoder, ids, cuts, k) for ids, cuts, _ in texts], mode)
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         mode, _ = unit
@@ -808,7 +795,7 @@ class ReconTask(TextTask):
         for sequence in spread(self.sequences(mode, k), SAMPLES):
             truth, made = sequence.labels[sequence.labels >= 0].tolist(), self.continue_freely(sequence)
             shares.append(kept_in_order(truth, made))
-            texts.append([self.lessons.tokenizer.decoder.decode(ids) for ids in (truth, made)])
+            texts.append([self.model.encoder.tokenizer.decoder.decode(ids) for ids in (truth, made)])
         return {"free_running": round(statistics.fmean(shares), 5), "written": texts}
 
     @torch.inference_mode()
@@ -821,7 +808,7 @@ class ReconTask(TextTask):
             inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
             logits, state = prefill(decoder, [inputs[0]])
             [out], _ = decode(decoder, logits, state, max_new=asked, watch=Stopwatch(device),
-                              stops=stop_tokens(decoder, self.lessons.tokenizer.decoder),
+                              stops=stop_tokens(decoder, self.model.encoder.tokenizer.decoder),
                               pick=lambda logits: logits.argmax(-1))
         return out.tokens
 
