@@ -7655,6 +7655,11 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
 
 
 def cmd_train_gate(*configs: Options) -> None:
+    summary = train_scorer("gate", *configs)
+    emit(summary, configs[-1], gate_text(summary))
+
+
+def cmd_train_policy(*configs: Options) -> None:
     summary = train_scorer("policy", *configs)
     emit(summary, configs[-1], gate_text(summary))
 
