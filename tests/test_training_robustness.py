@@ -297,7 +297,7 @@ def test_a_copy_of_a_file_is_named_by_its_own_name(refused, argv, write):
 
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "missing"])
-@pytest.mark.parametrize("file", ["tokens.npy", "offsets.npy", "lines.npy", "manifest.json"])
+@pytest.mark.parametrize("file", ["tokens.npy", "cuts.npy", "texts.npy", "manifest.json"])
 def test_a_damaged_cache_of_tokens_is_made_anew(done, argv, home, tmp_path, file, kind):
     before = done(*argv("cpt_recon"))
     (path,) = (home / "tokens").glob(f"*/{file}")
