@@ -316,13 +316,11 @@ class BenchConfig(Options):
     batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
     repeats: int = opt(5, "rounds that count, after one that warms up; in each, every combination runs once", low=1)
-    question: str = opt("Which people, places and events are described, and when did it happen?",
-                        "what is asked each time")
+    question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
     def check(self) -> None:
-        require(self.out_dir is None or not os.path.isfile(self.out_dir),
-                f"--out_dir {self.out_dir} is a file: name a folder")
+        require(not os.path.isfile(self.out_dir or ""), f"--out_dir {self.out_dir} is a file: name a folder")
 
 
 class TextConfig(Options):
@@ -2314,8 +2312,8 @@ class ChunkTable(NamedTuple):
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
-    gate: np.ndarray | None  # (L, dim), embedder's vector, not normalised
-    states: np.ndarray | None  # (L, E), encoder's pooled states, before the projector
+    gate: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
+    states: np.ndarray | None = None  # (L, E), encoder's pooled states, before the projector
 
 
 class Chunking(NamedTuple):
@@ -3122,31 +3120,26 @@ ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
 NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
-def whole_tokens(tokens: Tokens) -> np.ndarray:
+def cut_allowed(tokens: Tokens) -> np.ndarray:
     """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
-    whole = np.ones(len(tokens.ids) + 1, dtype=bool)
-    whole[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
-    return whole
+    allowed = np.ones(len(tokens.ids) + 1, dtype=bool)
+    allowed[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
+    return allowed
 
 
-def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
+def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
 
-    whole: (T + 1,) bool, see `whole_tokens`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so
-    that the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends
-    before it; only a character longer than a unit makes a unit longer.
+    allowed: (T + 1,), see `cut_allowed`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
+    the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends before
+    it; only a character longer than a unit makes a unit longer.
     """
-    T, unit = len(whole) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
-    if whole.all():
-        cuts = [*range(0, T, unit), T]
-    else:
-        cuts, i = [0], 0
-        while i < T:
-            j = next((j for j in range(min(i + unit, T), i, -1) if whole[j]), None)
-            i = j if j is not None else next(j for j in range(i + unit + 1, T + 1) if whole[j])
-            cuts.append(i)
-    step = k // unit
-    return np.asarray([*cuts[::step], *([cuts[-1]] if (len(cuts) - 1) % step else [])], dtype=np.int64)
+    T, unit = len(allowed) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
+    places, cuts, last = np.flatnonzero(allowed).tolist(), [0], 0
+    while cuts[-1] < T:
+        last = max(bisect.bisect_right(places, cuts[-1] + unit) - 1, last + 1)
+        cuts.append(places[last])
+    return np.asarray([*cuts[: -1 : k // unit], T], dtype=np.int64)
 
 
 class Cut(NamedTuple):
@@ -3157,55 +3150,25 @@ class Cut(NamedTuple):
     sizes: np.ndarray  # (L,), tokens
 
 
-def first_tokens(tokens: Tokens, places: np.ndarray) -> np.ndarray:
+def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
+    """Cut a text where `token_cuts` cuts its tokens; a text without tokens, white space alone, is one chunk.
+
+    Tokens without characters of their own belong to the chunk before, or to the first.
+    """
+    if not text or not len(tokens.ids):
+        ends = np.asarray([len(text)] if text else [], dtype=np.int64)
+        return Cut(tokens.ids[:0], ends, np.zeros_like(ends))
+    bounds = token_cuts(cut_allowed(tokens), k)
+    ends = np.append(tokens.ends[bounds[1:-1] - 1], len(text))
+    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))
+    firsts = np.append(bounds[kept], len(tokens.ids))
+    firsts[0] = 0
+    return Cut(tokens.ids, ends[kept], np.diff(firsts))
+
+
+def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
     """The first token at or after each place (in characters): a token belongs to the chunk in which it starts."""
     return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
-
-
-def chunk_runs(text: str, tokens: Tokens, k: int) -> Cut:
-    """Cut a text into chunks of k tokens.
-
-    The cuts are those of `token_cuts`; tokens without characters of their own belong to the chunk before.
-    """
-    if not text:
-        return Cut(*np.zeros((3, 0), np.int64))
-    ends, T = tokens.ends.tolist(), len(tokens.ids)
-    bounds = token_cuts(whole_tokens(tokens), k).tolist()
-    runs, first = [(0, 0)], 0
-    for bound in bounds[1:]:
-        end = ends[bound - 1] if bound < T else len(text)
-        if end > runs[-1][0]:
-            runs.append((end, bound - first))
-        elif len(runs) > 1:  # tokens without characters belong to the chunk before
-            runs[-1] = (runs[-1][0], runs[-1][1] + bound - first)
-        else:
-            continue  # .. or, where there is none, to the next
-        first = bound
-    if runs[-1][0] < len(text):  # not one token: the text is nothing but white space
-        runs.append((len(text), 0))
-    return Cut(tokens.ids, *np.asarray(runs[1:], dtype=np.int64).T)
-
-
-def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
-    """The <doc id="ID" ..> .. </doc> blocks of a text, each with its id; group 2 is the content.
-
-    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
-    an id, with a broken attribute or with another tag inside is none.
-    """
-    for match in DOC_BLOCK.finditer(text):
-        values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
-        if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
-            yield match, values["id"]
-
-
-def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
-    """A text's parts in order, each with the id of the <doc> block whose content it is, None for plain text."""
-    at = 0
-    for match, label in doc_blocks(text):
-        yield text[at : match.start()], None
-        yield match[2], label
-        at = match.end()
-    yield text[at:], None
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
@@ -3218,7 +3181,23 @@ def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
     [tokens] = tokenize(tokenizer, [text])
-    return list(itertools.pairwise([0, *chunk_runs(text, tokens, k).ends.tolist()]))
+    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
+
+
+def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
+    """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
+
+    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
+    an id, with a broken attribute or with another tag inside is none.
+    """
+    at = 0
+    for match in DOC_BLOCK.finditer(text):
+        values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
+        if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
+            yield text[at : match.start()], None
+            yield match[2], values["id"]
+            at = match.end()
+    yield text[at:], None
 
 
 class Segment(NamedTuple):
@@ -3282,32 +3261,29 @@ class RefragTokenizer:
     def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
         """Each content cut into chunks of k of the encoder's tokens."""
         rows = zip(contents, tokenize(self.encoder, contents), strict=True)
-        return [chunk_runs(content, tokens, k) for content, tokens in rows]
+        return [cut_chunks(content, tokens, k) for content, tokens in rows]
 
     def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
         [(ids, _, sizes)] = self.cut([content], k)
-        width = max(k, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
-        tokens, mask = (np.zeros((len(sizes), width), dtype=np.int64) for _ in range(2))
-        for row, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
-            tokens[row, :size], mask[row, :size] = ids[end - size : end], 1
-        return tokens, mask
+        mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider only for a character of > k tokens
+        tokens = np.zeros(mask.shape, dtype=np.int64)
+        tokens[mask] = ids
+        return tokens, mask.astype(np.int64)
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
 
-        Everything but `doc_blocks` is plain text: an unclosed tag, a stray </doc>, the outer tags of nested blocks.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
+        Everything but the blocks of `split_docs` is plain text: an unclosed tag, a stray </doc>, the outer tags of
+        nested blocks. Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
         segments = []
         for part, label in split_docs(text):
-            part, packed = self.neutralize(part), (np.zeros((0, k), dtype=np.int64),) * 2
-            if label is not None:
-                label, packed = self.neutralize(label), self.pack(part, k)
             if part or label is not None:
+                part, doc_id = self.neutralize(part), label and self.neutralize(label)
+                packed = (np.zeros((0, k), dtype=np.int64),) * 2 if label is None else self.pack(part, k)
                 ids = self.decoder(part, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text" if label is None else "doc", part, label, ids, *packed))
+                segments.append(Segment("text" if label is None else "doc", part, doc_id, ids, *packed))
         return segments
 
 
@@ -3330,7 +3306,6 @@ class Chunk(NamedTuple):
 class Prompt:
     """The full-text prompt, and where its chunks are. What is fed is a plan over it: see `mixed_plan`."""
 
-    text: str
     input_ids: np.ndarray  # (T,)
     chunks: list[Chunk]
     blocks: list[tuple[int, int]]  # tokens of each document, its tags included
@@ -3395,13 +3370,13 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     ranges of these tokens. A token belongs to the chunk in which it starts. Raises UserError if the template alters
     the message.
     """
-    message, contents, tagged = "", [], []
+    message, spans = "", []  # spans: of each document, where its tag, its content and the document begin and end
     for piece in pieces:
         if isinstance(piece, Doc):
-            opened = message + f'<doc id="{piece.label}">\n'
-            tagged.append((len(message), len(opened) + len(piece.content) + len("\n</doc>")))
-            contents.append(len(opened))
-            message = f"{opened}{piece.content}\n</doc>"
+            opening = f'<doc id="{piece.label}">\n'
+            first = len(message) + len(opening)
+            spans.append((piece, len(message), first, first + len(piece.content) + len("\n</doc>")))
+            message += f"{opening}{piece.content}\n</doc>"
         else:
             message += piece
     decoder = tokenizer.decoder
@@ -3409,14 +3384,13 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     base = text.find(message)
     require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
-    chunks: list[Chunk] = []
-    docs = [piece for piece in pieces if isinstance(piece, Doc)]
-    for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
+    chunks, blocks = [], []
+    for number, (doc, start, first, end) in enumerate(spans):
         edges = [0, *doc.chunks.ends.tolist()]
-        marks = first_tokens(tokens, base + at + np.asarray(edges)).tolist()
-        chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(edges) - 1)]
-    blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
-    return Prompt(text, tokens.ids, chunks, blocks)
+        marks = first_tokens(tokens, base + np.asarray([start, *(first + edge for edge in edges), end])).tolist()
+        chunks += [Chunk(number, *edges[i : i + 2], *marks[i + 1 : i + 3]) for i in range(len(edges) - 1)]
+        blocks.append((marks[0], marks[-1]))
+    return Prompt(tokens.ids, chunks, blocks)
 
 
 def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
@@ -3435,7 +3409,7 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
     """
     tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
     cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
-    tables = [table or ChunkTable(*next(cuts)[1:], None, None) for table in tables]
+    tables = [table or ChunkTable(*next(cuts)[1:]) for table in tables]
     return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
 
 
@@ -3456,11 +3430,9 @@ def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) ->
     pieces: list[str | Doc] = []
     for part, label in split_docs(text.strip()):
         part = tokenizer.neutralize(part)
-        if label is not None:
-            [doc] = make_docs([part], [None], k, tokenizer)
-            pieces.append(doc._replace(label=tokenizer.neutralize(label)))
-        elif part:
-            pieces.append(part)
+        cuts = tokenizer.cut([part] if label is not None else [], k)
+        docs = [Doc(tokenizer.neutralize(label), part, ChunkTable(*cut[1:])) for cut in cuts]
+        pieces += docs or [part]
     prompt = build_prompt(tokenizer, pieces)
     require(prompt.context_tokens <= ctx_max,
             f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
@@ -3534,33 +3506,6 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
     return TrainingSequence(np.concatenate([context, answer[:-1]]), labels, content)
 
 
-def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
-    plan, labels, content = sequence
-    kept = plan >= 0
-    before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
-    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
-    moved[before[asked]] = labels[asked]
-    return TrainingSequence(plan[kept], moved[kept], content)
-
-
-def with_text(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads everything: every vector is replaced by its chunk's tokens."""
-    plan, labels, content = sequence
-    parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
-    ends = np.cumsum([len(part) for part in parts])
-    spread = np.full(ends[-1], -1, dtype=np.int64)
-    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
-    return TrainingSequence(np.concatenate(parts), spread, content)
-
-
-def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
-    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
-    L = len(other.content.chunks)
-    plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
-    return TrainingSequence(plan, sequence.labels, other.content)
-
-
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of item numbers, each item in the first bin with room; an item longer than the capacity has its own.
 
@@ -3591,21 +3536,6 @@ def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) ->
     return "".join(parts)
 
 
-def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
-    """--prompt as the one question, None without it. Raises UserError."""
-    if text is None:
-        return None
-    require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
-    require(bool(text.strip()), "--prompt is empty")
-    blocks = list(doc_blocks(text))
-    edges = [0, *(edge for match, _ in blocks for edge in match.span()), len(text)]
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        tag = DOC_TAG.search(text, start, end)
-        require(tag is None, f"--prompt: {text[tag.start() :][:40]!r} opens or closes no document: write "
-                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
-    require(len({label for _, label in blocks}) == len(blocks), "--prompt: two <doc> blocks have the same id")
-    return [{"id": "1", "question": text}]
-
 # =============================================================================
 # 7. Alignment. Where two tokenizers cut a text at the same place, and what the
 #    decoder's tokens teach the projector there. Knows no files.
@@ -3625,7 +3555,7 @@ def tokenize_pieces(text: str, tokenizer: Any) -> Pieces:
     [tokens] = tokenize(tokenizer, [text])
     ids, stream = tokens.ids.tolist(), DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-    return Pieces(ids, np.where(whole_tokens(tokens)[1:], tokens.ends, -1).tolist(), pieces)
+    return Pieces(ids, np.where(cut_allowed(tokens)[1:], tokens.ends, -1).tolist(), pieces)
 
 
 def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
@@ -3973,7 +3903,7 @@ class ChunkEncoder(nn.Module):
         return output.last_hidden_state
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
-        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `whole_tokens`.
+        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
 
         A separate encoder reads the text the tokens decode to.
         """
@@ -5183,7 +5113,7 @@ def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def nearest_cut(cuts: np.ndarray, at: int, least: int = 1) -> int:
-    """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `whole_tokens`.
+    """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `cut_allowed`.
 
     Example: cuts [T, F, F, T, T] -> 3 for 4 and 3, 3 for 2
     """
@@ -5218,7 +5148,7 @@ class TokenCache:
              rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
         """(ids (T,), cuts (T + 1,), file:line) of a window, or of a run of `tokens` at a random place in it.
 
-        The run is moved back to where no character is cut; it grows if nothing would be left. cuts: see `whole_tokens`.
+        The run is moved back to where no character is cut; it grows if nothing would be left. cuts: see `cut_allowed`.
         """
         text, first, last = window.tolist()
         if tokens is not None and tokens < last - first:
@@ -5276,7 +5206,7 @@ def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.nd
                 f"the decoder's {len(tokenizer.decoder)}")
         return ids, np.ones(len(ids), dtype=bool)
     [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
-    return tokens.ids, whole_tokens(tokens)[:-1]
+    return tokens.ids, cut_allowed(tokens)[:-1]
 
 
 class Item(NamedTuple):
@@ -5514,7 +5444,7 @@ class AnswerPrompts:
         keep = list(range(len(shown)))
         while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:], None, None), shown[i])
+        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:]), shown[i])
                 for rank, i in enumerate(keep, start=1)]
         context = make_context(self.tokenizer, question, docs)
         label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
@@ -6095,6 +6025,33 @@ def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
     known = {"position_ids": batch.position_ids} if accepts(decoder, "position_ids") else {}
     with head_reads(decoder, batch.asked):
         return decoder(input_ids=batch.plan, use_cache=False, **known).logits
+
+
+def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
+    plan, labels, content = sequence
+    kept = plan >= 0
+    before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
+    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
+    moved[before[asked]] = labels[asked]
+    return TrainingSequence(plan[kept], moved[kept], content)
+
+
+def with_text(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads everything: every vector is replaced by its chunk's tokens."""
+    plan, labels, content = sequence
+    parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
+    ends = np.cumsum([len(part) for part in parts])
+    spread = np.full(ends[-1], -1, dtype=np.int64)
+    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
+    return TrainingSequence(np.concatenate(parts), spread, content)
+
+
+def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
+    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
+    L = len(other.content.chunks)
+    plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
+    return TrainingSequence(plan, sequence.labels, other.content)
 
 
 CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
@@ -7662,6 +7619,21 @@ def cmd_train_gate(*configs: Options) -> None:
 def cmd_train_policy(*configs: Options) -> None:
     summary = train_scorer("policy", *configs)
     emit(summary, configs[-1], gate_text(summary))
+
+
+def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
+    """--prompt as the one question, None without it. Raises UserError."""
+    if text is None:
+        return None
+    require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
+    require(bool(text.strip()), "--prompt is empty")
+    labels: list[str] = []
+    for part, label in split_docs(text):
+        tag = DOC_TAG.search(part) if label is None else labels.append(label)
+        require(tag is None, f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
+                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
+    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
+    return [{"id": "1", "question": text}]
 
 
 def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:

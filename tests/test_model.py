@@ -435,7 +435,7 @@ def test_a_content_of_tokens_is_that_of_their_text(model, k):
     for text in TRAINING_TEXTS:
         decoder = model.encoder.tokenizer.decoder
         [tokens] = refrag.tokenize(decoder, [text])
-        got = model.encoder.content_of_tokens(tokens.ids, refrag.whole_tokens(tokens), k)
+        got = model.encoder.content_of_tokens(tokens.ids, refrag.cut_allowed(tokens), k)
         expected = content_of(model.encoder, text, k)
         assert [c.tolist() for c in got.chunks] == [c.tolist() for c in expected.chunks]
         assert [[a.tolist() for a in row] for row in got.rows] == [[a.tolist() for a in row] for row in expected.rows]
