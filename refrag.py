@@ -1159,6 +1159,34 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
+    """The results in a JSON lines file that is to be continued. Cuts off a last line that a kill left unfinished.
+
+    flag: the option that names the file. Raises MismatchError if the file was made with other settings, CorruptError
+    if a line in it is no result.
+    """
+    data, found = path.read_bytes(), []
+    intact = data[: data.rfind(b"\n") + 1]
+    for number, raw in enumerate(intact.split(b"\n")[:-1], start=1):
+        try:
+            result = json.loads(raw)
+            before = {key: result["settings"].get(key) for key in settings}
+            found.append({"id": result["id"], **result})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
+        changed = [f"--{key} ({before[key]}, now {settings[key]})" for key in settings if before[key] != settings[key]]
+        if changed:
+            raise MismatchError(f"{path} was made with another {', '.join(changed)}: name another {flag}")
+    os.truncate(path, len(intact))
+    return found
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a JSON line to a file at once, so that a kill loses no finished one."""
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(dumps(line) + "\n")
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
     """Hold a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
@@ -6697,18 +6725,10 @@ class State(NamedTuple):
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors in a decoder's cache, whatever its layers keep: keys and values, or recurrent states."""
-    tensors: dict[int, Tensor] = {}
-    seen, waiting = set(), [cache]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Tensor):
-            tensors[id(part)] = part
-        elif id(part) not in seen and not isinstance(part, type):
-            seen.add(id(part))
-            inside = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else None
-            waiting += getattr(part, "__dict__", {}).values() if inside is None else inside
-    return sum(tensor.nbytes for tensor in tensors.values())
+    """Bytes of a decoder's cache: keys and values, or recurrent states, which a layer keeps in dictionaries."""
+    values = [value for layer in getattr(cache, "layers", []) for value in vars(layer).values()]
+    tensors = [tensor for value in values for tensor in (value.values() if isinstance(value, dict) else [value])]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
@@ -6733,15 +6753,11 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
 def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State]:
     """Read prompts. inputs: (T_i, D) each, padded on the left. Returns the next token's logits (B, V) and the state."""
     lengths = torch.tensor([len(x) for x in inputs], device=inputs[0].device)
-    T = int(lengths.max())
-    if len(inputs) == 1:
-        positions = torch.arange(T, device=lengths.device)[None]  # (1, T)
-        logits, cache = forward_step(decoder, None, None, positions, inputs_embeds=inputs[0][None])
-        return logits, State(cache, None, lengths)
-    embeds = torch.stack([nn.functional.pad(x, (0, 0, T - len(x), 0)) for x in inputs])  # (B, T, D)
-    mask = (torch.arange(T, device=lengths.device) >= T - lengths[:, None]).long()  # (B, T)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits, cache = forward_step(decoder, None, mask, positions, inputs_embeds=embeds)
+    embeds = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True, padding_side="left")  # (B, T, D)
+    T = embeds.shape[1]
+    positions = torch.arange(T, device=lengths.device) - (T - lengths[:, None])  # (B, T), below 0 where padded
+    mask = (positions >= 0).long() if len(inputs) > 1 else None
+    logits, cache = forward_step(decoder, None, mask, positions.clamp(min=0), inputs_embeds=embeds)
     return logits, State(cache, mask, lengths)
 
 
@@ -6967,16 +6983,14 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
     opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
     logits = [feed(token) for token in (*pending, *opening)][-1]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
-    depth = 0
-    while len(options) > 1 and all(len(ids) > depth for ids in options.values()):
+    token = None
+    for depth in range(CITATION_TOKENS - len(opening) + 1):  # of ids that are alike for so long, the shortest
+        if len(options) == 1 or min(map(len, options.values())) == depth:
+            break
+        logits = logits if token is None else feed(token)
         allowed = sorted({ids[depth] for ids in options.values()})
         token = allowed[int(logits[allowed].argmax())]
         options = {label: ids for label, ids in options.items() if ids[depth] == token}
-        depth += 1
-        if len(opening) + depth > CITATION_TOKENS:  # of ids that are alike for so long, the shortest
-            break
-        if len(options) > 1:
-            logits = feed(token)
     return min(options, key=lambda label: len(options[label])), state
 
 
@@ -7110,7 +7124,7 @@ class Pipeline:
         self.tokenizer = model.encoder.tokenizer
         self.device = next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
-        built = self.index.manifest["chunking"] if self.index else {}
+        built = searcher.index.manifest["chunking"] if searcher else {}
         self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
         if built.get("encoder") not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
@@ -7158,7 +7172,7 @@ class Pipeline:
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
-        built = self.stored.manifest["chunking"] if self.stored else {}
+        built = self.stored.manifest["chunking"] if self.stored is not None else {}
         return built["encoder"] if built and self.model.encoder.serves(k, built["k"]) else None
 
     def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
@@ -7171,22 +7185,16 @@ class Pipeline:
         filled = dict(zip(lacking, tables, strict=True))
         return [doc._replace(chunks=filled.get(i, doc.chunks)) for i, doc in enumerate(docs)]
 
-    def gate_input(self, context: Context, settings: Settings) -> GateInput | None:
-        """What the gate may look at; None where nothing is to be chosen."""
-        if not settings.chooses or not context.docs:
-            return None
-        docs, query = context.docs, None
-        if settings.pack.gate in VECTOR_GATES and self.embedder is not None:
+    def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
+        """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
+        docs, query, gate = context.docs, None, settings.pack.gate
+        if not settings.chooses or not docs:
+            return np.zeros(len(context.prompt.chunks)), None
+        if gate in VECTOR_GATES and self.embedder is not None:
             docs = self.filled(docs, settings.pack.k, gate=True)
             query = self.embedder.embed_query(context.question)[0]
-        return gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
-
-    def scores(self, context: Context, given: GateInput | None, settings: Settings) -> np.ndarray:
-        """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
-        if given is None:
-            return np.zeros(len(context.prompt.chunks))
-        gate = settings.pack.gate
-        return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given)
+        given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
+        return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
 
     def choose(self, context: Context, scores: np.ndarray, settings: Settings) -> Choice:
         """What the decoder is fed."""
@@ -7229,8 +7237,7 @@ class Pipeline:
         with watch.stage("pack_s"):
             context = self.context(item, passages, settings)
         with watch.stage("gate_s"):
-            given = self.gate_input(context, settings)
-            scores = self.scores(context, given, settings)
+            scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
             choice = self.choose(context, scores, settings)
         if not self.fits_window(len(choice.plan), settings):
@@ -7356,46 +7363,29 @@ class Pipeline:
         """Times and sizes as section 7 of the definitions has them; times in seconds."""
         prompt, positions = reading.context.prompt, len(reading.choice.plan)
         later, steps = out.times[-1] - out.times[0], len(out.times) - 1
-        full, context_tokens = len(prompt.input_ids), prompt.context_tokens
-        return {
-            "ttft_s": round(sum(reading.seconds.values()), 6),
-            "ttit_s": round(later / steps, 6) if steps else None,
-            "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
-            "new_tokens": len(out.tokens),
-            "positions": positions,
-            "full_positions": full,
-            "context_tokens": context_tokens,
-            "compression": round(full / positions, 4),
-            "kv_bytes": kv_bytes,
-            "p_realised": round(int(prompt.sizes[reading.choice.expanded].sum()) / max(context_tokens, 1), 6),
-            "stages": {name: round(reading.seconds.get(name, 0.0), 6)
-                       for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")},
-            "load_s": round(self.load_s, 3),
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-        }
+        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.choice.expanded].sum())
+        stages = {name: round(reading.seconds.get(name, 0.0), 6)
+                  for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")}
+        return {"ttft_s": round(sum(reading.seconds.values()), 6), "ttit_s": round(later / steps, 6) if steps else None,
+                "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
+                "new_tokens": len(out.tokens), "positions": positions, "full_positions": full,
+                "context_tokens": prompt.context_tokens, "compression": round(full / positions, 4),
+                "kv_bytes": kv_bytes, "p_realised": round(as_text / max(prompt.context_tokens, 1), 6),
+                "stages": stages, "load_s": round(self.load_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
         pack, search, generate, config = settings.pack, settings.search, settings.generate, self.model.config
+        index, stepper = self.searcher and self.index.manifest["digest"][:16], self.stepper
         return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": pack.gate,
-                "compressed": pack.compressed, "ctx_max": pack.ctx_max,
-                "index_dir": self.index and self.index.manifest["digest"][:16],
+                "compressed": pack.compressed, "ctx_max": pack.ctx_max, "index_dir": index,
                 "retriever": self.searcher and self.searcher.retriever, "topk": search.topk, "hops": search.hops,
                 "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
                 "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite,
                 "seed": settings.sampler.initial_seed(), "enc": config.encoder_name_or_path,
                 "dec": config.decoder_name_or_path, "load_dir": self.checkpoint,
-                "projector_trained": self.model.trained,
-                "engine": "model" if self.stepper is None else self.stepper.engine, "device": str(self.device),
-                "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
-
-    def compare(self, item: dict[str, Any], write: Callable[[str], bool | None] | None = None) -> dict[str, Any]:
-        """An answer, with the full-context answer beside it and the ratio of their times to first token."""
-        [result] = self.answer_batch([item], self.settings, [write])
-        [full] = self.answer_batch([item], self.settings.but(mode="full"))
-        result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
-        result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
-        return result
+                "projector_trained": self.model.trained, "engine": "model" if stepper is None else stepper.engine,
+                "device": str(self.device), "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
@@ -7404,6 +7394,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
+        require(index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
         index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
     model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
@@ -7437,149 +7428,8 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
     for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
         configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))
     require(not options, f"no such option of generate: {', '.join(options)}")
-    require(index_dir is not None or configs[3].prompt is not None or configs[2].mode == "none",
-            "name the folder that `index` wrote")
     prepare_runtime(configs[-1])
     return load_pipeline(*configs)
-
-
-def check_generate(ask: QuestionConfig, index: IndexConfig, pack: PackConfig, generate: GenerateConfig) -> None:
-    """Options of `generate` that do not go together. Raises UserError before anything is loaded."""
-    needs_index = generate.prompt is None and pack.mode != "none"
-    require(not needs_index or index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
-    require(generate.out is None or ask.questions is not None, "--out goes with --questions")
-    require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
-    if generate.out is not None:
-        parent = Path(generate.out).resolve().parent
-        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
-        fresh = generate.resume or not Path(generate.out).exists()
-        require(fresh, f"--out {generate.out} exists: add --resume to continue it, or name another file")
-
-
-def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
-               settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
-
-    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
-    --out has already is followed by -2, -3, ..
-    """
-    if not generate.resume or not Path(generate.out).exists():
-        return questions
-    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
-    done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
-    for item in questions:
-        done[item["question"]] -= 1
-        if done[item["question"]] < 0:
-            free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
-            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
-            ids.add(waiting[-1]["id"])
-    return waiting
-
-
-def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
-    """The results in a JSON lines file that is to be continued. Cuts off a last line that a kill left unfinished.
-
-    flag: the option that names the file. Raises MismatchError if the file was made with other settings, CorruptError
-    if a line in it is no result.
-    """
-    found, intact = [], 0
-    with path.open("rb") as handle:
-        for number, raw in enumerate(handle, start=1):
-            if not raw.endswith(b"\n"):
-                break
-            try:
-                result = json.loads(raw)
-                made = {key: result["settings"].get(key) for key in settings}
-                found.append({"id": result["id"], **result})
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
-            changed = [key for key in settings if made[key] != settings[key]]
-            if changed:
-                was = ", ".join(f"--{key} ({made[key]}, now {settings[key]})" for key in changed)
-                raise MismatchError(f"{path} was made with another {was}: name another {flag}")
-            intact += len(raw)
-    with path.open("r+b") as handle:
-        handle.truncate(intact)
-    return found
-
-
-@contextlib.contextmanager
-def writing_alone(out: str | None) -> Iterator[None]:
-    """Hold --out's lock: two that continue one file would cut off each other's lines. Raises LockedError."""
-    if out is None:
-        yield
-        return
-    path = Path(out)
-    with exclusive(path.with_name(f".{path.name}.lock"), f"--out {out}"):
-        yield
-
-
-@contextlib.contextmanager
-def result_writer(generate: GenerateConfig, ask: QuestionConfig, runtime: RuntimeConfig) -> Iterator[Callable]:
-    """A function that takes each result: as a line of --out, for people, and for the one object that --json prints."""
-    results, many = [], ask.questions is not None
-    with open(generate.out, "a", encoding="utf-8") if generate.out else contextlib.nullcontext() as handle:
-
-        def write(result: dict[str, Any]) -> None:
-            if handle is not None:
-                handle.write(dumps(result) + "\n")
-                handle.flush()  # a killed run loses no finished answer
-            if runtime.json:
-                results.append(result)
-            elif many and handle is None:
-                say(f"{result['question']}\n{answer_text(result, shown=False)}\n")
-            elif not many:
-                say(answer_text(result, shown=generate.stream))
-
-        yield write
-    if runtime.json:
-        print(dumps({"results": results} if many else results[0]))
-
-
-def write_text(text: str) -> None:
-    """Text of an answer on stdout at once."""
-    say(text, end="")
-
-
-def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
-    """A chunk of --explain for people."""
-    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
-    content = passage_content(passage["title"], passage["text"]) if passage else ""
-    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
-    text = " ".join(content[chunk["start"] : chunk["end"]].split())
-    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
-
-
-READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
-
-
-def answer_text(result: dict[str, Any], shown: bool) -> str:
-    """An answer for people: citations, what compression saved, where the time went. shown: it was streamed already."""
-    m = result["metrics"]
-    lines = ["" if shown else result["answer"], ""]
-    for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else READ[c["read"]]
-        how += ", chosen after the answer" if c["chosen"] else ""
-        name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
-        lines.append(f"[{c['label']}] {name}, {how}")
-    if not result["citations"]:
-        lines.append("no citation")
-    read = {passage["read"] for passage in result["passages"]}
-    if not read and result["settings"]["mode"] != "none" and result["settings"]["index_dir"]:
-        lines.append("no passage was found: the answer is the decoder's own")
-    elif read and not read & {"text", "partly"}:
-        lines.append("no passage was read as text")
-    stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
-    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
-              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
-              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
-              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
-    if "full" in result:
-        full = result["full"]
-        lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
-                     f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")
-    return "\n".join(lines)
 
 
 # =============================================================================
@@ -7700,23 +7550,114 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
 
 def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
     """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
-    index, _, pack, generate, _, _ = configs
+    generate, many = configs[3], ask is not None and ask.questions is not None
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
-    check_generate(ask or QuestionConfig(), index, pack, generate)
+    require(generate.out is None or many, "--out goes with --questions")
+    require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
+    if generate.out is not None:
+        parent = Path(generate.out).resolve().parent
+        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
+        require(generate.resume or not Path(generate.out).exists(),
+                f"--out {generate.out} exists: add --resume to continue it, or name another file")
     return load_pipeline(*configs)
+
+
+def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
+               settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
+
+    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
+    --out has already is followed by -2, -3, ..
+    """
+    if not generate.resume or not Path(generate.out).exists():
+        return questions
+    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
+    done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
+    for item in questions:
+        done[item["question"]] -= 1
+        if done[item["question"]] < 0:
+            free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
+            ids.add(waiting[-1]["id"])
+    return waiting
+
+
+def write_text(text: str) -> None:
+    """Text of an answer on stdout at once."""
+    say(text, end="")
+
+
+def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
+    """A chunk of --explain for people."""
+    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
+    content = passage_content(passage["title"], passage["text"]) if passage else ""
+    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
+    text = " ".join(content[chunk["start"] : chunk["end"]].split())
+    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
+
+
+READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
+
+
+def answer_text(result: dict[str, Any], shown: bool) -> str:
+    """An answer for people: citations, what compression saved, where the time went. shown: it was streamed already."""
+    m = result["metrics"]
+    lines = ["" if shown else result["answer"], ""]
+    for c in result["citations"]:
+        how = "not among the passages given" if c["forged"] else READ[c["read"]]
+        how += ", chosen after the answer" if c["chosen"] else ""
+        name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
+        lines.append(f"[{c['label']}] {name}, {how}")
+    if not result["citations"]:
+        lines.append("no citation")
+    read = {passage["read"] for passage in result["passages"]}
+    if not read and result["settings"]["mode"] != "none" and result["settings"]["index_dir"]:
+        lines.append("no passage was found: the answer is the decoder's own")
+    elif read and not read & {"text", "partly"}:
+        lines.append("no passage was read as text")
+    stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
+    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
+              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
+              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
+              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
+    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
+    if "full" in result:
+        full = result["full"]
+        lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
+                     f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")
+    return "\n".join(lines)
+
+
+def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
+    """An answer, with the full-context answer beside it and the ratio of their times to first token."""
+    [result] = pipeline.answer_batch([item], pipeline.settings, [write])
+    [full] = pipeline.answer_batch([item], pipeline.settings.but(mode="full"))
+    result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
+    result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
+    return result
 
 
 def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
                  generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
-    live = write_text if generate.stream and not runtime.json and ask.questions is None else None
-    with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
+    many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
+    live = write_text if generate.stream and not runtime.json and not many else None
+    # two that continue one file would cut off each other's lines
+    with exclusive(out.with_name(f".{out.name}.lock"), f"--out {out}") if out else contextlib.nullcontext():
         waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
         for batch in progress(batched(waiting, generate.batch_size), "answering"):
-            for result in ([pipeline.compare(batch[0], live)] if generate.compare else
+            for result in ([compare(pipeline, batch[0], live)] if generate.compare else
                            pipeline.answer_batch(batch, writers=[live] * len(batch))):
-                write(result)
+                if out:
+                    append_line(out, result)
+                if runtime.json:
+                    results.append(result)
+                elif not out:
+                    text = answer_text(result, shown=live is not None)
+                    say(f"{result['question']}\n{text}\n" if many else text)
+    if runtime.json:
+        print(dumps({"results": results} if many else results[0]))
 
 
 def companion(module: str) -> Callable[..., None]:

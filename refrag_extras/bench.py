@@ -177,7 +177,7 @@ class Benchmark:
         """Positions the question will take: all that comes before vectors and prefill."""
         pipeline = self.pipeline
         context = pipeline.context(self.item, pipeline.retrieve(self.item, settings), settings)
-        scores = pipeline.scores(context, pipeline.gate_input(context, settings), settings)
+        scores, _ = pipeline.score(context, settings)
         return len(pipeline.choose(context, scores, settings).plan)
 
     def plan(self) -> list[Trial]:

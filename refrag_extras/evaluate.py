@@ -49,6 +49,7 @@ from refrag import (
     TrainingSequence,
     abstains,
     answer_chunks,
+    append_line,
     batched,
     can_pack,
     checked_batch,
@@ -610,7 +611,7 @@ class GateTask(QuestionTask):
                  for name in dict.fromkeys(unit["positive_ids"])]
         for gate, settings in self.settings.items():
             with watch.stage(gate):
-                scores = pipeline.scores(context, pipeline.gate_input(context, settings), settings)
+                scores, _ = pipeline.score(context, settings)
             for p in self.shares:
                 if (unit["id"], gate, p) not in done:
                     opened = select_chunks(scores, context.prompt.sizes, p, self.options.floor)
@@ -878,12 +879,6 @@ def measured_lines(folder: Path, settings: dict[str, Any], resume: bool) -> dict
     require(resume or not files, f"--out_dir {folder} holds an evaluation: add --resume to continue it, or name "
             "another folder")
     return {key_of(line): line for path in files for line in finished_lines(path, settings, "--out_dir")}
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line to a file at once, so that a kill loses no finished one."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(dumps(line) + "\n")
 
 
 def measure_lines(task: Task, done: dict[Key, dict[str, Any]],

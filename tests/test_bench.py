@@ -213,13 +213,6 @@ def test_the_cache_of_every_architecture_is_counted(any_decoder):
     assert (short > 40 * per_layer * growing) == (kind in ("mamba2", "bamba"))
 
 
-def test_a_tensor_that_stands_twice_in_a_cache_counts_once():
-    tensor, other = torch.zeros(10), torch.zeros(3, dtype=torch.float16)
-    circular = {"a": [tensor, (tensor, other)], "kind": dict}
-    circular["again"] = circular
-    assert refrag.cache_bytes(circular) == 46
-
-
 def test_an_answers_share_of_the_cache_is_in_its_metrics(llama, index_dir):
     pipeline = refrag.load_pipeline(
         refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2), refrag.PackConfig(mode="full"),
