@@ -702,28 +702,6 @@ def test_the_controls_are_asked_the_same(made, other):
     assert ((wrong.plan >= -theirs) | (wrong.plan >= 0)).all()
 
 
-def test_first_fit_golden():
-    """3 opens a bin of 4; 2 opens another; 2 goes beside it; 1 goes to the 3. 9 is too long for any and stays alone."""
-    assert refrag.first_fit([3, 2, 2, 1], 4) == [[0, 3], [1, 2]]
-    assert refrag.first_fit([9, 1, 3], 4) == [[0], [1, 2]]
-    assert refrag.first_fit([], 4) == []
-
-
-@given(lengths=st.lists(st.integers(1, 12), max_size=30), capacity=st.integers(1, 10))
-@settings(max_examples=200, deadline=None)
-def test_first_fit_keeps_to_the_capacity_and_places_every_item_once(lengths, capacity):
-    """Each item in the first bin that had room for it among those before it."""
-    bins = refrag.first_fit(lengths, capacity)
-    assert sorted(n for items in bins for n in items) == list(range(len(lengths)))
-    for place, items in enumerate(bins):
-        assert items == sorted(items)
-        assert sum(lengths[n] for n in items) <= capacity or len(items) == 1
-        for n in items:
-            for earlier in bins[:place]:
-                assert sum(lengths[m] for m in earlier if m < n) + lengths[n] > capacity
-    assert [items[0] for items in bins] == sorted(items[0] for items in bins)
-
-
 # -- selection under the budget ---------------------------------------------------
 
 chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 16)), min_size=1, max_size=25)
