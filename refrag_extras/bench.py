@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from refrag import (
     BenchConfig,
@@ -34,16 +35,14 @@ from refrag import (
     library_versions,
     load_pipeline,
     notice,
-    peak_device_mb,
-    progress_bar,
+    progress,
     read_questions,
     require,
-    reset_peak_memory,
     run_settings,
-    source_commit,
+    trim_memory,
     write_atomic,
 )
-from refrag_extras.evaluate import aligned_table
+from refrag_extras.evaluate import aligned_table, source_commit
 
 TIMED = ("ttft_s", "ttit_s", "tokens_per_s")
 SIZED = ("context_tokens", "positions", "full_positions", "compression", "p_realised", "new_tokens", "kv_bytes")
@@ -87,6 +86,20 @@ def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
     generator = np.random.default_rng(seed)
     for _ in range(rounds):
         yield generator.permutation(count).tolist()
+
+
+def peak_device_mb(device: torch.device) -> float | None:
+    """Largest memory that tensors took on a CUDA device since the last reset, in MiB; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let both peaks begin anew. The resident memory's can not on other systems than Linux; there it stays."""
+    trim_memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 @dataclass
@@ -202,7 +215,7 @@ class Benchmark:
     def rounds(self, seed: int) -> Iterator[int]:
         """Run every trial once a round, after a round that warms up. Yields the number of counted rounds after each."""
         orders = round_orders(len(self.trials), self.bench.repeats + 1, seed)
-        with progress_bar("timing", len(self.trials) * (self.bench.repeats + 1), "run") as bar:
+        with progress(None, "timing", len(self.trials) * (self.bench.repeats + 1), "run") as bar:
             for done, order in enumerate(orders):
                 for trial in (self.trials[number] for number in order):
                     if done:

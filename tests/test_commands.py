@@ -596,7 +596,7 @@ def test_work_goes_on_when_nobody_reads_stderr(deaf_stderr, monkeypatch):
     """Neither a notice nor a bar nor an error's line ends it, and the exit code stays what it is."""
     monkeypatch.setattr(refrag, "QUIET", False)
     refrag.notice("a notice")
-    with refrag.progress_bar("work", 2, "step") as bar:
+    with refrag.progress(None, "work", 2, "step") as bar:
         bar.delay = 0
         bar.update()
         bar.refresh()

@@ -145,38 +145,6 @@ def test_a_saved_ivfpq_is_tuned_as_well(tmp_path):
     assert (read.k_factor, faiss.downcast_index(read.base_index).nprobe) == (16, 64)
 
 
-class TestFaissOnGpus:
-    """FAISS for GPUs can not run here: its functions are stand-ins."""
-
-    @pytest.fixture(autouse=True)
-    def gpu_library(self, monkeypatch):
-        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
-        monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: ("on GPUs", index), raising=False)
-
-    def test_an_index_is_moved_where_the_program_runs_on_one(self):
-        index = filled("flat", unit_vectors(10, 8))
-        assert refrag.on_gpus(index, torch.device("cuda")) == ("on GPUs", index)
-        assert refrag.on_gpus(index, torch.device("cpu")) is index
-
-    def test_hnsw_has_no_form_there(self):
-        index = filled("hnsw", unit_vectors(10, 8))
-        assert refrag.on_gpus(index, torch.device("cuda")) is index
-
-    def test_what_can_not_be_moved_is_searched_where_it_is(self, monkeypatch, capsys):
-        def refuse(index):
-            raise RuntimeError("Error in .. : this type of index is not implemented on GPU")
-
-        monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", refuse)
-        index = filled("flat", unit_vectors(10, 8))
-        assert refrag.on_gpus(index, torch.device("cuda")) is index
-        assert "FAISS searches on the CPU: Error in .. : this type" in capsys.readouterr().err
-
-    def test_a_library_without_gpus_is_the_usual_one(self, monkeypatch):
-        monkeypatch.delattr(faiss, "get_num_gpus")
-        index = filled("flat", unit_vectors(10, 8))
-        assert refrag.on_gpus(index, torch.device("cuda")) is index
-
-
 @pytest.mark.parametrize("dim", [24, 20, 12, 10, 7])
 def test_ivfpq_takes_any_dimension(dim, monkeypatch):
     """Product quantisation needs a divisor of the dimension; training is left out here, it is slow."""
@@ -409,7 +377,7 @@ def saved_in_segments(parts, folder):
     """The same in several segments."""
     for number, texts in enumerate(parts):
         refrag.build_bm25(iter(texts), len(texts), folder / str(number))
-    return refrag.Bm25([refrag.Bm25Segment(folder / str(number)) for number in range(len(parts))])
+    return refrag.Bm25([folder / str(number) for number in range(len(parts))])
 
 
 SMALL_CORPUS = [
@@ -771,12 +739,12 @@ def test_which_segments_are_taken(sizes, kept):
     index = types.SimpleNamespace(segments=[range(size) for size in sizes],
                                   manifest={"segments": [{"faiss": "flat"}] * len(sizes)})
     none = [()] * len(sizes)
-    parted = refrag.part_segments(index, none)
-    assert parted.kept == list(range(kept))
-    assert parted.taken == [(range(size), 0, size) for size in sizes[kept:]]
+    stay, taken = refrag.part_segments(index, none)
+    assert stay == list(range(kept))
+    assert taken == [(range(size), 0, size) for size in sizes[kept:]]
     if kept and sizes:
         index.manifest["segments"] = [{"faiss": "ivfpq" if at == kept else "flat"} for at in range(len(sizes))]
-        assert len(refrag.part_segments(index, none).kept) == (kept + 1 if kept < len(sizes) else kept)
+        assert len(refrag.part_segments(index, none)[0]) == (kept + 1 if kept < len(sizes) else kept)
 
 
 @pytest.mark.parametrize(("replaced", "kept", "runs"), [
@@ -785,21 +753,10 @@ def test_which_segments_are_taken(sizes, kept):
 def test_segments_with_replaced_rows_are_taken_without_them(replaced, kept, runs):
     segments = [range(3), range(5), range(3)]
     index = types.SimpleNamespace(segments=segments, path="i", manifest={"segments": [{"faiss": "hnsw"}] * 3})
-    parted = refrag.part_segments(index, replaced)
-    assert (parted.kept, parted.taken) == (kept, [(segments[at], start, stop) for at, start, stop in runs])
+    assert refrag.part_segments(index, replaced) == (kept, [(segments[at], start, stop) for at, start, stop in runs])
     index.manifest["segments"] = [{"faiss": "ivfpq"}] * 3
     with pytest.raises(refrag.MismatchError, match="ivfpq index can't replace documents: build it anew"):
         refrag.part_segments(index, replaced)
-
-
-@pytest.mark.parametrize(("asked", "has", "wanted"), [
-    ("ivfpq", None, "ivfpq"), ("auto", None, "auto"), ("auto", "flat", "flat"), ("flat", "flat", "flat"),
-    ("auto", "hnsw", "auto"), ("hnsw", "hnsw", "auto"), ("ivfpq", "ivfpq", "auto"), ("auto", None, "auto"),
-])
-def test_the_faiss_type_of_what_is_added(asked, has, wanted):
-    """An exact index stays exact; to name the type that it has asks nothing of the few that are added."""
-    previous = has and types.SimpleNamespace(manifest={"faiss": has})
-    assert refrag.wanted_faiss(refrag.BuildConfig(faiss=asked), previous) == wanted
 
 
 def test_naming_the_type_again_adds_a_few(tmp_path, run, spread, llama):
@@ -1015,8 +972,8 @@ def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, run, embedder, llama
 
 
 def test_a_document_may_have_many_pieces(tmp_path):
-    writer = refrag.CorpusWriter(tmp_path)
-    writer.write("a#70000", "", "text", "", part=70_000)
+    with refrag.ColumnWriter(tmp_path) as columns:
+        refrag.CorpusWriter(columns).write(["a#70000"], [""], ["text"], [""], [70_000])
 
 
 def test_the_embedders_limit_is_announced(tmp_path, run, corpus, embedder, llama):
@@ -1245,7 +1202,7 @@ def test_embedder_states_are_those_of_the_tokens(embedder, side):
 
 def test_arrays_are_mapped_and_read_only(index_dir):
     [index] = refrag.open_index(str(index_dir)).segments
-    arrays = [index.parts, index.bm25.lengths, index.chunk_offsets, index.chunk_ends, index.chunk_sizes,
+    arrays = [index.parts, index.chunk_offsets, index.chunk_ends, index.chunk_sizes,
               index.gate, index.chunks, index.ids.bytes, index.texts.bytes, index.texts.offsets]
     for array in arrays:
         assert isinstance(array.base, np.memmap) and not array.flags.writeable
