@@ -720,7 +720,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 @command("align", AnchorConfig, ModelConfig)
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Show where the tokens of encoder and decoder end together."""
-    tokenizer = build_tokenizer(model_config(models, PackConfig.k))
+    tokenizer = build_tokenizer(model_config(models))
     text = tokenizer.neutralize(anchor.text)
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     spans = anchor_rows(encoder, decoder)
@@ -1518,13 +1518,13 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def draw(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
     """Replace a picture, whole. paint is given the axes of its panels. Without matplotlib, a notice says so instead."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure
     except ImportError as error:
         return notice(f"library missing: {one_line(error)}: pip install matplotlib, for {path.name}")
-    figure, data = Figure(figsize=size), io.BytesIO()
-    paint(*figure.subplots(1, panels, squeeze=False)[0])
-    figure.tight_layout()
-    figure.savefig(data, dpi=100, format="png")
+    page, data = figure.Figure(figsize=size), io.BytesIO()
+    paint(*page.subplots(1, panels, squeeze=False)[0])
+    page.tight_layout()
+    page.savefig(data, dpi=100, format="png")
     write_atomic(path, data.getvalue())
 
 
@@ -2255,6 +2255,24 @@ def check_finite(values: np.ndarray | Tensor, model: str) -> None:
                            "their precision: fetch it again, or use --dtype float32")
 
 
+class Tokens(NamedTuple):
+    """A text as a tokenizer cuts it: ids and the characters each token stands for, (T,) int64 each."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Tokens]:
+    """Tokens of each text by a fast tokenizer, without special ones unless the options ask for them."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, **{"add_special_tokens": False} | options)
+    rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [Tokens(np.asarray(ids, dtype=np.int64), *np.asarray(spans, dtype=np.int64).reshape(-1, 2).T)
+            for ids, spans in rows]
+
+
 class Embedder:
     """A sentence-transformers model, with its own pooling, prompts and normalisation."""
 
@@ -2309,11 +2327,11 @@ class Embedder:
         states = [row["token_embeddings"][row["attention_mask"].bool()] for row in rows]
         return self.unit_length(vectors), [state.float().cpu().numpy() for state in states]
 
-    def state_ends(self, texts: list[str]) -> list[list[int]]:
+    def state_ends(self, texts: list[str]) -> list[np.ndarray]:
         """Where each token state of `embed_with_states` ends, in characters; 0 for special tokens and the prompt."""
-        options = {"truncation": True, "max_length": self.max_tokens, "return_offsets_mapping": True}
-        encoded = self.tokenizer([self.prompt + t for t in texts], **options)
-        return [[max(end - len(self.prompt), 0) for _, end in row] for row in encoded["offset_mapping"]]
+        tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
+                          truncation=True, max_length=self.max_tokens)
+        return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
@@ -2571,15 +2589,16 @@ class ChunkTable(NamedTuple):
 
 
 class Chunking(NamedTuple):
-    """How content is cut and encoded, made by section 9 and used here without knowing the decoder."""
+    """How contents are cut into chunks of k tokens and encoded."""
 
     k: int
-    prepare: Callable[[str], str]  # content as the decoder sees it, same length
-    runs: Callable[[list[str]], list[tuple[np.ndarray, np.ndarray]]]  # contents -> (ends, sizes) each
-    encode: Callable[[list[str]], list[np.ndarray]] | None  # contents -> (L, E) each; None: store no states
-    width: int  # E
-    tokenizer: Any  # for splitting passages where there is no embedder
-    stored: dict[str, Any]  # what the manifest keeps: fingerprints of the tokenizer and, with states, the encoder
+    tokenizer: Any  # a RefragTokenizer
+    encoder: Any = None  # a ChunkEncoder; None: no states
+
+    def facts(self) -> dict[str, Any]:
+        """What an index's manifest says of its chunks."""
+        return {"k": self.k, "tokenizer": self.tokenizer.fingerprint,
+                "encoder": self.encoder and self.encoder.fingerprint}
 
 
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
@@ -2845,21 +2864,15 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"{embedder.name}: use the same --embed_model or build the index again")
 
 
-def token_ends(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Where each token of each text ends, in characters; no special tokens."""
-    encoded = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False)
-    return [[end for _, end in row] for row in encoded["offset_mapping"]]
-
-
 def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
     """Where to cut each record so that title and piece fit `limit` tokens."""
     special = tokenizer.num_special_tokens_to_add()
-    titles = token_ends(tokenizer, [r.title or "." for r in records])
-    texts = token_ends(tokenizer, [r.text for r in records])
+    titles = tokenize(tokenizer, [r.title or "." for r in records])
+    texts = tokenize(tokenizer, [r.text for r in records])
     spans = []
-    for record, title, ends in zip(records, titles, texts, strict=True):
-        room = max(limit - special - (len(title) + 1 if record.title else 0), limit // 2)
-        spans.append(split_spans(record.text, ends, room, min(overlap, room // 2)))
+    for record, title, text in zip(records, titles, texts, strict=True):
+        room = max(limit - special - (len(title.ids) + 1 if record.title else 0), limit // 2)
+        spans.append(split_spans(record.text, text.ends.tolist(), room, min(overlap, room // 2)))
     return spans
 
 
@@ -2934,16 +2947,16 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
     """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
-    prepared = [chunking.prepare(content) for content in contents]
-    runs = chunking.runs(prepared)
-    states = chunking.encode(prepared) if chunking.encode else [None] * len(contents)
-    if embedder is None:
-        return None, [ChunkTable(*run, None, s) for run, s in zip(runs, states, strict=True)]
-    vectors, token_states = embedder.embed_with_states(contents, batch_size)
-    ends = embedder.state_ends(contents)
-    gates = [late_chunk_vectors(*item)
-             for item in zip(token_states, ends, [r[0] for r in runs], vectors, strict=True)]
-    return vectors, [ChunkTable(*run, g, s) for run, g, s in zip(runs, gates, states, strict=True)]
+    k, tokenizer, encoder = chunking
+    prepared = [tokenizer.neutralize(content) for content in contents]
+    cuts = tokenizer.cut(prepared, k)
+    vectors, gates = None, [None] * len(contents)
+    states = encoder.encode(prepared, k) if encoder else gates
+    if embedder is not None:
+        vectors, token_states = embedder.embed_with_states(contents, batch_size)
+        gates = [late_chunk_vectors(*item) for item in zip(
+            token_states, embedder.state_ends(contents), [cut.ends for cut in cuts], vectors, strict=True)]
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
 
 
 def packed_tables(vectors: np.ndarray | None, tables: list[ChunkTable]) -> dict[str, np.ndarray]:
@@ -2964,10 +2977,10 @@ class Blocks:
     def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
                  runtime: RuntimeConfig):
         self.chunking, self.embedder, self.batch_size = chunking, embedder, build.batch_size
-        self.kept = embedder is not None or chunking.encode is not None  # whether a model computes anything
+        self.kept = embedder is not None or chunking.encoder is not None  # whether a model computes anything
         self.folder = path / FINISHED_BLOCKS
         self.made_by = dumps({
-            "embedder": embedder and embedder.fingerprint, "k": chunking.k, **chunking.stored, "dtype": runtime.dtype,
+            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
             "device": str(pick_device(runtime.device)), "batch_size": build.batch_size}).encode()
         if self.kept:
             self.folder.mkdir(exist_ok=True)
@@ -3112,7 +3125,8 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         check_embedder(old, embedder)
     # What is added to a flat index stays exact; else its type goes by its own number.
     faiss_type = build.faiss if previous is None else "flat" if old["faiss"] == "flat" else "auto"
-    cutter = (embedder.tokenizer, embedder.room) if embedder else (chunking.tokenizer, corpus.max_passage_tokens)
+    cutter = ((embedder.tokenizer, embedder.room) if embedder else
+              (chunking.tokenizer.encoder, corpus.max_passage_tokens))
     new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(new) as folder:
         kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
@@ -3129,7 +3143,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
         "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
         "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-        "chunking": {"k": chunking.k, **chunking.stored}}
+        "chunking": chunking.facts()}
     if previous is None:
         announce_replacement(path / "manifest.json")
     replace_manifest(path, new, manifest, old["files"])
@@ -3260,10 +3274,11 @@ ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
 NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
-def whole_tokens(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+def whole_tokens(tokens: Tokens) -> np.ndarray:
     """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
-    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    return np.concatenate([[True], spans[1:, 0] >= spans[:-1, 1], [True]]) if len(spans) else np.ones(1, dtype=bool)
+    whole = np.ones(len(tokens.ids) + 1, dtype=bool)
+    whole[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
+    return whole
 
 
 def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
@@ -3286,16 +3301,28 @@ def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
     return np.asarray([*cuts[::step], *([cuts[-1]] if (len(cuts) - 1) % step else [])], dtype=np.int64)
 
 
-def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a text into chunks of k tokens: (ends in characters, sizes in tokens), both (L,).
+class Cut(NamedTuple):
+    """A text cut into L chunks of the encoder's tokens."""
 
-    offsets: (start, end) of each token. The cuts are those of `token_cuts`; tokens without characters of their own
-    belong to the chunk before.
+    ids: np.ndarray  # (T,)
+    ends: np.ndarray  # (L,), characters
+    sizes: np.ndarray  # (L,), tokens
+
+
+def first_tokens(tokens: Tokens, places: np.ndarray) -> np.ndarray:
+    """The first token at or after each place (in characters): a token belongs to the chunk in which it starts."""
+    return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
+
+
+def chunk_runs(text: str, tokens: Tokens, k: int) -> Cut:
+    """Cut a text into chunks of k tokens.
+
+    The cuts are those of `token_cuts`; tokens without characters of their own belong to the chunk before.
     """
     if not text:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    ends, T = [e for _, e in offsets], len(offsets)
-    bounds = token_cuts(whole_tokens(offsets), k).tolist()
+        return Cut(*np.zeros((3, 0), np.int64))
+    ends, T = tokens.ends.tolist(), len(tokens.ids)
+    bounds = token_cuts(whole_tokens(tokens), k).tolist()
     runs, first = [(0, 0)], 0
     for bound in bounds[1:]:
         end = ends[bound - 1] if bound < T else len(text)
@@ -3308,8 +3335,7 @@ def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[n
         first = bound
     if runs[-1][0] < len(text):  # not one token: the text is nothing but white space
         runs.append((len(text), 0))
-    table = np.asarray(runs[1:], dtype=np.int64)
-    return table[:, 0], table[:, 1]
+    return Cut(tokens.ids, *np.asarray(runs[1:], dtype=np.int64).T)
 
 
 def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
@@ -3333,14 +3359,8 @@ def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
-    ends, _ = text_runs([text], tokenizer, k)[0]
-    return list(itertools.pairwise([0, *ends.tolist()]))
-
-
-def text_runs(texts: list[str], tokenizer: Any, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`chunk_runs` of each text."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return [chunk_runs(text, offsets, k) for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)]
+    [tokens] = tokenize(tokenizer, [text])
+    return list(itertools.pairwise([0, *chunk_runs(text, tokens, k).ends.tolist()]))
 
 
 class Segment(NamedTuple):
@@ -3350,27 +3370,39 @@ class Segment(NamedTuple):
     text: str
     doc_id: str | None
     input_ids: list[int]  # decoder tokens
-    packed_tokens: np.ndarray  # (L, compression) encoder tokens, zero where padded; L = 0 for plain text
-    packed_mask: np.ndarray  # (L, compression), 1 for a token
+    packed_tokens: np.ndarray  # (L, k) encoder tokens, zero where padded; L = 0 for plain text
+    packed_mask: np.ndarray  # (L, k), 1 for a token
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Short digest of how a tokenizer cuts text."""
+    probe = "Grüße 12345, naïve  café 日本語 🙂 don't\tUPPER_case\n"
+    facts = repr((len(tokenizer), tokenizer(probe, add_special_tokens=False)["input_ids"]))
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 class RefragTokenizer:
     """The decoder's tokenizer, the encoder's, and the rules between them.
 
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own. compression: tokens per chunk.
+    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
     """
 
-    def __init__(self, decoder: Any, encoder: Any = None, compression: int = 16):
+    def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
             require(getattr(tokenizer, "is_fast", False), f"tokenizer {type(tokenizer).__name__} gives no character "
                     "offsets: use a model with a fast tokenizer (tokenizer.json)")
-        self.decoder, self.encoder, self.compression = decoder, encoder or decoder, compression
+        self.decoder, self.encoder = decoder, encoder or decoder
         names: set[str] = set()
         for tokenizer in (self.decoder, self.encoder):
             added = getattr(tokenizer, "added_tokens_decoder", {})
             names |= {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         longest_first = sorted(filter(None, names), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Short digest of how contents are cut."""
+        return tokenizer_fingerprint(self.encoder)
 
     def neutralize(self, text: str) -> str:
         """Text that can make no special token and no <doc> tag: their first character becomes a look-alike.
@@ -3389,28 +3421,28 @@ class RefragTokenizer:
             if not count:
                 return text
 
-    def runs(self, contents: list[str], k: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ends, sizes) of the chunks of each content, in the encoder's tokens."""
-        return text_runs(contents, self.encoder, k or self.compression)
+    def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
+        """Each content cut into chunks of k of the encoder's tokens."""
+        rows = zip(contents, tokenize(self.encoder, contents), strict=True)
+        return [chunk_runs(content, tokens, k) for content, tokens in rows]
 
-    def pack(self, content: str) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder tokens of a content by chunk, and their mask: (L, compression) each."""
-        ids = self.encoder(content, add_special_tokens=False)["input_ids"]
-        _, sizes = self.runs([content])[0]
-        width = max(self.compression, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
+    def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
+        [(ids, _, sizes)] = self.cut([content], k)
+        width = max(k, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
         tokens, mask = (np.zeros((len(sizes), width), dtype=np.int64) for _ in range(2))
         for row, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
             tokens[row, :size], mask[row, :size] = ids[end - size : end], 1
         return tokens, mask
 
-    def parse_and_tokenize(self, text: str) -> list[Segment]:
+    def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
 
         Everything but `doc_blocks` is plain text: an unclosed tag, a stray </doc>, the outer tags of nested blocks.
 
         Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
-        empty = np.zeros((0, self.compression), dtype=np.int64)
+        empty = np.zeros((0, k), dtype=np.int64)
         segments, at = [], 0
         for match, doc_id in [*doc_blocks(text), (None, "")]:
             plain = self.neutralize(text[at : match.start() if match else len(text)])
@@ -3420,7 +3452,7 @@ class RefragTokenizer:
             if match:
                 content, at = self.neutralize(match[2]), match.end()
                 ids = self.decoder(content, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content)))
+                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content, k)))
         return segments
 
 
@@ -3506,16 +3538,15 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     text = render_chat(decoder, message, system)
     base = text.find(message)
     require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
-    encoded = decoder(text, add_special_tokens=not decoder.chat_template, return_offsets_mapping=True)
-    starts = np.maximum.accumulate(np.asarray([s for s, _ in encoded["offset_mapping"]]))
+    [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks: list[Chunk] = []
     docs = [piece for piece in pieces if isinstance(piece, Doc)]
     for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
-        marks = np.searchsorted(starts, base + at + np.concatenate([[0], doc.ends])).tolist()
+        marks = first_tokens(tokens, base + at + np.concatenate([[0], doc.ends])).tolist()
         edges = [0, *doc.ends.tolist()]
         chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(doc.ends))]
-    blocks = [tuple(np.searchsorted(starts, [base + a, base + b]).tolist()) for a, b in tagged]
-    return Prompt(text, np.asarray(encoded["input_ids"], dtype=np.int64), chunks, blocks)
+    blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
+    return Prompt(text, tokens.ids, chunks, blocks)
 
 
 def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
@@ -3671,7 +3702,7 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
 # =============================================================================
 
 
-class Tokens(NamedTuple):
+class Pieces(NamedTuple):
     """A text as one tokenizer cuts it, special tokens left out."""
 
     ids: list[int]
@@ -3679,14 +3710,12 @@ class Tokens(NamedTuple):
     pieces: list[str]  # what each token adds to the decoded text; "" where it completes no character
 
 
-def tokenize_pieces(text: str, tokenizer: Any) -> Tokens:
+def tokenize_pieces(text: str, tokenizer: Any) -> Pieces:
     """Tokens of a text with the pieces of decoded text that they add. tokenizer: a fast one."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    stream = DecodeStream(skip_special_tokens=False)
+    [tokens] = tokenize(tokenizer, [text])
+    ids, stream = tokens.ids.tolist(), DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-    whole = whole_tokens(offsets)
-    return Tokens(ids, [end if whole[i + 1] else -1 for i, (_, end) in enumerate(offsets)], pieces)
+    return Pieces(ids, np.where(whole_tokens(tokens)[1:], tokens.ends, -1).tolist(), pieces)
 
 
 def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
@@ -3709,7 +3738,7 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
     return pairs
 
 
-def exact_anchors(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
+def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
     Found from the lengths of the decoded prefixes; beyond the texts' common prefix no two can be equal. Of several
@@ -3761,7 +3790,7 @@ class Anchor(NamedTuple):
     cost: float  # edits by the longer span's length, range [0, 1]
 
 
-def cost_anchors(a: Tokens, b: Tokens) -> list[Anchor]:
+def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
     """Anchors for tokenizers that normalise text: equal ends in the source text, which character offsets give.
 
     An uncased WordPiece tokenizer and a byte-level one part for good at the first capital letter as far as decoded
@@ -3777,7 +3806,7 @@ def cost_anchors(a: Tokens, b: Tokens) -> list[Anchor]:
     return anchors
 
 
-def anchor_rows(a: Tokens, b: Tokens) -> list[dict[str, Any]]:
+def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
     """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
     exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
     for anchor in [*cost_anchors(a, b), None]:
@@ -3922,7 +3951,7 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
     """A causal LM in evaluation mode. Raises MissingError."""
     folder = model_folder(name)
     with hub_errors(name):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **SAFE).to(device).eval()
 
 
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
@@ -3971,10 +4000,11 @@ def accepts(decoder: nn.Module, name: str) -> bool:
 
 
 def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of the states of each owner. states: (T, E); owners: (T,), range [0, count], count for none.
+    """Mean of the states of each owner. states: (T, E); owners: (T,), range [-1, count), -1 for none.
 
-    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, 1], count 1 -> [[2]]
+    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
+    owners = owners % (count + 1)  # none is one more, the last
     sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
     sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
     return (sums / sizes.to(states.dtype))[:count]
@@ -4007,8 +4037,7 @@ class ChunkEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of weights and of how they are used; stored states carry it."""
-        cuts = tokenizer_fingerprint(self.tokenizer.encoder)
-        return weights_fingerprint(self.backbone, self.whole, self.pooling, cuts)
+        return weights_fingerprint(self.backbone, self.whole, self.pooling, self.tokenizer.fingerprint)
 
     @property
     def borrowed(self) -> set[str]:
@@ -4040,103 +4069,65 @@ class ChunkEncoder(nn.Module):
         """
         if not self.whole:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-            return self.content_of_text(text, k)[0]
-        cuts = token_cuts(whole, k)
-        owner = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
-        return Content(np.split(ids, cuts[1:-1]), self.encoder_rows(ids, owner))
+            return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
+        bounds = token_cuts(whole, k)
+        return Content(np.split(ids, bounds[1:-1]), self.inputs([""], [Cut(ids, bounds[1:], np.diff(bounds))]))
 
-    def content_of_text(self, text: str, k: int) -> tuple[Content, np.ndarray]:
-        """A text, cut and made ready for training, and where its chunks end in characters."""
-        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = np.asarray(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-        ends, sizes = self.tokenizer.runs([text], k)[0]
-        chunks = np.split(ids, np.searchsorted(np.maximum.accumulate(starts), ends[:-1])) if len(ends) else []
-        return Content(chunks, self.text_rows(text, ends, sizes)), ends
+    def content_of_text(self, text: str, cut: Cut) -> Content:
+        """A text that has been cut, made ready for training."""
+        [tokens] = tokenize(self.tokenizer.decoder, [text])
+        chunks = np.split(tokens.ids, first_tokens(tokens, cut.ends[:-1])) if len(cut.ends) else []
+        return Content(chunks, self.inputs([text], [cut]))
 
-    def text_rows(self, text: str, ends: np.ndarray, sizes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for a text whose chunks are known: see `Content.rows`."""
-        encoder = self.tokenizer.encoder
-        if self.whole:
-            ids = np.asarray(encoder(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-            return self.encoder_rows(ids, np.repeat(np.arange(len(sizes)), sizes))
-        rows = []
-        for number, ids in enumerate(self.chunk_rows(text, ends)):
-            owner = np.full(len(ids), number)
-            owner[1:] = -1 if self.pooling == "cls" else number
-            rows.append((np.asarray(ids), owner))
+    def inputs(self, texts: Sequence[str], cuts: Sequence[Cut]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the encoder reads for some texts, their chunks numbered through: see `Content.rows`."""
+        rows, first = [], 0
+        for text, cut in zip(texts, cuts, strict=True):
+            L, W = len(cut.ends), ENCODER_WINDOW
+            if self.whole:  # windows at the same tokens for every k, so that stored states can be merged
+                owners = np.repeat(np.arange(first, first + L), cut.sizes)
+                rows += [(cut.ids[at : at + W], owners[at : at + W]) for at in range(0, len(cut.ids), W)]
+            elif L:
+                chunks = [text[a:b] for a, b in itertools.pairwise([0, *cut.ends.tolist()])]
+                encoded = self.tokenizer.encoder(chunks, truncation=True, max_length=W)["input_ids"]
+                for chunk, ids in enumerate(encoded, start=first):
+                    owners = np.full(max(len(ids), 1), chunk)
+                    owners[1:] = -1 if self.pooling == "cls" else chunk
+                    rows.append((np.asarray(ids or [0]), owners))
+            first += L
         return rows
 
-    def encoder_rows(self, ids: np.ndarray, owner: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Windows of a text that is read whole, and the chunk of each token."""
-        windows = range(0, len(ids), ENCODER_WINDOW)
-        return [(ids[i : i + ENCODER_WINDOW], owner[i : i + ENCODER_WINDOW]) for i in windows]
-
-    def chunk_rows(self, text: str, ends: np.ndarray) -> list[list[int]]:
-        """Encoder tokens of each chunk, special ones included, for chunks that are rows of their own."""
-        texts = [text[a:b] for a, b in itertools.pairwise([0, *ends.tolist()])]
-        ids = self.tokenizer.encoder(texts, truncation=True, max_length=ENCODER_WINDOW)["input_ids"] if texts else []
-        return [row or [0] for row in ids]
-
-    def run_rows(self, rows: list[list[int]]) -> list[Tensor]:
+    def read(self, rows: list[np.ndarray]) -> list[Tensor]:
         """States (T, E) of each row of token ids; rows of like length share a pass."""
-        device = next(self.parameters()).device
+        device, states = next(self.parameters()).device, [torch.empty(0)] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        states: list[Tensor] = [torch.empty(0)] * len(rows)
-        at = 0
-        while at < len(order):
+        while order:
             size = 1  # as many rows as fit when padded to the longest, which is the last
-            while at + size < len(order) and (size + 1) * len(rows[order[at + size]]) <= ENCODER_BATCH_TOKENS:
+            while size < len(order) and (size + 1) * len(rows[order[size]]) <= ENCODER_BATCH_TOKENS:
                 size += 1
-            batch = order[at : at + size]
-            T = len(rows[batch[-1]])
-            ids = torch.tensor([rows[i] + [0] * (T - len(rows[i])) for i in batch], device=device)
-            mask = torch.tensor([[1] * len(rows[i]) + [0] * (T - len(rows[i])) for i in batch], device=device)
-            for i, row in zip(batch, self(ids, mask), strict=True):
+            batch, order = order[:size], order[size:]
+            ids = nn.utils.rnn.pad_sequence([torch.from_numpy(rows[i]) for i in batch], batch_first=True)
+            lengths = torch.tensor([len(rows[i]) for i in batch])
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            for i, row in zip(batch, self(ids.to(device), mask.to(device)), strict=True):
                 states[i] = row[: len(rows[i])]
-            at += size
         return states
-
-    def encode_whole(self, contents: list[str]) -> list[Tensor]:
-        """Pooled states of contents that are read whole: (L, E) each."""
-        rows, parts = [], []
-        encoded = self.tokenizer.encoder(contents, add_special_tokens=False, return_offsets_mapping=True)
-        for ids in encoded["input_ids"]:
-            windows = batched(ids, ENCODER_WINDOW)  # at the same tokens for every k: stored states can be merged
-            rows += windows
-            parts.append(len(windows))
-        states, at = self.run_rows(rows), 0
-        pooled = []
-        for content, offsets, count in zip(contents, encoded["offset_mapping"], parts, strict=True):
-            _, sizes = chunk_runs(content, offsets, self.tokenizer.compression)
-            if count:
-                whole = torch.cat(states[at : at + count]).float()  # (T, E)
-                pooled.append(pool_runs(whole, torch.as_tensor(sizes, device=whole.device)))
-            else:  # nothing, or nothing but white space
-                pooled.append(torch.zeros(len(sizes), self.width))
-            at += count
-        return pooled
-
-    def encode_rows(self, contents: list[str]) -> list[Tensor]:
-        """Pooled states of contents whose chunks are rows of their own: (L, E) each."""
-        rows, counts = [], []
-        for content in contents:
-            ends, _ = self.tokenizer.runs([content])[0]
-            rows += self.chunk_rows(content, ends)
-            counts.append(len(ends))
-        states = [row[0] if self.pooling == "cls" else row.mean(0) for row in self.run_rows(rows)]
-        stacked = torch.stack(states).float() if states else torch.zeros(0, self.width)
-        return list(stacked.split(counts))
 
     @torch.inference_mode()
-    def encode(self, contents: list[str]) -> list[np.ndarray]:
+    def encode(self, contents: Sequence[str], k: int) -> list[np.ndarray]:
         """One state per chunk for each content: (L, E) float16-rounded float32, exactly what an index stores."""
-        if not contents:
-            return []
-        with torch.autocast(self.backbone.device.type, self.precision, enabled=self.precision != self.backbone.dtype):
-            pooled = self.encode_whole(contents) if self.whole else self.encode_rows(contents)
-        states = [p.cpu().numpy().astype(np.float16).astype(np.float32) for p in pooled]
-        check_finite(np.concatenate(states), "encoder")
-        return states
+        cuts = self.tokenizer.cut(contents, k)
+        bounds = np.cumsum([len(cut.ends) for cut in cuts], dtype=np.int64)
+        pooled, rows = torch.zeros(int(bounds[-1]) if len(bounds) else 0, self.width), self.inputs(contents, cuts)
+        if rows:
+            with torch.autocast(self.backbone.device.type, self.precision,
+                                enabled=self.precision != self.backbone.dtype):
+                states = torch.cat(self.read([ids for ids, _ in rows])).float()
+            owners = torch.from_numpy(np.concatenate([owners for _, owners in rows])).to(states.device)
+            pooled = pool_owners(states, owners, len(pooled))
+        stored = pooled.cpu().numpy().astype(np.float16).astype(np.float32)
+        check_finite(stored, "encoder")
+        return np.split(stored, bounds)[:-1]
 
 
 class RMSNorm(nn.Module):
@@ -4183,7 +4174,7 @@ class Batch(NamedTuple):
     encoder_ids: Tensor  # (B', T')
     encoder_mask: Tensor | None  # (B', T'), None where rows are packed
     encoder_positions: Tensor | None  # (B', T'), starting again with each text; None where rows are not packed
-    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, C for none
+    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, -1 for none
     chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
     sizes: Tensor  # (C,), how many of them each chunk has
     plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
@@ -4221,8 +4212,7 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
     sequences = [sequence for row in rows for sequence in row]
     bases = np.cumsum([0, *(len(s.content.chunks) for s in sequences)])  # first chunk of each sequence in the batch
     base = {id(s): int(b) for s, b in zip(sequences, bases, strict=False)}
-    C = int(bases[-1])
-    texts = [(ids, np.where(owner < 0, C, owner + b)) for s, b in zip(sequences, bases, strict=False)
+    texts = [(ids, np.where(owner < 0, -1, owner + b)) for s, b in zip(sequences, bases, strict=False)
              for ids, owner in s.content.rows]
     packed = encoder.whole and packs
     lengths = [len(ids) for ids, _ in texts]
@@ -4240,7 +4230,7 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
     labels = lay_rows([[s.labels for s in row] for row in rows], -1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
     return Batch(
-        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], C),
+        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], -1),
         torch.from_numpy(np.concatenate(pieces or empty)), torch.tensor([len(p) for p in pieces], dtype=torch.long),
         lay_rows(plans, 0), lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
 
@@ -4708,19 +4698,11 @@ def load_part(part: nn.Module, path: Path, without: Collection[str] = (), exactl
             tensor.copy_(tensors[name])
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Short digest of how a tokenizer cuts text."""
-    probe = "Grüße 12345, naïve  café 日本語 🙂 don't\tUPPER_case\n"
-    facts = repr((len(tokenizer), tokenizer(probe, add_special_tokens=False)["input_ids"]))
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
-
-
 def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
     """The pair of tokenizers of a configuration."""
     decoder = load_tokenizer(config.decoder_name_or_path)
-    if encoder_layers(config.encoder_name_or_path) is not None:
-        return RefragTokenizer(decoder, None, config.compression)
-    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path), config.compression)
+    separate = encoder_layers(config.encoder_name_or_path) is None
+    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path) if separate else None)
 
 
 def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "") -> RefragModel:
@@ -4741,7 +4723,8 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
         encoder = ChunkEncoder(backbone, tokenizer, whole=True, pooling=config.pooling)
     else:
         with hub_errors(config.encoder_name_or_path):
-            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32)
+            folder = model_folder(config.encoder_name_or_path)
+            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
         encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, whole=False, pooling=config.pooling)
@@ -4794,15 +4777,15 @@ def for_others(models: ModelConfig) -> str:
             f"--enc {config.encoder_name_or_path}")
 
 
-def model_config(models: ModelConfig, k: int) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models; compression is k either way.
+def model_config(models: ModelConfig) -> RefragConfig:
+    """The configuration of --load_dir's checkpoint, or of the named models.
 
     Raises MismatchError if the checkpoint was made with other models than those named.
     """
     folder = chosen_checkpoint(models)
     if folder is None:
         given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-        config = RefragConfig(compression=k, **{key: value for key, value in given.items() if value is not None})
+        config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
         if models.enc is None:
             config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
         return config
@@ -4810,7 +4793,6 @@ def model_config(models: ModelConfig, k: int) -> RefragConfig:
     for flag in other_models(models, config):
         raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
                             f"{getattr(models, flag)}: leave the flag out, or name another checkpoint")
-    config.compression = k
     return config
 
 
@@ -4823,47 +4805,31 @@ def checkpoint_digest(models: ModelConfig) -> str | None:
     return read_manifest(manifest, CHECKPOINT_FORMAT)["digest"][:16] if manifest.is_file() else str(folder)
 
 
-def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
+def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
     folder = chosen_checkpoint(models)  # of a run, the newest: looked for once, so that a damaged one is told once
-    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)), k)
+    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)))
     if folder is None:
         model = build_model(config, device, dtype, train)
     else:
         model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
-        model.config.compression = model.encoder.tokenizer.compression = k
     model.encoder.precision = pick_dtype(runtime.dtype, device, encoding=True)
     return model
-
-
-def make_chunking(tokenizer: RefragTokenizer, encoder: ChunkEncoder | None) -> Chunking:
-    """How section 6 cuts and encodes contents."""
-    stored = {"tokenizer": tokenizer_fingerprint(tokenizer.encoder), "encoder": encoder and encoder.fingerprint}
-    return Chunking(
-        k=tokenizer.compression,
-        prepare=tokenizer.neutralize,
-        runs=tokenizer.runs,
-        encode=encoder and encoder.encode,
-        width=encoder.width if encoder else 0,
-        tokenizer=tokenizer.encoder,
-        stored=stored,
-    )
 
 
 def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, previous: Index | None) -> Chunking:
     """The chunking of a new index, or one that continues an index. Raises MismatchError if it can not."""
     built = previous.manifest["chunking"] if previous else None
-    width = built["k"] if built else k or PackConfig.k
-    asked = k is not None or models.load_dir not in (None, "none", "auto")
-    with_states = bool(built["encoder"]) if built else asked
+    with_states = built["encoder"] if built else k is not None or models.load_dir not in (None, "none", "auto")
+    k = built["k"] if built else k or PackConfig.k
     if with_states:
-        encoder = load_model(models, width, runtime).encoder
-        chunking = make_chunking(encoder.tokenizer, encoder)
+        encoder = load_model(models, runtime).encoder
+        chunking = Chunking(k, encoder.tokenizer, encoder)
     else:
-        chunking = make_chunking(build_tokenizer(model_config(models, width)), None)
-    if built and {key: built[key] for key in chunking.stored} != chunking.stored:
+        chunking = Chunking(k, build_tokenizer(model_config(models)))
+    if built and built != chunking.facts():
         raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
     return chunking
 
@@ -4903,7 +4869,7 @@ class GateInput(NamedTuple):
     vectors: np.ndarray | None  # (L, dim), the embedder's vectors of the chunks
     texts: list[str]  # (L,)
     docs: np.ndarray  # (L,), the document of each chunk
-    idf: Callable[[str], float]  # of a stemmed term
+    idf: Callable[[str], float] | None  # of a term, by the index's words; None: by the chunks'
     prompt: Prompt | None  # for the decoder's own reading
     decoder: nn.Module | None
     seed: int
@@ -4912,24 +4878,14 @@ class GateInput(NamedTuple):
 def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str], tables: Sequence[ChunkTable],
                index: Index | None, seed: int = 0, prompt: Prompt | None = None,
                decoder: nn.Module | None = None) -> GateInput:
-    """What a gate may look at. contents and tables: of the documents, by rank; vectors only if all tables have them.
-
-    index: whose words tell how rare a word is, see `word_weights`.
-    """
+    """contents and tables: of the documents, by rank; there are vectors only if all tables have them."""
     texts = [content[a:b] for content, table in zip(contents, tables, strict=True)
              for a, b in itertools.pairwise([0, *table.ends.tolist()])]
     has_vectors = query is not None and all(table.gate is not None for table in tables)
     vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
     docs = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
-    return GateInput(question, query, vectors, texts, docs, word_weights(index, texts), prompt, decoder, seed)
-
-
-def word_weights(index: Index | None, texts: Sequence[str]) -> Callable[[str], float]:
-    """Inverse document frequency of a stemmed term: in an index by its words, else in the given chunks."""
-    if index is not None and index.bm25 is not None:
-        return index.idf
-    sets = [set(index_terms(text)) for text in texts]
-    return lambda term: math.log(1 + len(sets) / (0.5 + sum(term in s for s in sets)))
+    idf = index.idf if index is not None and index.bm25 is not None else None
+    return GateInput(question, query, vectors, texts, docs, idf, prompt, decoder, seed)
 
 
 def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
@@ -4951,27 +4907,25 @@ def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Se
     return spans
 
 
-def cosine_scores(given: GateInput) -> np.ndarray:
+def cosine_scores(inputs: GateInput) -> np.ndarray:
     """(L,) cosine of question and chunk; zeros without an embedder."""
-    if given.query is None or given.vectors is None:
-        return np.zeros(len(given.texts), dtype=np.float32)
-    lengths = np.sqrt(np.einsum("ld,ld->l", given.vectors, given.vectors))  # twice as fast as np.linalg.norm
-    return given.vectors @ given.query / np.maximum(lengths * np.linalg.norm(given.query), 1e-12)
+    if inputs.query is None or inputs.vectors is None:
+        return np.zeros(len(inputs.texts), dtype=np.float32)
+    lengths = np.sqrt(np.einsum("ld,ld->l", inputs.vectors, inputs.vectors))  # twice as fast as np.linalg.norm
+    return inputs.vectors @ inputs.query / np.maximum(lengths * np.linalg.norm(inputs.query), 1e-12)
 
 
-def term_hits(given: GateInput) -> tuple[np.ndarray, np.ndarray]:
-    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) their shares of its idf mass)."""
-    asked = list(dict.fromkeys(index_terms(given.question)))
-    held = [set(index_terms(text)) for text in given.texts]
-    hits = np.asarray([[term in chunk for term in asked] for chunk in held], dtype=bool).reshape(len(held), len(asked))
-    idf = np.asarray([given.idf(term) for term in asked], dtype=np.float64)
+def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
+    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) the terms' shares of their idf's sum)."""
+    question = list(dict.fromkeys(index_terms(inputs.question)))
+    chunks = [set(index_terms(text)) for text in inputs.texts]
+    hits = np.asarray([[term in terms for term in question] for terms in chunks], dtype=bool)
+    hits = hits.reshape(len(chunks), len(question))
+    if inputs.idf is not None:
+        idf = np.asarray([inputs.idf(term) for term in question], dtype=np.float64)
+    else:
+        idf = np.asarray([math.log(1 + len(chunks) / (0.5 + n)) for n in hits.sum(0).tolist()])
     return hits, idf / (idf.sum() or 1.0)
-
-
-def overlap_scores(given: GateInput) -> np.ndarray:
-    """(L,) share of the question's idf mass that a chunk's terms cover, range [0, 1]."""
-    hits, shares = term_hits(given)
-    return hits @ shares
 
 
 def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -4986,47 +4940,40 @@ def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return before, after
 
 
-def best_neighbour(scores: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """(L,) the larger score of the chunks before and after in the same document, 0 where there is none.
-
-    Example: scores [3, 1, 2], docs [0, 0, 1] -> [1, 3, 0]
-    """
-    return np.maximum(*beside(scores, docs))
-
-
-def blend_scores(given: GateInput) -> np.ndarray:
-    """(L,) cosine plus idf overlap, each with half of its best neighbour's. Needs no training."""
-    parts = (cosine_scores(given), overlap_scores(given))
-    return sum(part + NEIGHBOUR_SHARE * best_neighbour(part, given.docs) for part in parts)
+def blend_scores(inputs: GateInput) -> np.ndarray:
+    """(L,) cosine plus idf overlap, each with half of its better neighbour's. Needs no training."""
+    hits, shares = term_hits(inputs)
+    parts = (cosine_scores(inputs), hits @ shares)
+    return sum(part + NEIGHBOUR_SHARE * np.maximum(*beside(part, inputs.docs)) for part in parts)
 
 
 @torch.inference_mode()
-def ppl_scores(given: GateInput) -> np.ndarray:
+def ppl_scores(inputs: GateInput) -> np.ndarray:
     """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
 
     It needs the decoder to read all of the context, so it can not make the first token faster; it is a baseline.
     """
-    scores = np.zeros(len(given.texts), dtype=np.float32)
-    device = next(given.decoder.parameters()).device
-    for doc in np.unique(given.docs):
-        numbers = np.flatnonzero(given.docs == doc)
-        first, last = given.prompt.chunks[numbers[0]].first, given.prompt.chunks[numbers[-1]].last
-        ids = torch.as_tensor(given.prompt.input_ids[first:last], device=device)[None]  # (1, T)
+    scores = np.zeros(len(inputs.texts), dtype=np.float32)
+    device = next(inputs.decoder.parameters()).device
+    for doc in np.unique(inputs.docs):
+        numbers = np.flatnonzero(inputs.docs == doc)
+        first, last = inputs.prompt.chunks[numbers[0]].first, inputs.prompt.chunks[numbers[-1]].last
+        ids = torch.as_tensor(inputs.prompt.input_ids[first:last], device=device)[None]  # (1, T)
         if ids.shape[1] < 2:
             continue
-        logits = given.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
+        logits = inputs.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
         nll = nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none").cpu().numpy()
         losses = np.concatenate([[nll.mean()], nll])  # nothing precedes the first token: it counts as average
         for number in numbers:
-            chunk = given.prompt.chunks[number]
+            chunk = inputs.prompt.chunks[number]
             scores[number] = losses[chunk.first - first : chunk.last - first].mean() if chunk.tokens else 0.0
     return scores
 
 
-def random_scores(given: GateInput) -> np.ndarray:
+def random_scores(inputs: GateInput) -> np.ndarray:
     """(L,) uniform, the same for the same question and seed."""
-    key = int.from_bytes(hashlib.sha256(f"{given.seed}:{given.question}".encode()).digest()[:8], "little")
-    return np.random.default_rng(key).random(len(given.texts))
+    key = int.from_bytes(hashlib.sha256(f"{inputs.seed}:{inputs.question}".encode()).digest()[:8], "little")
+    return np.random.default_rng(key).random(len(inputs.texts))
 
 
 # -- the learned gate -----------------------------------------------------------
@@ -5054,92 +5001,77 @@ def standard(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / (values.std() + 1e-6)
 
 
-def document_runs(docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first chunk, number of chunks) of each document that has any. docs: (L,), ascending."""
-    starts = np.flatnonzero(np.concatenate([[len(docs) > 0], docs[1:] != docs[:-1]]))
-    return starts, np.concatenate([starts[1:], [len(docs)]])[: len(starts)] - starts
-
-
-def per_document(values: np.ndarray, runs: tuple[np.ndarray, np.ndarray], reduce: np.ufunc) -> np.ndarray:
-    """(L, ..) a reduction of the values (L, ..) of each chunk's document. runs: of `document_runs`."""
-    starts, sizes = runs
-    return np.repeat(reduce.reduceat(values, starts, axis=0), sizes, axis=0)
-
-
-def meaning_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """The features of group "meaning"."""
-    cosine = cosine_scores(given)
-    order = np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(len(cosine) - 1, 1)
-    return [cosine, best_neighbour(cosine, given.docs), standard(cosine), order,
-            per_document(cosine, runs, np.maximum)]
-
-
-def word_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """The features of group "words"."""
-    hits, shares = term_hits(given)
-    before, after = beside(hits, given.docs)
-    overlap = hits @ shares
-    whole = per_document(hits, runs, np.logical_or)
-    phrase = (hits[:, 1:] & hits[:, :-1]).sum(1) if hits.shape[1] else np.zeros(len(hits))
-    return [overlap, best_neighbour(overlap, given.docs), (hits | before | after) @ shares, standard(overlap),
-            whole @ shares, phrase]
-
-
-def form_features(given: GateInput) -> list[Any]:
-    """The features of group "form": names and numbers, also those the question does not have, and what it asks.
-
-    Those of the question alone are one number for all chunks.
-    """
-    asked, lower = words(given.question), given.question.lower()
-    known = set(map(term_of, asked))
-    counts = [[0] * len(given.texts) for _ in range(4)]  # names, new names, numbers, new numbers
-    for row, text in enumerate(given.texts):
+def name_counts(inputs: GateInput) -> list[list[int]]:
+    """(4, L) names in each chunk, names that the question does not have, numbers, and numbers that it does not have."""
+    known = set(map(term_of, words(inputs.question)))
+    counts = [[0] * len(inputs.texts) for _ in range(4)]
+    for row, text in enumerate(inputs.texts):
         for found in NAME_OR_NUMBER.findall(text):
             first = 2 if found < ":" else 0  # what follows 9
             counts[first][row] += 1
             counts[first + 1][row] += term_of(found.casefold().replace(",", "")) not in known
-    kinds = [pattern.search(lower) is not None for pattern in KINDS.values()]
-    lengths = np.asarray([len(text) for text in given.texts]) / 64
-    return [*counts, lengths, *kinds, len(asked) / 10]
+    return counts
 
 
-def place_features(docs: np.ndarray,
-                   runs: tuple[np.ndarray, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The features of groups "passage" and "place"."""
-    starts, sizes = runs
-    at, count = np.arange(len(docs)) - np.repeat(starts, sizes), np.repeat(sizes, sizes)
-    passage = [docs / 8, 1 / (1 + docs), np.full(len(docs), (docs.max(initial=0) + 1) / 8)]
-    return passage, [at / np.maximum(count - 1, 1), at == 0, at == count - 1, np.log(count)]
+def chunk_features(inputs: GateInput) -> np.ndarray:
+    """(L, F) float32, the features of FEATURES in order. One number for all chunks: a fact of question or prompt."""
+    docs, L = inputs.docs, len(inputs.docs)
+    _, starts, sizes = np.unique(docs, return_index=True, return_counts=True)
+    place, count = np.arange(L) - np.repeat(starts, sizes), np.repeat(sizes, sizes)  # of each chunk in its document
+    cosine, (hits, shares) = cosine_scores(inputs), term_hits(inputs)
+    overlap, (before, after) = hits @ shares, beside(hits, docs)
+    names, new_names, numbers, new_numbers = name_counts(inputs)
+    columns = {
+        "cosine": cosine,
+        "cosine_neighbour": np.maximum(*beside(cosine, docs)),
+        "cosine_z": standard(cosine),
+        "cosine_rank": np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(L - 1, 1),
+        "cosine_doc": np.repeat(np.maximum.reduceat(cosine, starts), sizes),
+        "overlap": overlap,
+        "overlap_neighbour": np.maximum(*beside(overlap, docs)),
+        "overlap_window": (hits | before | after) @ shares,
+        "overlap_z": standard(overlap),
+        "overlap_doc": np.repeat(np.logical_or.reduceat(hits, starts), sizes, axis=0) @ shares,
+        "phrase": (hits[:, 1:] & hits[:, :-1]).sum(1),  # the question's neighbouring terms
+        "rank": docs / 8,
+        "first_rank": 1 / (1 + docs),
+        "passages": (docs.max(initial=0) + 1) / 8,
+        "names": names, "new_names": new_names, "numbers": numbers, "new_numbers": new_numbers,
+        "length": np.asarray([len(text) for text in inputs.texts]) / 64,
+        **{kind: pattern.search(inputs.question.lower()) is not None for kind, pattern in KINDS.items()},
+        "question_length": len(words(inputs.question)) / 10,
+        "place": place / np.maximum(count - 1, 1),
+        "first": place == 0,
+        "last": place == count - 1,
+        "chunks": np.log(count),
+    }
+    features = np.empty((len(FEATURE_NAMES), L), dtype=np.float32)
+    for row, name in zip(features, FEATURE_NAMES, strict=True):
+        row[:] = columns[name]
+    return features.T
 
 
-def chunk_features(given: GateInput) -> np.ndarray:
-    """(L, F) float32, the features of FEATURES in order."""
-    runs = document_runs(given.docs)
-    passage, place = place_features(given.docs, runs)
-    columns = [*meaning_features(given, runs), *word_features(given, runs), *passage, *form_features(given), *place]
-    made = np.empty((len(FEATURE_NAMES), len(given.docs)), dtype=np.float32)
-    for row, column in zip(made, columns, strict=True):
-        row[:] = column
-    return made.T
+def with_neighbours(hidden: Tensor, docs: Tensor) -> Tensor:
+    """(B, L, 3 W) each chunk between those before and after it, zeros where these are of another document.
 
-
-class GateBatch(NamedTuple):
-    """Questions as tensors, padded to the most chunks."""
-
-    features: Tensor  # (B, L, F)
-    queries: Tensor  # (B, dim)
-    vectors: Tensor  # (B, L, dim)
-    docs: Tensor  # (B, L), -1 where padded
-
-
-def with_neighbours(hidden: Tensor, same: Tensor) -> Tensor:
-    """(B, L, 3 width): of the chunk before, itself and the one after, zeros where that is of another document.
-
-    hidden: (B, L, width); same: (B, L - 1, 1), whether a chunk and the next are of one document.
+    hidden: (B, L, W); docs: (B, L).
     """
+    same = (docs[:, 1:] == docs[:, :-1]).unsqueeze(-1)
     before = nn.functional.pad(hidden[:, :-1] * same, (0, 0, 1, 0))
     after = nn.functional.pad(hidden[:, 1:] * same, (0, 0, 0, 1))
     return torch.cat([before, hidden, after], dim=-1)
+
+
+def padded_rows(rows: Sequence[np.ndarray], fill: float) -> Tensor:
+    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
+    return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def gate_batch(inputs: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """What `QueryGate` reads of several questions, padded to the most chunks. features: (L, F) of each."""
+    tensors = (padded_rows(features, 0), torch.from_numpy(np.stack([one.query for one in inputs])),
+               padded_rows([one.vectors for one in inputs], 0).float(), padded_rows([one.docs for one in inputs], -1))
+    return [tensor.to(device) for tensor in tensors]
 
 
 class QueryGate(nn.Module):
@@ -5163,23 +5095,24 @@ class QueryGate(nn.Module):
         self.own, self.all = nn.Linear(width, width), nn.Linear(2 * width, width)
         self.leave = nn.Linear(width, 1)
 
-    def forward(self, batch: GateBatch) -> Tensor:
-        """(B, L) logits, -inf where padded."""
-        real = (batch.docs >= 0).unsqueeze(-1)  # (B, L, 1)
-        shown = self.show(nn.functional.normalize(batch.vectors, dim=-1))  # (B, L, pairs)
+    def forward(self, features: Tensor, queries: Tensor, vectors: Tensor, docs: Tensor) -> Tensor:
+        """(B, L) logits, -inf where padded.
+
+        features: (B, L, F); queries: (B, dim); vectors: (B, L, dim); docs: (B, L), -1 where padded.
+        """
+        real = (docs >= 0).unsqueeze(-1)  # (B, L, 1)
+        shown = self.show(nn.functional.normalize(vectors, dim=-1))  # (B, L, pairs)
         parts = [shown]
         if not self.shape["blind"]:
-            asked = self.ask(nn.functional.normalize(batch.queries, dim=-1))
-            parts.append(shown * asked.unsqueeze(1))
+            parts.append(shown * self.ask(nn.functional.normalize(queries, dim=-1)).unsqueeze(1))
         if self.shape["features"]:
-            parts.append(((batch.features - self.mean) / self.deviation).clamp(-6, 6))
-        same = (batch.docs[:, 1:] == batch.docs[:, :-1]).unsqueeze(-1) & real[:, 1:]
-        hidden = nn.functional.gelu(self.enter(torch.cat(parts, dim=-1)))  # (B, L, width)
-        hidden = hidden + nn.functional.gelu(self.beside(with_neighbours(hidden, same)))
+            parts.append(((features - self.mean) / self.deviation).clamp(-6, 6))
+        hidden = nn.functional.gelu(self.enter(torch.cat(parts, dim=-1)))  # (B, L, W)
+        hidden = hidden + nn.functional.gelu(self.beside(with_neighbours(hidden, docs)))
         largest = hidden.masked_fill(~real, -math.inf).amax(1, keepdim=True)
         mean = (hidden * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
         hidden = hidden + nn.functional.gelu(self.own(hidden) + self.all(torch.cat([largest, mean], dim=-1)))
-        hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, same)))
+        hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, docs)))
         return self.leave(hidden).masked_fill(~real, -math.inf).squeeze(-1)
 
     @property
@@ -5188,98 +5121,67 @@ class QueryGate(nn.Module):
         return self.leave.weight.device
 
     @torch.inference_mode()
-    def scores(self, given: GateInput) -> np.ndarray:
-        """(L,) logits of one question's chunks. given: with vectors."""
-        features = chunk_features(given) if self.shape["features"] else np.zeros((len(given.docs), 0), dtype=np.float32)
-        return self(gate_batch([given], [features], self.device))[0].float().cpu().numpy()
+    def logits(self, inputs: GateInput, features: np.ndarray) -> np.ndarray:
+        """(L,) of one question. features: (L, F)."""
+        return self(*gate_batch([inputs], [features], self.device))[0].float().cpu().numpy()
 
-    @torch.inference_mode()
-    def shares(self, given: GateInput) -> dict[str, np.ndarray]:
+    def scores(self, inputs: GateInput) -> np.ndarray:
+        """(L,) logits of one question's chunks, which have vectors."""
+        features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
+        return self.logits(inputs, features)
+
+    def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
-        features, shares, at = chunk_features(given), {}, 0
-        whole = self(gate_batch([given], [features], self.device))[0]
+        features, shares, at = chunk_features(inputs), {}, 0
+        logits = self.logits(inputs, features)
         for group, names in FEATURES.items():
             without = features.copy()
             without[:, at : at + len(names)] = self.mean[at : at + len(names)].cpu().numpy()
             at += len(names)
-            shares[group] = (whole - self(gate_batch([given], [without], self.device))[0]).float().cpu().numpy()
+            shares[group] = logits - self.logits(inputs, without)
         return shares
-
-
-def padded_rows(rows: Sequence[np.ndarray], fill: Any) -> Tensor:
-    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
-    out = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
-    for place, row in zip(out, rows, strict=True):
-        place[: len(row)] = row
-    return torch.from_numpy(out)
-
-
-def gate_batch(given: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> GateBatch:
-    """Questions as a batch. features: (L, F) of each."""
-    return GateBatch(*(part.to(device) for part in (
-        padded_rows(features, 0), torch.from_numpy(np.stack([g.query for g in given])),
-        padded_rows([g.vectors for g in given], 0).float(), padded_rows([g.docs for g in given], -1))))
 
 
 SHIPPED_GATE = SHIPPED / "gate"
 
 
-def gate_facts(gate: QueryGate, embedder: Embedder) -> dict[str, Any]:
-    """What a checkpoint keeps of a gate beside its tensors."""
-    return {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [], "embedder": embedder.name,
-            "embedder_fingerprint": embedder.fingerprint}
-
-
-def build_gate(facts: dict[str, Any], tensors: dict[str, Tensor], kind: str) -> QueryGate:
-    """A gate from a checkpoint. Raises MismatchError if its features or tensors are not those of this program."""
-    try:
-        shape = {key: facts[key] for key in ("dim", "pairs", "width", "features", "blind")}
-        gate = QueryGate(**shape)
-        same = not shape["features"] or facts["feature_names"] == FEATURE_NAMES
-        gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
-    if not same:
-        raise MismatchError(f"{kind}: it was trained on other features than this program's: train it again")
-    return gate.eval()
-
-
-def gate_knows(config: RefragConfig, kind: str, fingerprint: str | None) -> bool:
-    """Whether a gate of this kind reads the vectors of an embedder: the checkpoint's, or the one that is shipped.
-
-    kind: "gate" or "policy"; fingerprint: the embedder's, None without one.
-    """
+def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
+    """What a checkpoint says of its gate or policy, or else of the shipped gate; None unless it reads the vectors of
+    this embedder. kind: "gate" or "policy"; fingerprint: the embedder's, None without one."""
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
         facts = read_model_config(SHIPPED_GATE).gate
-    return facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
+    known = facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
+    return facts if known else None
 
 
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
     """The checkpoint's gate or policy, or the shipped gate; None where there is none for this embedder.
 
-    kind: "gate" or "policy". Raises MismatchError if the checkpoint's was trained on another embedder's vectors.
+    kind: "gate" or "policy". Raises MismatchError if the checkpoint's reads other vectors or features.
     """
-    facts, known = getattr(model.config, kind), gate_knows(model.config, kind, embedder and embedder.fingerprint)
-    if facts is not None and embedder is not None and not known:
-        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {facts.get('embedder')}, the index has "
+    facts, own = known_gate(model.config, kind, embedder and embedder.fingerprint), getattr(model.config, kind)
+    if facts is None and own is not None and embedder is not None:
+        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index has "
                             f"those of {embedder.name}: use --gate blend, or train it on this index")
-    if not known:
+    if facts is None:
         return None
-    if facts is not None:
-        return build_gate(facts, model.carried[kind], kind)
-    verify_checkpoint(SHIPPED_GATE)
-    return build_gate(read_model_config(SHIPPED_GATE).gate, read_tensors(SHIPPED_GATE / "gate.safetensors"), kind)
+    if own is None:
+        verify_checkpoint(SHIPPED_GATE)
+    tensors = read_tensors(SHIPPED_GATE / "gate.safetensors") if own is None else model.carried[kind]
+    try:
+        gate = QueryGate(**{name: facts[name] for name in ("dim", "pairs", "width", "features", "blind")})
+        if facts["features"] and facts["feature_names"] != FEATURE_NAMES:
+            raise ValueError("it was trained on other features than this program's")
+        gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
+    return gate.eval()
 
 
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
 TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # by the name of their part in a checkpoint
-GATES: dict[str, Callable[[GateInput], np.ndarray]] = {
-    "blend": blend_scores,
-    "cosine": cosine_scores,
-    "ppl": ppl_scores,
-    "random": random_scores,
-}
+GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
 
 
 def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
@@ -5459,8 +5361,8 @@ def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.nd
         require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
                 f"the decoder's {len(tokenizer.decoder)}")
         return ids, np.ones(len(ids), dtype=bool)
-    encoded = tokenizer.decoder(tokenizer.neutralize(text.text), add_special_tokens=False, return_offsets_mapping=True)
-    return np.asarray(encoded["input_ids"], dtype=np.int64), whole_tokens(encoded["offset_mapping"])[:-1]
+    [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
+    return tokens.ids, whole_tokens(tokens)[:-1]
 
 
 class Item(NamedTuple):
@@ -5624,14 +5526,10 @@ class AlignLessons(TextLessons):
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
             return self.encoder.content_of_tokens(ids, whole, k)
         text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        ends, _ = self.tokenizer.runs([text], k)[0]
+        [cut] = self.tokenizer.cut([text], k)
         anchors = np.asarray([0, *self.anchor_ends((where, hash(text)), text)])
-        snapped = np.unique(anchors[np.searchsorted(anchors, ends[:-1], side="right") - 1])
-        ends = np.asarray([*snapped[snapped > 0].tolist(), len(text)])
-        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = np.maximum.accumulate([start for start, _ in encoded["offset_mapping"]])
-        chunks = np.split(np.asarray(encoded["input_ids"]), np.searchsorted(starts, ends[:-1]))
-        return Content(chunks, self.encoder.text_rows(text, ends, np.zeros(0)))
+        snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
+        return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
     def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
         ids, whole, where = self.pick(cache, window, None, rng)
@@ -5757,40 +5655,32 @@ class AnswerPrompts:
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
         """A question over the passages of some rows; the answer names the row `gold`."""
-        prompt, docs, sizes, kept = self.pack(question, shown, gold, k)
+        prompt, docs, cuts, kept = self.pack(question, shown, gold, k)
         label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
-        return Asked(prompt, docs, Content(chunks, self.rows(docs, sizes)), np.concatenate([ids, self.end]), kept)
+        return Asked(prompt, docs, Content(chunks, self.encoder.inputs([doc.content for doc in docs], cuts)),
+                     np.concatenate([ids, self.end]), kept)
 
     def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
         """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
         return continue_plan(mixed_plan(asked.prompt, expanded, feed), asked.target, asked.content)
 
     def pack(self, question: str, shown: list[int], gold: int | None,
-             k: int) -> tuple[Prompt, list[Doc], list[np.ndarray], list[int]]:
-        """The prompt, its documents, the sizes of their chunks in encoder tokens, and their rows in the index.
+             k: int) -> tuple[Prompt, list[Doc], list[Cut], list[int]]:
+        """The prompt, its documents, their chunks in encoder tokens, and their rows in the index.
 
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        runs = self.tokenizer.runs(contents, k) if contents else []
-        lengths = [int(size.sum()) for _, size in runs]
+        cuts = self.tokenizer.cut(contents, k)
+        lengths = [int(cut.sizes.sum()) for cut in cuts]
         keep = list(range(len(contents)))
         while len(keep) > 1 and sum(lengths[i] for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], runs[i][0]) for rank, i in enumerate(keep, start=1)]
+        docs = [Doc(str(rank), contents[i], cuts[i].ends) for rank, i in enumerate(keep, start=1)]
         prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
-        return prompt, docs, [runs[i][1] for i in keep], [shown[i] for i in keep]
-
-    def rows(self, docs: list[Doc], sizes: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for several passages, their chunks numbered through."""
-        rows, base = [], 0
-        for doc, size in zip(docs, sizes, strict=True):
-            rows += [(ids, np.where(owner < 0, -1, owner + base))
-                     for ids, owner in self.encoder.text_rows(doc.content, doc.ends, size)]
-            base += len(size)
-        return rows
+        return prompt, docs, [cuts[i] for i in keep], [shown[i] for i in keep]
 
 
 class AnswerLessons(Lessons):
@@ -6581,7 +6471,8 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         checkpoint, data = open_run(folder, settings, accelerator.num_processes, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, max(train.k), runtime, settled.train, train.lora_r).to(accelerator.device)
+        model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
+        model.config.compression = max(train.k)
         lessons = make_lessons(model, settled)
         check_same_data(lessons.facts(), data)
         teacher = load_teacher(phase, settled, models, runtime)
@@ -6611,7 +6502,7 @@ def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime:
     """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
     if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
         return None
-    return load_model(models, max(train.k), runtime).decoder.requires_grad_(False)
+    return load_model(models, runtime).decoder.requires_grad_(False)
 
 
 # -- the gate and the policy ------------------------------------------------------
@@ -6646,7 +6537,7 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     pairs = enumerate(zip(questions, ranked, strict=True))
     for number, (question, rows) in progress(pairs, "features", total=len(questions), unit="question"):
         rows = rows[:topk]
-        contents = [chunking.prepare(index.content(row)) for row in rows]
+        contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         tables = [index.chunk_table(row, chunking.k) for row in rows]
         right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
         gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
@@ -6659,7 +6550,7 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     return examples
 
 
-def collate_gate(examples: Sequence[GateExample], device: torch.device) -> GateBatch:
+def collate_gate(examples: Sequence[GateExample], device: torch.device) -> list[Tensor]:
     """Examples as a batch."""
     return gate_batch([e.given for e in examples], [e.features for e in examples], device)
 
@@ -6680,7 +6571,7 @@ def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.nda
     """(L,) logits of each example."""
     out = []
     for part in batched(examples, 64):
-        rows = gate.eval()(collate_gate(part, gate.device)).float().cpu().numpy()
+        rows = gate.eval()(*collate_gate(part, gate.device)).float().cpu().numpy()
         out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
     return out
 
@@ -6726,7 +6617,7 @@ def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.opt
     positive = padded_rows([e.positive for e in examples], False).to(gate.device)
     for group in optimizer.param_groups:
         group["lr"] = GATE_LR * factor
-    loss = gate_loss(gate.train()(collate_gate(examples, gate.device)), positive)
+    loss = gate_loss(gate.train()(*collate_gate(examples, gate.device)), positive)
     loss.backward()
     nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
     optimizer.step()
@@ -6817,7 +6708,7 @@ class PolicyTrainer:
 
     def logits(self, example: GateExample) -> Tensor:
         """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
-        return self.policy.eval()(collate_gate([example], self.policy.device))[0]
+        return self.policy.eval()(*collate_gate([example], self.policy.device))[0]
 
     def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
@@ -6867,8 +6758,8 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
             f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
             "hybrid")
-    chunking = make_chunking(build_tokenizer(model_config(models, data.k)), None)
-    if opened.manifest["chunking"]["tokenizer"] != chunking.stored["tokenizer"]:
+    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
+    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
         raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
     stored = opened.manifest["chunking"]["k"]
     require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
@@ -6889,11 +6780,14 @@ def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConf
 
     kind: "gate" or "policy".
     """
-    config, parts, folder = model_config(models, settings.k), {}, chosen_checkpoint(models)
+    config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
+    config.compression = settings.k
     if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
-    setattr(config, kind, gate_facts(gate, data.searcher.embedder))
+    embedder = data.searcher.embedder
+    setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
+                           "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
     files = file_facts([*settings.rag_json, *settings.eval_json])
     config.history = [*config.history, entry | {"data": without_folders(files)}]
@@ -6916,7 +6810,7 @@ def train_policy(data: GateDataConfig, settings: PolicyConfig, index: IndexConfi
     """Train the paper's policy by the decoder's rewards and write it. Returns a summary."""
     start = time.perf_counter()
     loaded = load_gate_data(data, index, search, models, runtime)
-    reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
+    reader = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
     prepared = time.perf_counter()
     torch.manual_seed(runtime.seed)
     policy = QueryGate(loaded.searcher.embedder.dim, features=False, blind=settings.blind)
@@ -7307,7 +7201,6 @@ class Pipeline:
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.search, self.pack, self.generate, self.runtime = search, pack, generate, runtime
         self.tokenizer = model.encoder.tokenizer
-        self.chunking = make_chunking(self.tokenizer, model.encoder)
         self.device = next(model.decoder.parameters()).device
         self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
         self.sampler = torch.Generator().manual_seed(runtime.seed)
@@ -7316,8 +7209,9 @@ class Pipeline:
         self.batches = False  # warm_up finds out
         index = searcher.index if searcher else None
         built = index.manifest["chunking"] if index else {}
-        self.stored = index if built.get("tokenizer") == self.chunking.stored["tokenizer"] else None
-        if built.get("encoder") not in (None, self.chunking.stored["encoder"]):
+        self.stored = index if built.get("tokenizer") == self.tokenizer.fingerprint else None
+        self.stored_encoder = built.get("encoder")
+        if self.stored_encoder not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
                                 "it was built with, or build it again")
 
@@ -7360,11 +7254,6 @@ class Pipeline:
         other = copy.copy(self)
         other.search, other.generate = search or self.search, generate or self.generate
         other.pack = dataclasses.replace(self.pack, **changes)
-        if other.pack.k != self.pack.k:
-            encoder = copy.copy(self.model.encoder)  # the weights are shared, the tokenizer is not
-            other.tokenizer = encoder.tokenizer = copy.copy(self.tokenizer)
-            other.tokenizer.compression = other.pack.k
-            other.chunking = self.chunking._replace(k=other.pack.k, runs=other.tokenizer.runs, encode=encoder.encode)
         return other
 
     # -- stages, in order ----------------------------------------------------
@@ -7378,7 +7267,7 @@ class Pipeline:
     def stored_table(self, row: int) -> ChunkTable | None:
         """The index's chunks of a passage, with the encoder's states where they are those that it would compute."""
         usable = self.model.encoder.serves(self.pack.k, self.stored.manifest["chunking"]["k"])
-        return self.stored.chunk_table(row, self.pack.k, self.chunking.stored["encoder"] if usable else None)
+        return self.stored.chunk_table(row, self.pack.k, self.stored_encoder if usable else None)
 
     def chunk_tables(self, contents: list[str], rows: Sequence[int | None], needs: set[str]) -> list[ChunkTable]:
         """Chunk tables of contents: the index's where they hold what is needed ("gate", "states"), else made now."""
@@ -7391,7 +7280,7 @@ class Pipeline:
             tables.append(table if complete else None)
         waiting = [i for i, table in enumerate(tables) if table is None]
         if waiting:
-            chunking = self.chunking if "states" in needs else self.chunking._replace(encode=None)
+            chunking = Chunking(self.pack.k, self.tokenizer, self.model.encoder if "states" in needs else None)
             embedder = self.embedder if "gate" in needs else None
             _, made = chunk_tables([contents[i] for i in waiting], chunking, embedder, 32)
             for i, table in zip(waiting, made, strict=True):
@@ -7422,8 +7311,8 @@ class Pipeline:
             if segment.kind == "text":
                 pieces.append(segment.text)
             else:
-                ends, _ = self.tokenizer.runs([segment.text])[0]
-                pieces.append(Doc(segment.doc_id, segment.text, ends))
+                [cut] = self.tokenizer.cut([segment.text], self.pack.k)
+                pieces.append(Doc(segment.doc_id, segment.text, cut.ends))
         docs = [piece for piece in pieces if isinstance(piece, Doc)]
         prompt = build_prompt(self.tokenizer, pieces)
         require(prompt.context_tokens <= self.pack.ctx_max,
@@ -7522,7 +7411,7 @@ class Pipeline:
         """Run every part once, so that the first question pays for no lazy initialisation."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
-        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")])
+        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.pack.k)
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
@@ -7701,7 +7590,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
         index_manifest(index.index_dir)  # a folder that is none is told before anything is loaded
-    model = load_model(models, pack.k, runtime)
+    model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
         stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
         searcher = load_searcher(index, search, runtime) if needs_index else None

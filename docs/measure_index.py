@@ -114,8 +114,9 @@ def measure_build(args: argparse.Namespace, add: bool = False) -> dict:
     points = Points(2 + add)
 
     def drawn(contents: list[str], chunking: refrag.Chunking, embedder: refrag.Embedder, batch_size: int) -> tuple:
-        tables = [refrag.ChunkTable(*run, np.zeros((len(run[0]), DIM), dtype=np.float16), None)
-                  for run in chunking.runs([chunking.prepare(content) for content in contents])]
+        cuts = chunking.tokenizer.cut([chunking.tokenizer.neutralize(content) for content in contents], chunking.k)
+        tables = [refrag.ChunkTable(cut.ends, cut.sizes, np.zeros((len(cut.ends), DIM), dtype=np.float16), None)
+                  for cut in cuts]
         return points.draw(len(contents)), tables
 
     refrag.chunk_tables = drawn  # in the embedder's place

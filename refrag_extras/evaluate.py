@@ -64,9 +64,9 @@ from refrag import (
     emit,
     file_facts,
     finished_lines,
-    gate_knows,
     holds_answer,
     index_manifest,
+    known_gate,
     labelled,
     library_versions,
     load_model,
@@ -347,7 +347,7 @@ class Task:
 
     def model_sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
-        config = model_config(self.models, self.options.k[0])
+        config = model_config(self.models)
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
                 "projector": config.projector, "load_dir": checkpoint_digest(self.models)}
 
@@ -585,8 +585,8 @@ class GateTask(QuestionTask):
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)
-        config, built = model_config(self.models, self.options.k[0]), self.manifest["embedder"].get("fingerprint")
-        known = {name for name, kind in TRAINED_GATES.items() if gate_knows(config, kind, built)}
+        config, built = model_config(self.models), self.manifest["embedder"].get("fingerprint")
+        known = {name for name, kind in TRAINED_GATES.items() if known_gate(config, kind, built)}
         self.gates = [n for n in self.options.named if self.options.modes or n not in TRAINED_GATES or n in known]
         self.shares = list(dict.fromkeys(self.options.p))
 
@@ -700,7 +700,7 @@ class TextTask(Task):
 
     def load(self) -> None:
         ks, options = tuple(dict.fromkeys(self.options.k)), self.options
-        self.model = load_model(self.models, max(ks), self.runtime).to(self.accelerator.device)
+        self.model = load_model(self.models, self.runtime).to(self.accelerator.device)
         train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
         self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
         self.windows = np.asarray(spread(self.lessons.windows, options.limit))

@@ -390,9 +390,9 @@ def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     encoded: list[int] = []
     encode = refrag.ChunkEncoder.encode
 
-    def counting(self, contents):
-        encoded.append(self.tokenizer.compression)
-        return encode(self, contents)
+    def counting(self, contents, k):
+        encoded.append(k)
+        return encode(self, contents, k)
 
     monkeypatch.setattr(refrag.ChunkEncoder, "encode", counting)
     result, err = run_bench("--contexts", 120, "--k", "4,8,6", "--repeats", 2)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -26,30 +27,13 @@ def given_chunks(texts, docs=None, question="", vectors=None, query=None, idf=la
 # -- neighbours ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("scores", "docs", "expected"),
-    [
-        ([3, 1, 2], [0, 0, 1], [1, 3, 0]),
-        ([1, 5, 2, 4], [0, 0, 0, 0], [5, 2, 5, 2]),
-        ([1, 5, 2, 4], [0, 1, 2, 3], [0, 0, 0, 0]),
-        ([7, 8, 9], [0, 1, 1], [0, 9, 8]),
-        ([2], [0], [0]),
-        ([], [], []),
-    ],
-)
-def test_best_neighbour_golden(scores, docs, expected):
-    """The larger score of the chunks beside it in the same document; 0 where there is none."""
-    assert refrag.best_neighbour(np.array(scores, float), np.array(docs, int)).tolist() == expected
-
-
-@given(st.lists(st.tuples(st.floats(0, 9), st.integers(0, 2)), max_size=12))
-@few
-def test_best_neighbour_is_a_plain_loop(chunks):
-    chunks = sorted(chunks, key=lambda chunk: chunk[1])  # the chunks of a document stand together
-    scores, docs = np.array([s for s, _ in chunks], float), np.array([d for _, d in chunks], int)
-    expected = [max([s for j in (i - 1, i + 1) if 0 <= j < len(chunks) for s, d in [chunks[j]] if d == doc], default=0)
-                for i, (_, doc) in enumerate(chunks)]
-    assert refrag.best_neighbour(scores, docs).tolist() == expected
+@pytest.mark.parametrize(("values", "docs", "before", "after"), [
+    ([3, 1, 2], [0, 0, 1], [0, 3, 0], [1, 0, 0]), ([1, 5, 2, 4], [0, 0, 0, 0], [0, 1, 5, 2], [5, 2, 4, 0]),
+    ([1, 5, 2, 4], [0, 1, 2, 3], [0] * 4, [0] * 4), ([7, 8, 9], [0, 1, 1], [0, 0, 8], [0, 9, 0]), ([], [], [], [])])
+def test_neighbours_golden(values, docs, before, after):
+    """Those of the same document; 0 where there is none."""
+    found = refrag.beside(np.array(values, float), np.array(docs, int))
+    assert [side.tolist() for side in found] == [before, after]
 
 
 # -- cosine and overlap ---------------------------------------------------------------
@@ -68,6 +52,12 @@ def test_cosine_scores_without_an_embedder_are_zero():
     assert refrag.cosine_scores(given_chunks("ab", vectors=vectors)).tolist() == [0, 0]
 
 
+def overlap(inputs):
+    """(L,) share of the question's idf mass that a chunk's terms cover."""
+    hits, shares = refrag.term_hits(inputs)
+    return hits @ shares
+
+
 IDF = {"river": 3.0, "cross": 2.0, "citi": 1.0}
 
 
@@ -75,13 +65,21 @@ def test_overlap_scores_golden():
     """The question's terms weigh 3 + 2 + 1 = 6. A term counts once, however often a chunk or the question has it."""
     chunks = ["The rivers cross", "cities, cities and a city", "crossing the river to the city", "Nothing here", ""]
     question = "A river that crosses the city: the river?"
-    scores = refrag.overlap_scores(given_chunks(chunks, question=question, idf=IDF.__getitem__))
-    np.testing.assert_allclose(scores, [5 / 6, 1 / 6, 1, 0, 0])
+    np.testing.assert_allclose(overlap(given_chunks(chunks, question=question, idf=IDF.__getitem__)),
+                               [5 / 6, 1 / 6, 1, 0, 0])
+
+
+def test_without_an_index_a_term_weighs_by_the_chunks_that_have_it():
+    """Four chunks: two have the river, ln(1 + 4 / 2.5), one the bridge, ln(1 + 4 / 1.5)."""
+    chunks = ["a river", "rivers and bridges", "Nothing", ""]
+    river, bridge = math.log(1 + 4 / 2.5), math.log(1 + 4 / 1.5)
+    scores = overlap(given_chunks(chunks, question="the river bridge", idf=None))
+    np.testing.assert_allclose(scores, [river / (river + bridge), 1, 0, 0])
 
 
 @pytest.mark.parametrize("question", ["", "the of", "?"])
 def test_overlap_with_a_question_without_terms_is_zero(question):
-    assert refrag.overlap_scores(given_chunks(["river", "the"], question=question)).tolist() == [0, 0]
+    assert overlap(given_chunks(["river", "the"], question=question)).tolist() == [0, 0]
 
 
 # -- blend ------------------------------------------------------------------------------
@@ -137,7 +135,7 @@ def model(llama):
 def ppl(model, contents):
     """(prompt, scores) of documents by the ppl gate."""
     tokenizer = model.encoder.tokenizer
-    docs = [refrag.Doc(str(i), text, tokenizer.runs([text])[0][0]) for i, text in enumerate(contents, 1)]
+    docs = [refrag.Doc(str(i), text, tokenizer.cut([text], 4)[0].ends) for i, text in enumerate(contents, 1)]
     prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", docs))
     chunks = given_chunks([""] * len(prompt.chunks), [c.doc for c in prompt.chunks])
     return prompt, refrag.ppl_scores(chunks._replace(prompt=prompt, decoder=model.decoder))
@@ -677,18 +675,19 @@ def test_auto_is_the_blend_where_the_shipped_gate_does_not_know_the_embedder(run
     assert json.loads(out)["settings"]["gate"] == "blend"
 
 
-def test_a_gate_with_other_features_is_refused(embedder):
-    gate = small_gate()
-    facts = refrag.gate_facts(gate, type("E", (), {"name": "x", "fingerprint": "y"})())
-    state = gate.state_dict()
-    again = refrag.build_gate(facts, state, "gate")
-    assert all(torch.equal(a, b) for a, b in zip(state.values(), again.state_dict().values(), strict=True))
-    for wrong, kept in (({"feature_names": ["cosine"]}, state), ({"width": 32}, state),
+def test_a_gate_with_other_features_is_refused(train, embedder):
+    """Or with tensors that are missing or of another shape."""
+    folder = train("gate", "--epochs", "1")[-1]
+    model = refrag.RefragModel.from_pretrained(folder)
+    facts, state = model.config.gate, model.carried["gate"]
+    built = types.SimpleNamespace(fingerprint=facts["embedder_fingerprint"], name=facts["embedder"])
+    loaded = refrag.load_gate(model, "gate", built).state_dict()
+    assert all(torch.equal(state[name].float(), tensor) for name, tensor in loaded.items())
+    for wrong, kept in (({"feature_names": ["cosine"]}, state), ({"width": 32}, state), ({"dim": None}, state),
                         ({}, dict(list(state.items())[1:]))):
+        model.config.gate, model.carried["gate"] = facts | wrong, kept
         with pytest.raises(refrag.MismatchError, match="train it again"):
-            refrag.build_gate(facts | wrong, kept, "gate")
-    with pytest.raises(refrag.MismatchError, match="train it again"):
-        refrag.build_gate({}, state, "gate")
+            refrag.load_gate(model, "gate", built)
 
 
 @pytest.mark.parametrize(

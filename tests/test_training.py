@@ -430,7 +430,7 @@ def test_alignment_with_a_separate_encoder_cuts_at_anchors(tmp_path, separate, k
         assert asked(student) == asked(teacher) == [chunk[0] for chunk in chunks[1:]]
         both = [{end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
             "offset_mapping"]} for tokenizer in (encoder, decoder)]
-        runs = separate.tokenizer.runs([text], k)[0][0].tolist()
+        runs = separate.tokenizer.cut([text], k)[0].ends.tolist()
         expected = {max((end for end in both[0] & both[1] if end <= run), default=0) for run in runs[:-1]} - {0}
         ends = np.cumsum([len(decoder.decode(chunk.tolist())) for chunk in chunks]).tolist()
         assert ends == [*sorted(expected), len(text)] and len(ends) > 1
@@ -698,7 +698,7 @@ def test_everything_as_text_is_the_plain_prompt(lessons_on):
         item = lessons.draw(number, rng(number), 0.0)
         plan, said = item.sequence.plan, asked(item.sequence)
         contents = [f"Title {n}\n{TEXTS[n]}" for n in shown(full_text(lessons, item))]
-        docs = [refrag.Doc(str(rank), content, lessons.tokenizer.runs([content], 4)[0][0])
+        docs = [refrag.Doc(str(rank), content, lessons.tokenizer.cut([content], 4)[0].ends)
                 for rank, content in enumerate(contents, start=1)]
         pieces = refrag.question_pieces(QUESTIONS[number]["question"], docs)
         prompt = refrag.build_prompt(lessons.tokenizer, pieces)
