@@ -2651,85 +2651,32 @@ def passage_content(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
-class Joined(Sequence):
-    """Several columns as one, their rows numbered through."""
+STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")
 
-    def __init__(self, columns: Iterable[Sequence | np.ndarray]):
-        self.columns = list(columns)
-        self.starts = list(itertools.accumulate(map(len, self.columns), initial=0))
+
+class StringColumn(Sequence):
+    """Strings of one or several folders, numbered through, and read one at a time through memory maps."""
+
+    def __init__(self, folders: Sequence[Path], name: str):
+        self.bytes = [map_array(folder / f"{name}.npy") for folder in folders]
+        self.offsets = [map_array(folder / f"{name}_offsets.npy") for folder in folders]
+        self.starts = list(itertools.accumulate((len(offsets) - 1 for offsets in self.offsets), initial=0))
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def place(self, row: int) -> tuple[int, int]:
-        """(column, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
+        """(folder, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        column = bisect.bisect_right(self.starts, row) - 1
-        return column, row - self.starts[column]
-
-    def __getitem__(self, row: int) -> Any:
-        column, inside = self.place(row)
-        return self.columns[column][inside]
-
-
-class StringColumn:
-    """Strings on disk, read one at a time through memory maps."""
-
-    def __init__(self, folder: Path, name: str):
-        self.bytes = map_array(folder / f"{name}.npy")
-        self.offsets = map_array(folder / f"{name}_offsets.npy")
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+        number = bisect.bisect_right(self.starts, row) - 1
+        return number, row - self.starts[number]
 
     def __getitem__(self, row: int) -> str:
-        if not 0 <= row < len(self):  # FAISS answers -1 for "none"; that must never mean the last string
-            raise IndexError(f"row {row} of {len(self)}")
-        return self.bytes[self.offsets[row] : self.offsets[row + 1]].tobytes().decode("utf-8")
-
-
-STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-
-
-class IndexSegment:
-    """The passages of one build or addition, memory-mapped."""
-
-    def __init__(self, folder: Path, uses: Sequence[str]):
-        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folder, name) for name in STRING_COLUMNS)
-        self.parts = map_array(folder / "parts.npy")
-        self.faiss = read_faiss(folder / "faiss.index") if "dense" in uses else None
-        self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
-            map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
-        self.gate, self.gate_scales, self.chunks = (
-            map_array(path) if path.is_file() else None
-            for path in (folder / f"{name}.npy" for name in ("gate", "gate_scales", "chunks")))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def document_id(self, row: int) -> str:
-        """The id of the document a passage was cut from."""
-        return self.ids[row].rpartition("#")[0] if self.parts[row] else self.ids[row]
-
-    def copy_texts(self, columns: ColumnWriter, start: int, stop: int) -> None:
-        """Append the texts of rows start to stop - 1 to those of a new segment."""
-        for name in STRING_COLUMNS:
-            column = getattr(self, name)
-            offsets = column.offsets[start : stop + 1]
-            columns.append(name, column.bytes[offsets[0] : offsets[-1]])
-            columns.append_lengths(f"{name}_offsets", np.diff(offsets))
-        columns.append("parts", self.parts[start:stop])
-
-    def copy_chunks(self, columns: ColumnWriter, start: int, stop: int) -> None:
-        """Append the chunks and vectors of rows start to stop - 1 to those of a new segment."""
-        offsets = self.chunk_offsets[start : stop + 1]
-        columns.append_lengths("chunk_offsets", np.diff(offsets))
-        for name in ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks"):
-            if (rows := getattr(self, name)) is not None:
-                columns.append(name, rows[offsets[0] : offsets[-1]])
-        if self.faiss is not None:
-            columns.append("vectors", self.faiss.reconstruct_n(start, stop - start))
+        number, inside = self.place(row)
+        start, end = self.offsets[number][inside : inside + 2]
+        return self.bytes[number][start:end].tobytes().decode("utf-8")
 
 
 class Index:
@@ -2740,13 +2687,14 @@ class Index:
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
-        self.path, self.manifest = path, manifest
+        self.path, self.manifest, uses = path, manifest, manifest["uses"]
         verify_files(path, manifest["files"], read_all=read_all)
         folders = [path / segment["folder"] for segment in manifest["segments"]]
-        self.segments = [IndexSegment(folder, manifest["uses"]) for folder in folders]
-        self.ids, self.titles, self.texts, self.metadata, self.parts = (
-            Joined(getattr(segment, name) for segment in self.segments) for name in (*STRING_COLUMNS, "parts"))
-        self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in manifest["uses"] else None
+        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folders, name) for name in STRING_COLUMNS)
+        self.segments = [{name: map_array(folder / f"{name}.npy") for name in ("parts", "chunk_offsets", *CHUNK_COLUMNS)
+                          if (folder / f"{name}.npy").is_file()} for folder in folders]
+        self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
+        self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -2762,7 +2710,7 @@ class Index:
     def document_id(self, row: int) -> str:
         """The id of the document a passage was cut from."""
         number, inside = self.ids.place(row)
-        return self.segments[number].document_id(inside)
+        return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
 
     def names(self, row: int) -> set[str]:
         """The ids that positive_ids may mean a passage by: its own, and that of the document it was cut from."""
@@ -2783,11 +2731,31 @@ class Index:
         stored = self.manifest["chunking"]["k"]
         number, inside = self.ids.place(row)
         segment = self.segments[number]
-        span = slice(segment.chunk_offsets[inside], segment.chunk_offsets[inside + 1])
-        gate = None if segment.gate is None else segment.gate[span] * segment.gate_scales[span]
-        usable = segment.chunks is not None and self.manifest["chunking"]["encoder"] == encoder
-        states = np.asarray(segment.chunks[span], dtype=np.float32) if usable else None
-        return merge_chunks(ChunkTable(segment.chunk_ends[span], segment.chunk_sizes[span], gate, states), k // stored)
+        span = slice(*segment["chunk_offsets"][inside : inside + 2])
+        gate = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
+        usable = "chunks" in segment and self.manifest["chunking"]["encoder"] == encoder
+        states = np.asarray(segment["chunks"][span], dtype=np.float32) if usable else None
+        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], gate, states)
+        return merge_chunks(table, k // stored)
+
+    def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
+        """Append the texts of rows start to stop - 1 of a segment to those of a new one."""
+        for name in STRING_COLUMNS:
+            column = getattr(self, name)
+            offsets = column.offsets[number][start : stop + 1]
+            columns.append(name, column.bytes[number][offsets[0] : offsets[-1]])
+            columns.append_lengths(f"{name}_offsets", np.diff(offsets))
+        columns.append("parts", self.segments[number]["parts"][start:stop])
+
+    def copy_chunks(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
+        """Append the chunks and vectors of rows start to stop - 1 of a segment to those of a new one."""
+        offsets = self.segments[number]["chunk_offsets"][start : stop + 1]
+        columns.append_lengths("chunk_offsets", np.diff(offsets))
+        for name in CHUNK_COLUMNS:
+            if name in self.segments[number]:
+                columns.append(name, self.segments[number][name][offsets[0] : offsets[-1]])
+        if self.faiss:
+            columns.append("vectors", self.faiss[number].reconstruct_n(start, stop - start))
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
@@ -2905,16 +2873,18 @@ class CorpusWriter:
         if first := self.places.get(identifier):
             raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
-    def replaced(self, segment: IndexSegment) -> dict[int, str]:
-        """row -> document of an older segment's passages that new ones replace. Raises UserError if ids clash."""
-        rows = {}
-        for row in range(len(segment)):
-            document = segment.document_id(row)
+    def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
+        """(documents of an older index that new ones replace, their rows in each segment). Raises UserError."""
+        documents, rows = set(), [set() for _ in index.segments]
+        for row, identifier in enumerate(index.ids):
+            number, inside = index.ids.place(row)
+            document = identifier.rpartition("#")[0] if index.segments[number]["parts"][inside] else identifier
             if document in self.documents:
-                rows[row] = document
+                documents.add(document)
+                rows[number].add(inside)
             else:
-                self.check_free(segment.ids[row], "the index")
-        return rows
+                self.check_free(identifier, "the index")
+        return documents, rows
 
 
 def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
@@ -2935,12 +2905,13 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        replaced = [writer.replaced(segment) for segment in previous.segments] if previous is not None else []
-        counts["added"] = columns.rows["parts"]
-        counts["replaced_documents"] = len(set().union(*(rows.values() for rows in replaced)))
-        kept, taken = part_segments(previous, replaced)
-        for segment, start, stop in taken:
-            segment.copy_texts(columns, start, stop)
+        counts["added"], counts["replaced_documents"], kept, taken = columns.rows["parts"], 0, [], []
+        if previous is not None:
+            documents, rows = writer.replaced(previous)
+            counts["replaced_documents"] = len(documents)
+            kept, taken = part_segments(previous, rows)
+        for run in taken:
+            previous.copy_texts(columns, *run)
     return kept, taken
 
 
@@ -3004,7 +2975,7 @@ class Blocks:
 
     def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
         """The blocks of the first `count` passages of a segment, or of every n-th of them."""
-        titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
+        titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
             trim_memory()
@@ -3021,7 +2992,8 @@ class Blocks:
         group.wait_for_everyone()
 
 
-def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, taken: Sequence[Run]) -> None:
+def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
+                 taken: Sequence[Run]) -> None:
     """Second pass: write vectors (a temporary file) and chunk tables of all passages. blocks: of the first `count`."""
     with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
         for block in blocks:
@@ -3037,13 +3009,13 @@ def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: i
             if "vectors" in block:
                 columns.append("vectors", block["vectors"])
             bar.update(len(block["counts"]))
-        for segment, start, stop in taken:
-            segment.copy_chunks(columns, start, stop)
+        for run in taken:
+            previous.copy_chunks(columns, *run)
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
+    titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
     built = None
     if "dense" in uses:
         vectors = map_array(folder / "vectors.npy")
@@ -3060,22 +3032,20 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
 
 
 FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
-Run = tuple[IndexSegment, int, int]  # rows of a segment that stand together: from the first to before the second
-
-
-def part_segments(previous: Index | None, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
+def part_segments(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
     """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
     With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
     passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which is
     always kept. Raises MismatchError if it has rows that are replaced.
     """
-    segments = previous.segments if previous is not None else []
-    sizes, cut = [len(segment) for segment in segments], len(segments)
-    fixed = {at for at in range(cut) if previous.manifest["segments"][at]["faiss"] == "ivfpq"}
+    segments = previous.manifest["segments"]
+    sizes, cut = [segment["passages"] for segment in segments], len(segments)
+    fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
     if any(replaced[at] for at in fixed):
         raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it anew, or add others")
     if len(segments) >= MOST_SEGMENTS:
@@ -3085,7 +3055,7 @@ def part_segments(previous: Index | None, replaced: Sequence[Collection[int]]) -
     taken = []
     for at in sorted(set(range(len(segments))) - set(kept)):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
-        taken += [(segments[at], a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
+        taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
     return kept, taken
 
 
@@ -3096,18 +3066,16 @@ def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], known: dic
     try:
         write_manifest(path / "manifest.json", new, manifest, known=known)
     finally:
-        remove_leftovers(path)
+        remove_leftovers(path, new)
     shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
 
 
-def remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path, new: Path) -> None:
     """Remove the segments that an index's manifest does not name, and what killed writers left."""
     try:
         current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
-    except FileNotFoundError:
-        current = []
-    except RefragError:  # it is damaged, and could not be replaced
-        return
+    except (OSError, RefragError):  # there is none, or it is damaged and could not be replaced
+        current = [folder.name for folder in path.glob("gen-*") if folder != new]
     for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:
         if leftover.name not in current:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -3133,10 +3101,10 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         blocks = Blocks(path, chunking, embedder, build, runtime)
         if blocks.kept and several_processes():
             blocks.make_together(folder, counts["added"])
-        embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], taken)
+        embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
         built = build_retrievers(folder, uses, faiss_type)
     segments = [*(old["segments"][at] for at in kept), {
-        "folder": new.name, "faiss": built, "passages": len(StringColumn(new, "ids")),
+        "folder": new.name, "faiss": built, "passages": len(StringColumn([new], "ids")),
         "chunks": len(map_array(new / "chunk_ends.npy"))}]
     manifest = {
         "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
@@ -3188,8 +3156,7 @@ class Searcher:
         """
         found, dense = {}, {}
         if "dense" in self.uses:
-            nearest = [segment.faiss for segment in self.index.segments]
-            dense["dense"] = search_faiss(nearest, self.embedder.embed_query(query), depth)
+            dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
             found["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
         return found | dense
@@ -6755,7 +6722,7 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     """Read, retrieve and prepare. Raises UserError, MismatchError."""
     searcher = load_searcher(index, search, runtime)
     opened = searcher.index
-    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
+    require(searcher.embedder is not None and opened.bm25 is not None and "gate" in opened.segments[0],
             f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
             "hybrid")
     chunking = Chunking(data.k, build_tokenizer(model_config(models)))
