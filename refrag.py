@@ -313,13 +313,11 @@ class BenchConfig(Options):
     batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
     repeats: int = opt(5, "rounds that count, after one that warms up; in each, every combination runs once", low=1)
-    question: str = opt("Which people, places and events are described, and when did it happen?",
-                        "what is asked each time")
+    question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
     def check(self) -> None:
-        require(self.out_dir is None or not os.path.isfile(self.out_dir),
-                f"--out_dir {self.out_dir} is a file: name a folder")
+        require(not os.path.isfile(self.out_dir or ""), f"--out_dir {self.out_dir} is a file: name a folder")
 
 
 class TextConfig(Options):
@@ -2119,8 +2117,8 @@ class ChunkTable(NamedTuple):
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
-    gate: np.ndarray | None  # (L, dim), embedder's vector, not normalised
-    states: np.ndarray | None  # (L, E), encoder's pooled states, before the projector
+    gate: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
+    states: np.ndarray | None = None  # (L, E), encoder's pooled states, before the projector
 
 
 class Chunking(NamedTuple):
@@ -2776,31 +2774,26 @@ ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
 NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
-def whole_tokens(tokens: Tokens) -> np.ndarray:
+def cut_allowed(tokens: Tokens) -> np.ndarray:
     """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
-    whole = np.ones(len(tokens.ids) + 1, dtype=bool)
-    whole[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
-    return whole
+    allowed = np.ones(len(tokens.ids) + 1, dtype=bool)
+    allowed[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
+    return allowed
 
 
-def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
+def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
 
-    whole: (T + 1,) bool, see `whole_tokens`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so
-    that the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends
-    before it; only a character longer than a unit makes a unit longer.
+    allowed: (T + 1,), see `cut_allowed`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
+    the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends before
+    it; only a character longer than a unit makes a unit longer.
     """
-    T, unit = len(whole) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
-    if whole.all():
-        cuts = [*range(0, T, unit), T]
-    else:
-        cuts, i = [0], 0
-        while i < T:
-            j = next((j for j in range(min(i + unit, T), i, -1) if whole[j]), None)
-            i = j if j is not None else next(j for j in range(i + unit + 1, T + 1) if whole[j])
-            cuts.append(i)
-    step = k // unit
-    return np.asarray([*cuts[::step], *([cuts[-1]] if (len(cuts) - 1) % step else [])], dtype=np.int64)
+    T, unit = len(allowed) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
+    places, cuts, last = np.flatnonzero(allowed).tolist(), [0], 0
+    while cuts[-1] < T:
+        last = max(bisect.bisect_right(places, cuts[-1] + unit) - 1, last + 1)
+        cuts.append(places[last])
+    return np.asarray([*cuts[: -1 : k // unit], T], dtype=np.int64)
 
 
 class Cut(NamedTuple):
@@ -2811,55 +2804,25 @@ class Cut(NamedTuple):
     sizes: np.ndarray  # (L,), tokens
 
 
-def first_tokens(tokens: Tokens, places: np.ndarray) -> np.ndarray:
+def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
+    """Cut a text where `token_cuts` cuts its tokens; a text without tokens, white space alone, is one chunk.
+
+    Tokens without characters of their own belong to the chunk before, or to the first.
+    """
+    if not text or not len(tokens.ids):
+        ends = np.asarray([len(text)] if text else [], dtype=np.int64)
+        return Cut(tokens.ids[:0], ends, np.zeros_like(ends))
+    bounds = token_cuts(cut_allowed(tokens), k)
+    ends = np.append(tokens.ends[bounds[1:-1] - 1], len(text))
+    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))
+    firsts = np.append(bounds[kept], len(tokens.ids))
+    firsts[0] = 0
+    return Cut(tokens.ids, ends[kept], np.diff(firsts))
+
+
+def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
     """The first token at or after each place (in characters): a token belongs to the chunk in which it starts."""
     return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
-
-
-def chunk_runs(text: str, tokens: Tokens, k: int) -> Cut:
-    """Cut a text into chunks of k tokens.
-
-    The cuts are those of `token_cuts`; tokens without characters of their own belong to the chunk before.
-    """
-    if not text:
-        return Cut(*np.zeros((3, 0), np.int64))
-    ends, T = tokens.ends.tolist(), len(tokens.ids)
-    bounds = token_cuts(whole_tokens(tokens), k).tolist()
-    runs, first = [(0, 0)], 0
-    for bound in bounds[1:]:
-        end = ends[bound - 1] if bound < T else len(text)
-        if end > runs[-1][0]:
-            runs.append((end, bound - first))
-        elif len(runs) > 1:  # tokens without characters belong to the chunk before
-            runs[-1] = (runs[-1][0], runs[-1][1] + bound - first)
-        else:
-            continue  # .. or, where there is none, to the next
-        first = bound
-    if runs[-1][0] < len(text):  # not one token: the text is nothing but white space
-        runs.append((len(text), 0))
-    return Cut(tokens.ids, *np.asarray(runs[1:], dtype=np.int64).T)
-
-
-def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
-    """The <doc id="ID" ..> .. </doc> blocks of a text, each with its id; group 2 is the content.
-
-    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
-    an id, with a broken attribute or with another tag inside is none.
-    """
-    for match in DOC_BLOCK.finditer(text):
-        values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
-        if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
-            yield match, values["id"]
-
-
-def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
-    """A text's parts in order, each with the id of the <doc> block whose content it is, None for plain text."""
-    at = 0
-    for match, label in doc_blocks(text):
-        yield text[at : match.start()], None
-        yield match[2], label
-        at = match.end()
-    yield text[at:], None
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
@@ -2872,7 +2835,23 @@ def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
     [tokens] = tokenize(tokenizer, [text])
-    return list(itertools.pairwise([0, *chunk_runs(text, tokens, k).ends.tolist()]))
+    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
+
+
+def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
+    """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
+
+    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
+    an id, with a broken attribute or with another tag inside is none.
+    """
+    at = 0
+    for match in DOC_BLOCK.finditer(text):
+        values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
+        if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
+            yield text[at : match.start()], None
+            yield match[2], values["id"]
+            at = match.end()
+    yield text[at:], None
 
 
 class Segment(NamedTuple):
@@ -2936,32 +2915,29 @@ class RefragTokenizer:
     def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
         """Each content cut into chunks of k of the encoder's tokens."""
         rows = zip(contents, tokenize(self.encoder, contents), strict=True)
-        return [chunk_runs(content, tokens, k) for content, tokens in rows]
+        return [cut_chunks(content, tokens, k) for content, tokens in rows]
 
     def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
         [(ids, _, sizes)] = self.cut([content], k)
-        width = max(k, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
-        tokens, mask = (np.zeros((len(sizes), width), dtype=np.int64) for _ in range(2))
-        for row, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
-            tokens[row, :size], mask[row, :size] = ids[end - size : end], 1
-        return tokens, mask
+        mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider only for a character of > k tokens
+        tokens = np.zeros(mask.shape, dtype=np.int64)
+        tokens[mask] = ids
+        return tokens, mask.astype(np.int64)
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
 
-        Everything but `doc_blocks` is plain text: an unclosed tag, a stray </doc>, the outer tags of nested blocks.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
+        Everything but the blocks of `split_docs` is plain text: an unclosed tag, a stray </doc>, the outer tags of
+        nested blocks. Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
         segments = []
         for part, label in split_docs(text):
-            part, packed = self.neutralize(part), (np.zeros((0, k), dtype=np.int64),) * 2
-            if label is not None:
-                label, packed = self.neutralize(label), self.pack(part, k)
             if part or label is not None:
+                part, doc_id = self.neutralize(part), label and self.neutralize(label)
+                packed = (np.zeros((0, k), dtype=np.int64),) * 2 if label is None else self.pack(part, k)
                 ids = self.decoder(part, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text" if label is None else "doc", part, label, ids, *packed))
+                segments.append(Segment("text" if label is None else "doc", part, doc_id, ids, *packed))
         return segments
 
 
@@ -2984,7 +2960,6 @@ class Chunk(NamedTuple):
 class Prompt:
     """The full-text prompt, and where its chunks are. What is fed is a plan over it: see `mixed_plan`."""
 
-    text: str
     input_ids: np.ndarray  # (T,)
     chunks: list[Chunk]
     blocks: list[tuple[int, int]]  # tokens of each document, its tags included
@@ -3049,13 +3024,13 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     ranges of these tokens. A token belongs to the chunk in which it starts. Raises UserError if the template alters
     the message.
     """
-    message, contents, tagged = "", [], []
+    message, spans = "", []  # spans: of each document, where its tag, its content and the document begin and end
     for piece in pieces:
         if isinstance(piece, Doc):
-            opened = message + f'<doc id="{piece.label}">\n'
-            tagged.append((len(message), len(opened) + len(piece.content) + len("\n</doc>")))
-            contents.append(len(opened))
-            message = f"{opened}{piece.content}\n</doc>"
+            opening = f'<doc id="{piece.label}">\n'
+            first = len(message) + len(opening)
+            spans.append((piece, len(message), first, first + len(piece.content) + len("\n</doc>")))
+            message += f"{opening}{piece.content}\n</doc>"
         else:
             message += piece
     decoder = tokenizer.decoder
@@ -3063,14 +3038,13 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     base = text.find(message)
     require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
-    chunks: list[Chunk] = []
-    docs = [piece for piece in pieces if isinstance(piece, Doc)]
-    for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
+    chunks, blocks = [], []
+    for number, (doc, start, first, end) in enumerate(spans):
         edges = [0, *doc.chunks.ends.tolist()]
-        marks = first_tokens(tokens, base + at + np.asarray(edges)).tolist()
-        chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(edges) - 1)]
-    blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
-    return Prompt(text, tokens.ids, chunks, blocks)
+        marks = first_tokens(tokens, base + np.asarray([start, *(first + edge for edge in edges), end])).tolist()
+        chunks += [Chunk(number, *edges[i : i + 2], *marks[i + 1 : i + 3]) for i in range(len(edges) - 1)]
+        blocks.append((marks[0], marks[-1]))
+    return Prompt(tokens.ids, chunks, blocks)
 
 
 def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
@@ -3089,7 +3063,7 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
     """
     tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
     cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
-    tables = [table or ChunkTable(*next(cuts)[1:], None, None) for table in tables]
+    tables = [table or ChunkTable(*next(cuts)[1:]) for table in tables]
     return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
 
 
@@ -3110,11 +3084,9 @@ def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) ->
     pieces: list[str | Doc] = []
     for part, label in split_docs(text.strip()):
         part = tokenizer.neutralize(part)
-        if label is not None:
-            [doc] = make_docs([part], [None], k, tokenizer)
-            pieces.append(doc._replace(label=tokenizer.neutralize(label)))
-        elif part:
-            pieces.append(part)
+        cuts = tokenizer.cut([part] if label is not None else [], k)
+        docs = [Doc(tokenizer.neutralize(label), part, ChunkTable(*cut[1:])) for cut in cuts]
+        pieces += docs or [part]
     prompt = build_prompt(tokenizer, pieces)
     require(prompt.context_tokens <= ctx_max,
             f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
@@ -3188,50 +3160,6 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
     return TrainingSequence(np.concatenate([context, answer[:-1]]), labels, content)
 
 
-def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
-    plan, labels, content = sequence
-    kept = plan >= 0
-    before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
-    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
-    moved[before[asked]] = labels[asked]
-    return TrainingSequence(plan[kept], moved[kept], content)
-
-
-def with_text(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads everything: every vector is replaced by its chunk's tokens."""
-    plan, labels, content = sequence
-    parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
-    ends = np.cumsum([len(part) for part in parts])
-    spread = np.full(ends[-1], -1, dtype=np.int64)
-    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
-    return TrainingSequence(np.concatenate(parts), spread, content)
-
-
-def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
-    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
-    L = len(other.content.chunks)
-    plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
-    return TrainingSequence(plan, sequence.labels, other.content)
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item numbers, each item in the first bin with room; an item longer than the capacity has its own.
-
-    Example: [3, 2, 2, 1], capacity 4 -> [[0, 3], [1, 2]]
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for number, length in enumerate(lengths):
-        place = next((b for b, free in enumerate(room) if length <= free), len(bins))
-        if place == len(bins):
-            bins.append([])
-            room.append(capacity)
-        bins[place].append(number)
-        room[place] -= length
-    return bins
-
-
 def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
@@ -3244,21 +3172,6 @@ def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) ->
             parts.append(tokenizer.decoder.decode(values))
     return "".join(parts)
 
-
-def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
-    """--prompt as the one question, None without it. Raises UserError."""
-    if text is None:
-        return None
-    require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
-    require(bool(text.strip()), "--prompt is empty")
-    blocks = list(doc_blocks(text))
-    edges = [0, *(edge for match, _ in blocks for edge in match.span()), len(text)]
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        tag = DOC_TAG.search(text, start, end)
-        require(tag is None, f"--prompt: {text[tag.start() :][:40]!r} opens or closes no document: write "
-                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
-    require(len({label for _, label in blocks}) == len(blocks), "--prompt: two <doc> blocks have the same id")
-    return [{"id": "1", "question": text}]
 
 # =============================================================================
 # 7. Alignment. Where two tokenizers cut a text at the same place, and what the
@@ -3279,7 +3192,7 @@ def tokenize_pieces(text: str, tokenizer: Any) -> Pieces:
     [tokens] = tokenize(tokenizer, [text])
     ids, stream = tokens.ids.tolist(), DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-    return Pieces(ids, np.where(whole_tokens(tokens)[1:], tokens.ends, -1).tolist(), pieces)
+    return Pieces(ids, np.where(cut_allowed(tokens)[1:], tokens.ends, -1).tolist(), pieces)
 
 
 def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
@@ -3614,20 +3527,35 @@ class ChunkEncoder(nn.Module):
         """Whether the mean of its states of `stored` tokens each is that of k: not where it reads chunks one by one."""
         return self.whole or k == stored
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
-        """Token states. All arguments (B, T). Returns (B, T, E).
+    def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int) -> Tensor:
+        """One state per chunk: (count, E) float32, the mean of the states of its tokens.
 
-        position_ids that start again within a row mark texts packed into it, which do not see each other; then there
-        is no mask.
+        ids: (S,), rows of tokens one after the other; lengths: tokens of each row; owners: (S,), the chunk each token
+        is pooled into, range [-1, count), -1 for none. Rows of like length share a pass.
         """
-        known: dict[str, Any] = {"use_cache": False} if self.whole else {}
-        if position_ids is not None and accepts(self.backbone, "position_ids"):
-            known["position_ids"] = position_ids
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **known)
-        return output.last_hidden_state
+        rows, device = ids.split(lengths), next(self.parameters()).device
+        states: list[Tensor] = [torch.empty(0)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: lengths[i])
+        while order:
+            size = 1  # as many rows as fit when padded to the longest, which is the last
+            while size < len(order) and (size + 1) * lengths[order[size]] <= ENCODER_BATCH_TOKENS:
+                size += 1
+            batch, order = order[:size], order[size:]
+            padded = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True).to(device)  # (B, T)
+            for i, row in zip(batch, self.read(padded, [lengths[i] for i in batch]), strict=True):
+                states[i] = row[: lengths[i]]
+        return pool_owners(torch.cat(states).float(), owners.to(device), count)
+
+    def read(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
+        """Token states (B, T, E) of rows (B, T) that are padded on the right."""
+        if self.whole:  # causal: no token sees the padding after it
+            return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        ends = torch.tensor(lengths, device=input_ids.device)[:, None]
+        mask = torch.arange(input_ids.shape[1], device=input_ids.device) < ends  # (B, T)
+        return self.backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
-        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `whole_tokens`.
+        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
 
         A separate encoder reads the text the tokens decode to.
         """
@@ -3661,22 +3589,6 @@ class ChunkEncoder(nn.Module):
             first += L
         return rows
 
-    def read(self, rows: list[np.ndarray]) -> list[Tensor]:
-        """States (T, E) of each row of token ids; rows of like length share a pass."""
-        device, states = next(self.parameters()).device, [torch.empty(0)] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        while order:
-            size = 1  # as many rows as fit when padded to the longest, which is the last
-            while size < len(order) and (size + 1) * len(rows[order[size]]) <= ENCODER_BATCH_TOKENS:
-                size += 1
-            batch, order = order[:size], order[size:]
-            ids = nn.utils.rnn.pad_sequence([torch.from_numpy(rows[i]) for i in batch], batch_first=True)
-            lengths = torch.tensor([len(rows[i]) for i in batch])
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-            for i, row in zip(batch, self(ids.to(device), mask.to(device)), strict=True):
-                states[i] = row[: len(rows[i])]
-        return states
-
     @torch.inference_mode()
     def encode(self, contents: Sequence[str], k: int) -> list[np.ndarray]:
         """One state per chunk for each content: (L, E) float16-rounded float32, exactly what an index stores."""
@@ -3684,11 +3596,10 @@ class ChunkEncoder(nn.Module):
         bounds = np.cumsum([len(cut.ends) for cut in cuts], dtype=np.int64)
         pooled, rows = torch.zeros(int(bounds[-1]) if len(bounds) else 0, self.width), self.inputs(contents, cuts)
         if rows:
+            ids, owners = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
             with torch.autocast(self.backbone.device.type, self.precision,
                                 enabled=self.precision != self.backbone.dtype):
-                states = torch.cat(self.read([ids for ids, _ in rows])).float()
-            owners = torch.from_numpy(np.concatenate([owners for _, owners in rows])).to(states.device)
-            pooled = pool_owners(states, owners, len(pooled))
+                pooled = self(ids, [len(row) for row, _ in rows], owners, len(pooled))
         stored = pooled.cpu().numpy().astype(np.float16).astype(np.float32)
         check_finite(stored, "encoder")
         return np.split(stored, bounds)[:-1]
@@ -3733,22 +3644,20 @@ class Projector(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Packed training sequences as tensors. C chunks in all, N positions that are asked something."""
+    """Training sequences as tensors. C chunks in all, N positions with a label."""
 
-    encoder_ids: Tensor  # (B', T')
-    encoder_mask: Tensor | None  # (B', T'), None where rows are packed
-    encoder_positions: Tensor | None  # (B', T'), starting again with each text; None where rows are not packed
-    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, -1 for none
+    encoder_ids: Tensor  # (S,), the rows that the encoder reads, one after the other
+    lengths: list[int]  # tokens of each row
+    owners: Tensor  # (S,), the chunk each encoder token is pooled into, -1 for none
     chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
     sizes: Tensor  # (C,), how many of them each chunk has
-    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
-    position_ids: Tensor  # (B, T), starting again with each sequence
-    asked: Tensor  # (N,), positions b * T + t that are asked something
+    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1; 0 where padded
+    asked: Tensor  # (N,), positions b * T + t that have a label
     labels: Tensor  # (N,), what should follow them
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        return Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
 
 
 class Output(NamedTuple):
@@ -3759,44 +3668,25 @@ class Output(NamedTuple):
     means: Tensor  # (C, D), means of their token embeddings
 
 
-def lay_rows(rows: list[list[np.ndarray]], fill: int) -> Tensor:
-    """(B, T) from rows of pieces, each padded to the longest. Example: [[[1], [2, 3]], [[4]]], 0 -> [1 2 3], [4 0 0]"""
-    joined = [np.concatenate(row) for row in rows]
-    out = np.full((len(rows), max(map(len, joined))), fill, dtype=np.int64)
-    for row, values in zip(out, joined, strict=True):
-        row[: len(values)] = values
-    return torch.from_numpy(out)
+def joined(parts: Iterable[np.ndarray]) -> Tensor:
+    """Arrays one after the other, as a tensor of whole numbers."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
 
 
-def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bool) -> Batch:
-    """Rows of sequences as a batch. packs: whether several texts may share a row of the encoder (see `can_pack`).
-
-    Padding has position 0 throughout, which makes each padded position a sequence of its own.
-    """
-    sequences = [sequence for row in rows for sequence in row]
-    bases = np.cumsum([0, *(len(s.content.chunks) for s in sequences)])  # first chunk of each sequence in the batch
-    base = {id(s): int(b) for s, b in zip(sequences, bases, strict=False)}
-    texts = [(ids, np.where(owner < 0, -1, owner + b)) for s, b in zip(sequences, bases, strict=False)
-             for ids, owner in s.content.rows]
-    packed = encoder.whole and packs
-    lengths = [len(ids) for ids, _ in texts]
-    lines = first_fit(lengths, max([ENCODER_WINDOW, *lengths])) if packed else [[i] for i in range(len(texts))]
-    lines = lines or [[]]
-    empty = [np.zeros(1, dtype=np.int64)]  # the encoder of a batch without chunks is not run, but needs a shape
-
-    def encoder_rows(pick: Callable[[int], np.ndarray], fill: int) -> Tensor:
-        return lay_rows([[pick(i) for i in line] or empty for line in lines], fill)
-
-    mask = None if packed else encoder_rows(lambda i: np.ones(lengths[i], dtype=np.int64), 0)
-    positions = encoder_rows(lambda i: np.arange(lengths[i]), 0) if packed else None
-    pieces = [chunk for s in sequences for chunk in s.content.chunks]
-    plans = [[np.where(s.plan < 0, s.plan - base[id(s)], s.plan) for s in row] for row in rows]
-    labels = lay_rows([[s.labels for s in row] for row in rows], -1).flatten()
+def collate(sequences: Sequence[TrainingSequence]) -> Batch:
+    """Sequences as a batch, each a row padded on the right, which a causal decoder does not see."""
+    rows, chunks, owners, plans = [], [], [], []
+    for sequence in sequences:
+        C = len(chunks)  # chunks are numbered through the batch
+        rows += [ids for ids, _ in sequence.content.rows]
+        owners += [np.where(owner < 0, -1, owner + C) for _, owner in sequence.content.rows]
+        plans.append(torch.from_numpy(np.where(sequence.plan < 0, sequence.plan - C, sequence.plan)))
+        chunks += sequence.content.chunks
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    labels = pad([torch.from_numpy(s.labels) for s in sequences], padding_value=-1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
-    return Batch(
-        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], -1),
-        torch.from_numpy(np.concatenate(pieces or empty)), torch.tensor([len(p) for p in pieces], dtype=torch.long),
-        lay_rows(plans, 0), lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
+    return Batch(joined(rows), [len(row) for row in rows], joined(owners), joined(chunks),
+                 torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long), pad(plans), asked, labels[asked])
 
 
 @contextlib.contextmanager
@@ -3813,107 +3703,6 @@ def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@torch.inference_mode()
-def packed_trial(model: nn.Module) -> Tensor:
-    """What a decoder, or one without its head, makes of two rows (2, 7, ..) of seven tokens each, after five others."""
-    weight = model.get_input_embeddings().weight
-    rows = torch.tensor([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]], device=weight.device)
-    ids = torch.cat([rows, torch.arange(1, 8, device=weight.device).expand(2, -1)], dim=1) % len(weight)
-    positions = torch.cat([torch.arange(5), torch.arange(7)]).to(weight.device).expand(2, -1)
-    return model(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 5:].float()
-
-
-def can_pack(decoder: nn.Module) -> bool:
-    """Whether sequences that share a row stay apart, found by trying: recurrent layers would carry over.
-
-    Two rows end with the same seven tokens; what stands before them must change nothing, in any precision.
-    """
-    if not accepts(decoder, "position_ids"):
-        return False
-    made = packed_trial(decoder)
-    return nearly(made[0], made[1])
-
-
-def nearly(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding in float32."""
-    return bool((a - b).abs().max() <= 1e-4 * a.abs().max())
-
-
-QUERY_BLOCK = 256  # queries at a time: what lies ahead of all of them is not computed
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of one text, all (H, T, D).
-
-    In bfloat16 by products of matrices: backward, torch's own kernel for CPUs takes two to five times as long.
-    """
-    if query.dtype != torch.bfloat16:
-        options = {"is_causal": True, "scale": scaling}
-        return nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], **options)[0]
-    H, T, _ = query.shape
-    made = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        ahead = query.new_full((end - start, end), -math.inf).triu(start + 1).expand(H, -1, -1)
-        scores = torch.baddbmm(ahead, query[:, start:end], key[:, :end].transpose(1, 2), alpha=scaling)
-        made.append(torch.bmm(scores.softmax(-1), value[:, :end]))
-    return torch.cat(made, dim=1)
-
-
-def text_lengths(positions: list[int]) -> list[int]:
-    """The lengths of the texts of a packed row, each of which begins at position 0; padding is texts of length 1.
-
-    Example: [0, 1, 2, 0, 1, 0, 0] -> [3, 2, 1, 1]
-    """
-    starts = [at for at, position in enumerate(positions) if position == 0]
-    return [b - a for a, b in itertools.pairwise([*starts, len(positions)])]
-
-
-def attention_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      position_ids: Tensor | None = None, scaling: float | None = None,
-                      **known: Any) -> tuple[Tensor, None]:
-    """Attention in packed rows, text by text. query: (B, H, T, D), key and value with as many heads or fewer.
-
-    Returns (B, T, H, D). Over a whole row a CPU computes all T x T, masked or not, which is half of a training step.
-    """
-    T, longest = query.shape[2], known.get("sliding_window") or query.shape[2]
-    lengths = [text_lengths(row) for row in position_ids.tolist()] if position_ids is not None else []
-    special = known.get("dropout") or known.get("position_bias") is not None or known.get("is_causal") is False
-    if special or key.shape[2] != T or len(lengths) != len(query) or max(map(max, lengths)) > longest:
-        masked = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
-        return masked(module, query, key, value, attention_mask, scaling=scaling, **known)
-    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-    rows = []
-    for sizes, *row in zip(lengths, query.unbind(), key.unbind(), value.unbind(), strict=True):
-        texts = zip(*(part.split(sizes, dim=1) for part in row), strict=True)  # unlike slices cheap backward
-        made = [v if v.shape[1] == 1 else causal_attention(q, k, v, scaling) for q, k, v in texts]
-        rows.append(torch.cat(made, dim=1))
-    return torch.stack(rows).transpose(1, 2), None
-
-
-def attend_by_text(model: nn.Module) -> None:
-    """Let a model that reads packed rows on a CPU attend text by text, if that changes nothing.
-
-    In bfloat16 that can not be seen: on the trial's tokens, which mean nothing, any other order of sums changes
-    everything. What "sdpa" does is what `attention_by_text` does, whatever the precision.
-    """
-    if model.config._attn_implementation != "sdpa":
-        return
-    before, exact = packed_trial(model), model.dtype == torch.float32
-    masks = importlib.import_module("transformers.masking_utils")
-    masks.AttentionMaskInterface.register("by_text", masks.sdpa_mask)
-    transformers.AttentionInterface.register("by_text", attention_by_text)
-    try:
-        model.set_attn_implementation("by_text")
-        after = packed_trial(model)
-        same = nearly(after[0], after[1]) and (not exact or nearly(before, after))
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError):  # an architecture with attention of its own
-        same = False
-    if not same:
-        model.set_attn_implementation("sdpa")
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -4017,8 +3806,7 @@ class RefragModel(PreTrainedModel):
             return torch.zeros(0, self.encoder.width, device=batch.sizes.device)
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            states = self.encoder(batch.encoder_ids, batch.encoder_mask, batch.encoder_positions)  # (B', T', E)
-            return pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), len(batch.sizes))
+            return self.encoder(batch.encoder_ids, batch.lengths, batch.owners, len(batch.sizes))
 
     def embed(self, plan: Tensor, chunk_ids: Tensor, sizes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The decoder's inputs (.., D) for a plan (..) of token ids and chunks; the chunks' vectors and means, (C, D).
@@ -4038,11 +3826,8 @@ class RefragModel(PreTrainedModel):
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
         inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
-        known: dict[str, Any] = {"use_cache": False}
-        if accepts(self.decoder, "position_ids"):
-            known["position_ids"] = batch.position_ids
         with head_reads(self.decoder, batch.asked):
-            logits = self.decoder(inputs_embeds=inputs, **known).logits  # (N, V)
+            logits = self.decoder(inputs_embeds=inputs, use_cache=False).logits  # (N, V)
         return Output(logits, vectors, means)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
@@ -4788,6 +4573,7 @@ QUOTE = "Quote the sentence that answers this question. "
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
 KEPT_CHECKPOINTS = 2
+PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as long as another pass
 
 
 def curriculum_table(tasks: int) -> np.ndarray:
@@ -4863,7 +4649,7 @@ class TokenCache:
         return first, cut
 
     def tokens_of(self, text: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (T,), whole (T + 1,)) of a run of a text's tokens; see `whole_tokens`."""
+        """(ids (T,), whole (T + 1,)) of a run of a text's tokens; see `cut_allowed`."""
         base = int(self.offsets[text])
         whole = np.asarray(self.whole[base + start : base + end], dtype=bool)
         return np.asarray(self.tokens[base + start : base + end], dtype=np.int64), np.append(whole, True)
@@ -4925,7 +4711,7 @@ def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.nd
                 f"the decoder's {len(tokenizer.decoder)}")
         return ids, np.ones(len(ids), dtype=bool)
     [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
-    return tokens.ids, whole_tokens(tokens)[:-1]
+    return tokens.ids, cut_allowed(tokens)[:-1]
 
 
 class Item(NamedTuple):
@@ -5228,7 +5014,7 @@ class AnswerPrompts:
         keep = list(range(len(shown)))
         while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:], None, None), shown[i])
+        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:]), shown[i])
                 for rank, i in enumerate(keep, start=1)]
         context = make_context(self.tokenizer, question, docs)
         label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
@@ -5379,17 +5165,18 @@ def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, search: 
 
 
 class Sampler:
-    """Draws the items of each step, in an order that depends on the seed alone, and lays them into rows.
+    """Draws the items of each step, in an order that depends on the seed alone, and groups them into passes.
 
-    A step has about sequences * seq_tokens positions, over all its passes, which are grad_accum * processes. Draw n is
-    item permutation(epoch)[n % len] with a random generator of its own: a run can go on from `drawn`, and two processes
-    see what one would.
+    A step has about batch_size * seq_tokens positions for each process and each of grad_accum. Draw n is item
+    permutation(epoch)[n % len] with a random generator of its own: a run can go on from `drawn`, and two processes see
+    what one would.
     """
 
-    def __init__(self, lessons: Lessons, sequences: int, passes: int, steps: int, seed: int, row: int):
-        """row: positions of a packed row, about; 0 where sequences may not share a row."""
-        self.lessons, self.passes, self.steps, self.seed, self.row = lessons, passes, steps, seed, row
-        self.positions = sequences * lessons.train.seq_tokens
+    def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
+        self.lessons, self.steps, self.seed, self.processes, self.pass_cost = (
+            lessons, train.steps, seed, processes, pass_cost)
+        self.least = train.grad_accum * processes  # items of a step
+        self.pass_positions = train.batch_size * train.seq_tokens
         self.drawn, self.known = 0, (-1, np.zeros(0))  # the last epoch asked for, and its order
 
     def order(self, epoch: int) -> np.ndarray:
@@ -5405,11 +5192,11 @@ class Sampler:
         self.drawn += 1
         return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
 
-    def step(self, step: int) -> list[list[list[Item]]]:
-        """The rows of each pass of a step."""
+    def step(self, step: int) -> list[list[Item]]:
+        """The items of each pass of a step, of all processes."""
         items: list[Item] = []
-        empty = 0
-        while len(items) < self.passes or sum(item.positions for item in items) < self.positions:
+        empty, positions = 0, self.least * self.pass_positions
+        while len(items) < self.least or sum(item.positions for item in items) < positions:
             item = self.draw(step)
             if item.sequence.asked:
                 items.append(item)
@@ -5418,15 +5205,9 @@ class Sampler:
             require(empty <= 2 * len(self.lessons) + 100, f"{item.where} and the other texts leave nothing to predict: "
                     "give longer texts or a smaller --k")
         items.sort(key=lambda item: -item.positions)
-        if not self.row:
-            rows = [[item] for item in items]  # alike in length within a pass
-            return [rows[i * len(rows) // self.passes : (i + 1) * len(rows) // self.passes] for i in range(self.passes)]
-        row = max(self.row, 2 * items[0].positions)  # shorter ones would leave much empty beside the longest item
-        wanted = round(sum(item.positions for item in items) / self.passes / row)
-        rows = balance(items, self.passes * min(max(wanted, 1), len(items) // self.passes))
-        return [rows[i :: self.passes] for i in range(self.passes)]
+        return group_by_length(items, self.processes, self.pass_positions, self.pass_cost)
 
-    def run(self, step: int) -> Iterator[tuple[list[list[list[Item]]], int]]:
+    def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
         """The passes of each step from `step` on, and the draws up to it; the next are made while these are used."""
         with ThreadPoolExecutor(1) as worker:
             ahead = worker.submit(lambda: (self.step(step), self.drawn))
@@ -5438,15 +5219,24 @@ class Sampler:
                 yield ready
 
 
-def balance(items: list[Item], rows: int) -> list[list[Item]]:
-    """Lay items, the longest first, each into the row that is shortest so far."""
-    laid: list[list[Item]] = [[] for _ in range(rows)]
-    lengths = [0] * rows
-    for item in items:
-        shortest = lengths.index(min(lengths))
-        laid[shortest].append(item)
-        lengths[shortest] += item.positions
-    return laid
+def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
+    """Items, the longest first, in passes of like length, of each of which process i takes [i::processes].
+
+    What a process pads to the longest item ends a pass at `positions`, or where more padding would take longer than
+    another pass.
+    """
+    passes, at, last = [], 0, len(items) // processes * processes
+    while at < last:
+        longest, padding, end = items[at].positions, 0.0, at
+        while end < last and (end - at) // processes * longest < positions:
+            padding += sum(longest - item.positions for item in items[end : end + processes]) / processes
+            if padding > pass_cost and end > at:
+                break
+            end += processes
+        passes.append(items[at:end])
+        at = end
+    passes[-1] += items[last:]  # so that every process has a part in each pass
+    return passes
 
 
 # -- the loop -------------------------------------------------------------------
@@ -5537,27 +5327,22 @@ def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: 
     return terms
 
 
-def checked_batch(model: RefragModel, rows: list[list[TrainingSequence]], packs: bool) -> Batch:
-    """Rows as a batch, see `collate`. Raises UserError for a sequence beyond what the decoder was built for."""
-    longest, window = max(len(s.plan) for row in rows for s in row), model.window
+def checked_batch(model: RefragModel, sequences: Sequence[TrainingSequence]) -> Batch:
+    """Sequences as a batch on the model's device. Raises UserError for one that the decoder was not built for."""
+    longest, window = max(len(sequence.plan) for sequence in sequences), model.window
     require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
             f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
-    return collate(rows, model.encoder, packs)
+    return collate(sequences).to(next(model.parameters()).device)
 
 
 @torch.no_grad()
-def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], packs: bool, length: int,
-                      batch_size: int, accelerator: Any) -> dict[str, float]:
-    """Mean loss (nats) and accuracy over all asked positions, teacher forced.
-
-    packs: see `can_pack`; sequences then share rows of `length` positions. batch_size: rows in one pass.
-    """
-    lengths = [len(s.plan) for s in sequences]
-    alone = [[i] for i in range(len(lengths))]
-    lines = first_fit(lengths, max(length, *lengths)) if packs else alone
+def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], batch_size: int,
+                      accelerator: Any) -> dict[str, float]:
+    """Mean loss (nats) and accuracy over all asked positions, teacher forced."""
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.plan))  # little padding
     loss = right = total = 0.0
-    for part in progress(batched(lines, batch_size), "measuring", unit="pass"):
-        batch = checked_batch(model, [[sequences[i] for i in line] for line in part], packs).to(accelerator.device)
+    for part in progress(batched(ordered, batch_size), "measuring", unit="pass"):
+        batch = checked_batch(model, part)
         with accelerator.autocast():
             logits = model(batch).logits.float()
         loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
@@ -5598,15 +5383,8 @@ class Trainer:
                  teacher: nn.Module | None, facts: dict[str, Any], seed: int):
         self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
         self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
-        self.packs = can_pack(model.decoder)
-        if self.packs and accelerator.device.type == "cpu" and not train.torch_compile:
-            whole = [model.encoder.backbone] if model.encoder.whole else []
-            for reader in (model.decoder, *whole, *([teacher] if teacher is not None else [])):
-                attend_by_text(reader)
-        passes = train.grad_accum * accelerator.num_processes
-        # Rows as long as the decoder is wide: attention over them costs a sixth of the rest (T / 6D).
-        row = model.config.decoder_width if self.packs else 0
-        self.sampler = Sampler(lessons, train.batch_size * passes, passes, train.steps, seed, row)
+        cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
+        self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
         if train.activation_checkpointing:
             checkpoint_activations(model)
@@ -5619,29 +5397,25 @@ class Trainer:
 
     # -- one step --
 
-    def collate(self, rows: list[list[TrainingSequence]]) -> Batch:
-        """A batch on this process's device. Raises UserError for a sequence beyond what the decoder was built for."""
-        return checked_batch(self.model, rows, self.packs).to(self.accelerator.device)
-
-    def teach(self, rows: list[list[Item]]) -> Tensor | None:
+    def teach(self, items: list[Item]) -> Tensor | None:
         """What the teacher expects at the asked positions, (N, V); None where a phase has no teacher."""
-        if rows[0][0].teacher is None:
+        if items[0].teacher is None:
             return None
-        batch = self.collate([[item.teacher for item in row] for row in rows])
+        batch = checked_batch(self.model, [item.teacher for item in items])
         with torch.no_grad(), self.accelerator.autocast():
             reader = self.teacher if self.teacher is not None else self.model.decoder
             return read_tokens(reader, batch)
 
-    def run_pass(self, rows: list[list[Item]], asked: int) -> dict[str, float]:
+    def run_pass(self, items: list[Item], asked: int) -> dict[str, float]:
         """Forward and backward of one pass. asked: labels of the whole step, all processes. Returns its loss terms."""
-        batch = self.collate([[item.sequence for item in row] for row in rows])
-        teacher = self.teach(rows)
+        batch = checked_batch(self.model, [item.sequence for item in items])
+        teacher = self.teach(items)
         with self.accelerator.autocast():
             output = self.wrapped(batch)
         terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
         loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
-            raise self.diverged("loss", loss.item(), [item for row in rows for item in row])
+            raise self.diverged("loss", loss.item(), items)
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
 
@@ -5652,19 +5426,19 @@ class Trainer:
         return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or mend these texts; "
                          "the last checkpoint stays")
 
-    def run_step(self, passes: list[list[list[Item]]]) -> dict[str, float]:
+    def run_step(self, passes: list[list[Item]]) -> dict[str, float]:
         """One optimizer step; passes: of all processes. Returns its loss terms and gradient norm."""
-        items = [item for rows in passes for row in rows for item in row]
+        items = [item for one in passes for item in one]
         asked = sum(item.sequence.asked for item in items)
         factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         terms: dict[str, float] = {}
-        own = passes[self.accelerator.process_index :: self.accelerator.num_processes]
-        for number, rows in enumerate(own, start=1):
-            alone = self.accelerator.no_sync(self.wrapped) if number < len(own) else contextlib.nullcontext()
+        for number, one in enumerate(passes, start=1):
+            own = one[self.accelerator.process_index :: self.accelerator.num_processes]
+            alone = self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext()
             with alone:
-                for name, value in self.run_pass(rows, asked).items():
+                for name, value in self.run_pass(own, asked).items():
                     terms[name] = terms.get(name, 0.0) + value
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
         if not math.isfinite(float(norm)):
@@ -5673,7 +5447,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += sum(item.tokens for item in items)
-        padded = sum(len(rows) * max(sum(item.positions for item in row) for row in rows) for rows in passes)
+        padded = sum(len(one) * one[0].positions for one in passes)
         padding = round(1 - sum(item.positions for item in items) / padded, 4)
         return terms | {"grad_norm": float(norm), "lr": self.train.lr * factor, "padding": padding}
 
@@ -5733,8 +5507,7 @@ class Trainer:
 
     def measure(self, sequences: list[TrainingSequence]) -> dict[str, float]:
         """Mean loss and accuracy over all asked positions of some sequences."""
-        measured = measure_sequences(self.model, sequences, self.packs, self.train.seq_tokens, self.train.batch_size,
-                                     self.accelerator)
+        measured = measure_sequences(self.model, sequences, self.train.batch_size, self.accelerator)
         if not math.isfinite(measured["loss"]):
             raise UserError(f"step {self.step}: the held-out loss is {measured['loss']}: mend the models or lower --lr")
         return measured
@@ -5805,9 +5578,35 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
     """(N, V) logits at the asked positions of a batch that feeds tokens alone."""
-    known = {"position_ids": batch.position_ids} if accepts(decoder, "position_ids") else {}
     with head_reads(decoder, batch.asked):
-        return decoder(input_ids=batch.plan, use_cache=False, **known).logits
+        return decoder(input_ids=batch.plan, use_cache=False).logits
+
+
+def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
+    plan, labels, content = sequence
+    kept = plan >= 0
+    before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
+    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
+    moved[before[asked]] = labels[asked]
+    return TrainingSequence(plan[kept], moved[kept], content)
+
+
+def with_text(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads everything: every vector is replaced by its chunk's tokens."""
+    plan, labels, content = sequence
+    parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
+    ends = np.cumsum([len(part) for part in parts])
+    spread = np.full(ends[-1], -1, dtype=np.int64)
+    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
+    return TrainingSequence(np.concatenate(parts), spread, content)
+
+
+def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
+    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
+    L = len(other.content.chunks)
+    plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
+    return TrainingSequence(plan, sequence.labels, other.content)
 
 
 def controls(sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> dict[str, list[TrainingSequence]]:
@@ -6215,7 +6014,6 @@ class AnswerReader:
     def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
         self.prompts = AnswerPrompts(model.encoder, data.searcher.index, model.window or PackConfig.ctx_max)
-        self.packs = can_pack(model.decoder)
 
     def ask(self, example: GateExample) -> Asked:
         """An example's question over its retrieved passages, with the best right passage and an answer that it holds.
@@ -6235,8 +6033,7 @@ class AnswerReader:
     def log_probabilities(self, asked: Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
-        rows = [[asked.answered(mask, feed)] for mask in masks]
-        batch = checked_batch(self.model, rows, self.packs).to(next(self.model.parameters()).device)
+        batch = checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
         logits = self.model(batch).logits.float()
         logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
         return logs.reshape(len(masks), -1).mean(1)
@@ -7412,6 +7209,21 @@ def cmd_train_gate(*configs: Options) -> None:
 def cmd_train_policy(*configs: Options) -> None:
     summary = train_scorer("policy", *configs)
     emit(summary, configs[-1], gate_text(summary))
+
+
+def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
+    """--prompt as the one question, None without it. Raises UserError."""
+    if text is None:
+        return None
+    require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
+    require(bool(text.strip()), "--prompt is empty")
+    labels: list[str] = []
+    for part, label in split_docs(text):
+        tag = DOC_TAG.search(part) if label is None else labels.append(label)
+        require(tag is None, f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
+                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
+    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
+    return [{"id": "1", "question": text}]
 
 
 def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:

@@ -400,7 +400,7 @@ def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     assert [row["stored_vectors"] for row in result["rows"] if row["mode"] != "refrag"] == [None, None]
     assert encoded.count(6) == 3  # one warm-up and two rounds
     assert 4 not in encoded and 8 not in encoded
-    assert "--k 6: the index holds no vectors that serve it, so they are computed while the clock runs\n" in err
+    assert "--k 6: the index holds no vectors that serve it: they are computed while the clock runs\n" in err
     assert "--k 4" not in err and "--k 8" not in err
 
 
@@ -560,10 +560,10 @@ def test_a_folder_in_which_nothing_came_to_stand_goes_again(run, argv, tmp_path,
 
 
 def test_a_second_writer_is_told_so(run, argv, tmp_path):
-    with bench.bench_folder(str(tmp_path / "b")):
+    with refrag.run_folder(tmp_path / "b", True, bench.BENCH_FILES, "bench.json"):
         code, _, err = run(*argv("--out_dir", tmp_path / "b"))
     assert code == 75
-    assert err == f"error: --out_dir {tmp_path / 'b'} is being written by another process: wait for it to end\n"
+    assert err == f"error: run {tmp_path / 'b'} is being written by another process: wait for it to end\n"
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -444,12 +445,13 @@ def test_every_item_of_a_step_asks_for_something(tmp_path, encoder, kind):
     """Short texts, and of two k the larger one makes a single chunk of them, with no place to align at."""
     path = write(tmp_path / "t.jsonl", [{"text": text[:40]} for text in TEXTS[:3]])
     lessons = text_lessons(kind, encoder, path, k=(4, 64), seq_tokens=64)
-    samples = refrag.Sampler(lessons, 4, 2, 10, 1, 64)
+    samples = refrag.Sampler(lessons, lessons.train, 2, 64, 1)
     steps = [samples.step(step) for step in range(10)]
-    assert all(item.sequence.asked for made in steps for rows in made for row in rows for item in row)
+    assert all(item.sequence.asked for passes in steps for items in passes for item in items)
     if kind is refrag.AlignLessons:
         with pytest.raises(refrag.UserError, match="longer texts or a smaller --k"):
-            refrag.Sampler(text_lessons(kind, encoder, path, k=(40,), seq_tokens=64), 4, 2, 10, 1, 64).step(0)
+            lessons = text_lessons(kind, encoder, path, k=(40,), seq_tokens=64)
+            refrag.Sampler(lessons, lessons.train, 2, 64, 1).step(0)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -474,7 +476,7 @@ def test_a_token_longer_than_a_chunk_gives_no_nan(tmp_path, llama, bert, kind):
     path = write(tmp_path / "t.jsonl", [{"text": f"{TEXTS[1]} {text} {TEXTS[0]}"}])
     lessons = text_lessons(kind, model.encoder, path, seq_tokens=512, k=(2,))
     for seed in range(5):
-        output = model(refrag.collate([[lessons.draw(0, rng(seed), 0.99).sequence]], model.encoder, True))
+        output = model(refrag.collate([lessons.draw(0, rng(seed), 0.99).sequence]))
         assert output.logits.isfinite().all() and output.vectors.isfinite().all()
 
 
@@ -956,20 +958,21 @@ class Sizes(refrag.Lessons):
 MIXED = [int(size) for size in np.random.default_rng(0).choice([3, 5, 9, 17, 33, 64], 40)]
 
 
-def sampler(sizes: list[int] = MIXED, *, sequences: int = 4, passes: int = 1, seed: int = 1, row: int = 64,
-            steps: int = 30) -> refrag.Sampler:
-    """The order of some items; row 0 for decoders that can not share a row."""
-    return refrag.Sampler(Sizes(sizes), sequences, passes, steps, seed, row)
+def sampler(sizes: list[int] = MIXED, *, batch_size: int = 4, grad_accum: int = 1, processes: int = 1, seed: int = 1,
+            cost: int = 16, steps: int = 30) -> refrag.Sampler:
+    """The order of some items."""
+    lessons = Sizes(sizes)
+    train = dataclasses.replace(lessons.train, batch_size=batch_size, grad_accum=grad_accum, steps=steps)
+    return refrag.Sampler(lessons, train, processes, cost, seed)
 
 
 def drawn(step: list) -> list[str]:
-    """What a step reads, whatever the passes and rows."""
-    return sorted(item.where for rows in step for row in rows for item in row)
+    """What a step reads, whatever the passes."""
+    return sorted(item.where for items in step for item in items)
 
 
-@pytest.mark.parametrize("row", [0, 64])
-def test_every_item_is_drawn_once_an_epoch(row):
-    samples = sampler(row=row)
+def test_every_item_is_drawn_once_an_epoch():
+    samples = sampler()
     counts, total = Counter(), 0
     for step in range(30):
         counts.update(where.split()[0] for where in drawn(samples.step(step)))
@@ -979,13 +982,12 @@ def test_every_item_is_drawn_once_an_epoch(row):
     assert total > 120 and len(counts) == 40
 
 
-@pytest.mark.parametrize("row", [0, 64])
-def test_passes_share_one_order(row):
+@pytest.mark.parametrize("options", [{"processes": 2}, {"grad_accum": 2}, {"cost": 0}, {"cost": 2048}], ids=str)
+def test_passes_share_one_order(options):
     """One process with batches of 4, two with 2 or two passes of 2 read the same in every step."""
-    one, two = sampler(row=row), sampler(row=row, passes=2)
+    one, two = sampler(), sampler(batch_size=4 if "cost" in options else 2, **options)
     for step in range(30):
-        a, b = one.step(step), two.step(step)
-        assert (len(a), len(b)) == (1, 2) and all(b) and drawn(a) == drawn(b)
+        assert drawn(one.step(step)) == drawn(two.step(step))
 
 
 def test_the_order_goes_on_where_it_stood():
@@ -1012,16 +1014,16 @@ def test_an_error_in_what_is_made_ahead_arrives():
     lessons = Sizes(MIXED)
     lessons.draw = lambda *_: (_ for _ in ()).throw(refrag.UserError("a bad text"))
     with pytest.raises(refrag.UserError, match="a bad text"):
-        list(refrag.Sampler(lessons, 4, 1, 3, 1, 64).run(0))
+        list(refrag.Sampler(lessons, lessons.train, 1, 64, 1).run(0))
 
 
 def test_seeds_epochs_and_draws_differ():
     orders = {tuple(sampler(seed=seed).order(epoch).tolist()) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
-    samples = sampler([8] * 4, sequences=1)
+    samples = sampler([8] * 4, batch_size=1)
     seen = [where.split()[1] for step in range(30) for where in drawn(samples.step(step))]
     assert len(set(seen)) == len(seen) > 100
-    samples = sampler(sequences=1)
+    samples = sampler(batch_size=1)
     seen = [int(where.split()[0]) for step in range(9) for where in drawn(samples.step(step))]
     assert set(seen) != set(range(len(seen)))  # not as they stand in the file
 
@@ -1030,38 +1032,35 @@ def test_progress_is_the_share_of_the_steps():
     assert {where.split()[2] for where in drawn(sampler(steps=8).step(6))} == {"0.7500"}
 
 
-@pytest.mark.parametrize("passes", [1, 2, 4])
-@pytest.mark.parametrize("row", [64, 256])
-def test_little_of_a_step_is_padding(passes, row):
-    """Under a tenth, over texts of 3 to 64 positions; a step holds what was asked for, and no more than an item."""
-    samples, filled, padded = sampler(sequences=16, passes=passes, row=row), 0, 0
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("cost", [0, 64, 10**6])
+def test_passes_hold_items_of_like_length(processes, cost):
+    """Each process has a part in every pass, within --batch_size and one item more, and padding of no more than a pass
+    costs, but for what can not be dealt out evenly. Where a pass costs nothing there is none."""
+    samples = sampler(batch_size=16, processes=processes, cost=cost)
     for step in range(30):
-        made = samples.step(step)
-        lengths = [[sum(item.positions for item in row) for row in rows] for rows in made]
-        assert 16 * 64 <= sum(map(sum, lengths)) < 16 * 64 + 64 * 4
-        filled += sum(map(sum, lengths))
-        padded += sum(len(rows) * max(rows) for rows in lengths)
-    assert 1 - filled / padded < 0.1
+        passes = samples.step(step)
+        assert 0 <= sum(item.positions for items in passes for item in items) - 16 * 64 * processes < 64
+        for items in passes:
+            for own in (items[process::processes] for process in range(processes)):
+                padded = len(own) * items[0].positions
+                assert own and padded <= 17 * 64
+                assert processes > 1 or padded - sum(item.positions for item in own) <= cost
+        assert cost < 10**6 or len(passes) <= 3
 
 
-def test_an_item_longer_than_a_row_is_used():
-    samples = sampler([*MIXED, 500], sequences=1)
+def test_an_item_longer_than_a_pass_is_used():
+    samples = sampler([*MIXED, 500], batch_size=1)
     seen = {where.split()[0] for step in range(60) for where in drawn(samples.step(step))}
     assert seen == {str(n) for n in range(41)}
 
 
-def test_recurrent_decoders_get_one_sequence_a_row():
-    samples = sampler(row=0, passes=2)
-    for step in range(10):
-        assert {len(row) for rows in samples.step(step) for row in rows} == {1}
-
-
 def test_a_pass_is_never_empty():
     """Even if one item is as long as all passes together."""
-    for row in (0, 64):
-        samples = sampler([900, 3], sequences=4, passes=4, row=row)
+    for processes in (1, 4):
+        samples = sampler([900, 3], batch_size=1, grad_accum=4 // processes, processes=processes)
         for step in range(8):
-            assert [bool(rows) and all(rows) for rows in samples.step(step)] == [True] * 4
+            assert all(len(items) >= processes for items in samples.step(step))
 
 
 # -- the loss -----------------------------------------------------------------------------------
@@ -1121,20 +1120,6 @@ def train(run, sources, llama, tmp_path):
         return json.loads(printed)
 
     return call
-
-
-def test_attention_text_by_text_changes_no_loss(train, monkeypatch, tmp_path):
-    """On a CPU it takes the place of attention over whole rows, in the decoder and in the encoder cut from it."""
-    used, attend = [], refrag.attend_by_text
-    monkeypatch.setattr(refrag, "attend_by_text", lambda model: (attend(model), used.append(
-        model.config._attn_implementation)))
-    train("cpt_next", "by_text", "--steps", 3, "--log_every", 1)
-    monkeypatch.setattr(refrag, "attend_by_text", lambda model: None)
-    train("cpt_next", "by_rows", "--steps", 3, "--log_every", 1)
-    losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record]
-              for name in ("by_text", "by_rows")]
-    assert used == ["by_text", "by_text"]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
 
 
 def tensors(folder: object, **options: object) -> dict[str, torch.Tensor]:
