@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import refrag
@@ -792,13 +794,27 @@ def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
             for line in task.lines(unit, finished):
                 new.append(line)
                 write(line)
-    gathered = refrag.late_import("accelerate.utils").gather_object(new)
+    gathered = gather_object(new)
     return done | {key_of(line): line for line in gathered}
 
 
 def summary_of(task: Task, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
     """The JSON object of the command."""
     return {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
+
+
+def source_commit() -> str | None:
+    """The commit of this checkout, "+" after it where refrag.py was changed since; None outside a checkout."""
+    path = Path(refrag.__file__).resolve()
+
+    def git(*argv: str) -> str:
+        return subprocess.run(["git", "-C", str(path.parent), *argv], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", path.name)  # fails in another project's checkout
+        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", path.name))
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -810,7 +826,7 @@ def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], sum
         part.unlink()
     facts = {"settings": lines[0]["settings"], "command": [word for word in sys.argv if word != "--resume"],
              "versions": refrag.library_versions(), "device": refrag.describe_device(task.runtime),
-             "commit": refrag.source_commit()}
+             "commit": source_commit()}
     refrag.write_atomic(folder / "results.json", json.dumps(summary | facts, indent=1) + "\n")
     refrag.write_atomic(folder / "report.md", report_text(task, summary, facts))
     task.pictures(folder, found, summary)
