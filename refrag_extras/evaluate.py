@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import refrag
@@ -518,7 +520,7 @@ class GateTask(QuestionTask):
                  for name in dict.fromkeys(unit["positive_ids"])]
         for gate, settings in self.settings.items():
             with watch.stage(gate):
-                scores = pipeline.scores(context, pipeline.gate_input(context, settings), settings)
+                scores, _ = pipeline.score(context, settings)
             for p in self.shares:
                 if (unit["id"], gate, p) not in done:
                     opened = refrag.select_chunks(scores, context.prompt.sizes, p, self.options.floor)
@@ -750,7 +752,7 @@ def evaluate(task: Task) -> dict[str, Any]:
         accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
         rank = accelerator.process_index
         path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
-        found = measure_lines(task, done, lambda line: append_line(path, line | {"settings": settings}))
+        found = measure_lines(task, done, lambda line: refrag.append_line(path, line | {"settings": settings}))
         summary = summary_of(task, found)
         if accelerator.is_main_process:
             write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
@@ -766,12 +768,6 @@ def measured_lines(folder: Path, settings: dict[str, Any], resume: bool) -> dict
     return {key_of(line): line for path in files for line in refrag.finished_lines(path, settings, "--out_dir")}
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line to a file at once, so that a kill loses no finished one."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(refrag.dumps(line) + "\n")
-
-
 def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
                   write: Callable[[dict[str, Any]], None]) -> dict[Key, dict[str, Any]]:
     """All lines of a task: those done and those measured now, each process its share of the units that lack some."""
@@ -784,13 +780,27 @@ def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
             for line in task.lines(unit, finished):
                 new.append(line)
                 write(line)
-    gathered = refrag.late_import("accelerate.utils").gather_object(new)
+    gathered = gather_object(new)
     return done | {key_of(line): line for line in gathered}
 
 
 def summary_of(task: Task, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
     """The JSON object of the command."""
     return {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
+
+
+def source_commit() -> str | None:
+    """The commit of this checkout, "+" after it where refrag.py was changed since; None outside a checkout."""
+    path = Path(refrag.__file__).resolve()
+
+    def git(*argv: str) -> str:
+        return subprocess.run(["git", "-C", str(path.parent), *argv], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", path.name)  # fails in another project's checkout
+        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", path.name))
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -802,7 +812,7 @@ def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], sum
         part.unlink()
     facts = {"settings": lines[0]["settings"], "command": [word for word in sys.argv if word != "--resume"],
              "versions": refrag.library_versions(), "device": refrag.describe_device(task.runtime),
-             "commit": refrag.source_commit()}
+             "commit": source_commit()}
     refrag.write_atomic(folder / "results.json", json.dumps(summary | facts, indent=1) + "\n")
     refrag.write_atomic(folder / "report.md", report_text(task, summary, facts))
     task.pictures(folder, found, summary)

@@ -375,7 +375,7 @@ def test_a_decoder_with_too_few_positions(refused, argv, write, tokenizers, tmp_
 def test_a_library_that_is_missing(refused, argv, tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     line = refused(3, *argv("cpt_recon", "--train", "d", "--lora_r", "2"))
-    assert re.search(rf"library missing: .*: pip install {library}$", line)
+    assert re.search(rf"library missing: .*{library}.*pip install", line)
     assert not (tmp_path / "run").exists()
 
 
