@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 import refrag
-from refrag_extras import cpu_engine, evaluate
+from refrag_extras import bench, cpu_engine, evaluate
 
 RUNTIME = refrag.RuntimeConfig()
 
@@ -49,7 +49,7 @@ RUNTIME = refrag.RuntimeConfig()
 def print_result(what: str, result: dict) -> None:
     """A measurement with what it takes to make it again, as one JSON object."""
     print(json.dumps({"what": what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions(),
-                      "command": sys.argv, "commit": refrag.source_commit(), **result}))
+                      "command": sys.argv, "commit": evaluate.source_commit(), **result}))
 
 
 # -- decoding ------------------------------------------------------------------
@@ -359,7 +359,7 @@ def measure_allocator(args: argparse.Namespace) -> dict:
         trainer = trainer_of(args, "next", "ped", Path(folder))
         steps = [passes for passes, _ in itertools.islice(trainer.sampler.run(0), args.repeats + 1)]
         for name in ("default", "kept", "default", "kept"):
-            refrag.reset_peak_memory(cpu)
+            bench.reset_peak_memory(cpu)
             with refrag.kept_memory(cpu) if name == "kept" else contextlib.nullcontext():
                 clock = [time.perf_counter()]
                 for passes in steps:

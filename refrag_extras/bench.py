@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 import refrag
-from refrag_extras.evaluate import aligned_table
+from refrag_extras.evaluate import aligned_table, source_commit
 
 TIMED = ("ttft_s", "ttit_s", "tokens_per_s")
 SIZED = ("context_tokens", "positions", "full_positions", "compression", "p_realised", "new_tokens", "kv_bytes")
@@ -62,6 +63,20 @@ def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
         yield generator.permutation(count).tolist()
 
 
+def peak_device_mb(device: torch.device) -> float | None:
+    """Largest memory that tensors took on a CUDA device since the last reset, in MiB; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let both peaks begin anew. The resident memory's can not on other systems than Linux; there it stays."""
+    refrag.trim_memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 @dataclass
 class Trial:
     """A setting that fits, how the pipeline runs it, and what its runs measured."""
@@ -80,8 +95,8 @@ class Trial:
 
     def warm_up(self, item: dict[str, Any]) -> None:
         """A run that is not timed and measures peak memory, since returning freed memory would slow a timed one."""
-        refrag.reset_peak_memory(self.pipeline.device)
-        peak, device_peak = self.run(item)["peak_rss_mb"], refrag.peak_device_mb(self.pipeline.device)
+        reset_peak_memory(self.pipeline.device)
+        peak, device_peak = self.run(item)["peak_rss_mb"], peak_device_mb(self.pipeline.device)
         self.memory = {"peak_rss_mb": peak, "peak_device_mb": device_peak and round(device_peak, 1)}
 
 
@@ -150,7 +165,7 @@ class Benchmark:
         """Positions the question will take: all that comes before vectors and prefill."""
         pipeline = self.pipeline
         context = pipeline.context(self.item, pipeline.retrieve(self.item, settings), settings)
-        scores = pipeline.scores(context, pipeline.gate_input(context, settings), settings)
+        scores, _ = pipeline.score(context, settings)
         return len(pipeline.choose(context, scores, settings).plan)
 
     def plan(self) -> list[Trial]:
@@ -178,7 +193,7 @@ class Benchmark:
     def rounds(self, seed: int) -> Iterator[int]:
         """Run every trial once a round, after a round that warms up. Yields the number of counted rounds after each."""
         orders = round_orders(len(self.trials), self.bench.repeats + 1, seed)
-        with refrag.progress_bar("timing", len(self.trials) * (self.bench.repeats + 1), "run") as bar:
+        with refrag.progress(None, "timing", len(self.trials) * (self.bench.repeats + 1), "run") as bar:
             for done, order in enumerate(orders):
                 for trial in (self.trials[number] for number in order):
                     if done:
@@ -245,7 +260,7 @@ def load_benchmark(bench: refrag.BenchConfig, index: refrag.IndexConfig, models:
     settings = {name: value for name, value in pipeline.describe(pipeline.settings).items() if name in known}
     settings = refrag.run_settings((bench, index, models, runtime)) | settings
     facts = {"device": refrag.describe_device(runtime), "settings": settings,
-             "versions": refrag.library_versions(), "command": sys.argv, "commit": refrag.source_commit(),
+             "versions": refrag.library_versions(), "command": sys.argv, "commit": source_commit(),
              "index": refrag.index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
     return Benchmark(pipeline, bench, item, facts)
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import refrag
@@ -518,7 +520,7 @@ class GateTask(QuestionTask):
                  for name in dict.fromkeys(unit["positive_ids"])]
         for gate, settings in self.settings.items():
             with watch.stage(gate):
-                scores = pipeline.scores(context, pipeline.gate_input(context, settings), settings)
+                scores, _ = pipeline.score(context, settings)
             for p in self.shares:
                 if (unit["id"], gate, p) not in done:
                     opened = refrag.select_chunks(scores, context.prompt.sizes, p, self.options.floor)
@@ -558,33 +560,6 @@ def gate_scores(opened: np.ndarray, spans: list[list[int]], right: list[set[int]
             "all_positives": all(ds & docs for ds in right if ds) if len(right) > 1 and any(right) else None}
 
 
-class ProbeLessons(refrag.TextLessons):
-    """Texts in windows of exactly --seq_tokens tokens."""
-
-    def cut(self, cache: refrag.TokenCache, notify: bool = False) -> np.ndarray:
-        size = self.train.seq_tokens
-        windows = super().cut(cache)
-        windows = windows[windows[:, 2] - windows[:, 1] == size]
-        refrag.require(len(windows) > 1, f"--texts {', '.join(cache.paths)}: needs two pieces of {size} tokens at "
-                       "least: lower --context_tokens or --next_tokens")
-        return windows
-
-    def compressed(self, window: np.ndarray, k: int, s: int) -> tuple[refrag.TrainingSequence, refrag.TrainingSequence]:
-        """A window's first s tokens as vectors and then the rest; the same from as many of the last tokens."""
-        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
-        context, cuts, following = refrag.part_whole(ids, whole, s)
-        content = self.encoder.content_of_tokens(context, cuts, k)
-        vectors = self.vectors(content)
-        last = np.concatenate([self.start, context[-len(vectors) :]])
-        return (refrag.continue_plan(np.concatenate([self.start, vectors]), following, content),
-                refrag.continue_plan(last, following, refrag.Content([], [])))
-
-    def repeated(self, window: np.ndarray, k: int) -> refrag.TrainingSequence:
-        """All of a window as vectors, then its text."""
-        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
-        return self.reconstruction(ids, whole, k)
-
-
 class TextTask(Task):
     """A task over texts: what the decoder makes of vectors, teacher forced. Kinds have `size`, the tokens of a window,
     and sequences(mode, k), what the decoder is asked."""
@@ -599,14 +574,16 @@ class TextTask(Task):
         return {"texts": files} | self.model_sources()
 
     def load(self) -> None:
-        ks, options = tuple(dict.fromkeys(self.options.k)), self.options
+        options, files = self.options, ", ".join(self.options.texts)
         self.model = refrag.load_model(self.models, self.runtime).to(self.accelerator.device)
-        train = refrag.TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # lessons read no other field
-        self.lessons = ProbeLessons(self.model.encoder, refrag.TextConfig(train_json=options.texts), train)
-        self.windows = np.asarray(refrag.spread(self.lessons.windows, options.limit))
+        self.cache = refrag.cache_tokens(options.texts, self.model.encoder.tokenizer)
+        windows = self.cache.windows(self.size, self.size)
+        refrag.require(len(windows) > 1, f"--texts {files}: needs two pieces of {self.size} tokens at least: lower "
+                "--context_tokens or --next_tokens")
+        self.windows = np.asarray(refrag.spread(windows, options.limit))
         refrag.require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
-                       f"--texts {', '.join(options.texts)}: one text alone has pieces of {self.size} tokens, and "
-                       "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
+                f"--texts {files}: one text alone has pieces of {self.size} tokens, and "
+                "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
 
     def units(self) -> list[Any]:
         """(mode, values of k): what reads no vector is measured once for all k."""
@@ -621,9 +598,9 @@ class TextTask(Task):
     def control(self, sequences: list[refrag.TrainingSequence], mode: str) -> list[refrag.TrainingSequence]:
         """One of the controls of some sequences."""
         names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
-        made = refrag.controls(sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
-        refrag.require(names[mode] in made, f"--modes {mode}: needs a decoder with a start token")
-        return made[names[mode]]
+        made = refrag.control(names[mode], sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
+        refrag.require(bool(made), f"--modes {mode}: needs a decoder with a start token")
+        return made
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         mode, ks = unit
@@ -661,9 +638,19 @@ class PplTask(TextTask):
         return self.options.context_tokens + self.options.next_tokens
 
     def sequences(self, mode: str, k: int) -> list[refrag.TrainingSequence]:
-        pairs = [self.lessons.compressed(window, k, self.options.context_tokens) for window in self.windows]
-        made, last = (list(side) for side in zip(*pairs, strict=True))
-        return last if mode == "truncate" else self.control(made, mode)
+        made = [self.compressed(window, k, mode == "truncate") for window in self.windows]
+        return made if mode == "truncate" else self.control(made, mode)
+
+    def compressed(self, window: np.ndarray, k: int, truncate: bool) -> refrag.TrainingSequence:
+        """A window's first tokens as vectors and then the rest; truncate: the same from as many of the last tokens."""
+        encoder, (ids, cuts, _) = self.model.encoder, self.cache.read(window)
+        context, cuts, following = refrag.split_text(ids, cuts, self.options.context_tokens)
+        content = encoder.content_of_tokens(context, cuts, k)
+        plan, start = refrag.all_vectors(encoder, content), refrag.opening(encoder.tokenizer.decoder)
+        if not truncate:
+            return refrag.continue_plan(plan, following, content)
+        vectors = len(plan) - len(start)
+        return refrag.continue_plan(np.append(start, context[-vectors:]), following, refrag.Content([], []))
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
         texts = next(iter(found.values()))["texts"]
@@ -694,7 +681,8 @@ class ReconTask(TextTask):
         return self.options.context_tokens
 
     def sequences(self, mode: str, k: int) -> list[refrag.TrainingSequence]:
-        return self.control([self.lessons.repeated(window, k) for window in self.windows], mode)
+        texts = [self.cache.read(window) for window in self.windows]
+        return self.control([refrag.reconstruction(self.model.encoder, ids, cuts, k) for ids, cuts, _ in texts], mode)
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         mode, _ = unit
@@ -707,7 +695,7 @@ class ReconTask(TextTask):
         for sequence in refrag.spread(self.sequences(mode, k), SAMPLES):
             truth, made = sequence.labels[sequence.labels >= 0].tolist(), self.continue_freely(sequence)
             shares.append(kept_in_order(truth, made))
-            texts.append([self.lessons.tokenizer.decoder.decode(ids) for ids in (truth, made)])
+            texts.append([self.model.encoder.tokenizer.decoder.decode(ids) for ids in (truth, made)])
         return {"free_running": round(statistics.fmean(shares), 5), "written": texts}
 
     @torch.inference_mode()
@@ -721,8 +709,8 @@ class ReconTask(TextTask):
             inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
             logits, state = refrag.prefill(decoder, [inputs[0]])
             [out], _ = refrag.decode(decoder, logits, state, max_new=asked, watch=refrag.Stopwatch(device),
-                                     stops=refrag.stop_tokens(decoder, self.lessons.tokenizer.decoder),
-                                     pick=lambda logits: logits.argmax(-1))
+                              stops=refrag.stop_tokens(decoder, self.model.encoder.tokenizer.decoder),
+                              pick=lambda logits: logits.argmax(-1))
         return out.tokens
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
@@ -764,7 +752,7 @@ def evaluate(task: Task) -> dict[str, Any]:
         accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
         rank = accelerator.process_index
         path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
-        found = measure_lines(task, done, lambda line: append_line(path, line | {"settings": settings}))
+        found = measure_lines(task, done, lambda line: refrag.append_line(path, line | {"settings": settings}))
         summary = summary_of(task, found)
         if accelerator.is_main_process:
             write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
@@ -780,12 +768,6 @@ def measured_lines(folder: Path, settings: dict[str, Any], resume: bool) -> dict
     return {key_of(line): line for path in files for line in refrag.finished_lines(path, settings, "--out_dir")}
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line to a file at once, so that a kill loses no finished one."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(refrag.dumps(line) + "\n")
-
-
 def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
                   write: Callable[[dict[str, Any]], None]) -> dict[Key, dict[str, Any]]:
     """All lines of a task: those done and those measured now, each process its share of the units that lack some."""
@@ -798,13 +780,27 @@ def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
             for line in task.lines(unit, finished):
                 new.append(line)
                 write(line)
-    gathered = refrag.late_import("accelerate.utils").gather_object(new)
+    gathered = gather_object(new)
     return done | {key_of(line): line for line in gathered}
 
 
 def summary_of(task: Task, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
     """The JSON object of the command."""
     return {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
+
+
+def source_commit() -> str | None:
+    """The commit of this checkout, "+" after it where refrag.py was changed since; None outside a checkout."""
+    path = Path(refrag.__file__).resolve()
+
+    def git(*argv: str) -> str:
+        return subprocess.run(["git", "-C", str(path.parent), *argv], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", path.name)  # fails in another project's checkout
+        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", path.name))
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -816,7 +812,7 @@ def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], sum
         part.unlink()
     facts = {"settings": lines[0]["settings"], "command": [word for word in sys.argv if word != "--resume"],
              "versions": refrag.library_versions(), "device": refrag.describe_device(task.runtime),
-             "commit": refrag.source_commit()}
+             "commit": source_commit()}
     refrag.write_atomic(folder / "results.json", json.dumps(summary | facts, indent=1) + "\n")
     refrag.write_atomic(folder / "report.md", report_text(task, summary, facts))
     task.pictures(folder, found, summary)

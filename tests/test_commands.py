@@ -451,7 +451,7 @@ def test_bars_and_notices_for_a_stderr_that_nobody_reads(monkeypatch):
     os.close(reading)
     monkeypatch.setattr(sys, "stderr", refrag.LastingStderr(os.fdopen(writing, "wb"), "utf-8", line_buffering=True))
     refrag.notice("a notice")
-    with refrag.progress_bar("work", 2, "step") as bar:
+    with refrag.progress(None, "work", 2, "step") as bar:
         bar.delay = 0
         bar.update()
         bar.refresh()

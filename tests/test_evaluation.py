@@ -643,7 +643,7 @@ class TestResuming:
     @pytest.mark.parametrize("rank", [0, 1])
     def test_what_lacks_is_shared_evenly(self, rank, monkeypatch):
         """Every other unit is done: of the two that lack, each of two processes measures one."""
-        monkeypatch.setattr(refrag, "late_import", lambda name: SimpleNamespace(gather_object=list))
+        monkeypatch.setattr(evaluate, "gather_object", list)
         task = SimpleNamespace(options=SimpleNamespace(task="qa"), load=lambda: None, units=lambda: [0, 1, 2, 3],
                                accelerator=SimpleNamespace(process_index=rank, num_processes=2),
                                keys=lambda unit: [(str(unit), "none", 0.0)],

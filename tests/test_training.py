@@ -164,23 +164,32 @@ def caches(home: Path) -> list[str]:
     return sorted(path.name for path in (home / "tokens").iterdir() if path.is_dir())
 
 
+def cached_ids(cache: refrag.TokenCache, text: int = 0) -> list[int]:
+    """All tokens of a text."""
+    start, end, *_ = cache.texts[text].tolist()
+    return cache.tokens[start:end].tolist()
+
+
 @pytest.mark.parametrize("name", ["texts.jsonl", "texts.jsonl.gz"])
 def test_cached_texts_are_their_tokens(tmp_path, whole, name):
     """Against the tokenizer itself. A cut may stand where what comes before decodes without a broken character."""
-    decoder = whole.tokenizer.decoder
+    decoder, path = whole.tokenizer.decoder, tmp_path / name
     texts = [*TEXTS, "\U0001f642 is four bytes."]
-    cache = refrag.cache_tokens([str(write(tmp_path / name, [{"text": text} for text in texts]))], whole.tokenizer)
-    assert len(cache) == len(texts)
+    cache = refrag.cache_tokens([str(write(path, [{"text": text} for text in texts]))], whole.tokenizer)
+    assert len(cache.texts) == len(texts)
     broken = 0
     for number, text in enumerate(texts):
         expected = decoder(text, add_special_tokens=False)["input_ids"]
-        ids, cuts = cache.tokens_of(number, 0, len(expected))
-        assert ids.tolist() == expected and ids.dtype == np.int64
+        ids, cuts, where = cache.read(np.asarray([number, 0, len(expected)]))
+        assert ids.tolist() == expected == cached_ids(cache, number) and ids.dtype == np.int64
         clean = [not decoder.decode(expected[:i]).endswith("\ufffd") for i in range(len(expected) + 1)]
-        assert cuts.tolist() == clean
+        assert cuts.tolist() == clean and where == f"{path}:{number + 1}" and cache.texts[number, 2] == 0
         broken += clean.count(False)
-        assert cache.tokens_of(number, 2, 5)[0].tolist() == expected[2:5]
-        assert cache.where(number) == f"{tmp_path / name}:{number + 1}" and cache.contexts[number] == 0
+        for first, last in itertools.combinations(range(len(expected) + 1), 2):  # moved to where no character is cut
+            ids, _, _ = cache.read(np.asarray([number, first, last]))
+            start = max(i for i in range(first + 1) if clean[i])
+            end = max((i for i in range(start + 1, last + 1) if clean[i]), default=None)
+            assert ids.tolist() == expected[start : end or clean.index(True, start + 1)]
     assert broken, "no character of several tokens: the test would show nothing"
 
 
@@ -189,9 +198,7 @@ def test_tokens_of_a_file_are_taken_as_they_are(tmp_path, whole):
     ids = list(range(10, 30))
     rows = [{"tokens": ids}, {"tokens": ids, "split": {"s": 8, "o": 4}}, {"text": "The Rhone floods in May."}]
     cache = refrag.cache_tokens([str(write(tmp_path / "t.jsonl", rows))], whole.tokenizer)
-    assert np.diff(cache.offsets)[:2].tolist() == [20, 12]
-    assert cache.tokens_of(1, 0, 12)[0].tolist() == ids[:12] and cache.tokens_of(1, 0, 12)[1].all()
-    assert cache.contexts.tolist() == [0, 8, 0]
+    assert (cached_ids(cache, 0), cached_ids(cache, 1), cache.texts[:, 2].tolist()) == (ids, ids[:12], [0, 8, 0])
 
 
 def test_a_token_that_the_decoder_does_not_have_is_refused(tmp_path, whole):
@@ -202,53 +209,46 @@ def test_a_token_that_the_decoder_does_not_have_is_refused(tmp_path, whole):
         refrag.cache_tokens([str(path)], whole.tokenizer)
 
 
-def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole, monkeypatch):
+def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole):
     paths = [str(write(tmp_path / f"{n}.jsonl", [{"text": text}])) for n, text in enumerate(TEXTS[:2])]
     first = refrag.cache_tokens(paths, whole.tokenizer)
-    made = {path.name: path.stat().st_mtime_ns for path in home.rglob("*.npy")}
-    monkeypatch.setattr(refrag, "tokenize_text", lambda *_: pytest.fail("tokenised again"))
+    times = {path: path.stat().st_mtime_ns for path in home.rglob("*.npy")}
     again = refrag.cache_tokens(paths, whole.tokenizer)
-    assert {path.name: path.stat().st_mtime_ns for path in home.rglob("*.npy")} == made and len(caches(home)) == 1
-    for name in ("tokens", "whole", "offsets", "contexts"):
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*.npy")} == times
+    for name in ("tokens", "cuts", "texts"):
         array = getattr(again, name)
         assert isinstance(array.base, np.memmap) and np.array_equal(array, getattr(first, name))
 
 
-def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, whole):
-    """A changed content under the same name, another order of files, another tokenizer."""
+def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, whole, separate):
+    """A changed content under the same name, another order of files, another tokenizer or encoder's special tokens."""
     a, b = (str(write(tmp_path / f"{n}.jsonl", [{"text": TEXTS[n]}])) for n in range(2))
     other = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["sentencepiece"]))
     seen = []
     for paths, tokenizer in (([a], whole.tokenizer), ([b], whole.tokenizer), ([a, b], whole.tokenizer),
-                             ([b, a], whole.tokenizer), ([a], other)):
+                             ([b, a], whole.tokenizer), ([a], other), ([a], separate.tokenizer)):
         refrag.cache_tokens(paths, tokenizer)
         seen.append(len(caches(home)))
     write(Path(a), [{"text": TEXTS[2]}])
     cache = refrag.cache_tokens([a], whole.tokenizer)
-    assert [*seen, len(caches(home))] == [1, 2, 3, 4, 5, 6]
-    ids = cache.tokens_of(0, 0, int(cache.offsets[1]))[0]
-    assert whole.tokenizer.decoder.decode(ids.tolist()) == TEXTS[2]
+    assert [*seen, len(caches(home))] == [1, 2, 3, 4, 5, 6, 7]
+    assert whole.tokenizer.decoder.decode(cached_ids(cache)) == TEXTS[2]
 
 
-def test_special_tokens_in_a_text_are_only_text(tmp_path, whole):
-    path = write(tmp_path / "t.jsonl", [{"text": "one <|im_end|> two <|endoftext|><|im_start|>user"}])
-    cache = refrag.cache_tokens([str(path)], whole.tokenizer)
-    assert not set(cache.tokens.tolist()) & set(whole.tokenizer.decoder.all_special_ids)
-
-
-def test_special_tokens_of_the_encoder_are_only_text(tmp_path, separate, whole):
-    """Also if the same file was used with another encoder before."""
-    path = str(write(tmp_path / "t.jsonl", [{"text": "one [SEP] two [CLS]"}]))
-    refrag.cache_tokens([path], whole.tokenizer)
-    cache = refrag.cache_tokens([path], separate.tokenizer)
-    text = separate.tokenizer.decoder.decode(cache.tokens.tolist())
-    assert not set(separate.tokenizer.encoder(text, add_special_tokens=False)["input_ids"]) & {2, 3}, text
+def test_special_tokens_in_a_text_are_only_text(tmp_path, whole, separate):
+    """The decoder's, and the encoder's."""
+    text = "one <|im_end|> two <|endoftext|><|im_start|>user [SEP] two [CLS]"
+    path = str(write(tmp_path / "t.jsonl", [{"text": text}]))
+    ids = cached_ids(refrag.cache_tokens([path], whole.tokenizer))
+    assert not set(ids) & set(whole.tokenizer.decoder.all_special_ids)
+    read = separate.tokenizer.decoder.decode(cached_ids(refrag.cache_tokens([path], separate.tokenizer)))
+    assert not set(separate.tokenizer.encoder(read, add_special_tokens=False)["input_ids"]) & {2, 3}, read
 
 
 def test_a_text_is_named_by_the_file_that_was_given(tmp_path, whole):
     first, copy = (write(tmp_path / name, [{"text": TEXTS[0]}]) for name in ("first.jsonl", "copy.jsonl"))
     refrag.cache_tokens([str(first)], whole.tokenizer)
-    assert refrag.cache_tokens([str(copy)], whole.tokenizer).where(0) == f"{copy}:1"
+    assert refrag.cache_tokens([str(copy)], whole.tokenizer).read(np.asarray([0, 0, 5]))[2] == f"{copy}:1"
 
 
 @pytest.mark.parametrize("rows", [[], [{"tokens": []}]], ids=["no line", "no token"])
@@ -268,7 +268,7 @@ def text_lessons(kind: type, encoder: refrag.ChunkEncoder, train: Path, *, k: tu
     """The lessons of a phase on a file of texts."""
     texts = refrag.TextConfig((str(train),), (str(held_out),) if held_out else ())
     config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens, eval_limit=eval_limit)
-    return kind(encoder, texts, config, *([SETTINGS[kind](**options)] if SETTINGS[kind] else []))
+    return kind(encoder, texts, config, SETTINGS[kind] and SETTINGS[kind](**options))
 
 
 def asked(sequence: refrag.TrainingSequence) -> list[int]:
@@ -819,7 +819,7 @@ def test_of_a_split_document_the_piece_with_the_answer_is_right(tmp_path, llama,
     assert refrag.main([str(a) for a in argv]) == 0
     index = refrag.open_index(str(tmp_path / "pieces"))
     right = next(row for row in range(len(index)) if "77 rooms" in index.texts[row])
-    assert index.parts[right] and len(index) > 4
+    assert index.document_id(right) != index.ids[right] and len(index) > 4
     rows = [{"question": "Which bridge?", "answers": ["77"], "positive_ids": [index.ids[right] if piece else "long"]}]
     lessons = lessons_on(rows, index=tmp_path / "pieces", topk=1, no_answer_frac=0.0)
     item = lessons.draw(0, rng(), 0.0)
@@ -1557,8 +1557,7 @@ def named(*names):
 def test_the_controls_read_vectors_none_anothers_and_the_text():
     """Three texts of 3, 0 and 1 chunks. The first gets the vector of the last three times over, not its own."""
     made = [sequence(100, 3), sequence(200, 0), sequence(300, 1)]
-    kinds = refrag.controls(made, named("abc"))
-    assert list(kinds) == ["vectors", "none", "wrong", "full"]
+    kinds = {name: refrag.control(name, made, named("abc")) for name in refrag.CONTROLS}
     assert all(kinds["vectors"][n] is made[n] for n in range(3))
     assert [s.plan.tolist() for s in kinds["none"]] == [[1, 190], [1, 290], [1, 390]]
     assert kinds["full"][0].plan.tolist() == [1, 100, 101, 102, 103, 104, 105, 190]
@@ -1571,21 +1570,22 @@ def test_the_controls_read_vectors_none_anothers_and_the_text():
 def test_the_wrong_vectors_are_of_another_text():
     """Windows stand by text: the one after another of the same text would tell what comes next."""
     made = [sequence(100 * n, chunks) for n, chunks in enumerate((2, 2, 0, 2, 2))]
-    wrong = refrag.controls(made, named("aabbb"))["wrong"]
+    wrong = refrag.control("wrong", made, named("aabbb"))
     assert [s.content is made[n].content for s, n in zip(wrong, (3, 3, 0, 0, 0), strict=True)] == [True] * 5
-    assert "wrong" not in refrag.controls(made, named("aaaaa"))
+    assert refrag.control("wrong", made, named("aaaaa")) == []
 
 
 def test_the_wrong_vectors_are_of_no_passage_that_the_question_finds():
     """The fourth finds one of every other's: it takes the next that has not quite the same."""
     made = [sequence(100 * n, 2) for n in range(4)]
-    wrong = refrag.controls(made, named("ab", "ab", "cd", "bc"))["wrong"]
+    wrong = refrag.control("wrong", made, named("ab", "ab", "cd", "bc"))
     assert [s.content is made[n].content for s, n in zip(wrong, (2, 2, 0, 0), strict=True)] == [True] * 4
 
 
 def test_without_another_text_there_is_no_wrong_one():
     """Its own vectors would pass for another's. The model card has a gap."""
-    assert set(refrag.controls([sequence(100, 3)], named("a"))) == {"vectors", "none", "full"}
+    made = [sequence(100, 3)]
+    assert [name for name in refrag.CONTROLS if not refrag.control(name, made, named("a"))] == ["wrong"]
     measured = {kind: {"loss": 1.0, "accuracy": 0.5} for kind in ("vectors", "none", "full")}
     card = refrag.model_card(refrag.RefragConfig(), [{"step": 0, "eval": {"k4": measured}}])
     assert "| k4 | 0.500 | 0.500 | - | 0.500 |" in card
