@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -232,3 +234,92 @@ def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
                         "--dec", str(llama), "--enc", "decoder:2", "--k", "4", "--dtype", "float32", "--quiet"])
     assert code == 0
     return folder
+
+
+# ---- Input, damage, refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """Caches of this test alone."""
+    monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a file of bytes, text or JSON rows; returns its path."""
+
+    def call(name: str, content: bytes | str | list[dict]) -> Path:
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command that must fail: one line on stderr and the same as one JSON object on stdout; the message."""
+
+    def call(code: int, *argv: object) -> str:
+        got, out, err = run(*argv, "--json")
+        message = err.removeprefix("error: ").rstrip("\n")
+        assert err == f"error: {message}\n" and "\n" not in message, err
+        assert (got, message) == (code, message), f"exit code {got}: {message}"
+        assert out == json.dumps({"error": {"code": code, "message": message}}, ensure_ascii=False) + "\n"
+        return message
+
+    return call
+
+
+@pytest.fixture
+def done(run):
+    """Run a command that must succeed and say nothing on stderr; its JSON."""
+
+    def call(*argv: object) -> dict:
+        code, out, err = run(*argv, "--quiet", "--json")
+        assert (code, err) == (0, ""), err
+        return json.loads(out)
+
+    return call
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The files of a folder by name, but for locks."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith("lock"))
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+@contextlib.contextmanager
+def unchanged(*folders: Path):
+    """A context that leaves folders as they are."""
+    before = [tree(folder) for folder in folders]
+    yield
+    assert [tree(folder) for folder in folders] == before
+
+
+def damage(path: Path, kind: str) -> None:
+    """Flip a bit near the end of a file, cut it, make it longer, or remove it."""
+    intact = path.read_bytes()
+    if kind == "missing":
+        path.unlink()
+    elif kind == "flipped":
+        path.write_bytes(intact[:-5] + bytes([intact[-5] ^ 4]) + intact[-4:])
+    else:
+        path.write_bytes({"truncated": intact[: len(intact) // 2], "longer": intact + b"\0"}[kind])
+
+
+def sign(folder: Path, **changes: object) -> None:
+    """Write a manifest anew, as if its files had always been what they are now."""
+    path = folder / "manifest.json"
+    facts = json.loads(path.read_text()) | changes
+    for name in facts["files"]:
+        content = (folder / name).read_bytes()
+        facts["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    facts.pop("digest")
+    path.write_text(json.dumps(facts | {"digest": hashlib.sha256(
+        json.dumps(facts, sort_keys=True).encode()).hexdigest()}))
