@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import refrag
+from refrag_extras import bench, evaluate
 
 PAGE, FOLDER = Path(__file__).resolve().with_name("RESULTS.md"), Path(__file__).resolve().with_name("results")
 BLOCK = re.compile(r"(<!-- results: (?P<names>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,13 +29,13 @@ BLOCK = re.compile(r"(<!-- results: (?P<names>[\w ]+) -->\n).*?(<!-- end -->)", 
 def table_of(result: dict) -> str:
     """The table of one file, in Markdown."""
     if "task" in result:
-        return refrag.TASKS[result["task"]].table(result)
+        return evaluate.TASKS[result["task"]].table(result)
     if "growth" in result:
-        return refrag.bench_text(result)
+        return bench.bench_text(result)
     if "what" in result:
         columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
-        return refrag.markdown_table(columns, [[row.get(name) for name in columns] for row in result["rows"]])
-    return refrag.markdown_table(result["columns"], result["rows"])
+        return evaluate.markdown_table(columns, [[row.get(name) for name in columns] for row in result["rows"]])
+    return evaluate.markdown_table(result["columns"], result["rows"])
 
 
 def device_of(result: dict) -> str:

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 
 import refrag
+from refrag_extras import cpu_engine, evaluate
 
 RUNTIME = refrag.RuntimeConfig()
 
@@ -84,7 +85,7 @@ class LlamaReader:
         return first - start, (time.perf_counter() - first) / max(new - 1, 1)
 
 
-def stepper_bytes(stepper: refrag.Stepper) -> int:
+def stepper_bytes(stepper: cpu_engine.Stepper) -> int:
     """Bytes of the matrices of a stepper, which are read at every step."""
     matrices = [stepper.head, *(matrix for layer in stepper.layers for matrix in layer)]
     return sum(part.nbytes for matrix in matrices for part in (matrix.values, matrix.scale))
@@ -96,15 +97,15 @@ def measure_decode(args: argparse.Namespace) -> dict:
     ids = torch.arange(100, 100 + args.prompt)
     inputs = decoder.get_input_embeddings().weight[ids].detach()
     engines: dict[str, dict] = {"generate": {}, "model": {}}
-    steppers: dict[str, refrag.Stepper | None] = {"model": None}
+    steppers: dict[str, cpu_engine.Stepper | None] = {"model": None}
     for name in ("int8", "int4"):
         start = time.perf_counter()
-        steppers[name] = refrag.Stepper(decoder, name)
+        steppers[name] = cpu_engine.Stepper(decoder, name)
         engines[name] = {"load_s": round(time.perf_counter() - start, 3), "mb": stepper_bytes(steppers[name]) / 1e6}
     weights = sum(parameter.nbytes for parameter in decoder.parameters()) / 1e6
     engines["generate"]["mb"] = engines["model"]["mb"] = weights
 
-    def ours(stepper: refrag.Stepper | None) -> tuple[float, float]:
+    def ours(stepper: cpu_engine.Stepper | None) -> tuple[float, float]:
         start = time.perf_counter()
         logits, state = refrag.prefill(decoder, [inputs])
         [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, stops=frozenset(),
@@ -140,7 +141,7 @@ def measure_decode(args: argparse.Namespace) -> dict:
             if other in rows:
                 ratios = [theirs[1] / mine[1] for theirs, mine in zip(rows[other], seconds, strict=True)]
                 engines[name][f"times_faster_than_{other}"] = round(statistics.median(ratios), 3)
-    return {"prompt": args.prompt, "new": args.new, "auto": refrag.Stepper(decoder).engine,
+    return {"prompt": args.prompt, "new": args.new, "auto": cpu_engine.Stepper(decoder).engine,
             "rows": [{"engine": name, **row} for name, row in engines.items()]}
 
 
@@ -151,7 +152,7 @@ def measure_answers(args: argparse.Namespace) -> dict:
                                     refrag.PackConfig(k=args.k, p=args.p), refrag.GenerateConfig(max_new=args.new),
                                     models, refrag.RuntimeConfig(engine="model"))
     decoder, watch = pipeline.model.decoder, refrag.Stopwatch(torch.device("cpu"))
-    steppers = {"int8": refrag.Stepper(decoder, "int8"), "int4": refrag.Stepper(decoder, "int4"), "model": None}
+    steppers = {"int8": cpu_engine.Stepper(decoder, "int8"), "int4": cpu_engine.Stepper(decoder, "int4"), "model": None}
     scores: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in steppers}
     questions = refrag.read_answered_questions(args.qa, "--qa", args.limit)
     for item in refrag.progress(questions, "answers", total=len(questions), unit="question"):
@@ -163,15 +164,16 @@ def measure_answers(args: argparse.Namespace) -> dict:
                                      pick=pipeline.pick, watch=watch, stepper=stepper)
             replies[name] = pipeline.tokenizer.decoder.decode(out.tokens, skip_special_tokens=True)
         for name, reply in replies.items():
-            scores[name].append((refrag.token_f1(reply, item["answers"]), refrag.exact_match(reply, item["answers"]),
+            truths = item["answers"]
+            scores[name].append((evaluate.token_f1(reply, truths), evaluate.exact_match(reply, truths),
                                  reply == replies["model"]))
     table = {name: dict(zip(("f1", "em", "same_as_model"), np.mean(rows, axis=0).round(4).tolist(), strict=True))
              for name, rows in scores.items()}
     for name, rows in scores.items():
         differences = [mine[0] - other[0] for mine, other in zip(rows, scores["model"], strict=True)]
-        interval = refrag.bootstrap_interval(differences, RUNTIME.seed)
+        interval = evaluate.bootstrap_interval(differences, RUNTIME.seed)
         table[name]["f1_minus_model"] = [round(statistics.mean(differences), 4), *interval]
-    return {"n": len(questions), "auto": refrag.Stepper(decoder).engine,
+    return {"n": len(questions), "auto": cpu_engine.Stepper(decoder).engine,
             "rows": [{"engine": name, **row} for name, row in table.items()]}
 
 
@@ -180,7 +182,7 @@ def measure_first_token(args: argparse.Namespace) -> dict:
     modes, contexts = ("full", "refrag"), tuple(args.contexts)
     bench = refrag.BenchConfig(contexts=contexts, modes=modes, k=(args.k,), p=(0.0, 0.1), new=2)
     index, models = refrag.IndexConfig(index_dir=args.index_dir), refrag.ModelConfig()
-    benchmark = refrag.load_benchmark(bench, index, models, RUNTIME)
+    benchmark = bench.load_benchmark(bench, index, models, RUNTIME)
     item, timers, sizes = benchmark.item, {}, {}
     llama = LlamaReader(benchmark.pipeline.model.window) if args.llama_cpp else None
     for trial in benchmark.trials:
@@ -414,10 +416,10 @@ def measure_paired(args: argparse.Namespace) -> dict:
             shared.update(ids)
             mine, theirs = ([values[i] for i in ids] for values in (found, other))
             difference = [a - b for a, b in zip(mine, theirs, strict=True)]
-            gained = {"mean": statistics.fmean(difference), "ci": refrag.bootstrap_interval(difference, RUNTIME.seed)}
+            gained = {"mean": statistics.fmean(difference), "ci": evaluate.bootstrap_interval(difference, RUNTIME.seed)}
             rows.append({"mode": cell[0], "p": f"{cell[1]:g}", "f1": round(statistics.fmean(mine), 3),
                          "of_the_run": f"{statistics.fmean(mine) / statistics.fmean(theirs):.0%}",
-                         "f1_minus_the_run": refrag.cell_text(gained)})
+                         "f1_minus_the_run": evaluate.cell_text(gained)})
     return {"n": len(shared), "rows": rows}
 
 

@@ -35,6 +35,7 @@ import numpy as np
 from measure import RUNTIME, print_result
 
 import refrag
+from refrag_extras import bench
 
 DIM, CENTRES = 384, 10_000
 
@@ -181,7 +182,7 @@ def measure_growth(args: argparse.Namespace) -> dict:
                          "hybrid_p50_ms": search_times(index, args)["hybrid"]["p50_ms"]})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     lengths = [row["passages"] for row in rows]
-    exponents = {name: round(refrag.growth_exponent(lengths, [row[name] for row in rows]), 3)
+    exponents = {name: round(bench.growth_exponent(lengths, [row[name] for row in rows]), 3)
                  for name in ("seconds", "peak_rss_mb", "mb", "hybrid_p50_ms")}
     return {"rows": rows, "exponents": exponents}
 

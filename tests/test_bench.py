@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refrag
+from refrag_extras import bench, evaluate
 
 QUESTION = "Where do smiths cast bells?"
 NAMED = ["mode", "context", "k", "p", "batch", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb",
@@ -65,7 +66,7 @@ def argv(index_dir, llama):
 
 
 @pytest.fixture
-def bench(run, argv):
+def run_bench(run, argv):
     """Run a bench that succeeds with --json; returns its result and what stderr said."""
 
     def call(*more: object) -> tuple[dict, str]:
@@ -93,8 +94,8 @@ def metrics(**changes: object) -> dict:
 def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = None, **changes: object):
     """A trial whose counted rounds took these times to the first token."""
     runs = [metrics(ttft_s=seconds, ttit_s=seconds / 4) for seconds in ttft]
-    setting = refrag.Setting(mode, 512, k, p)._replace(**changes)
-    return refrag.Trial(setting, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})
+    setting = bench.Setting(mode, 512, k, p)._replace(**changes)
+    return bench.Trial(setting, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
@@ -102,21 +103,21 @@ def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = 
 
 def test_the_theoretical_ratio():
     """A quarter of the tokens as text and a sixteenth of the rest: 1 / (.25 + .75 / 16) = 1 / .296875."""
-    assert refrag.theoretical_ratio(16, 0.25) == pytest.approx(1 / 0.296875)
-    assert refrag.theoretical_ratio(16, 0.0) == 16
-    assert refrag.theoretical_ratio(16, 1.0) == 1
+    assert bench.theoretical_ratio(16, 0.25) == pytest.approx(1 / 0.296875)
+    assert bench.theoretical_ratio(16, 0.0) == 16
+    assert bench.theoretical_ratio(16, 1.0) == 1
 
 
 @given(st.floats(0.1, 3), st.floats(1e-4, 10), st.lists(st.integers(10, 10**5), min_size=3, max_size=8, unique=True))
 def test_the_exponent_of_an_exact_power_law_is_found(exponent, factor, lengths):
     seconds = [factor * length**exponent for length in lengths]
-    assert refrag.growth_exponent(lengths, seconds) == pytest.approx(exponent, abs=1e-6)
+    assert bench.growth_exponent(lengths, seconds) == pytest.approx(exponent, abs=1e-6)
 
 
 def test_the_exponent_is_the_least_squares_line_of_the_logarithms():
     """Lengths 1, e, e^2 and times 1, e, e^4 have logarithms 0, 1, 2 and 0, 1, 4, whose line has the slope 2."""
     lengths, seconds = [1, math.e, math.e**2], [1, math.e, math.e**4]
-    assert refrag.growth_exponent(lengths, seconds) == pytest.approx(2)
+    assert bench.growth_exponent(lengths, seconds) == pytest.approx(2)
 
 
 def test_growth_needs_three_lengths_and_a_context():
@@ -126,61 +127,61 @@ def test_growth_needs_three_lengths_and_a_context():
 
     full = [row("full", c, c, c**1.5) for c in (100, 400, 1600)]
     none = [row("none", 0, 0, 1.0)] * 3
-    assert refrag.bench_growth([*none, *full]) == [
+    assert bench.bench_growth([*none, *full]) == [
         {"mode": "full", "k": None, "p": None, "batch": 1, "lengths": 3, "ttft_exponent": 1.5}]
-    assert refrag.bench_growth(full[:2]) == []
-    assert refrag.bench_growth([*full[:2], row("full", 450, 400, 9.0)]) == [], "the same passages are no third length"
+    assert bench.bench_growth(full[:2]) == []
+    assert bench.bench_growth([*full[:2], row("full", 450, 400, 9.0)]) == [], "the same passages are no third length"
 
 
 def test_growth_with_the_batch_needs_three_sizes():
     rows = [{"mode": "full", "context": 64, "k": None, "p": None, "batch": n, "ttft_s": n**0.5, "ttit_s": 2.0 * n}
             for n in (1, 4, 16)]
-    assert refrag.batch_growth(rows) == [{"mode": "full", "context": 64, "k": None, "p": None, "sizes": [1, 4, 16],
+    assert bench.batch_growth(rows) == [{"mode": "full", "context": 64, "k": None, "p": None, "sizes": [1, 4, 16],
                                           "ttft_exponent": 0.5, "ttit_exponent": 1.0}]
-    assert refrag.batch_growth(rows[:2]) == []
-    assert "ttit_exponent" not in refrag.batch_growth([row | {"ttit_s": None} for row in rows])[0]
+    assert bench.batch_growth(rows[:2]) == []
+    assert "ttit_exponent" not in bench.batch_growth([row | {"ttit_s": None} for row in rows])[0]
 
 
 def test_answers_made_together_share_the_prefill_alone():
     one = metrics(stages={"retrieve_s": 0.25, "prefill_s": 2.0})
-    assert refrag.metrics_together([one]) is one
-    both = refrag.metrics_together([one, one])
+    assert bench.metrics_together([one]) is one
+    both = bench.metrics_together([one, one])
     assert both["stages"] == {"retrieve_s": 0.5, "prefill_s": 2.0}
     assert (both["ttft_s"], both["ttit_s"], both["tokens_per_s"], both["kv_bytes"]) == (2.5, 0.5, 4.0, 1280)
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 99))
 def test_every_round_has_every_run_once_in_another_order_than_the_last(count, rounds, seed):
-    orders = list(refrag.round_orders(count, rounds, seed))
+    orders = list(bench.round_orders(count, rounds, seed))
     assert len(orders) == rounds
     assert all(sorted(order) == list(range(count)) for order in orders)
     assert count == 1 or all(a != b for a, b in itertools.pairwise(orders))
-    assert orders == list(refrag.round_orders(count, rounds, seed))
+    assert orders == list(bench.round_orders(count, rounds, seed))
 
 
 def test_the_seed_changes_the_order():
-    assert len({str(list(refrag.round_orders(6, 3, seed))) for seed in range(5)}) == 5
+    assert len({str(list(bench.round_orders(6, 3, seed))) for seed in range(5)}) == 5
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
     """Ratios 5, 2 and 9 by round; the ratio of the medians would be 20 / 10 = 2."""
     full, ours = trial("full", [10.0, 20.0, 90.0]), trial("refrag", [2.0, 10.0, 10.0], k=16, p=0.0)
-    row = refrag.bench_row(ours, full)
+    row = bench.bench_row(ours, full)
     assert (row["ttft_s"], row["ttft_ratio"]) == (10.0, 5.0)
     assert row["runs"]["ttft_ratio"] == [5.0, 2.0, 9.0]
     assert row["spread"]["ttft_s"] == [2.0, 10.0]
     assert row["spread"]["ttft_ratio"] == [2.0, 9.0]
     assert (row["ttit_s"], row["ttit_ratio"]) == (2.5, 5.0)
     assert row["theoretical_ratio"] == 16
-    assert refrag.bench_row(full, full)["ttft_ratio"] == 1.0
+    assert bench.bench_row(full, full)["ttft_ratio"] == 1.0
 
 
 def test_a_median_of_an_even_number_of_rounds_lies_between():
-    assert refrag.bench_row(trial("full", [1.0, 2.0, 4.0, 9.0]), None)["ttft_s"] == 3.0
+    assert bench.bench_row(trial("full", [1.0, 2.0, 4.0, 9.0]), None)["ttft_s"] == 3.0
 
 
 def test_without_full_context_there_is_no_ratio():
-    row = refrag.bench_row(trial("refrag", [1.0, 2.0], k=16, p=0.0), None)
+    row = bench.bench_row(trial("refrag", [1.0, 2.0], k=16, p=0.0), None)
     assert row["ttft_ratio"] is row["ttit_ratio"] is None
     assert "ttft_ratio" not in row["spread"]
 
@@ -189,31 +190,31 @@ def test_one_new_token_has_no_time_between_tokens():
     one = trial("full", [1.0, 2.0])
     for run in one.runs:
         run.update(ttit_s=None, tokens_per_s=None)
-    row = refrag.bench_row(one, one)
+    row = bench.bench_row(one, one)
     assert row["ttit_s"] is row["tokens_per_s"] is row["ttit_ratio"] is None
-    assert refrag.bench_cells(row)["TTIT ms"] == refrag.bench_cells(row)["tokens/s"] == "-"
+    assert bench.bench_cells(row)["TTIT ms"] == bench.bench_cells(row)["tokens/s"] == "-"
 
 
 def test_the_stages_are_medians_by_themselves():
     one = trial("full", [1.0, 2.0, 3.0])
     for run, seconds in zip(one.runs, (0.1, 0.9, 0.2), strict=True):
         run["stages"] = run["stages"] | {"prefill_s": seconds}
-    assert refrag.bench_row(one, None)["stages"] == dict.fromkeys(run["stages"], 0.125) | {"prefill_s": 0.2}
+    assert bench.bench_row(one, None)["stages"] == dict.fromkeys(run["stages"], 0.125) | {"prefill_s": 0.2}
 
 
 def test_every_combination_is_timed_once():
     config = refrag.BenchConfig(contexts=(64, 128, 64), modes=("none", "full", "refrag"), k=(4, 8), p=(0.0, 0.5, 0.5))
-    settings = refrag.bench_settings(config)
+    settings = bench.bench_settings(config)
     assert sorted(settings, key=str) == sorted([
-        refrag.Setting("none", 0, None, None),
-        *(refrag.Setting("full", context, None, None) for context in (64, 128)),
-        *(refrag.Setting("refrag", *rest) for rest in itertools.product((64, 128), (4, 8), (0.0, 0.5))),
+        bench.Setting("none", 0, None, None),
+        *(bench.Setting("full", context, None, None) for context in (64, 128)),
+        *(bench.Setting("refrag", *rest) for rest in itertools.product((64, 128), (4, 8), (0.0, 0.5))),
     ], key=str)
     assert len({s.curve for s in settings}) == 1 + 1 + 4
 
 
 def test_a_table_is_markdown_with_aligned_columns():
-    table = refrag.aligned_table([{"a": "1", "long": "x"}, {"a": "1,000", "long": "y"}])
+    table = evaluate.aligned_table([{"a": "1", "long": "x"}, {"a": "1,000", "long": "y"}])
     assert table == ("|     a | long |\n"
                      "| ----- | ---- |\n"
                      "|     1 |    x |\n"
@@ -268,8 +269,8 @@ def test_an_answers_share_of_the_cache_is_in_its_metrics(llama, index_dir):
 # ---- Rounds ---------------------------------------------------------------------------------------------------------
 
 
-def test_known_times_give_known_rows(bench, clock):
-    result, _ = bench("--p", "0", "0.3")
+def test_known_times_give_known_rows(run_bench, clock):
+    result, _ = run_bench("--p", "0", "0.3")
     assert result["rounds"] == 2
     for row in result["rows"]:
         assert row["ttft_s"] == pytest.approx(0.001 * row["positions"])
@@ -290,23 +291,23 @@ def test_known_times_give_known_rows(bench, clock):
     assert none["positions"] < min(r["positions"] for r in result["rows"] if r["mode"] != "none")
 
 
-def test_more_tokens_per_vector_and_less_text_take_fewer_positions(bench):
-    result, _ = bench("--contexts", 120, "--p", "0,0.3", "--repeats", 1)
+def test_more_tokens_per_vector_and_less_text_take_fewer_positions(run_bench):
+    result, _ = run_bench("--contexts", 120, "--p", "0,0.3", "--repeats", 1)
     positions = {(r["k"], r["p"]): r["positions"] for r in rows_of(result, "refrag")}
     assert positions[8, 0.0] < positions[4, 0.0] < positions[4, 0.3]
     assert positions[8, 0.0] < positions[8, 0.3]
 
 
-def test_rounds_hold_every_combination_once_in_changing_order(bench, monkeypatch):
+def test_rounds_hold_every_combination_once_in_changing_order(run_bench, monkeypatch):
     """The first round warms up: what it measures, here an absurd time, is in no row."""
-    turns: list[refrag.Setting] = []
+    turns: list[bench.Setting] = []
 
     def run(self, item):
         turns.append(self.setting)
         return metrics(ttft_s=1e6 if len(turns) <= 7 else 0.5)
 
-    monkeypatch.setattr(refrag.Trial, "run", run)
-    result, _ = bench("--repeats", 4)
+    monkeypatch.setattr(bench.Trial, "run", run)
+    result, _ = run_bench("--repeats", 4)
     rounds = refrag.batched(turns, 7)  # 2 contexts of full text and of two k, and the question alone
     assert len(rounds) == 5
     assert all(len(set(one)) == 7 for one in rounds)
@@ -314,9 +315,9 @@ def test_rounds_hold_every_combination_once_in_changing_order(bench, monkeypatch
     assert all(row["runs"]["ttft_s"] == [0.5] * 4 for row in result["rows"])
 
 
-def test_batches_are_timed_beside_each_other(bench, clock):
+def test_batches_are_timed_beside_each_other(run_bench, clock):
     """A prefill takes the same time for all rows here, so that a batch of 4 makes four times the tokens."""
-    result, _ = bench("--batch_size", "1,2,4", "--contexts", 120, "--k", 4, "--repeats", 1)
+    result, _ = run_bench("--batch_size", "1,2,4", "--contexts", 120, "--k", 4, "--repeats", 1)
     assert sorted(row["batch"] for row in result["rows"]) == sorted([1, 2, 4] * 3)
     for row in result["rows"]:
         assert row["tokens_per_s"] == pytest.approx(100 * row["batch"])
@@ -327,18 +328,18 @@ def test_batches_are_timed_beside_each_other(bench, clock):
     assert [(g["sizes"], round(g["ttft_exponent"], 3)) for g in result["batch_growth"]] == [([1, 2, 4], 0.0)] * 3
 
 
-def test_no_end_token_stops_a_run(bench, monkeypatch):
+def test_no_end_token_stops_a_run(run_bench, monkeypatch):
     monkeypatch.setattr(refrag, "stop_tokens", lambda *_: frozenset(range(600)))
-    result, _ = bench("--contexts", 120, "--k", 4, "--repeats", 1, "--new", 7)
+    result, _ = run_bench("--contexts", 120, "--k", 4, "--repeats", 1, "--new", 7)
     assert [row["new_tokens"] for row in result["rows"]] == [7, 7, 7]
 
 
-def test_two_runs_of_one_seed_have_one_order(bench, monkeypatch):
+def test_two_runs_of_one_seed_have_one_order(run_bench, monkeypatch):
     turns: list[str] = []
-    monkeypatch.setattr(refrag.Trial, "run", lambda self, item: turns.append(str(self.setting)) or metrics())
+    monkeypatch.setattr(bench.Trial, "run", lambda self, item: turns.append(str(self.setting)) or metrics())
     seen = []
     for seed in (1, 1, 2):
-        bench("--seed", seed)
+        run_bench("--seed", seed)
         seen.append(tuple(turns))
         turns.clear()
     assert seen[0] == seen[1] != seen[2]
@@ -347,9 +348,9 @@ def test_two_runs_of_one_seed_have_one_order(bench, monkeypatch):
 # ---- What fits ------------------------------------------------------------------------------------------------------
 
 
-def test_a_context_is_filled_with_whole_passages(bench, index_dir, llama):
+def test_a_context_is_filled_with_whole_passages(run_bench, index_dir, llama):
     """No passage more would fit. The oracle counts tokens of contents, best passage first."""
-    result, _ = bench("--contexts", "30,60,120", "--modes", "full", "--repeats", 1)
+    result, _ = run_bench("--contexts", "30,60,120", "--modes", "full", "--repeats", 1)
     index, tokenizer = refrag.open_index(str(index_dir)), refrag.AutoTokenizer.from_pretrained(llama)
     searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(),
                                     refrag.RuntimeConfig())
@@ -362,8 +363,8 @@ def test_a_context_is_filled_with_whole_passages(bench, index_dir, llama):
     assert [row["context"] for row in result["rows"]] == [30, 60, 120]
 
 
-def test_contexts_that_the_index_can_not_fill_are_left_out_and_told(bench):
-    result, err = bench("--contexts", "3,120,100000", "--repeats", 1)
+def test_contexts_that_the_index_can_not_fill_are_left_out_and_told(run_bench):
+    result, err = run_bench("--contexts", "3,120,100000", "--repeats", 1)
     assert {row["context"] for row in result["rows"]} == {0, 120}
     short, long = result["left_out"]
     assert short == "--contexts 3 left out: the best passage alone is longer"
@@ -371,29 +372,29 @@ def test_contexts_that_the_index_can_not_fill_are_left_out_and_told(bench):
     assert all(f"{text}\n" in err for text in (short, long))
 
 
-def test_all_passages_of_the_index_may_fill_a_context_exactly(bench):
-    [told] = bench("--contexts", "1000,60", "--modes", "full", "--repeats", 1)[0]["left_out"]
+def test_all_passages_of_the_index_may_fill_a_context_exactly(run_bench):
+    [told] = run_bench("--contexts", "1000,60", "--modes", "full", "--repeats", 1)[0]["left_out"]
     tokens = int(told.split()[-2])
-    result, _ = bench("--contexts", f"{tokens},{tokens + 1}", "--modes", "full", "--repeats", 1)
+    result, _ = run_bench("--contexts", f"{tokens},{tokens + 1}", "--modes", "full", "--repeats", 1)
     [row] = result["rows"]
     assert (row["context"], row["context_tokens"]) == (tokens, tokens)
     assert len(result["left_out"]) == 1
 
 
-def test_as_many_passages_are_asked_for_as_it_takes(bench, monkeypatch):
+def test_as_many_passages_are_asked_for_as_it_takes(run_bench, monkeypatch):
     """The search begins with a number of passages, here 1, and doubles it until the context is full."""
     monkeypatch.setattr(refrag.SearchConfig, "topk", 1)
-    by_ones = bench("--modes", "full", "--repeats", 1)[0]["rows"]
+    by_ones = run_bench("--modes", "full", "--repeats", 1)[0]["rows"]
     monkeypatch.undo()
     assert [row["positions"] for row in by_ones] == [
-        row["positions"] for row in bench("--modes", "full", "--repeats", 1)[0]["rows"]]
+        row["positions"] for row in run_bench("--modes", "full", "--repeats", 1)[0]["rows"]]
 
 
-def test_what_exceeds_the_window_is_left_out_and_told(bench, monkeypatch):
+def test_what_exceeds_the_window_is_left_out_and_told(run_bench, monkeypatch):
     """In a window of one position fewer than full context and its new tokens take, compressed context has room."""
-    [full] = bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["rows"]
+    [full] = run_bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["rows"]
     monkeypatch.setattr(refrag.RefragModel, "window", full["positions"] + 2)
-    result, err = bench("--contexts", 120, "--k", 8, "--repeats", 1)
+    result, err = run_bench("--contexts", 120, "--k", 8, "--repeats", 1)
     [row] = rows_of(result, "refrag")
     assert rows_of(result, "full") == []
     assert row["ttft_ratio"] is None
@@ -402,12 +403,12 @@ def test_what_exceeds_the_window_is_left_out_and_told(bench, monkeypatch):
     assert f"{result['left_out'][0]}\n" in err
 
 
-def test_new_tokens_count_in_the_window(bench, monkeypatch):
+def test_new_tokens_count_in_the_window(run_bench, monkeypatch):
     """The window ends exactly at the last new token, or one before it."""
-    [row] = bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["rows"]
+    [row] = run_bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["rows"]
     monkeypatch.setattr(refrag.RefragModel, "window", row["positions"] + 3)
-    assert bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["left_out"] == []
-    result, _ = bench("--contexts", 120, "--modes", "full,none", "--new", 4, "--repeats", 1)
+    assert run_bench("--contexts", 120, "--modes", "full", "--repeats", 1)[0]["left_out"] == []
+    result, _ = run_bench("--contexts", 120, "--modes", "full,none", "--new", 4, "--repeats", 1)
     assert [row["mode"] for row in result["rows"]] == ["none"]
 
 
@@ -421,7 +422,7 @@ def test_where_nothing_fits_it_is_an_error(run, argv):
 # ---- Stored vectors -------------------------------------------------------------------------------------------------
 
 
-def test_stored_vectors_serve_the_multiples_of_their_k(bench, monkeypatch):
+def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     """k = 4 is stored. k = 6 is none of its multiples: its vectors are made in each run, and that is told."""
     encoded: list[int] = []
     encode = refrag.ChunkEncoder.encode
@@ -431,7 +432,7 @@ def test_stored_vectors_serve_the_multiples_of_their_k(bench, monkeypatch):
         return encode(self, contents)
 
     monkeypatch.setattr(refrag.ChunkEncoder, "encode", counting)
-    result, err = bench("--contexts", 120, "--k", "4,8,6", "--repeats", 2)
+    result, err = run_bench("--contexts", 120, "--k", "4,8,6", "--repeats", 2)
     assert {row["k"]: row["stored_vectors"] for row in rows_of(result, "refrag")} == {4: True, 8: True, 6: False}
     assert [row["stored_vectors"] for row in result["rows"] if row["mode"] != "refrag"] == [None, None]
     assert encoded.count(6) == 3  # one warm-up and two rounds
@@ -440,28 +441,29 @@ def test_stored_vectors_serve_the_multiples_of_their_k(bench, monkeypatch):
     assert "--k 4" not in err and "--k 8" not in err
 
 
-def test_batches_of_a_decoder_that_takes_none_are_left_out_and_told(bench, monkeypatch):
+def test_batches_of_a_decoder_that_takes_none_are_left_out_and_told(run_bench, monkeypatch):
     """It answers one question after another; its times would be those of no batch."""
     warm_up = refrag.Pipeline.warm_up
     monkeypatch.setattr(refrag.Pipeline, "warm_up", lambda self: (warm_up(self), setattr(self, "batches", False)))
-    result, err = bench("--contexts", 120, "--modes", "none", "--batch_size", "1,2", "--repeats", 1)
+    result, err = run_bench("--contexts", 120, "--modes", "none", "--batch_size", "1,2", "--repeats", 1)
     assert [row["batch"] for row in result["rows"]] == [1]
     assert result["left_out"] and all(line.startswith("--batch_size 2 left out") for line in result["left_out"])
     assert result["left_out"][0] in err
 
 
-def test_an_index_without_vectors_is_timed_with_vectors_made_on_the_fly(bench, run, corpus, embedder, llama, tmp_path):
+def test_an_index_without_vectors_is_timed_with_vectors_made_on_the_fly(run_bench, run, corpus, embedder, llama,
+                                                                        tmp_path):
     code, _, err = run("index", "--corpus", corpus, "--index_dir", tmp_path / "plain", "--embed_model", embedder,
                        "--dec", llama, "--quiet")
     assert code == 0, err
-    result, err = bench("--index_dir", tmp_path / "plain", "--contexts", 120, "--k", 16, "--repeats", 1)
+    result, err = run_bench("--index_dir", tmp_path / "plain", "--contexts", 120, "--k", 16, "--repeats", 1)
     [row] = rows_of(result, "refrag")
     assert row["stored_vectors"] is False
     assert "--k 16: the index holds no vectors" in err
 
 
-def test_all_text_reads_no_vectors(bench):
-    result, err = bench("--contexts", 120, "--k", 6, "--p", 1, "--repeats", 1)
+def test_all_text_reads_no_vectors(run_bench):
+    result, err = run_bench("--contexts", 120, "--k", 6, "--p", 1, "--repeats", 1)
     [row], [full] = rows_of(result, "refrag"), rows_of(result, "full")
     assert row["stored_vectors"] is None
     assert (row["positions"], row["theoretical_ratio"]) == (full["positions"], 1)
@@ -471,8 +473,8 @@ def test_all_text_reads_no_vectors(bench):
 # ---- The result -----------------------------------------------------------------------------------------------------
 
 
-def test_the_result_has_the_promised_names(bench, index_dir):
-    result, _ = bench("--repeats", 1)
+def test_the_result_has_the_promised_names(run_bench, index_dir):
+    result, _ = run_bench("--repeats", 1)
     assert {"device", "rows", "rounds", "settings", "versions", "command", "commit", "growth"} <= set(result)
     assert all(set(NAMED) <= set(row) for row in result["rows"])
     assert result["device"]["device"] == "cpu"
@@ -483,22 +485,22 @@ def test_the_result_has_the_promised_names(bench, index_dir):
     assert all(row["peak_rss_mb"] > 0 and row["peak_device_mb"] is None for row in result["rows"])
 
 
-def test_growth_is_reported_for_three_lengths(bench, clock):
+def test_growth_is_reported_for_three_lengths(run_bench, clock):
     """On this clock the time is 1 ms a position, of which the context's tokens are a part: less than linear."""
-    result, _ = bench("--contexts", "30,60,120", "--k", 4, "--repeats", 1)
+    result, _ = run_bench("--contexts", "30,60,120", "--k", 4, "--repeats", 1)
     assert {(g["mode"], g["lengths"]) for g in result["growth"]} == {("full", 3), ("refrag", 3)}
     full = rows_of(result, "full")
-    expected = refrag.growth_exponent([r["context_tokens"] for r in full], [0.001 * r["positions"] for r in full])
+    expected = bench.growth_exponent([r["context_tokens"] for r in full], [0.001 * r["positions"] for r in full])
     assert result["growth"][0]["ttft_exponent"] == pytest.approx(expected, abs=1e-3)
     assert 0 < expected < 1
 
 
-def test_the_folder_holds_result_report_and_pictures(bench, tmp_path, clock):
+def test_the_folder_holds_result_report_and_pictures(run_bench, tmp_path, clock):
     folder = tmp_path / "deep" / "bench"
-    result, _ = bench("--out_dir", folder, "--contexts", "30,60,120")
+    result, _ = run_bench("--out_dir", folder, "--contexts", "30,60,120")
     assert {path.name for path in folder.iterdir()} - {".lock"} == {"bench.json", "report.md", "ttft.png", "ratio.png"}
     assert json.loads((folder / "bench.json").read_text(encoding="utf-8")) == result
-    for name in refrag.BENCH_PICTURES:
+    for name in bench.BENCH_PICTURES:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "![](ttft.png)" in report and "![](ratio.png)" in report
@@ -511,17 +513,17 @@ def test_the_folder_holds_result_report_and_pictures(bench, tmp_path, clock):
     assert "- full: the time to first token grows with the " in report
 
 
-def test_the_curves_of_the_pictures_are_the_rows(bench, clock):
+def test_the_curves_of_the_pictures_are_the_rows(run_bench, clock):
     """Medians against context tokens, and full context's over k and k squared."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    result, _ = bench("--contexts", "60,120", "--repeats", 1)
+    result, _ = run_bench("--contexts", "60,120", "--repeats", 1)
     figure, (left, right) = pyplot.subplots(1, 2)
-    refrag.paint_ttft(left, result["rows"])
-    refrag.paint_ratio(right, result["rows"])
+    bench.paint_ttft(left, result["rows"])
+    bench.paint_ratio(right, result["rows"])
     drawn = [tuple(line.get_ydata()) for line in left.lines]
     full = [row["ttft_s"] for row in rows_of(result, "full")]
     for k in (4, 8):
@@ -533,18 +535,18 @@ def test_the_curves_of_the_pictures_are_the_rows(bench, clock):
     pyplot.close(figure)
 
 
-def test_without_full_context_there_is_one_picture_and_an_older_one_goes(bench, tmp_path):
-    bench("--out_dir", tmp_path / "b", "--repeats", 1)
+def test_without_full_context_there_is_one_picture_and_an_older_one_goes(run_bench, tmp_path):
+    run_bench("--out_dir", tmp_path / "b", "--repeats", 1)
     assert (tmp_path / "b" / "ratio.png").exists()
-    bench("--out_dir", tmp_path / "b", "--repeats", 1, "--modes", "refrag")
+    run_bench("--out_dir", tmp_path / "b", "--repeats", 1, "--modes", "refrag")
     assert (tmp_path / "b" / "ttft.png").exists()
     assert not (tmp_path / "b" / "ratio.png").exists()
     assert "ratio.png" not in (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
 
 
-def test_without_matplotlib_there_are_no_pictures(bench, tmp_path, monkeypatch):
+def test_without_matplotlib_there_are_no_pictures(run_bench, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _, err = bench("--out_dir", tmp_path / "b", "--repeats", 1)
+    _, err = run_bench("--out_dir", tmp_path / "b", "--repeats", 1)
     assert {path.name for path in (tmp_path / "b").iterdir()} - {".lock"} == {"bench.json", "report.md"}
     assert "pip install matplotlib, for ttft.png" in err
 
@@ -560,10 +562,10 @@ def test_people_get_a_table(run, argv):
 
 
 @pytest.mark.parametrize("argument", ["\udcff", "a b"])
-def test_the_report_holds_any_command_line(bench, tmp_path, monkeypatch, argument):
+def test_the_report_holds_any_command_line(run_bench, tmp_path, monkeypatch, argument):
     """An argument that is no UTF-8 reaches Python as a lone surrogate."""
     monkeypatch.setattr(sys, "argv", ["refrag.py", "bench", argument])
-    bench("--out_dir", tmp_path / "b", "--repeats", 1, "--modes", "none")
+    run_bench("--out_dir", tmp_path / "b", "--repeats", 1, "--modes", "none")
     report = (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
     assert "Command: `refrag.py bench '?'`" in report or "Command: `refrag.py bench 'a b'`" in report
 
@@ -580,7 +582,7 @@ def test_finished_rounds_are_kept_when_interrupted(run, argv, tmp_path, monkeypa
             raise KeyboardInterrupt
         return metrics()
 
-    monkeypatch.setattr(refrag.Trial, "run", interrupted)
+    monkeypatch.setattr(bench.Trial, "run", interrupted)
     code, out, err = run(*argv("--out_dir", tmp_path / "b", "--repeats", 5))
     assert (code, out, err.splitlines()[-1]) == (130, "", "error: interrupted")
     kept = json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8"))
@@ -594,7 +596,7 @@ def test_a_folder_in_which_nothing_came_to_stand_goes_again(run, argv, tmp_path,
     def interrupted(self, item):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(refrag.Trial, "run", interrupted)
+    monkeypatch.setattr(bench.Trial, "run", interrupted)
     if there:
         (tmp_path / "b").mkdir()
     assert run(*argv("--out_dir", tmp_path / "b"))[0] == 130
@@ -602,7 +604,7 @@ def test_a_folder_in_which_nothing_came_to_stand_goes_again(run, argv, tmp_path,
 
 
 def test_a_second_writer_is_told_so(run, argv, tmp_path):
-    with refrag.bench_folder(str(tmp_path / "b")):
+    with bench.bench_folder(str(tmp_path / "b")):
         code, _, err = run(*argv("--out_dir", tmp_path / "b"))
     assert code == 75
     assert err == f"error: --out_dir {tmp_path / 'b'} is being written by another process: wait for it to end\n"

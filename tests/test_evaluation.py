@@ -15,6 +15,7 @@ import torch
 from conftest import TEXTS
 
 import refrag
+from refrag_extras import evaluate
 
 QUESTIONS = [
     {"id": "bells", "question": "Where do smiths cast bells?", "answers": ["the valley"], "positive_ids": ["b"]},
@@ -40,7 +41,7 @@ def qa(tmp_path):
 
 
 @pytest.fixture
-def evaluate(run, index_dir, llama, qa):
+def run_eval(run, index_dir, llama, qa):
     """Run `eval` on the small index; (exit code, stdout, stderr)."""
 
     def call(*more):
@@ -72,7 +73,7 @@ def lines_of(folder):
 def load(index_dir, llama, qa, **options):
     """A loaded task `qa`."""
     settings = {"qa": str(qa), "k": (4,), "max_new": 3, "gate": "random", "p": (0.0, 0.3)} | options
-    task = refrag.QaTask(
+    task = evaluate.QaTask(
         refrag.EvalConfig(**settings), refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2),
         refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.RuntimeConfig(quiet=True))
     task.load()
@@ -114,8 +115,8 @@ class TestMetrics:
         ("A", [], 0, 0),
     ])
     def test_exact_match_and_f1_by_hand(self, reply, truths, em, f1):
-        assert refrag.exact_match(reply, truths) == em
-        assert refrag.token_f1(reply, truths) == pytest.approx(f1)
+        assert evaluate.exact_match(reply, truths) == em
+        assert evaluate.token_f1(reply, truths) == pytest.approx(f1)
 
     @pytest.mark.parametrize(("reply", "left"), [
         ("Ulm [1]", "Ulm"), ("Ulm [1, 12][3]", "Ulm"), ("Ulm [doc 2]", "Ulm"), ('<doc id="1">Ulm', "Ulm"),
@@ -137,9 +138,9 @@ class TestMetrics:
         assert refrag.abstains(reply) is says_no
 
     def test_grounding_is_the_share_of_words_found(self):
-        assert refrag.grounding("The old bridge of Ulm", ["An old", "bridge in Ulm!"]) == 3 / 4  # "of" is not there
-        assert refrag.grounding("the", ["the"]) is None
-        assert refrag.grounding("Ulm", []) is None
+        assert evaluate.grounding("The old bridge of Ulm", ["An old", "bridge in Ulm!"]) == 3 / 4  # "of" is not there
+        assert evaluate.grounding("the", ["the"]) is None
+        assert evaluate.grounding("Ulm", []) is None
 
     @pytest.mark.parametrize(("cited", "positives", "expected"), [
         ([{"a#1", "a"}, {"b"}], {"a"}, (0.5, 1.0)),
@@ -149,44 +150,44 @@ class TestMetrics:
         ([{"a"}], set(), (None, None)),
     ])
     def test_citations_by_hand(self, cited, positives, expected):
-        assert refrag.citation_scores(cited, positives) == expected
+        assert evaluate.citation_scores(cited, positives) == expected
 
     @pytest.mark.parametrize(("made", "share"), [
         ([1, 2, 3, 4], 1), ([1, 9, 3, 4], 0.75), ([4, 3, 2, 1], 0.25), ([7, 1, 2, 3, 4, 7], 1), ([], 0), ([9], 0)])
     def test_kept_in_order(self, made, share):
-        assert refrag.kept_in_order([1, 2, 3, 4], made) == share
+        assert evaluate.kept_in_order([1, 2, 3, 4], made) == share
 
     def test_rankings_by_hand(self):
         """Hits at ranks 2 and 4 of three: DCG 1/log2(3) + 1/log2(5) = 1.0616, ideal 1 + 1/log2(3) + 1/2 = 2.1309."""
-        scores = refrag.ranking_scores(["x", "a", "y", "b"], {"a", "b", "c"})
+        scores = evaluate.ranking_scores(["x", "a", "y", "b"], {"a", "b", "c"})
         assert scores == {"recall@8": pytest.approx(2 / 3), "mrr@10": 0.5, "ndcg@10": pytest.approx(0.49819, abs=1e-5)}
-        assert refrag.ranking_scores([*"12345678", "a"], {"a"}) == {
+        assert evaluate.ranking_scores([*"12345678", "a"], {"a"}) == {
             "recall@8": 0.0, "mrr@10": pytest.approx(1 / 9), "ndcg@10": pytest.approx(1 / math.log2(10))}
-        assert set(refrag.ranking_scores([*"0123456789", "a"], {"a"}).values()) == {0.0}
+        assert set(evaluate.ranking_scores([*"0123456789", "a"], {"a"}).values()) == {0.0}
 
     def test_pieces_of_a_document_count_once_at_their_best_rank(self):
         found = [refrag.Passage(n, i, "", "", 0.0, n + 1, d) for n, (i, d) in enumerate(
             [("b#2", "b"), ("a#1", "a"), ("b#1", "b"), ("c", "c"), ("a#2", "a")])]
-        assert refrag.ranked_ids(found, {"a"}) == ["b", "a", "c"]
-        assert refrag.ranked_ids(found, {"a#2"}) == ["b", "a", "c", "a#2"]
+        assert evaluate.ranked_ids(found, {"a"}) == ["b", "a", "c"]
+        assert evaluate.ranked_ids(found, {"a#2"}) == ["b", "a", "c", "a#2"]
 
     def test_the_bootstrap_agrees_with_another(self):
         from scipy import stats
 
         values = np.random.default_rng(5).random(60) ** 2
         theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=9999).confidence_interval
-        assert refrag.bootstrap_interval(values, 0) == pytest.approx([theirs.low, theirs.high], abs=0.015)
-        assert refrag.bootstrap_interval(values, 3) == refrag.bootstrap_interval(values, 3)
-        assert refrag.bootstrap_interval(values, 3) != refrag.bootstrap_interval(values, 4)
-        assert refrag.bootstrap_interval([0.5], 0) == [0.5, 0.5]
+        assert evaluate.bootstrap_interval(values, 0) == pytest.approx([theirs.low, theirs.high], abs=0.015)
+        assert evaluate.bootstrap_interval(values, 3) == evaluate.bootstrap_interval(values, 3)
+        assert evaluate.bootstrap_interval(values, 3) != evaluate.bootstrap_interval(values, 4)
+        assert evaluate.bootstrap_interval([0.5], 0) == [0.5, 0.5]
 
     def test_an_average_leaves_out_what_does_not_apply(self):
-        assert refrag.average([{"x": 1.0}, {"x": None}, {"x": True}, {"x": 4}], "x") == 2.0
-        assert refrag.average([{"x": None}], "x") is None
+        assert evaluate.average([{"x": 1.0}, {"x": None}, {"x": True}, {"x": 4}], "x") == 2.0
+        assert evaluate.average([{"x": None}], "x") is None
 
     def test_gate_scores_by_hand(self):
         chunks = [refrag.Chunk(doc, 0, 1, 0, 1) for doc in (0, 0, 1, 2)]
-        score = lambda opened, spans, right: tuple(refrag.gate_scores(  # noqa: E731
+        score = lambda opened, spans, right: tuple(evaluate.gate_scores(  # noqa: E731
             np.asarray(opened, dtype=bool), spans, right, chunks).values())
         assert score([1, 0, 1, 0], [[0, 1], [2]], [{0}, {1}]) == (True, True, True)
         assert score([1, 0, 0, 0], [[0, 1]], [{0}, {1}]) == (False, True, False)
@@ -200,18 +201,18 @@ class TestMetrics:
 class TestControls:
     @pytest.mark.parametrize("name", [name for name in refrag.EVAL_MODES["qa"] if name != "none"])
     def test_with_everything_as_text_all_modes_are_the_full_text(self, name):
-        assert refrag.setup_of(name, 1.0, "blend") == refrag.setup_of("full", 0.3, "cosine")
+        assert evaluate.setup_of(name, 1.0, "blend") == evaluate.setup_of("full", 0.3, "cosine")
 
     def test_what_is_the_same_by_definition_has_one_setup(self):
         gates = ("refrag", "random_gate", "cosine_gate", "oracle_gate")
-        assert len({refrag.setup_of(name, 0.0, "blend") for name in gates}) == 1
-        assert len({refrag.setup_of(name, 0.1, "blend") for name in gates}) == 4
-        assert refrag.setup_of("cosine_gate", 0.1, "auto") == refrag.setup_of("refrag", 0.1, "cosine")
+        assert len({evaluate.setup_of(name, 0.0, "blend") for name in gates}) == 1
+        assert len({evaluate.setup_of(name, 0.1, "blend") for name in gates}) == 4
+        assert evaluate.setup_of("cosine_gate", 0.1, "auto") == evaluate.setup_of("refrag", 0.1, "cosine")
         others = ("expanded_only", "truncate", "wrong_vectors", "refrag", "none")
-        assert len({refrag.setup_of(name, 0.0, "blend") for name in others}) == 5
+        assert len({evaluate.setup_of(name, 0.0, "blend") for name in others}) == 5
 
     def prepare(self, task, mode, p, item=QUESTIONS[0]):
-        return task.pipeline.under(refrag.setup_of(mode, p, "random")).prepare(item)
+        return task.pipeline.under(evaluate.setup_of(mode, p, "random")).prepare(item)
 
     @pytest.mark.parametrize("p", [0.0, 0.3])
     def test_expanded_only_feeds_what_refrag_feeds_as_text(self, task, p):
@@ -257,7 +258,7 @@ class TestControls:
     @pytest.mark.parametrize("item", QUESTIONS, ids=lambda q: q["id"])
     def test_the_oracle_opens_an_answer_where_the_gate_may_not(self, task, item):
         context, _ = self.prepare(task, "oracle_gate", 0.4, item)
-        spans = refrag.answer_spans(context.packed, item, task.pipeline.searcher.index, task.pipeline.tokenizer)
+        spans = evaluate.answer_spans(context.packed, item, task.pipeline.searcher.index, task.pipeline.tokenizer)
         if not spans:
             pytest.skip("the passage was not retrieved")
         assert any(all(context.expanded[i] for i in span) for span in spans)
@@ -271,7 +272,7 @@ class TestControls:
         """Or the test above would test nothing."""
         found = [task.pipeline.prepare(q)[0] for q in QUESTIONS]
         index, tokenizer = task.pipeline.searcher.index, task.pipeline.tokenizer
-        assert sum(bool(refrag.answer_spans(c.packed, c.item, index, tokenizer)) for c in found) >= 2
+        assert sum(bool(evaluate.answer_spans(c.packed, c.item, index, tokenizer)) for c in found) >= 2
 
     def test_answers_are_found_as_whole_words_if_they_stand_as_such(self, task):
         tokenizer, index = task.pipeline.tokenizer, task.pipeline.searcher.index
@@ -279,26 +280,26 @@ class TestControls:
         doc = refrag.Doc("1", text, np.asarray([7, 15, 23, len(text)]))
         prompt = refrag.build_prompt(tokenizer, [doc])
         packed = refrag.Packed([doc], prompt, 0, [0])
-        where = lambda *answers: refrag.answer_spans(  # noqa: E731
+        where = lambda *answers: evaluate.answer_spans(  # noqa: E731
             packed, {"answers": answers, "positive_ids": ["a"]}, index, tokenizer)
         assert where("96") == [[1]]
         assert where("89") == [[0]]  # nowhere a word of its own
         assert where("1896") == [[0]]  # it ends where the next chunk begins
         assert where("Athens", "or 96, games") == [[3], [1, 2]]
-        assert refrag.answer_spans(packed, {"answers": ["96"], "positive_ids": ["b"]}, index, tokenizer) == []
+        assert evaluate.answer_spans(packed, {"answers": ["96"], "positive_ids": ["b"]}, index, tokenizer) == []
 
     def test_the_text_that_is_fed_is_that_of_the_opened_chunks(self, task):
         full, _ = self.prepare(task, "full", 1.0)
-        assert refrag.texts_fed(full, task.pipeline.tokenizer) == [d.content for d in full.packed.docs]
+        assert evaluate.texts_fed(full, task.pipeline.tokenizer) == [d.content for d in full.packed.docs]
         nothing, _ = self.prepare(task, "refrag", 0.0)
-        assert refrag.texts_fed(nothing, task.pipeline.tokenizer) == []
+        assert evaluate.texts_fed(nothing, task.pipeline.tokenizer) == []
         first, last = full.packed.prompt.chunks[0].first, full.packed.prompt.chunks[-1].last
         gap = dataclasses.replace(full, plan=np.delete(full.plan, first + 2))
         ids = full.packed.prompt.input_ids[first:last]
         decode = task.pipeline.tokenizer.decoder.decode
-        assert refrag.texts_fed(gap, task.pipeline.tokenizer)[0] == decode(ids[:2])  # what misses a token is two runs
+        assert evaluate.texts_fed(gap, task.pipeline.tokenizer)[0] == decode(ids[:2])  # what misses a token is two runs
         some, _ = self.prepare(task, "refrag", 0.3)
-        runs = refrag.texts_fed(some, task.pipeline.tokenizer)
+        runs = evaluate.texts_fed(some, task.pipeline.tokenizer)
         tokens = sum(c.tokens for c, e in zip(some.packed.prompt.chunks, some.expanded, strict=True) if e)
         encoded = task.pipeline.tokenizer.decoder(runs, add_special_tokens=False)["input_ids"]
         assert runs and abs(sum(map(len, encoded)) - tokens) <= 2 * len(runs)  # cut words may be cut anew
@@ -306,12 +307,12 @@ class TestControls:
 
     def test_a_shared_setup_is_answered_once(self, task, monkeypatch):
         asked = []
-        answer = refrag.ControlPipeline.answer
-        monkeypatch.setattr(refrag.ControlPipeline, "answer", lambda self, items: (
+        answer = evaluate.ControlPipeline.answer
+        monkeypatch.setattr(evaluate.ControlPipeline, "answer", lambda self, items: (
             asked.append((self.pack.mode, self.pack.p)), answer(self, items))[1])
         setups = {}
         for name, p in [("full", 1.0), ("refrag", 1.0), ("refrag", 0.0), ("random_gate", 0.0), ("none", 0.0)]:
-            setups.setdefault(refrag.setup_of(name, p, "random"), []).append((name, p))
+            setups.setdefault(evaluate.setup_of(name, p, "random"), []).append((name, p))
         monkeypatch.setattr(task, "setups", setups)
         lines = list(task.lines(QUESTIONS[:1], set()))
         assert asked == [("full", 1.0), ("refrag", 0.0), ("none", 0.0)]
@@ -326,10 +327,10 @@ class TestControls:
 class TestScores:
     def score(self, task, answer, item=QUESTIONS[0], mode="full"):
         """The metrics if the decoder had said this."""
-        pipeline = task.pipeline.under(refrag.setup_of(mode, 0.0, "random"))
+        pipeline = task.pipeline.under(evaluate.setup_of(mode, 0.0, "random"))
         context, _ = pipeline.prepare(item)
         result = pipeline.result(context, refrag.Decoded([5, 6], [1.0, 2.0, 4.0], True), answer, None)
-        return refrag.score_answer(result, item, task.pipeline.tokenizer), context
+        return evaluate.score_answer(result, item, task.pipeline.tokenizer), context
 
     def test_a_right_answer_with_a_right_citation(self, task):
         _, context = self.score(task, "")
@@ -370,9 +371,9 @@ class TestScores:
 # ---- The tasks ------------------------------------------------------------------------------------------------------
 
 
-def test_qa_has_the_promised_form_and_is_the_same_twice(evaluate):
+def test_qa_has_the_promised_form_and_is_the_same_twice(run_eval):
     options = ["--modes", ",".join(refrag.EVAL_MODES["qa"]), "--p", 0, 0.3, "--limit", 2, "--json"]
-    first, second = (summary(evaluate(*options)) for _ in range(2))
+    first, second = (summary(run_eval(*options)) for _ in range(2))
     assert timeless(first) == timeless(second)
     assert (first["task"], first["n"], first["seed"]) == ("qa", 2, 1337)
     results = first["results"]
@@ -407,30 +408,30 @@ def test_refrag_is_compared_with_every_control(index_dir, llama, qa):
     assert all(name.replace("_", " ") in table for name in set(modes) - {"refrag"})
 
 
-def test_batches_change_no_result(evaluate):
+def test_batches_change_no_result(run_eval):
     options = ["--modes", "refrag", "wrong_vectors", "--p", 0.3, "--json"]
-    one, three = (summary(evaluate(*options, "--batch_size", size)) for size in (1, 3))
+    one, three = (summary(run_eval(*options, "--batch_size", size)) for size in (1, 3))
     assert timeless(one) == timeless(three)
 
 
-def test_retrieval(evaluate):
-    made = summary(evaluate("--task", "retrieval", "--json"))
+def test_retrieval(run_eval):
+    made = summary(run_eval("--task", "retrieval", "--json"))
     assert made["n"] == 4 and set(made["results"]) == {"bm25", "dense", "hybrid"}
     assert all({"recall@8", "mrr@10", "ndcg@10"} <= scores.keys() for scores in made["results"].values())
     assert made["results"]["bm25"]["mrr@10"] == 1.0  # every question shares rare words with its passage
     assert made["results"]["bm25"]["recall@8"] == 0.875  # one of two positives has none of the question's words
     assert made["results"]["dense"]["recall@8"] == 1.0  # six passages in all
-    only = summary(evaluate("--task", "retrieval", "--modes", "dense", "--json"))["results"]
+    only = summary(run_eval("--task", "retrieval", "--modes", "dense", "--json"))["results"]
     assert timeless(only) == {"dense": timeless(made["results"])["dense"]}
 
 
-def test_gate(evaluate, tmp_path):
+def test_gate(run_eval, tmp_path):
     more = [*QUESTIONS, {"question": "Where do smiths cast bells?", "answers": ["Zanzibar"], "positive_ids": ["b"]},
             {"question": "Where do smiths cast bells?", "answers": ["rice"], "positive_ids": ["d"]}]
     qa = write_lines(tmp_path / "more.jsonl", more)
     options = ["--task", "gate", "--qa", qa, "--retriever", "bm25", "--p", 0, 0.5, 1, "--modes", "blend", "ppl",
                "random", "--topk", 1, "--json"]
-    first, second = (summary(evaluate(*options)) for _ in range(2))
+    first, second = (summary(run_eval(*options)) for _ in range(2))
     assert timeless(first) == timeless(second)
     assert (first["n"], first["asked"]) == (6, 4)
     assert first["left_out"] == {"not_retrieved": 1, "no_answer_in_passage": 1}
@@ -442,8 +443,8 @@ def test_gate(evaluate, tmp_path):
         assert first["gate_ms"][gate] > 0
 
 
-def test_gates_are_all_but_ppl_unless_it_is_named(evaluate):
-    made = summary(evaluate("--task", "gate", "--p", 0.5, "--limit", 1, "--json"))
+def test_gates_are_all_but_ppl_unless_it_is_named(run_eval):
+    made = summary(run_eval("--task", "gate", "--p", 0.5, "--limit", 1, "--json"))
     named = set(refrag.GATES) - {"auto", "ppl"}
     assert named <= set(made["results"]) and "ppl" not in made["results"]
 
@@ -530,7 +531,7 @@ def test_what_the_decoder_writes_freely(probe, llama, tmp_path):
                 out = decoder.generate(inputs_embeds=torch.cat([*fed, embed(mark)])[None], do_sample=False,
                                        max_new_tokens=len(ids))[0].tolist()
             assert written == tokenizer.decode(out, skip_special_tokens=True)
-            shares.append(refrag.kept_in_order(ids.tolist(), out))
+            shares.append(evaluate.kept_in_order(ids.tolist(), out))
         assert made["results"][str(line["k"])]["free_running"] == pytest.approx(np.mean(shares), abs=1e-5)
 
 
@@ -549,8 +550,8 @@ def test_texts_resume_by_k_and_mode(probe, tmp_path):
 OPTIONS = ["--modes", "full", "refrag", "expanded_only", "wrong_vectors", "--p", 0, 0.3, "--batch_size", 2, "--json"]
 
 
-def test_the_report_says_what_the_command_says(evaluate, tmp_path):
-    made = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "out"))
+def test_the_report_says_what_the_command_says(run_eval, tmp_path):
+    made = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "out"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {".lock", "questions.jsonl", "results.json", "report.md", "quality.png", "sample.md"}
     stored = json.loads((tmp_path / "out/results.json").read_text())
@@ -568,8 +569,8 @@ def test_the_report_says_what_the_command_says(evaluate, tmp_path):
     assert made["results"]["refrag"]["0.3"]["f1"] == pytest.approx(np.mean(f1), abs=1e-4)
 
 
-def test_the_sample_shows_what_was_text_and_what_a_vector(evaluate, tmp_path):
-    summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "out"))
+def test_the_sample_shows_what_was_text_and_what_a_vector(run_eval, tmp_path):
+    summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "out"))
     sample = (tmp_path / "out/sample.md").read_text()
     assert "mode refrag, p = 0.3" in sample
     for item in QUESTIONS:
@@ -581,7 +582,7 @@ def test_the_sample_shows_what_was_text_and_what_a_vector(evaluate, tmp_path):
 class TestResuming:
     def killed_after(self, monkeypatch, calls):
         """Answering is interrupted at a later batch."""
-        answer, seen = refrag.ControlPipeline.answer, []
+        answer, seen = evaluate.ControlPipeline.answer, []
 
         def counted(self, items):
             seen.append(items)
@@ -589,21 +590,21 @@ class TestResuming:
                 raise KeyboardInterrupt
             return answer(self, items)
 
-        monkeypatch.setattr(refrag.ControlPipeline, "answer", counted)
+        monkeypatch.setattr(evaluate.ControlPipeline, "answer", counted)
         return seen
 
     @pytest.mark.parametrize("calls", [1, 4, 9])
-    def test_killed_and_resumed_is_uninterrupted(self, evaluate, tmp_path, monkeypatch, calls):
-        whole = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "whole"))
+    def test_killed_and_resumed_is_uninterrupted(self, run_eval, tmp_path, monkeypatch, calls):
+        whole = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "whole"))
         with monkeypatch.context() as patch:
             self.killed_after(patch, calls)
-            assert evaluate(*OPTIONS, "--out_dir", tmp_path / "part")[0] == 130
+            assert run_eval(*OPTIONS, "--out_dir", tmp_path / "part")[0] == 130
         path = tmp_path / "part/questions.jsonl"
         kept = path.read_text().splitlines(keepends=True)
         path.write_text("".join(kept[:-1]) + kept[-1][:40])  # and while it wrote a line
         with monkeypatch.context() as patch:
             seen = self.killed_after(patch, 99)
-            resumed = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "part", "--resume"))
+            resumed = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "part", "--resume"))
         assert len(seen) == 14 - calls + 1  # seven setups, two batches; the one with the broken line again
         assert timeless(resumed) == timeless(whole)
         assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
@@ -614,30 +615,30 @@ class TestResuming:
                 mine, theirs = ([line.rpartition(" | ")[0] for line in text.splitlines()] for text in (mine, theirs))
             assert mine == theirs
 
-    def test_a_finished_one_is_not_measured_again(self, evaluate, tmp_path, monkeypatch):
-        first = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "out"))
-        monkeypatch.setattr(refrag, "load_pipeline", None)
-        assert summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "out", "--resume")) == first
+    def test_a_finished_one_is_not_measured_again(self, run_eval, tmp_path, monkeypatch):
+        first = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "out"))
+        monkeypatch.setattr(evaluate, "load_pipeline", None)
+        assert summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "out", "--resume")) == first
 
-    def test_modes_and_shares_may_be_added(self, evaluate, tmp_path):
+    def test_modes_and_shares_may_be_added(self, run_eval, tmp_path):
         base = ["--limit", 2, "--json", "--out_dir", tmp_path / "out"]
-        first = summary(evaluate(*base, "--modes", "refrag", "--p", 0.3))
-        more = summary(evaluate(*base, "--modes", "full", "refrag", "--p", 0, 0.3, "--resume"))
+        first = summary(run_eval(*base, "--modes", "refrag", "--p", 0.3))
+        more = summary(run_eval(*base, "--modes", "full", "refrag", "--p", 0, 0.3, "--resume"))
         assert list(more["results"]["refrag"]) == ["0", "0.3"] and "full" in more["results"]
         assert more["results"]["refrag"]["0.3"]["f1"] == first["results"]["refrag"]["0.3"]["f1"]
 
-    def test_questions_may_be_added(self, evaluate, tmp_path, monkeypatch):
+    def test_questions_may_be_added(self, run_eval, tmp_path, monkeypatch):
         """Three of five hold the two that were measured first; all is as if the three had been measured at once."""
         five = [*QUESTIONS, {"question": "Where do smiths cast bells?", "answers": ["Ulm"], "positive_ids": ["b"]}]
         qa = write_lines(tmp_path / "five.jsonl", five)
         base = ["--qa", qa, "--json", "--modes", "refrag", "wrong_vectors", "--p", 0.3]
-        evaluate(*base, "--out_dir", tmp_path / "part", "--limit", 2)
-        measured, answer = [], refrag.ControlPipeline.answer
-        monkeypatch.setattr(refrag.ControlPipeline, "answer",
+        run_eval(*base, "--out_dir", tmp_path / "part", "--limit", 2)
+        measured, answer = [], evaluate.ControlPipeline.answer
+        monkeypatch.setattr(evaluate.ControlPipeline, "answer",
                             lambda self, unit: measured.extend(q["id"] for q in unit) or answer(self, unit))
-        grown = summary(evaluate(*base, "--out_dir", tmp_path / "part", "--limit", 3, "--resume"))
+        grown = summary(run_eval(*base, "--out_dir", tmp_path / "part", "--limit", 3, "--resume"))
         assert set(measured) == {five[2]["id"]} and grown["n"] == 3
-        assert timeless(grown) == timeless(summary(evaluate(*base, "--out_dir", tmp_path / "whole", "--limit", 3)))
+        assert timeless(grown) == timeless(summary(run_eval(*base, "--out_dir", tmp_path / "whole", "--limit", 3)))
         assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
         part, whole = (tmp_path / folder / "sample.md" for folder in ("part", "whole"))
         assert part.read_text() == whole.read_text()
@@ -645,65 +646,65 @@ class TestResuming:
     @pytest.mark.parametrize("rank", [0, 1])
     def test_what_lacks_is_shared_evenly(self, rank, monkeypatch):
         """Every other unit is done: of the two that lack, each of two processes measures one."""
-        monkeypatch.setattr(refrag, "late_import", lambda name: SimpleNamespace(gather_object=list))
+        monkeypatch.setattr(evaluate, "late_import", lambda name: SimpleNamespace(gather_object=list))
         task = SimpleNamespace(options=SimpleNamespace(task="qa"), load=lambda: None, units=lambda: [0, 1, 2, 3],
                                accelerator=SimpleNamespace(process_index=rank, num_processes=2),
                                keys=lambda unit: [(str(unit), "none", 0.0)],
                                lines=lambda unit, done: iter([{"id": str(unit), "mode": "none", "p": 0.0}]))
         done = {(str(unit), "none", 0.0): {} for unit in (0, 2)}
         written = []
-        refrag.measure_lines(task, done, written.append)
+        evaluate.measure_lines(task, done, written.append)
         assert [line["id"] for line in written] == [["1", "3"][rank]]
 
     @pytest.mark.parametrize(("changed", "named"), [
         (["--max_new", 4], "--max_new (3, now 4)"), (["--k", 8], "--k ([4], now [8])"),
         (["--task", "gate", "--modes", "blend"], "--task (qa, now gate)"), (["--seed", 1], "--seed (1337, now 1)")])
-    def test_other_settings_are_refused_by_name(self, evaluate, tmp_path, changed, named):
+    def test_other_settings_are_refused_by_name(self, run_eval, tmp_path, changed, named):
         base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
-        assert evaluate(*base)[0] == 0
+        assert run_eval(*base)[0] == 0
         before = (tmp_path / "out/questions.jsonl").read_bytes()
-        code, _, err = evaluate(*base, "--resume", *changed)
+        code, _, err = run_eval(*base, "--resume", *changed)
         assert code == 5 and named in err and err.count("\n") == 1
         assert (tmp_path / "out/questions.jsonl").read_bytes() == before
 
-    def test_other_questions_are_refused(self, evaluate, tmp_path):
+    def test_other_questions_are_refused(self, run_eval, tmp_path):
         base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
-        assert evaluate(*base)[0] == 0
+        assert run_eval(*base)[0] == 0
         other = write_lines(tmp_path / "other.jsonl", QUESTIONS[1:])
-        code, _, err = evaluate(*base, "--resume", "--qa", other)
+        code, _, err = run_eval(*base, "--resume", "--qa", other)
         assert code == 5 and "--qa (" in err
 
-    def test_a_folder_in_use_is_not_begun_anew(self, evaluate, tmp_path):
+    def test_a_folder_in_use_is_not_begun_anew(self, run_eval, tmp_path):
         base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
-        assert evaluate(*base)[0] == 0
-        code, _, err = evaluate(*base)
+        assert run_eval(*base)[0] == 0
+        code, _, err = run_eval(*base)
         assert code == 2 and "add --resume" in err
 
-    def test_a_second_writer_is_told(self, evaluate, tmp_path):
+    def test_a_second_writer_is_told(self, run_eval, tmp_path):
         (tmp_path / "out").mkdir()
         with refrag.exclusive(tmp_path / "out/.lock", "the test"):
-            assert evaluate("--modes", "none", "--out_dir", tmp_path / "out")[0] == 75
+            assert run_eval("--modes", "none", "--out_dir", tmp_path / "out")[0] == 75
 
-    def test_a_folder_with_other_things_is_refused(self, evaluate, tmp_path):
+    def test_a_folder_with_other_things_is_refused(self, run_eval, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out/thesis.tex").write_text("mine")
-        code, _, err = evaluate("--modes", "none", "--out_dir", tmp_path / "out")
+        code, _, err = run_eval("--modes", "none", "--out_dir", tmp_path / "out")
         assert code == 2 and "thesis.tex" in err
 
-    def test_lines_that_are_no_results_are_refused(self, evaluate, tmp_path):
+    def test_lines_that_are_no_results_are_refused(self, run_eval, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out/questions.jsonl").write_text('{"id": "1"}\n')
-        assert evaluate("--modes", "none", "--out_dir", tmp_path / "out", "--resume")[0] == 4
+        assert run_eval("--modes", "none", "--out_dir", tmp_path / "out", "--resume")[0] == 4
 
-    def test_nothing_is_left_of_one_that_did_not_begin(self, evaluate, tmp_path, monkeypatch):
-        monkeypatch.setattr(refrag, "load_pipeline", None)
-        assert evaluate("--modes", "none", "--out_dir", tmp_path / "out")[0] == 1
+    def test_nothing_is_left_of_one_that_did_not_begin(self, run_eval, tmp_path, monkeypatch):
+        monkeypatch.setattr(evaluate, "load_pipeline", None)
+        assert run_eval("--modes", "none", "--out_dir", tmp_path / "out")[0] == 1
         assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_results_of_one(evaluate, index_dir, llama, qa, tmp_path):
-    one = summary(evaluate(*OPTIONS, "--out_dir", tmp_path / "one"))
+def test_two_processes_give_the_results_of_one(run_eval, index_dir, llama, qa, tmp_path):
+    one = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "one"))
     argv = ["eval", "--qa", qa, "--index_dir", index_dir, "--dec", llama, "--k", 4, "--topk", 2, "--max_new", 3,
             *MODELS, *OPTIONS, "--out_dir", tmp_path / "two"]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -731,8 +732,8 @@ def partly(tmp_path):
 def test_where_there_is_no_answer_abstaining_is_right(task, reply, right):
     """What compares with a true answer, or with where it stands, does not apply; nor do the words of an abstention."""
     item = UNANSWERABLE[1]
-    [result] = task.pipeline.under(refrag.setup_of("full", 1.0, "random")).answer([QUESTIONS[0] | item])
-    scored = refrag.score_answer(result | {"answer": reply, "citations": []}, item, task.pipeline.tokenizer)
+    [result] = task.pipeline.under(evaluate.setup_of("full", 1.0, "random")).answer([QUESTIONS[0] | item])
+    scored = evaluate.score_answer(result | {"answer": reply, "citations": []}, item, task.pipeline.tokenizer)
     assert scored["em"] == scored["f1"] == scored["abstention"] == right
     lacking = {name for name, value in scored.items() if value is None} - {"ttit_s"}
     grounding = {"grounding"} if right else set()
@@ -740,9 +741,9 @@ def test_where_there_is_no_answer_abstaining_is_right(task, reply, right):
                                    "citation_recall"}
 
 
-def test_unanswerable_questions_count_in_qa(evaluate, partly, tmp_path):
+def test_unanswerable_questions_count_in_qa(run_eval, partly, tmp_path):
     """In all modes and in the report."""
-    code, out, err = evaluate("--qa", partly, "--modes", "refrag,oracle_gate,none", "--p", ".3", "--out_dir",
+    code, out, err = run_eval("--qa", partly, "--modes", "refrag,oracle_gate,none", "--p", ".3", "--out_dir",
                               tmp_path / "out", "--json")
     assert code == 0, err
     assert json.loads(out)["n"] == 6
@@ -768,7 +769,7 @@ class TestBadInput:
     def nothing_slow(self, monkeypatch):
         """Whatever is refused is refused before a model is loaded."""
         for name in ("load_pipeline", "load_searcher", "load_model"):
-            monkeypatch.setattr(refrag, name, None)
+            monkeypatch.setattr(evaluate, name, None)
 
     @pytest.mark.parametrize(("item", "options", "told"), [
         ({"answers": None}, [], "question 2 (2) has no list of answers"),
@@ -778,14 +779,14 @@ class TestBadInput:
         ({}, ["--task", "retrieval"], "question 2 (2) has no positive_ids"),
         ({"answers": ["x"], "positive_ids": "a"}, [], "positive_ids must be a list"),
     ])
-    def test_a_question_that_lacks_something_is_named(self, evaluate, tmp_path, item, options, told):
+    def test_a_question_that_lacks_something_is_named(self, run_eval, tmp_path, item, options, told):
         path = write_lines(tmp_path / "bad.jsonl", [QUESTIONS[0], {"question": "Why?"} | item])
-        code, out, err = evaluate("--qa", path, *options)
+        code, out, err = run_eval("--qa", path, *options)
         assert (code, out) == (2, "") and err.count("\n") == 1
         assert f"--qa {path}: " in err and told in err
 
-    def test_wrong_vectors_need_two_questions(self, evaluate, tmp_path):
-        code, _, err = evaluate("--qa", write_lines(tmp_path / "one.jsonl", QUESTIONS[:1]))
+    def test_wrong_vectors_need_two_questions(self, run_eval, tmp_path):
+        code, _, err = run_eval("--qa", write_lines(tmp_path / "one.jsonl", QUESTIONS[:1]))
         assert code == 2 and "wrong_vectors needs two questions" in err
 
     def test_no_index(self, run, qa):
@@ -797,13 +798,13 @@ class TestBadInput:
         assert run("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)[0] == 0
         code, _, err = run("eval", "--task", "retrieval", "--qa", qa, "--index_dir", folder, "--modes", "dense")
         assert code == 2 and "--modes dense: the index at --index_dir holds only bm25" in err
-        task = refrag.RetrievalTask(
+        task = evaluate.RetrievalTask(
             refrag.EvalConfig(task="retrieval", qa=str(qa)), refrag.IndexConfig(index_dir=str(folder)),
             refrag.SearchConfig(), refrag.ModelConfig(), refrag.RuntimeConfig())
         assert task.retrievers == ["bm25"]
 
-    def test_a_retriever_is_no_option_of_the_task(self, evaluate):
-        code, _, err = evaluate("--task", "retrieval", "--retriever", "bm25")
+    def test_a_retriever_is_no_option_of_the_task(self, run_eval):
+        code, _, err = run_eval("--task", "retrieval", "--retriever", "bm25")
         assert code == 2 and "use --modes" in err
 
     def test_texts_that_are_too_short(self, probe, monkeypatch):
@@ -812,20 +813,20 @@ class TestBadInput:
         assert code == 2 and err.count("\n") == 1 and "two pieces of 5008 tokens" in err
 
 
-def test_questions_of_another_index_are_refused(evaluate, tmp_path):
+def test_questions_of_another_index_are_refused(run_eval, tmp_path):
     path = write_lines(tmp_path / "other.jsonl", [q | {"positive_ids": ["elsewhere"]} for q in QUESTIONS])
     for task in ("qa", "retrieval", "gate"):
-        code, _, err = evaluate("--qa", path, "--task", task)
+        code, _, err = run_eval("--qa", path, "--task", task)
         assert code == 5 and "none of the questions' positive_ids" in err
 
 
-def test_a_gate_of_vectors_needs_an_embedder(evaluate):
-    code, _, err = evaluate("--modes", "cosine_gate", "--retriever", "bm25")
+def test_a_gate_of_vectors_needs_an_embedder(run_eval):
+    code, _, err = run_eval("--modes", "cosine_gate", "--retriever", "bm25")
     assert code == 2 and "cosine_gate needs an embedder" in err
 
 
-def test_text_output_is_the_table(evaluate):
-    code, out, _ = evaluate("--modes", "none", "--limit", 1)
+def test_text_output_is_the_table(run_eval):
+    code, out, _ = run_eval("--modes", "none", "--limit", 1)
     assert code == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
     assert rows[0][:4] == ["mode", "p", "EM", "F1"] and rows[2][:2] == ["none", "0"]

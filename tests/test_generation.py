@@ -15,6 +15,7 @@ import transformers
 from conftest import save_decoder
 
 import refrag
+from refrag_extras import cpu_engine
 
 PROMPT = ("Where? <doc id='a'>Seven bridges cross the old city, and it floods in May.</doc> "
           "<doc id='b'>Bells.</doc> Say:")
@@ -708,8 +709,8 @@ def stepped(request, tmp_path_factory, tokenizers):
 @pytest.fixture()
 def exact(monkeypatch):
     """Steps without rounding."""
-    monkeypatch.setitem(refrag.STEP_ENGINES, "auto", ExactMatrix)
-    monkeypatch.setattr(refrag, "Int8Matrix", ExactMatrix)
+    monkeypatch.setitem(cpu_engine.STEP_ENGINES, "auto", ExactMatrix)
+    monkeypatch.setattr(cpu_engine, "Int8Matrix", ExactMatrix)
 
 
 def in_sixteen_levels(shape, seed=0):
@@ -726,11 +727,11 @@ class TestMatrices:
     def test_a_row_in_8_bits_is_kept_to_a_two_hundred_and_fifty_fourth_of_its_largest(self):
         torch.manual_seed(0)
         weight = torch.randn(8, 64) * torch.logspace(-3, 1, 8)[:, None]
-        kept = refrag.Int8Matrix(weight)
+        kept = cpu_engine.Int8Matrix(weight)
         error = (kept.values * kept.scale.float()[:, None] - weight).abs().amax(1)
         assert (error <= weight.abs().amax(1) * (1 / 254 + 2**-8)).all()
 
-    @pytest.mark.parametrize("matrix", [refrag.Int8Matrix, refrag.Int4Matrix, refrag.smallest_matrix])
+    @pytest.mark.parametrize("matrix", [cpu_engine.Int8Matrix, cpu_engine.Int4Matrix, cpu_engine.smallest_matrix])
     @pytest.mark.parametrize("rows", [1, 3, 17])
     def test_the_product_of_a_matrix_in_sixteen_levels(self, matrix, rows):
         torch.manual_seed(rows)
@@ -746,8 +747,8 @@ class TestMatrices:
         weight, x = in_sixteen_levels((64, 128)), torch.randn(4, 128)
         expected = x @ weight.T
         lost = {matrix: float((matrix(weight)(x).float() - expected).norm() / expected.norm())
-                for matrix in (refrag.Int4Matrix, refrag.Int8Matrix)}
-        assert lost[refrag.Int4Matrix] < 0.005 < lost[refrag.Int8Matrix]
+                for matrix in (cpu_engine.Int4Matrix, cpu_engine.Int8Matrix)}
+        assert lost[cpu_engine.Int4Matrix] < 0.005 < lost[cpu_engine.Int8Matrix]
 
     @pytest.fixture(autouse=True)
     def fast(self, monkeypatch):
@@ -756,26 +757,26 @@ class TestMatrices:
     @pytest.mark.parametrize("rounded", [torch.float32, torch.bfloat16])
     def test_sixteen_levels_are_known(self, rounded):
         weight = in_sixteen_levels((32, 64)) * 1e-2
-        assert refrag.smallest_matrix(weight.to(rounded).float()).kind == "int4"
-        assert refrag.smallest_matrix(torch.randn(32, 64)).kind == "int8"
+        assert cpu_engine.smallest_matrix(weight.to(rounded).float()).kind == "int4"
+        assert cpu_engine.smallest_matrix(torch.randn(32, 64)).kind == "int8"
         weight[20, 40] += 0.3 * (weight[20].max() - weight[20].min()) / 15  # one weight between two levels
-        assert refrag.smallest_matrix(weight).kind == "int8"
+        assert cpu_engine.smallest_matrix(weight).kind == "int8"
 
     def test_a_constant_group_is_held(self):
         weight = in_sixteen_levels((16, 64))
         weight[3, 32:] = 0.25
         weight[4] = 0
-        assert refrag.Int4Matrix(weight).error < 1e-3
-        made = refrag.Int4Matrix(weight)(torch.ones(1, 64)).float()
+        assert cpu_engine.Int4Matrix(weight).error < 1e-3
+        made = cpu_engine.Int4Matrix(weight)(torch.ones(1, 64)).float()
         torch.testing.assert_close(made, weight.sum(1)[None], rtol=0.02, atol=0.05)
 
     def test_4_bits_are_taken_only_where_nothing_is_lost_and_the_kernel_is_fast(self, monkeypatch):
-        assert refrag.smallest_matrix(in_sixteen_levels((16, 32))).kind == "int4"
-        assert refrag.smallest_matrix(torch.randn(16, 32)).kind == "int8"
-        assert refrag.smallest_matrix(in_sixteen_levels((24, 32))).kind == "int8"  # rows the kernel does not take
-        assert refrag.smallest_matrix(torch.zeros(16, 48)).kind == "int8"  # no whole groups
+        assert cpu_engine.smallest_matrix(in_sixteen_levels((16, 32))).kind == "int4"
+        assert cpu_engine.smallest_matrix(torch.randn(16, 32)).kind == "int8"
+        assert cpu_engine.smallest_matrix(in_sixteen_levels((24, 32))).kind == "int8"  # rows the kernel does not take
+        assert cpu_engine.smallest_matrix(torch.zeros(16, 48)).kind == "int8"  # no whole groups
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-        assert refrag.smallest_matrix(in_sixteen_levels((16, 32))).kind == "int8"
+        assert cpu_engine.smallest_matrix(in_sixteen_levels((16, 32))).kind == "int8"
 
 
 class TestStepper:
@@ -787,20 +788,20 @@ class TestStepper:
     def test_without_rounding_the_steps_are_the_decoder_s(self, decoder, exact, lengths, room):
         """Alone, padded in a batch, and past the room that was made."""
         torch.manual_seed(0)
-        stepper = refrag.Stepper(decoder)
+        stepper = cpu_engine.Stepper(decoder)
         expected, got = step_both(decoder, stepper, [torch.randn(n, 32) for n in lengths], 6, room)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
     def test_a_sequence_that_has_ended_is_hidden_from_the_rest(self, decoder, exact):
         torch.manual_seed(0)
         alive, inputs = torch.tensor([True, False]), [torch.randn(4, 32) for _ in range(2)]
-        expected, got = step_both(decoder, refrag.Stepper(decoder), inputs, 3, 8, alive)
+        expected, got = step_both(decoder, cpu_engine.Stepper(decoder), inputs, 3, 8, alive)
         torch.testing.assert_close(got[:, 0], expected[:, 0], rtol=1e-3, atol=1e-4)
 
     @pytest.mark.parametrize("engine", ["int8", "int4"])
     def test_rounding_moves_logits_by_little(self, decoder, engine):
         torch.manual_seed(0)
-        expected, got = step_both(decoder, refrag.Stepper(decoder, engine), [torch.randn(9, 32)], 6, 8)
+        expected, got = step_both(decoder, cpu_engine.Stepper(decoder, engine), [torch.randn(9, 32)], 6, 8)
         assert 0 < (got - expected).abs().max() < {"int8": 0.4, "int4": 3}[engine] * expected.std()
 
     def test_weights_in_sixteen_levels_are_kept_in_4_bits(self, decoder):
@@ -808,7 +809,7 @@ class TestStepper:
             if name.endswith("_proj.weight"):
                 parameter.data = in_sixteen_levels(parameter.shape, len(name)) * 0.1
         torch.manual_seed(0)
-        stepper = refrag.Stepper(decoder)
+        stepper = cpu_engine.Stepper(decoder)
         expected, got = step_both(decoder, stepper, [torch.randn(9, 32)], 6, 8)
         assert stepper.engine == "int4"
         assert 0 < (got - expected).abs().max() < 0.2 * expected.std()
@@ -817,23 +818,23 @@ class TestStepper:
         for name, parameter in decoder.named_parameters():
             if name.endswith("down_proj.weight"):
                 parameter.data = in_sixteen_levels(parameter.shape)
-        assert refrag.Stepper(decoder).engine == "int4+int8"
+        assert cpu_engine.Stepper(decoder).engine == "int4+int8"
 
     def test_only_decoders_that_it_computes_exactly(self, any_decoder):
         decoder = load(any_decoder).model.decoder
-        assert refrag.Stepper.fits(decoder) == (decoder.config.model_type in ("llama", "qwen2"))
+        assert cpu_engine.Stepper.fits(decoder) == (decoder.config.model_type in ("llama", "qwen2"))
 
     def test_a_changed_layer_does_not_fit(self, decoder):
-        assert refrag.Stepper.fits(decoder)
+        assert cpu_engine.Stepper.fits(decoder)
         decoder.model.layers[0].mlp.up_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.up_proj)
-        assert not refrag.Stepper.fits(decoder)
+        assert not cpu_engine.Stepper.fits(decoder)
 
     @pytest.mark.parametrize(("size", "fits"), [(48, True), (40, False)])
     def test_widths_that_the_kernel_can_not_read_do_not_fit(self, size, fits):
         """torch's kernel takes sixteen columns at once and does not look whether so many are left."""
         config = transformers.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=size, num_hidden_layers=1,
                                           num_attention_heads=4)
-        assert refrag.Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
+        assert cpu_engine.Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
 
     def test_the_engine_can_be_chosen(self, llama, run):
         ask = ["generate", "--prompt", PROMPT, "--dec", llama, *FED, "--k", "4", "--max_new", "3"]

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refrag
+from refrag_extras import bench
 
 few = settings(max_examples=40, deadline=None)
 RUNTIME = refrag.RuntimeConfig(device="cpu", dtype="float32")
@@ -1099,7 +1100,7 @@ def test_states_of_an_encoder_that_reads_chunk_by_chunk_serve_their_own_k_alone(
         pipeline = refrag.load_pipeline(refrag.IndexConfig(str(tmp_path / "i")), refrag.SearchConfig(),
                                         refrag.PackConfig(k=k, compressed="feed"), refrag.GenerateConfig(max_new=1),
                                         models, RUNTIME)
-        assert (pipeline.stored_table(0).states is not None) == (k == 4) == refrag.reads_stored(pipeline)
+        assert (pipeline.stored_table(0).states is not None) == (k == 4) == bench.reads_stored(pipeline)
         content = pipeline.stored.content(0)
         [table] = pipeline.chunk_tables([content], [0], {"states"})
         made = table_at(pipeline.model.encoder, content)

@@ -34,6 +34,7 @@ from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file
 
 import refrag
+from refrag_extras import chat, serve
 
 TOWER = ("When was the Eiffel Tower in Paris finished?", "It was finished in 1889 [1]")
 
@@ -47,44 +48,44 @@ class TestTopic:
         ("So is the Eiffel Tower beautiful?", "So is the Eiffel Tower beautiful (Paris)?"),
     ])
     def test_a_question_that_refers_back_is_given_the_names_of_the_last(self, question, asked):
-        assert refrag.with_topic(question, [TOWER]) == asked
+        assert chat.with_topic(question, [TOWER]) == asked
 
     @pytest.mark.parametrize("question", ["Which river flows through the city of Geneva?", "Who was Marie Curie?",
                                           "What do smiths cast in old towns?"])
     def test_one_that_stands_alone_is_left_as_it_is(self, question):
-        assert refrag.with_topic(question, [TOWER]) == question
+        assert chat.with_topic(question, [TOWER]) == question
 
     def test_the_first_question_has_nothing_to_refer_to(self):
-        assert refrag.with_topic("Who designed it?", []) == "Who designed it?"
+        assert chat.with_topic("Who designed it?", []) == "Who designed it?"
 
     def test_without_names_in_the_question_those_of_its_answer_count(self):
         before = [("who built the tallest tower?", "The company of Gustave Eiffel [2]")]
-        assert refrag.with_topic("When was he born?", before) == "When was he born (Gustave Eiffel)?"
+        assert chat.with_topic("When was he born?", before) == "When was he born (Gustave Eiffel)?"
 
     @pytest.mark.parametrize(("answer", "topic"), [
         ("Jonas Weber [1]", "Jonas Weber"), ("Paris [2]", "Paris"), ("The Rhone [1, 3]", "The Rhone"),
         ("It was Ada [1]", "Ada"), ("1889 [12]", "1889")])
     def test_an_answer_may_begin_with_a_name_and_its_citation_is_none(self, answer, topic):
-        asked = refrag.with_topic("What is his phone extension?", [("Who repairs the printers?", answer)])
+        asked = chat.with_topic("What is his phone extension?", [("Who repairs the printers?", answer)])
         assert asked == f"What is his phone extension ({topic})?"
 
     def test_without_any_names_the_question_itself_is_the_topic(self):
         before = [("what do smiths cast?", "bells")]
-        assert refrag.with_topic("Where is that done?", before) == "Where is that done (what do smiths cast)?"
+        assert chat.with_topic("Where is that done?", before) == "Where is that done (what do smiths cast)?"
 
     def test_a_topic_is_carried_from_turn_to_turn(self):
-        first = refrag.with_topic("Who designed it?", [TOWER])
-        second = refrag.with_topic("Did she like it?", [TOWER, (first, "no one knows")])
+        first = chat.with_topic("Who designed it?", [TOWER])
+        second = chat.with_topic("Did she like it?", [TOWER, (first, "no one knows")])
         assert second == "Did she like it (Eiffel Tower, Paris)?"
 
     def test_a_question_that_names_the_topic_itself_is_left(self):
         question = "Is that the Eiffel Tower in Paris?"
-        assert refrag.with_topic(question, [TOWER]) == question
+        assert chat.with_topic(question, [TOWER]) == question
 
     def test_names(self):
-        assert refrag.names_in("Did Charles de Gaulle meet Churchill in 1944, in London?") == [
+        assert chat.names_in("Did Charles de Gaulle meet Churchill in 1944, in London?") == [
             "Charles de Gaulle", "Churchill", "1944", "London"]
-        assert refrag.names_in("") == refrag.names_in("   ") == refrag.names_in("Who") == []
+        assert chat.names_in("") == chat.names_in("   ") == chat.names_in("Who") == []
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ class TestPiped:
         assert code == 0, err
         turns = [json.loads(line) for line in out.splitlines()]
         assert [turn["asked"] for turn in turns] == ["Where do smiths cast bells?", "And where is it?"]
-        topic = refrag.names_in(turns[0]["answer"], answer=True) or ["Where do smiths cast bells"]
+        topic = chat.names_in(turns[0]["answer"], answer=True) or ["Where do smiths cast bells"]
         assert turns[1]["question"] == f"And where is it ({', '.join(topic)})?"
         assert f"asked as: {turns[1]['question']}" in err
         assert [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()] == turns
@@ -541,7 +542,7 @@ class TestHostsAndOrigins:
     def ask(self, address, host, *, method="GET", path="/healthz", serve=None, content=None, **headers):
         engine = SimpleNamespace(pipeline=SimpleNamespace(embedder=None), thread=threading.main_thread(),
                                  counts=Counter())
-        app = refrag.make_app(engine, serve or refrag.ServeConfig(api_key="secret"), address)
+        app = serve.make_app(engine, serve or refrag.ServeConfig(api_key="secret"), address)
 
         async def send():
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -776,7 +777,7 @@ def test_an_address_that_is_taken_is_an_error(server, serve_argv):
     assert done.returncode == 2 and f"--port {port}: Address already in use" in done.stderr.splitlines()[-1]
 
 
-PLAIN = refrag.Wish(refrag.SearchConfig(), refrag.PackConfig(mode="none"), refrag.GenerateConfig())
+PLAIN = serve.Wish(refrag.SearchConfig(), refrag.PackConfig(mode="none"), refrag.GenerateConfig())
 
 
 class TestEngine:
@@ -786,9 +787,9 @@ class TestEngine:
         class Broken:
             generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
 
-        engine, told = refrag.Engine(Broken(), refrag.ServeConfig()), []
+        engine, told = serve.Engine(Broken(), refrag.ServeConfig()), []
         engine.pipeline_for = lambda wish: (_ for _ in ()).throw(RuntimeError("a cable was pulled"))
-        jobs = [refrag.Job(refrag.ChatRequest("why?", PLAIN), 60, lambda *what: told.append(what))
+        jobs = [serve.Job(serve.ChatRequest("why?", PLAIN), 60, lambda *what: told.append(what))
                 for _ in range(2)]
         engine.work(jobs)
         assert [(kind, value.status, str(value)) for kind, value in told] == [
@@ -808,10 +809,10 @@ class TestEngine:
                     raise RuntimeError("a cable was pulled")
                 return [{"ended": True, "metrics": Counter()}]
 
-        engine = refrag.Engine(Breaking(), refrag.ServeConfig(together=2))
+        engine = serve.Engine(Breaking(), refrag.ServeConfig(together=2))
         engine.pipeline_for = lambda wish: engine.pipeline
         told: tuple[list, list] = ([], [])
-        jobs = [refrag.Job(refrag.ChatRequest("why?", PLAIN), 60,
+        jobs = [serve.Job(serve.ChatRequest("why?", PLAIN), 60,
                            lambda kind, _, n=n: told[n].append(kind))
                 for n in range(2)]
         engine.work(jobs)
@@ -835,26 +836,26 @@ class TestEngine:
                 alive.append(self.cache() is not None)
                 return [{"ended": True, "metrics": Counter()}]
 
-        engine = refrag.Engine(Heavy(), refrag.ServeConfig(together=2))
+        engine = serve.Engine(Heavy(), refrag.ServeConfig(together=2))
         engine.pipeline_for = lambda wish: engine.pipeline
-        engine.work([refrag.Job(refrag.ChatRequest("why?", PLAIN), 60, lambda *what: None)
+        engine.work([serve.Job(serve.ChatRequest("why?", PLAIN), 60, lambda *what: None)
                      for _ in range(2)])
         assert alive == [False, False]
 
     def test_who_has_gone_takes_no_place_in_the_queue(self):
-        engine = refrag.Engine(None, refrag.ServeConfig(together=1, waiting=2))
-        first, second, third, fourth = (refrag.Job(refrag.ChatRequest("why?", PLAIN), 60, print)
+        engine = serve.Engine(None, refrag.ServeConfig(together=1, waiting=2))
+        first, second, third, fourth = (serve.Job(serve.ChatRequest("why?", PLAIN), 60, print)
                                         for _ in range(4))
         engine.submit(first)
         engine.submit(second)
-        with pytest.raises(refrag.Refused, match="too many requests"):
+        with pytest.raises(serve.Refused, match="too many requests"):
             engine.submit(third)
         first.cancelled = True
         engine.submit(fourth)
         assert list(engine.jobs) == [second, fourth]
 
     def test_counts_are_whole_in_the_metrics(self):
-        engine = refrag.Engine(None, refrag.ServeConfig(together=1))
+        engine = serve.Engine(None, refrag.ServeConfig(together=1))
         engine.counts["positions_total"] = 123_456_789
         assert "refrag_positions_total 123456789\n" in engine.metrics_text()
 
@@ -864,7 +865,7 @@ class TestEngine:
             runtime = refrag.RuntimeConfig()
 
         body = json.dumps({"model": "refrag", "messages": say("Why?")}).encode()
-        asked = refrag.ChatRequest.read(body, Loaded, refrag.ServeConfig(max_tokens=64))
+        asked = serve.ChatRequest.read(body, Loaded, refrag.ServeConfig(max_tokens=64))
         assert asked.wish.generate.max_new == 64
 
     @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "sentencepiece"])
@@ -876,13 +877,13 @@ class TestEngine:
         bare, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
         outside = (set(tokenizer("")["input_ids"]) & set(whole)) - set(bare)
         expected = tokenizer(prompt, add_special_tokens=False)["input_ids"] + bare
-        for row in refrag.framed_ids(embedder, [bare, whole]):
+        for row in serve.framed_ids(embedder, [bare, whole]):
             assert [token for token in row if token not in outside] == expected
             assert (row[0], row[-1]) == ((whole[0], whole[-1]) if outside else (expected[0], expected[-1]))
 
     def test_jobs_that_are_late_or_given_up_are_not_begun(self):
-        engine, told = refrag.Engine(None, refrag.ServeConfig(together=1)), []
-        late, left = (refrag.Job(refrag.ChatRequest("why?", PLAIN), seconds,
+        engine, told = serve.Engine(None, refrag.ServeConfig(together=1)), []
+        late, left = (serve.Job(serve.ChatRequest("why?", PLAIN), seconds,
                                  lambda *what: told.append(what)) for seconds in (-1, 60))
         left.cancelled = True
         engine.work([late, left])
@@ -894,15 +895,15 @@ class TestEngine:
             device = None
 
         Loaded.device = torch.device(device)
-        assert refrag.Engine(Loaded(), refrag.ServeConfig()).together == together
-        assert refrag.Engine(Loaded(), refrag.ServeConfig(together=3)).together == 3
+        assert serve.Engine(Loaded(), refrag.ServeConfig()).together == together
+        assert serve.Engine(Loaded(), refrag.ServeConfig(together=3)).together == 3
 
     def test_only_equal_wishes_share_a_batch_and_samples_share_none(self):
-        engine = refrag.Engine(None, refrag.ServeConfig(together=3))
+        engine = serve.Engine(None, refrag.ServeConfig(together=3))
         wishes = [PLAIN, PLAIN._replace(system="Be brief."), PLAIN,
                   PLAIN._replace(generate=refrag.GenerateConfig(temperature=1.0)), PLAIN, PLAIN]
         for wish in wishes:
-            engine.submit(refrag.Job(refrag.ChatRequest("why?", wish), 60, print))
+            engine.submit(serve.Job(serve.ChatRequest("why?", wish), 60, print))
         batches = [[job.asked.wish for job in engine.next_batch()] for _ in range(4)]
         assert batches == [[PLAIN] * 3, [wishes[1]], [wishes[3]], [PLAIN]]
         engine.stop()

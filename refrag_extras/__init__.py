@@ -1,0 +1,1 @@
+"""What stands around the method: one file per command or optional engine. See refrag.py."""

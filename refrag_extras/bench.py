@@ -1,0 +1,459 @@
+"""`refrag.py bench`: time to the first token and between tokens against context length, side by side in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refrag import (
+    BenchConfig,
+    GenerateConfig,
+    IndexConfig,
+    ModelConfig,
+    PackConfig,
+    Pipeline,
+    QuestionConfig,
+    RuntimeConfig,
+    SearchConfig,
+    describe_device,
+    draw,
+    dumps,
+    emit,
+    exclusive,
+    index_summary,
+    library_versions,
+    load_pipeline,
+    notice,
+    peak_device_mb,
+    progress_bar,
+    read_questions,
+    require,
+    reset_peak_memory,
+    run_settings,
+    source_commit,
+    write_atomic,
+)
+from refrag_extras.evaluate import aligned_table
+
+TIMED = ("ttft_s", "ttit_s", "tokens_per_s")
+SIZED = ("context_tokens", "positions", "full_positions", "compression", "p_realised", "new_tokens", "kv_bytes")
+
+
+class Setting(NamedTuple):
+    """One combination that is timed; what its mode does not know is None, and the question alone has context 0."""
+
+    mode: str
+    context: int
+    k: int | None
+    p: float | None
+    batch: int = 1
+
+    @property
+    def curve(self) -> str:
+        """Its name without the context. Example: "refrag k=16 p=0.25" """
+        shown = (("k", self.k), ("p", self.p), ("batch", self.batch if self.batch > 1 else None))
+        return " ".join([self.mode, *(f"{name}={value:g}" for name, value in shown if value is not None)])
+
+
+def bench_settings(bench: BenchConfig) -> list[Setting]:
+    """Every combination once, though some are named twice: full context knows no k and p, the question no context."""
+    made = []
+    for context, mode, batch in itertools.product(bench.contexts, bench.modes, bench.batch_size):
+        compression = itertools.product(bench.k, bench.p) if mode == "refrag" else [(None, None)]
+        made += [Setting(mode, 0 if mode == "none" else context, k, p, batch) for k, p in compression]
+    return list(dict.fromkeys(made))
+
+
+def theoretical_ratio(k: int, p: float) -> float:
+    """Tokens of the context over positions fed for it, a share p of them as text: 1 / (p + (1 - p) / k).
+
+    Example: k = 16, p = 0.25 -> 1 / (0.25 + 0.75 / 16) = 3.368
+    """
+    return 1 / (p + (1 - p) / k)
+
+
+def growth_exponent(lengths: Sequence[float], seconds: Sequence[float]) -> float:
+    """The e that fits seconds ~ lengths ** e best: least squares of the logarithms. Example: [1, 2], [3, 12] -> 2.0"""
+    return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
+
+
+def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
+    """For each round a random order of `count` runs, never that of the round before (unless there is only one).
+
+    What a run leaves behind in caches and clock rates then meets another successor each time.
+    """
+    generator, last = np.random.default_rng(seed), []
+    for _ in range(rounds):
+        order = generator.permutation(count).tolist()
+        while order == last and count > 1:
+            order = generator.permutation(count).tolist()
+        yield order
+        last = order
+
+
+@dataclass
+class Trial:
+    """A setting that fits, the pipeline that runs it, and what its runs measured."""
+
+    setting: Setting
+    pipeline: Pipeline
+    stored_vectors: bool | None  # whether the index holds what it reads; None where no vectors are read
+    runs: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each counted round
+    memory: dict[str, float | None] = field(default_factory=dict)
+
+    def run(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Answer once; returns the metrics."""
+        return metrics_together([result["metrics"] for result in self.pipeline.answer([item] * self.setting.batch)])
+
+    def warm_up(self, item: dict[str, Any]) -> None:
+        """A run that does not count, and shows the memory taken: giving back what is free would slow one that does."""
+        reset_peak_memory(self.pipeline.device)
+        peak, device_peak = self.run(item)["peak_rss_mb"], peak_device_mb(self.pipeline.device)
+        self.memory = {"peak_rss_mb": peak, "peak_device_mb": device_peak and round(device_peak, 1)}
+
+
+def metrics_together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of answers made together: they share the prefill and the steps, each has its own context."""
+    first, count = answers[0], len(answers)
+    if count == 1:
+        return first
+    own = {name: round(sum(one["stages"][name] for one in answers), 6) for name in first["stages"]}
+    stages = own | {"prefill_s": first["stages"]["prefill_s"]}
+    pace = first["tokens_per_s"]
+    return first | {"stages": stages, "ttft_s": round(sum(stages.values()), 6), "kv_bytes": first["kv_bytes"] * count,
+                    "tokens_per_s": pace and round(pace * count, 3)}
+
+
+def reads_stored(pipeline: Pipeline) -> bool:
+    """Whether the index holds the encoder's states at the pipeline's k."""
+    if pipeline.stored is None:
+        return False
+    table = pipeline.stored_table(0)
+    return table is not None and table.states is not None
+
+
+class Benchmark:
+    """Settings that take turns over one loaded pipeline, and their result."""
+
+    def __init__(self, pipeline: Pipeline, bench: BenchConfig, item: dict[str, Any], facts: dict[str, Any]):
+        self.pipeline, self.bench, self.item, self.facts = pipeline, bench, item, facts
+        self.left_out: list[str] = []
+        self.trials = self.plan()
+
+    def leave_out(self, text: str) -> None:
+        """Tell what is not timed, now and in the result."""
+        self.left_out.append(text)
+        notice(text)
+
+    def fill(self, context: int) -> SearchConfig | None:
+        """The search for as many passages as `context` tokens hold; None, and told, where they can not be filled."""
+        for topk in (SearchConfig.topk * 2**doubled for doubled in itertools.count()):
+            probe = self.pipeline.variant(mode="full", ctx_max=context, search=SearchConfig(topk=topk))
+            found = probe.retrieve(self.item)
+            packed = probe.pack_docs(self.item, found)
+            if packed.dropped or len(found) < topk:
+                break
+        tokens = packed.prompt.context_tokens
+        if packed.dropped and not packed.docs:
+            self.leave_out(f"--contexts {context} left out: the best passage alone is longer")
+        elif tokens < context and not packed.dropped:
+            self.leave_out(f"--contexts {context} left out: all {len(found)} passages that the question finds hold "
+                           f"{tokens} tokens")
+        else:
+            return SearchConfig(topk=len(packed.docs))
+        return None
+
+    def make_trial(self, setting: Setting, search: SearchConfig | None) -> Trial:
+        """A setting's pipeline. Its answers have all of --new tokens: nothing stops them."""
+        stored = self.pipeline.stored
+        k = setting.k or (stored.manifest["chunking"]["k"] if stored else self.pipeline.pack.k)  # full text: no recount
+        changes = {"mode": setting.mode, "k": k} | ({} if setting.p is None else {"p": setting.p})
+        one = self.pipeline.variant(search=search, **changes, ctx_max=setting.context or self.pipeline.pack.ctx_max)
+        one.stops = frozenset()
+        reads_vectors = setting.mode == "refrag" and setting.p < 1
+        return Trial(setting, one, reads_stored(one) if reads_vectors else None)
+
+    def positions(self, pipeline: Pipeline) -> int:
+        """Positions the question will take: all that comes before vectors and prefill."""
+        packed = pipeline.pack_docs(self.item, pipeline.retrieve(self.item))
+        _, plan = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
+        return len(plan)
+
+    def plan(self) -> list[Trial]:
+        """The trials that fit the index and the decoder's window. Raises UserError if none does."""
+        settings = bench_settings(self.bench)
+        searches = {context: self.fill(context) for context in dict.fromkeys(s.context for s in settings) if context}
+        trials = [self.make_trial(s, searches.get(s.context)) for s in settings if not s.context or searches[s.context]]
+        kept = []
+        for trial in trials:
+            positions = self.positions(trial.pipeline)
+            if trial.setting.batch > 1 and not self.pipeline.batches:
+                self.leave_out(f"--batch_size {trial.setting.batch} left out: this decoder's layers carry a state, so "
+                               "that it answers one question after another")
+            elif trial.pipeline.fits_window(positions):
+                kept.append(trial)
+            else:
+                self.leave_out(f"{trial.setting.curve} at --contexts {trial.setting.context} left out: {positions} "
+                               f"positions and --new {self.bench.new} exceed the decoder's window "
+                               f"{self.pipeline.model.window}")
+        require(bool(kept), f"nothing to time: {self.left_out[-1] if self.left_out else 'no combination'}")
+        for k in dict.fromkeys(trial.setting.k for trial in kept if trial.stored_vectors is False):
+            notice(f"--k {k}: the index holds no vectors that serve it, so they are computed while the clock runs")
+        return kept
+
+    def rounds(self, seed: int) -> Iterator[int]:
+        """Run every trial once a round, after a round that warms up. Yields the number of counted rounds after each."""
+        orders = round_orders(len(self.trials), self.bench.repeats + 1, seed)
+        with progress_bar("timing", len(self.trials) * (self.bench.repeats + 1), "run") as bar:
+            for done, order in enumerate(orders):
+                for trial in (self.trials[number] for number in order):
+                    if done:
+                        trial.runs.append(trial.run(self.item))
+                    else:
+                        trial.warm_up(self.item)
+                    bar.update()
+                if done:
+                    yield done
+
+    def result(self) -> dict[str, Any]:
+        """What the counted rounds so far show, as JSON."""
+        full = {(one.setting.context, one.setting.batch): one for one in self.trials if one.setting.mode == "full"}
+        rows = [bench_row(one, full.get((one.setting.context, one.setting.batch))) for one in self.trials]
+        return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "growth": bench_growth(rows),
+                "batch_growth": batch_growth(rows), "left_out": self.left_out}
+
+
+def median_of(values: Sequence[float | None], digits: int = 6) -> float | None:
+    """The rounded median; None where nothing was measured."""
+    return None if not values or None in values else round(float(np.median(values)), digits)
+
+
+def bench_row(trial: Trial, full: Trial | None) -> dict[str, Any]:
+    """A trial's medians, their spread and every round's values. full: the full context of the same length, if timed.
+
+    Ratios are full context over this, round by round: more than 1 is faster, or smaller.
+    """
+    runs, (mode, _, k, p, _) = trial.runs, trial.setting
+    series = {name: [run[name] for run in runs] for name in TIMED}
+    for name in ("ttft", "ttit"):
+        pairs = [(one[f"{name}_s"], run[f"{name}_s"]) for one, run in zip(full.runs, runs, strict=True)] if full else []
+        series[f"{name}_ratio"] = [round(a / b, 6) for a, b in pairs if a and b]
+    spread = {name: [min(values), max(values)] for name, values in series.items() if values and None not in values}
+    return {
+        **trial.setting._asdict(),
+        **{name: runs[-1][name] for name in SIZED},
+        **{name: median_of(values) for name, values in series.items()},
+        "theoretical_ratio": round(theoretical_ratio(k, p), 6) if mode == "refrag" else None,
+        "stages": {name: median_of([run["stages"][name] for run in runs]) for name in runs[0]["stages"]},
+        **trial.memory,
+        "stored_vectors": trial.stored_vectors,
+        "spread": spread,
+        "runs": series,
+    }
+
+
+def bench_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows with a context by curve, shortest first."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["context_tokens"]):
+        if row["context"]:
+            curves.setdefault(Setting(*(row[name] for name in Setting._fields)).curve, []).append(row)
+    return curves
+
+
+def bench_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per curve of three context lengths or more: the exponent with which the time to first token grows."""
+    found = []
+    for curve in bench_curves(rows).values():
+        lengths, seconds = ([row[name] for row in curve] for name in ("context_tokens", "ttft_s"))
+        if len(set(lengths)) >= 3:
+            exponent = round(growth_exponent(lengths, seconds), 4)
+            found.append({**{name: curve[0][name] for name in ("mode", "k", "p", "batch")},
+                          "lengths": len(set(lengths)), "ttft_exponent": exponent})
+    return found
+
+
+def batch_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For what was timed in batches of three sizes or more: the exponents with which a batch's times grow."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in ("mode", "context", "k", "p")), []).append(row)
+    found = []
+    for (mode, context, k, p), group in groups.items():
+        sizes = [row["batch"] for row in group]
+        if len(sizes) >= 3:
+            exponents = {f"{name}_exponent": round(growth_exponent(sizes, [row[f"{name}_s"] for row in group]), 4)
+                         for name in ("ttft", "ttit") if all(row[f"{name}_s"] for row in group)}
+            found.append({"mode": mode, "context": context, "k": k, "p": p, "sizes": sizes, **exponents})
+    return found
+
+
+def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> Benchmark:
+    """Load what `bench` times, with what its result must say to be made again."""
+    [item] = read_questions(QuestionConfig(question=bench.question))
+    pack = PackConfig(mode="refrag" if "refrag" in bench.modes else "full", floor=0, compressed="feed")
+    generate = GenerateConfig(max_new=bench.new, cite=False)
+    pipeline = load_pipeline(index, SearchConfig(), pack, generate, models, runtime)
+    known = ("enc", "dec", "projector_trained", "gate", "compressed", "dtype")
+    settings = {name: value for name, value in pipeline.settings().items() if name in known}
+    facts = {"device": describe_device(runtime), "settings": run_settings((bench, index, models, runtime)) | settings,
+             "versions": library_versions(), "command": sys.argv, "commit": source_commit(),
+             "index": index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
+    return Benchmark(pipeline, bench, item, facts)
+
+
+@contextlib.contextmanager
+def bench_folder(out_dir: str | None) -> Iterator[Path | None]:
+    """Hold the folder of --out_dir, made where needed; if nothing comes to stand in it, it goes. Raises LockedError."""
+    if out_dir is None:
+        yield None
+        return
+    folder = Path(out_dir)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / ".lock", f"--out_dir {folder}"):
+        try:
+            yield folder
+        finally:
+            if made and not (folder / "bench.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+BENCH_PICTURES = ("ttft.png", "ratio.png")
+
+
+def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
+    """bench.json and report.md after a round; the pictures after the last one. Those of another result go first."""
+    for name in BENCH_PICTURES:
+        (folder / name).unlink(missing_ok=True)
+    write_atomic(folder / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if last:
+        draw_bench(folder, result["rows"])
+    pictures = [f"![]({name})" for name in BENCH_PICTURES if (folder / name).is_file()]
+    command = shlex.join(result["command"]).encode("utf-8", "replace").decode()  # arguments may be any bytes
+    made = [f"Command: `{command}`", f"Device: {dumps(result['device'])}",
+            f"Versions: {dumps(result['versions'])}", f"Commit: {result['commit']}",
+            f"Medians of {result['rounds']} rounds in which all rows take turns (least and greatest in brackets)."]
+    write_atomic(folder / "report.md", "\n\n".join(["# Speed against context length", *made, bench_text(result),
+                                                    *pictures]) + "\n")
+
+
+def draw_bench(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """ttft.png, and ratio.png where full context was timed too."""
+    draw(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
+    if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
+        draw(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
+
+
+def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: str) -> Any:
+    """One column of a curve against its context tokens, medians with their spread. Returns the colour."""
+    lengths, values = ([row[key] for row in curve] for key in ("context_tokens", column))
+    around = [[abs(row["spread"][column][side] - row[column]) for row in curve] for side in (0, 1)]
+    return axes.errorbar(lengths, values, yerr=around, marker=".", capsize=2, label=name).lines[0].get_color()
+
+
+def log_axes(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Logarithmic axes with the context lengths that were timed, plain numbers, and the legend beside them."""
+    ticks = sorted({row["context_tokens"] for row in rows} - {0})
+    axes.set(xscale="log", yscale="log", xlabel="context tokens")
+    if ticks:
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def paint_ttft(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Time to first token against context length, and full context's over k and over k squared."""
+    curves = bench_curves(rows)
+    for name, curve in curves.items():
+        paint_curve(axes, name, curve, "ttft_s")
+    full = curves.get("full", [])
+    lengths, seconds = ([row[key] for row in full] for key in ("context_tokens", "ttft_s"))
+    for k in sorted({row["k"] for row in rows} - {None}) if full else ():
+        for power, style in ((1, "--"), (2, ":")):
+            label = f"full / {k}" + "²" * (power == 2)
+            axes.plot(lengths, [s / k**power for s in seconds], style, color="grey", linewidth=0.8)
+            axes.annotate(label, (lengths[0], seconds[0] / k**power), (0, 3), textcoords="offset points",
+                          fontsize=7, color="grey")
+    for row in rows:
+        if row["mode"] == "none":
+            axes.axhline(row["ttft_s"], color="black", linestyle="-.", linewidth=0.8, label="question alone")
+    log_axes(axes, rows)
+    axes.set(ylabel="time to first token, s")
+    axes.set_title("dashed and dotted: full context's over k and k²", fontsize=9)
+
+
+def paint_ratio(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """How many times sooner the first token comes than from full context; dashed: tokens over positions in theory."""
+    for name, curve in bench_curves(rows).items():
+        known = [row for row in curve if row["mode"] == "refrag" and row["ttft_ratio"] is not None]
+        if known:
+            colour = paint_curve(axes, name, known, "ttft_ratio")
+            axes.axhline(known[0]["theoretical_ratio"], color=colour, linestyle="--", linewidth=0.8)
+    log_axes(axes, rows)
+    axes.yaxis.set_minor_formatter("{x:g}")  # there may be no power of ten among the ratios
+    axes.set(ylabel="full context's time to first token over this")
+    axes.set_title("dashed: 1 / (p + (1 - p) / k)", fontsize=9)
+
+
+def bench_cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row for people: column -> text. Times in ms."""
+
+    def ms(seconds: float | None) -> str:
+        return "-" if seconds is None else f"{1000 * seconds:,.1f}"
+
+    low, high = row["spread"]["ttft_s"]
+    times = {"TTFT ms": f"{ms(row['ttft_s'])} ({ms(low)}-{ms(high)})"}
+    ratios = {column: "-" if row[name] is None else f"{row[name]:.2f}x" for column, name in (
+        ("shorter", "compression"), ("faster", "ttft_ratio"), ("theory", "theoretical_ratio"))}
+    stages = {name.removesuffix("_s"): ms(value) for name, value in row["stages"].items()}
+    shown = {name: "-" if row[name] is None else f"{row[name]:g}" for name in ("k", "p")}
+    return {"mode": row["mode"], **shown, "batch": str(row["batch"]), "context": f"{row['context_tokens']:,}",
+            "positions": f"{row['positions']:,}", **times, **ratios, **stages, "TTIT ms": ms(row["ttit_s"]),
+            "tokens/s": "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
+            "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}"}
+
+
+def bench_text(result: dict[str, Any]) -> str:
+    """A benchmark for people: the table, how the time grows, what was left out."""
+    cells = [bench_cells(row) for row in result["rows"]]
+    if all(row["batch"] == 1 for row in result["rows"]):
+        cells = [{name: text for name, text in one.items() if name != "batch"} for one in cells]
+    lines = [aligned_table(cells), ""]
+    for entry in result["growth"]:
+        curve = Setting(entry["mode"], 0, entry["k"], entry["p"], entry["batch"]).curve
+        lines.append(f"- {curve}: the time to first token grows with the {entry['ttft_exponent']:.2f}th power of the "
+                     "context tokens")
+    for entry in result["batch_growth"]:
+        curve = Setting(entry["mode"], 0, entry["k"], entry["p"]).curve
+        grown = " and ".join(f"{label} with the {entry[name]:.2f}th" for label, name in (
+            ("the time to first token", "ttft_exponent"), ("a step", "ttit_exponent")) if name in entry)
+        lines.append(f"- {curve} at --contexts {entry['context']}: {grown} power of the questions answered together")
+    fresh = sorted({row["k"] for row in result["rows"] if row["stored_vectors"] is False})
+    if fresh:
+        lines.append(f"- vectors that the index does not hold, computed while the clock runs: k = "
+                     f"{', '.join(map(str, fresh))}")
+    lines += [f"- {text}" for text in result["left_out"]]
+    return "\n".join(lines).rstrip()
+
+
+def run_bench(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Measure round after round, and show the table."""
+    with bench_folder(bench.out_dir) as folder:
+        benchmark = load_benchmark(bench, index, models, runtime)
+        for done in benchmark.rounds(runtime.seed):
+            if folder is not None:  # an interrupted run keeps its finished rounds
+                write_bench(folder, benchmark.result(), last=done == bench.repeats)
+    result = benchmark.result()
+    emit(result, runtime, bench_text(result))

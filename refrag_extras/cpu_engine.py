@@ -1,0 +1,236 @@
+"""Decoding in 8 and 4 bits on a CPU: steps of one token for decoders built like Llama.
+
+The prompt is read by the decoder itself; `Stepper` takes over its cache. See `decode` in refrag.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from refrag import State, require
+
+
+class Int8Matrix:
+    """A matrix in 8 bits with a scale per row, for vectors few at a time: what a step costs is reading the weights."""
+
+    kind = "int8"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
+        """weight: (out, in); bias: (out,); columns: (in,), what the input is multiplied with first."""
+        values, scales = [], []
+        for part in weight.split(4096):  # by parts, so that no large memory is asked for and touched at first
+            part = part.float() if columns is None else part.float() * columns
+            scales.append(part.abs().amax(1).clamp_min(1e-12) / 127)
+            values.append((part / scales[-1][:, None]).round().to(torch.int8))
+        self.values, self.scale, self.bias = torch.cat(values), torch.cat(scales).bfloat16(), bias
+
+    @staticmethod
+    def takes(rows: int, columns: int) -> bool:
+        """Whether torch's kernel can read such a matrix; with columns left over it reads beyond the end, silently."""
+        return columns % 16 == 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, in) -> (n, out), in bfloat16, for which the kernel is made."""
+        made = torch._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
+        return made if self.bias is None else made + self.bias
+
+
+class Int4Matrix:
+    """A matrix in 4 bits with a scale and a middle for every 32 columns of a row, as in a GGUF file of type Q4_1."""
+
+    kind = "int4"
+    group = 32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
+        """As `Int8Matrix`."""
+        levels, scale, least = self.levels(weight)
+        self.error = float((levels - levels.round()).abs().max())  # of a level, at most 1/2
+        self.values = torch._convert_weight_to_int4pack_for_cpu(levels.round().int(), 1)
+        self.scale = torch.stack([scale, least + 8 * scale], -1).transpose(0, 1).contiguous().bfloat16()
+        self.bias, self.columns = bias, columns
+
+    @classmethod
+    def levels(cls, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(levels from 0 to 15, not rounded (out, in), scale, least) with weight = levels * scale + least by group."""
+        groups = weight.float().unflatten(1, (-1, cls.group))
+        least = groups.amin(2)
+        scale = (groups.amax(2) - least).clamp_min(1e-12) / 15
+        return ((groups - least[..., None]) / scale[..., None]).flatten(1), scale, least
+
+    @classmethod
+    def takes(cls, rows: int, columns: int) -> bool:
+        """Whether torch's kernel takes such a matrix."""
+        return rows % 16 == 0 and columns % cls.group == 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, in) -> (n, out), in bfloat16."""
+        x = x if self.columns is None else x * self.columns
+        made = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), self.values, self.group, self.scale)
+        return made if self.bias is None else made + self.bias
+
+
+HELD = 1 / 16  # of a level; what weights in 16 levels are off at most when they were rounded to bfloat16 meanwhile
+
+
+def smallest_matrix(weight: Tensor, bias: Tensor | None = None,
+                    columns: Tensor | None = None) -> Int4Matrix | Int8Matrix:
+    """A matrix in 4 bits where these hold it as it is and the kernel is a fast one, else in 8."""
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if fast and Int4Matrix.takes(*weight.shape) and Int4Matrix(weight[:16]).error < HELD:  # most are told by few rows
+        small = Int4Matrix(weight, bias, columns)
+        if small.error < HELD:
+            return small
+    return Int8Matrix(weight, bias, columns)
+
+
+STEP_ENGINES = {"auto": smallest_matrix, "int8": Int8Matrix, "int4": Int4Matrix}
+
+
+class LayerMatrices(NamedTuple):
+    """One layer's matrices. The weights of the norms and the scale of the scores are in them."""
+
+    attend: Int4Matrix | Int8Matrix  # queries, keys and values, one below the other
+    leave: Int4Matrix | Int8Matrix
+    widen: Int4Matrix | Int8Matrix  # the feed-forward's gate and its input, one below the other
+    narrow: Int4Matrix | Int8Matrix
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values, and views of them made once: a view for each step costs as much as a product."""
+
+    both: Tensor  # (2, B, key heads, room, width of a head)
+    keys: Tensor  # (B * key heads, width of a head, room)
+    values: Tensor  # (B * key heads, room, width of a head)
+
+    @classmethod
+    def over(cls, both: Tensor) -> LayerCache:
+        """The views of `both`."""
+        keys, values = both.flatten(1, 2)
+        return cls(both, keys.transpose(1, 2), values)
+
+
+class FixedCache(NamedTuple):
+    """Keys and values with room for the tokens to come: growing them by copies costs more than the step itself."""
+
+    stepper: Stepper
+    layers: list[LayerCache]
+    length: int  # positions that are filled
+
+
+class Stepper:
+    """Steps of one token a sequence for a Llama-like decoder on a CPU, without the detours of the library's modules.
+
+    The prompt is read by the decoder itself; from its cache on, all matrices are in 8 or 4 bits and what lies between
+    them in float32.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, decoder: nn.Module, engine: str = "auto"):
+        """decoder: one that it `fits`; engine: a key of STEP_ENGINES."""
+        config, body = decoder.config, decoder.model
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.embed, self.rotary = decoder.get_input_embeddings(), body.rotary_emb
+        self.head_width, width = body.layers[0].self_attn.head_dim, self.embed.embedding_dim
+        self.root, self.least = width**0.5, torch.tensor((width * config.rms_norm_eps) ** 0.5)
+        self.layers = [self.layer(block, STEP_ENGINES[engine]) for block in body.layers]
+        self.head = Int8Matrix(decoder.get_output_embeddings().weight, columns=body.norm.weight * self.root)
+        self.engine = "+".join(sorted({matrix.kind for layer in self.layers for matrix in layer}))
+
+    @staticmethod
+    def fits(decoder: nn.Module, engine: str = "auto") -> bool:
+        """Whether it computes what the decoder does: layers like Llama's, none of them changed, on a CPU."""
+        if type(decoder).__name__ not in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"):
+            return False
+        config, biased = decoder.config, ("q_proj", "k_proj", "v_proj")
+        takes = (Int4Matrix if engine == "int4" else Int8Matrix).takes
+        plain = all(type(module) is nn.Linear and (module.bias is None or name.endswith(biased))
+                    and (takes if name.endswith("_proj") else Int8Matrix.takes)(*module.weight.shape)
+                    for name, module in decoder.named_modules() if name.endswith(("_proj", "lm_head")))
+        return (plain and decoder.device.type == "cpu" and config.hidden_act == "silu"
+                and getattr(config, "sliding_window", None) is None)
+
+    def layer(self, block: nn.Module, matrix: Callable[..., Int4Matrix | Int8Matrix]) -> LayerMatrices:
+        """The matrices of one layer."""
+        attention, mlp = block.self_attn, block.mlp
+        before, between = (norm.weight * self.root for norm in (block.input_layernorm, block.post_attention_layernorm))
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+
+        def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            """(.., heads D) each, for all queries, keys and values."""
+            turned = torch.cat([query * self.head_width**-0.5, key], dim=-1)
+            return torch.cat([paired(turned.unflatten(-1, (-1, self.head_width))).flatten(-2), value], dim=-1)
+
+        biases = None if query.bias is None else joined(query.bias, key.bias, value.bias).float()
+        return LayerMatrices(
+            matrix(joined(query.weight.T, key.weight.T, value.weight.T).T, biases, before),
+            matrix(attention.o_proj.weight),
+            matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), None, between),
+            matrix(mlp.down_proj.weight),
+        )
+
+    def adopt(self, state: State, room: int) -> State:
+        """The state of a prompt that the decoder has read, with room for so many tokens more."""
+        layers = state.cache.layers
+        B, G, T, D = layers[0].keys.shape
+
+        def roomy(layer: Any) -> LayerCache:
+            both = torch.empty(2, B, G, T + room, D)
+            both[0, :, :, :T], both[1, :, :, :T] = paired(layer.keys), layer.values
+            return LayerCache.over(both)
+
+        return state._replace(cache=FixedCache(self, [roomy(layer) for layer in layers], T))
+
+    def step(self, token: Tensor, cache: FixedCache, mask: Tensor | None,
+             position: Tensor) -> tuple[Tensor, FixedCache]:
+        """(logits (B, V), cache). token, position: (B,); mask: (B, T + 1) or None. The cache given is used up."""
+        if cache.length == cache.layers[0].values.shape[1]:
+            more = (0, 0, 0, max(32, cache.length // 4))
+            cache = cache._replace(layers=[LayerCache.over(nn.functional.pad(one.both, more)) for one in cache.layers])
+        T = cache.length + 1
+        x = self.embed.weight[token].float()  # (B, W)
+        cos, sin = (part[..., : self.head_width // 2].float() for part in self.rotary(x, position[:, None]))
+        turn = torch.complex(cos, sin)  # (B, 1, D / 2)
+        hidden = None if mask is None else (mask == 0).repeat_interleave(self.kv_heads, 0)[:, None]  # (B * G, 1, T)
+        for layer, held in zip(self.layers, cache.layers, strict=True):
+            x = x + self.attend(layer, x, held, T, turn, hidden)
+            gate, up = layer.widen(self.norm(x)).chunk(2, dim=-1)
+            x = x + layer.narrow(nn.functional.silu(gate) * up)
+        return self.head(self.norm(x)).float(), cache._replace(length=T)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """(B, W) over its length, eps as in the norm; the root of W that is lacking is in the matrices' columns."""
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.least)
+
+    def attend(self, layer: LayerMatrices, x: Tensor, held: LayerCache, T: int, turn: Tensor,
+               hidden: Tensor | None) -> Tensor:
+        """(B, W), what attention adds. The token's own key and value are filled in at T - 1."""
+        B, H, G, D = len(x), self.heads, self.kv_heads, self.head_width
+        made = layer.attend(self.norm(x)).float().view(B, H + 2 * G, D // 2, 2)
+        torch.view_as_complex(made.narrow(1, 0, H + G)).mul_(turn)
+        held.both.select(3, T - 1).copy_(made.narrow(1, H, 2 * G).view(B, 2, G, D).transpose(0, 1))
+        query = made.narrow(1, 0, H).reshape(B * G, H // G, D)
+        scores = torch.bmm(query, held.keys.narrow(2, 0, T))  # (B * G, heads of a key, T)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -math.inf)
+        return layer.leave(torch.bmm(scores.softmax(-1), held.values.narrow(1, 0, T)).view(B, H * D))
+
+
+def make_stepper(decoder: nn.Module, engine: str) -> Stepper | None:
+    """What takes the steps by --engine, None for the decoder itself. Raises UserError if it is not for this one."""
+    if engine == "model" or (engine == "auto" and not Stepper.fits(decoder)):
+        return None
+    require(Stepper.fits(decoder, engine), f"--engine {engine} is for Llama and its like on a CPU: leave it out")
+    return Stepper(decoder, engine)
+
+
+def paired(x: Tensor) -> Tensor:
+    """A head's width (.., D) with its halves interleaved, so that rotary position embedding is one complex product.
+
+    With queries and keys alike, their products stay what they are. Example: [1, 2, 3, 4] -> [1, 3, 2, 4]
+    """
+    return torch.stack(x.chunk(2, -1), -1).flatten(-2)

@@ -1,0 +1,1015 @@
+"""`refrag.py eval`: answers, rankings, the gate and the vectors, each measured against its controls."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import itertools
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refrag import (
+    EVAL_MODES,
+    FREE_TO_CHANGE,
+    TRAINED_GATES,
+    Chunk,
+    Content,
+    Context,
+    Decoded,
+    EvalConfig,
+    GenerateConfig,
+    Index,
+    IndexConfig,
+    ModelConfig,
+    PackConfig,
+    Packed,
+    Passage,
+    Pipeline,
+    RefragTokenizer,
+    RuntimeConfig,
+    SearchConfig,
+    Searcher,
+    Stopwatch,
+    TextConfig,
+    TextLessons,
+    TokenCache,
+    TrainConfig,
+    TrainingSequence,
+    abstains,
+    answer_chunks,
+    batched,
+    can_pack,
+    check_answers,
+    check_positive_ids,
+    checked_batch,
+    checkpoint_digest,
+    continue_plan,
+    controls,
+    decode,
+    describe_device,
+    draw,
+    dumps,
+    emit,
+    file_facts,
+    finished_lines,
+    gate_knows,
+    holds_answer,
+    index_manifest,
+    late_import,
+    library_versions,
+    load_model,
+    load_pipeline,
+    load_searcher,
+    make_accelerator,
+    measure_sequences,
+    model_config,
+    normalize_answer,
+    notice,
+    others_apart_first,
+    part_whole,
+    passage_content,
+    positive_rows,
+    prefill,
+    progress,
+    read_question_file,
+    require,
+    run_folder,
+    run_settings,
+    select_chunks,
+    sha256_file,
+    show_plan,
+    source_commit,
+    spread,
+    stop_tokens,
+    without_citations,
+    write_atomic,
+)
+
+RESAMPLES = 2000  # of the bootstrap
+ONE_P = {"full": (1.0,), "none": (0.0,)}  # modes that no p changes
+SAMPLES = 20  # questions that sample.md shows
+SEARCH_DEPTH = 50  # passages, so that ten documents are left when their pieces count once
+CELL_NAMES = {"f1_ci": "F1, 95%", "em": "EM", "f1": "F1", "ttft_s": "TTFT, s", "ttit_s": "TTIT, s"}
+
+
+# -- metrics ----------------------------------------------------------------------
+
+
+def exact_match(reply: str, truths: Sequence[str]) -> float:
+    """1 if the reply is a true answer after normalisation, or as it is where that leaves nothing; an empty one never.
+
+    Without a true answer (SQuAD 2's unanswerable questions), 1 if the reply abstains.
+    """
+    made, *known = (normalize_answer(text) or text.strip().lower() for text in (reply, *truths))
+    return float(bool(made) and made in known if truths else abstains(reply))
+
+
+def token_f1(reply: str, truths: Sequence[str]) -> float:
+    """Best F1 of the normalised words over the true answers, range [0, 1]; without one as `exact_match`.
+
+    Example: "in the old town", truth "old town hall" -> 2 common of 3 and 3: .667
+    """
+    best, words = exact_match(reply, truths), normalize_answer(reply).split()
+    for truth in (normalize_answer(t).split() for t in truths):
+        common = sum((collections.Counter(words) & collections.Counter(truth)).values())
+        best = max(best, 2 * common / (len(words) + len(truth)) if common else 0.0)
+    return best
+
+
+def grounding(reply: str, texts: Sequence[str]) -> float | None:
+    """Share of the reply's words that occur in the texts; None without words or texts."""
+    words, known = normalize_answer(reply).split(), set(normalize_answer(" ".join(texts)).split())
+    return sum(word in known for word in words) / len(words) if words and texts else None
+
+
+def citation_scores(cited: Sequence[set[str]], positives: set[str]) -> tuple[float | None, float | None]:
+    """(precision, recall) of citations. cited: the ids each may be known by, empty for a forged one.
+
+    Precision is None without citations, both are without positives. Example: [{"a#1", "a"}, {"b"}], {"a"} -> (.5, 1)
+    """
+    if not positives:
+        return None, None
+    right = sum(bool(names & positives) for names in cited)
+    return right / len(cited) if cited else None, len(positives & set().union(*cited)) / len(positives)
+
+
+def kept_in_order(truth: Sequence[int], made: Sequence[int]) -> float:
+    """Share of a text's tokens that stand in another, in the same order. Example: [1, 2, 3, 4], [1, 9, 3, 4] -> 0.75"""
+    matcher = difflib.SequenceMatcher(None, truth, made, autojunk=False)
+    return sum(block.size for block in matcher.get_matching_blocks()) / len(truth)
+
+
+def ranking_scores(ranked: Sequence[str], positives: set[str]) -> dict[str, float]:
+    """recall@8, MRR@10 and nDCG@10 of document ids, best first, with binary relevance."""
+    gains = [1.0 / math.log2(rank + 1) for rank, doc in enumerate(ranked[:10], 1) if doc in positives]
+    ideal = sum(1.0 / math.log2(rank + 1) for rank in range(1, min(len(positives), 10) + 1))
+    first = next((rank for rank, doc in enumerate(ranked[:10], 1) if doc in positives), None)
+    return {"recall@8": len(positives & set(ranked[:8])) / len(positives), "mrr@10": 1 / first if first else 0.0,
+            "ndcg@10": sum(gains) / ideal}
+
+
+def bootstrap_interval(values: Sequence[float], seed: int) -> list[float]:
+    """95% percentile interval of the mean: [low, high]. One seed, one interval."""
+    rng, drawn = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
+    n = len(drawn)
+    blocks = batched(range(RESAMPLES), max(1, 10**6 // n))  # of resamples, so that n may be large
+    means = np.concatenate([drawn[rng.integers(0, n, (len(block), n))].mean(1) for block in blocks])
+    return [round(float(edge), 4) for edge in np.quantile(means, [0.025, 0.975])]
+
+
+def average(rows: Sequence[dict[str, Any]], name: str, of: Callable = statistics.fmean) -> float | None:
+    """Mean of what the rows have under a name, None left out; None if none has it."""
+    values = [float(row[name]) for row in rows if row[name] is not None]
+    return round(of(values), 4) if values else None
+
+
+# -- controls ---------------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """What a question is answered from. Modes that come to the same setup are the same by definition."""
+
+    mode: str  # of PackConfig
+    p: float
+    gate: str
+    compressed: str
+    oracle: bool = False
+    wrong: bool = False
+
+
+def setup_of(name: str, p: float, gate: str) -> Setup:
+    """The setup of a mode of `eval`. At p = 1 all but `none` are the full text; at p = 0 there is nothing to choose."""
+    if name == "none":
+        return Setup("none", 0.0, "none", "feed")
+    if name == "full" or p == 1:
+        return Setup("full", 1.0, "none", "feed")
+    gate = "none" if p == 0 else name.removesuffix("_gate") if name in ("random_gate", "cosine_gate") else gate
+    return Setup("truncate" if name == "truncate" else "refrag", p, gate, "drop" if name == "expanded_only" else "feed",
+                 name == "oracle_gate" and p > 0, name == "wrong_vectors")
+
+
+def answer_spans(packed: Packed, item: dict[str, Any], index: Index, tokenizer: RefragTokenizer) -> list[list[int]]:
+    """`answer_chunks` of a packed context: in positive passages, without chunks that no token starts in."""
+    right = [bool(index.names(row) & set(item["positive_ids"])) for row in packed.rows]
+    spans = answer_chunks([doc.content for doc in packed.docs], [doc.ends for doc in packed.docs], right,
+                          [tokenizer.neutralize(answer) for answer in item["answers"]])
+    filled = [[number for number in span if packed.prompt.chunks[number].tokens] for span in spans]
+    return [span for span in filled if span]
+
+
+def texts_fed(context: Context, tokenizer: RefragTokenizer) -> list[str]:
+    """The runs of the documents' text that the decoder was fed as tokens."""
+    prompt = context.packed.prompt
+    fed, runs = np.zeros(len(prompt.input_ids), dtype=bool), []
+    fed[context.plan[context.plan >= 0]] = True
+    for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
+        chunks = list(group)
+        kept = chunks[0].first + np.flatnonzero(fed[chunks[0].first : chunks[-1].last])
+        runs += [run for run in np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1) if len(run)]
+    return [tokenizer.decoder.decode(prompt.input_ids[run].tolist()) for run in runs]
+
+
+class ControlPipeline(Pipeline):
+    """A pipeline that can also feed another question's vectors, or open the chunks that hold the answer first."""
+
+    oracle = wrong = False
+
+    @classmethod
+    def over(cls, pipeline: Pipeline, questions: list[dict[str, Any]]) -> ControlPipeline:
+        """The same models for the questions of a file."""
+        made = object.__new__(cls)
+        made.__dict__ = {**pipeline.__dict__, "questions": questions, "rows": {}, "foreign": {},
+                         "numbers": {q["id"]: number for number, q in enumerate(questions)}}
+        return made
+
+    def under(self, setup: Setup) -> ControlPipeline:
+        """This pipeline in another setup."""
+        other = self.variant(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
+        other.oracle, other.wrong = setup.oracle, setup.wrong
+        return other
+
+    def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
+        usual = super().score(item, packed)
+        if self.oracle and len(usual):
+            spans = answer_spans(packed, item, self.searcher.index, self.tokenizer)
+            right = list({number for span in spans for number in span})
+            usual = usual.astype(np.float64)
+            usual[right] += 1 + np.ptp(usual)  # above all others, in the usual order among themselves
+        return usual
+
+    @torch.inference_mode()
+    def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
+        context, inputs = super().prepare(item)
+        at = context.plan < 0
+        if self.wrong and at.any():
+            vectors = self.foreign_vectors(item)
+            inputs[torch.as_tensor(at)] = vectors[torch.as_tensor((-context.plan[at] - 1) % len(vectors))]
+        return context, inputs
+
+    def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
+        return super().result(context, out, answer, chosen) | {"context": context}
+
+    def rows_found(self, number: int) -> frozenset[int]:
+        """Rows of the index that are retrieved for a question, looked up once."""
+        if number not in self.rows:
+            self.rows[number] = frozenset(p.row for p in self.retrieve(self.questions[number]))
+        return self.rows[number]
+
+    def other_question(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The next question of the file that finds none of this one's passages; if all find some, the next one."""
+        others = others_apart_first(self.numbers[item["id"]], len(self.questions), self.rows_found)
+        chosen = next((number for number in others if self.rows_found(number)), None)
+        require(chosen is not None, "--modes wrong_vectors: no other question finds any passage: leave it out")
+        return self.questions[chosen]
+
+    def foreign_vectors(self, item: dict[str, Any]) -> Tensor:
+        """(L, D) the vectors of all chunks of another question's context."""
+        if item["id"] not in self.foreign:
+            other = self.other_question(item)
+            packed = self.pack_docs(other, self.retrieve(other))
+            plan = np.asarray([-number - 1 for number, chunk in enumerate(packed.prompt.chunks) if chunk.tokens])
+            self.foreign[item["id"]] = self.model.embed_plan(packed.prompt, plan, self.states(packed, plan))
+        return self.foreign[item["id"]]
+
+
+# -- tasks --------------------------------------------------------------------------
+
+Key = tuple[str, str, Any]  # of a line: question, mode, and p or k
+
+
+def key_of(line: dict[str, Any]) -> Key:
+    """What a line of questions.jsonl is about."""
+    return line["id"], line["mode"], line.get("p", line.get("k"))
+
+
+class Task:
+    """What `eval` measures: units of work, the lines each gives, and what all lines come to."""
+
+    notes = ""  # how to read the table
+    unused: frozenset[str] = frozenset()  # options that change no line
+    accelerator: Any = None  # set by `evaluate`
+
+    def __init__(self, options: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+                 runtime: RuntimeConfig):
+        self.options, self.index, self.search, self.models, self.runtime = options, index, search, models, runtime
+
+    def wanted(self) -> list[Key]:
+        """Of all lines, in the order of the report."""
+        return [key for unit in self.units() for key in self.keys(unit)]
+
+    def load(self) -> None:
+        """Load what measuring needs; not called when every line is there already."""
+        raise NotImplementedError
+
+    def units(self) -> list[Any]:
+        """Pieces of work that do not depend on each other."""
+        raise NotImplementedError
+
+    def keys(self, unit: Any) -> list[Key]:
+        """Of the lines that a unit gives."""
+        raise NotImplementedError
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        """The lines of a unit that are not done yet, as they come."""
+        raise NotImplementedError
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        """The summary's fields: n, results and more."""
+        raise NotImplementedError
+
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
+        """The results for people."""
+        raise NotImplementedError
+
+    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+        """Files beside the report."""
+
+    def settings(self) -> dict[str, Any]:
+        """What every line depends on, beside its own mode, p and k. Files are named by their contents."""
+        merged = run_settings((self.options, self.index, self.search, self.models, self.runtime))
+        own = FREE_TO_CHANGE | self.unused | {"modes", "p", "qa", "texts", "index_dir", "load_dir"}
+        kept = {key: value for key, value in merged.items() if key not in own}
+        device = describe_device(self.runtime)
+        return kept | {"device": device["device"], "dtype": device["dtype"]} | self.sources()
+
+    def sources(self) -> dict[str, Any]:
+        """Digests of the files that are read, by option."""
+        raise NotImplementedError
+
+    def model_sources(self) -> dict[str, Any]:
+        """The models, with a checkpoint's digest."""
+        config = model_config(self.models, self.options.k[0])
+        return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
+                "projector": config.projector, "load_dir": checkpoint_digest(self.models)}
+
+
+class QuestionTask(Task):
+    """A task over the questions of --qa and an index."""
+
+    needs = ("answers", "positive_ids")
+    unused = frozenset({"context_tokens", "next_tokens", "limit"})
+
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        name = self.options.qa
+        self.file = read_question_file(name, "--qa")
+        for number, item in enumerate(self.file, start=1):
+            where = f"--qa {name}: question {number} ({item['id']})"
+            if "answers" in self.needs:
+                check_answers(item, where)
+            item["positive_ids"] = check_positive_ids(item, where)
+            require(bool(item["positive_ids"]) or item.get("answers") == [] or "positive_ids" not in self.needs,
+                    f"{where} has no positive_ids")
+        counted = [item for item in self.file if item["positive_ids"] or self.options.task == "qa"]
+        if len(counted) < len(self.file):
+            notice(f"--qa {name}: left out {len(self.file) - len(counted)}, which have no answer")
+        require(bool(counted), f"--qa {name}: no question has positive_ids")
+        self.questions = list(spread(counted, self.options.limit))
+        self.manifest = index_manifest(self.index.index_dir)
+
+    def sources(self) -> dict[str, Any]:
+        return {"qa": sha256_file(Path(self.options.qa))[:16], "index_dir": self.manifest["digest"][:16]}
+
+    def load_pipeline(self) -> ControlPipeline:
+        """The pipeline that `generate` has, for the controls too."""
+        options = self.options
+        pack = PackConfig(k=options.k[0], floor=options.floor, gate=options.gate, compressed="feed",
+                          ctx_max=options.ctx_max)
+        generate = GenerateConfig(max_new=options.max_new, cite=options.cite)
+        pipeline = load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
+        positive_rows(self.questions, pipeline.searcher.index)  # the questions belong to this index
+        return ControlPipeline.over(pipeline, self.file)
+
+
+class QaTask(QuestionTask):
+    """Answers, each mode at each p, with citations, sizes and times."""
+
+    means = ("em", "f1", "answer_in_passages", "answer_in_text", "answer_in_reply", "citation_precision",
+             "citation_recall", "citations_forged", "citation_chosen", "grounding", "abstention", "positions",
+             "full_positions", "compression", "p_realised", "new_tokens")
+    columns = ("em", "f1", "f1_ci", "f1_minus_full", "f1_minus_expanded_only", "answer_in_text", "answer_in_reply",
+               "citation_precision", "citation_recall", "grounding", "abstention", "positions", "compression", "ttft_s")
+    notes = ("EM and F1 are SQuAD's, without citation marks; an empty reply scores 0. Where there is no true answer, "
+             "they are 1 if the reply abstains, and what compares with one is left out. Differences are of F1, paired "
+             "over the questions. Intervals are 95% percentile bootstrap intervals. Answer in text: a true answer "
+             "stands in what is fed as tokens; in reply: word for word in the reply. Grounding: share of the "
+             "reply's words that occur in the passages. Abstention: the reply is empty or says that the documents do "
+             "not hold the answer. Times are medians; those of wrong_vectors and oracle_gate mean nothing.")
+
+    def __init__(self, *configs: Any):
+        options = configs[0]
+        self.needs = ("answers", "positive_ids") if "oracle_gate" in options.named else ("answers",)
+        super().__init__(*configs)
+        require("wrong_vectors" not in options.named or len(self.file) > 1,
+                "--modes wrong_vectors needs two questions at least: leave it out")
+        self.cells = [(name, p) for name in options.named for p in ONE_P.get(name, dict.fromkeys(options.p))]
+        self.setups: dict[Setup, list[tuple[str, float]]] = {}
+        for name, p in self.cells:
+            self.setups.setdefault(setup_of(name, p, options.gate), []).append((name, p))
+        shares = sorted(set(options.p))
+        self.sample = ("refrag", shares[len(shares) // 2])
+        self.sampled = {q["id"] for q in spread(self.questions, SAMPLES)}
+
+    def sources(self) -> dict[str, Any]:
+        return super().sources() | self.model_sources()
+
+    def load(self) -> None:
+        self.pipeline = self.load_pipeline()
+        require(self.pipeline.embedder is not None or "cosine_gate" not in self.options.named,
+                "--modes cosine_gate needs an embedder, and retrieval here is by words alone: leave it out")
+
+    def units(self) -> list[Any]:
+        return batched(self.questions, self.options.batch_size)
+
+    def keys(self, unit: Any) -> list[Key]:
+        return [(q["id"], *cell) for q in unit for cell in self.cells]
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        self.pipeline.foreign.clear()
+        for setup, cells in self.setups.items():
+            if all((q["id"], *cell) in done for q in unit for cell in cells):
+                continue  # else the whole batch again, since padding can move the last digits
+            results = self.pipeline.under(setup).answer(unit)
+            for item, result in zip(unit, results, strict=True):
+                scored = score_answer(result, item, self.pipeline.tokenizer)
+                for name, p in cells:
+                    if (item["id"], name, p) not in done:
+                        shown = self.shown(item, result) if (name, p) == self.sample else {}
+                        yield {"id": item["id"], "mode": name, "p": p, **scored, **shown}
+
+    def shown(self, item: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
+        """The prompt as a person can read it, of some questions."""
+        if item["id"] not in self.sampled:
+            return {}
+        context = result["context"]
+        contents = [doc.content for doc in context.packed.docs]
+        return {"prompt": show_plan(context.packed.prompt, context.plan, self.pipeline.tokenizer, contents)}
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        rows = {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
+        results: dict[str, Any] = {}
+        for (name, p), mine in rows.items():
+            rivals = self.options.named if name == "refrag" else ("full", "expanded_only")
+            theirs = {rival: rows.get((rival, *ONE_P.get(rival, (p,)))) for rival in rivals if rival != name}
+            results.setdefault(name, {})[f"{p:g}"] = self.summarise(mine, {r: t for r, t in theirs.items() if t})
+        return {"n": len(self.questions), "results": results}
+
+    def summarise(self, rows: list[dict[str, Any]], rivals: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        """Means, medians of times, and intervals of one mode at one p."""
+        seed = self.runtime.seed
+        made: dict[str, Any] = {name: average(rows, name) for name in self.means}
+        made |= {name: average(rows, name, statistics.median) for name in ("ttft_s", "ttit_s")}
+        made |= {f"{name}_ci": bootstrap_interval([row[name] for row in rows], seed) for name in ("em", "f1")}
+        for rival, theirs in rivals.items():
+            gains = [row["f1"] - other["f1"] for row, other in zip(rows, theirs, strict=True)]
+            made[f"f1_minus_{rival}"] = {"mean": round(statistics.fmean(gains), 4),
+                                         "ci": bootstrap_interval(gains, seed)}
+        return made
+
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
+        rows = [[name, p, *map(cell.get, cls.columns)]
+                for name, cells in summary["results"].items() for p, cell in cells.items()]
+        refrag = summary["results"].get("refrag", {})
+        rivals = [name for name in summary["results"] if any(f"f1_minus_{name}" in cell for cell in refrag.values())]
+        versus = [[p, *(cell.get(f"f1_minus_{name}") for name in rivals)] for p, cell in refrag.items()]
+        tables = [markdown_table(["mode", "p", *cls.columns], rows)]
+        if rivals:
+            tables += ["F1 of refrag minus that of each control, question by question:",
+                       markdown_table(["p", *rivals], versus)]
+        return "\n\n".join(tables)
+
+    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+        draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
+        rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
+        if rows := [(q, line) for q, line in rows if "prompt" in line]:
+            write_atomic(folder / "sample.md", sample_text(spread(rows, SAMPLES), self.sample[1]))
+
+
+def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: RefragTokenizer) -> dict[str, Any]:
+    """The metrics of one answer; what does not apply is None."""
+    truths, context = item["answers"], result["context"]
+    reply = without_citations(result["answer"], context.labels)
+    names = {p.id: {p.id, p.document_id} for p in context.passages}
+    cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
+    passages = [passage_content(p["title"], p["text"]) for p in result["passages"]]
+    precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages and truths else set())
+    metrics = ("positions", "full_positions", "compression", "p_realised", "new_tokens", "ttft_s", "ttit_s")
+    return {
+        "reply": result["answer"],
+        "gate": result["settings"]["gate"],
+        "em": exact_match(reply, truths),
+        "f1": round(token_f1(reply, truths), 6),
+        "answer_in_passages": any(holds_answer(text, truths) for text in passages) if truths else None,
+        "answer_in_text": any(holds_answer(text, truths) for text in texts_fed(context, tokenizer)) if truths else None,
+        "answer_in_reply": holds_answer(reply, truths) if truths else None,
+        "cited": [c["id"] for c in result["citations"]],
+        "citation_precision": precision,
+        "citation_recall": recall,
+        "citations_forged": sum(c["forged"] for c in result["citations"]),
+        "citation_chosen": any(c["chosen"] for c in result["citations"]),
+        "grounding": grounding(reply, passages) if truths or not abstains(reply) else None,
+        "abstention": abstains(reply),
+        **{name: result["metrics"][name] for name in metrics},
+    }
+
+
+class RetrievalTask(QuestionTask):
+    """Each retriever; the pieces of one document count once, at their best rank."""
+
+    needs = ("positive_ids",)
+    unused = QuestionTask.unused | {"k", "gate", "ctx_max", "max_new", "cite", "batch_size"} | {
+        f.name for f in dataclasses.fields(ModelConfig)}
+    columns = ("recall@8", "mrr@10", "ndcg@10", "ms_per_question")
+    notes = "Relevance is binary: the documents of positive_ids. Pieces of one document count once, at the best rank."
+
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        require(self.index.retriever is None, "--retriever does not go with --task retrieval: use --modes")
+        uses = self.manifest["uses"]
+        there = [name for name in EVAL_MODES["retrieval"] if name in uses or (name == "hybrid" and len(uses) == 2)]
+        lacking = [name for name in self.options.named if name not in there]
+        require(not (self.options.modes and lacking), f"--modes {', '.join(lacking)}: the index at --index_dir holds "
+                f"only {', '.join(there)}")
+        self.retrievers = [name for name in self.options.named if name in there]
+
+    def load(self) -> None:
+        whole = load_searcher(self.index, self.search, self.runtime)
+        positive_rows(self.questions, whole.index)
+        self.searchers = {name: Searcher(whole.index, name, whole.embedder, whole.reranker) for name in self.retrievers}
+
+    def units(self) -> list[Any]:
+        return self.questions
+
+    def keys(self, unit: Any) -> list[Key]:
+        return [(unit["id"], name, None) for name in self.retrievers]
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        for name, searcher in self.searchers.items():
+            if (unit["id"], name, None) in done:
+                continue
+            if searcher.embedder is not None:
+                searcher.embedder.queries.clear()  # each retriever embeds the question itself
+            start = time.perf_counter()
+            found = searcher.search(unit["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops)
+            seconds = time.perf_counter() - start
+            scores = ranking_scores(ranked_ids(found, set(unit["positive_ids"])), set(unit["positive_ids"]))
+            yield {"id": unit["id"], "mode": name, **scores, "ms_per_question": round(1000 * seconds, 3)}
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        results = {}
+        for name in self.retrievers:
+            rows = [found[q["id"], name, None] for q in self.questions]
+            results[name] = {column: average(rows, column) for column in self.columns[:-1]}
+            results[name]["ms_per_question"] = average(rows, "ms_per_question", statistics.median)
+        return {"n": len(self.questions), "results": results, "passages": self.manifest["counts"]["passages"]}
+
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
+        rows = [[name, *(scores[c] for c in cls.columns)] for name, scores in summary["results"].items()]
+        return markdown_table(["retriever", *cls.columns], rows)
+
+
+def ranked_ids(passages: Sequence[Passage], positives: set[str]) -> list[str]:
+    """Ids of documents, best first, each once; a piece that positives name by its own id goes by that."""
+    return list(dict.fromkeys(p.id if p.id in positives else p.document_id for p in passages))
+
+
+class GateTask(QuestionTask):
+    """Whether each gate opens the chunks that hold an answer."""
+
+    unused = QuestionTask.unused | {"gate", "max_new", "cite", "batch_size"}
+    notes = ("Recall: all chunks of one place where an answer stands in a positive passage are opened, over the "
+             "questions for which such a passage was retrieved. Partial: any such chunk. All positives: of questions "
+             "with several positive passages, those where a chunk of each that was retrieved is opened.")
+
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        config, built = model_config(self.models, self.options.k[0]), self.manifest["embedder"].get("fingerprint")
+        known = {name for name, kind in TRAINED_GATES.items() if gate_knows(config, kind, built)}
+        self.gates = [n for n in self.options.named if self.options.modes or n not in TRAINED_GATES or n in known]
+        self.shares = list(dict.fromkeys(self.options.p))
+
+    def sources(self) -> dict[str, Any]:
+        return super().sources() | self.model_sources()
+
+    def load(self) -> None:
+        self.pipeline = self.load_pipeline()
+        for name in self.gates:
+            self.pipeline.check_gate(name)
+
+    def units(self) -> list[Any]:
+        return self.questions
+
+    def keys(self, unit: Any) -> list[Key]:
+        return [(unit["id"], gate, p) for gate in self.gates for p in self.shares]
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        passages = self.pipeline.retrieve(unit)
+        packed = self.pipeline.pack_docs(unit, passages)
+        index, watch = self.pipeline.searcher.index, Stopwatch(self.pipeline.device)
+        spans = answer_spans(packed, unit, index, self.pipeline.tokenizer)
+        right = [{number for number, row in enumerate(packed.rows) if name in index.names(row)}
+                 for name in dict.fromkeys(unit["positive_ids"])]
+        tokens = np.asarray([chunk.tokens for chunk in packed.prompt.chunks], dtype=np.int64)
+        for gate in self.gates:
+            one = self.pipeline.variant(gate=gate, p=0.5)  # between 0 and 1 the scores do not depend on p
+            with watch.stage(gate):
+                scores = one.score(unit, packed)
+            for p in self.shares:
+                if (unit["id"], gate, p) not in done:
+                    opened = select_chunks(scores, tokens, p, self.options.floor)
+                    yield {"id": unit["id"], "mode": gate, "p": p, "retrieved": any(right),
+                           **gate_scores(opened, spans, right, packed.prompt.chunks),
+                           "gate_ms": round(1000 * watch.seconds[gate], 4)}
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        tables: dict[str, Any] = {name: {} for name in ("recall", "partial", "all_positives", "gate_ms")}
+        for gate, p in itertools.product(self.gates, self.shares):
+            rows = [found[q["id"], gate, p] for q in self.questions]
+            for name in ("recall", "partial", "all_positives"):
+                tables[name].setdefault(gate, {})[f"{p:g}"] = average(rows, name)
+            tables["gate_ms"][gate] = average(rows, "gate_ms", statistics.median)
+        asked = [row for row in rows if row["recall"] is not None]
+        left_out = {"not_retrieved": sum(not row["retrieved"] for row in rows),
+                    "no_answer_in_passage": sum(row["retrieved"] and row["recall"] is None for row in rows)}
+        return {"n": len(self.questions), "results": tables.pop("recall"), "asked": len(asked), "left_out": left_out,
+                "several_positives": sum(row["all_positives"] is not None for row in rows), **tables}
+
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
+        rows = [[gate, p, recall, summary["partial"][gate][p], summary["all_positives"][gate][p],
+                 summary["gate_ms"][gate]]
+                for gate, cells in summary["results"].items() for p, recall in cells.items()]
+        left = ", ".join(f"{name} {count}" for name, count in summary["left_out"].items())
+        return markdown_table(["gate", "p", "recall", "partial", "all positives", "ms"], rows) + (
+            f"\n\n{summary['asked']} of {summary['n']} questions count; left out: {left}")
+
+
+def gate_scores(opened: np.ndarray, spans: list[list[int]], right: list[set[int]],
+                chunks: Sequence[Chunk]) -> dict[str, bool | None]:
+    """What a choice of chunks opens. opened: (L,) bool; right: of each positive id, the documents. None: not asked."""
+    docs = {chunks[number].doc for number in np.flatnonzero(opened)}
+    return {"recall": any(all(opened[i] for i in span) for span in spans) if spans else None,
+            "partial": any(opened[i] for span in spans for i in span) if spans else None,
+            "all_positives": all(ds & docs for ds in right if ds) if len(right) > 1 and any(right) else None}
+
+
+class ProbeLessons(TextLessons):
+    """Texts in windows of exactly --seq_tokens tokens."""
+
+    def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
+        size = self.train.seq_tokens
+        windows = super().cut(cache)
+        windows = windows[windows[:, 2] - windows[:, 1] == size]
+        require(len(windows) > 1, f"--texts {', '.join(cache.paths)}: needs two pieces of {size} tokens at "
+                "least: lower --context_tokens or --next_tokens")
+        return windows
+
+    def compressed(self, window: np.ndarray, k: int, s: int) -> tuple[TrainingSequence, TrainingSequence]:
+        """A window's first s tokens as vectors and then the rest; the same from as many of the last tokens."""
+        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
+        context, cuts, following = part_whole(ids, whole, s)
+        content = self.encoder.content_of_tokens(context, cuts, k)
+        vectors = self.vectors(content)
+        last = continue_plan(np.concatenate([self.start, context[-len(vectors) :]]), following, Content([], []))
+        return continue_plan(np.concatenate([self.start, vectors]), following, content), last
+
+    def repeated(self, window: np.ndarray, k: int) -> TrainingSequence:
+        """All of a window as vectors, then its text."""
+        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
+        return self.reconstruction(ids, whole, k)
+
+
+class TextTask(Task):
+    """A task over texts: what the decoder makes of vectors, teacher forced."""
+
+    modes: tuple[str, ...] = ()
+    without_wrong = ""  # how to do without that control
+    unused = frozenset({"k", "gate", "ctx_max", "max_new", "cite"}) | {
+        f.name for config in (IndexConfig, SearchConfig) for f in dataclasses.fields(config)}
+
+    def sources(self) -> dict[str, Any]:
+        files = [fact["sha256"][:16] for fact in file_facts(self.options.texts)]
+        return {"texts": files} | self.model_sources()
+
+    @property
+    def size(self) -> int:
+        """Tokens of a window."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        ks, options = tuple(dict.fromkeys(self.options.k)), self.options
+        self.model = load_model(self.models, max(ks), self.runtime).to(self.accelerator.device)
+        train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
+        self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
+        self.windows = np.asarray(spread(self.lessons.windows, options.limit))
+        require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
+                f"--texts {', '.join(options.texts)}: one text alone has pieces of {self.size} tokens, and "
+                "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
+        self.packs = can_pack(self.model.decoder)
+
+    def units(self) -> list[Any]:
+        """(mode, values of k): what reads no vector is measured once for all k."""
+        ks = tuple(dict.fromkeys(self.options.k))
+        parts = [(mode, [ks] if mode in ("full", "none") else [(k,) for k in ks]) for mode in self.modes]
+        return [(mode, part) for mode, several in parts for part in several]
+
+    def keys(self, unit: Any) -> list[Key]:
+        mode, ks = unit
+        return [("texts", mode, k) for k in ks]
+
+    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
+        """What the decoder is asked in a mode."""
+        raise NotImplementedError
+
+    def control(self, sequences: list[TrainingSequence], mode: str) -> list[TrainingSequence]:
+        """One of the controls of some sequences."""
+        names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
+        made = controls(sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
+        require(names[mode] in made, f"--modes {mode}: needs a decoder with a start token")
+        return made[names[mode]]
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        mode, ks = unit
+        sequences = self.sequences(mode, ks[0])
+        measured = measure_sequences(self.model, sequences, self.packs, 2 * self.size, self.options.batch_size,
+                                     self.accelerator)
+        require(math.isfinite(measured["loss"]), f"--task {self.options.task}: the loss of {mode} is "
+                f"{measured['loss']}: mend the models")
+        for k in ks:
+            if ("texts", mode, k) not in done:
+                yield {"id": "texts", "mode": mode, "k": k, **measured, "texts": len(sequences),
+                       "tokens": sum(s.asked for s in sequences),
+                       "positions": round(statistics.fmean(len(s.plan) for s in sequences), 2)}
+
+    def tables(self, found: dict[Key, dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
+        """{mode: {k: value}}"""
+        return {mode: {str(k): found["texts", mode, k][name] for k in dict.fromkeys(self.options.k)}
+                for mode in self.modes}
+
+
+class PplTask(TextTask):
+    """Log-perplexity of the tokens after a compressed context."""
+
+    notes = ("Mean nats per token of the --next_tokens tokens after --context_tokens tokens that are compressed "
+             "(refrag, wrong_vectors), read as text (full), left out (none), or cut to their last tokens, as many as "
+             "there are vectors (truncate). Positions: the mean length of what is fed, with the tokens to be "
+             "predicted.")
+    without_wrong = ", or leave wrong_vectors out of --modes"
+
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        self.modes = self.options.named
+
+    @property
+    def size(self) -> int:
+        return self.options.context_tokens + self.options.next_tokens
+
+    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
+        pairs = [self.lessons.compressed(window, k, self.options.context_tokens) for window in self.windows]
+        made, last = (list(side) for side in zip(*pairs, strict=True))
+        return last if mode == "truncate" else self.control(made, mode)
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        texts = next(iter(found.values()))["texts"]
+        return {"n": texts, "results": self.tables(found, "loss"), "accuracy": self.tables(found, "accuracy"),
+                "positions": self.tables(found, "positions")}
+
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
+        rows = [[mode, k, loss, summary["accuracy"][mode][k], summary["positions"][mode][k]]
+                for mode, cells in summary["results"].items() for k, loss in cells.items()]
+        return markdown_table(["mode", "k", "log_ppl", "accuracy", "positions"], rows)
+
+
+class ReconTask(TextTask):
+    """How much of a text comes back from its vectors."""
+
+    modes = ("refrag", "none", "wrong_vectors", "full")
+    columns = ("accuracy", "no_vectors", "wrong_vectors", "full_text", "free_running", "free_running_wrong")
+    free = ("refrag", "wrong_vectors")  # modes in which the decoder also writes by itself
+    asked = (*itertools.product(("accuracy",), modes), *itertools.product(("free_running",), free))
+    notes = ("Share of the tokens of a text that are the likeliest next ones, teacher forced, after its vectors, after "
+             f"none, after another text's, and after the text itself. Free running: share of the tokens of {SAMPLES} "
+             "texts that stand, in their order, in what the decoder writes by itself after the vectors, and after "
+             "another text's.")
+
+    @property
+    def size(self) -> int:
+        return self.options.context_tokens
+
+    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
+        return self.control([self.lessons.repeated(window, k) for window in self.windows], mode)
+
+    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        mode, _ = unit
+        for line in super().lines(unit, done):
+            yield {**line, **(self.write_freely(mode, line["k"]) if mode in self.free else {})}
+
+    def write_freely(self, mode: str, k: int) -> dict[str, Any]:
+        """What the decoder makes of some texts' vectors by itself, and how much of them that is."""
+        texts, shares = [], []
+        for sequence in spread(self.sequences(mode, k), SAMPLES):
+            truth, made = sequence.labels[sequence.labels >= 0].tolist(), self.continue_freely(sequence)
+            shares.append(kept_in_order(truth, made))
+            texts.append([self.lessons.tokenizer.decoder.decode(ids) for ids in (truth, made)])
+        return {"free_running": round(statistics.fmean(shares), 5), "written": texts}
+
+    @torch.inference_mode()
+    def continue_freely(self, sequence: TrainingSequence) -> list[int]:
+        """The tokens that the decoder puts in the place of a sequence's answer, as many at most, greedily."""
+        decoder, device, asked = self.model.decoder, self.accelerator.device, sequence.asked
+        before = continue_plan(sequence.plan[: len(sequence.plan) - asked + 1], sequence.labels[-1:], sequence.content)
+        with self.accelerator.autocast():
+            inputs, _, _ = self.model.embed_batch(checked_batch(self.model, [[before]], self.packs).to(device))
+            logits, state = prefill(decoder, [inputs[0]])
+            [out], _ = decode(decoder, logits, state, max_new=asked, watch=Stopwatch(device),
+                              stops=stop_tokens(decoder, self.lessons.tokenizer.decoder),
+                              pick=lambda logits: logits.argmax(-1))
+        return out.tokens
+
+    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        results = {str(k): {name: found["texts", mode, k][measure]
+                            for name, (measure, mode) in zip(self.columns, self.asked, strict=True)}
+                   for k in self.options.k}
+        return {"n": next(iter(found.values()))["texts"], "results": results}
+
+    @classmethod
+    def table(cls, summary: dict[str, Any]) -> str:
+        return markdown_table(["k", *cls.columns], [[k, *map(cell.get, cls.columns)]
+                                                    for k, cell in summary["results"].items()])
+
+    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+        written = {k: found["texts", "refrag", k]["written"] for k in self.options.k}
+        write_atomic(folder / "sample.md", written_text(written))
+
+
+TASKS: dict[str, type[Task]] = {"qa": QaTask, "retrieval": RetrievalTask, "gate": GateTask, "ppl": PplTask,
+                                "recon": ReconTask}
+
+
+# -- the run and its report -----------------------------------------------------------
+
+EVAL_FILES = re.compile(
+    r"questions(-\d+)?\.jsonl|results\.json|(report|sample)\.md|quality\.png|\.lock|\..*\.tmp")
+
+
+def evaluate(task: Task) -> dict[str, Any]:
+    """Measure what is not measured yet, and write the report. Returns the summary that the command prints."""
+    accelerator = task.accelerator = make_accelerator(task.runtime)
+    if task.options.out_dir is None:
+        return summary_of(task, measure_lines(task, {}, lambda line: None))
+    folder = Path(task.options.out_dir)
+    with run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"):
+        with accelerator.main_process_first():  # which mends what a kill left
+            settings = task.settings()
+            done = measured_lines(folder, settings, task.options.resume)
+        accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
+        rank = accelerator.process_index
+        path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
+        found = measure_lines(task, done, lambda line: append_line(path, line | {"settings": settings}))
+        summary = summary_of(task, found)
+        if accelerator.is_main_process:
+            write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
+        accelerator.wait_for_everyone()
+        return summary
+
+
+def measured_lines(folder: Path, settings: dict[str, Any], resume: bool) -> dict[Key, dict[str, Any]]:
+    """The lines that are there already. Raises UserError without --resume, MismatchError for other settings."""
+    files = sorted(path for path in folder.glob("questions*.jsonl") if path.stat().st_size)
+    require(resume or not files, f"--out_dir {folder} holds an evaluation: add --resume to continue it, or name "
+            "another folder")
+    return {key_of(line): line for path in files for line in finished_lines(path, settings, "--out_dir")}
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a JSON line to a file at once, so that a kill loses no finished one."""
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(dumps(line) + "\n")
+
+
+def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
+                  write: Callable[[dict[str, Any]], None]) -> dict[Key, dict[str, Any]]:
+    """All lines of a task: those done and those measured now, each process its share of the units that lack some."""
+    new: list[dict[str, Any]] = []
+    finished = set(done)
+    if lacking := [unit for unit in task.units() if not finished.issuperset(task.keys(unit))]:
+        task.load()
+        units = lacking[task.accelerator.process_index :: task.accelerator.num_processes]
+        for unit in progress(units, f"eval {task.options.task}", total=len(units)):
+            for line in task.lines(unit, finished):
+                new.append(line)
+                write(line)
+    gathered = late_import("accelerate.utils").gather_object(new)
+    return done | {key_of(line): line for line in gathered}
+
+
+def summary_of(task: Task, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+    """The JSON object of the command."""
+    return {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
+
+
+def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+    """All files of --out_dir: the lines in order, and what they come to."""
+    wanted = dict.fromkeys(task.wanted())
+    lines = [*(found[key] for key in wanted), *(line for key, line in found.items() if key not in wanted)]
+    write_atomic(folder / "questions.jsonl", "".join(dumps(line) + "\n" for line in lines))
+    for part in folder.glob("questions-*.jsonl"):
+        part.unlink()
+    facts = {"settings": lines[0]["settings"], "command": [word for word in sys.argv if word != "--resume"],
+             "versions": library_versions(), "device": describe_device(task.runtime), "commit": source_commit()}
+    write_atomic(folder / "results.json", json.dumps(summary | facts, indent=1) + "\n")
+    write_atomic(folder / "report.md", report_text(task, summary, facts))
+    task.pictures(folder, found, summary)
+
+
+def cell_text(value: Any) -> str:
+    """A value for a table: [low, high] for an interval, the mean before it for a difference."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{value['mean']:+.3f} {cell_text(value['ci'])}"
+    if isinstance(value, list):
+        return f"[{', '.join(f'{v:.3f}' for v in value)}]"
+    if isinstance(value, str | int):
+        return f"{value:,}" if isinstance(value, int) else value
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def aligned_table(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table that can be read as it is. rows: column -> text, all with the same columns."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |"
+                     for line in lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown of values of any kind, under readable names."""
+    names = [CELL_NAMES.get(name, name.replace("_", " ")) for name in header]
+    return aligned_table([dict(zip(names, map(cell_text, row), strict=True)) for row in rows])
+
+
+def report_text(task: Task, summary: dict[str, Any], facts: dict[str, Any]) -> str:
+    """report.md."""
+    rows = [[key, dumps(value)] for key, value in {**facts["settings"], "commit": facts["commit"]}.items()
+            if value is not None]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return "\n".join([f"# Evaluation: {task.options.task}", "", f"n = {summary['n']}, seed {summary['seed']}.", "",
+                      task.table(summary), "", task.notes, "", "## Settings", "",
+                      markdown_table(["setting", "value"], rows), "", f"Versions: {versions}.", ""])
+
+
+def sample_text(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], p: float) -> str:
+    """sample.md: what was asked, what the decoder read, what it said."""
+    parts = [f"# What the decoder read, mode refrag, p = {p:g}", "",
+             "Compressed chunks, each one vector, stand in [[..]]; everything else was read as text.", ""]
+    for item, line in rows:
+        fence = "`" * (2 + max(map(len, re.findall(r"`+", line["prompt"])), default=1))
+        parts += [f"## {item['id']}: {item['question']}", "", f"- True answers: {'; '.join(item['answers']) or 'none'}",
+                  f"- Reply: {' '.join(line['reply'].split())}", f"- F1 {line['f1']:.3f}, EM {line['em']:.0f}, "
+                  f"{line['positions']} positions of {line['full_positions']}", "", fence, line["prompt"], fence, ""]
+    return "\n".join(parts)
+
+
+def written_text(written: dict[int, list[list[str]]]) -> str:
+    """sample.md: texts, and beside each what the decoder wrote from its vectors. written: k -> [text, what of it]."""
+    parts = ["# What the decoder writes from a text's vectors alone", ""]
+    for number, pairs in enumerate(zip(*written.values(), strict=True), start=1):
+        named = {"text": pairs[0][0], **{f"k = {k}": made for k, (_, made) in zip(written, pairs, strict=True)}}
+        parts += [f"## {number}", "", *(f"- {name}: {' '.join(text.split())}" for name, text in named.items()), ""]
+    return "\n".join(parts)
+
+
+def paint_quality(axes: Any, results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """F1 against the positions the decoder is fed, a curve per mode, with the intervals."""
+    for name, cells in results.items():
+        points = sorted((cell["positions"], cell["f1"], *cell["f1_ci"]) for cell in cells.values())
+        x, y, low, high = (np.asarray(values) for values in zip(*points, strict=True))
+        axes.errorbar(x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], marker="o", capsize=2, label=name)
+    axes.set(xlabel="decoder positions fed, mean", ylabel="F1, with 95% intervals", ylim=(0, None))
+    axes.legend(fontsize=7)
+
+
+def run_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+             runtime: RuntimeConfig) -> None:
+    """Measure, and show the table."""
+    task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
+    summary = evaluate(task)
+    emit(summary, runtime, task.table(summary))

@@ -1,0 +1,741 @@
+"""`refrag.py serve`: an OpenAI-compatible HTTP server, and a page to ask from."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import collections
+import contextlib
+import dataclasses
+import functools
+import hmac
+import importlib.util
+import ipaddress
+import itertools
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from refrag import (
+    STDERR,
+    Embedder,
+    GenerateConfig,
+    PackConfig,
+    Pipeline,
+    SearchConfig,
+    ServeConfig,
+    TooLongError,
+    UserError,
+    batched,
+    dumps,
+    late_import,
+    notice,
+    one_line,
+    peak_rss_mb,
+    say,
+)
+from refrag_extras.chat import MODES, with_topic
+
+# -- the server: requests ---------------------------------------------------------
+
+API_NAMES = {"max_new": "max_tokens", "temperature": "temperature", "top_p": "top_p",  # of flags that clients can set
+             **{name: f"refrag.{name}" for name in ("mode", "k", "p", "floor", "topk", "hops")}}
+
+
+class Refused(Exception):
+    """A request that is answered with an error. status: HTTP's; code: a word for programs; param: the field."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None):
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+    def body(self) -> dict[str, Any]:
+        """In the form of OpenAI's errors."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def refusal(error: Exception) -> Refused:
+    """What a client is told of an error, in the API's words. What is no fault of the request goes to stderr too.
+
+    Example: UserError("--p must lie between 0 and 1, got 2") -> "refrag.p must lie between 0 and 1, got 2", 400
+    """
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, late_import("pydantic").ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        message = "not supported here, or not with this value" if first["type"] == "extra_forbidden" else first["msg"]
+        message = message.removeprefix("Value error, ")
+        return Refused(400, f"{place}: {message}" if place else message, first["type"], place or None)
+    if isinstance(error, UserError):
+        names = re.findall(rf"--({'|'.join(API_NAMES)})\b", str(error))
+        message = re.sub(r"--(\w+)", lambda match: API_NAMES.get(match[1], match[0]), str(error))
+        if isinstance(error, TooLongError):
+            return Refused(400, message, "context_length_exceeded", "messages")
+        return Refused(400, message, "invalid_value", API_NAMES[names[0]] if names else None)
+    say(f"error: {one_line(error)}", file=STDERR)
+    return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
+
+
+def joined_parts(content: Any) -> Any:
+    """A message's text, also where it comes in parts. Raises ValueError for a part that is no text."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+               for part in content):
+        raise ValueError("only parts of type text are supported")
+    return "".join(part["text"] for part in content)
+
+
+def ends_with_question(messages: list[Any]) -> list[Any]:
+    """Raises ValueError unless the last message can be answered."""
+    if messages[-1].role != "user" or not messages[-1].content.strip():
+        raise ValueError("the last message must be the user's, and not empty")
+    return messages
+
+
+def listed_inputs(value: Any) -> list[Any]:
+    """What is to be embedded, as a list of texts or of lists of token ids. Raises ValueError."""
+    rows = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
+    texts = all(isinstance(row, str) and row for row in rows)
+    if not texts and not all(isinstance(row, list) and row and all(type(t) is int for t in row) for row in rows):
+        raise ValueError("must be a text, a list of texts, token ids or a list of lists of them, none of them empty")
+    return rows
+
+
+UNREAD = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+          "parallel_tool_calls", "name")  # official fields that change no answer
+NEUTRAL = {"n": (1,), "logprobs": (False,), "response_format": ({"type": "text"},), "modalities": (["text"],),
+           "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
+           **dict.fromkeys(("top_logprobs", "presence_penalty", "frequency_penalty"), (0,)), "logit_bias": ({},),
+           **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+           **dict.fromkeys(("tools", "functions", "tool_calls", "annotations"), ([],))}
+
+
+@functools.cache
+def form_class() -> Any:
+    """What the requests' pydantic models have in common. Built late: only the server needs pydantic.
+
+    null counts as left out. A field that is not declared is refused: to ignore one may change the answer.
+    """
+    pydantic = late_import("pydantic")
+
+    class Form(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
+        @pydantic.model_validator(mode="before")
+        @classmethod
+        def leave_out(cls, data: Any) -> Any:
+            return {key: value for key, value in data.items() if value is not None and key not in UNREAD
+                    and value not in NEUTRAL.get(key, ())} if isinstance(data, dict) else data
+
+    return Form
+
+
+@functools.cache
+def chat_form(most: int) -> Any:
+    """The pydantic model of a request for an answer. most: tokens that it may ask for."""
+    pydantic, Form = late_import("pydantic"), form_class()
+    Field, Before, After = pydantic.Field, pydantic.BeforeValidator, pydantic.AfterValidator
+    alone = Before(lambda value: [value] if isinstance(value, str) else value)
+
+    class Message(Form):
+        role: Literal["system", "developer", "user", "assistant"]
+        content: Annotated[str, Before(joined_parts)]
+
+    class Settings(Form):
+        mode: Literal[MODES] = ""
+        k: int = 0
+        p: float = 0
+        floor: int = 0
+        topk: int = Field(0, le=100)
+        hops: int = Field(0, le=4)
+
+    class StreamOptions(Form):
+        include_usage: bool = False
+        include_obfuscation: bool = False
+
+    class Chat(Form):
+        model: str
+        messages: Annotated[list[Message], Field(min_length=1), After(ends_with_question)]
+        stream: bool = False
+        stream_options: StreamOptions = StreamOptions()
+        max_tokens: int = Field(None, le=most)
+        max_completion_tokens: int = Field(None, le=most)
+        temperature: float = Field(0, le=100)
+        top_p: float = 1
+        seed: int = Field(None, ge=-(2**63), lt=2**63)
+        stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4), alone] = ()
+        refrag: Settings = Settings()
+
+    return Chat
+
+
+@functools.cache
+def embeddings_form() -> Any:
+    """The pydantic model of a request for vectors."""
+
+    class Embeddings(form_class()):
+        model: str
+        input: Annotated[list, late_import("pydantic").BeforeValidator(listed_inputs)]
+        encoding_format: Literal["float", "base64"] = "float"
+        dimensions: int = None
+
+    return Embeddings
+
+
+class Wish(NamedTuple):
+    """The settings of a request; those with the same may share a batch."""
+
+    search: SearchConfig
+    pack: PackConfig
+    generate: GenerateConfig
+    seed: int = 0
+    system: str = ""
+
+
+class ChatRequest(NamedTuple):
+    """A request for an answer, understood."""
+
+    question: str
+    wish: Wish
+    stream: bool = False
+    usage: bool = False  # whether a stream ends with the counts of tokens
+
+    @classmethod
+    def read(cls, data: bytes, pipeline: Pipeline, serve: ServeConfig) -> ChatRequest:
+        """Raises Refused and what `refusal` makes one of."""
+        body = chat_form(serve.max_tokens).model_validate_json(data)
+        check_served(body.model, ["refrag"])
+        question, system = asked_by(body.messages)
+        counts = (body.max_completion_tokens, body.max_tokens, min(pipeline.generate.max_new, serve.max_tokens))
+        how = body.model_dump(include={"temperature", "top_p"}, exclude_unset=True)
+        how |= {"stop": tuple(body.stop)} if body.stop else {}
+        generate = dataclasses.replace(pipeline.generate, **how, max_new=next(n for n in counts if n is not None))
+        own = body.refrag.model_dump(exclude_unset=True)
+        search = dataclasses.replace(pipeline.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
+        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.runtime.seed  # JavaScript keeps 53 bits
+        wish = Wish(search, dataclasses.replace(pipeline.pack, **own), generate,
+                    seed if body.seed is None else body.seed % 2**63, system)
+        return cls(question, wish, body.stream, body.stream_options.include_usage)
+
+
+def asked_by(messages: Sequence[Any]) -> tuple[str, str]:
+    """(the last message's question, with the topic of those before; the system messages)."""
+    before: list[tuple[str, str]] = []
+    for message in messages[:-1]:
+        if message.role == "user":
+            before.append((with_topic(message.content, before), ""))
+        elif message.role == "assistant" and before:
+            before[-1] = (before[-1][0], message.content)
+    system = [message.content.strip() for message in messages if message.role in ("system", "developer")]
+    return with_topic(messages[-1].content, before), "\n\n".join(filter(None, system))
+
+
+def check_served(model: str, names: Sequence[str]) -> None:
+    """Raises Refused for a model that is not here."""
+    if model not in names:
+        raise Refused(404, f"the model {model!r} does not exist here: {', '.join(names)}", "model_not_found", "model")
+
+
+# -- the server: work -------------------------------------------------------------
+
+
+class Job:
+    """A request at work. tell(kind, value): "text" as it comes, then "done" with the result or "error" with Refused."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, asked: ChatRequest, timeout: float, tell: Callable[[str, Any], None]):
+        self.asked, self.tell, self.deadline = asked, tell, time.monotonic() + timeout
+        self.id = f"chatcmpl-{os.getpid()}-{next(self.numbers)}"
+        self.item = {"id": self.id, "question": asked.question}
+        self.cancelled = False  # set when the client has gone
+        self.heard = False  # whether a part of the answer was told
+
+    @property
+    def late(self) -> bool:
+        """Whether its time is up."""
+        return time.monotonic() > self.deadline
+
+    def refuse_late(self) -> None:
+        """Tell that there was not enough time."""
+        self.tell("error", Refused(504, "the answer took longer than this server allows", "timeout"))
+
+
+class Engine:
+    """Answers jobs, batch after batch, in a thread of its own."""
+
+    def __init__(self, pipeline: Pipeline, serve: ServeConfig):
+        self.pipeline, self.serve, self.ready = pipeline, serve, True
+        self.together = serve.together or (1 if pipeline.device.type == "cpu" else 4)
+        self.jobs: collections.deque[Job] = collections.deque()
+        self.changed = threading.Condition()
+        self.models = threading.Lock()  # one thread computes at a time
+        self.counts: collections.Counter = collections.Counter()
+        self.thread = threading.Thread(target=self.work_on, name="engine", daemon=True)
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the queue. Raises Refused when it is full."""
+        with self.changed:
+            for gone in [job for job in self.jobs if job.cancelled]:
+                self.jobs.remove(gone)
+            if len(self.jobs) >= self.serve.waiting:
+                raise Refused(429, "too many requests are waiting: come again later", "queue_full")
+            self.jobs.append(job)
+            self.changed.notify()
+
+    def stop(self) -> None:
+        """End the thread after the batch in work."""
+        with self.changed:
+            self.ready = False
+            self.changed.notify()
+
+    def next_batch(self) -> list[Job]:
+        """The job that has waited longest and others of the same settings; none when the server stops.
+
+        What is sampled is answered alone: in a batch it would depend on its neighbours.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: self.jobs or not self.ready)
+            if not self.ready:
+                return []
+            first = self.jobs.popleft()
+            room = self.together - 1 if first.asked.wish.generate.temperature == 0 else 0
+            others = [job for job in self.jobs if job.asked.wish == first.asked.wish][:room]
+            for job in others:
+                self.jobs.remove(job)
+        return [first, *others]
+
+    def work_on(self) -> None:
+        """The thread."""
+        while batch := self.next_batch():
+            self.work(batch)
+
+    def work(self, batch: list[Job]) -> None:
+        """Answer jobs of the same settings, and tell each how it went."""
+        for job in batch:
+            if job.late and not job.cancelled:
+                job.refuse_late()
+        batch = [job for job in batch if not job.late and not job.cancelled]
+        refusal = self.try_batch(batch) if batch else None
+        if refusal is not None:
+            for job in batch:
+                if len(batch) > 1 and not job.heard:  # the fault may be another question's; what was heard stays said
+                    self.work([job])
+                else:
+                    job.tell("error", refusal)
+
+    def try_batch(self, batch: list[Job]) -> Refused | None:
+        """Answer jobs, or return why not; the failed batch's memory is free when this returns."""
+        try:
+            with self.models:
+                results = self.pipeline_for(batch[0].asked.wish).answer([job.item for job in batch],
+                                                                        functools.partial(self.spread_text, batch))
+        except Exception as error:
+            return refusal(error)
+        for job, result in zip(batch, results, strict=True):
+            self.count(result)
+            if job.late and not result["ended"]:
+                job.refuse_late()
+            else:
+                job.tell("done", result)
+        return None
+
+    def spread_text(self, batch: list[Job], row: int, text: str) -> bool:
+        """Pass a part of an answer on. Returns True when no more of it is wanted."""
+        job = batch[row]
+        if text:
+            job.heard = True
+            job.tell("text", text)
+        return job.cancelled or job.late
+
+    def pipeline_for(self, wish: Wish) -> Pipeline:
+        """The pipeline with a request's settings. Raises RefragError."""
+        if wish.pack.mode != "none" and self.pipeline.searcher is None:
+            raise Refused(400, "this server was started without an index: only the mode none is left", "invalid_value",
+                          "refrag.mode")
+        made = self.pipeline.variant(search=wish.search, generate=wish.generate, **vars(wish.pack))
+        made.check_gate(made.gate)
+        made.sampler, made.system = torch.Generator().manual_seed(wish.seed), wish.system
+        return made
+
+    def count(self, result: dict[str, Any]) -> None:
+        """Add an answer to /metrics."""
+        metrics = result["metrics"]
+        self.counts["answers_total"] += 1
+        self.counts["new_tokens_total"] += metrics["new_tokens"]
+        self.counts["positions_total"] += metrics["positions"]
+        self.counts["full_positions_total"] += metrics["full_positions"]
+        self.counts["ttft_seconds_total"] += metrics["ttft_s"]
+
+    def metrics_text(self) -> str:
+        """/metrics, in Prometheus' text form."""
+        lines = [f"refrag_requests_waiting {len(self.jobs)}", f"refrag_peak_rss_bytes {int(peak_rss_mb() * 2**20)}"]
+        lines += [f"refrag_{name} {value}" for name, value in sorted(self.counts.items())]
+        return "\n".join(lines) + "\n"
+
+    def embed(self, inputs: list[str] | list[list[int]]) -> tuple[np.ndarray, int]:
+        """(N, dim) float32 of texts or of token ids, and how many tokens were read. Raises Refused.
+
+        A tokenizer serves one thread at a time, too.
+        """
+        with self.models:
+            embedder, are_texts = self.pipeline.embedder, isinstance(inputs[0], str)
+            texts = [embedder.prompt + text for text in inputs] if are_texts else []
+            rows = embedder.tokenizer(texts, verbose=False)["input_ids"] if texts else framed_ids(embedder, inputs)
+            longest = max(map(len, rows))
+            if longest > embedder.max_tokens:  # a vector of a part would look like one of the whole
+                raise Refused(400, f"an input has {longest} tokens, more than the {embedder.max_tokens} that "
+                              f"{embedder.name} reads: split it", "context_length_exceeded", "input")
+            vectors = embedder.embed_passages(inputs) if are_texts else embed_ids(embedder, rows)
+            return vectors, sum(map(len, rows))
+
+
+def framed_ids(embedder: Embedder, inputs: list[list[int]]) -> list[list[int]]:
+    """What an embedder reads of token ids, which may hold its special tokens or lack them. Raises Refused.
+
+    Another vocabulary's ids are noticed only where they are too large.
+    """
+    tokenizer, size = embedder.tokenizer, len(embedder.tokenizer)
+    for token in itertools.chain.from_iterable(inputs):
+        if not 0 <= token < size:
+            raise Refused(400, f"token id {token} is not in the vocabulary of {embedder.name}, 0 to {size - 1}: send "
+                          "texts, or the ids of its own tokenizer", "invalid_value", "input")
+    whole, body, prompt = (tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in (
+        ("a", True), ("a", False), (embedder.prompt, False)))
+    at = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
+    before, after = whole[:at], whole[at + len(body) :]
+    added = {*before, *after}
+    return [[*before, *prompt, *(token for token in row if token not in added), *after] for row in inputs]
+
+
+def embed_ids(embedder: Embedder, rows: list[list[int]]) -> np.ndarray:
+    """(N, dim) float32 of complete rows of token ids."""
+    vectors = []
+    for some in batched(rows, 32):
+        features = embedder.tokenizer.pad({"input_ids": some}, return_tensors="pt").to(embedder.model.device)
+        with torch.inference_mode():
+            vectors.append(embedder.model(dict(features))["sentence_embedding"].float().cpu().numpy())
+    return embedder.unit_length(np.concatenate(vectors))
+
+
+# -- the server: HTTP ---------------------------------------------------------------
+
+
+def reply_head(job: Job, kind: str, model: str) -> dict[str, Any]:
+    """The fields that every object of a reply has."""
+    return {"id": job.id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def usage_of(result: dict[str, Any]) -> dict[str, int]:
+    """OpenAI's counts: positions fed, tokens made."""
+    fed, made = result["metrics"]["positions"], result["metrics"]["new_tokens"]
+    return {"prompt_tokens": fed, "completion_tokens": made, "total_tokens": fed + made}
+
+
+def refrag_fields(result: dict[str, Any]) -> dict[str, Any]:
+    """What a reply tells beyond OpenAI's fields."""
+    names = ("question", "citations", "passages", "chunks", "dropped_passages", "metrics", "settings")
+    return {name: result[name] for name in names}
+
+
+def whole_reply(job: Job, result: dict[str, Any], model: str) -> dict[str, Any]:
+    """A reply in one piece."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": result["answer"], "refusal": None},
+              "logprobs": None, "finish_reason": "stop" if result["ended"] else "length"}
+    return {**reply_head(job, "chat.completion", model), "choices": [choice], "usage": usage_of(result),
+            "refrag": refrag_fields(result)}
+
+
+def event(data: Any) -> str:
+    """A server-sent event."""
+    return f"data: {data if isinstance(data, str) else dumps(data)}\n\n"
+
+
+def stream_events(job: Job, kind: str, value: Any, model: str) -> Iterator[str]:
+    """The events of one thing that a job told."""
+    if kind == "error":
+        yield event(value.body())
+        return
+    ended = kind == "done"
+    choice = {"index": 0, "delta": {} if ended else {"content": value}, "logprobs": None,
+              "finish_reason": None if not ended else "stop" if value["ended"] else "length"}
+    more = {"refrag": refrag_fields(value)} if ended else {}
+    yield event({**reply_head(job, "chat.completion.chunk", model), "choices": [choice], **more})
+    if ended:
+        if job.asked.usage:
+            yield event({**reply_head(job, "chat.completion.chunk", model), "choices": [], "usage": usage_of(value)})
+        yield event("[DONE]")
+
+
+async def read_body(request: Any, serve: ServeConfig) -> bytes:
+    """A request's body, neither too long nor too long in coming. Raises Refused."""
+    data = bytearray()
+    try:
+        async with asyncio.timeout(serve.timeout):
+            async for part in request.stream():
+                data += part
+                if len(data) > serve.body_bytes:
+                    raise Refused(413, f"the request is longer than {serve.body_bytes} bytes", "too_large")
+    except TimeoutError:
+        raise Refused(408, "the request did not come to its end in time", "timeout") from None
+    return bytes(data)
+
+
+class Service:
+    """What the addresses of the server do. Its methods take and return Starlette's requests and responses."""
+
+    def __init__(self, engine: Engine, serve: ServeConfig):
+        self.engine, self.serve = engine, serve
+        self.http = late_import("starlette.responses")
+        embedder = engine.pipeline.embedder
+        self.models = {"refrag": "answers"} | ({embedder.name: "embeddings"} if embedder is not None else {})
+
+    def routes(self) -> list[Any]:
+        """Address, method and what answers."""
+        route = late_import("starlette.routing").Route
+        table = (("/v1/chat/completions", self.chat, "POST"), ("/v1/embeddings", self.embeddings, "POST"),
+                 ("/v1/models", self.list_models, "GET"), ("/v1/models/{name:path}", self.one_model, "GET"),
+                 ("/healthz", self.health, "GET"), ("/metrics", self.metrics, "GET"), ("/docs", self.docs, "GET"),
+                 ("/", self.page, "GET"))
+        return [route(path, self.guarded(answer), methods=[method]) for path, answer, method in table]
+
+    def guarded(self, answer: Callable) -> Callable:
+        """An address behind the key, whose refusals become replies. What is none is a fault of ours: 500."""
+
+        async def reply(request: Any) -> Any:
+            try:
+                self.check_origin(request)
+                if answer not in (self.health, self.page, self.docs):
+                    self.check_key(request)
+                response = await answer(request)
+            except Exception as error:
+                response = self.refuse(refusal(error))
+            self.engine.counts[f'responses_total{{status="{response.status_code}"}}'] += 1
+            return response
+
+        return reply
+
+    def refuse(self, error: Refused) -> Any:
+        """An error as a reply."""
+        headers = {"Retry-After": "1"} if error.status == 429 else {}
+        return self.http.JSONResponse(error.body(), error.status, headers)
+
+    async def no_route(self, request: Any, error: Any) -> Any:
+        """An address or a method that is not there, as a reply. error: Starlette's HTTPException."""
+        message = f"{request.method} {request.url.path}: {error.detail}; see GET /docs"
+        refused = Refused(error.status_code, message, error.detail.lower().replace(" ", "_"))
+        return self.http.JSONResponse(refused.body(), error.status_code, error.headers)
+
+    def check_origin(self, request: Any) -> None:
+        """Raises Refused for what a page from elsewhere asks in the name of the person who opened it.
+
+        CORSMiddleware keeps such a page from reading the reply, but would let it post.
+        """
+        origin = request.headers.get("origin")
+        own = origin is None or origin.partition("://")[2] == request.headers.get("host")
+        if not own and origin not in self.serve.cors:
+            raise Refused(403, f"pages of {origin} may not ask this server: see its --cors", "foreign_origin")
+
+    def check_key(self, request: Any) -> None:
+        """Raises Refused without the right --api_key."""
+        given, wanted = request.headers.get("authorization", ""), f"Bearer {self.serve.api_key}"
+        if self.serve.api_key is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
+            raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
+
+    async def chat(self, request: Any) -> Any:
+        """POST /v1/chat/completions"""
+        asked = ChatRequest.read(await read_body(request, self.serve), self.engine.pipeline, self.serve)
+        self.engine.pipeline_for(asked.wish)  # wrong settings are refused before they wait
+        loop, told = asyncio.get_running_loop(), asyncio.Queue()
+        job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
+        self.engine.submit(job)
+        try:
+            if not asked.stream:
+                return await self.in_one_piece(request, job, told)
+            first = await self.next_told(request, job, told)  # an error has its own status still
+        except BaseException:
+            job.cancelled = True
+            raise
+        return self.http.StreamingResponse(self.in_pieces(job, told, first), media_type="text/event-stream",
+                                           headers={"Cache-Control": "no-cache"})
+
+    async def next_told(self, request: Any, job: Job, told: asyncio.Queue) -> tuple[str, Any]:
+        """What a job tells next. Raises Refused for an error, and when the client has gone."""
+        waiting = asyncio.ensure_future(told.get())
+        try:
+            while not (await asyncio.wait([waiting], timeout=0.25))[0]:
+                if await request.is_disconnected():
+                    raise Refused(499, "the client has gone", "client_gone")
+        finally:
+            if not waiting.done():
+                waiting.cancel()
+        kind, value = waiting.result()
+        if kind == "error":
+            raise value
+        return kind, value
+
+    async def in_one_piece(self, request: Any, job: Job, told: asyncio.Queue) -> Any:
+        """The reply when all is said."""
+        while True:
+            kind, value = await self.next_told(request, job, told)
+            if kind == "done":
+                return self.http.JSONResponse(whole_reply(job, value, "refrag"))
+
+    async def in_pieces(self, job: Job, told: asyncio.Queue, first: tuple[str, Any]) -> Any:
+        """The reply as events. When the client goes, Starlette ends this, and that ends the job."""
+        try:
+            role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            yield event({**reply_head(job, "chat.completion.chunk", "refrag"), "choices": [role]})
+            kind, value = first
+            while True:
+                for part in stream_events(job, kind, value, "refrag"):
+                    yield part
+                if kind != "text":
+                    return
+                kind, value = await told.get()
+        finally:
+            job.cancelled = True
+
+    async def embeddings(self, request: Any) -> Any:
+        """POST /v1/embeddings"""
+        form = embeddings_form().model_validate_json(await read_body(request, self.serve))
+        check_served(form.model, [model for model, use in self.models.items() if use == "embeddings"])
+        dim = self.engine.pipeline.embedder.dim
+        if form.dimensions not in (None, dim):
+            raise Refused(400, f"dimensions: the vectors of {form.model} have {dim}", "invalid_value", "dimensions")
+        vectors, tokens = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, form.input)
+        coded = form.encoding_format == "base64"
+        rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if coded else row.tolist() for row in vectors]
+        return self.http.JSONResponse({
+            "object": "list", "model": form.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})
+
+    def model_facts(self, name: str) -> dict[str, Any]:
+        """A model as OpenAI's clients expect it."""
+        return {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
+
+    async def list_models(self, request: Any) -> Any:
+        """GET /v1/models"""
+        return self.http.JSONResponse({"object": "list", "data": [self.model_facts(name) for name in self.models]})
+
+    async def one_model(self, request: Any) -> Any:
+        """GET /v1/models/NAME"""
+        check_served(request.path_params["name"], list(self.models))
+        return self.http.JSONResponse(self.model_facts(request.path_params["name"]))
+
+    async def health(self, request: Any) -> Any:
+        """GET /healthz"""
+        alive = self.engine.thread.is_alive()
+        return self.http.JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
+
+    async def metrics(self, request: Any) -> Any:
+        """GET /metrics"""
+        return self.http.PlainTextResponse(self.engine.metrics_text(), media_type="text/plain; version=0.0.4")
+
+    async def docs(self, request: Any) -> Any:
+        """GET /docs"""
+        return self.http.PlainTextResponse(SERVER_DOCS)
+
+    async def page(self, request: Any) -> Any:
+        """GET /"""
+        path = Path(__file__).resolve().parent / "webapp" / "index.html"
+        if not path.is_file():
+            raise Refused(404, "the page webapp/index.html is not beside serve.py", "no_page")
+        return self.http.HTMLResponse(path.read_text(encoding="utf-8"))
+
+
+SERVER_DOCS = """\
+POST /v1/chat/completions
+    As OpenAI's, for the model "refrag". The last message is the question; one that refers back is asked with the names
+    of the one before. System messages stand before it in the prompt. stream, max_tokens, temperature, top_p, seed and
+    stop (up to four) are obeyed; a sampled answer without a seed draws one and reports it. Other official fields are
+    accepted with the value that changes nothing, and refused with any other.
+    Beyond OpenAI's: "refrag": {"mode": "refrag|full|none|truncate", "k": .., "p": .., "floor": .., "topk": ..,
+    "hops": ..} in the request; in the reply, or the last event of a stream, "refrag": {question, citations, passages,
+    chunks, metrics, settings}, the seed among the settings.
+POST /v1/embeddings
+    The embedder's vectors: {"model": .., "input": .., "encoding_format": "float" or "base64"}. input: a text, token ids
+    of the embedder's own tokenizer, or a list of either. More tokens than it reads are an error.
+GET  /v1/models    what is served
+GET  /healthz      200 while the server can answer
+GET  /metrics      counts for Prometheus
+GET  /             a page to ask from
+
+Errors: 400 what is wrong with the request, its field as param, or a Host that is not this machine; 401 the key, 403 a
+page from elsewhere, 404 the model or the address, 405 the method, 408 the request came too slowly, 413 too long, 429
+too many are waiting (with Retry-After), 504 not done within the server's time, 5xx a fault, with its reason.
+"""
+
+
+def make_app(engine: Engine, serve: ServeConfig, address: str) -> Any:
+    """The server as a Starlette application. address: what it listens on.
+
+    On a loopback address it answers to this machine's names alone: a page elsewhere could have its own name resolve to
+    127.0.0.1 and would then be no page from elsewhere.
+    """
+    middleware, service = late_import("starlette.middleware"), Service(engine, serve)
+    layers = []
+    if ipaddress.ip_address(address).is_loopback:
+        own = f"[{address}]" if ":" in address else address
+        layers.append(middleware.Middleware(late_import("starlette.middleware.trustedhost").TrustedHostMiddleware,
+                                            allowed_hosts=["localhost", "127.0.0.1", "[::1]", own, serve.host],
+                                            www_redirect=False))
+    elif serve.api_key is None:
+        notice(f"warning: {address} lets other machines in, and there is no --api_key: whoever reaches this server can "
+               "read its passages")
+    if serve.cors:
+        layers.append(middleware.Middleware(late_import("starlette.middleware.cors").CORSMiddleware,
+                                            allow_origins=serve.cors, allow_methods=["GET", "POST"],
+                                            allow_headers=["*"]))
+    error = late_import("starlette.exceptions").HTTPException
+    return late_import("starlette.applications").Starlette(routes=service.routes(), middleware=layers,
+                                                           exception_handlers={error: service.no_route})
+
+
+def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
+    uvicorn = late_import("uvicorn")
+    raise_file_limit()
+    engine = Engine(pipeline, serve)
+    engine.thread.start()
+    with listening_socket(serve) as listener:
+        host, port = listener.getsockname()[:2]
+        app = make_app(engine, serve, host)
+        notice(f"serving on http://{f'[{host}]' if ':' in host else host}:{port} (page at /, description at /docs)")
+        config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=10,
+                                server_header=False)
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            engine.stop()
+
+
+def listening_socket(serve: ServeConfig) -> socket.socket:
+    """A socket on --host and --port. Raises UserError."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except OSError as error:
+        raise UserError(f"--host {serve.host} --port {serve.port}: {error.strerror or error}") from None
+
+
+def raise_file_limit() -> None:
+    """Let the process hold as many connections as the system allows it to."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        resource = importlib.import_module("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 65_536), hard))
