@@ -323,3 +323,13 @@ def sign(folder: Path, **changes: object) -> None:
     facts.pop("digest")
     path.write_text(json.dumps(facts | {"digest": hashlib.sha256(
         json.dumps(facts, sort_keys=True).encode()).hexdigest()}))
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """The one server of commands in processes of their own."""
+    from forks import Forks
+
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 SERVER = """
 import contextlib, ctypes, json, os, sys
-import accelerate, matplotlib, peft, sentence_transformers, torch, refrag
+import accelerate, peft, sentence_transformers, torch, refrag
 
 torch.set_num_threads(1)  # as in this file: other sums round in another order
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
@@ -23,10 +23,13 @@ def child(job):
 
     def note(*what):
         seen.append(what)
-        if number := job["signals"].get(str(len(seen))):
-            if number == 9 and written[0] and os.path.exists(written[0]):
-                os.truncate(written[0], max(0, os.path.getsize(written[0]) - 7))
+        number = job["faults"].get(str(len(seen)), 0)
+        if number == 9 and written[0] and os.path.isfile(written[0]):
+            os.truncate(written[0], max(0, os.path.getsize(written[0]) - 7))
+        if number > 0:
             os.kill(os.getpid(), number)
+        elif number < 0:
+            raise OSError(-number, os.strerror(-number), what[1])
 
     def hook(event, args):
         writes = event in CHANGES or event == "open" and isinstance(args[0], str) and args[2] & WRITING
@@ -35,16 +38,20 @@ def child(job):
             written[0] = args[0] if event == "open" else written[0]
 
     def fsync(handle, sync=os.fsync):
-        note("fsync", os.readlink(f"/proc/self/fd/{handle}"))
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if path.startswith(job["watch"]):
+            note("fsync", path)
         sync(handle)
 
-    os.environ.update(job["env"])
+    os.environ.update({"REFRAG_HOME": f"{job['log']}-{os.getpid()}"} | job["env"])
     for number, path in enumerate([os.devnull, job["log"] + ".out", job["log"] + ".err"]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     with contextlib.suppress(OSError, AttributeError):  # permissions hold for root as well
         ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())
     if os.path.exists("/proc/self/fd"):
         os.fsync = fsync
+    if not job["pictures"]:  # they take longer than all the rest
+        sys.modules["matplotlib"] = None
     sys.addaudithook(hook)
     if job["argv"][0] == "-c":
         code = exec(job["argv"][1]) or 0
@@ -69,13 +76,14 @@ for line in sys.stdin:
 class Forks:
     """Runs commands in processes of their own that need not import anything: forks of one that has done so.
 
-    A process can be told to send itself signals just before its n-th change of a file; SIGKILL also takes the last
-    bytes of the file that was being written.
+    Each has caches of its own.
+    A process can be told to send itself signals just before its n-th change of a file, or to fail there; SIGKILL also
+    takes the last bytes of the file that was being written.
     """
 
     def __init__(self, folder: Path):
         self.log = folder / "log"
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "REFRAG_HOME": str(folder)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        env=environment, text=True)
 
@@ -85,10 +93,10 @@ class Forks:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, argv: list[object], watch: Path | str = "-", signals: dict[int, int] | None = None,
-              log: Path | None = None, **env: object) -> int:
-        """Start a command; returns the process id. signals: number by change of a file in `watch`."""
-        return self.ask(argv=[str(a) for a in argv], watch=str(watch), signals=signals or {},
+    def start(self, argv: list[object], watch: Path | str = "-", faults: dict[int, int] | None = None,
+              log: Path | None = None, pictures: bool = False, **env: object) -> int:
+        """Start a command; returns the process id. faults: a signal, or minus an errno, by change of a file in `watch`."""
+        return self.ask(argv=[str(a) for a in argv], watch=str(watch), faults=faults or {}, pictures=pictures,
                         log=str(log or self.log), env={name: str(value) for name, value in env.items()})
 
     def wait(self, pid: int) -> object:
@@ -96,7 +104,7 @@ class Forks:
         return self.ask(pid=pid)
 
     def run(self, argv: list[object], *how: object, **more: object) -> object:
-        """Run a command to its end."""
+        """Run a command to its end: its exit code, see `wait`."""
         return self.wait(self.start(argv, *how, **more))
 
     @property
