@@ -62,6 +62,7 @@ import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import pickle
 import re
@@ -77,7 +78,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ __version__ = "0.1.0"
 
 # =============================================================================
 # 1. Configuration. Every option is one dataclass field: its default, its help
-#    and its check stand here and nowhere else.
+#    and its range stand here and nowhere else.
 # =============================================================================
 
 
@@ -137,28 +138,62 @@ class LockedError(RefragError):
     code = 75
 
 
-def opt(default: Any, help: str, *, choices: Sequence[str] = ()) -> Any:
-    """A dataclass field that is also a command line option. A tuple default takes one or more values.
-
-    choices: what a value, or each of several, may be.
-    """
-    return field(default=default, metadata={"help": help, "choices": tuple(choices)})
-
-
-def like(cls: type, name: str) -> Any:
-    """An option that another class has too: the same default, help and choices."""
-    known = cls.__dataclass_fields__[name]
-    return opt(known.default, known.metadata["help"], choices=known.metadata["choices"])
-
-
 def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-@dataclass(frozen=True)
-class RuntimeConfig:
+LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than {}"),
+          "high": (operator.le, "at most {}"), "below": (operator.lt, "less than {}")}
+
+
+def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = False, needed: str = "",
+        **limits: float) -> Any:
+    """A dataclass field that is also a command line option. A tuple default takes several values.
+
+    Each value must be one of the choices, the name of a file that exists, and within the limits: low, above, high,
+    below. needed: what to do when there is none; by default an option may be left out.
+    """
+    assert limits.keys() <= LIMITS.keys()
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "exists": exists,
+                                            "needed": needed, "limits": limits})
+
+
+def like(cls: type, name: str, **changes: Any) -> Any:
+    """An option that another class has too: the same help and checks, and default unless changed."""
+    known = cls.__dataclass_fields__[name]
+    return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
+
+
+def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
+    """Raise UserError unless a value keeps its option's rule."""
+    choices, limits = rule["choices"], rule["limits"]
+    require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
+    require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
+    if limits and not (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())):
+        valid = " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+        between = "lie between {low} and {high}".format(**limits) if limits.keys() == {"low", "high"} else f"be {valid}"
+        raise UserError(f"{flag} must {between}, got {value}")
+
+
+@typing.dataclass_transform(frozen_default=True)
+class Options:
+    """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            flag, value = f"--{f.name}", getattr(self, f.name)
+            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['needed']}")
+            require(value != () or not f.default, f"{flag} is empty: give it one value or more")
+            for item in value if isinstance(value, tuple) else () if value is None else (value,):
+                check_value(flag, item, f.metadata)
+
+
+class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
 
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
@@ -168,43 +203,36 @@ class RuntimeConfig:
     engine: str = opt("auto", "how tokens after the first are decoded: by the decoder as it is, or on a CPU with its "
                               "weights in 8 or 4 bits; auto: 4 bits where these hold the weights as they are, else 8, "
                               "where it can be done", choices=("auto", "model", "int8", "int4"))
-    threads: int = opt(0, "CPU threads, 0 for the library's choice")
-    seed: int = opt(1337, "random seed")
+    threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
+    seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
     quiet: bool = opt(False, "no progress and no notices on stderr")
     offline: bool = opt(False, "never contact a model hub")
     debug: bool = opt(False, "show the traceback of an error")
     config: str | None = opt(None, "TOML file with defaults; a flag or REFRAG_<FLAG> in the environment beats it")
 
-    def __post_init__(self) -> None:
-        require(self.threads >= 0, f"--threads must be 0 or more, got {self.threads}")
-        require(0 <= self.seed < 2**63, f"--seed must lie between 0 and 2**63 - 1, got {self.seed}")
 
-
-@dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Options):
     """What to index and how it is cut."""
 
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                      "per line; also gzipped), folders, or - for standard input")
+                                      "per line; also gzipped), folders, or - for standard input",
+                                  needed="name a file, a folder or - for standard input")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
                       choices=("strict", "replace", "skip"))
-    limit: int | None = opt(None, "read at most this many records")
-    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads")
-    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage")
+    limit: int | None = opt(None, "read at most this many records", low=1)
+    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
+    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
     def __post_init__(self) -> None:
-        require(bool(self.corpus), "--corpus is missing: name a file, a folder or - for standard input")
+        super().__post_init__()
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
-        require(self.limit is None or 1 <= self.limit <= sys.maxsize, f"--limit must be 1 or more, got {self.limit}")
-        require(self.max_passage_tokens >= 8, f"--max_passage_tokens must be 8 or more, got {self.max_passage_tokens}")
-        require(0 <= self.overlap <= self.max_passage_tokens // 2,
+        require(self.overlap <= self.max_passage_tokens // 2,
                 f"--overlap must lie between 0 and half of --max_passage_tokens {self.max_passage_tokens}, "
                 f"got {self.overlap}: set both")
 
 
-@dataclass(frozen=True)
-class IndexConfig:
+class IndexConfig(Options):
     """Which index, and by which retrievers."""
 
     index_dir: str | None = opt(None, "the index folder")
@@ -214,24 +242,18 @@ class IndexConfig:
                                         "default all-MiniLM-L6-v2, or the one the index was built with")
 
 
-@dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(Options):
     """How to build the index."""
 
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
-                              "multiples too, where k is one of 4")
-    batch_size: int = opt(32, "passages embedded at once")
-
-    def __post_init__(self) -> None:
-        require(self.k is None or 1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
+                              "multiples too, where k is one of 4", low=1, high=64)
+    batch_size: int = opt(32, "passages embedded at once", low=1)
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Encoder and decoder."""
 
     dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
@@ -246,29 +268,23 @@ class ModelConfig:
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
-@dataclass(frozen=True)
 class ReaderConfig(ModelConfig):
-    """Encoder and decoder that answer."""
+    """Encoder and decoder that answer; trained weights are shipped for them."""
 
     load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
                                        "shipped one where it is for these models, none: no trained weights")
 
 
-@dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Options):
     """How passages are found."""
 
-    topk: int = opt(8, "passages to return")
+    topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence")
-
-    def __post_init__(self) -> None:
-        require(self.topk >= 1, f"--topk must be 1 or more, got {self.topk}")
-        require(1 <= self.hops <= 8, f"--hops must lie between 1 and 8, got {self.hops}")
+    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence",
+                    low=1, high=8)
 
 
-@dataclass(frozen=True)
-class QuestionConfig:
+class QuestionConfig(Options):
     """What is asked."""
 
     question: str | None = opt(None, "the question")
@@ -276,45 +292,36 @@ class QuestionConfig:
                                       "input")
 
 
-@dataclass(frozen=True)
-class FormatConfig:
+class FormatConfig(Options):
     """How search results are printed."""
 
     format: str = opt("text", "output form", choices=("text", "json", "trec"))
 
 
-@dataclass(frozen=True)
-class PackConfig:
+class PackConfig(Options):
     """Context packing."""
 
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
-    k: int = opt(16, "tokens compressed into one vector")
-    p: float = opt(0.05, "largest fraction of the context's tokens that stays text")
-    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read")
+    k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
+    p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
+    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
-                            "embedder, else blend", choices=("auto", "learned", "policy", "blend", "cosine", "ppl",
-                                                             "random", "none"))
+                            "embedder, else blend",
+                    choices=("auto", "learned", "policy", "blend", "cosine", "ppl", "random", "none"))
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
                           choices=("auto", "feed", "drop"))
-    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first")
-
-    def __post_init__(self) -> None:
-        require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(0.0 <= self.p <= 1.0, f"--p must lie between 0 and 1, got {self.p}")
-        require(self.floor >= 0, f"--floor must be 0 or more, got {self.floor}")
-        require(self.ctx_max >= 1, f"--ctx_max must be 1 or more, got {self.ctx_max}")
+    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first", low=1)
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Options):
     """How the answer is decoded and shown."""
 
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
-    max_new: int = opt(128, "new tokens at most")
-    temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn")
-    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability")
+    max_new: int = opt(128, "new tokens at most", low=1)
+    temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
+    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
     stream: bool = opt(True, "print the answer as it is decoded")
@@ -323,129 +330,89 @@ class GenerateConfig:
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
-    batch_size: int = opt(1, "questions decoded together")
+    batch_size: int = opt(1, "questions decoded together", low=1)
 
     def __post_init__(self) -> None:
-        require(self.max_new >= 1, f"--max_new must be 1 or more, got {self.max_new}")
-        require(self.temperature >= 0, f"--temperature must be 0 or more, got {self.temperature}")
-        require(0 < self.top_p <= 1, f"--top_p must lie in (0, 1], got {self.top_p}")
+        super().__post_init__()
         require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
-        require(self.batch_size >= 1, f"--batch_size must be 1 or more, got {self.batch_size}")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
-@dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Options):
     """What is timed, side by side."""
 
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "context lengths in tokens; whole passages, as many "
-                                                                   "as fit")
+                                                                   "as fit", low=1)
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
                                                              "floor", choices=("full", "refrag", "none"))
-    k: tuple[int, ...] = opt((8, 16, 32), "tokens compressed into one vector")
-    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text")
-    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times")
-    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them")
-    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up")
+    k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
+    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text",
+                               low=0, high=1)
+    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
+    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
+    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up",
+                       low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?",
                         "what is asked each time")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
     def __post_init__(self) -> None:
-        require(bool(self.contexts) and all(c >= 1 for c in self.contexts),
-                f"--contexts must be 1 or more, got {self.contexts}")
-        require(bool(self.modes), "--modes is empty: name one of full, refrag and none at least")
-        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
-        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        require(bool(self.batch_size) and all(n >= 1 for n in self.batch_size),
-                f"--batch_size must be 1 or more, got {self.batch_size}")
-        for name in ("new", "repeats"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
+        super().__post_init__()
         require(self.out_dir is None or not os.path.isfile(self.out_dir),
                 f"--out_dir {self.out_dir} is a file: name a folder")
 
 
-@dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Options):
     """What is read in training."""
 
-    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz")
-    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training")
-
-    def __post_init__(self) -> None:
-        require(bool(self.train_json), "--train_json is missing: name a file of JSON lines with a text each")
-        for flag in ("train_json", "eval_json"):
-            for name in getattr(self, flag):
-                require(os.path.isfile(name), f"--{flag} {name}: no such file")
+    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
+                                      needed="name a file of JSON lines with a text each", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training",
+                                     exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
 LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights themselves
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """The training loop; every phase has these."""
 
-    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png")
-    k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text")
+    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png",
+                              needed="name the folder for the run")
+    k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "what is trained, by letters: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
-    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all")
-    steps: int = opt(1000, "optimizer steps")
+    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all", low=0)
+    steps: int = opt(1000, "optimizer steps", low=1)
     lr: float | None = opt(None, "peak learning rate; default " + ", ".join(
-        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r")
-    projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr")
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together")
-    grad_accum: int = opt(1, "passes per optimizer step and process")
+        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r",
+        above=0, high=1e30)
+    projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together",
+                          low=1)
+    grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
-    warmup: float = opt(0.04, "share of the steps in which the learning rate rises")
-    weight_decay: float = opt(0.01, "AdamW weight decay of matrices")
-    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is")
-    log_every: int = opt(10, "steps between lines of metrics.jsonl")
-    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last")
-    eval_limit: int = opt(32, "sequences of each kind in an evaluation")
-    save_every: int = opt(500, "steps between checkpoints; the last two are kept")
+    warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
+    weight_decay: float = opt(0.01, "AdamW weight decay of matrices", low=0)
+    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
+    log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
+    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last", low=0)
+    eval_limit: int = opt(32, "sequences of each kind in an evaluation", low=1)
+    save_every: int = opt(500, "steps between checkpoints; the last two are kept", low=1)
     resume: bool = opt(False, "continue the run in --out_dir")
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
     def __post_init__(self) -> None:
-        require(self.out_dir is not None, "--out_dir is missing: name the folder for the run")
-        require(bool(self.k) and all(1 <= k <= 64 for k in self.k), f"--k must lie between 1 and 64, got {self.k}")
+        super().__post_init__()
         require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
                 f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
-        for name in ("steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_limit"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("lora_r", "eval_every", "weight_decay", "grad_clip"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("lr", "projector_lr"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"--{name} must be more than 0, got {value}")
-            require(value is None or value <= 1e30, f"--{name} {value} is beyond what weights can hold")
-        require(0 <= self.warmup < 1, f"--warmup must lie in [0, 1), got {self.warmup}")
         require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
                 "not one chunk would fit")
 
 
-@dataclass(frozen=True)
-class AlignConfig:
-    """Losses of the alignment phase."""
-
-    mse: float = opt(1.0, "weight of the squared error between vectors and mean token embeddings")
-    kl: float = opt(1.0, "weight of the divergence between next-token distributions after vectors and after tokens")
-    argmax: float = opt(0.2, "weight of the cross entropy to the likeliest token after tokens")
-    max_cost: float = opt(0.5, "anchors whose spans differ by more than this share of edits are left out")
-
-    def __post_init__(self) -> None:
-        for name in ("mse", "kl", "argmax"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        require(self.mse + self.kl + self.argmax > 0, "--mse, --kl and --argmax are all 0: nothing would be trained")
-        require(0 <= self.max_cost <= 1, f"--max_cost must lie between 0 and 1, got {self.max_cost}")
-
-
-@dataclass(frozen=True)
-class ReconConfig:
+class ReconConfig(Options):
     """The reconstruction phase."""
 
     curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
@@ -453,62 +420,41 @@ class ReconConfig:
                           choices=("paper", "even", "none"))
 
 
-@dataclass(frozen=True)
-class NextConfig:
+class NextConfig(Options):
     """The next-paragraph phase."""
 
-    expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average")
-    next_frac: float = opt(0.5, "share of a text that is predicted, where the file gives no split")
-    recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead")
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
-
-    def __post_init__(self) -> None:
-        for name in ("expand_frac", "recon_frac"):
-            require(0 <= getattr(self, name) <= 1, f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
-        require(0 < self.next_frac < 1, f"--next_frac must lie between 0 and 1, got {self.next_frac}")
-        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+    expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
+    recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
+    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
 
 
-@dataclass(frozen=True)
-class SftConfig:
+class SftConfig(Options):
     """Question answering on retrieved passages."""
 
-    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training")
+    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
+                               needed="name a file of questions with answers", exists=True)
+    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training",
+                                exists=True)
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
-                                                 "1: the reader of the full text")
+                                                 "1: the reader of the full text", low=0, high=1)
     gate_frac: float = opt(0.75, "share of the questions for which the gate chooses the chunks that stay text, as in "
-                                 "use; for the others they are drawn at random, so that the vectors must be read")
+                                 "use; for the others they are drawn at random, so that the vectors must be read",
+                           low=0, high=1)
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
-                                     "\"not in the documents\"")
+                                     "\"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
-                                 "takes more reading of the vectors than an answer of few words")
+                                 "takes more reading of the vectors than an answer of few words", low=0, high=1)
     topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
-                                     "read faster (default: always --topk)")
-    limit: int | None = opt(None, "read at most this many questions")
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text")
-
-    def __post_init__(self) -> None:
-        require(self.rag_json is not None, "--rag_json is missing: name a file of questions with answers")
-        for flag in ("rag_json", "eval_json"):
-            name = getattr(self, flag)
-            require(name is None or os.path.isfile(name), f"--{flag} {name}: no such file")
-        require(bool(self.p) and all(0 <= p <= 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        for flag in ("gate_frac", "no_answer_frac", "quote_frac"):
-            share = getattr(self, flag)
-            require(0 <= share <= 1, f"--{flag} must lie between 0 and 1, got {share}")
-        for flag in ("topk_min", "limit"):
-            count = getattr(self, flag)
-            require(count is None or count >= 1, f"--{flag} must be 1 or more, got {count}")
-        require(0 <= self.distill < math.inf, f"--distill must be 0 or more, got {self.distill}")
+                                     "read faster (default: always --topk)", low=1)
+    limit: int | None = opt(None, "read at most this many questions", low=1)
+    distill: float = like(NextConfig, "distill")
 
 
 EVAL_MODES = {  # what --modes may name
     "qa": ("full", "refrag", "none", "truncate", "expanded_only", "random_gate", "wrong_vectors", "cosine_gate",
            "oracle_gate"),
     "retrieval": ("bm25", "dense", "hybrid"),
-    "gate": tuple(name for name in PackConfig.__dataclass_fields__["gate"].metadata["choices"]
-                  if name not in ("auto", "none")),
+    "gate": ("learned", "policy", "blend", "cosine", "ppl", "random"),
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
     "recon": (),
 }
@@ -516,184 +462,137 @@ EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes name
 TEXT_TASKS = ("ppl", "recon")
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Options):
     """What is evaluated, and against which controls."""
 
     task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
                           "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz")
+    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
         f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
         + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
-    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most")
-    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several")
+    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most", low=0, high=1)
+    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several",
+                             low=1, high=64)
     gate: str = like(PackConfig, "gate")
-    floor: int = opt(0, PackConfig.__dataclass_fields__["floor"].metadata["help"])
+    floor: int = like(PackConfig, "floor", default=0)
     ctx_max: int = like(PackConfig, "ctx_max")
     max_new: int = like(GenerateConfig, "max_new")
     cite: bool = like(GenerateConfig, "cite")
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
-    next_tokens: int = opt(128, "with ppl: tokens after them that are predicted")
+    next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
     limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
-                                   "questions of 2 n - 1 hold those of n")
+                                  "questions of 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
                                     "sample.md; without it the results are printed alone")
     resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
                               "questions, add to it")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
-        for name in self.texts:
-            require(os.path.isfile(name), f"--texts {name}: no such file")
         unknown = [name for name in self.named if name not in valid]
         require(not unknown, f"--modes {', '.join(unknown)}: --task {self.task} knows {', '.join(valid) or 'none'}")
-        require(bool(self.p), "--p is empty: give shares between 0 and 1")
-        require(len(self.k) == 1 or (textual and bool(self.k)), f"--k takes one value with --task {self.task}")
+        require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
         require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
-        for k, p in itertools.product(self.k, self.p):
-            PackConfig(k=k, p=p, floor=self.floor, ctx_max=self.ctx_max)  # checks them
-        GenerateConfig(max_new=self.max_new, batch_size=self.batch_size)
         require(self.context_tokens >= max(self.k), f"--context_tokens must be --k {max(self.k)} or more, got "
                 f"{self.context_tokens}")
-        require(self.next_tokens >= 1, f"--next_tokens must be 1 or more, got {self.next_tokens}")
-        require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, got {self.limit}")
         require(not self.resume or self.out_dir is not None, "--resume needs --out_dir, the folder to continue")
 
     @property
     def named(self) -> tuple[str, ...]:
         """The modes to run, each once; commas part them too."""
-        given = dict.fromkeys(name for part in self.modes for name in part.split(",") if name)
+        given = dict.fromkeys(filter(None, ",".join(self.modes).split(",")))
         return tuple(given) or tuple(name for name in EVAL_MODES[self.task] if name not in EVAL_ONLY_NAMED)
 
 
-@dataclass(frozen=True)
-class GateDataConfig:
+class GateDataConfig(Options):
     """What gate and policy learn from."""
 
-    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form")
-    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained")
-    k: int = opt(PackConfig.k, "tokens of a chunk")
-    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at")
-    limit: int | None = opt(None, "read at most this many questions of each file")
-    eval_limit: int = opt(600, "held-out questions at most")
+    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz",
+                                    needed="name a file of questions with answers", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form", exists=True)
+    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained",
+                              needed="name the folder for the checkpoint")
+    k: int = opt(PackConfig.k, "tokens of a chunk", low=1, high=64)
+    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at",
+                               above=0, below=1)
+    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
+    eval_limit: int = opt(600, "held-out questions at most", low=1)
 
     def __post_init__(self) -> None:
-        require(bool(self.rag_json), "--rag_json is missing: name a file of questions with answers")
-        require(self.out_dir is not None, "--out_dir is missing: name the folder for the checkpoint")
-        for flag in ("rag_json", "eval_json"):
-            for name in getattr(self, flag):
-                require(os.path.isfile(name), f"--{flag} {name}: no such file")
+        super().__post_init__()
         folder = Path(self.out_dir)
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         require(empty, f"--out_dir {folder} is there already: name a new folder")
-        require(1 <= self.k <= 64, f"--k must lie between 1 and 64, got {self.k}")
-        require(bool(self.p) and all(0 < p < 1 for p in self.p), f"--p must lie between 0 and 1, got {self.p}")
-        for name in ("limit", "eval_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} must be 1 or more, got {value}")
 
 
-@dataclass(frozen=True)
-class GateConfig:
+class GateConfig(Options):
     """How the gate learns."""
 
-    epochs: int = opt(3, "times through the questions")
-    gate_lr: float = opt(1e-3, "peak learning rate")
-    batch_size: int = opt(32, "questions of an optimizer step")
-    bce: float = opt(0.2, "weight of the chunkwise cross entropy beside the listwise one")
-    utility: int = opt(0, "also learn from what each chunk adds to the answer's log-probability, for this many "
-                          "questions; the decoder reads each nine times")
-    utility_weight: float = opt(0.5, "weight of that")
-    tau: float = opt(1.0, "temperature of that, in nats")
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("bce", "utility", "utility_weight"):
-            require(0 <= getattr(self, name) < math.inf, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("gate_lr", "tau"):
-            require(0 < getattr(self, name) < math.inf, f"--{name} must be more than 0, got {getattr(self, name)}")
+    epochs: int = opt(3, "times through the questions", low=1)
+    batch_size: int = opt(32, "questions of an optimizer step", low=1)
 
 
-@dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(Options):
     """How the paper's policy learns."""
 
-    steps: int = opt(200, "updates")
-    batch_size: int = opt(4, "questions of an update")
-    policy_lr: float = opt(1e-4, "learning rate")
-    group: int = opt(4, "choices drawn for each question")
-    clip: float = opt(0.2, "how far the ratio of new to old probability counts")
-    reuse: int = opt(2, "optimizer steps on what was drawn")
+    steps: int = opt(200, "updates", low=1)
+    batch_size: int = opt(4, "questions of an update", low=1)
+    policy_lr: float = opt(1e-4, "learning rate", above=0)
+    group: int = opt(4, "choices drawn for each question; the advantage is over them", low=2)
     blind: bool = opt(False, "do not look at the question, as in the paper")
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "reuse"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        require(self.group >= 2, f"--group must be 2 or more, got {self.group}: the advantage is over the group")
-        require(0 < self.policy_lr < math.inf, f"--policy_lr must be more than 0, got {self.policy_lr}")
-        require(0 < self.clip < 1, f"--clip must lie between 0 and 1, got {self.clip}")
 
-
-@dataclass(frozen=True)
-class AnchorConfig:
+class AnchorConfig(Options):
     """What `align` shows."""
 
-    text: str | None = opt(None, "the text to align")
+    text: str | None = opt(None, "the text to align", needed="give the text to align")
 
     def __post_init__(self) -> None:
-        require(bool(self.text), "--text is missing: give the text to align")
+        super().__post_init__()
         require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
 
 
-@dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Options):
     """The HTTP server."""
 
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
-    port: int = opt(8000, "port to listen on, 0 for a free one")
+    port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
     together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
-                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone")
-    waiting: int = opt(64, "requests that may wait; more are told to come again (429)")
-    body_bytes: int = opt(1 << 20, "longest request")
-    max_tokens: int = opt(1024, "new tokens that a request may ask for")
-    timeout: float = opt(120.0, "seconds from a request to the end of its answer")
+                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
+    waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
+    body_bytes: int = opt(1 << 20, "longest request", low=1)
+    max_tokens: int = opt(1024, "new tokens that a request may ask for", low=1)
+    timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def __post_init__(self) -> None:
-        require(0 <= self.port < 65536, f"--port must lie between 0 and 65535, got {self.port}")
-        require(self.together >= 0, f"--together must be 0 or more, got {self.together}")
-        for name in ("waiting", "body_bytes", "max_tokens"):
-            require(getattr(self, name) >= 1, f"--{name} must be 1 or more, got {getattr(self, name)}")
-        require(0 < self.timeout < math.inf, f"--timeout must be above 0, got {self.timeout}")
-        require(self.api_key is None or bool(self.api_key), "--api_key is empty: leave it out")
+        super().__post_init__()
+        require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
                     f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
 
 
-@dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Options):
     """What is written for another engine."""
 
-    out_dir: str | None = opt(None, "the folder to write")
+    out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
 
     def __post_init__(self) -> None:
-        require(self.out_dir is not None, "--out_dir is missing: name the folder to write")
+        super().__post_init__()
         folder = Path(self.out_dir)
         require(not folder.exists(), f"--out_dir {folder} is there already: name a new folder")
 
 
-@dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Options):
     """What to examine."""
 
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
@@ -784,25 +683,24 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 @command("align", AnchorConfig, ModelConfig)
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Show where the tokens of encoder and decoder end together."""
-    tokenizer = build_tokenizer(model_config(models, PackConfig.k))
+    tokenizer = build_tokenizer(model_config(models))
     text = tokenizer.neutralize(anchor.text)
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     spans = anchor_rows(encoder, decoder)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= AlignConfig.max_cost for span in spans)}
+              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
     emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
          f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {AlignConfig.max_cost} or less")
+         f"with a cost of {MAX_COST} or less")
 
 
-@command("cpt_align", TextConfig, AlignConfig, TrainConfig, ModelConfig)
-def cmd_cpt_align(texts: TextConfig, align: AlignConfig, train: TrainConfig, models: ModelConfig,
-                  runtime: RuntimeConfig) -> None:
+@command("cpt_align", TextConfig, TrainConfig, ModelConfig)
+def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Train vectors to stand for the tokens between anchors: error, divergence and argmax terms."""
-    phase = Phase("cpt_align", Weights(text=0.0, kl=align.kl, argmax=align.argmax, mse=align.mse))
-    run_training(phase, (texts, align, train, models, runtime),
-                 lambda model, settled: AlignLessons(model.encoder, texts, settled, align))
+    phase = Phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
+    run_training(phase, (texts, train, models, runtime),
+                 lambda model, settled: AlignLessons(model.encoder, texts, settled))
 
 
 @command("cpt_recon", TextConfig, ReconConfig, TrainConfig, ModelConfig)
@@ -888,12 +786,12 @@ def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generat
 def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
               models: ReaderConfig, runtime: RuntimeConfig) -> None:
     """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
-    from refrag_extras.serve import run_server
-
     require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
     check_generate(QuestionConfig(), index, pack, generate)
     for name in ("pydantic", "starlette", "uvicorn"):  # told before the models are loaded
         late_import(name, "pydantic starlette uvicorn")
+    from refrag_extras.serve import run_server
+
     run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
 
 
@@ -1911,14 +1809,8 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    line: int  # 1-based, of an array the object's number; 0 where the whole file is one document
-    source: str
+    where: str  # file:line, of an array the object's number; the file alone where all of it is one document
     metadata: str = ""  # the record's other fields as a JSON object, empty without any
-
-    @property
-    def where(self) -> str:
-        """file:line for messages."""
-        return f"{self.source}:{self.line}" if self.line else self.source
 
 
 class BadRecord(UserError):
@@ -1928,24 +1820,17 @@ class BadRecord(UserError):
 NAMED = 10  # bad records and files that are named one by one
 
 
-def leave_out(error: Exception, counts: dict[str, int]) -> None:
-    """Count and name a bad record or file that does not stop the run."""
-    counts["skipped"] += 1
-    if counts["skipped"] <= NAMED:
-        notice(f"skipped: {one_line(error)}")
-    elif counts["skipped"] == NAMED + 1:
-        notice("skipped: and more")
-
-
 @contextlib.contextmanager
-def skipping(errors: str | None, counts: dict[str, int]) -> Iterator[None]:
-    """With "skip" in --errors, a BadRecord in the block is left out instead of raised."""
+def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Iterator[None]:
+    """With "skip" in --errors, an error of these kinds leaves out what the block reads: counted, and named."""
     try:
         yield
-    except BadRecord as error:
-        if "skip" not in (errors or ""):
+    except kinds as error:
+        if "skip" not in errors:
             raise
-        leave_out(error, counts)
+        counts["skipped"] += 1
+        if counts["skipped"] <= NAMED + 1:
+            notice(f"skipped: {one_line(error) if counts['skipped'] <= NAMED else 'and more'}")
 
 
 def spelled(path: Path) -> str:
@@ -1959,71 +1844,129 @@ def bare_name(path: Path) -> Path:
 
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
-MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[typing.BinaryIO, str, int]]:
-    """(bytes after the byte order mark, encoding, length of the mark) of a file, or of standard input for "-".
+class TextFile:
+    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are known by their first bytes.
 
-    gzip and UTF-16 are known by their first bytes. Raises CorruptError for a damaged gzip file.
+    errors: of --errors, empty where a command does not have it. counts: receives skipped and replaced.
     """
-    with sys.stdin.buffer if str(path) == "-" else path.open("rb") as raw:
-        handle = io.BufferedReader(raw)
+
+    def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
+        self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
+        self.errors, self.counts = errors, collections.Counter() if counts is None else counts
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[typing.BinaryIO, int]]:
+        """(its text in UTF-8, the length of the mark before it). Raises CorruptError for a damaged gzip file."""
+        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
+            handle = io.BufferedReader(raw)
+            try:
+                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
+                    handle = gzip.GzipFile(fileobj=handle)
+                head = handle.peek(8)
+                if head.startswith(BINARY):
+                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
+                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    handle = io.BytesIO(self.decoded(handle.read(), "utf-16").encode())
+                yield handle, len(handle.read(3)) if head.startswith(codecs.BOM_UTF8) else 0
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
+                raise CorruptError(message) from None
+
+    def decoded(self, raw: bytes, encoding: str = "utf-8", offset: int = 0) -> str:
+        """Bytes as text. Raises BadRecord that names the bad one, unless --errors is replace."""
         try:
-            if handle.peek(2).startswith(b"\x1f\x8b") or path.suffix.lower() == ".gz":
-                handle = gzip.GzipFile(fileobj=handle)
-            head = handle.peek(8)
-            if head.startswith(BINARY):
-                raise BadRecord(f"{spelled(path)} is a PDF, picture, archive or office document: index its text")
-            mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
-            handle.read(len(mark))
-            yield handle, MARKS.get(mark, "utf-8"), len(mark)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            message = f"{spelled(path)}: not a complete gzip file ({one_line(error)}): fetch it again"
-            raise CorruptError(message) from None
+            return raw.decode(encoding)
+        except UnicodeDecodeError as error:
+            if "replace" not in self.errors:
+                place = f"{self.name}: invalid {encoding.upper()} at byte {offset + error.start}"
+                raise BadRecord(f"{place}: mend it{' or use --errors replace' * bool(self.errors)}") from None
+        self.counts["replaced"] += 1
+        return raw.decode(encoding, errors="replace")
+
+    def lines(self, whole: bool = False) -> Iterator[tuple[int, str]]:
+        """(1-based number, text with its line end) of each line, "" for one that is skipped. whole: the file as one."""
+        with self.opened() as (handle, offset):
+            for number, raw in enumerate([handle.read()] if whole else handle, start=1):
+                text = ""
+                with skipping(self.errors, self.counts):
+                    text = self.decoded(raw, offset=offset)
+                offset += len(raw)
+                yield number, text
+
+    def filled_lines(self) -> Iterator[tuple[int, str]]:
+        """(1-based number, text without its line end) of each line that is not blank."""
+        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip("\ufeff").strip())
+
+    def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
+
+        The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
+        """
+        csv.field_size_limit(2**31 - 1)
+        lines = self.lines()
+        first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
+        delimiter = "\t" if self.suffix == ".tsv" else max(",;\t", key=header.count)
+        texts = itertools.chain([header], (text for _, text in lines))
+        rows = csv.reader(texts, delimiter=delimiter, strict=True)
+
+        def next_row(line: int) -> list[str] | None:
+            try:
+                return next(rows, None)
+            except csv.Error as error:
+                raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
+
+        known = {*ID_FIELDS, *fields, "title"}
+        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next_row(first) or []]
+        if names:
+            field_in(names, fields, f"{self.name}:{first}")
+        row: list[str] | None = []
+        while row is not None:
+            line = first + rows.line_num
+            with skipping(self.errors, self.counts):
+                row = next_row(line)
+                if len(row or []) > len(names):
+                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
+                                    "put those that hold the separator between quotes")
+                if any(row or []):
+                    yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
+
+    def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
+        """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
+
+        .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
+        of an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
+        """
+        if self.suffix in TABLES:
+            return True, self.table(fields)
+        lines, named = self.filled_lines(), self.suffix in OBJECTS
+        number, first = next(lines, (1, ""))
+        lines = itertools.chain([(number, first)] if first else [], lines)
+        if isinstance(parsed(first), dict):
+            return True, lines
+        if not first.lstrip().startswith(("[", "{")):
+            return named, lines
+        lines = list(lines)
+        value = parsed("\n".join(text for _, text in lines))
+        items = value if isinstance(value, list) else [value]
+        if value is None or not (named or all(isinstance(item, dict) for item in items[:1])):
+            return named, iter(lines)
+        return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
 
 
-def raw_lines(handle: typing.BinaryIO, newline: bytes) -> Iterator[bytes]:
-    """Lines with their ends; half of UTF-16's newline can stand in another character."""
-    line = bytearray()  # grows in place: text in some scripts has the byte of a newline in every character
-    for part in handle:
-        line += part
-        line += handle.read(-len(line) % len(newline))  # the rest of the last character
-        if line.endswith(newline):
-            yield bytes(line)
-            line.clear()
-    if line:
-        yield bytes(line)
-
-
-def decoded_lines(path: Path, counts: dict[str, int], errors: str | None,
-                  whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(1-based number, text with its line end) of every line, "" for one that is skipped. whole: the file as a line.
-
-    errors: of --errors, None where a command does not have it. Raises BadRecord that names the byte, unless "replace".
-    """
-    with opened(path) as (handle, encoding, offset):
-        lines = [handle.read()] if whole else raw_lines(handle, "\n".encode(encoding))
-        for number, raw in enumerate(lines, start=1):
-            text = ""
-            with skipping(errors, counts):
-                try:
-                    text = raw.decode(encoding)
-                except UnicodeDecodeError as error:
-                    if "replace" not in (errors or ""):
-                        place = f"{spelled(path)}: invalid {encoding[:6].upper()} at byte {offset + error.start}"
-                        raise BadRecord(f"{place}: mend it{' or use --errors replace' if errors else ''}") from None
-                    text = raw.decode(encoding, errors="replace")
-                    counts["replaced"] += 1
-            offset += len(raw)
-            yield number, text
-
-
-def read_lines(path: Path, counts: dict[str, int], errors: str | None) -> Iterator[tuple[int, str]]:
-    """(1-based number, text without its line end) of every line that is not blank."""
-    lines = decoded_lines(path, counts, errors)
-    return ((number, text.rstrip("\r\n")) for number, text in lines if text.strip("\ufeff").strip())
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
@@ -2053,9 +1996,10 @@ def check_id(value: Any, where: str) -> str:
     return str(value) if type(value) is int else check_string(value, "id", where)
 
 
-ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
-QUESTION_FIELDS = ("question", "query", "text")
+def own_id(item: dict[str, Any], default: str, where: str) -> str:
+    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
+    name = next((name for name in ID_FIELDS if name in item), None)
+    return default if name is None else check_id(item.pop(name), where)
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
@@ -2067,104 +2011,20 @@ def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
     return found
 
 
-def own_id(item: dict[str, Any], default: str, where: str) -> str:
-    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
-    name = next((name for name in ID_FIELDS if name in item), None)
-    return default if name is None else check_id(item.pop(name), where)
-
-
-def metadata_json(item: dict[str, Any], where: str) -> str:
-    """Fields as JSON, those of an object `metadata` among them; "" without any. Raises BadRecord."""
-    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
-        item = item.pop("metadata") | item
-    try:
-        return json.dumps(item, allow_nan=False) if item else ""
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
-
-
-def parse_passage(text: str, line: int, source: str, label: str) -> Record:
-    """A JSON object as a record; a missing id is made of the file's label and the line. Raises BadRecord."""
-    where = f"{source}:{line}"
-    item = parse_object(text, where)
+def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
+    """A JSON object as a record. Raises BadRecord."""
     name = field_in(item, TEXT_FIELDS, where)
     body, title = check_string(item.pop(name), name, where), item.pop("title", None)
     if not body.strip():
         raise BadRecord(f"{where}: {name} is empty")
     title = "" if title is None else check_string(title, "title", where)
-    return Record(own_id(item, f"{label}:{line}", where), title, body, line, source, metadata_json(item, where))
-
-
-def read_table(path: Path, counts: dict[str, int], errors: str | None,
-               fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
-
-    The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
-    """
-    csv.field_size_limit(2**31 - 1)
-    lines = decoded_lines(path, counts, errors)
-    first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
-    texts = itertools.chain([header], (text for _, text in lines))
-    delimiter = "\t" if bare_name(path).suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-    rows = csv.reader(texts, delimiter=delimiter, strict=True)
-    known = {*ID_FIELDS, *fields, "title"}
+    identifier = own_id(item, default_id, where)
+    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
+        item = item.pop("metadata") | item
     try:
-        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next(rows, [])]
-        if names:
-            field_in(names, fields, f"{spelled(path)}:{first}")
-    except csv.Error as error:
-        raise BadRecord(f"{spelled(path)}:{first}: malformed table ({error})") from None
-    while True:
-        line = first + rows.line_num
-        with skipping(errors, counts):
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                raise BadRecord(f"{spelled(path)}:{line}: malformed table ({error})") from None
-            if row is None:
-                return
-            if len(row) > len(names):
-                raise BadRecord(f"{spelled(path)}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                "put those that hold the separator between quotes")
-            if any(row):
-                yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
-
-
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-
-
-def parsed(text: str) -> Any:
-    """The value of a JSON text, None for what is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_items(path: Path, counts: dict[str, int], errors: str | None,
-               fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
-    """(whether a file holds records rather than text, the number and text of each: its line, or JSON for a record).
-
-    .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those of
-    an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
-    """
-    suffix = bare_name(path).suffix.lower()
-    if suffix in TABLES:
-        return True, read_table(path, counts, errors, fields)
-    lines = read_lines(path, counts, errors)
-    first = next(lines, (1, ""))
-    lines, named = itertools.chain([first] if first[1] else [], lines), suffix in OBJECTS
-    if isinstance(parsed(first[1]), dict):
-        return True, lines
-    if first[1].lstrip().startswith(("[", "{")):
-        lines = list(lines)
-        value = parsed("\n".join(text for _, text in lines))
-        items = value if isinstance(value, list) else [value]
-        if value is not None and (named or all(isinstance(item, dict) for item in items[:1])):
-            return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
-    return named, iter(lines)
+        return Record(identifier, title, body, where, json.dumps(item, allow_nan=False) if item else "")
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
 
 
 class CorpusFile(NamedTuple):
@@ -2184,25 +2044,23 @@ def source_label(name: str, sources: dict[str, str]) -> str:
     path = Path(os.path.abspath(name))
     if name != "-" and (path.is_file() or path.is_dir()):
         place, parts = spelled(path), spelled(path).split("/")
-        labels = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
     else:
         place, labels = "", ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
-    found = next((label for label, other in sources.items() if place and other == place), None)
-    apart = (label for label in labels if not any(
-        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources))
-    label = found or next(apart, place)
+    label = next((label for label in labels if not any(
+        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources)), place)
     sources[label] = place
     return label
 
 
 def known_label(path: Path, sources: dict[str, str]) -> str | None:
     """The label of a path that is a source, or lies in one, the closest to it; None for others."""
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(spelled(Path(os.path.abspath(path))))
     holding = [(place, label) for label, place in sources.items() if place and absolute.is_relative_to(place)]
     if not holding:
         return None
     place, label = max(holding, key=lambda pair: len(pair[0]))
-    inner = spelled(absolute.relative_to(place))
+    inner = absolute.relative_to(place).as_posix()
     return label if inner == "." else f"{label}/{inner}"
 
 
@@ -2213,56 +2071,42 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
     once. sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
-    others = []
+    others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
-    folders = sorted((name for name in paths if Path(name).is_dir()), key=len)  # the outer before the inner
-    for name in folders:
+    for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
         if known_label(Path(name), sources) is None:
             source_label(name, sources)
     for name in paths:
         path = Path(name)
-        if not path.is_dir():
-            label = (known_label(path, sources) if name != "-" else None) or source_label(name, sources)
-            files.setdefault(label, CorpusFile(path, label, label not in sources))
-            continue
-        inside = [p for p in sorted(path.rglob("*"))
-                  if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        known = [bare_name(p).suffix.lower() in (*TEXTS, *OBJECTS, *TABLES) for p in inside]
-        require(any(known), f"--corpus {name}: the folder holds no {', '.join((*TEXTS, *OBJECTS, *TABLES))} files")
-        for file, fits in zip(inside, known, strict=True):
-            if fits:
-                label = known_label(file, sources)
-                files.setdefault(label, CorpusFile(file, label, label not in sources))
-            else:
-                others.append(file)
+        inside = [path]
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*"))
+                     if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            inside = [p for p in found if bare_name(p).suffix.lower() in kinds]
+            others += [p for p in found if p not in inside]
+            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
+        for file in inside:
+            label = (known_label(file, sources) if name != "-" else None) or source_label(name, sources)
+            files.setdefault(label, CorpusFile(file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
     """Every record of a file: of JSON and tables, of text its lines; Markdown, and any text in a folder, is one."""
-    path, source = file.path, spelled(file.path)
-    of_text = bare_name(path).suffix.lower() in (TEXTS if file.in_folder else MARKDOWN)
-    if of_text and not read_items(path, collections.Counter(), "replace", TEXT_FIELDS)[0]:
-        for _, text in decoded_lines(path, counts, errors, whole=True):
+    source = TextFile(file.path, errors, counts)
+    of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
+    if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
+        for _, text in source.lines(whole=True):
             if text.strip():
-                yield Record(file.label, bare_name(path).stem, text, 0, source)
+                yield Record(file.label, bare_name(file.path).stem, text, source.name)
         return
-    records, items = read_items(path, counts, errors, TEXT_FIELDS)
+    records, items = source.items(TEXT_FIELDS)
     for number, text in items:
-        if not records:
-            yield Record(f"{file.label}:{number}", "", text.strip(), number, source)
-            continue
-        record = None
+        where = f"{source.name}:{number}"
         with skipping(errors, counts):
-            record = parse_passage(text, number, source, file.label)
-        if record is not None:
-            yield record
-
-
-def first_few(items: Sequence[str]) -> str:
-    """The first of some texts, for a message."""
-    return "; ".join(items[:NAMED]) + ("; .." if len(items) > NAMED else "")
+            item = parse_object(text, where) if records else {"text": text.strip()}
+            yield parse_passage(item, where, f"{file.label}:{number}")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
@@ -2275,17 +2119,14 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
-        notice(f"files of other kinds, not read: {len(others):,} ({first_few([spelled(p) for p in others])})")
+        shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
+        notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
 
     def records() -> Iterator[Record]:
         for file in files:
             errors = f"{corpus.errors} skip" if file.in_folder else corpus.errors
-            try:
+            with skipping(errors, counts, (RefragError, OSError)):
                 yield from read_file(file, counts, errors)
-            except (RefragError, OSError) as error:
-                if "skip" not in errors:
-                    raise
-                leave_out(error, counts)
 
     return itertools.islice(records(), corpus.limit)
 
@@ -2319,7 +2160,7 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
     """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
     for name in paths:
-        for number, line in read_lines(Path(name), collections.Counter(), None):
+        for number, line in TextFile(Path(name)).filled_lines():
             yield parse_training_text(line, f"{name}:{number}")
 
 
@@ -2331,7 +2172,7 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
     token_ends: where each token of the text ends. A piece ends after a sentence, else after a word, when one ends in
-    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 4), (4, 7)]
+    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
     """
     if len(token_ends) <= size:
         return [(0, len(text))]
@@ -2349,45 +2190,57 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
         first = max(cut - overlap, first + 1)
 
 
+def check_question(value: Any, where: str) -> str:
+    """A question's text. Raises UserError."""
+    question = check_string(value, "question", where)
+    require(bool(question.strip()), f"{where}: the question is empty")
+    return question
+
+
 def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
     """The question, or those of the file, as {id, question, ...}. Raises UserError."""
     require((ask.question is None) != (ask.questions is None), "name one of --question and --questions")
-    if ask.question is not None:
-        return check_questions([{"id": "1", "question": ask.question}], ["--question"], "--question")
-    return read_question_file(ask.questions, "--questions")
+    if ask.questions is not None:
+        return read_question_file(ask.questions, "--questions")
+    return [{"id": "1", "question": check_question(ask.question, "--question")}]
 
 
-def read_question_file(name: str, flag: str) -> list[dict[str, Any]]:
+def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
 
-    They are what `read_items` finds, such as JSON lines; a line of text is a question. Raises UserError.
+    They are what `TextFile.items` finds, such as JSON lines; a line of text is a question. needs: see `check_labels`.
+    Raises UserError.
     """
-    path, items, places = Path(name), [], []
+    path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
-    records, lines = read_items(path, collections.Counter(), None, QUESTION_FIELDS)
-    for number, (line, text) in enumerate(lines, start=1):
-        places.append(f"{spelled(path)}:{line}")
-        item = parse_object(text, places[-1]) if records else {"question": text.strip()}
-        question = item.pop(field_in(item, QUESTION_FIELDS, places[-1]))
-        items.append({"id": own_id(item, str(number), places[-1]), "question": question, **item})
-    require(bool(items), f"{flag} {path}: the file holds no question")
-    return check_questions(items, places, f"{flag} {path}")
+    source = TextFile(path)
+    records, items = source.items(QUESTION_FIELDS)
+    for number, (line, text) in enumerate(items, start=1):
+        where = f"{source.name}:{line}"
+        item = parse_object(text, where) if records else {"question": text.strip()}
+        question = check_question(item.pop(field_in(item, QUESTION_FIELDS, where)), where)
+        questions.append({"id": own_id(item, str(number), where), "question": question, **item})
+    require(bool(questions), f"{flag} {path}: the file holds no question")
+    require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
+    for number, item in enumerate(questions if needs else (), start=1):
+        check_labels(item, f"{flag} {path}: question {number}", needs)
+    return questions
 
 
-def check_answers(item: dict[str, Any], where: str) -> None:
-    """Raise UserError unless a question has a list of true answers; an empty one says that there is none."""
-    answers = item.get("answers")
-    strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-    require(strings, f"{where} has no list of answers")
-    for answer in answers:
-        check_string(answer, "an answer", where)
+def check_labels(item: dict[str, Any], where: str, needs: Collection[str]) -> None:
+    """Check a question's `answers` (empty: there is none) and `positive_ids`, which become a list. Raises UserError.
 
-
-def check_positive_ids(item: dict[str, Any], where: str) -> list[str]:
-    """The ids of the documents that hold the answer, may be none. Raises UserError."""
-    ids = item.get("positive_ids") or []
+    needs: those of the two that must be there; a question without an answer needs no ids.
+    """
+    answers, ids = item.get("answers"), item.get("positive_ids") or []
+    if "answers" in needs:
+        strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+        require(strings, f"{where} has no list of answers")
+        for answer in answers:
+            check_string(answer, "an answer", where)
     require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
-    return [check_id(value, where) for value in ids]
+    item["positive_ids"] = [check_id(value, where) for value in ids]
+    require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
 
 
 def spread(items: Sequence, limit: int | None) -> Sequence:
@@ -2397,13 +2250,13 @@ def spread(items: Sequence, limit: int | None) -> Sequence:
     return [items[i * (len(items) - 1) // max(limit - 1, 1)] for i in range(limit)]
 
 
-def check_questions(items: list[dict[str, Any]], places: list[str], source: str) -> list[dict[str, Any]]:
-    """Questions with checked text and ids. Raises UserError that names the place."""
-    for item, place in zip(items, places, strict=True):
-        check_string(item["question"], "question", place)
-        require(bool(item["question"].strip()), f"{place}: the question is empty")
-    require(len({item["id"] for item in items}) == len(items), f"{source}: ids are not unique")
-    return items
+def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None, source: str) -> list[dict[str, Any]]:
+    """The questions with something in `answers` or `positive_ids`, at most `limit`, evenly spread. Raises UserError."""
+    found = [item for item in questions if item[label]]
+    if len(found) < len(questions):
+        notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
+    require(bool(found), f"{source}: no question has an answer")
+    return list(spread(found, limit))
 
 
 # =============================================================================
@@ -2506,6 +2359,24 @@ def check_finite(values: np.ndarray | Tensor, model: str) -> None:
                            "their precision: fetch it again, or use --dtype float32")
 
 
+class Tokens(NamedTuple):
+    """A text as a tokenizer cuts it: ids and the characters each token stands for, (T,) int64 each."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Tokens]:
+    """Tokens of each text by a fast tokenizer, without special ones unless the options ask for them."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, **{"add_special_tokens": False} | options)
+    rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [Tokens(np.asarray(ids, dtype=np.int64), *np.asarray(spans, dtype=np.int64).reshape(-1, 2).T)
+            for ids, spans in rows]
+
+
 class Embedder:
     """A sentence-transformers model, with its own pooling, prompts and normalisation."""
 
@@ -2560,11 +2431,11 @@ class Embedder:
         states = [row["token_embeddings"][row["attention_mask"].bool()] for row in rows]
         return self.unit_length(vectors), [state.float().cpu().numpy() for state in states]
 
-    def state_ends(self, texts: list[str]) -> list[list[int]]:
+    def state_ends(self, texts: list[str]) -> list[np.ndarray]:
         """Where each token state of `embed_with_states` ends, in characters; 0 for special tokens and the prompt."""
-        options = {"truncation": True, "max_length": self.max_tokens, "return_offsets_mapping": True}
-        encoded = self.tokenizer([self.prompt + t for t in texts], **options)
-        return [[max(end - len(self.prompt), 0) for _, end in row] for row in encoded["offset_mapping"]]
+        tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
+                          truncation=True, max_length=self.max_tokens)
+        return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
@@ -2845,15 +2716,16 @@ class ChunkTable(NamedTuple):
 
 
 class Chunking(NamedTuple):
-    """How content is cut and encoded, made by section 9 and used here without knowing the decoder."""
+    """How contents are cut into chunks of k tokens and encoded."""
 
     k: int
-    prepare: Callable[[str], str]  # content as the decoder sees it, same length
-    runs: Callable[[list[str]], list[tuple[np.ndarray, np.ndarray]]]  # contents -> (ends, sizes) each
-    encode: Callable[[list[str]], list[np.ndarray]] | None  # contents -> (L, E) each; None: store no states
-    width: int  # E
-    tokenizer: Any  # for splitting passages where there is no embedder
-    stored: dict[str, Any]  # what the manifest keeps: fingerprints of the tokenizer and, with states, the encoder
+    tokenizer: Any  # a RefragTokenizer
+    encoder: Any = None  # a ChunkEncoder; None: no states
+
+    def facts(self) -> dict[str, Any]:
+        """What an index's manifest says of its chunks."""
+        return {"k": self.k, "tokenizer": self.tokenizer.fingerprint,
+                "encoder": self.encoder and self.encoder.fingerprint}
 
 
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
@@ -3078,21 +2950,15 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"{embedder.name}: use the same --embed_model or build the index again")
 
 
-def token_ends(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Where each token of each text ends, in characters; no special tokens."""
-    encoded = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False)
-    return [[end for _, end in row] for row in encoded["offset_mapping"]]
-
-
 def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
     """Where to cut each record so that title and piece fit `limit` tokens."""
     special = tokenizer.num_special_tokens_to_add()
-    titles = token_ends(tokenizer, [r.title or "." for r in records])
-    texts = token_ends(tokenizer, [r.text for r in records])
+    titles = tokenize(tokenizer, [r.title or "." for r in records])
+    texts = tokenize(tokenizer, [r.text for r in records])
     spans = []
-    for record, title, ends in zip(records, titles, texts, strict=True):
-        room = max(limit - special - (len(title) + 1 if record.title else 0), limit // 2)
-        spans.append(split_spans(record.text, ends, room, min(overlap, room // 2)))
+    for record, title, text in zip(records, titles, texts, strict=True):
+        room = max(limit - special - (len(title.ids) + 1 if record.title else 0), limit // 2)
+        spans.append(split_spans(record.text, text.ends.tolist(), room, min(overlap, room // 2)))
     return spans
 
 
@@ -3245,16 +3111,16 @@ class ChunkWriter:
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
     """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
-    prepared = [chunking.prepare(content) for content in contents]
-    runs = chunking.runs(prepared)
-    states = chunking.encode(prepared) if chunking.encode else [None] * len(contents)
-    if embedder is None:
-        return None, [ChunkTable(*run, None, s) for run, s in zip(runs, states, strict=True)]
-    vectors, token_states = embedder.embed_with_states(contents, batch_size)
-    ends = embedder.state_ends(contents)
-    gates = [late_chunk_vectors(*item)
-             for item in zip(token_states, ends, [r[0] for r in runs], vectors, strict=True)]
-    return vectors, [ChunkTable(*run, g, s) for run, g, s in zip(runs, gates, states, strict=True)]
+    k, tokenizer, encoder = chunking
+    prepared = [tokenizer.neutralize(content) for content in contents]
+    cuts = tokenizer.cut(prepared, k)
+    vectors, gates = None, [None] * len(contents)
+    states = encoder.encode(prepared, k) if encoder else gates
+    if embedder is not None:
+        vectors, token_states = embedder.embed_with_states(contents, batch_size)
+        gates = [late_chunk_vectors(*item) for item in zip(
+            token_states, embedder.state_ends(contents), [cut.ends for cut in cuts], vectors, strict=True)]
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
 
 
 class FinishedBlocks:
@@ -3326,7 +3192,7 @@ def embed_corpus(folder: Path, count: int, chunking: Chunking, embedder: Embedde
                  batch_size: int, finished: FinishedBlocks | None) -> None:
     """Second pass: embed the first `count` passages and write vectors (a temporary file) and chunk tables of all."""
     vectors = ArrayWriter(folder / "vectors.npy", np.float32, embedder.dim) if embedder else None
-    writer = ChunkWriter(folder, embedder and embedder.dim, chunking.width if chunking.encode else None)
+    writer = ChunkWriter(folder, embedder and embedder.dim, chunking.encoder and chunking.encoder.width)
     bar = progress_bar("embedding", count, "passage")
     with aborting(vectors, *writer.writers), bar:
         for contents in block_contents(folder, count):
@@ -3430,7 +3296,7 @@ FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
 
 def computes(embedder: Embedder | None, chunking: Chunking) -> bool:
     """Whether a build runs a model over its passages."""
-    return embedder is not None or chunking.encode is not None
+    return embedder is not None or chunking.encoder is not None
 
 
 def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, build: BuildConfig,
@@ -3439,7 +3305,7 @@ def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, b
     if not computes(embedder, chunking):
         return None
     blocks = FinishedBlocks(path / FINISHED_BLOCKS, {
-        "embedder": embedder and embedder.fingerprint, "k": chunking.k, **chunking.stored, "dtype": runtime.dtype,
+        "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
         "device": str(pick_device(runtime.device)), "batch_size": build.batch_size})
     if count := blocks.count():
         notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
@@ -3454,7 +3320,8 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
     if previous is not None and embedder is not None:
         check_embedder(previous.manifest, embedder)
-    cutter = (embedder.tokenizer, embedder.room) if embedder else (chunking.tokenizer, corpus.max_passage_tokens)
+    cutter = ((embedder.tokenizer, embedder.room) if embedder else
+              (chunking.tokenizer.encoder, corpus.max_passage_tokens))
     new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(new) as folder:
         parted = ingest(folder, corpus, *cutter, previous, counts, sources)
@@ -3468,7 +3335,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     manifest |= {"words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses,
                  "dim": embedder.dim if embedder else None,
                  "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-                 "chunking": {"k": chunking.k, **chunking.stored}, "sources": sources}
+                 "chunking": chunking.facts(), "sources": sources}
     if previous is None:
         announce_replacement(path / "manifest.json")
     make_current(path, manifest, known)
@@ -3652,10 +3519,11 @@ ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
 NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
-def whole_tokens(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+def whole_tokens(tokens: Tokens) -> np.ndarray:
     """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
-    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    return np.concatenate([[True], spans[1:, 0] >= spans[:-1, 1], [True]]) if len(spans) else np.ones(1, dtype=bool)
+    whole = np.ones(len(tokens.ids) + 1, dtype=bool)
+    whole[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
+    return whole
 
 
 def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
@@ -3678,16 +3546,28 @@ def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
     return np.asarray([*cuts[::step], *([cuts[-1]] if (len(cuts) - 1) % step else [])], dtype=np.int64)
 
 
-def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a text into chunks of k tokens: (ends in characters, sizes in tokens), both (L,).
+class Cut(NamedTuple):
+    """A text cut into L chunks of the encoder's tokens."""
 
-    offsets: (start, end) of each token. The cuts are those of `token_cuts`; tokens without characters of their own
-    belong to the chunk before.
+    ids: np.ndarray  # (T,)
+    ends: np.ndarray  # (L,), characters
+    sizes: np.ndarray  # (L,), tokens
+
+
+def first_tokens(tokens: Tokens, places: np.ndarray) -> np.ndarray:
+    """The first token at or after each place (in characters): a token belongs to the chunk in which it starts."""
+    return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
+
+
+def chunk_runs(text: str, tokens: Tokens, k: int) -> Cut:
+    """Cut a text into chunks of k tokens.
+
+    The cuts are those of `token_cuts`; tokens without characters of their own belong to the chunk before.
     """
     if not text:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    ends, T = [e for _, e in offsets], len(offsets)
-    bounds = token_cuts(whole_tokens(offsets), k).tolist()
+        return Cut(*np.zeros((3, 0), np.int64))
+    ends, T = tokens.ends.tolist(), len(tokens.ids)
+    bounds = token_cuts(whole_tokens(tokens), k).tolist()
     runs, first = [(0, 0)], 0
     for bound in bounds[1:]:
         end = ends[bound - 1] if bound < T else len(text)
@@ -3700,8 +3580,7 @@ def chunk_runs(text: str, offsets: Sequence[tuple[int, int]], k: int) -> tuple[n
         first = bound
     if runs[-1][0] < len(text):  # not one token: the text is nothing but white space
         runs.append((len(text), 0))
-    table = np.asarray(runs[1:], dtype=np.int64)
-    return table[:, 0], table[:, 1]
+    return Cut(tokens.ids, *np.asarray(runs[1:], dtype=np.int64).T)
 
 
 def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
@@ -3725,14 +3604,8 @@ def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
-    ends, _ = text_runs([text], tokenizer, k)[0]
-    return list(itertools.pairwise([0, *ends.tolist()]))
-
-
-def text_runs(texts: list[str], tokenizer: Any, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`chunk_runs` of each text."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return [chunk_runs(text, offsets, k) for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)]
+    [tokens] = tokenize(tokenizer, [text])
+    return list(itertools.pairwise([0, *chunk_runs(text, tokens, k).ends.tolist()]))
 
 
 class Segment(NamedTuple):
@@ -3742,27 +3615,39 @@ class Segment(NamedTuple):
     text: str
     doc_id: str | None
     input_ids: list[int]  # decoder tokens
-    packed_tokens: np.ndarray  # (L, compression) encoder tokens, zero where padded; L = 0 for plain text
-    packed_mask: np.ndarray  # (L, compression), 1 for a token
+    packed_tokens: np.ndarray  # (L, k) encoder tokens, zero where padded; L = 0 for plain text
+    packed_mask: np.ndarray  # (L, k), 1 for a token
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Short digest of how a tokenizer cuts text."""
+    probe = "Grüße 12345, naïve  café 日本語 🙂 don't\tUPPER_case\n"
+    facts = repr((len(tokenizer), tokenizer(probe, add_special_tokens=False)["input_ids"]))
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 class RefragTokenizer:
     """The decoder's tokenizer, the encoder's, and the rules between them.
 
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own. compression: tokens per chunk.
+    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
     """
 
-    def __init__(self, decoder: Any, encoder: Any = None, compression: int = 16):
+    def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
             require(getattr(tokenizer, "is_fast", False), f"tokenizer {type(tokenizer).__name__} gives no character "
                     "offsets: use a model with a fast tokenizer (tokenizer.json)")
-        self.decoder, self.encoder, self.compression = decoder, encoder or decoder, compression
+        self.decoder, self.encoder = decoder, encoder or decoder
         names: set[str] = set()
         for tokenizer in (self.decoder, self.encoder):
             added = getattr(tokenizer, "added_tokens_decoder", {})
             names |= {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         longest_first = sorted(filter(None, names), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Short digest of how contents are cut."""
+        return tokenizer_fingerprint(self.encoder)
 
     def neutralize(self, text: str) -> str:
         """Text that can make no special token and no <doc> tag: their first character becomes a look-alike.
@@ -3781,28 +3666,28 @@ class RefragTokenizer:
             if not count:
                 return text
 
-    def runs(self, contents: list[str], k: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ends, sizes) of the chunks of each content, in the encoder's tokens."""
-        return text_runs(contents, self.encoder, k or self.compression)
+    def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
+        """Each content cut into chunks of k of the encoder's tokens."""
+        rows = zip(contents, tokenize(self.encoder, contents), strict=True)
+        return [chunk_runs(content, tokens, k) for content, tokens in rows]
 
-    def pack(self, content: str) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder tokens of a content by chunk, and their mask: (L, compression) each."""
-        ids = self.encoder(content, add_special_tokens=False)["input_ids"]
-        _, sizes = self.runs([content])[0]
-        width = max(self.compression, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
+    def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
+        [(ids, _, sizes)] = self.cut([content], k)
+        width = max(k, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
         tokens, mask = (np.zeros((len(sizes), width), dtype=np.int64) for _ in range(2))
         for row, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
             tokens[row, :size], mask[row, :size] = ids[end - size : end], 1
         return tokens, mask
 
-    def parse_and_tokenize(self, text: str) -> list[Segment]:
+    def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
 
         Everything but `doc_blocks` is plain text: an unclosed tag, a stray </doc>, the outer tags of nested blocks.
 
         Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
-        empty = np.zeros((0, self.compression), dtype=np.int64)
+        empty = np.zeros((0, k), dtype=np.int64)
         segments, at = [], 0
         for match, doc_id in [*doc_blocks(text), (None, "")]:
             plain = self.neutralize(text[at : match.start() if match else len(text)])
@@ -3812,7 +3697,7 @@ class RefragTokenizer:
             if match:
                 content, at = self.neutralize(match[2]), match.end()
                 ids = self.decoder(content, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content)))
+                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content, k)))
         return segments
 
 
@@ -3898,16 +3783,15 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     text = render_chat(decoder, message, system)
     base = text.find(message)
     require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
-    encoded = decoder(text, add_special_tokens=not decoder.chat_template, return_offsets_mapping=True)
-    starts = np.maximum.accumulate(np.asarray([s for s, _ in encoded["offset_mapping"]]))
+    [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks: list[Chunk] = []
     docs = [piece for piece in pieces if isinstance(piece, Doc)]
     for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
-        marks = np.searchsorted(starts, base + at + np.concatenate([[0], doc.ends])).tolist()
+        marks = first_tokens(tokens, base + at + np.concatenate([[0], doc.ends])).tolist()
         edges = [0, *doc.ends.tolist()]
         chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(doc.ends))]
-    blocks = [tuple(np.searchsorted(starts, [base + a, base + b]).tolist()) for a, b in tagged]
-    return Prompt(text, np.asarray(encoded["input_ids"], dtype=np.int64), chunks, blocks)
+    blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
+    return Prompt(text, tokens.ids, chunks, blocks)
 
 
 def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
@@ -3918,19 +3802,40 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
     return [ASK_WITH_CONTEXT, *spaced, f"\nQuestion: {question}"]
 
 
-def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.ndarray:
-    """What to feed at each position: v >= 0 is the prompt's token v, v < 0 the vector of chunk -v - 1.
+def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
+    """(T,) bool, the prompt's tokens that are fed as such when only these chunks (L,) of the context stay text."""
+    mask = np.ones(len(prompt.input_ids), dtype=bool)
+    for chunk, stays in zip(prompt.chunks, expanded.tolist(), strict=True):
+        mask[chunk.first : chunk.last] = stays
+    return mask
 
-    expanded: (L,) bool. feed False: compressed chunks are left out instead. All expanded: 0, 1, .., T - 1.
+
+def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
+    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags.
+
+    What stands outside the documents always stays, even if it alone is more than `positions`.
     """
-    plan, at = [], 0
+    mask = np.ones(len(prompt.input_ids), dtype=bool)
+    for first, last in reversed(prompt.blocks):
+        excess = int(mask.sum()) - positions
+        if excess <= 0:
+            break
+        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
+        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
+        mask[list(cut)] = False
+    return mask
+
+
+def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.ndarray:
+    """What to feed at each position: v >= 0 is the token v, v < 0 the vector of chunk -v - 1.
+
+    expanded: (L,) bool. feed False: compressed chunks are left out instead. All expanded: the prompt's input_ids.
+    """
+    plan, mask = prompt.input_ids.copy(), text_mask(prompt, expanded)
     for number, chunk in enumerate(prompt.chunks):
-        if expanded[number] or not chunk.tokens:
-            continue
-        plan.append(np.arange(at, chunk.first))
-        plan.append(np.full(int(feed), -number - 1))
-        at = chunk.last
-    return np.concatenate([*plan, np.arange(at, len(prompt.input_ids))])
+        if feed and chunk.tokens and not expanded[number]:  # the vector stands where the chunk begins
+            plan[chunk.first], mask[chunk.first] = -number - 1, True
+    return plan[mask]
 
 
 class Content(NamedTuple):
@@ -4008,22 +3913,6 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def truncated_plan(prompt: Prompt, positions: int) -> np.ndarray:
-    """Tokens only, at most `positions` of them: contents are cut from the end, an emptied document goes with its tags.
-
-    What stands outside the documents always stays, even if it alone is more than `positions`.
-    """
-    keep = np.ones(len(prompt.input_ids), dtype=bool)
-    for first, last in reversed(prompt.blocks):
-        excess = int(keep.sum()) - positions
-        if excess <= 0:
-            break
-        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
-        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
-        keep[list(cut)] = False
-    return np.flatnonzero(keep)
-
-
 def show_plan(prompt: Prompt, plan: np.ndarray, tokenizer: RefragTokenizer, contents: Sequence[str]) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
@@ -4033,7 +3922,7 @@ def show_plan(prompt: Prompt, plan: np.ndarray, tokenizer: RefragTokenizer, cont
             chunks = [prompt.chunks[-v - 1] for v in values]
             parts += [f"[[{contents[c.doc][c.start : c.end]}]]" for c in chunks]
         else:
-            parts.append(tokenizer.decoder.decode(prompt.input_ids[values].tolist()))
+            parts.append(tokenizer.decoder.decode(values))
     return "".join(parts)
 
 
@@ -4058,7 +3947,7 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
 # =============================================================================
 
 
-class Tokens(NamedTuple):
+class Pieces(NamedTuple):
     """A text as one tokenizer cuts it, special tokens left out."""
 
     ids: list[int]
@@ -4066,14 +3955,12 @@ class Tokens(NamedTuple):
     pieces: list[str]  # what each token adds to the decoded text; "" where it completes no character
 
 
-def tokenize_pieces(text: str, tokenizer: Any) -> Tokens:
+def tokenize_pieces(text: str, tokenizer: Any) -> Pieces:
     """Tokens of a text with the pieces of decoded text that they add. tokenizer: a fast one."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    stream = DecodeStream(skip_special_tokens=False)
+    [tokens] = tokenize(tokenizer, [text])
+    ids, stream = tokens.ids.tolist(), DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-    whole = whole_tokens(offsets)
-    return Tokens(ids, [end if whole[i + 1] else -1 for i, (_, end) in enumerate(offsets)], pieces)
+    return Pieces(ids, np.where(whole_tokens(tokens)[1:], tokens.ends, -1).tolist(), pieces)
 
 
 def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
@@ -4096,7 +3983,7 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
     return pairs
 
 
-def exact_anchors(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
+def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
     Found from the lengths of the decoded prefixes; beyond the texts' common prefix no two can be equal. Of several
@@ -4137,6 +4024,9 @@ def edit_distance(a: str, b: str) -> float:
     return row[-1]
 
 
+MAX_COST = 0.5  # anchors whose spans differ more are not trained on
+
+
 class Anchor(NamedTuple):
     """Two tokens that end at the same character of the text, and how much the decoded spans up to them differ."""
 
@@ -4145,7 +4035,7 @@ class Anchor(NamedTuple):
     cost: float  # edits by the longer span's length, range [0, 1]
 
 
-def cost_anchors(a: Tokens, b: Tokens) -> list[Anchor]:
+def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
     """Anchors for tokenizers that normalise text: equal ends in the source text, which character offsets give.
 
     An uncased WordPiece tokenizer and a byte-level one part for good at the first capital letter as far as decoded
@@ -4161,7 +4051,7 @@ def cost_anchors(a: Tokens, b: Tokens) -> list[Anchor]:
     return anchors
 
 
-def anchor_rows(a: Tokens, b: Tokens) -> list[dict[str, Any]]:
+def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
     """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
     exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
     for anchor in [*cost_anchors(a, b), None]:
@@ -4355,10 +4245,11 @@ def accepts(decoder: nn.Module, name: str) -> bool:
 
 
 def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of the states of each owner. states: (T, E); owners: (T,), range [0, count], count for none.
+    """Mean of the states of each owner. states: (T, E); owners: (T,), range [-1, count), -1 for none.
 
-    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, 1], count 1 -> [[2]]
+    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
+    owners = owners % (count + 1)  # none is one more, the last
     sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
     sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
     return (sums / sizes.to(states.dtype))[:count]
@@ -4391,8 +4282,7 @@ class ChunkEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of weights and of how they are used; stored states carry it."""
-        cuts = tokenizer_fingerprint(self.tokenizer.encoder)
-        return weights_fingerprint(self.backbone, self.whole, self.pooling, cuts)
+        return weights_fingerprint(self.backbone, self.whole, self.pooling, self.tokenizer.fingerprint)
 
     @property
     def borrowed(self) -> set[str]:
@@ -4424,103 +4314,65 @@ class ChunkEncoder(nn.Module):
         """
         if not self.whole:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-            return self.content_of_text(text, k)[0]
-        cuts = token_cuts(whole, k)
-        owner = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
-        return Content(np.split(ids, cuts[1:-1]), self.encoder_rows(ids, owner))
+            return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
+        bounds = token_cuts(whole, k)
+        return Content(np.split(ids, bounds[1:-1]), self.inputs([""], [Cut(ids, bounds[1:], np.diff(bounds))]))
 
-    def content_of_text(self, text: str, k: int) -> tuple[Content, np.ndarray]:
-        """A text, cut and made ready for training, and where its chunks end in characters."""
-        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = np.asarray(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-        ends, sizes = self.tokenizer.runs([text], k)[0]
-        chunks = np.split(ids, np.searchsorted(np.maximum.accumulate(starts), ends[:-1])) if len(ends) else []
-        return Content(chunks, self.text_rows(text, ends, sizes)), ends
+    def content_of_text(self, text: str, cut: Cut) -> Content:
+        """A text that has been cut, made ready for training."""
+        [tokens] = tokenize(self.tokenizer.decoder, [text])
+        chunks = np.split(tokens.ids, first_tokens(tokens, cut.ends[:-1])) if len(cut.ends) else []
+        return Content(chunks, self.inputs([text], [cut]))
 
-    def text_rows(self, text: str, ends: np.ndarray, sizes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for a text whose chunks are known: see `Content.rows`."""
-        encoder = self.tokenizer.encoder
-        if self.whole:
-            ids = np.asarray(encoder(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-            return self.encoder_rows(ids, np.repeat(np.arange(len(sizes)), sizes))
-        rows = []
-        for number, ids in enumerate(self.chunk_rows(text, ends)):
-            owner = np.full(len(ids), number)
-            owner[1:] = -1 if self.pooling == "cls" else number
-            rows.append((np.asarray(ids), owner))
+    def inputs(self, texts: Sequence[str], cuts: Sequence[Cut]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the encoder reads for some texts, their chunks numbered through: see `Content.rows`."""
+        rows, first = [], 0
+        for text, cut in zip(texts, cuts, strict=True):
+            L, W = len(cut.ends), ENCODER_WINDOW
+            if self.whole:  # windows at the same tokens for every k, so that stored states can be merged
+                owners = np.repeat(np.arange(first, first + L), cut.sizes)
+                rows += [(cut.ids[at : at + W], owners[at : at + W]) for at in range(0, len(cut.ids), W)]
+            elif L:
+                chunks = [text[a:b] for a, b in itertools.pairwise([0, *cut.ends.tolist()])]
+                encoded = self.tokenizer.encoder(chunks, truncation=True, max_length=W)["input_ids"]
+                for chunk, ids in enumerate(encoded, start=first):
+                    owners = np.full(max(len(ids), 1), chunk)
+                    owners[1:] = -1 if self.pooling == "cls" else chunk
+                    rows.append((np.asarray(ids or [0]), owners))
+            first += L
         return rows
 
-    def encoder_rows(self, ids: np.ndarray, owner: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Windows of a text that is read whole, and the chunk of each token."""
-        windows = range(0, len(ids), ENCODER_WINDOW)
-        return [(ids[i : i + ENCODER_WINDOW], owner[i : i + ENCODER_WINDOW]) for i in windows]
-
-    def chunk_rows(self, text: str, ends: np.ndarray) -> list[list[int]]:
-        """Encoder tokens of each chunk, special ones included, for chunks that are rows of their own."""
-        texts = [text[a:b] for a, b in itertools.pairwise([0, *ends.tolist()])]
-        ids = self.tokenizer.encoder(texts, truncation=True, max_length=ENCODER_WINDOW)["input_ids"] if texts else []
-        return [row or [0] for row in ids]
-
-    def run_rows(self, rows: list[list[int]]) -> list[Tensor]:
+    def read(self, rows: list[np.ndarray]) -> list[Tensor]:
         """States (T, E) of each row of token ids; rows of like length share a pass."""
-        device = next(self.parameters()).device
+        device, states = next(self.parameters()).device, [torch.empty(0)] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        states: list[Tensor] = [torch.empty(0)] * len(rows)
-        at = 0
-        while at < len(order):
+        while order:
             size = 1  # as many rows as fit when padded to the longest, which is the last
-            while at + size < len(order) and (size + 1) * len(rows[order[at + size]]) <= ENCODER_BATCH_TOKENS:
+            while size < len(order) and (size + 1) * len(rows[order[size]]) <= ENCODER_BATCH_TOKENS:
                 size += 1
-            batch = order[at : at + size]
-            T = len(rows[batch[-1]])
-            ids = torch.tensor([rows[i] + [0] * (T - len(rows[i])) for i in batch], device=device)
-            mask = torch.tensor([[1] * len(rows[i]) + [0] * (T - len(rows[i])) for i in batch], device=device)
-            for i, row in zip(batch, self(ids, mask), strict=True):
+            batch, order = order[:size], order[size:]
+            ids = nn.utils.rnn.pad_sequence([torch.from_numpy(rows[i]) for i in batch], batch_first=True)
+            lengths = torch.tensor([len(rows[i]) for i in batch])
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            for i, row in zip(batch, self(ids.to(device), mask.to(device)), strict=True):
                 states[i] = row[: len(rows[i])]
-            at += size
         return states
-
-    def encode_whole(self, contents: list[str]) -> list[Tensor]:
-        """Pooled states of contents that are read whole: (L, E) each."""
-        rows, parts = [], []
-        encoded = self.tokenizer.encoder(contents, add_special_tokens=False, return_offsets_mapping=True)
-        for ids in encoded["input_ids"]:
-            windows = batched(ids, ENCODER_WINDOW)  # at the same tokens for every k: stored states can be merged
-            rows += windows
-            parts.append(len(windows))
-        states, at = self.run_rows(rows), 0
-        pooled = []
-        for content, offsets, count in zip(contents, encoded["offset_mapping"], parts, strict=True):
-            _, sizes = chunk_runs(content, offsets, self.tokenizer.compression)
-            if count:
-                whole = torch.cat(states[at : at + count]).float()  # (T, E)
-                pooled.append(pool_runs(whole, torch.as_tensor(sizes, device=whole.device)))
-            else:  # nothing, or nothing but white space
-                pooled.append(torch.zeros(len(sizes), self.width))
-            at += count
-        return pooled
-
-    def encode_rows(self, contents: list[str]) -> list[Tensor]:
-        """Pooled states of contents whose chunks are rows of their own: (L, E) each."""
-        rows, counts = [], []
-        for content in contents:
-            ends, _ = self.tokenizer.runs([content])[0]
-            rows += self.chunk_rows(content, ends)
-            counts.append(len(ends))
-        states = [row[0] if self.pooling == "cls" else row.mean(0) for row in self.run_rows(rows)]
-        stacked = torch.stack(states).float() if states else torch.zeros(0, self.width)
-        return list(stacked.split(counts))
 
     @torch.inference_mode()
-    def encode(self, contents: list[str]) -> list[np.ndarray]:
+    def encode(self, contents: Sequence[str], k: int) -> list[np.ndarray]:
         """One state per chunk for each content: (L, E) float16-rounded float32, exactly what an index stores."""
-        if not contents:
-            return []
-        with torch.autocast(self.backbone.device.type, self.precision, enabled=self.precision != self.backbone.dtype):
-            pooled = self.encode_whole(contents) if self.whole else self.encode_rows(contents)
-        states = [p.cpu().numpy().astype(np.float16).astype(np.float32) for p in pooled]
-        check_finite(np.concatenate(states), "encoder")
-        return states
+        cuts = self.tokenizer.cut(contents, k)
+        bounds = np.cumsum([len(cut.ends) for cut in cuts], dtype=np.int64)
+        pooled, rows = torch.zeros(int(bounds[-1]) if len(bounds) else 0, self.width), self.inputs(contents, cuts)
+        if rows:
+            with torch.autocast(self.backbone.device.type, self.precision,
+                                enabled=self.precision != self.backbone.dtype):
+                states = torch.cat(self.read([ids for ids, _ in rows])).float()
+            owners = torch.from_numpy(np.concatenate([owners for _, owners in rows])).to(states.device)
+            pooled = pool_owners(states, owners, len(pooled))
+        stored = pooled.cpu().numpy().astype(np.float16).astype(np.float32)
+        check_finite(stored, "encoder")
+        return np.split(stored, bounds)[:-1]
 
 
 class RMSNorm(nn.Module):
@@ -4567,11 +4419,10 @@ class Batch(NamedTuple):
     encoder_ids: Tensor  # (B', T')
     encoder_mask: Tensor | None  # (B', T'), None where rows are packed
     encoder_positions: Tensor | None  # (B', T'), starting again with each text; None where rows are not packed
-    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, C for none
+    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, -1 for none
     chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
     sizes: Tensor  # (C,), how many of them each chunk has
-    input_ids: Tensor  # (B, T), 0 under a vector
-    chunks: Tensor  # (B, T), the chunk whose vector is fed at a position, -1 at a token
+    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
     position_ids: Tensor  # (B, T), starting again with each sequence
     asked: Tensor  # (N,), positions b * T + t that are asked something
     labels: Tensor  # (N,), what should follow them
@@ -4606,8 +4457,7 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
     sequences = [sequence for row in rows for sequence in row]
     bases = np.cumsum([0, *(len(s.content.chunks) for s in sequences)])  # first chunk of each sequence in the batch
     base = {id(s): int(b) for s, b in zip(sequences, bases, strict=False)}
-    C = int(bases[-1])
-    texts = [(ids, np.where(owner < 0, C, owner + b)) for s, b in zip(sequences, bases, strict=False)
+    texts = [(ids, np.where(owner < 0, -1, owner + b)) for s, b in zip(sequences, bases, strict=False)
              for ids, owner in s.content.rows]
     packed = encoder.whole and packs
     lengths = [len(ids) for ids, _ in texts]
@@ -4621,14 +4471,13 @@ def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bo
     mask = None if packed else encoder_rows(lambda i: np.ones(lengths[i], dtype=np.int64), 0)
     positions = encoder_rows(lambda i: np.arange(lengths[i]), 0) if packed else None
     pieces = [chunk for s in sequences for chunk in s.content.chunks]
-    fed = [[np.where(s.plan < 0, base[id(s)] - s.plan - 1, -1) for s in row] for row in rows]
+    plans = [[np.where(s.plan < 0, s.plan - base[id(s)], s.plan) for s in row] for row in rows]
     labels = lay_rows([[s.labels for s in row] for row in rows], -1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
     return Batch(
-        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], C),
+        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], -1),
         torch.from_numpy(np.concatenate(pieces or empty)), torch.tensor([len(p) for p in pieces], dtype=torch.long),
-        lay_rows([[np.maximum(s.plan, 0) for s in row] for row in rows], 0), lay_rows(fed, -1),
-        lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
+        lay_rows(plans, 0), lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
 
 
 @contextlib.contextmanager
@@ -4842,52 +4691,33 @@ class RefragModel(PreTrainedModel):
                 return getattr(self.decoder.config, name)
         return None
 
-    def chunk_embeddings(self, prompt: Prompt, states: dict[int, np.ndarray]) -> Tensor:
-        """Decoder embeddings of chunks. states: chunk number -> (E,). Returns (len(states), D), in dict order."""
-        embed = self.decoder.get_input_embeddings()
-        spans = [prompt.chunks[number] for number in states]
-        ids = np.concatenate([prompt.input_ids[c.first : c.last] for c in spans])
-        sizes = torch.tensor([c.tokens for c in spans], device=embed.weight.device)
-        tokens = embed(torch.as_tensor(ids, device=embed.weight.device))  # (sum of sizes, D)
-        stacked = torch.as_tensor(np.stack(list(states.values())), device=embed.weight.device)  # (L, E)
-        return self.projector(stacked, pool_runs(tokens.float(), sizes)).to(embed.weight.dtype)
-
-    @torch.inference_mode()
-    def embed_plan(self, prompt: Prompt, plan: np.ndarray, states: dict[int, np.ndarray]) -> Tensor:
-        """Decoder inputs of a plan. states: a vector for each chunk the plan feeds. Returns (T, D)."""
-        embed = self.decoder.get_input_embeddings()
-        inputs = embed.weight.new_zeros(len(plan), embed.weight.shape[1])
-        is_token = torch.as_tensor(plan >= 0)
-        ids = torch.as_tensor(prompt.input_ids[plan[plan >= 0]], device=embed.weight.device)
-        inputs[is_token] = embed(ids)
-        if states:
-            fed = [-v - 1 for v in plan[plan < 0].tolist()]
-            inputs[~is_token] = self.chunk_embeddings(prompt, {number: states[number] for number in fed})
-        return inputs
-
-    def chunk_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Vectors of all chunks of a batch and the means of their token embeddings, both (C, D) float32."""
-        C = len(batch.sizes)
+    def chunk_states(self, batch: Batch) -> Tensor:
+        """Encoder states of all chunks of a batch: (C, E) float32."""
+        if not len(batch.sizes):
+            return torch.zeros(0, self.encoder.width, device=batch.sizes.device)
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             states = self.encoder(batch.encoder_ids, batch.encoder_mask, batch.encoder_positions)  # (B', T', E)
-            pooled = pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), C)  # (C, E)
-        tokens = self.decoder.get_input_embeddings()(batch.chunk_ids)  # (sum of sizes, D)
-        means = pool_runs(tokens.float(), batch.sizes)
-        return self.projector(pooled, means), means
+            return pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), len(batch.sizes))
 
-    def embed_batch(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Decoder inputs (B, T, D) of a batch; vectors and token means of its chunks, both (C, D) float32."""
-        inputs = self.decoder.get_input_embeddings()(batch.input_ids)
-        if not len(batch.sizes):
-            return inputs, *(inputs.new_zeros(0, inputs.shape[2]) for _ in range(2))
-        vectors, means = self.chunk_vectors(batch)
-        fed = vectors[batch.chunks[batch.chunks >= 0]].to(inputs.dtype)
-        return inputs.masked_scatter((batch.chunks >= 0).unsqueeze(-1), fed), vectors, means
+    def embed(self, plan: Tensor, chunk_ids: Tensor, sizes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The decoder's inputs (.., D) for a plan (..) of token ids and chunks; the chunks' vectors and means, (C, D).
+
+        chunk_ids: the decoder's tokens of the C chunks, one after the other; sizes: (C,), how many each has; states:
+        (C, E), the encoder's. A vector is the mean of its chunk's token embeddings with the projector's correction.
+        """
+        table = self.decoder.get_input_embeddings()
+        inputs = table(plan.clamp(min=0))
+        if not len(sizes):
+            return inputs, *(inputs.new_zeros(0, inputs.shape[-1]) for _ in range(2))
+        means = pool_runs(table(chunk_ids).float(), sizes)
+        vectors = self.projector(states, means)
+        at = plan < 0
+        return inputs.masked_scatter(at.unsqueeze(-1), vectors[-plan[at] - 1].to(inputs.dtype)), vectors, means
 
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
-        inputs, vectors, means = self.embed_batch(batch)
+        inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
         known: dict[str, Any] = {"use_cache": False}
         if accepts(self.decoder, "position_ids"):
             known["position_ids"] = batch.position_ids
@@ -5111,19 +4941,11 @@ def load_part(part: nn.Module, path: Path, without: Collection[str] = (), exactl
             tensor.copy_(tensors[name])
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Short digest of how a tokenizer cuts text."""
-    probe = "Grüße 12345, naïve  café 日本語 🙂 don't\tUPPER_case\n"
-    facts = repr((len(tokenizer), tokenizer(probe, add_special_tokens=False)["input_ids"]))
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
-
-
 def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
     """The pair of tokenizers of a configuration."""
     decoder = load_tokenizer(config.decoder_name_or_path)
-    if encoder_layers(config.encoder_name_or_path) is not None:
-        return RefragTokenizer(decoder, None, config.compression)
-    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path), config.compression)
+    separate = encoder_layers(config.encoder_name_or_path) is None
+    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path) if separate else None)
 
 
 def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "") -> RefragModel:
@@ -5197,15 +5019,15 @@ def for_others(models: ModelConfig) -> str:
             f"--enc {config.encoder_name_or_path}")
 
 
-def model_config(models: ModelConfig, k: int) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models; compression is k either way.
+def model_config(models: ModelConfig) -> RefragConfig:
+    """The configuration of --load_dir's checkpoint, or of the named models.
 
     Raises MismatchError if the checkpoint was made with other models than those named.
     """
     folder = chosen_checkpoint(models)
     if folder is None:
         given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-        config = RefragConfig(compression=k, **{key: value for key, value in given.items() if value is not None})
+        config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
         if models.enc is None:
             config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
         return config
@@ -5213,7 +5035,6 @@ def model_config(models: ModelConfig, k: int) -> RefragConfig:
     for flag in other_models(models, config):
         raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
                             f"{getattr(models, flag)}: leave the flag out, or name another checkpoint")
-    config.compression = k
     return config
 
 
@@ -5226,47 +5047,31 @@ def checkpoint_digest(models: ModelConfig) -> str | None:
     return read_manifest(manifest, CHECKPOINT_FORMAT)["digest"][:16] if manifest.is_file() else str(folder)
 
 
-def load_model(models: ModelConfig, k: int, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
+def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
     folder = chosen_checkpoint(models)  # of a run, the newest: looked for once, so that a damaged one is told once
-    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)), k)
+    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)))
     if folder is None:
         model = build_model(config, device, dtype, train)
     else:
         model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
-        model.config.compression = model.encoder.tokenizer.compression = k
     model.encoder.precision = pick_encoding_dtype(runtime.dtype, device)
     return model
-
-
-def make_chunking(tokenizer: RefragTokenizer, encoder: ChunkEncoder | None) -> Chunking:
-    """How section 6 cuts and encodes contents."""
-    stored = {"tokenizer": tokenizer_fingerprint(tokenizer.encoder), "encoder": encoder and encoder.fingerprint}
-    return Chunking(
-        k=tokenizer.compression,
-        prepare=tokenizer.neutralize,
-        runs=tokenizer.runs,
-        encode=encoder and encoder.encode,
-        width=encoder.width if encoder else 0,
-        tokenizer=tokenizer.encoder,
-        stored=stored,
-    )
 
 
 def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, previous: Index | None) -> Chunking:
     """The chunking of a new index, or one that continues an index. Raises MismatchError if it can not."""
     built = previous.manifest["chunking"] if previous else None
-    width = built["k"] if built else k or PackConfig.k
-    asked = k is not None or models.load_dir not in (None, "none", "auto")
-    with_states = bool(built["encoder"]) if built else asked
+    with_states = built["encoder"] if built else k is not None or models.load_dir not in (None, "none", "auto")
+    k = built["k"] if built else k or PackConfig.k
     if with_states:
-        encoder = load_model(models, width, runtime).encoder
-        chunking = make_chunking(encoder.tokenizer, encoder)
+        encoder = load_model(models, runtime).encoder
+        chunking = Chunking(k, encoder.tokenizer, encoder)
     else:
-        chunking = make_chunking(build_tokenizer(model_config(models, width)), None)
-    if built and {key: built[key] for key in chunking.stored} != chunking.stored:
+        chunking = Chunking(k, build_tokenizer(model_config(models)))
+    if built and built != chunking.facts():
         raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
     return chunking
 
@@ -5307,7 +5112,7 @@ class GateInput(NamedTuple):
     vectors: np.ndarray | None  # (L, dim), the embedder's vectors of the chunks
     texts: list[str]  # (L,)
     docs: np.ndarray  # (L,), the document of each chunk
-    idf: Callable[[str], float]  # of a stemmed term
+    idf: Callable[[str], float] | None  # of a term, by the index's words; None: by the chunks'
     prompt: Prompt | None  # for the decoder's own reading
     decoder: nn.Module | None
     seed: int
@@ -5316,24 +5121,14 @@ class GateInput(NamedTuple):
 def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str], tables: Sequence[ChunkTable],
                index: Index | None, seed: int = 0, prompt: Prompt | None = None,
                decoder: nn.Module | None = None) -> GateInput:
-    """What a gate may look at. contents and tables: of the documents, by rank; vectors only if all tables have them.
-
-    index: whose words tell how rare a word is, see `word_weights`.
-    """
+    """contents and tables: of the documents, by rank; there are vectors only if all tables have them."""
     texts = [content[a:b] for content, table in zip(contents, tables, strict=True)
              for a, b in itertools.pairwise([0, *table.ends.tolist()])]
     has_vectors = query is not None and all(table.gate is not None for table in tables)
     vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
     docs = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
-    return GateInput(question, query, vectors, texts, docs, word_weights(index, texts), prompt, decoder, seed)
-
-
-def word_weights(index: Index | None, texts: Sequence[str]) -> Callable[[str], float]:
-    """Inverse document frequency of a stemmed term: in an index by its words, else in the given chunks."""
-    if index is not None and index.bm25 is not None:
-        return index.idf
-    sets = [set(index_terms(text)) for text in texts]
-    return lambda term: math.log(1 + len(sets) / (0.5 + sum(term in s for s in sets)))
+    idf = index.idf if index is not None and index.bm25 is not None else None
+    return GateInput(question, query, vectors, texts, docs, idf, prompt, decoder, seed)
 
 
 def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
@@ -5355,27 +5150,25 @@ def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Se
     return spans
 
 
-def cosine_scores(given: GateInput) -> np.ndarray:
+def cosine_scores(inputs: GateInput) -> np.ndarray:
     """(L,) cosine of question and chunk; zeros without an embedder."""
-    if given.query is None or given.vectors is None:
-        return np.zeros(len(given.texts), dtype=np.float32)
-    lengths = np.sqrt(np.einsum("ld,ld->l", given.vectors, given.vectors))  # twice as fast as np.linalg.norm
-    return given.vectors @ given.query / np.maximum(lengths * np.linalg.norm(given.query), 1e-12)
+    if inputs.query is None or inputs.vectors is None:
+        return np.zeros(len(inputs.texts), dtype=np.float32)
+    lengths = np.sqrt(np.einsum("ld,ld->l", inputs.vectors, inputs.vectors))  # twice as fast as np.linalg.norm
+    return inputs.vectors @ inputs.query / np.maximum(lengths * np.linalg.norm(inputs.query), 1e-12)
 
 
-def term_hits(given: GateInput) -> tuple[np.ndarray, np.ndarray]:
-    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) their shares of its idf mass)."""
-    asked = list(dict.fromkeys(index_terms(given.question)))
-    held = [set(index_terms(text)) for text in given.texts]
-    hits = np.asarray([[term in chunk for term in asked] for chunk in held], dtype=bool).reshape(len(held), len(asked))
-    idf = np.asarray([given.idf(term) for term in asked], dtype=np.float64)
+def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
+    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) the terms' shares of their idf's sum)."""
+    question = list(dict.fromkeys(index_terms(inputs.question)))
+    chunks = [set(index_terms(text)) for text in inputs.texts]
+    hits = np.asarray([[term in terms for term in question] for terms in chunks], dtype=bool)
+    hits = hits.reshape(len(chunks), len(question))
+    if inputs.idf is not None:
+        idf = np.asarray([inputs.idf(term) for term in question], dtype=np.float64)
+    else:
+        idf = np.asarray([math.log(1 + len(chunks) / (0.5 + n)) for n in hits.sum(0).tolist()])
     return hits, idf / (idf.sum() or 1.0)
-
-
-def overlap_scores(given: GateInput) -> np.ndarray:
-    """(L,) share of the question's idf mass that a chunk's terms cover, range [0, 1]."""
-    hits, shares = term_hits(given)
-    return hits @ shares
 
 
 def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -5390,47 +5183,40 @@ def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return before, after
 
 
-def best_neighbour(scores: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """(L,) the larger score of the chunks before and after in the same document, 0 where there is none.
-
-    Example: scores [3, 1, 2], docs [0, 0, 1] -> [1, 3, 0]
-    """
-    return np.maximum(*beside(scores, docs))
-
-
-def blend_scores(given: GateInput) -> np.ndarray:
-    """(L,) cosine plus idf overlap, each with half of its best neighbour's. Needs no training."""
-    parts = (cosine_scores(given), overlap_scores(given))
-    return sum(part + NEIGHBOUR_SHARE * best_neighbour(part, given.docs) for part in parts)
+def blend_scores(inputs: GateInput) -> np.ndarray:
+    """(L,) cosine plus idf overlap, each with half of its better neighbour's. Needs no training."""
+    hits, shares = term_hits(inputs)
+    parts = (cosine_scores(inputs), hits @ shares)
+    return sum(part + NEIGHBOUR_SHARE * np.maximum(*beside(part, inputs.docs)) for part in parts)
 
 
 @torch.inference_mode()
-def ppl_scores(given: GateInput) -> np.ndarray:
+def ppl_scores(inputs: GateInput) -> np.ndarray:
     """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
 
     It needs the decoder to read all of the context, so it can not make the first token faster; it is a baseline.
     """
-    scores = np.zeros(len(given.texts), dtype=np.float32)
-    device = next(given.decoder.parameters()).device
-    for doc in np.unique(given.docs):
-        numbers = np.flatnonzero(given.docs == doc)
-        first, last = given.prompt.chunks[numbers[0]].first, given.prompt.chunks[numbers[-1]].last
-        ids = torch.as_tensor(given.prompt.input_ids[first:last], device=device)[None]  # (1, T)
+    scores = np.zeros(len(inputs.texts), dtype=np.float32)
+    device = next(inputs.decoder.parameters()).device
+    for doc in np.unique(inputs.docs):
+        numbers = np.flatnonzero(inputs.docs == doc)
+        first, last = inputs.prompt.chunks[numbers[0]].first, inputs.prompt.chunks[numbers[-1]].last
+        ids = torch.as_tensor(inputs.prompt.input_ids[first:last], device=device)[None]  # (1, T)
         if ids.shape[1] < 2:
             continue
-        logits = given.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
+        logits = inputs.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
         nll = nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none").cpu().numpy()
         losses = np.concatenate([[nll.mean()], nll])  # nothing precedes the first token: it counts as average
         for number in numbers:
-            chunk = given.prompt.chunks[number]
+            chunk = inputs.prompt.chunks[number]
             scores[number] = losses[chunk.first - first : chunk.last - first].mean() if chunk.tokens else 0.0
     return scores
 
 
-def random_scores(given: GateInput) -> np.ndarray:
+def random_scores(inputs: GateInput) -> np.ndarray:
     """(L,) uniform, the same for the same question and seed."""
-    key = int.from_bytes(hashlib.sha256(f"{given.seed}:{given.question}".encode()).digest()[:8], "little")
-    return np.random.default_rng(key).random(len(given.texts))
+    key = int.from_bytes(hashlib.sha256(f"{inputs.seed}:{inputs.question}".encode()).digest()[:8], "little")
+    return np.random.default_rng(key).random(len(inputs.texts))
 
 
 # -- the learned gate -----------------------------------------------------------
@@ -5458,92 +5244,77 @@ def standard(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / (values.std() + 1e-6)
 
 
-def document_runs(docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first chunk, number of chunks) of each document that has any. docs: (L,), ascending."""
-    starts = np.flatnonzero(np.concatenate([[len(docs) > 0], docs[1:] != docs[:-1]]))
-    return starts, np.concatenate([starts[1:], [len(docs)]])[: len(starts)] - starts
-
-
-def per_document(values: np.ndarray, runs: tuple[np.ndarray, np.ndarray], reduce: np.ufunc) -> np.ndarray:
-    """(L, ..) a reduction of the values (L, ..) of each chunk's document. runs: of `document_runs`."""
-    starts, sizes = runs
-    return np.repeat(reduce.reduceat(values, starts, axis=0), sizes, axis=0)
-
-
-def meaning_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """The features of group "meaning"."""
-    cosine = cosine_scores(given)
-    order = np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(len(cosine) - 1, 1)
-    return [cosine, best_neighbour(cosine, given.docs), standard(cosine), order,
-            per_document(cosine, runs, np.maximum)]
-
-
-def word_features(given: GateInput, runs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """The features of group "words"."""
-    hits, shares = term_hits(given)
-    before, after = beside(hits, given.docs)
-    overlap = hits @ shares
-    whole = per_document(hits, runs, np.logical_or)
-    phrase = (hits[:, 1:] & hits[:, :-1]).sum(1) if hits.shape[1] else np.zeros(len(hits))
-    return [overlap, best_neighbour(overlap, given.docs), (hits | before | after) @ shares, standard(overlap),
-            whole @ shares, phrase]
-
-
-def form_features(given: GateInput) -> list[Any]:
-    """The features of group "form": names and numbers, also those the question does not have, and what it asks.
-
-    Those of the question alone are one number for all chunks.
-    """
-    asked, lower = words(given.question), given.question.lower()
-    known = set(map(term_of, asked))
-    counts = [[0] * len(given.texts) for _ in range(4)]  # names, new names, numbers, new numbers
-    for row, text in enumerate(given.texts):
+def name_counts(inputs: GateInput) -> list[list[int]]:
+    """(4, L) names in each chunk, names that the question does not have, numbers, and numbers that it does not have."""
+    known = set(map(term_of, words(inputs.question)))
+    counts = [[0] * len(inputs.texts) for _ in range(4)]
+    for row, text in enumerate(inputs.texts):
         for found in NAME_OR_NUMBER.findall(text):
             first = 2 if found < ":" else 0  # what follows 9
             counts[first][row] += 1
             counts[first + 1][row] += term_of(found.casefold().replace(",", "")) not in known
-    kinds = [pattern.search(lower) is not None for pattern in KINDS.values()]
-    lengths = np.asarray([len(text) for text in given.texts]) / 64
-    return [*counts, lengths, *kinds, len(asked) / 10]
+    return counts
 
 
-def place_features(docs: np.ndarray,
-                   runs: tuple[np.ndarray, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The features of groups "passage" and "place"."""
-    starts, sizes = runs
-    at, count = np.arange(len(docs)) - np.repeat(starts, sizes), np.repeat(sizes, sizes)
-    passage = [docs / 8, 1 / (1 + docs), np.full(len(docs), (docs.max(initial=0) + 1) / 8)]
-    return passage, [at / np.maximum(count - 1, 1), at == 0, at == count - 1, np.log(count)]
+def chunk_features(inputs: GateInput) -> np.ndarray:
+    """(L, F) float32, the features of FEATURES in order. One number for all chunks: a fact of question or prompt."""
+    docs, L = inputs.docs, len(inputs.docs)
+    _, starts, sizes = np.unique(docs, return_index=True, return_counts=True)
+    place, count = np.arange(L) - np.repeat(starts, sizes), np.repeat(sizes, sizes)  # of each chunk in its document
+    cosine, (hits, shares) = cosine_scores(inputs), term_hits(inputs)
+    overlap, (before, after) = hits @ shares, beside(hits, docs)
+    names, new_names, numbers, new_numbers = name_counts(inputs)
+    columns = {
+        "cosine": cosine,
+        "cosine_neighbour": np.maximum(*beside(cosine, docs)),
+        "cosine_z": standard(cosine),
+        "cosine_rank": np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(L - 1, 1),
+        "cosine_doc": np.repeat(np.maximum.reduceat(cosine, starts), sizes),
+        "overlap": overlap,
+        "overlap_neighbour": np.maximum(*beside(overlap, docs)),
+        "overlap_window": (hits | before | after) @ shares,
+        "overlap_z": standard(overlap),
+        "overlap_doc": np.repeat(np.logical_or.reduceat(hits, starts), sizes, axis=0) @ shares,
+        "phrase": (hits[:, 1:] & hits[:, :-1]).sum(1),  # the question's neighbouring terms
+        "rank": docs / 8,
+        "first_rank": 1 / (1 + docs),
+        "passages": (docs.max(initial=0) + 1) / 8,
+        "names": names, "new_names": new_names, "numbers": numbers, "new_numbers": new_numbers,
+        "length": np.asarray([len(text) for text in inputs.texts]) / 64,
+        **{kind: pattern.search(inputs.question.lower()) is not None for kind, pattern in KINDS.items()},
+        "question_length": len(words(inputs.question)) / 10,
+        "place": place / np.maximum(count - 1, 1),
+        "first": place == 0,
+        "last": place == count - 1,
+        "chunks": np.log(count),
+    }
+    features = np.empty((len(FEATURE_NAMES), L), dtype=np.float32)
+    for row, name in zip(features, FEATURE_NAMES, strict=True):
+        row[:] = columns[name]
+    return features.T
 
 
-def chunk_features(given: GateInput) -> np.ndarray:
-    """(L, F) float32, the features of FEATURES in order."""
-    runs = document_runs(given.docs)
-    passage, place = place_features(given.docs, runs)
-    columns = [*meaning_features(given, runs), *word_features(given, runs), *passage, *form_features(given), *place]
-    made = np.empty((len(FEATURE_NAMES), len(given.docs)), dtype=np.float32)
-    for row, column in zip(made, columns, strict=True):
-        row[:] = column
-    return made.T
+def with_neighbours(hidden: Tensor, docs: Tensor) -> Tensor:
+    """(B, L, 3 W) each chunk between those before and after it, zeros where these are of another document.
 
-
-class GateBatch(NamedTuple):
-    """Questions as tensors, padded to the most chunks."""
-
-    features: Tensor  # (B, L, F)
-    queries: Tensor  # (B, dim)
-    vectors: Tensor  # (B, L, dim)
-    docs: Tensor  # (B, L), -1 where padded
-
-
-def with_neighbours(hidden: Tensor, same: Tensor) -> Tensor:
-    """(B, L, 3 width): of the chunk before, itself and the one after, zeros where that is of another document.
-
-    hidden: (B, L, width); same: (B, L - 1, 1), whether a chunk and the next are of one document.
+    hidden: (B, L, W); docs: (B, L).
     """
+    same = (docs[:, 1:] == docs[:, :-1]).unsqueeze(-1)
     before = nn.functional.pad(hidden[:, :-1] * same, (0, 0, 1, 0))
     after = nn.functional.pad(hidden[:, 1:] * same, (0, 0, 0, 1))
     return torch.cat([before, hidden, after], dim=-1)
+
+
+def padded_rows(rows: Sequence[np.ndarray], fill: float) -> Tensor:
+    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
+    return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def gate_batch(inputs: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """What `QueryGate` reads of several questions, padded to the most chunks. features: (L, F) of each."""
+    tensors = (padded_rows(features, 0), torch.from_numpy(np.stack([one.query for one in inputs])),
+               padded_rows([one.vectors for one in inputs], 0).float(), padded_rows([one.docs for one in inputs], -1))
+    return [tensor.to(device) for tensor in tensors]
 
 
 class QueryGate(nn.Module):
@@ -5567,23 +5338,24 @@ class QueryGate(nn.Module):
         self.own, self.all = nn.Linear(width, width), nn.Linear(2 * width, width)
         self.leave = nn.Linear(width, 1)
 
-    def forward(self, batch: GateBatch) -> Tensor:
-        """(B, L) logits, -inf where padded."""
-        real = (batch.docs >= 0).unsqueeze(-1)  # (B, L, 1)
-        shown = self.show(nn.functional.normalize(batch.vectors, dim=-1))  # (B, L, pairs)
+    def forward(self, features: Tensor, queries: Tensor, vectors: Tensor, docs: Tensor) -> Tensor:
+        """(B, L) logits, -inf where padded.
+
+        features: (B, L, F); queries: (B, dim); vectors: (B, L, dim); docs: (B, L), -1 where padded.
+        """
+        real = (docs >= 0).unsqueeze(-1)  # (B, L, 1)
+        shown = self.show(nn.functional.normalize(vectors, dim=-1))  # (B, L, pairs)
         parts = [shown]
         if not self.shape["blind"]:
-            asked = self.ask(nn.functional.normalize(batch.queries, dim=-1))
-            parts.append(shown * asked.unsqueeze(1))
+            parts.append(shown * self.ask(nn.functional.normalize(queries, dim=-1)).unsqueeze(1))
         if self.shape["features"]:
-            parts.append(((batch.features - self.mean) / self.deviation).clamp(-6, 6))
-        same = (batch.docs[:, 1:] == batch.docs[:, :-1]).unsqueeze(-1) & real[:, 1:]
-        hidden = nn.functional.gelu(self.enter(torch.cat(parts, dim=-1)))  # (B, L, width)
-        hidden = hidden + nn.functional.gelu(self.beside(with_neighbours(hidden, same)))
+            parts.append(((features - self.mean) / self.deviation).clamp(-6, 6))
+        hidden = nn.functional.gelu(self.enter(torch.cat(parts, dim=-1)))  # (B, L, W)
+        hidden = hidden + nn.functional.gelu(self.beside(with_neighbours(hidden, docs)))
         largest = hidden.masked_fill(~real, -math.inf).amax(1, keepdim=True)
         mean = (hidden * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
         hidden = hidden + nn.functional.gelu(self.own(hidden) + self.all(torch.cat([largest, mean], dim=-1)))
-        hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, same)))
+        hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, docs)))
         return self.leave(hidden).masked_fill(~real, -math.inf).squeeze(-1)
 
     @property
@@ -5592,98 +5364,67 @@ class QueryGate(nn.Module):
         return self.leave.weight.device
 
     @torch.inference_mode()
-    def scores(self, given: GateInput) -> np.ndarray:
-        """(L,) logits of one question's chunks. given: with vectors."""
-        features = chunk_features(given) if self.shape["features"] else np.zeros((len(given.docs), 0), dtype=np.float32)
-        return self(gate_batch([given], [features], self.device))[0].float().cpu().numpy()
+    def logits(self, inputs: GateInput, features: np.ndarray) -> np.ndarray:
+        """(L,) of one question. features: (L, F)."""
+        return self(*gate_batch([inputs], [features], self.device))[0].float().cpu().numpy()
 
-    @torch.inference_mode()
-    def shares(self, given: GateInput) -> dict[str, np.ndarray]:
+    def scores(self, inputs: GateInput) -> np.ndarray:
+        """(L,) logits of one question's chunks, which have vectors."""
+        features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
+        return self.logits(inputs, features)
+
+    def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
-        features, shares, at = chunk_features(given), {}, 0
-        whole = self(gate_batch([given], [features], self.device))[0]
+        features, shares, at = chunk_features(inputs), {}, 0
+        logits = self.logits(inputs, features)
         for group, names in FEATURES.items():
             without = features.copy()
             without[:, at : at + len(names)] = self.mean[at : at + len(names)].cpu().numpy()
             at += len(names)
-            shares[group] = (whole - self(gate_batch([given], [without], self.device))[0]).float().cpu().numpy()
+            shares[group] = logits - self.logits(inputs, without)
         return shares
-
-
-def padded_rows(rows: Sequence[np.ndarray], fill: Any) -> Tensor:
-    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
-    out = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
-    for place, row in zip(out, rows, strict=True):
-        place[: len(row)] = row
-    return torch.from_numpy(out)
-
-
-def gate_batch(given: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> GateBatch:
-    """Questions as a batch. features: (L, F) of each."""
-    return GateBatch(*(part.to(device) for part in (
-        padded_rows(features, 0), torch.from_numpy(np.stack([g.query for g in given])),
-        padded_rows([g.vectors for g in given], 0).float(), padded_rows([g.docs for g in given], -1))))
 
 
 SHIPPED_GATE = SHIPPED / "gate"
 
 
-def gate_facts(gate: QueryGate, embedder: Embedder) -> dict[str, Any]:
-    """What a checkpoint keeps of a gate beside its tensors."""
-    return {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [], "embedder": embedder.name,
-            "embedder_fingerprint": embedder.fingerprint}
-
-
-def build_gate(facts: dict[str, Any], tensors: dict[str, Tensor], kind: str) -> QueryGate:
-    """A gate from a checkpoint. Raises MismatchError if its features or tensors are not those of this program."""
-    try:
-        shape = {key: facts[key] for key in ("dim", "pairs", "width", "features", "blind")}
-        gate = QueryGate(**shape)
-        same = not shape["features"] or facts["feature_names"] == FEATURE_NAMES
-        gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
-    if not same:
-        raise MismatchError(f"{kind}: it was trained on other features than this program's: train it again")
-    return gate.eval()
-
-
-def gate_knows(config: RefragConfig, kind: str, fingerprint: str | None) -> bool:
-    """Whether a gate of this kind reads the vectors of an embedder: the checkpoint's, or the one that is shipped.
-
-    kind: "gate" or "policy"; fingerprint: the embedder's, None without one.
-    """
+def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
+    """What a checkpoint says of its gate or policy, or else of the shipped gate; None unless it reads the vectors of
+    this embedder. kind: "gate" or "policy"; fingerprint: the embedder's, None without one."""
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
         facts = read_model_config(SHIPPED_GATE).gate
-    return facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
+    known = facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
+    return facts if known else None
 
 
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
     """The checkpoint's gate or policy, or the shipped gate; None where there is none for this embedder.
 
-    kind: "gate" or "policy". Raises MismatchError if the checkpoint's was trained on another embedder's vectors.
+    kind: "gate" or "policy". Raises MismatchError if the checkpoint's reads other vectors or features.
     """
-    facts, known = getattr(model.config, kind), gate_knows(model.config, kind, embedder and embedder.fingerprint)
-    if facts is not None and embedder is not None and not known:
-        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {facts.get('embedder')}, the index has "
+    facts, own = known_gate(model.config, kind, embedder and embedder.fingerprint), getattr(model.config, kind)
+    if facts is None and own is not None and embedder is not None:
+        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index has "
                             f"those of {embedder.name}: use --gate blend, or train it on this index")
-    if not known:
+    if facts is None:
         return None
-    if facts is not None:
-        return build_gate(facts, model.carried[kind], kind)
-    verify_checkpoint(SHIPPED_GATE)
-    return build_gate(read_model_config(SHIPPED_GATE).gate, read_tensors(SHIPPED_GATE / "gate.safetensors"), kind)
+    if own is None:
+        verify_checkpoint(SHIPPED_GATE)
+    tensors = read_tensors(SHIPPED_GATE / "gate.safetensors") if own is None else model.carried[kind]
+    try:
+        gate = QueryGate(**{name: facts[name] for name in ("dim", "pairs", "width", "features", "blind")})
+        if facts["features"] and facts["feature_names"] != FEATURE_NAMES:
+            raise ValueError("it was trained on other features than this program's")
+        gate.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise MismatchError(f"{kind}: {one_line(error)[:200]}: train it again") from None
+    return gate.eval()
 
 
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
 TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # by the name of their part in a checkpoint
-GATES: dict[str, Callable[[GateInput], np.ndarray]] = {
-    "blend": blend_scores,
-    "cosine": cosine_scores,
-    "ppl": ppl_scores,
-    "random": random_scores,
-}
+GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
 
 
 def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
@@ -5870,8 +5611,8 @@ def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.nd
         require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
                 f"the decoder's {len(tokenizer.decoder)}")
         return ids, np.ones(len(ids), dtype=bool)
-    encoded = tokenizer.decoder(tokenizer.neutralize(text.text), add_special_tokens=False, return_offsets_mapping=True)
-    return np.asarray(encoded["input_ids"], dtype=np.int64), whole_tokens(encoded["offset_mapping"])[:-1]
+    [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
+    return tokens.ids, whole_tokens(tokens)[:-1]
 
 
 class Item(NamedTuple):
@@ -6017,16 +5758,16 @@ class AlignLessons(TextLessons):
 
     shortest = 2
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, align: AlignConfig):
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
         super().__init__(encoder, texts, train)
-        self.align, self.anchors = align, {}
+        self.anchors: dict[tuple[str, int], list[int]] = {}
 
     def anchor_ends(self, key: tuple[str, int], text: str) -> list[int]:
         """Characters of a text at which both tokenizers cut and agree well enough; found once per text."""
         if key not in self.anchors:
             sides = (tokenize_pieces(text, side) for side in (self.tokenizer.encoder, self.tokenizer.decoder))
             encoder, decoder = sides
-            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= self.align.max_cost]
+            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= MAX_COST]
             self.anchors[key] = [encoder.ends[a.i] for a in good]
         return self.anchors[key]
 
@@ -6035,14 +5776,10 @@ class AlignLessons(TextLessons):
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
             return self.encoder.content_of_tokens(ids, whole, k)
         text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        ends, _ = self.tokenizer.runs([text], k)[0]
+        [cut] = self.tokenizer.cut([text], k)
         anchors = np.asarray([0, *self.anchor_ends((where, hash(text)), text)])
-        snapped = np.unique(anchors[np.searchsorted(anchors, ends[:-1], side="right") - 1])
-        ends = np.asarray([*snapped[snapped > 0].tolist(), len(text)])
-        encoded = self.tokenizer.decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = np.maximum.accumulate([start for start, _ in encoded["offset_mapping"]])
-        chunks = np.split(np.asarray(encoded["input_ids"]), np.searchsorted(starts, ends[:-1]))
-        return Content(chunks, self.encoder.text_rows(text, ends, np.zeros(0)))
+        snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
+        return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
     def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
         ids, whole, where = self.pick(cache, window, None, rng)
@@ -6109,8 +5846,8 @@ class NextLessons(TextLessons):
         self.following = following
 
     def split(self, length: int, declared: int) -> int:
-        """Tokens to compress: what the file says, else a share of the text; one is always left to predict."""
-        wanted = declared if 0 < declared < length else round(length * (1 - self.following.next_frac))
+        """Tokens to compress: what the file says, else half of the text; one is always left to predict."""
+        wanted = declared if 0 < declared < length else round(length / 2)
         return min(max(wanted, 1), length - 1)
 
     def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
@@ -6135,20 +5872,8 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a file that have an answer, each with a list of positive_ids, which may be empty.
-
-    limit: this many, spread over them. Raises UserError.
-    """
-    questions = read_question_file(name, flag)
-    for number, item in enumerate(questions, start=1):
-        where = f"{flag} {name}: question {number}"
-        check_answers(item, where)
-        item["positive_ids"] = check_positive_ids(item, where)
-    answered = [item for item in questions if item["answers"]]
-    if len(answered) < len(questions):
-        notice(f"{flag} {name}: left out {len(questions) - len(answered)}, which have no answer")
-    require(bool(answered), f"{flag} {name}: no question has an answer")
-    return list(spread(answered, limit))
+    """The questions of a file that have an answer, at most `limit`, evenly spread. Raises UserError."""
+    return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
 
 
 def sentence_with(answer: str, text: str, question: str) -> str | None:
@@ -6180,42 +5905,32 @@ class AnswerPrompts:
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
         """A question over the passages of some rows; the answer names the row `gold`."""
-        prompt, docs, sizes, kept = self.pack(question, shown, gold, k)
+        prompt, docs, cuts, kept = self.pack(question, shown, gold, k)
         label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
-        return Asked(prompt, docs, Content(chunks, self.rows(docs, sizes)), np.concatenate([ids, self.end]), kept)
+        return Asked(prompt, docs, Content(chunks, self.encoder.inputs([doc.content for doc in docs], cuts)),
+                     np.concatenate([ids, self.end]), kept)
 
     def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
         """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
-        plan = mixed_plan(asked.prompt, expanded, feed)
-        plan = np.where(plan >= 0, asked.prompt.input_ids[plan], plan)
-        return continue_plan(plan, asked.target, asked.content)
+        return continue_plan(mixed_plan(asked.prompt, expanded, feed), asked.target, asked.content)
 
     def pack(self, question: str, shown: list[int], gold: int | None,
-             k: int) -> tuple[Prompt, list[Doc], list[np.ndarray], list[int]]:
-        """The prompt, its documents, the sizes of their chunks in encoder tokens, and their rows in the index.
+             k: int) -> tuple[Prompt, list[Doc], list[Cut], list[int]]:
+        """The prompt, its documents, their chunks in encoder tokens, and their rows in the index.
 
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        runs = self.tokenizer.runs(contents, k) if contents else []
-        lengths = [int(size.sum()) for _, size in runs]
+        cuts = self.tokenizer.cut(contents, k)
+        lengths = [int(cut.sizes.sum()) for cut in cuts]
         keep = list(range(len(contents)))
         while len(keep) > 1 and sum(lengths[i] for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], runs[i][0]) for rank, i in enumerate(keep, start=1)]
+        docs = [Doc(str(rank), contents[i], cuts[i].ends) for rank, i in enumerate(keep, start=1)]
         prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
-        return prompt, docs, [runs[i][1] for i in keep], [shown[i] for i in keep]
-
-    def rows(self, docs: list[Doc], sizes: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for several passages, their chunks numbered through."""
-        rows, base = [], 0
-        for doc, size in zip(docs, sizes, strict=True):
-            rows += [(ids, np.where(owner < 0, -1, owner + base))
-                     for ids, owner in self.encoder.text_rows(doc.content, doc.ends, size)]
-            base += len(size)
-        return rows
+        return prompt, docs, [cuts[i] for i in keep], [shown[i] for i in keep]
 
 
 class AnswerLessons(Lessons):
@@ -6788,7 +6503,7 @@ def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
     """(N, V) logits at the asked positions of a batch that feeds tokens alone."""
     known = {"position_ids": batch.position_ids} if accepts(decoder, "position_ids") else {}
     with head_reads(decoder, batch.asked):
-        return decoder(input_ids=batch.input_ids, use_cache=False, **known).logits
+        return decoder(input_ids=batch.plan, use_cache=False, **known).logits
 
 
 def controls(sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> dict[str, list[TrainingSequence]]:
@@ -7005,7 +6720,8 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         checkpoint, data = open_run(folder, settings, accelerator.num_processes, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, max(train.k), runtime, settled.train, train.lora_r).to(accelerator.device)
+        model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
+        model.config.compression = max(train.k)
         lessons = make_lessons(model, settled)
         check_same_data(lessons.facts(), data)
         teacher = load_teacher(phase, settled, models, runtime)
@@ -7035,10 +6751,15 @@ def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime:
     """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
     if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
         return None
-    return load_model(models, max(train.k), runtime).decoder.requires_grad_(False)
+    return load_model(models, runtime).decoder.requires_grad_(False)
 
 
 # -- the gate and the policy ------------------------------------------------------
+
+GATE_LR = 1e-3  # at its peak
+CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
+CLIP = 0.2  # how far the policy's ratio of new to old probability counts
+REUSE = 2  # optimizer steps of the policy on what was drawn
 
 
 class GateExample(NamedTuple):
@@ -7049,7 +6770,6 @@ class GateExample(NamedTuple):
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
     gold: list[list[int]]  # chunks of each place where an answer stands in a right passage
-    utility: np.ndarray | None = None  # (L,), what each chunk adds to the answer's log-probability; NaN: unknown
 
     @property
     def positive(self) -> np.ndarray:
@@ -7066,7 +6786,7 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     pairs = enumerate(zip(questions, ranked, strict=True))
     for number, (question, rows) in progress(pairs, "features", total=len(questions), unit="question"):
         rows = rows[:topk]
-        contents = [chunking.prepare(index.content(row)) for row in rows]
+        contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         tables = [index.chunk_table(row, chunking.k) for row in rows]
         right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
         gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
@@ -7079,29 +6799,20 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     return examples
 
 
-def collate_gate(examples: Sequence[GateExample], device: torch.device) -> GateBatch:
+def collate_gate(examples: Sequence[GateExample], device: torch.device) -> list[Tensor]:
     """Examples as a batch."""
     return gate_batch([e.given for e in examples], [e.features for e in examples], device)
 
 
-def gate_loss(logits: Tensor, positive: Tensor, utility: Tensor | None, settings: GateConfig) -> Tensor:
+def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
     """Listwise and chunkwise cross entropy against the chunks that hold the answer, mean over questions.
 
-    logits: (B, L), -inf where padded; positive: (B, L) bool; utility: (B, L), NaN where unknown, or None: then a
-    divergence from softmax(utility / tau) over the known chunks is added.
+    logits: (B, L), -inf where padded; positive: (B, L) bool.
     """
     real = logits > -math.inf
     chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
     each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
-    loss = (logits.logsumexp(-1) - chosen).mean() + settings.bce * each / len(logits)
-    if utility is None:
-        return loss
-    known = ~utility.isnan() & real
-    rows = known.sum(-1) > 1
-    target = (utility / settings.tau).masked_fill(~known, -math.inf)[rows].softmax(-1)
-    student = logits.masked_fill(~known, -math.inf)[rows].log_softmax(-1)
-    terms = torch.where(known[rows], target * (target.clamp_min(1e-9).log() - student), 0.0)
-    return loss + settings.utility_weight * terms.sum() / len(logits)
+    return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
 
 
 @torch.inference_mode()
@@ -7109,7 +6820,7 @@ def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.nda
     """(L,) logits of each example."""
     out = []
     for part in batched(examples, 64):
-        rows = gate.eval()(collate_gate(part, gate.device)).float().cpu().numpy()
+        rows = gate.eval()(*collate_gate(part, gate.device)).float().cpu().numpy()
         out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
     return out
 
@@ -7134,7 +6845,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     stacked = np.concatenate([example.features for example in examples])
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
     gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=settings.gate_lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
     parts, records = math.ceil(len(examples) / settings.batch_size), []
     bar = progress_bar("train_gate", settings.epochs * parts, "step")
     with contextlib.closing(bar):
@@ -7142,7 +6853,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
             losses = []
             for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
                 factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
-                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, settings, factor))
+                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, factor))
                 bar.update(1)
             records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
                             "recall": held_out_recall(gate, held_out, p)})
@@ -7150,17 +6861,12 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     return records
 
 
-def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, settings: GateConfig,
-              factor: float) -> float:
+def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, factor: float) -> float:
     """One optimizer step. Returns the loss."""
-    batch, utility = collate_gate(examples, gate.device), None
     positive = padded_rows([e.positive for e in examples], False).to(gate.device)
-    if any(e.utility is not None for e in examples):
-        rows = [np.full(len(e.tokens), np.nan) if e.utility is None else e.utility for e in examples]
-        utility = padded_rows(rows, np.nan).float().to(gate.device)
     for group in optimizer.param_groups:
-        group["lr"] = settings.gate_lr * factor
-    loss = gate_loss(gate.train()(batch), positive, utility, settings)
+        group["lr"] = GATE_LR * factor
+    loss = gate_loss(gate.train()(*collate_gate(examples, gate.device)), positive)
     loss.backward()
     nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
     optimizer.step()
@@ -7179,7 +6885,7 @@ class GateData(NamedTuple):
 
 
 class AnswerReader:
-    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy, and utility."""
+    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy."""
 
     def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
@@ -7211,20 +6917,6 @@ class AnswerReader:
         return logs.reshape(len(masks), -1).mean(1)
 
 
-def utility_labels(reader: AnswerReader, example: GateExample, candidates: int = 8) -> np.ndarray:
-    """(L,) what each chunk as text, alone, adds to the answer's log-probability; NaN where it was not tried.
-
-    Tried are the chunks with the answer and those that the untrained blend likes best.
-    """
-    blend = example.features[:, [FEATURE_NAMES.index(name) for name in ("cosine", "overlap_window")]].sum(1)
-    ranked = np.argsort(-(blend + 10 * example.positive), kind="stable")[:candidates]
-    masks = [np.isin(np.arange(len(blend)), [number]) for number in (-1, *ranked)]
-    logs = reader.log_probabilities(reader.ask(example), masks)
-    utility = np.full(len(blend), np.nan)
-    utility[ranked] = logs[1:] - logs[0]
-    return utility
-
-
 def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
     """(n, picks) chunks drawn one after another without replacement, by their logits (L,): the Gumbel top-k draw."""
     uniform = torch.rand(n, len(logits), generator=generator).clamp(1e-9, 1 - 1e-9)
@@ -7244,14 +6936,14 @@ def order_log_probability(logits: Tensor, orders: Tensor) -> Tensor:
     return total
 
 
-def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor, clip: float) -> Tensor:
+def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor) -> Tensor:
     """The clipped ratio of proximal policy optimisation with the advantage over the group (Shao et al. 2024).
 
     logits: (L,), now; before: (n,) log-probability of each order when it was drawn; rewards: (n,).
     """
     advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
     ratio = (order_log_probability(logits, orders) - before).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
 class PolicyTrainer:
@@ -7265,7 +6957,7 @@ class PolicyTrainer:
 
     def logits(self, example: GateExample) -> Tensor:
         """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
-        return self.policy.eval()(collate_gate([example], self.policy.device))[0]
+        return self.policy.eval()(*collate_gate([example], self.policy.device))[0]
 
     def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
@@ -7283,8 +6975,8 @@ class PolicyTrainer:
     def step(self) -> float:
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
         drawn = [self.draw(int(number)) for number in self.rng.choice(len(self.examples), self.settings.batch_size)]
-        for _ in range(self.settings.reuse):
-            losses = [policy_loss(self.logits(example), before, orders, rewards, self.settings.clip)
+        for _ in range(REUSE):
+            losses = [policy_loss(self.logits(example), before, orders, rewards)
                       for example, orders, before, rewards in drawn]
             torch.stack(losses).mean().backward()
             nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -7315,8 +7007,8 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
             f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
             "hybrid")
-    chunking = make_chunking(build_tokenizer(model_config(models, data.k)), None)
-    if opened.manifest["chunking"]["tokenizer"] != chunking.stored["tokenizer"]:
+    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
+    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
         raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
     stored = opened.manifest["chunking"]["k"]
     require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
@@ -7337,11 +7029,14 @@ def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConf
 
     kind: "gate" or "policy".
     """
-    config, parts, folder = model_config(models, settings.k), {}, chosen_checkpoint(models)
+    config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
+    config.compression = settings.k
     if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
-    setattr(config, kind, gate_facts(gate, data.searcher.embedder))
+    embedder = data.searcher.embedder
+    setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
+                           "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
     files = file_facts([*settings.rag_json, *settings.eval_json])
     config.history = [*config.history, entry | {"data": without_folders(files)}]
@@ -7353,10 +7048,6 @@ def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, s
     """Train a gate on retrieved questions and write it. Returns a summary."""
     start = time.perf_counter()
     loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
-    if settings.utility:
-        reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
-        first = progress(loaded.examples[: settings.utility], "utility", total=settings.utility, unit="question")
-        loaded.examples[: settings.utility] = [e._replace(utility=utility_labels(reader, e)) for e in first]
     torch.manual_seed(runtime.seed)
     gate = QueryGate(loaded.searcher.embedder.dim).to(pick_device(runtime.device))
     records = fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
@@ -7368,7 +7059,7 @@ def train_policy(data: GateDataConfig, settings: PolicyConfig, index: IndexConfi
     """Train the paper's policy by the decoder's rewards and write it. Returns a summary."""
     start = time.perf_counter()
     loaded = load_gate_data(data, index, search, models, runtime)
-    reader = AnswerReader(load_model(models, data.k, runtime), loaded, search.topk, data.k)
+    reader = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
     prepared = time.perf_counter()
     torch.manual_seed(runtime.seed)
     policy = QueryGate(loaded.searcher.embedder.dim, features=False, blind=settings.blind)
@@ -7728,7 +7419,8 @@ class Context:
     packed: Packed
     scores: np.ndarray  # (L,)
     expanded: np.ndarray  # (L,) bool
-    plan: np.ndarray  # (T,)
+    plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
+    kept: np.ndarray  # (T,) bool, the prompt's tokens among them
     seconds: dict[str, float]
     kv_bytes: int = 0  # its share of the decoder's cache after the prefill
 
@@ -7740,13 +7432,12 @@ class Context:
     @functools.cached_property
     def read(self) -> list[str]:
         """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
-        prompt, fed = self.packed.prompt, np.zeros(len(self.packed.prompt.input_ids), dtype=bool)
-        fed[self.plan[self.plan >= 0]] = True
+        prompt = self.packed.prompt
         vectors = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
         tokens, kept = np.zeros((2, len(self.packed.docs)), dtype=np.int64)
         for chunk in prompt.chunks:
             tokens[chunk.doc] += chunk.tokens
-            kept[chunk.doc] += fed[chunk.first : chunk.last].sum()
+            kept[chunk.doc] += self.kept[chunk.first : chunk.last].sum()
         return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
                 for doc, (total, n) in enumerate(zip(tokens, kept, strict=True))]
 
@@ -7759,7 +7450,6 @@ class Pipeline:
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.search, self.pack, self.generate, self.runtime = search, pack, generate, runtime
         self.tokenizer = model.encoder.tokenizer
-        self.chunking = make_chunking(self.tokenizer, model.encoder)
         self.device = next(model.decoder.parameters()).device
         self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
         self.sampler = torch.Generator().manual_seed(runtime.seed)
@@ -7768,8 +7458,9 @@ class Pipeline:
         self.batches = False  # warm_up finds out
         index = searcher.index if searcher else None
         built = index.manifest["chunking"] if index else {}
-        self.stored = index if built.get("tokenizer") == self.chunking.stored["tokenizer"] else None
-        if built.get("encoder") not in (None, self.chunking.stored["encoder"]):
+        self.stored = index if built.get("tokenizer") == self.tokenizer.fingerprint else None
+        self.stored_encoder = built.get("encoder")
+        if self.stored_encoder not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
                                 "it was built with, or build it again")
 
@@ -7812,11 +7503,6 @@ class Pipeline:
         other = copy.copy(self)
         other.search, other.generate = search or self.search, generate or self.generate
         other.pack = dataclasses.replace(self.pack, **changes)
-        if other.pack.k != self.pack.k:
-            encoder = copy.copy(self.model.encoder)  # the weights are shared, the tokenizer is not
-            other.tokenizer = encoder.tokenizer = copy.copy(self.tokenizer)
-            other.tokenizer.compression = other.pack.k
-            other.chunking = self.chunking._replace(k=other.pack.k, runs=other.tokenizer.runs, encode=encoder.encode)
         return other
 
     # -- stages, in order ----------------------------------------------------
@@ -7830,7 +7516,7 @@ class Pipeline:
     def stored_table(self, row: int) -> ChunkTable | None:
         """The index's chunks of a passage, with the encoder's states where they are those that it would compute."""
         usable = self.model.encoder.serves(self.pack.k, self.stored.manifest["chunking"]["k"])
-        return self.stored.chunk_table(row, self.pack.k, self.chunking.stored["encoder"] if usable else None)
+        return self.stored.chunk_table(row, self.pack.k, self.stored_encoder if usable else None)
 
     def chunk_tables(self, contents: list[str], rows: Sequence[int | None], needs: set[str]) -> list[ChunkTable]:
         """Chunk tables of contents: the index's where they hold what is needed ("gate", "states"), else made now."""
@@ -7843,7 +7529,7 @@ class Pipeline:
             tables.append(table if complete else None)
         waiting = [i for i, table in enumerate(tables) if table is None]
         if waiting:
-            chunking = self.chunking if "states" in needs else self.chunking._replace(encode=None)
+            chunking = Chunking(self.pack.k, self.tokenizer, self.model.encoder if "states" in needs else None)
             embedder = self.embedder if "gate" in needs else None
             _, made = chunk_tables([contents[i] for i in waiting], chunking, embedder, 32)
             for i, table in zip(waiting, made, strict=True):
@@ -7874,8 +7560,8 @@ class Pipeline:
             if segment.kind == "text":
                 pieces.append(segment.text)
             else:
-                ends, _ = self.tokenizer.runs([segment.text])[0]
-                pieces.append(Doc(segment.doc_id, segment.text, ends))
+                [cut] = self.tokenizer.cut([segment.text], self.pack.k)
+                pieces.append(Doc(segment.doc_id, segment.text, cut.ends))
         docs = [piece for piece in pieces if isinstance(piece, Doc)]
         prompt = build_prompt(self.tokenizer, pieces)
         require(prompt.context_tokens <= self.pack.ctx_max,
@@ -7899,8 +7585,8 @@ class Pipeline:
         return gate_input(item["question"], query, contents, tables, self.searcher and self.searcher.index,
                           self.runtime.seed, packed.prompt, self.model.decoder)
 
-    def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(expanded (L,), plan): what the decoder is fed in the pipeline's mode."""
+    def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(expanded (L,), plan (P,), kept (T,)): what the decoder is fed in the pipeline's mode, see `Context`."""
         tokens = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
         if self.pack.mode in ("full", "none"):
             expanded = np.ones(len(tokens), dtype=bool)
@@ -7909,11 +7595,11 @@ class Pipeline:
         else:
             expanded = select_chunks(scores, tokens, self.pack.p, self.pack.floor)
         plan = mixed_plan(prompt, expanded, self.feed)
-        if self.pack.mode == "truncate":
-            plan = truncated_plan(prompt, len(plan))
-            kept = set(plan.tolist())
-            expanded = np.asarray([all(t in kept for t in range(c.first, c.last)) for c in prompt.chunks], dtype=bool)
-        return expanded, plan
+        if self.pack.mode != "truncate":
+            return expanded, plan, text_mask(prompt, expanded)
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[c.first : c.last].all() for c in prompt.chunks], dtype=bool)
+        return expanded, prompt.input_ids[kept], kept
 
     @property
     def citation_room(self) -> int:
@@ -7944,21 +7630,29 @@ class Pipeline:
             packed = self.pack_docs(item, passages)
         with watch.stage("gate_s"):
             scores = self.score(item, packed)
-            expanded, plan = self.plan(packed.prompt, scores)
+            expanded, plan, kept = self.plan(packed.prompt, scores)
         self.check_window(len(plan))
         with watch.stage("vectors_s"):
             states = self.states(packed, plan)
         with watch.stage("pack_s"):
-            inputs = self.model.embed_plan(packed.prompt, plan, states)
-        return Context(item, passages, packed, scores, expanded, plan, watch.seconds), inputs
+            inputs = self.embed(packed.prompt, plan, states)
+        return Context(item, passages, packed, scores, expanded, plan, kept, watch.seconds), inputs
 
-    def states(self, packed: Packed, plan: np.ndarray) -> dict[int, np.ndarray]:
-        """Encoder states of the chunks that a plan feeds as vectors, by chunk number."""
+    def states(self, packed: Packed, plan: np.ndarray) -> np.ndarray:
+        """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
         if not len(plan) or plan.min() >= 0:
-            return {}
+            return np.zeros((0, self.model.encoder.width), dtype=np.float32)
         tables = self.chunk_tables([doc.content for doc in packed.docs], packed.rows, {"states"})
-        stacked = np.concatenate([table.states for table in tables])
-        return {-v - 1: stacked[-v - 1] for v in plan[plan < 0].tolist()}
+        return np.concatenate([table.states for table in tables])[-plan[plan < 0] - 1]
+
+    @torch.inference_mode()
+    def embed(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
+        """(P, D) the decoder's inputs for a plan. states: (n, E), of the chunks that it feeds, in its order."""
+        chunks = [prompt.chunks[-v - 1] for v in plan[plan < 0].tolist()]
+        ids = [prompt.input_ids[chunk.first : chunk.last] for chunk in chunks]
+        plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # numbers only those chunks that are fed
+        parts = plan, np.concatenate([*ids, plan[:0]]), np.asarray([len(part) for part in ids], dtype=np.int64), states
+        return self.model.embed(*(torch.as_tensor(part, device=self.device) for part in parts))[0]
 
     # -- answers ---------------------------------------------------------------
 
@@ -7966,7 +7660,7 @@ class Pipeline:
         """Run every part once, so that the first question pays for no lazy initialisation."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
-        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")])
+        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.pack.k)
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
@@ -8145,7 +7839,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
         index_manifest(index.index_dir)  # a folder that is none is told before anything is loaded
-    model = load_model(models, pack.k, runtime)
+    model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
         stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
         searcher = load_searcher(index, search, runtime) if needs_index else None

@@ -30,7 +30,7 @@ def table_of(result: dict) -> str:
     """The table of one file, in Markdown."""
     if "task" in result:
         return evaluate.TASKS[result["task"]].table(result)
-    if "growth" in result:
+    if "rounds" in result:
         return bench.bench_text(result)
     if "what" in result:
         columns = list(dict.fromkeys(name for row in result["rows"] for name in row))

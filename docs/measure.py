@@ -93,7 +93,7 @@ def stepper_bytes(stepper: cpu_engine.Stepper) -> int:
 
 def measure_decode(args: argparse.Namespace) -> dict:
     """Our decode loop by every engine, transformers' generate and llama.cpp, taking turns."""
-    decoder, watch = refrag.load_model(refrag.ModelConfig(), 16, RUNTIME).decoder, refrag.Stopwatch(torch.device("cpu"))
+    decoder, watch = refrag.load_model(refrag.ModelConfig(), RUNTIME).decoder, refrag.Stopwatch(torch.device("cpu"))
     ids = torch.arange(100, 100 + args.prompt)
     inputs = decoder.get_input_embeddings().weight[ids].detach()
     engines: dict[str, dict] = {"generate": {}, "model": {}}
@@ -271,7 +271,7 @@ def measure_embed(args: argparse.Namespace) -> dict:
     texts = [refrag.passage_content(record.title, record.text) for record in refrag.read_corpus(config, counts)]
     embedder = refrag.load_embedder(None, RUNTIME)
     plain = SentenceTransformer(str(refrag.bundled_path(embedder.name)), device=str(refrag.pick_device("auto")))
-    chunking = refrag.make_chunking(refrag.build_tokenizer(refrag.RefragConfig()), None)
+    chunking = refrag.Chunking(16, refrag.build_tokenizer(refrag.RefragConfig()))
     made, rows = {}, collections.defaultdict(list)
     for turn in range(args.repeats + 1):
         for name, embed in (("encode", lambda: plain.encode(texts, show_progress_bar=False)),
@@ -303,7 +303,7 @@ def measure_anchors(args: argparse.Namespace) -> dict:
         exact, anchors = refrag.exact_anchors(encoder, decoder), refrag.cost_anchors(encoder, decoder)
         seconds += time.perf_counter() - start
         counts.update(texts=1, decoder=len(decoder.ids), encoder=len(encoder.ids), exact=len(exact),
-                      anchors=len(anchors), good=sum(a.cost <= refrag.AlignConfig.max_cost for a in anchors))
+                      anchors=len(anchors), good=sum(a.cost <= refrag.MAX_COST for a in anchors))
         costs += [a.cost for a in anchors]
     tokens = counts["decoder"]
     return {**counts, "exact_share": counts["exact"] / tokens, "anchor_share": counts["anchors"] / tokens,
@@ -319,10 +319,10 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     texts = refrag.TextConfig(train_json=(args.texts,))
     phase = refrag.Phase(f"cpt_{lessons}", refrag.Weights(kl=float(lessons == "align")))
     settled = phase.settled(train)
-    model = refrag.load_model(refrag.ModelConfig(), args.k, RUNTIME, letters)
+    model = refrag.load_model(refrag.ModelConfig(), RUNTIME, letters)
     made = {"recon": lambda: refrag.ReconLessons(model.encoder, texts, settled, refrag.ReconConfig()),
             "next": lambda: refrag.NextLessons(model.encoder, texts, settled, refrag.NextConfig()),
-            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled, refrag.AlignConfig())}[lessons]()
+            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled)}[lessons]()
     refrag.mark_trained(model, letters, 0)
     facts = {"run": "", "data": []}
     return refrag.Trainer(model, made, phase, settled, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)

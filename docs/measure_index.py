@@ -35,7 +35,6 @@ import numpy as np
 from measure import RUNTIME, print_result
 
 import refrag
-from refrag_extras import bench
 
 DIM, CENTRES = 384, 10_000
 
@@ -115,8 +114,9 @@ def measure_build(args: argparse.Namespace, add: bool = False) -> dict:
     points = Points(2 + add)
 
     def drawn(contents: list[str], chunking: refrag.Chunking, embedder: refrag.Embedder, batch_size: int) -> tuple:
-        tables = [refrag.ChunkTable(*run, np.zeros((len(run[0]), DIM), dtype=np.float16), None)
-                  for run in chunking.runs([chunking.prepare(content) for content in contents])]
+        cuts = chunking.tokenizer.cut([chunking.tokenizer.neutralize(content) for content in contents], chunking.k)
+        tables = [refrag.ChunkTable(cut.ends, cut.sizes, np.zeros((len(cut.ends), DIM), dtype=np.float16), None)
+                  for cut in cuts]
         return points.draw(len(contents)), tables
 
     refrag.chunk_tables = drawn  # in the embedder's place
@@ -182,7 +182,7 @@ def measure_growth(args: argparse.Namespace) -> dict:
                          "hybrid_p50_ms": search_times(index, args)["hybrid"]["p50_ms"]})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     lengths = [row["passages"] for row in rows]
-    exponents = {name: round(bench.growth_exponent(lengths, [row[name] for row in rows]), 3)
+    exponents = {name: round(float(np.polyfit(np.log(lengths), np.log([row[name] for row in rows]), 1)[0]), 3)
                  for name in ("seconds", "peak_rss_mb", "mb", "hybrid_p50_ms")}
     return {"rows": rows, "exponents": exponents}
 

@@ -82,23 +82,11 @@ def theoretical_ratio(k: int, p: float) -> float:
     return 1 / (p + (1 - p) / k)
 
 
-def growth_exponent(lengths: Sequence[float], seconds: Sequence[float]) -> float:
-    """The e that fits seconds ~ lengths ** e best: least squares of the logarithms. Example: [1, 2], [3, 12] -> 2.0"""
-    return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
-
-
 def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
-    """For each round a random order of `count` runs, never that of the round before (unless there is only one).
-
-    What a run leaves behind in caches and clock rates then meets another successor each time.
-    """
-    generator, last = np.random.default_rng(seed), []
+    """A random order of `count` runs for each round, so that what a run leaves in caches meets another successor."""
+    generator = np.random.default_rng(seed)
     for _ in range(rounds):
-        order = generator.permutation(count).tolist()
-        while order == last and count > 1:
-            order = generator.permutation(count).tolist()
-        yield order
-        last = order
+        yield generator.permutation(count).tolist()
 
 
 @dataclass
@@ -116,7 +104,7 @@ class Trial:
         return metrics_together([result["metrics"] for result in self.pipeline.answer([item] * self.setting.batch)])
 
     def warm_up(self, item: dict[str, Any]) -> None:
-        """A run that does not count, and shows the memory taken: giving back what is free would slow one that does."""
+        """A run that is not timed and measures peak memory, since returning freed memory would slow a timed one."""
         reset_peak_memory(self.pipeline.device)
         peak, device_peak = self.run(item)["peak_rss_mb"], peak_device_mb(self.pipeline.device)
         self.memory = {"peak_rss_mb": peak, "peak_device_mb": device_peak and round(device_peak, 1)}
@@ -151,7 +139,7 @@ class Benchmark:
         self.trials = self.plan()
 
     def leave_out(self, text: str) -> None:
-        """Tell what is not timed, now and in the result."""
+        """Report a combination that is not timed, and record it in the result."""
         self.left_out.append(text)
         notice(text)
 
@@ -186,7 +174,7 @@ class Benchmark:
     def positions(self, pipeline: Pipeline) -> int:
         """Positions the question will take: all that comes before vectors and prefill."""
         packed = pipeline.pack_docs(self.item, pipeline.retrieve(self.item))
-        _, plan = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
+        _, plan, _ = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
         return len(plan)
 
     def plan(self) -> list[Trial]:
@@ -229,8 +217,7 @@ class Benchmark:
         """What the counted rounds so far show, as JSON."""
         full = {(one.setting.context, one.setting.batch): one for one in self.trials if one.setting.mode == "full"}
         rows = [bench_row(one, full.get((one.setting.context, one.setting.batch))) for one in self.trials]
-        return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "growth": bench_growth(rows),
-                "batch_growth": batch_growth(rows), "left_out": self.left_out}
+        return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "left_out": self.left_out}
 
 
 def median_of(values: Sequence[float | None], digits: int = 6) -> float | None:
@@ -271,33 +258,6 @@ def bench_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
     return curves
 
 
-def bench_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per curve of three context lengths or more: the exponent with which the time to first token grows."""
-    found = []
-    for curve in bench_curves(rows).values():
-        lengths, seconds = ([row[name] for row in curve] for name in ("context_tokens", "ttft_s"))
-        if len(set(lengths)) >= 3:
-            exponent = round(growth_exponent(lengths, seconds), 4)
-            found.append({**{name: curve[0][name] for name in ("mode", "k", "p", "batch")},
-                          "lengths": len(set(lengths)), "ttft_exponent": exponent})
-    return found
-
-
-def batch_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For what was timed in batches of three sizes or more: the exponents with which a batch's times grow."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("mode", "context", "k", "p")), []).append(row)
-    found = []
-    for (mode, context, k, p), group in groups.items():
-        sizes = [row["batch"] for row in group]
-        if len(sizes) >= 3:
-            exponents = {f"{name}_exponent": round(growth_exponent(sizes, [row[f"{name}_s"] for row in group]), 4)
-                         for name in ("ttft", "ttit") if all(row[f"{name}_s"] for row in group)}
-            found.append({"mode": mode, "context": context, "k": k, "p": p, "sizes": sizes, **exponents})
-    return found
-
-
 def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> Benchmark:
     """Load what `bench` times, with what its result must say to be made again."""
     [item] = read_questions(QuestionConfig(question=bench.question))
@@ -314,7 +274,7 @@ def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, 
 
 @contextlib.contextmanager
 def bench_folder(out_dir: str | None) -> Iterator[Path | None]:
-    """Hold the folder of --out_dir, made where needed; if nothing comes to stand in it, it goes. Raises LockedError."""
+    """Create and lock --out_dir; delete it if no result was written. Raises LockedError."""
     if out_dir is None:
         yield None
         return
@@ -426,20 +386,11 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def bench_text(result: dict[str, Any]) -> str:
-    """A benchmark for people: the table, how the time grows, what was left out."""
+    """A benchmark for people: the table, what was computed, what was left out."""
     cells = [bench_cells(row) for row in result["rows"]]
     if all(row["batch"] == 1 for row in result["rows"]):
         cells = [{name: text for name, text in one.items() if name != "batch"} for one in cells]
     lines = [aligned_table(cells), ""]
-    for entry in result["growth"]:
-        curve = Setting(entry["mode"], 0, entry["k"], entry["p"], entry["batch"]).curve
-        lines.append(f"- {curve}: the time to first token grows with the {entry['ttft_exponent']:.2f}th power of the "
-                     "context tokens")
-    for entry in result["batch_growth"]:
-        curve = Setting(entry["mode"], 0, entry["k"], entry["p"]).curve
-        grown = " and ".join(f"{label} with the {entry[name]:.2f}th" for label, name in (
-            ("the time to first token", "ttft_exponent"), ("a step", "ttit_exponent")) if name in entry)
-        lines.append(f"- {curve} at --contexts {entry['context']}: {grown} power of the questions answered together")
     fresh = sorted({row["k"] for row in result["rows"] if row["stored_vectors"] is False})
     if fresh:
         lines.append(f"- vectors that the index does not hold, computed while the clock runs: k = "

@@ -21,7 +21,7 @@ from refrag import (
     UserError,
     answer_text,
     cache_home,
-    check_questions,
+    check_question,
     dumps,
     index_terms,
     notice,
@@ -118,7 +118,7 @@ class Chat:
         asked = with_topic(question, [(turn["question"], turn["answer"]) for turn in self.turns])
         if asked != question:
             notice(f"asked as: {asked}")
-        [item] = check_questions([{"id": str(len(self.turns) + 1), "question": asked}], ["question"], "question")
+        item = {"id": str(len(self.turns) + 1), "question": check_question(asked, "question")}
         live = write_text if self.pipeline.generate.stream and not self.as_json else None
         [result] = self.pipeline.answer([item], live)
         self.turns.append(result | {"asked": question})

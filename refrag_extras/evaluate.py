@@ -51,8 +51,6 @@ from refrag import (
     answer_chunks,
     batched,
     can_pack,
-    check_answers,
-    check_positive_ids,
     checked_batch,
     checkpoint_digest,
     continue_plan,
@@ -64,9 +62,10 @@ from refrag import (
     emit,
     file_facts,
     finished_lines,
-    gate_knows,
     holds_answer,
     index_manifest,
+    known_gate,
+    labelled,
     late_import,
     library_versions,
     load_model,
@@ -76,7 +75,6 @@ from refrag import (
     measure_sequences,
     model_config,
     normalize_answer,
-    notice,
     others_apart_first,
     part_whole,
     passage_content,
@@ -211,12 +209,10 @@ def answer_spans(packed: Packed, item: dict[str, Any], index: Index, tokenizer: 
 
 def texts_fed(context: Context, tokenizer: RefragTokenizer) -> list[str]:
     """The runs of the documents' text that the decoder was fed as tokens."""
-    prompt = context.packed.prompt
-    fed, runs = np.zeros(len(prompt.input_ids), dtype=bool), []
-    fed[context.plan[context.plan >= 0]] = True
+    prompt, runs = context.packed.prompt, []
     for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
         chunks = list(group)
-        kept = chunks[0].first + np.flatnonzero(fed[chunks[0].first : chunks[-1].last])
+        kept = chunks[0].first + np.flatnonzero(context.kept[chunks[0].first : chunks[-1].last])
         runs += [run for run in np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1) if len(run)]
     return [tokenizer.decoder.decode(prompt.input_ids[run].tolist()) for run in runs]
 
@@ -280,7 +276,7 @@ class ControlPipeline(Pipeline):
             other = self.other_question(item)
             packed = self.pack_docs(other, self.retrieve(other))
             plan = np.asarray([-number - 1 for number, chunk in enumerate(packed.prompt.chunks) if chunk.tokens])
-            self.foreign[item["id"]] = self.model.embed_plan(packed.prompt, plan, self.states(packed, plan))
+            self.foreign[item["id"]] = self.embed(packed.prompt, plan, self.states(packed, plan))
         return self.foreign[item["id"]]
 
 
@@ -351,7 +347,7 @@ class Task:
 
     def model_sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
-        config = model_config(self.models, self.options.k[0])
+        config = model_config(self.models)
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
                 "projector": config.projector, "load_dir": checkpoint_digest(self.models)}
 
@@ -365,19 +361,10 @@ class QuestionTask(Task):
     def __init__(self, *configs: Any):
         super().__init__(*configs)
         name = self.options.qa
-        self.file = read_question_file(name, "--qa")
-        for number, item in enumerate(self.file, start=1):
-            where = f"--qa {name}: question {number} ({item['id']})"
-            if "answers" in self.needs:
-                check_answers(item, where)
-            item["positive_ids"] = check_positive_ids(item, where)
-            require(bool(item["positive_ids"]) or item.get("answers") == [] or "positive_ids" not in self.needs,
-                    f"{where} has no positive_ids")
-        counted = [item for item in self.file if item["positive_ids"] or self.options.task == "qa"]
-        if len(counted) < len(self.file):
-            notice(f"--qa {name}: left out {len(self.file) - len(counted)}, which have no answer")
-        require(bool(counted), f"--qa {name}: no question has positive_ids")
-        self.questions = list(spread(counted, self.options.limit))
+        self.file = read_question_file(name, "--qa", self.needs)
+        limit = self.options.limit
+        self.questions = (list(spread(self.file, limit)) if self.options.task == "qa" else
+                          labelled(self.file, "positive_ids", limit, f"--qa {name}"))
         self.manifest = index_manifest(self.index.index_dir)
 
     def sources(self) -> dict[str, Any]:
@@ -598,8 +585,8 @@ class GateTask(QuestionTask):
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)
-        config, built = model_config(self.models, self.options.k[0]), self.manifest["embedder"].get("fingerprint")
-        known = {name for name, kind in TRAINED_GATES.items() if gate_knows(config, kind, built)}
+        config, built = model_config(self.models), self.manifest["embedder"].get("fingerprint")
+        known = {name for name, kind in TRAINED_GATES.items() if known_gate(config, kind, built)}
         self.gates = [n for n in self.options.named if self.options.modes or n not in TRAINED_GATES or n in known]
         self.shares = list(dict.fromkeys(self.options.p))
 
@@ -713,7 +700,7 @@ class TextTask(Task):
 
     def load(self) -> None:
         ks, options = tuple(dict.fromkeys(self.options.k)), self.options
-        self.model = load_model(self.models, max(ks), self.runtime).to(self.accelerator.device)
+        self.model = load_model(self.models, self.runtime).to(self.accelerator.device)
         train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
         self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
         self.windows = np.asarray(spread(self.lessons.windows, options.limit))
@@ -835,7 +822,8 @@ class ReconTask(TextTask):
         decoder, device, asked = self.model.decoder, self.accelerator.device, sequence.asked
         before = continue_plan(sequence.plan[: len(sequence.plan) - asked + 1], sequence.labels[-1:], sequence.content)
         with self.accelerator.autocast():
-            inputs, _, _ = self.model.embed_batch(checked_batch(self.model, [[before]], self.packs).to(device))
+            batch = checked_batch(self.model, [[before]], self.packs).to(device)
+            inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
             logits, state = prefill(decoder, [inputs[0]])
             [out], _ = decode(decoder, logits, state, max_new=asked, watch=Stopwatch(device),
                               stops=stop_tokens(decoder, self.lessons.tokenizer.decoder),

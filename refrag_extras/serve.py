@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import collections
-import contextlib
 import dataclasses
 import functools
 import hmac
-import importlib.util
 import ipaddress
 import itertools
 import os
@@ -23,7 +21,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+import pydantic
 import torch
+import uvicorn
+from pydantic import AfterValidator, BeforeValidator, Field
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from refrag import (
     STDERR,
@@ -37,7 +46,6 @@ from refrag import (
     UserError,
     batched,
     dumps,
-    late_import,
     notice,
     one_line,
     peak_rss_mb,
@@ -45,8 +53,10 @@ from refrag import (
 )
 from refrag_extras.chat import MODES, with_topic
 
-# -- the server: requests ---------------------------------------------------------
+# -- requests ---------------------------------------------------------------------
 
+MOST_TOKENS = 1024  # that a request may ask for
+BODY_BYTES = 1 << 20  # that a request may have
 API_NAMES = {"max_new": "max_tokens", "temperature": "temperature", "top_p": "top_p",  # of flags that clients can set
              **{name: f"refrag.{name}" for name in ("mode", "k", "p", "floor", "topk", "hops")}}
 
@@ -71,7 +81,7 @@ def refusal(error: Exception) -> Refused:
     """
     if isinstance(error, Refused):
         return error
-    if isinstance(error, late_import("pydantic").ValidationError):
+    if isinstance(error, pydantic.ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
         message = "not supported here, or not with this value" if first["type"] == "extra_forbidden" else first["msg"]
@@ -122,74 +132,67 @@ NEUTRAL = {"n": (1,), "logprobs": (False,), "response_format": ({"type": "text"}
            **dict.fromkeys(("tools", "functions", "tool_calls", "annotations"), ([],))}
 
 
-@functools.cache
-def form_class() -> Any:
-    """What the requests' pydantic models have in common. Built late: only the server needs pydantic.
+class Form(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
+    """What the requests have in common. null counts as left out; an unknown field is refused, since to ignore it may
+    change the answer."""
 
-    null counts as left out. A field that is not declared is refused: to ignore one may change the answer.
-    """
-    pydantic = late_import("pydantic")
-
-    class Form(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
-        @pydantic.model_validator(mode="before")
-        @classmethod
-        def leave_out(cls, data: Any) -> Any:
-            return {key: value for key, value in data.items() if value is not None and key not in UNREAD
-                    and value not in NEUTRAL.get(key, ())} if isinstance(data, dict) else data
-
-    return Form
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def without_neutral(cls, data: Any) -> Any:
+        """The fields that are read here."""
+        return {key: value for key, value in data.items() if value is not None and key not in UNREAD
+                and value not in NEUTRAL.get(key, ())} if isinstance(data, dict) else data
 
 
-@functools.cache
-def chat_form(most: int) -> Any:
-    """The pydantic model of a request for an answer. most: tokens that it may ask for."""
-    pydantic, Form = late_import("pydantic"), form_class()
-    Field, Before, After = pydantic.Field, pydantic.BeforeValidator, pydantic.AfterValidator
-    alone = Before(lambda value: [value] if isinstance(value, str) else value)
+class Message(Form):
+    """A message of the conversation."""
 
-    class Message(Form):
-        role: Literal["system", "developer", "user", "assistant"]
-        content: Annotated[str, Before(joined_parts)]
-
-    class Settings(Form):
-        mode: Literal[MODES] = ""
-        k: int = 0
-        p: float = 0
-        floor: int = 0
-        topk: int = Field(0, le=100)
-        hops: int = Field(0, le=4)
-
-    class StreamOptions(Form):
-        include_usage: bool = False
-        include_obfuscation: bool = False
-
-    class Chat(Form):
-        model: str
-        messages: Annotated[list[Message], Field(min_length=1), After(ends_with_question)]
-        stream: bool = False
-        stream_options: StreamOptions = StreamOptions()
-        max_tokens: int = Field(None, le=most)
-        max_completion_tokens: int = Field(None, le=most)
-        temperature: float = Field(0, le=100)
-        top_p: float = 1
-        seed: int = Field(None, ge=-(2**63), lt=2**63)
-        stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4), alone] = ()
-        refrag: Settings = Settings()
-
-    return Chat
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(joined_parts)]
 
 
-@functools.cache
-def embeddings_form() -> Any:
-    """The pydantic model of a request for vectors."""
+class RefragFields(Form):
+    """What a request may say beyond OpenAI's fields."""
 
-    class Embeddings(form_class()):
-        model: str
-        input: Annotated[list, late_import("pydantic").BeforeValidator(listed_inputs)]
-        encoding_format: Literal["float", "base64"] = "float"
-        dimensions: int = None
+    mode: Literal[MODES] = ""
+    k: int = 0
+    p: float = 0
+    floor: int = 0
+    topk: int = Field(0, le=100)
+    hops: int = Field(0, le=4)
 
-    return Embeddings
+
+class StreamOptions(Form):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatForm(Form):
+    """A request for an answer."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1), AfterValidator(ends_with_question)]
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int = Field(None, le=MOST_TOKENS)
+    max_completion_tokens: int = Field(None, le=MOST_TOKENS)
+    temperature: float = Field(0, le=100)
+    top_p: float = 1
+    seed: int = Field(None, ge=-(2**63), lt=2**63)
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4),
+                    BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = ()
+    refrag: RefragFields = RefragFields()
+
+
+class EmbeddingsForm(Form):
+    """A request for vectors."""
+
+    model: str
+    input: Annotated[list, BeforeValidator(listed_inputs)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int = None
 
 
 class Wish(NamedTuple):
@@ -211,12 +214,12 @@ class ChatRequest(NamedTuple):
     usage: bool = False  # whether a stream ends with the counts of tokens
 
     @classmethod
-    def read(cls, data: bytes, pipeline: Pipeline, serve: ServeConfig) -> ChatRequest:
+    def read(cls, data: bytes, pipeline: Pipeline) -> ChatRequest:
         """Raises Refused and what `refusal` makes one of."""
-        body = chat_form(serve.max_tokens).model_validate_json(data)
+        body = ChatForm.model_validate_json(data)
         check_served(body.model, ["refrag"])
         question, system = asked_by(body.messages)
-        counts = (body.max_completion_tokens, body.max_tokens, min(pipeline.generate.max_new, serve.max_tokens))
+        counts = (body.max_completion_tokens, body.max_tokens, min(pipeline.generate.max_new, MOST_TOKENS))
         how = body.model_dump(include={"temperature", "top_p"}, exclude_unset=True)
         how |= {"stop": tuple(body.stop)} if body.stop else {}
         generate = dataclasses.replace(pipeline.generate, **how, max_new=next(n for n in counts if n is not None))
@@ -246,7 +249,7 @@ def check_served(model: str, names: Sequence[str]) -> None:
         raise Refused(404, f"the model {model!r} does not exist here: {', '.join(names)}", "model_not_found", "model")
 
 
-# -- the server: work -------------------------------------------------------------
+# -- work -------------------------------------------------------------
 
 
 class Job:
@@ -428,7 +431,7 @@ def embed_ids(embedder: Embedder, rows: list[list[int]]) -> np.ndarray:
     return embedder.unit_length(np.concatenate(vectors))
 
 
-# -- the server: HTTP ---------------------------------------------------------------
+# -- HTTP ---------------------------------------------------------------
 
 
 def reply_head(job: Job, kind: str, model: str) -> dict[str, Any]:
@@ -477,15 +480,15 @@ def stream_events(job: Job, kind: str, value: Any, model: str) -> Iterator[str]:
         yield event("[DONE]")
 
 
-async def read_body(request: Any, serve: ServeConfig) -> bytes:
-    """A request's body, neither too long nor too long in coming. Raises Refused."""
+async def read_body(request: Request, timeout: float) -> bytes:
+    """A request's body; refused when it is too large or arrives too slowly. Raises Refused."""
     data = bytearray()
     try:
-        async with asyncio.timeout(serve.timeout):
+        async with asyncio.timeout(timeout):
             async for part in request.stream():
                 data += part
-                if len(data) > serve.body_bytes:
-                    raise Refused(413, f"the request is longer than {serve.body_bytes} bytes", "too_large")
+                if len(data) > BODY_BYTES:
+                    raise Refused(413, f"the request is longer than {BODY_BYTES} bytes", "too_large")
     except TimeoutError:
         raise Refused(408, "the request did not come to its end in time", "timeout") from None
     return bytes(data)
@@ -496,23 +499,21 @@ class Service:
 
     def __init__(self, engine: Engine, serve: ServeConfig):
         self.engine, self.serve = engine, serve
-        self.http = late_import("starlette.responses")
         embedder = engine.pipeline.embedder
         self.models = {"refrag": "answers"} | ({embedder.name: "embeddings"} if embedder is not None else {})
 
-    def routes(self) -> list[Any]:
+    def routes(self) -> list[Route]:
         """Address, method and what answers."""
-        route = late_import("starlette.routing").Route
         table = (("/v1/chat/completions", self.chat, "POST"), ("/v1/embeddings", self.embeddings, "POST"),
                  ("/v1/models", self.list_models, "GET"), ("/v1/models/{name:path}", self.one_model, "GET"),
                  ("/healthz", self.health, "GET"), ("/metrics", self.metrics, "GET"), ("/docs", self.docs, "GET"),
                  ("/", self.page, "GET"))
-        return [route(path, self.guarded(answer), methods=[method]) for path, answer, method in table]
+        return [Route(path, self.guarded(answer), methods=[method]) for path, answer, method in table]
 
     def guarded(self, answer: Callable) -> Callable:
         """An address behind the key, whose refusals become replies. What is none is a fault of ours: 500."""
 
-        async def reply(request: Any) -> Any:
+        async def reply(request: Request) -> Any:
             try:
                 self.check_origin(request)
                 if answer not in (self.health, self.page, self.docs):
@@ -528,15 +529,15 @@ class Service:
     def refuse(self, error: Refused) -> Any:
         """An error as a reply."""
         headers = {"Retry-After": "1"} if error.status == 429 else {}
-        return self.http.JSONResponse(error.body(), error.status, headers)
+        return JSONResponse(error.body(), error.status, headers)
 
-    async def no_route(self, request: Any, error: Any) -> Any:
+    async def no_route(self, request: Request, error: Any) -> Response:
         """An address or a method that is not there, as a reply. error: Starlette's HTTPException."""
         message = f"{request.method} {request.url.path}: {error.detail}; see GET /docs"
         refused = Refused(error.status_code, message, error.detail.lower().replace(" ", "_"))
-        return self.http.JSONResponse(refused.body(), error.status_code, error.headers)
+        return JSONResponse(refused.body(), error.status_code, error.headers)
 
-    def check_origin(self, request: Any) -> None:
+    def check_origin(self, request: Request) -> None:
         """Raises Refused for what a page from elsewhere asks in the name of the person who opened it.
 
         CORSMiddleware keeps such a page from reading the reply, but would let it post.
@@ -546,15 +547,15 @@ class Service:
         if not own and origin not in self.serve.cors:
             raise Refused(403, f"pages of {origin} may not ask this server: see its --cors", "foreign_origin")
 
-    def check_key(self, request: Any) -> None:
+    def check_key(self, request: Request) -> None:
         """Raises Refused without the right --api_key."""
         given, wanted = request.headers.get("authorization", ""), f"Bearer {self.serve.api_key}"
         if self.serve.api_key is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
             raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
 
-    async def chat(self, request: Any) -> Any:
+    async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        asked = ChatRequest.read(await read_body(request, self.serve), self.engine.pipeline, self.serve)
+        asked = ChatRequest.read(await read_body(request, self.serve.timeout), self.engine.pipeline)
         self.engine.pipeline_for(asked.wish)  # wrong settings are refused before they wait
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
         job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
@@ -566,10 +567,10 @@ class Service:
         except BaseException:
             job.cancelled = True
             raise
-        return self.http.StreamingResponse(self.in_pieces(job, told, first), media_type="text/event-stream",
+        return StreamingResponse(self.in_pieces(job, told, first), media_type="text/event-stream",
                                            headers={"Cache-Control": "no-cache"})
 
-    async def next_told(self, request: Any, job: Job, told: asyncio.Queue) -> tuple[str, Any]:
+    async def next_told(self, request: Request, job: Job, told: asyncio.Queue) -> tuple[str, Any]:
         """What a job tells next. Raises Refused for an error, and when the client has gone."""
         waiting = asyncio.ensure_future(told.get())
         try:
@@ -584,12 +585,12 @@ class Service:
             raise value
         return kind, value
 
-    async def in_one_piece(self, request: Any, job: Job, told: asyncio.Queue) -> Any:
+    async def in_one_piece(self, request: Request, job: Job, told: asyncio.Queue) -> Response:
         """The reply when all is said."""
         while True:
             kind, value = await self.next_told(request, job, told)
             if kind == "done":
-                return self.http.JSONResponse(whole_reply(job, value, "refrag"))
+                return JSONResponse(whole_reply(job, value, "refrag"))
 
     async def in_pieces(self, job: Job, told: asyncio.Queue, first: tuple[str, Any]) -> Any:
         """The reply as events. When the client goes, Starlette ends this, and that ends the job."""
@@ -606,9 +607,9 @@ class Service:
         finally:
             job.cancelled = True
 
-    async def embeddings(self, request: Any) -> Any:
+    async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
-        form = embeddings_form().model_validate_json(await read_body(request, self.serve))
+        form = EmbeddingsForm.model_validate_json(await read_body(request, self.serve.timeout))
         check_served(form.model, [model for model, use in self.models.items() if use == "embeddings"])
         dim = self.engine.pipeline.embedder.dim
         if form.dimensions not in (None, dim):
@@ -616,7 +617,7 @@ class Service:
         vectors, tokens = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, form.input)
         coded = form.encoding_format == "base64"
         rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if coded else row.tolist() for row in vectors]
-        return self.http.JSONResponse({
+        return JSONResponse({
             "object": "list", "model": form.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})
 
@@ -624,34 +625,34 @@ class Service:
         """A model as OpenAI's clients expect it."""
         return {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
 
-    async def list_models(self, request: Any) -> Any:
+    async def list_models(self, request: Request) -> Response:
         """GET /v1/models"""
-        return self.http.JSONResponse({"object": "list", "data": [self.model_facts(name) for name in self.models]})
+        return JSONResponse({"object": "list", "data": [self.model_facts(name) for name in self.models]})
 
-    async def one_model(self, request: Any) -> Any:
+    async def one_model(self, request: Request) -> Response:
         """GET /v1/models/NAME"""
         check_served(request.path_params["name"], list(self.models))
-        return self.http.JSONResponse(self.model_facts(request.path_params["name"]))
+        return JSONResponse(self.model_facts(request.path_params["name"]))
 
-    async def health(self, request: Any) -> Any:
+    async def health(self, request: Request) -> Response:
         """GET /healthz"""
         alive = self.engine.thread.is_alive()
-        return self.http.JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
+        return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
 
-    async def metrics(self, request: Any) -> Any:
+    async def metrics(self, request: Request) -> Response:
         """GET /metrics"""
-        return self.http.PlainTextResponse(self.engine.metrics_text(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(self.engine.metrics_text(), media_type="text/plain; version=0.0.4")
 
-    async def docs(self, request: Any) -> Any:
+    async def docs(self, request: Request) -> Response:
         """GET /docs"""
-        return self.http.PlainTextResponse(SERVER_DOCS)
+        return PlainTextResponse(SERVER_DOCS)
 
-    async def page(self, request: Any) -> Any:
+    async def page(self, request: Request) -> Response:
         """GET /"""
         path = Path(__file__).resolve().parent / "webapp" / "index.html"
         if not path.is_file():
             raise Refused(404, "the page webapp/index.html is not beside serve.py", "no_page")
-        return self.http.HTMLResponse(path.read_text(encoding="utf-8"))
+        return HTMLResponse(path.read_text(encoding="utf-8"))
 
 
 SERVER_DOCS = """\
@@ -677,35 +678,28 @@ too many are waiting (with Retry-After), 504 not done within the server's time, 
 """
 
 
-def make_app(engine: Engine, serve: ServeConfig, address: str) -> Any:
+def make_app(engine: Engine, serve: ServeConfig, address: str) -> Starlette:
     """The server as a Starlette application. address: what it listens on.
 
     On a loopback address it answers to this machine's names alone: a page elsewhere could have its own name resolve to
     127.0.0.1 and would then be no page from elsewhere.
     """
-    middleware, service = late_import("starlette.middleware"), Service(engine, serve)
-    layers = []
+    service, layers = Service(engine, serve), []
     if ipaddress.ip_address(address).is_loopback:
         own = f"[{address}]" if ":" in address else address
-        layers.append(middleware.Middleware(late_import("starlette.middleware.trustedhost").TrustedHostMiddleware,
-                                            allowed_hosts=["localhost", "127.0.0.1", "[::1]", own, serve.host],
-                                            www_redirect=False))
+        layers.append(Middleware(TrustedHostMiddleware, www_redirect=False,
+                                 allowed_hosts=["localhost", "127.0.0.1", "[::1]", own, serve.host]))
     elif serve.api_key is None:
         notice(f"warning: {address} lets other machines in, and there is no --api_key: whoever reaches this server can "
                "read its passages")
     if serve.cors:
-        layers.append(middleware.Middleware(late_import("starlette.middleware.cors").CORSMiddleware,
-                                            allow_origins=serve.cors, allow_methods=["GET", "POST"],
-                                            allow_headers=["*"]))
-    error = late_import("starlette.exceptions").HTTPException
-    return late_import("starlette.applications").Starlette(routes=service.routes(), middleware=layers,
-                                                           exception_handlers={error: service.no_route})
+        layers.append(Middleware(CORSMiddleware, allow_origins=serve.cors, allow_methods=["GET", "POST"],
+                                 allow_headers=["*"]))
+    return Starlette(routes=service.routes(), middleware=layers, exception_handlers={HTTPException: service.no_route})
 
 
 def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
-    uvicorn = late_import("uvicorn")
-    raise_file_limit()
     engine = Engine(pipeline, serve)
     engine.thread.start()
     with listening_socket(serve) as listener:
@@ -723,19 +717,7 @@ def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
 def listening_socket(serve: ServeConfig) -> socket.socket:
     """A socket on --host and --port. Raises UserError."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        return listener
+        family, _, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
     except OSError as error:
         raise UserError(f"--host {serve.host} --port {serve.port}: {error.strerror or error}") from None
-
-
-def raise_file_limit() -> None:
-    """Let the process hold as many connections as the system allows it to."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
-        resource = importlib.import_module("resource")
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 65_536), hard))

@@ -258,15 +258,15 @@ def test_cost_anchors_golden():
 
     Costs .1 / 3, .2 / 5 and 0. The decoder's cut inside "Café" is no anchor.
     """
-    a = refrag.Tokens([1, 2, 3], [3, 8, 9], ["the", " cafe", "!"])
-    b = refrag.Tokens([4, 5, 6, 7], [3, 5, 8, 9], ["The", " C", "afé", "!"])
+    a = refrag.Pieces([1, 2, 3], [3, 8, 9], ["the", " cafe", "!"])
+    b = refrag.Pieces([4, 5, 6, 7], [3, 5, 8, 9], ["The", " C", "afé", "!"])
     anchors = refrag.cost_anchors(a, b)
     assert [(x.i, x.j) for x in anchors] == [(0, 0), (1, 2), (2, 3)]
     assert [x.cost for x in anchors] == pytest.approx([0.1 / 3, 0.2 / 5, 0.0])
 
 
 def test_spans_that_decode_to_nothing_cost_nothing():
-    a, b = refrag.Tokens([1, 2], [1, 2], ["", "x"]), refrag.Tokens([1, 2], [1, 2], ["", "x"])
+    a, b = refrag.Pieces([1, 2], [1, 2], ["", "x"]), refrag.Pieces([1, 2], [1, 2], ["", "x"])
     assert refrag.cost_anchors(a, b) == [(0, 0, 0.0), (1, 1, 0.0)]
 
 
@@ -405,8 +405,8 @@ def test_rows_and_their_text_golden():
 
     The first span differs, so no later one is exact. Costs .1 / 3 = .0333 and .2 / 5 = .04.
     """
-    a = refrag.Tokens([1, 2], [3, 8], ["the", " cafe"])
-    b = refrag.Tokens([4, 5, 6, 7], [3, 5, 8, 9], ["The", " C", "afé", "\n"])
+    a = refrag.Pieces([1, 2], [3, 8], ["the", " cafe"])
+    b = refrag.Pieces([4, 5, 6, 7], [3, 5, 8, 9], ["The", " C", "afé", "\n"])
     rows = refrag.anchor_rows(a, b)
     assert rows == [
         {"encoder": ["the"], "decoder": ["The"], "exact": False, "cost": 0.0333},
@@ -419,7 +419,7 @@ def test_rows_and_their_text_golden():
         "' cafe'  ' C' 'afé'  0.04",
         r"         '\n'        -",
     ]
-    same = refrag.Tokens([1], [1], ["x"])
+    same = refrag.Pieces([1], [1], ["x"])
     assert refrag.anchor_text(refrag.anchor_rows(same, same)).splitlines()[1] == "'x'      'x'      ="
     assert refrag.anchor_text([]) == "encoder  decoder  cost"
 

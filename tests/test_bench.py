@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -108,40 +107,6 @@ def test_the_theoretical_ratio():
     assert bench.theoretical_ratio(16, 1.0) == 1
 
 
-@given(st.floats(0.1, 3), st.floats(1e-4, 10), st.lists(st.integers(10, 10**5), min_size=3, max_size=8, unique=True))
-def test_the_exponent_of_an_exact_power_law_is_found(exponent, factor, lengths):
-    seconds = [factor * length**exponent for length in lengths]
-    assert bench.growth_exponent(lengths, seconds) == pytest.approx(exponent, abs=1e-6)
-
-
-def test_the_exponent_is_the_least_squares_line_of_the_logarithms():
-    """Lengths 1, e, e^2 and times 1, e, e^4 have logarithms 0, 1, 2 and 0, 1, 4, whose line has the slope 2."""
-    lengths, seconds = [1, math.e, math.e**2], [1, math.e, math.e**4]
-    assert bench.growth_exponent(lengths, seconds) == pytest.approx(2)
-
-
-def test_growth_needs_three_lengths_and_a_context():
-    def row(mode, context, tokens, seconds):
-        return {"mode": mode, "context": context, "k": None, "p": None, "batch": 1, "context_tokens": tokens,
-                "ttft_s": seconds}
-
-    full = [row("full", c, c, c**1.5) for c in (100, 400, 1600)]
-    none = [row("none", 0, 0, 1.0)] * 3
-    assert bench.bench_growth([*none, *full]) == [
-        {"mode": "full", "k": None, "p": None, "batch": 1, "lengths": 3, "ttft_exponent": 1.5}]
-    assert bench.bench_growth(full[:2]) == []
-    assert bench.bench_growth([*full[:2], row("full", 450, 400, 9.0)]) == [], "the same passages are no third length"
-
-
-def test_growth_with_the_batch_needs_three_sizes():
-    rows = [{"mode": "full", "context": 64, "k": None, "p": None, "batch": n, "ttft_s": n**0.5, "ttit_s": 2.0 * n}
-            for n in (1, 4, 16)]
-    assert bench.batch_growth(rows) == [{"mode": "full", "context": 64, "k": None, "p": None, "sizes": [1, 4, 16],
-                                          "ttft_exponent": 0.5, "ttit_exponent": 1.0}]
-    assert bench.batch_growth(rows[:2]) == []
-    assert "ttit_exponent" not in bench.batch_growth([row | {"ttit_s": None} for row in rows])[0]
-
-
 def test_answers_made_together_share_the_prefill_alone():
     one = metrics(stages={"retrieve_s": 0.25, "prefill_s": 2.0})
     assert bench.metrics_together([one]) is one
@@ -151,11 +116,10 @@ def test_answers_made_together_share_the_prefill_alone():
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 99))
-def test_every_round_has_every_run_once_in_another_order_than_the_last(count, rounds, seed):
+def test_every_round_has_every_run_once(count, rounds, seed):
     orders = list(bench.round_orders(count, rounds, seed))
     assert len(orders) == rounds
     assert all(sorted(order) == list(range(count)) for order in orders)
-    assert count == 1 or all(a != b for a, b in itertools.pairwise(orders))
     assert orders == list(bench.round_orders(count, rounds, seed))
 
 
@@ -325,7 +289,6 @@ def test_batches_are_timed_beside_each_other(run_bench, clock):
     for row in rows_of(result, "refrag"):
         [full] = rows_of(result, "full", batch=row["batch"])
         assert row["ttft_ratio"] == pytest.approx(full["positions"] / row["positions"], abs=1e-5)
-    assert [(g["sizes"], round(g["ttft_exponent"], 3)) for g in result["batch_growth"]] == [([1, 2, 4], 0.0)] * 3
 
 
 def test_no_end_token_stops_a_run(run_bench, monkeypatch):
@@ -427,9 +390,9 @@ def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     encoded: list[int] = []
     encode = refrag.ChunkEncoder.encode
 
-    def counting(self, contents):
-        encoded.append(self.tokenizer.compression)
-        return encode(self, contents)
+    def counting(self, contents, k):
+        encoded.append(k)
+        return encode(self, contents, k)
 
     monkeypatch.setattr(refrag.ChunkEncoder, "encode", counting)
     result, err = run_bench("--contexts", 120, "--k", "4,8,6", "--repeats", 2)
@@ -475,7 +438,7 @@ def test_all_text_reads_no_vectors(run_bench):
 
 def test_the_result_has_the_promised_names(run_bench, index_dir):
     result, _ = run_bench("--repeats", 1)
-    assert {"device", "rows", "rounds", "settings", "versions", "command", "commit", "growth"} <= set(result)
+    assert {"device", "rows", "rounds", "settings", "versions", "command", "commit"} <= set(result)
     assert all(set(NAMED) <= set(row) for row in result["rows"])
     assert result["device"]["device"] == "cpu"
     assert result["versions"] == refrag.library_versions()
@@ -485,14 +448,7 @@ def test_the_result_has_the_promised_names(run_bench, index_dir):
     assert all(row["peak_rss_mb"] > 0 and row["peak_device_mb"] is None for row in result["rows"])
 
 
-def test_growth_is_reported_for_three_lengths(run_bench, clock):
-    """On this clock the time is 1 ms a position, of which the context's tokens are a part: less than linear."""
-    result, _ = run_bench("--contexts", "30,60,120", "--k", 4, "--repeats", 1)
-    assert {(g["mode"], g["lengths"]) for g in result["growth"]} == {("full", 3), ("refrag", 3)}
-    full = rows_of(result, "full")
-    expected = bench.growth_exponent([r["context_tokens"] for r in full], [0.001 * r["positions"] for r in full])
-    assert result["growth"][0]["ttft_exponent"] == pytest.approx(expected, abs=1e-3)
-    assert 0 < expected < 1
+
 
 
 def test_the_folder_holds_result_report_and_pictures(run_bench, tmp_path, clock):
@@ -510,7 +466,6 @@ def test_the_folder_holds_result_report_and_pictures(run_bench, tmp_path, clock)
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[0] == row["mode"]
         assert f"{1000 * row['ttft_s']:,.1f} (" in cells[5]
-    assert "- full: the time to first token grows with the " in report
 
 
 def test_the_curves_of_the_pictures_are_the_rows(run_bench, clock):
@@ -614,13 +569,7 @@ def test_a_second_writer_is_told_so(run, argv, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "told"), [
-    (["--contexts", "512,0"], "--contexts must be 1 or more"),
-    (["--contexts", "many"], "--contexts: contexts must be a int, got 'many'"),
-    (["--modes", "magic"], "--modes: modes must be one of full, refrag, none, got 'magic'"),
     (["--k", "0"], "--k must lie between 1 and 64"),
-    (["--p", "1.5"], "--p must lie between 0 and 1"),
-    (["--repeats", "0"], "--repeats must be 1 or more"),
-    (["--new", "0"], "--new must be 1 or more"),
     (["--question", " "], "the question is empty"),
     (["--out_dir", __file__], "is a file: name a folder"),
     (["--index_dir", "nowhere"], "--index_dir nowhere: no such folder"),

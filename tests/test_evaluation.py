@@ -294,7 +294,7 @@ class TestControls:
         nothing, _ = self.prepare(task, "refrag", 0.0)
         assert evaluate.texts_fed(nothing, task.pipeline.tokenizer) == []
         first, last = full.packed.prompt.chunks[0].first, full.packed.prompt.chunks[-1].last
-        gap = dataclasses.replace(full, plan=np.delete(full.plan, first + 2))
+        gap = dataclasses.replace(full, kept=np.arange(len(full.kept)) != first + 2)
         ids = full.packed.prompt.input_ids[first:last]
         decode = task.pipeline.tokenizer.decoder.decode
         assert evaluate.texts_fed(gap, task.pipeline.tokenizer)[0] == decode(ids[:2])  # what misses a token is two runs
@@ -772,11 +772,11 @@ class TestBadInput:
             monkeypatch.setattr(evaluate, name, None)
 
     @pytest.mark.parametrize(("item", "options", "told"), [
-        ({"answers": None}, [], "question 2 (2) has no list of answers"),
-        ({"answers": "Ulm"}, [], "question 2 (2) has no list of answers"),
-        ({"answers": ["x"]}, ["--task", "gate"], "question 2 (2) has no positive_ids"),
-        ({"answers": ["x"]}, ["--modes", "oracle_gate"], "question 2 (2) has no positive_ids"),
-        ({}, ["--task", "retrieval"], "question 2 (2) has no positive_ids"),
+        ({"answers": None}, [], "question 2 has no list of answers"),
+        ({"answers": "Ulm"}, [], "question 2 has no list of answers"),
+        ({"answers": ["x"]}, ["--task", "gate"], "question 2 has no positive_ids"),
+        ({"answers": ["x"]}, ["--modes", "oracle_gate"], "question 2 has no positive_ids"),
+        ({}, ["--task", "retrieval"], "question 2 has no positive_ids"),
         ({"answers": ["x"], "positive_ids": "a"}, [], "positive_ids must be a list"),
     ])
     def test_a_question_that_lacks_something_is_named(self, run_eval, tmp_path, item, options, told):

@@ -68,8 +68,7 @@ class TestExactness:
             plain = plain["input_ids"] if not isinstance(plain, list) else plain
         else:
             plain = tokenizer(message + refrag.NO_TEMPLATE_SUFFIX)["input_ids"]
-        assert context.plan.tolist() == list(range(len(plain)))
-        assert context.packed.prompt.input_ids.tolist() == plain
+        assert context.plan.tolist() == context.packed.prompt.input_ids.tolist() == plain
         logits, _ = refrag.prefill(pipeline.model.decoder, [inputs])
         with torch.inference_mode():
             expected = pipeline.model.decoder(input_ids=torch.tensor([plain])).logits[:, -1]
@@ -78,8 +77,8 @@ class TestExactness:
     def test_p0_feeds_no_token_of_the_content(self, any_decoder):
         pipeline = load(any_decoder, pack={"p": 0.0})
         context, inputs = pipeline.prepare({"id": "1", "question": PROMPT})
-        inside = {t for c in context.packed.prompt.chunks for t in range(c.first, c.last)}
-        assert inside and not inside & set(context.plan.tolist())
+        inside = [t for c in context.packed.prompt.chunks for t in range(c.first, c.last)]
+        assert inside and not context.kept[inside].any()
         assert len(inputs) == len(context.packed.prompt.input_ids) - len(inside) + len(context.packed.prompt.chunks)
 
     def test_vectors_stand_where_their_chunks_stood(self, llama):
@@ -429,8 +428,9 @@ class TestCitations:
         first = np.asarray([chunk.doc == 0 for chunk in context.packed.prompt.chunks])
         for expanded, read, answer in ((first, ["text", "left out"], "Bells [a]"), (first & False, ["left out"] * 2,
                                                                                     "Bells")):
-            plan = refrag.mixed_plan(context.packed.prompt, expanded, feed=False)
-            seen = dataclasses.replace(context, expanded=expanded, plan=plan)
+            prompt = context.packed.prompt
+            seen = dataclasses.replace(context, expanded=expanded, kept=refrag.text_mask(prompt, expanded),
+                                       plan=refrag.mixed_plan(prompt, expanded, feed=False))
             assert seen.read == read
             assert cited(pipeline, "Bells", seen)[0] == answer
 
@@ -440,11 +440,12 @@ class TestCitations:
         context, _ = pipeline.prepare({"id": "1", "question": PROMPT})
         assert context.read == ["vectors", "vectors"]
         some = np.arange(len(context.packed.prompt.chunks)) == 0
-        plan = refrag.mixed_plan(context.packed.prompt, some)
-        assert dataclasses.replace(context, expanded=some, plan=plan).read == ["partly", "vectors"]
-        cut = refrag.truncated_plan(context.packed.prompt, len(context.packed.prompt.input_ids) - 3)
-        assert dataclasses.replace(context, plan=cut).read[0] == "text", "the last document is cut first"
-        assert dataclasses.replace(context, plan=cut).read[1] in ("partly", "left out")
+        kept = refrag.text_mask(context.packed.prompt, some)
+        assert dataclasses.replace(context, kept=kept).read == ["partly", "vectors"]
+        kept = refrag.truncated_mask(context.packed.prompt, len(context.packed.prompt.input_ids) - 3)
+        cut = dataclasses.replace(context, kept=kept, plan=context.packed.prompt.input_ids[kept])
+        assert cut.read[0] == "text", "the last document is cut first"
+        assert cut.read[1] in ("partly", "left out")
         assert load(llama, pack={"p": 1.0}).prepare({"id": "1", "question": PROMPT})[0].read == ["text", "text"]
 
     def test_what_was_not_read_is_said(self, tmp_path, run, llama):
@@ -893,7 +894,7 @@ class TestBundledModels:
         assert docs in message
         plain = pipeline.tokenizer.decoder.apply_chat_template(
             [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert context.packed.prompt.input_ids[context.plan].tolist() == plain
+        assert context.plan.tolist() == plain
         logits, _ = refrag.prefill(pipeline.model.decoder, [inputs])
         with torch.inference_mode():
             expected = pipeline.model.decoder(input_ids=torch.tensor([plain]), logits_to_keep=1).logits[:, -1]

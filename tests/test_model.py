@@ -41,6 +41,11 @@ def build(enc, dec, **options):
     return refrag.build_model(config, CPU, torch.float32)
 
 
+def content_of(encoder, text, k):
+    """A text made ready for training."""
+    return encoder.content_of_text(text, encoder.tokenizer.cut([text], k)[0])
+
+
 @pytest.fixture(scope="module")
 def whole(llama):
     """The first two layers of the tiny Llama as the encoder, which reads a content whole."""
@@ -127,27 +132,33 @@ def test_the_projectors_scale_is_the_rms_of_the_embeddings(whole):
 def prompt(whole):
     """A prompt with two documents at k = 4, for the tiny Llama."""
     tokenizer = whole.encoder.tokenizer
-    docs = [refrag.Doc(str(i), c, tokenizer.runs([c])[0][0]) for i, c in enumerate(CONTENTS[:3:2], 1)]
+    docs = [refrag.Doc(str(i), c, tokenizer.cut([c], 4)[0].ends) for i, c in enumerate(CONTENTS[:3:2], 1)]
     return refrag.build_prompt(tokenizer, refrag.question_pieces("Where?", docs))
 
 
+def embed(model, prompt, plan, states):
+    """The decoder's inputs for a plan over all chunks of a prompt. states: (L, E)."""
+    ids = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
+    sizes = torch.tensor([len(part) for part in ids])
+    with torch.inference_mode():
+        return model.embed(torch.as_tensor(plan), torch.as_tensor(np.concatenate(ids)), sizes, states)[0]
+
+
 def test_a_plan_of_tokens_is_their_embeddings(whole, prompt):
-    plan = np.arange(len(prompt.input_ids))
     expected = whole.decoder.get_input_embeddings().weight[torch.as_tensor(prompt.input_ids)]
-    assert torch.equal(whole.embed_plan(prompt, plan, {}), expected)
+    none = torch.zeros(0, dtype=torch.long)
+    assert torch.equal(whole.embed(torch.as_tensor(prompt.input_ids), none, none, torch.zeros(0, 32))[0], expected)
 
 
 def test_a_plan_of_vectors_is_the_mean_of_their_tokens_embeddings(whole, prompt):
     """With an untrained projector, whatever the encoder's states are."""
     matrix = whole.decoder.get_input_embeddings().weight.detach().numpy()
-    expanded = np.arange(len(prompt.chunks)) % 3 == 0
-    plan = refrag.mixed_plan(prompt, expanded)
-    states = {n: np.full(32, n, np.float32) for n in reversed(range(len(prompt.chunks)))}
-    inputs = whole.embed_plan(prompt, plan, states).numpy()
+    plan = refrag.mixed_plan(prompt, np.arange(len(prompt.chunks)) % 3 == 0)
+    inputs = embed(whole, prompt, plan, torch.randn(len(prompt.chunks), 32)).numpy()
     assert inputs.shape == (len(plan), 32) and (plan < 0).any()
     for value, row in zip(plan.tolist(), inputs, strict=True):
         if value >= 0:
-            assert (row == matrix[prompt.input_ids[value]]).all()
+            assert (row == matrix[value]).all()
         else:
             chunk = prompt.chunks[-value - 1]
             np.testing.assert_allclose(row, matrix[prompt.input_ids[chunk.first : chunk.last]].mean(0), atol=1e-5)
@@ -158,9 +169,10 @@ def test_each_vector_comes_from_its_own_state(llama, prompt):
     model = build("decoder:2", llama)
     disturb(model.projector)
     plan = refrag.mixed_plan(prompt, np.zeros(len(prompt.chunks), bool))
-    states = {n: np.random.default_rng(n).standard_normal(32).astype(np.float32) for n in range(len(prompt.chunks))}
-    before = model.embed_plan(prompt, plan, states)
-    after = model.embed_plan(prompt, plan, states | {1: -states[1]})
+    states = torch.randn(len(prompt.chunks), 32)
+    before = embed(model, prompt, plan, states)
+    states[1] *= -1
+    after = embed(model, prompt, plan, states)
     assert plan[(before != after).any(1).numpy()].tolist() == [-2]
 
 
@@ -184,7 +196,7 @@ def test_whole_contents_are_means_of_the_cut_decoders_states(whole):
             whole.decoder(**tokenizer(content, add_special_tokens=False, return_tensors="pt"))
         states = (outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]).reshape(-1, 32).numpy()
         expected = np.stack([states[i : i + 4].mean(0) for i in range(0, len(states), 4)])
-        assert_close(whole.encoder.encode([content])[0], expected)
+        assert_close(whole.encoder.encode([content], 4)[0], expected)
     hook.remove()
 
 
@@ -192,13 +204,13 @@ def test_separate_encoder_reads_each_chunk_by_itself(rows):
     """A plain loop: each chunk's text through the tokenizer and the model; its first state, or the mean of all."""
     encoder, tokenizer = rows.encoder, rows.encoder.tokenizer.encoder
     for content in CONTENTS:
-        ends = encoder.tokenizer.runs([content])[0][0].tolist()
+        ends = encoder.tokenizer.cut([content], 4)[0].ends.tolist()
         expected = []
         for a, b in zip([0, *ends[:-1]], ends, strict=True):
             with torch.inference_mode():
                 states = encoder.backbone(**tokenizer(content[a:b], return_tensors="pt")).last_hidden_state[0].numpy()
             expected.append(states[0] if encoder.pooling == "cls" else states.mean(0))
-        assert_close(encoder.encode([content])[0], np.stack(expected))
+        assert_close(encoder.encode([content], 4)[0], np.stack(expected))
 
 
 @pytest.fixture(params=["whole", "mean", "cls"])
@@ -208,53 +220,51 @@ def encoder(request, whole, llama, bert):
 
 
 def test_batch_and_order_change_nothing(encoder, monkeypatch):
-    alone = [encoder.encode([content])[0] for content in CONTENTS]
+    alone = [encoder.encode([content], 4)[0] for content in CONTENTS]
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
-        for got, i in zip(encoder.encode([CONTENTS[i] for i in order]), order, strict=True):
+        for got, i in zip(encoder.encode([CONTENTS[i] for i in order], 4), order, strict=True):
             assert_close(got, alone[i])
     monkeypatch.setattr(refrag, "ENCODER_BATCH_TOKENS", 1)
-    for got, expected in zip(encoder.encode(CONTENTS), alone, strict=True):
+    for got, expected in zip(encoder.encode(CONTENTS, 4), alone, strict=True):
         assert_close(got, expected)
 
 
 def test_a_state_for_every_chunk(encoder):
     contents = [*CONTENTS, "x", "word " * 700]  # the last is longer than the encoder's window of 512 tokens
-    runs = encoder.tokenizer.runs(contents)
-    for content, (ends, _), states in zip(contents, runs, encoder.encode(contents), strict=True):
-        assert states.shape == (len(ends), encoder.width) and np.isfinite(states).all(), content[:20]
+    cuts = encoder.tokenizer.cut(contents, 4)
+    for content, cut, states in zip(contents, cuts, encoder.encode(contents, 4), strict=True):
+        assert states.shape == (len(cut.ends), encoder.width) and np.isfinite(states).all(), content[:20]
         assert states.dtype == np.float32 and (states == states.astype(np.float16)).all()
-    assert encoder.encode([]) == []
+    assert encoder.encode([], 4) == []
 
 
 @pytest.mark.parametrize("enc", ["decoder:2", "bert"])
 def test_an_empty_content_has_no_state(llama, bert, enc):
     encoder = build(bert if enc == "bert" else enc, llama).encoder
-    empty, word = encoder.encode(["", "bronze"])
+    empty, word = encoder.encode(["", "bronze"], 4)
     assert empty.shape == (0, encoder.width)
-    assert_close(word, encoder.encode(["bronze"])[0])
+    assert_close(word, encoder.encode(["bronze"], 4)[0])
 
 
 def test_beyond_the_window_the_start_stays_what_it_was(whole):
     """The decoder looks back only: what comes after the first window does not change its states."""
     long = " ".join(f"word{i}" for i in range(300))
-    start = whole.encoder.encode([long[:800]])[0]
-    assert_close(whole.encoder.encode([long])[0][: len(start) - 1], start[:-1])
+    start = whole.encoder.encode([long[:800]], 4)[0]
+    assert_close(whole.encoder.encode([long], 4)[0][: len(start) - 1], start[:-1])
 
 
 @pytest.mark.parametrize("k", [4, 7, 16, 64])
-def test_rows_are_no_longer_than_the_window(llama, k, monkeypatch):
-    encoder, lengths = build("decoder:1", llama, compression=k).encoder, []
-    run_rows = encoder.run_rows
-    monkeypatch.setattr(encoder, "run_rows", lambda rows: lengths.extend(map(len, rows)) or run_rows(rows))
-    encoder.encode(["word one two " * 300])
+def test_rows_are_no_longer_than_the_window(llama, k):
+    encoder, texts = build("decoder:1", llama).encoder, ["word one two " * 300]
+    lengths = [len(ids) for ids, _ in encoder.inputs(texts, encoder.tokenizer.cut(texts, k))]
     assert max(lengths) <= refrag.ENCODER_WINDOW < sum(lengths)
 
 
 def test_a_content_without_tokens_has_a_state_of_zeros(tokenizers, whole):
     """A WordPiece tokenizer makes no token of white space, and there is a chunk to be covered still."""
-    pair = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["wordpiece"]), compression=4)
+    pair = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["wordpiece"]))
     encoder = refrag.ChunkEncoder(whole.encoder.backbone, pair, whole=True, pooling="mean")
-    blank, word = encoder.encode([" \n\t", "bronze"])
+    blank, word = encoder.encode([" \n\t", "bronze"], 4)
     assert blank.shape == (1, 32) and not blank.any() and word.any()
 
 
@@ -271,7 +281,6 @@ def test_fingerprints_tell_encoders_apart_and_last(llama, bert):
 
     first = prints()
     assert len(set(first)) == 4 and first == prints()
-    assert build("decoder:2", llama, compression=16).encoder.fingerprint == first[1]  # k is kept beside it
     model = build("decoder:2", llama)
     disturb(model.encoder)
     assert model.encoder.fingerprint not in first
@@ -383,7 +392,7 @@ def states_in_training(model, contents, packs):
     batch = refrag.collate([[sequence_of(content)] for content in contents], model.encoder, packs)
     seen = []
     hook = model.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model.chunk_vectors(batch)
+    model(batch)
     hook.remove()
     return seen[0].detach().split([len(content.chunks) for content in contents])
 
@@ -391,8 +400,8 @@ def states_in_training(model, contents, packs):
 @pytest.mark.parametrize("packs", [True, False])
 def test_states_in_training_are_those_an_index_stores(model, packs):
     """Windows, packed rows, padding and owners give what `encode` gives, which rounds to float16."""
-    contents = [model.encoder.content_of_text(text, 4)[0] for text in TRAINING_TEXTS]
-    expected = model.encoder.encode(TRAINING_TEXTS)
+    contents = [content_of(model.encoder, text, 4) for text in TRAINING_TEXTS]
+    expected = model.encoder.encode(TRAINING_TEXTS, 4)
     for got, stored in zip(states_in_training(model, contents, packs), expected, strict=True):
         assert_close(got.numpy(), stored)
 
@@ -402,10 +411,9 @@ def test_a_content_is_the_texts_tokens_and_chunks(model, k):
     """Decoder tokens, each in the chunk in which it starts; chunks as everywhere; rows that the encoder can take."""
     encoder, decoder = model.encoder, model.encoder.tokenizer.decoder
     for text in TRAINING_TEXTS:
-        content, ends = encoder.content_of_text(text, k)
+        content, ends = content_of(encoder, text, k), encoder.tokenizer.cut([text], k)[0].ends
         encoded = decoder(text, add_special_tokens=False, return_offsets_mapping=True)
         assert np.concatenate(content.chunks).tolist() == encoded["input_ids"]
-        assert ends.tolist() == encoder.tokenizer.runs([text], k)[0][0].tolist()
         edges = [0, *ends.tolist()]
         starts = [start for start, _ in encoded["offset_mapping"]]
         expected = [sum(a <= start < b for start in starts) for a, b in itertools.pairwise(edges)]
@@ -426,10 +434,9 @@ def test_a_content_is_the_texts_tokens_and_chunks(model, k):
 def test_a_content_of_tokens_is_that_of_their_text(model, k):
     for text in TRAINING_TEXTS:
         decoder = model.encoder.tokenizer.decoder
-        encoded = decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        whole = refrag.whole_tokens(encoded["offset_mapping"])
-        got = model.encoder.content_of_tokens(np.asarray(encoded["input_ids"]), whole, k)
-        expected, _ = model.encoder.content_of_text(text, k)
+        [tokens] = refrag.tokenize(decoder, [text])
+        got = model.encoder.content_of_tokens(tokens.ids, refrag.whole_tokens(tokens), k)
+        expected = content_of(model.encoder, text, k)
         assert [c.tolist() for c in got.chunks] == [c.tolist() for c in expected.chunks]
         assert [[a.tolist() for a in row] for row in got.rows] == [[a.tolist() for a in row] for row in expected.rows]
 
@@ -438,7 +445,7 @@ def test_a_content_of_tokens_is_that_of_their_text(model, k):
 def test_vectors_are_numbers_where_a_token_is_longer_than_a_chunk(llama, bert, k):
     """The encoder cuts 1896 into four tokens, the decoder takes it as one; rulers of dashes do the same at k = 16."""
     model = build(bert, llama)
-    content, _ = model.encoder.content_of_text("In 1896 the first games opened", k)
+    content = content_of(model.encoder, "In 1896 the first games opened", k)
     batch = refrag.collate([[sequence_of(content, [1, *(-np.arange(len(content.chunks)) - 1)],
                                          [-1] * len(content.chunks) + [2])]], model.encoder, True)
     output = model(batch)
@@ -446,8 +453,7 @@ def test_vectors_are_numbers_where_a_token_is_longer_than_a_chunk(llama, bert, k
 
 
 def test_an_empty_text_has_an_empty_content(model):
-    content, ends = model.encoder.content_of_text("", 4)
-    assert (content.chunks, content.rows, ends.tolist()) == ([], [], [])
+    assert content_of(model.encoder, "", 4) == ([], [])
 
 
 # -- batches ------------------------------------------------------------------------------------
@@ -467,7 +473,7 @@ def three_sequences():
 @pytest.mark.parametrize("packs", [True, False])
 def test_collate_golden(packs):
     """Rows (first, third) and (second). Chunks are numbered through in the order of the rows: 0 of the first, 1 and 2
-    of the second; 3 is for encoder tokens of none. The decoder's rows are five positions; 7 and 8 are asked at places
+    of the second; -1 is for encoder tokens of none. The decoder's rows are five positions; 7 and 8 are asked at places
     1 and 2 of row 0, 5 at its place 4, 3 and 4 at the start of row 1, which is place 5 of all.
     """
     first, second, third = three_sequences()
@@ -475,14 +481,13 @@ def test_collate_golden(packs):
     got = {name: None if value is None else value.tolist() for name, value in batch._asdict().items()}
     encoder = {
         True: {"encoder_ids": [[5, 6, 9, 10, 11]], "encoder_mask": None, "encoder_positions": [[0, 1, 0, 1, 2]],
-               "owners": [[0, 0, 1, 2, 3]]},
+               "owners": [[0, 0, 1, 2, -1]]},
         False: {"encoder_ids": [[5, 6, 0], [9, 10, 11]], "encoder_mask": [[1, 1, 0], [1, 1, 1]],
-                "encoder_positions": None, "owners": [[0, 0, 3], [1, 2, 3]]},
+                "encoder_positions": None, "owners": [[0, 0, -1], [1, 2, -1]]},
     }
     assert got == encoder[packs] | {
         "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2],
-        "input_ids": [[1, 0, 7, 3, 4], [2, 0, 0, 0, 0]],
-        "chunks": [[-1, 0, -1, -1, -1], [-1, 2, 1, -1, -1]],
+        "plan": [[1, -1, 7, 3, 4], [2, -3, -2, 0, 0]],
         "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]],
         "asked": [1, 2, 4, 5, 6], "labels": [7, 8, 5, 3, 4],
     }
@@ -510,10 +515,10 @@ def test_lay_rows_golden():
     assert refrag.lay_rows(rows, -1).tolist() == [[1, 2, 3], [4, -1, -1]]
 
 
-@given(owners=st.lists(st.integers(0, 4), min_size=1, max_size=12), seed=st.integers(0, 9))
+@given(owners=st.lists(st.integers(-1, 3), min_size=1, max_size=12), seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
 def test_pool_owners_is_the_mean_of_each_owners_states(owners, seed):
-    """Owner 4 of 4 is nobody; an owner without a state has zeros."""
+    """Owner -1 is nobody; an owner without a state has zeros."""
     states = np.random.default_rng(seed).standard_normal((len(owners), 3)).astype(np.float32)
     mine = [states[np.asarray(owners) == c] for c in range(4)]
     expected = np.stack([part.mean(0) if len(part) else np.zeros(3) for part in mine])
@@ -531,7 +536,7 @@ def sequences_for(model, k=4):
     """One per text: a token, its vectors and one chunk as text, the answer."""
     made = []
     for text, answer in QUESTIONS:
-        content, _ = model.encoder.content_of_text(text, k)
+        content = content_of(model.encoder, text, k)
         vectors = -np.arange(len(content.chunks)) - 1
         context = np.concatenate([[7], vectors[:-1], content.chunks[-1], vectors[-1:], [8]])
         made.append(refrag.continue_plan(context, np.asarray(answer), content))
@@ -541,7 +546,7 @@ def sequences_for(model, k=4):
 def plain_logits(model, sequence, text):
     """The asked logits of one sequence from a plain call of the decoder on embeddings that are put together here."""
     embed = model.decoder.get_input_embeddings()
-    states = torch.as_tensor(model.encoder.encode([text])[0])  # (L, E)
+    states = torch.as_tensor(model.encoder.encode([text], 4)[0])  # (L, E)
     means = torch.stack([embed(torch.as_tensor(chunk)).mean(0) for chunk in sequence.content.chunks])
     vectors = model.projector(states, means)
     inputs = torch.stack([embed(torch.tensor(v)) if v >= 0 else vectors[-v - 1] for v in sequence.plan.tolist()])
@@ -600,7 +605,7 @@ def test_forward_gives_the_vectors_and_what_they_should_stand_for(model):
     embed = model.decoder.get_input_embeddings()
     means = [embed(torch.as_tensor(chunk)).mean(0) for s in sequences for chunk in s.content.chunks]
     torch.testing.assert_close(output.means, torch.stack(means))
-    states = torch.as_tensor(np.concatenate(model.encoder.encode([text for text, _ in QUESTIONS])))
+    states = torch.as_tensor(np.concatenate(model.encoder.encode([text for text, _ in QUESTIONS], 4)))
     assert_like(output.vectors, model.projector(states, output.means))
 
 
@@ -800,14 +805,14 @@ def test_new_adapters_change_nothing(adaptable):
 def test_merged_adapters_give_the_same_logits(adaptable):
     model = with_adapters(adaptable)
     plain = refrag.load_decoder(str(adaptable), CPU, torch.float32)
-    adapted, encoded = logits_of(model.decoder), model.encoder.encode(CONTENTS)
+    adapted, encoded = logits_of(model.decoder), model.encoder.encode(CONTENTS, 4)
     refrag.merge_lora(model)
     assert (adapted - logits_of(plain)).abs().max() > 0.1
     torch.testing.assert_close(logits_of(model.decoder), adapted, atol=1e-3 * adapted.abs().max().item(), rtol=0)
     assert refrag.lora_names(model.decoder) == set()
     assert model.decoder.state_dict().keys() == plain.state_dict().keys()
     assert model.config.lora is None and model.config.training_model == "pd"
-    for before, after in zip(encoded, model.encoder.encode(CONTENTS), strict=True):
+    for before, after in zip(encoded, model.encoder.encode(CONTENTS, 4), strict=True):
         assert (before == after).all()  # the encoder has its own copy of the layers
 
 
@@ -823,7 +828,7 @@ def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, adaptable):
     assert refrag.lora_names(again.decoder) == set() and again.config.lora is None
     untouched = build("decoder:2", adaptable).encoder
     assert again.encoder.fingerprint == untouched.fingerprint
-    for ours, theirs in zip(again.encoder.encode(CONTENTS), untouched.encode(CONTENTS), strict=True):
+    for ours, theirs in zip(again.encoder.encode(CONTENTS, 4), untouched.encode(CONTENTS, 4), strict=True):
         assert (ours == theirs).all()
     again.save_pretrained(tmp_path / "d")
     assert {path.stem for path in (tmp_path / "d").glob("*.safetensors")} == {"projector", "decoder"}
@@ -1110,14 +1115,6 @@ def test_a_failed_save_leaves_the_old_checkpoint(checkpoint, llama, bert, monkey
     assert [p.name for p in checkpoint.parent.iterdir()] == ["checkpoint"]
 
 
-def test_load_model_takes_k_from_the_command(checkpoint):
-    """One projector serves every k; the checkpoint's own k is only where training left it."""
-    models = refrag.ModelConfig(load_dir=str(checkpoint))
-    model = refrag.load_model(models, 8, refrag.RuntimeConfig(device="cpu", dtype="float32"))
-    assert model.config.compression == model.encoder.tokenizer.compression == 8
-    config = refrag.model_config(models, 8)
-    assert (config.training_model, config.compression) == ("pe", 8)
-
 # -- which checkpoint is meant ------------------------------------------------------------------
 
 
@@ -1282,18 +1279,18 @@ def test_a_checkpoint_moved_aside_by_a_killed_writer_is_found(checkpoint):
 
 def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint, llama, bert):
     assert all(getattr(refrag.ModelConfig(), f.name) is None for f in dataclasses.fields(refrag.ModelConfig))
-    untrained = refrag.model_config(refrag.ModelConfig(), 8)
+    untrained = refrag.model_config(refrag.ModelConfig())
     assert (untrained.decoder_name_or_path, untrained.encoder_name_or_path) == ("SmolLM2-135M-Instruct", "decoder:8")
-    assert (untrained.pooling, untrained.projector, untrained.compression) == ("mean", "residual_mlp", 8)
+    assert (untrained.pooling, untrained.projector, untrained.compression) == ("mean", "residual_mlp", 16)
     named = refrag.ModelConfig(dec="x", enc="decoder:3", pooling="cls", projector="mlp")
-    config = refrag.model_config(named, 8)
+    config = refrag.model_config(named)
     assert (config.decoder_name_or_path, config.encoder_name_or_path) == ("x", "decoder:3")
     assert (config.pooling, config.projector) == ("cls", "mlp")
-    found = refrag.model_config(refrag.ModelConfig(load_dir=str(checkpoint)), 8)
+    found = refrag.model_config(refrag.ModelConfig(load_dir=str(checkpoint)))
     assert (found.decoder_name_or_path, found.encoder_name_or_path) == (str(llama), str(bert))
     repeated = refrag.ModelConfig(dec=str(llama), enc=str(bert), pooling="mean", projector="residual_mlp",
                                   load_dir=str(checkpoint))
-    assert refrag.model_config(repeated, 8).to_dict() == found.to_dict()
+    assert refrag.model_config(repeated).to_dict() == found.to_dict()
 
 
 @pytest.mark.parametrize(("flag", "value"), [("dec", "SmolLM2-135M-Instruct"), ("enc", "decoder:8"),
@@ -1301,15 +1298,14 @@ def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint,
 def test_other_models_than_the_checkpoints_do_not_fit(checkpoint, flag, value):
     """The defaults too, if they are named."""
     with pytest.raises(refrag.MismatchError, match=f"with --{flag} ") as caught:
-        refrag.model_config(refrag.ModelConfig(load_dir=str(checkpoint), **{flag: value}), 8)
+        refrag.model_config(refrag.ModelConfig(load_dir=str(checkpoint), **{flag: value}))
     assert caught.value.code == 5 and value in str(caught.value)
 
 
 def test_load_model_takes_the_folder_of_a_run(run_folder):
     models = refrag.ModelConfig(load_dir=str(run_folder))
-    model = refrag.load_model(models, 8, refrag.RuntimeConfig(device="cpu", dtype="float32"))
+    model = refrag.load_model(models, refrag.RuntimeConfig(device="cpu", dtype="float32"))
     assert model.projector.scale.item() == scale_of(run_folder / "step-100")
-    assert model.config.compression == model.encoder.tokenizer.compression == 8
 
 
 def test_generate_takes_the_folder_of_a_run(run, run_folder, bert):
@@ -1327,7 +1323,7 @@ def test_generate_takes_the_folder_of_a_run(run, run_folder, bert):
 def test_a_fall_back_is_told_once(run_folder, capsys):
     (run_folder / "step-100" / "manifest.json").unlink()
     models = refrag.ModelConfig(load_dir=str(run_folder))
-    refrag.load_model(models, 8, refrag.RuntimeConfig(device="cpu", dtype="float32"))
+    refrag.load_model(models, refrag.RuntimeConfig(device="cpu", dtype="float32"))
     assert capsys.readouterr().err.count("falling back") == 1
 
 
@@ -1363,8 +1359,8 @@ def test_the_shipped_checkpoint_does_not_apply_to_other_models(run, shipped, lla
 
 def test_training_begins_with_no_checkpoint(shipped, llama):
     """The shipped one must be named to be trained further."""
-    assert not refrag.load_model(refrag.ModelConfig(dec=str(llama), enc="decoder:2"), 4, refrag.RuntimeConfig()).trained
-    assert refrag.load_model(refrag.ModelConfig(load_dir="auto"), 4, refrag.RuntimeConfig(device="cpu")).trained
+    assert not refrag.load_model(refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.RuntimeConfig()).trained
+    assert refrag.load_model(refrag.ModelConfig(load_dir="auto"), refrag.RuntimeConfig(device="cpu")).trained
 
 
 def test_an_index_holds_states_only_if_asked(run, tmp_path, shipped, corpus, embedder):
@@ -1374,7 +1370,7 @@ def test_an_index_holds_states_only_if_asked(run, tmp_path, shipped, corpus, emb
         assert run("index", *argv)[0] == 0
     without, held = (refrag.open_index(str(tmp_path / name)).manifest["chunking"] for name in ("without", "with"))
     assert without["encoder"] is None and held["k"] == 4
-    model = refrag.load_model(refrag.ReaderConfig(), 4, refrag.RuntimeConfig(device="cpu", dtype="float32"))
+    model = refrag.load_model(refrag.ReaderConfig(), refrag.RuntimeConfig(device="cpu", dtype="float32"))
     assert held["encoder"] == model.encoder.fingerprint
 
 
@@ -1570,7 +1566,7 @@ def test_states_that_are_no_numbers_are_an_error(llama, bert, enc):
     with torch.no_grad():
         next(p for p in model.encoder.backbone.parameters() if p.ndim == 1).fill_(math.nan)  # of a norm
     with pytest.raises(refrag.CorruptError, match="the encoder gives values that are not finite"):
-        model.encoder.encode(["Seven bridges cross the old city."])
+        model.encoder.encode(["Seven bridges cross the old city."], 4)
 
 
 def test_vectors_that_are_no_numbers_are_an_error(embedder):

@@ -41,13 +41,19 @@ def loaded(tokenizers):
 @pytest.fixture(scope="module")
 def chat(loaded):
     """A RefragTokenizer with a chat template and four tokens per chunk."""
-    return refrag.RefragTokenizer(loaded["bpe"], compression=4)
+    return refrag.RefragTokenizer(loaded["bpe"])
 
 
-def make_doc(tokenizer, label, text):
+def make_doc(tokenizer, label, text, k=4):
     """A Doc of a neutralised text, cut by the tokenizer's own chunks."""
     content = tokenizer.neutralize(text)
-    return refrag.Doc(label, content, tokenizer.runs([content])[0][0])
+    return refrag.Doc(label, content, tokenizer.cut([content], k)[0].ends)
+
+
+def as_tokens(offsets):
+    """Tokens of these (start, end)."""
+    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    return refrag.Tokens(np.arange(len(spans)), *spans.T)
 
 
 def special_ids(tokenizer):
@@ -131,12 +137,12 @@ def test_a_text_without_tokens_is_one_chunk(loaded):
 
 def test_tokens_without_characters_belong_to_the_chunk_before():
     """Some tokenizers add marks that stand for no character; at k = 1 such a token would be an empty chunk."""
-    ends, sizes = refrag.chunk_runs("ab", [(0, 1), (1, 1), (1, 2)], 1)
+    _, ends, sizes = refrag.chunk_runs("ab", as_tokens([(0, 1), (1, 1), (1, 2)]), 1)
     assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
 
 
 def test_a_first_token_without_characters_makes_no_empty_chunk():
-    ends, sizes = refrag.chunk_runs("ab", [(0, 0), (0, 1), (1, 2)], 1)
+    _, ends, sizes = refrag.chunk_runs("ab", as_tokens([(0, 0), (0, 1), (1, 2)]), 1)
     assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
 
 
@@ -149,7 +155,7 @@ def test_k_below_one_is_refused(loaded):
 @given(text=wild)
 @few
 def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, text):
-    tokens, mask = refrag.RefragTokenizer(loaded["bpe"], loaded[kind], 4).pack(text)
+    tokens, mask = refrag.RefragTokenizer(loaded["bpe"], loaded[kind]).pack(text, 4)
     assert tokens.shape == mask.shape and tokens.shape[1] == 4
     assert tokens[mask == 1].tolist() == loaded[kind](text, add_special_tokens=False)["input_ids"]
     assert (tokens[mask == 0] == 0).all()
@@ -162,10 +168,10 @@ placements = st.lists(st.booleans(), max_size=40).map(lambda inner: np.array([Tr
 
 def test_whole_tokens_golden():
     """A letter, a face of three byte tokens, a letter: no cut before the face's second and third token."""
-    assert refrag.whole_tokens([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]).tolist() == [True, True, False, False, True,
-                                                                                      True]
-    assert refrag.whole_tokens([(0, 3), (4, 7)]).tolist() == [True] * 3  # a blank between them is no character of both
-    assert refrag.whole_tokens([]).tolist() == [True]
+    face = as_tokens([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)])
+    assert refrag.whole_tokens(face).tolist() == [True, True, False, False, True, True]
+    assert refrag.whole_tokens(as_tokens([(0, 3), (4, 7)])).all()  # a blank between them is no character of both
+    assert refrag.whole_tokens(as_tokens([])).tolist() == [True]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,7 +179,7 @@ def test_whole_tokens_golden():
 @few
 def test_a_cut_stands_where_a_character_is_done(loaded, kind, text):
     offsets = loaded[kind](text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    whole = refrag.whole_tokens(offsets)
+    whole = refrag.whole_tokens(as_tokens(offsets))
     assert whole.dtype == bool and len(whole) == len(offsets) + 1 and whole[0] and whole[-1]
     for i in range(1, len(offsets)):
         before, after = ({*range(*span)} for span in offsets[i - 1 : i + 1])
@@ -230,8 +236,8 @@ def test_chunk_runs_cut_where_token_cuts_do(loaded, kind, text):
     """The same chunks for a text and for its tokens; without tokens there is nothing to cut but the text."""
     offsets = loaded[kind](text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     for k in (1, 3, 4, 16):
-        cuts = refrag.token_cuts(refrag.whole_tokens(offsets), k)
-        _, sizes = refrag.chunk_runs(text, offsets, k)
+        cuts = refrag.token_cuts(refrag.whole_tokens(as_tokens(offsets)), k)
+        *_, sizes = refrag.chunk_runs(text, as_tokens(offsets), k)
         cumulated = [0, *np.cumsum(sizes).tolist()] if offsets else [0]
         assert cumulated == cuts.tolist() if all(a < b for a, b in offsets) else set(cumulated) <= set(cuts.tolist())
 
@@ -386,22 +392,22 @@ def test_segments_join_to_the_text_and_make_no_special_token(chat, text):
         assert s.kind == "text" or s.doc_id in "12"
 
 
-@pytest.mark.parametrize("compression", [4, 8])
-def test_packed_tokens_have_the_width_of_the_compression(loaded, compression):
+@pytest.mark.parametrize("k", [4, 8])
+def test_packed_tokens_have_the_width_of_the_compression(loaded, k):
     """Encoder tokens, one row per chunk; the mask counts them. Plain text has no rows."""
-    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"], compression)
+    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"])
     text = "The Rhone leaves Lake Geneva and crosses the old city under seven bridges."
-    before, doc = tokenizer.parse_and_tokenize(f"Read: <doc id='1'>{text}</doc>")
+    before, doc = tokenizer.parse_and_tokenize(f"Read: <doc id='1'>{text}</doc>", k)
     ids = loaded["wordpiece"](text, add_special_tokens=False)["input_ids"]
-    assert before.packed_tokens.shape == before.packed_mask.shape == (0, compression)
-    assert doc.packed_tokens.shape == doc.packed_mask.shape == (math.ceil(len(ids) / compression), compression)
+    assert before.packed_tokens.shape == before.packed_mask.shape == (0, k)
+    assert doc.packed_tokens.shape == doc.packed_mask.shape == (math.ceil(len(ids) / k), k)
     assert doc.packed_mask.sum() == len(ids)
     assert doc.packed_tokens.reshape(-1)[: len(ids)].tolist() == ids
     assert doc.input_ids == loaded["bpe"](text, add_special_tokens=False)["input_ids"]
 
 
 def test_an_empty_document_has_no_packed_rows(chat):
-    (doc,) = chat.parse_and_tokenize("<doc id='1'></doc>")
+    (doc,) = chat.parse_and_tokenize("<doc id='1'></doc>", 4)
     assert doc.input_ids == [] and doc.packed_tokens.shape == doc.packed_mask.shape == (0, 4)
 
 
@@ -448,7 +454,7 @@ def test_prompt_without_documents(chat):
 
 def test_prompt_of_a_decoder_without_a_template(loaded):
     """The message, then "Answer:"; and the special tokens that the tokenizer itself would add."""
-    tokenizer = refrag.RefragTokenizer(loaded["plain_bpe"], compression=4)
+    tokenizer = refrag.RefragTokenizer(loaded["plain_bpe"])
     prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", []))
     assert prompt.text == "Answer the question briefly.\n\nQuestion: Why?\nAnswer:"
     assert prompt.input_ids.tolist() == loaded["plain_bpe"](prompt.text)["input_ids"]
@@ -482,8 +488,8 @@ def test_chunks_tile_every_document(chat, texts, question):
 @given(texts=st.lists(ordinary | wild, min_size=1, max_size=2))
 @few
 def test_chunks_tile_with_another_encoders_boundaries(loaded, texts):
-    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"], 8)
-    docs = [make_doc(tokenizer, str(i), text) for i, text in enumerate(texts, 1)]
+    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"])
+    docs = [make_doc(tokenizer, str(i), text, 8) for i, text in enumerate(texts, 1)]
     check_tiling(tokenizer, refrag.build_prompt(tokenizer, ["Read.\n", *docs, "\nWhy?"]), docs)
 
 
@@ -510,14 +516,14 @@ def test_the_id_of_a_literal_block_makes_no_special_token(tokenizers):
     """Some decoders' special tokens have neither angle brackets nor quotes, so they fit into an id."""
     decoder = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
     decoder.add_special_tokens({"additional_special_tokens": ["[INST]"]})
-    tokenizer = refrag.RefragTokenizer(decoder, compression=4)
+    tokenizer = refrag.RefragTokenizer(decoder)
     for segment in tokenizer.parse_and_tokenize("<doc id='[INST]'>x</doc>"):
         assert decoder.convert_tokens_to_ids("[INST]") not in decoder(segment.doc_id or segment.text)["input_ids"]
 
 
 def test_encoder_makes_no_special_token_from_a_passage(loaded):
     """The encoder has special tokens of its own; a passage that spells one must not make it."""
-    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"], 4)
+    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"])
     (doc,) = tokenizer.parse_and_tokenize("<doc id='1'>a [SEP] b [PAD] c</doc>")
     assert not special_ids(loaded["wordpiece"]) & set(doc.packed_tokens[doc.packed_mask == 1].tolist())
 
@@ -526,7 +532,7 @@ def with_template(tokenizers, template, kind="bpe"):
     """A RefragTokenizer whose decoder has another chat template."""
     decoder = transformers.AutoTokenizer.from_pretrained(tokenizers[kind])
     decoder.chat_template = template
-    return refrag.RefragTokenizer(decoder, compression=4)
+    return refrag.RefragTokenizer(decoder)
 
 
 def test_a_template_that_trims_works(tokenizers):
@@ -586,7 +592,7 @@ def test_a_system_message_that_repeats_the_question_moves_no_chunk(chat):
 
 
 def test_without_a_template_a_system_message_comes_first(loaded):
-    tokenizer = refrag.RefragTokenizer(loaded["plain_bpe"], compression=4)
+    tokenizer = refrag.RefragTokenizer(loaded["plain_bpe"])
     prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", []), "Be brief.")
     assert prompt.text == "Be brief.\n\nAnswer the question briefly.\n\nQuestion: Why?\nAnswer:"
 
@@ -595,37 +601,29 @@ def test_without_a_template_a_system_message_comes_first(loaded):
 
 
 def bare_prompt(T, chunks, blocks=()):
-    """A prompt of T tokens with chunks given as (doc, first, last)."""
-    return refrag.Prompt("", np.arange(T), [refrag.Chunk(d, 0, 1, a, b) for d, a, b in chunks], list(blocks))
+    """A prompt of T tokens, 50, 51, .., with chunks given as (doc, first, last)."""
+    return refrag.Prompt("", 50 + np.arange(T), [refrag.Chunk(d, 0, 1, a, b) for d, a, b in chunks], list(blocks))
 
 
 def test_mixed_plan_golden():
     """Ten tokens, chunks over 2-3, 4-6 and 8: the second stays text, the others become vectors -1 and -3."""
     prompt = bare_prompt(10, [(0, 2, 4), (0, 4, 7), (1, 8, 9)])
     expanded = np.array([False, True, False])
-    assert refrag.mixed_plan(prompt, expanded).tolist() == [0, 1, -1, 4, 5, 6, 7, -3, 9]
-    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [0, 1, 4, 5, 6, 7, 9]
+    assert refrag.mixed_plan(prompt, expanded).tolist() == [50, 51, -1, 54, 55, 56, 57, -3, 59]
+    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [50, 51, 54, 55, 56, 57, 59]
+    assert np.flatnonzero(~refrag.text_mask(prompt, expanded)).tolist() == [2, 3, 8]
 
 
 def test_a_chunk_without_tokens_has_no_vector():
     """Characters that vanish into the token before leave nothing to stand for."""
     prompt = bare_prompt(6, [(0, 1, 3), (0, 3, 3), (0, 3, 5)])
-    assert refrag.mixed_plan(prompt, np.zeros(3, bool)).tolist() == [0, -1, -3, 5]
+    assert refrag.mixed_plan(prompt, np.zeros(3, bool)).tolist() == [50, -1, -3, 55]
 
 
 def test_all_expanded_is_the_prompt_itself(chat):
     prompt = two_docs(chat)
     plan = refrag.mixed_plan(prompt, np.ones(len(prompt.chunks), bool))
-    assert plan.tolist() == list(range(len(prompt.input_ids)))
-
-
-def test_none_expanded_leaves_no_token_of_a_content(chat):
-    prompt = two_docs(chat)
-    plan = refrag.mixed_plan(prompt, np.zeros(len(prompt.chunks), bool))
-    content = {i for c in prompt.chunks for i in range(c.first, c.last)}
-    assert not content & set(plan.tolist())
-    assert set(plan[plan >= 0].tolist()) == set(range(len(prompt.input_ids))) - content
-    assert (-plan[plan < 0] - 1).tolist() == list(range(len(prompt.chunks)))
+    assert plan.tolist() == prompt.input_ids.tolist()
 
 
 @given(st.data())
@@ -633,25 +631,30 @@ def test_none_expanded_leaves_no_token_of_a_content(chat):
 def test_plans_keep_the_order_and_every_token_outside(chat, data):
     prompt = two_docs(chat)
     L = len(prompt.chunks)
-    expanded = np.array(data.draw(st.lists(st.booleans(), min_size=L, max_size=L)))
+    expanded = np.array(data.draw(st.lists(st.booleans(), min_size=L, max_size=L) | st.just([False] * L)))
     plan = refrag.mixed_plan(prompt, expanded).tolist()
     spread = []  # each vector replaced by the tokens it stands for
     for v in plan:
-        spread += [v] if v >= 0 else range(prompt.chunks[-v - 1].first, prompt.chunks[-v - 1].last)
-    assert spread == list(range(len(prompt.input_ids)))
+        chunk = prompt.chunks[-v - 1] if v < 0 else None
+        spread += [v] if chunk is None else prompt.input_ids[chunk.first : chunk.last].tolist()
+    assert spread == prompt.input_ids.tolist()
     assert {-v - 1 for v in plan if v < 0} == set(np.flatnonzero(~expanded).tolist())
-    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [v for v in plan if v >= 0]
+    kept = prompt.input_ids[refrag.text_mask(prompt, expanded)].tolist()
+    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == kept == [v for v in plan if v >= 0]
 
 
-def test_truncated_plan_golden():
+def test_truncated_mask_golden():
     """Frame 0, 9 and 10; documents 1-4 and 5-8 with tags 1, 4, 5, 8 around two content tokens each."""
     prompt = bare_prompt(11, [(0, 2, 4), (1, 6, 7), (1, 7, 8)], [(1, 5), (5, 9)])
-    assert refrag.truncated_plan(prompt, 11).tolist() == list(range(11))
-    assert refrag.truncated_plan(prompt, 10).tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
-    assert refrag.truncated_plan(prompt, 9).tolist() == [0, 1, 2, 3, 4, 9, 10]  # emptied: its tags go too
-    assert refrag.truncated_plan(prompt, 6).tolist() == [0, 1, 2, 4, 9, 10]
-    assert refrag.truncated_plan(prompt, 5).tolist() == [0, 9, 10]
-    assert refrag.truncated_plan(prompt, 0).tolist() == [0, 9, 10]
+
+    def kept(positions):
+        return np.flatnonzero(refrag.truncated_mask(prompt, positions)).tolist()
+
+    assert kept(11) == list(range(11))
+    assert kept(10) == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert kept(9) == [0, 1, 2, 3, 4, 9, 10]  # emptied: its tags go too
+    assert kept(6) == [0, 1, 2, 4, 9, 10]
+    assert kept(5) == kept(0) == [0, 9, 10]
 
 
 @given(positions=st.integers(0, 200), texts=st.lists(ordinary | wild, min_size=1, max_size=4))
@@ -659,8 +662,7 @@ def test_truncated_plan_golden():
 def test_truncation_keeps_to_the_positions_and_the_best_ranked(chat, positions, texts):
     docs = [make_doc(chat, str(i), text) for i, text in enumerate(texts, 1)]
     prompt = refrag.build_prompt(chat, refrag.question_pieces("Why?", docs))
-    plan = refrag.truncated_plan(prompt, positions).tolist()
-    assert plan == sorted(set(plan))
+    plan = np.flatnonzero(refrag.truncated_mask(prompt, positions)).tolist()
     frame = set(range(len(prompt.input_ids))) - {i for a, b in prompt.blocks for i in range(a, b)}
     assert frame <= set(plan)
     assert len(plan) <= max(positions, len(frame))

@@ -1059,34 +1059,33 @@ def test_late_chunk_vectors_golden():
 
 
 @pytest.fixture(scope="module")
-def encoders(llama):
-    """The tiny decoder's first two layers as an encoder, at k = 4 and at multiples."""
-    configs = [refrag.RefragConfig("decoder:2", str(llama), compression=k) for k in (4, 8, 16)]
-    return {c.compression: refrag.build_model(c, torch.device("cpu"), torch.float32).encoder for c in configs}
+def encoder(llama):
+    """The tiny decoder's first two layers as an encoder."""
+    config = refrag.RefragConfig("decoder:2", str(llama))
+    return refrag.build_model(config, torch.device("cpu"), torch.float32).encoder
 
 
-def table_at(encoder, content):
+def table_at(encoder, content, k=4):
     """The chunk table of a content, computed."""
-    chunking = refrag.make_chunking(encoder.tokenizer, encoder)
-    return refrag.chunk_tables([content], chunking, None, 1)[1][0]
+    return refrag.chunk_tables([content], refrag.Chunking(k, encoder.tokenizer, encoder), None, 1)[1][0]
 
 
-def check_merged(encoders, content):
+def check_merged(encoder, content):
     """Merged chunks of 4 are the chunks of 8 and 16."""
-    small = table_at(encoders[4], content)
+    small = table_at(encoder, content)
     for factor in (2, 4):
-        merged, direct = refrag.merge_chunks(small, factor), table_at(encoders[4 * factor], content)
+        merged, direct = refrag.merge_chunks(small, factor), table_at(encoder, content, 4 * factor)
         assert merged.ends.tolist() == direct.ends.tolist() and merged.sizes.tolist() == direct.sizes.tolist()
         np.testing.assert_allclose(merged.states, direct.states, rtol=2e-3, atol=2e-3 * np.abs(direct.states).max())
 
 
 @pytest.mark.parametrize("row", range(len(MANY)))
-def test_chunks_of_4_give_those_of_8_and_16(encoders, row):
-    check_merged(encoders, MANY[row]["text"][:600])
+def test_chunks_of_4_give_those_of_8_and_16(encoder, row):
+    check_merged(encoder, MANY[row]["text"][:600])
 
 
-def test_chunks_of_4_give_those_of_8_and_16_beyond_the_encoders_window(encoders):
-    check_merged(encoders, LONG)
+def test_chunks_of_4_give_those_of_8_and_16_beyond_the_encoders_window(encoder):
+    check_merged(encoder, LONG)
 
 
 def test_states_of_an_encoder_that_reads_chunk_by_chunk_serve_their_own_k_alone(run, corpus, embedder, llama, bert,
@@ -1103,7 +1102,7 @@ def test_states_of_an_encoder_that_reads_chunk_by_chunk_serve_their_own_k_alone(
         assert (pipeline.stored_table(0).states is not None) == (k == 4) == bench.reads_stored(pipeline)
         content = pipeline.stored.content(0)
         [table] = pipeline.chunk_tables([content], [0], {"states"})
-        made = table_at(pipeline.model.encoder, content)
+        made = table_at(pipeline.model.encoder, content, k)
         np.testing.assert_allclose(table.states, made.states, rtol=1e-3, atol=1e-3 * np.abs(made.states).max())
 
 
@@ -1117,10 +1116,10 @@ def test_vectors_in_8_bits_are_within_half_a_step(seed, N):
     assert (np.abs(levels * scales - vectors) <= 0.5001 * np.abs(vectors).max(axis=1, keepdims=True) / 127 + 1e-9).all()
 
 
-def test_stored_tables_are_those_made_now(index_dir, embedder, encoders):
+def test_stored_tables_are_those_made_now(index_dir, embedder, encoder):
     index, model = refrag.open_index(str(index_dir)), refrag.load_embedder(str(embedder), RUNTIME)
-    for k, encoder in encoders.items():
-        chunking = refrag.make_chunking(encoder.tokenizer, encoder)
+    for k in (4, 8, 16):
+        chunking = refrag.Chunking(k, encoder.tokenizer, encoder)
         for row in range(len(index)):
             stored = index.chunk_table(row, k, encoder.fingerprint)
             made = refrag.chunk_tables([index.content(row)], chunking, model, 1)[1][0]
@@ -1133,11 +1132,11 @@ def test_stored_tables_are_those_made_now(index_dir, embedder, encoders):
                 assert (np.abs(stored.gate - made.gate) <= 0.51 * step + 1e-3).all()
 
 
-def test_chunk_tables_of_other_k_or_another_encoder_are_not_used(index_dir, encoders):
+def test_chunk_tables_of_other_k_or_another_encoder_are_not_used(index_dir, encoder):
     index = refrag.open_index(str(index_dir))
-    assert index.chunk_table(0, 6, encoders[4].fingerprint) is None
-    assert index.chunk_table(0, 12, encoders[4].fingerprint) is not None
-    assert index.chunk_table(0, 2, encoders[4].fingerprint) is None
+    assert index.chunk_table(0, 6, encoder.fingerprint) is None
+    assert index.chunk_table(0, 12, encoder.fingerprint) is not None
+    assert index.chunk_table(0, 2, encoder.fingerprint) is None
     assert index.chunk_table(0, 4, "0" * 16).states is None
     assert index.chunk_table(0, 4).states is None and index.chunk_table(0, 4).gate is not None
 
@@ -1205,9 +1204,9 @@ def test_an_embedder_without_a_pad_token(tmp_path, run, ask, llama, lacking):
     assert ids_of(ask(tmp_path / "i", texts[1], "--retriever", "dense"))[0] == "c.jsonl:2"
 
 
-def test_gate_vectors_beyond_what_the_embedder_reads_are_the_passages(embedder, encoders):
+def test_gate_vectors_beyond_what_the_embedder_reads_are_the_passages(embedder, encoder):
     """The embedder reads 64 tokens; chunks after those have the whole passage's vector."""
-    model, chunking = refrag.load_embedder(str(embedder), RUNTIME), refrag.make_chunking(encoders[4].tokenizer, None)
+    model, chunking = refrag.load_embedder(str(embedder), RUNTIME), refrag.Chunking(4, encoder.tokenizer)
     vectors, (table,) = refrag.chunk_tables([LONG], chunking, model, 1)
     np.testing.assert_allclose(table.gate[-1], vectors[0], atol=1e-6)
     assert np.abs(table.gate[0] - vectors[0]).max() > 1e-3

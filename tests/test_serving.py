@@ -251,7 +251,7 @@ def serve_argv(index_dir, llama):
 
 @pytest.fixture(scope="module")
 def server(serve_argv):
-    made = Server(*serve_argv, "--body_bytes", "20000", "--together", "4")
+    made = Server(*serve_argv, "--together", "4")
     yield made
     if made.process.poll() is None:
         made.end()
@@ -474,8 +474,8 @@ class TestBadRequests:
         assert told in error["message"] and "--" not in error["message"] and error["code"]
 
     def test_too_long_a_body(self, server):
-        reply = server.http.post("/v1/chat/completions", content=b" " * 20_001)
-        assert reply.status_code == 413 and "longer than 20000 bytes" in reply.json()["error"]["message"]
+        reply = server.http.post("/v1/chat/completions", content=b" " * (serve.BODY_BYTES + 1))
+        assert reply.status_code == 413 and "longer than 1048576 bytes" in reply.json()["error"]["message"]
 
     @pytest.mark.parametrize("more", [
         {"tools": []}, {"tools": [], "tool_choice": "auto"}, {"tool_choice": "none", "parallel_tool_calls": True},
@@ -539,10 +539,10 @@ class TestBadRequests:
 class TestHostsAndOrigins:
     """Who may ask, without models: the application alone, as it is made for an address."""
 
-    def ask(self, address, host, *, method="GET", path="/healthz", serve=None, content=None, **headers):
+    def ask(self, address, host, *, method="GET", path="/healthz", config=None, content=None, **headers):
         engine = SimpleNamespace(pipeline=SimpleNamespace(embedder=None), thread=threading.main_thread(),
                                  counts=Counter())
-        app = serve.make_app(engine, serve or refrag.ServeConfig(api_key="secret"), address)
+        app = serve.make_app(engine, config or refrag.ServeConfig(api_key="secret"), address)
 
         async def send():
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -571,23 +571,23 @@ class TestHostsAndOrigins:
     def test_elsewhere_any_name_is_answered_and_a_missing_key_is_said(self, address, capsys):
         assert self.ask(address, "notes.example").status_code == 200
         assert capsys.readouterr().err == ""
-        assert self.ask(address, "notes.example", serve=refrag.ServeConfig()).status_code == 200
+        assert self.ask(address, "notes.example", config=refrag.ServeConfig()).status_code == 200
         assert f"warning: {address} lets other machines in, and there is no --api_key" in capsys.readouterr().err
 
     def test_origins_that_were_named_may_ask_and_others_may_not_even_post(self):
         app, other = "https://app.example:8443", "https://other.example"
-        serve = refrag.ServeConfig(cors=("http://localhost:3000", app))
+        config = refrag.ServeConfig(cors=("http://localhost:3000", app))
         preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         path = "/v1/chat/completions"
         for origin, codes in ((app, [200, 400, 404]), (other, [400, 403, 404]), ("null", [400, 403, 404])):
             asked = (("OPTIONS", path, None, preflight), ("POST", path, b"no JSON", {"Content-Type": "text/plain"}),
                      ("GET", "/v1/nothing", None, {}))
-            replies = [self.ask("127.0.0.1", "localhost", serve=serve, method=method, path=where, content=content,
+            replies = [self.ask("127.0.0.1", "localhost", config=config, method=method, path=where, content=content,
                                 Origin=origin, **headers) for method, where, content, headers in asked]
             assert [reply.status_code for reply in replies] == codes
             for reply in replies:
                 assert reply.headers.get("Access-Control-Allow-Origin") == (app if origin == app else None)
-        assert "authorization" in self.ask("127.0.0.1", "localhost", serve=serve, method="OPTIONS", path=path,
+        assert "authorization" in self.ask("127.0.0.1", "localhost", config=config, method="OPTIONS", path=path,
                                            Origin=app, **preflight).headers["Access-Control-Allow-Headers"]
 
     @pytest.mark.parametrize("origin", ["*", "app.example", "https://app.example/", "https://app.example/notes", "null",
@@ -865,8 +865,7 @@ class TestEngine:
             runtime = refrag.RuntimeConfig()
 
         body = json.dumps({"model": "refrag", "messages": say("Why?")}).encode()
-        asked = serve.ChatRequest.read(body, Loaded, refrag.ServeConfig(max_tokens=64))
-        assert asked.wish.generate.max_new == 64
+        assert serve.ChatRequest.read(body, Loaded).wish.generate.max_new == 128
 
     @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "sentencepiece"])
     @pytest.mark.parametrize("prompt", ["", "passage of a text "])

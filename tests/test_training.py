@@ -259,8 +259,7 @@ def test_a_file_without_text_is_refused_and_leaves_no_cache(tmp_path, home, whol
 
 # -- what the text phases read ---------------------------------------------------------------
 
-SETTINGS = {refrag.ReconLessons: refrag.ReconConfig, refrag.NextLessons: refrag.NextConfig,
-            refrag.AlignLessons: refrag.AlignConfig}
+SETTINGS = {refrag.ReconLessons: refrag.ReconConfig, refrag.NextLessons: refrag.NextConfig, refrag.AlignLessons: None}
 
 
 def text_lessons(kind: type, encoder: refrag.ChunkEncoder, train: Path, *, k: tuple[int, ...] = (4,),
@@ -268,7 +267,7 @@ def text_lessons(kind: type, encoder: refrag.ChunkEncoder, train: Path, *, k: tu
     """The lessons of a phase on a file of texts."""
     texts = refrag.TextConfig((str(train),), (str(held_out),) if held_out else ())
     config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens, eval_limit=eval_limit)
-    return kind(encoder, texts, config, SETTINGS[kind](**options))
+    return kind(encoder, texts, config, *([SETTINGS[kind](**options)] if SETTINGS[kind] else []))
 
 
 def asked(sequence: refrag.TrainingSequence) -> list[int]:
@@ -359,10 +358,10 @@ def test_texts_shorter_than_their_split_are_used(tmp_path, whole, tokens, split,
 
 
 def test_the_split_holds_for_the_first_window_alone(tmp_path, whole):
-    """40 tokens with a context of 6, windows of 16: then halves."""
+    """40 tokens with a context of 6, windows of 16, 16 and 8: then halves."""
     path = write(tmp_path / "t.jsonl", [{"tokens": list(range(100, 140)), "split": {"s": 6, "o": 34}}])
-    lessons = text_lessons(refrag.NextLessons, whole, path, seq_tokens=16, next_frac=0.25, **NEXT)
-    assert [len(asked(lessons.draw(n, rng(), 0.0).sequence)) for n in range(3)] == [10, 4, 2]
+    lessons = text_lessons(refrag.NextLessons, whole, path, seq_tokens=16, **NEXT)
+    assert [len(asked(lessons.draw(n, rng(), 0.0).sequence)) for n in range(3)] == [10, 8, 4]
 
 
 def test_a_split_without_o_means_the_rest_of_the_tokens(tmp_path, whole):
@@ -421,7 +420,7 @@ def test_alignment_asks_teacher_and_student_the_same(tmp_path, whole):
 def test_alignment_with_a_separate_encoder_cuts_at_anchors(tmp_path, separate, k):
     """Each run of k tokens ends at the last place, at or before its end, where both tokenizers end a token."""
     path = write(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS])
-    lessons = text_lessons(refrag.AlignLessons, separate, path, k=(k,), seq_tokens=512, max_cost=1.0)
+    lessons = text_lessons(refrag.AlignLessons, separate, path, k=(k,), seq_tokens=512)
     encoder, decoder = separate.tokenizer.encoder, separate.tokenizer.decoder
     for number, text in enumerate(TEXTS):
         student, teacher, *_ = lessons.draw(number, rng(), 0.0)
@@ -431,23 +430,13 @@ def test_alignment_with_a_separate_encoder_cuts_at_anchors(tmp_path, separate, k
         assert asked(student) == asked(teacher) == [chunk[0] for chunk in chunks[1:]]
         both = [{end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
             "offset_mapping"]} for tokenizer in (encoder, decoder)]
-        runs = separate.tokenizer.runs([text], k)[0][0].tolist()
+        runs = separate.tokenizer.cut([text], k)[0].ends.tolist()
         expected = {max((end for end in both[0] & both[1] if end <= run), default=0) for run in runs[:-1]} - {0}
         ends = np.cumsum([len(decoder.decode(chunk.tolist())) for chunk in chunks]).tolist()
         assert ends == [*sorted(expected), len(text)] and len(ends) > 1
         assert [owner.max() for _, owner in student.content.rows] == list(range(len(chunks)))
         assert [ids.tolist() for ids, _ in student.content.rows] == [
             encoder(text[a:b])["input_ids"] for a, b in itertools.pairwise([0, *ends])]
-
-
-def test_anchors_that_cost_too_much_are_left_out(tmp_path, separate):
-    """An uncased encoder: where nothing may differ there are fewer anchors, so fewer and longer chunks."""
-    path = write(tmp_path / "t.jsonl", [{"text": text.upper()} for text in TEXTS[:3]])
-    counts = {}
-    for cost in (0.0, 1.0):
-        lessons = text_lessons(refrag.AlignLessons, separate, path, seq_tokens=512, max_cost=cost)
-        counts[cost] = sum(len(lessons.draw(n, rng(), 0.0).sequence.content.chunks) for n in range(3))
-    assert counts[0.0] < counts[1.0]
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -494,7 +483,7 @@ def test_next_feeds_no_vector_of_a_chunk_without_tokens_of_the_decoder(tmp_path,
     encoder = build(bert, llama).encoder
     text = "\u957f\u6c5f\u662f\u4e9a\u6d32\u6700\u957f\u7684\u6cb3\u6d41\u3002" * 2
     path = write(tmp_path / "t.jsonl", [{"text": f"{text} {TEXTS[1]}"}])
-    lessons = text_lessons(refrag.NextLessons, encoder, path, seq_tokens=512, k=(1,), next_frac=0.3, **NEXT)
+    lessons = text_lessons(refrag.NextLessons, encoder, path, seq_tokens=512, k=(1,), **NEXT)
     sequence = lessons.draw(0, rng(), 0.0).sequence
     fed = {-v - 1 for v in sequence.plan.tolist() if v < 0}
     empty = {n for n, chunk in enumerate(sequence.content.chunks) if not len(chunk)}
@@ -709,7 +698,7 @@ def test_everything_as_text_is_the_plain_prompt(lessons_on):
         item = lessons.draw(number, rng(number), 0.0)
         plan, said = item.sequence.plan, asked(item.sequence)
         contents = [f"Title {n}\n{TEXTS[n]}" for n in shown(full_text(lessons, item))]
-        docs = [refrag.Doc(str(rank), content, lessons.tokenizer.runs([content], 4)[0][0])
+        docs = [refrag.Doc(str(rank), content, lessons.tokenizer.cut([content], 4)[0].ends)
                 for rank, content in enumerate(contents, start=1)]
         pieces = refrag.question_pieces(QUESTIONS[number]["question"], docs)
         prompt = refrag.build_prompt(lessons.tokenizer, pieces)
@@ -1408,17 +1397,10 @@ def test_steps_are_logged_at_the_intervals_asked_for(train, sources, tmp_path):
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(train, start, tmp_path):
-    train("cpt_align", "run", "--load_dir", start, "--mse", 0.5, "--kl", 2, "--argmax", 0.25, "--log_every", 1)
+    train("cpt_align", "run", "--load_dir", start, "--log_every", 1)
     for record in logged(tmp_path / "run"):
-        expected = 0.5 * record["mse"] + 2 * record["kl"] + 0.25 * record["argmax"]
+        expected = record["mse"] + record["kl"] + 0.2 * record["argmax"]
         assert record["loss"] == pytest.approx(expected, rel=1e-4) and min(record["mse"], record["kl"]) > 0
-
-
-@pytest.mark.parametrize(("options", "terms"), [
-    ("--kl 0 --argmax 0", {"mse"}), ("--mse 0 --kl 0", {"argmax"}), ("--mse 0 --argmax 0 --train ped", {"kl"})])
-def test_terms_of_the_alignment_can_be_left_out(train, tmp_path, options, terms):
-    train("cpt_align", "run", *options.split())
-    assert set(logged(tmp_path / "run")[0]) & set(refrag.Weights._fields) == terms
 
 
 def test_a_picture_is_drawn(train, sources, tmp_path, monkeypatch):
