@@ -108,6 +108,11 @@ class Forks:
         return self.wait(self.start(argv, *how, **more))
 
     @property
+    def out(self) -> str:
+        """What the last process has written to stdout."""
+        return Path(f"{self.log}.out").read_text()
+
+    @property
     def err(self) -> str:
         """What the last process has written to stderr."""
         return Path(f"{self.log}.err").read_text()
