@@ -6,7 +6,7 @@ tokens. The decoder's architecture does not change: it reads a shorter sequence 
 
     question ──> retrieve ──> pack ──────────> gate ──────────> vectors ──────────> prefill ──> decode
                  FAISS+BM25   <doc> + chunks   which stay text  stored / encoded    KV cache    cited answer
-    section      6            7                10               9                   12          12
+    section      5            6                9                8                   11          11
 
 Three commands:
 
@@ -16,18 +16,18 @@ Three commands:
 
 Contents:
 
-    1. Configuration    errors with exit codes, one dataclass field per option
-    2. Commands         the parser and the handlers
-    3. Imports          the heavy ones
-    4. Runtime          device, timers, locks, atomic files, progress
-    5. Data             corpus and question readers, splitting
-    6. Retrieval        embedder, FAISS, BM25, fusion, the index on disk
-    7. Packing          chunk spans, <doc> tags, the mixed prompt
-    8. Alignment        anchors between two tokenizers
-    9. Model            encoder, projector, decoder, checkpoints
-    10. Gate            which chunks stay text, under an exact budget
-    11. Training        phases, curriculum, the loop, resume
-    12. Generation      prefill, decode, citations, TTFT and TTIT
+    1. Options          errors with exit codes, one dataclass field per option, the table of commands
+    2. Imports          the heavy ones
+    3. Runtime          device, timers, locks, atomic files, progress
+    4. Data             corpus and question readers, splitting
+    5. Retrieval        embedder, FAISS, BM25, fusion, the index on disk
+    6. Packing          chunk spans, <doc> tags, the mixed prompt
+    7. Alignment        anchors between two tokenizers
+    8. Model            encoder, projector, decoder, checkpoints
+    9. Gate             which chunks stay text, under an exact budget
+    10. Training        phases, curriculum, the loop, resume
+    11. Generation      prefill, decode, citations, TTFT and TTIT
+    12. Commands        a thin handler for each
 
 Beside it, in refrag_extras/: evaluation, benchmark, conversation, server, prompts for other engines, and decoding in
 8 and 4 bits on a CPU.
@@ -73,6 +73,8 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
+import traceback
 import typing
 import unicodedata
 import warnings
@@ -87,21 +89,20 @@ from typing import Any, NamedTuple
 __version__ = "0.1.0"
 
 # =============================================================================
-# 1. Configuration. Every option is one dataclass field: its default, its help
-#    and its range stand here and nowhere else.
+# 1. Options. Errors with exit codes; every option as one dataclass field with its
+#    default, its help and its range; the table of commands. Run as a program, the
+#    command line is parsed HERE, before the heavy imports, so that --help and a
+#    mistyped flag answer at once.
 # =============================================================================
 
 
 class RefragError(Exception):
     """A failure with an exit code. The message is one line: what went wrong and how to mend it."""
-
     code = 1
 
 
 class UserError(RefragError):
-    """Usage or bad input."""
-
-    code = 2
+    code = 2  # usage or bad input
 
 
 class TooLongError(UserError):
@@ -109,33 +110,23 @@ class TooLongError(UserError):
 
 
 class MissingError(RefragError):
-    """A model, library or device is not there."""
-
-    code = 3
+    code = 3  # a model, library or device is not there
 
 
 class CorruptError(RefragError):
-    """A file is damaged."""
-
-    code = 4
+    code = 4  # a file is damaged
 
 
 class MismatchError(RefragError):
-    """Files that do not belong together."""
-
-    code = 5
+    code = 5  # files that do not belong together
 
 
 class ExhaustedError(RefragError):
-    """Disk or memory ran out."""
-
-    code = 6
+    code = 6  # disk or memory ran out
 
 
 class LockedError(RefragError):
-    """Another process is writing."""
-
-    code = 75
+    code = 75  # another process is writing
 
 
 def require(condition: bool, message: str) -> None:
@@ -152,8 +143,8 @@ def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = 
         **limits: float) -> Any:
     """A dataclass field that is also a command line option. A tuple default takes several values.
 
-    Each value must be one of the choices, the name of a file that exists, and within the limits: low, above, high,
-    below. needed: what to do when there is none; by default an option may be left out.
+    Each value must be one of the choices, an existing file if `exists`, and within the limits: low, above, high, below.
+    needed: what to do when there is none; without it the option may be left out.
     """
     assert limits.keys() <= LIMITS.keys()
     return field(default=default, metadata={"help": help, "choices": tuple(choices), "exists": exists,
@@ -161,13 +152,13 @@ def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = 
 
 
 def like(cls: type, name: str, **changes: Any) -> Any:
-    """An option that another class has too: the same help and checks, and default unless changed."""
+    """An option that another class has too, with the same help, checks and default unless changed."""
     known = cls.__dataclass_fields__[name]
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
 def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UserError unless a value keeps its option's rule."""
+    """Raise UserError unless a value is what its option takes."""
     choices, limits = rule["choices"], rule["limits"]
     require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
     require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
@@ -191,18 +182,19 @@ class Options:
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
             for item in value if isinstance(value, tuple) else () if value is None else (value,):
                 check_value(flag, item, f.metadata)
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError where options contradict each other."""
 
 
 class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
-
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = opt("auto", "precision; auto: bfloat16 on CUDA, else float32, but what encodes passages also on CPUs "
-                             "with instructions for bfloat16",
-                     choices=("auto", "float32", "bfloat16"))
-    engine: str = opt("auto", "how tokens after the first are decoded: by the decoder as it is, or on a CPU with its "
-                              "weights in 8 or 4 bits; auto: 4 bits where these hold the weights as they are, else 8, "
-                              "where it can be done", choices=("auto", "model", "int8", "int4"))
+                     "with instructions for bfloat16", choices=("auto", "float32", "bfloat16"))
+    engine: str = opt("auto", "decoding after the first token: the decoder as it is, or on a CPU its weights in 8 or 4 "
+                      "bits; auto: 4 bits where these lose nothing, else 8", choices=("auto", "model", "int8", "int4"))
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -213,10 +205,8 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    """What to index and how it is cut."""
-
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                      "per line; also gzipped), folders, or - for standard input",
+                                  "per line; also gzipped), folders, or - for standard input",
                                   needed="name a file, a folder or - for standard input")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
                       choices=("strict", "replace", "skip"))
@@ -224,90 +214,71 @@ class CorpusConfig(Options):
     max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
-        require(self.overlap <= self.max_passage_tokens // 2,
-                f"--overlap must lie between 0 and half of --max_passage_tokens {self.max_passage_tokens}, "
-                f"got {self.overlap}: set both")
+        require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
+                f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
 
 class IndexConfig(Options):
-    """Which index, and by which retrievers."""
-
     index_dir: str | None = opt(None, "the index folder")
-    retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; "
-                                      "default hybrid, or what the index holds", choices=("hybrid", "dense", "bm25"))
-    embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; "
-                                        "default all-MiniLM-L6-v2, or the one the index was built with")
+    retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; default hybrid, "
+                                "or what the index holds", choices=("hybrid", "dense", "bm25"))
+    embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; default "
+                                  "all-MiniLM-L6-v2, or the one the index was built with")
 
 
 class BuildConfig(Options):
-    """How to build the index."""
-
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
-                              "multiples too, where k is one of 4", low=1, high=64)
+                        "multiples too, where k is one of 4", low=1, high=64)
     batch_size: int = opt(32, "passages embedded at once", low=1)
 
 
 class ModelConfig(Options):
-    """Encoder and decoder."""
-
     dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
-                                "SmolLM2-135M-Instruct, or the checkpoint's")
+                          "SmolLM2-135M-Instruct, or the checkpoint's")
     enc: str | None = opt(None, "chunk encoder: decoder:N (the decoder's first N layers), bundled name, hub id or "
-                                "folder; default decoder:8, or the checkpoint's")
+                          "folder; default decoder:8, or the checkpoint's")
     pooling: str | None = opt(None, "pooling of a chunk's states; default mean, or the checkpoint's",
                               choices=("mean", "cls"))
     projector: str | None = opt(None, "encoder state to embedding: residual_mlp adds the mean of the chunk's token "
-                                      "embeddings, mlp does not; default residual_mlp, or the checkpoint's",
+                                "embeddings, mlp does not; default residual_mlp, or the checkpoint's",
                                 choices=("residual_mlp", "mlp"))
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
 class ReaderConfig(ModelConfig):
     """Encoder and decoder that answer; trained weights are shipped for them."""
-
     load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
-                                       "shipped one where it is for these models, none: no trained weights")
+                               "shipped one where it is for these models, none: no trained weights")
 
 
 class SearchConfig(Options):
-    """How passages are found."""
-
     topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence",
-                    low=1, high=8)
+    hops: int = opt(1, "rounds; each later query adds the best new passage's title and first sentence", low=1, high=8)
 
 
 class QuestionConfig(Options):
-    """What is asked."""
-
     question: str | None = opt(None, "the question")
-    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for standard "
-                                      "input")
+    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for stdin")
 
 
 class FormatConfig(Options):
-    """How search results are printed."""
-
     format: str = opt("text", "output form", choices=("text", "json", "trec"))
 
 
 class PackConfig(Options):
-    """Context packing."""
-
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
     floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
-                            "embedder, else blend",
+                    "embedder, else blend",
                     choices=("auto", "learned", "policy", "blend", "cosine", "ppl", "random", "none"))
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
@@ -316,8 +287,6 @@ class PackConfig(Options):
 
 
 class GenerateConfig(Options):
-    """How the answer is decoded and shown."""
-
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
@@ -332,43 +301,34 @@ class GenerateConfig(Options):
     resume: bool = opt(False, "with --out: skip the questions already answered there")
     batch_size: int = opt(1, "questions decoded together", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
 class BenchConfig(Options):
-    """What is timed, side by side."""
-
-    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "context lengths in tokens; whole passages, as many "
-                                                                   "as fit", low=1)
+    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192),
+                                    "context lengths in tokens; whole passages, as many as fit", low=1)
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
-                                                             "floor", choices=("full", "refrag", "none"))
+                                 "floor", choices=("full", "refrag", "none"))
     k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
-    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text",
-                               low=0, high=1)
+    p: tuple[float, ...] = like(PackConfig, "p", default=(0.0, 0.1, 0.25))
     batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
-    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up",
-                       low=1)
+    repeats: int = opt(5, "rounds that count, after one that warms up; in each, every combination runs once", low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?",
                         "what is asked each time")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.out_dir is None or not os.path.isfile(self.out_dir),
                 f"--out_dir {self.out_dir} is a file: name a folder")
 
 
 class TextConfig(Options):
-    """What is read in training."""
-
     train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
                                       needed="name a file of JSON lines with a text each", exists=True)
-    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training",
-                                     exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, to evaluate during training", exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
@@ -377,7 +337,6 @@ LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights t
 
 class TrainConfig(Options):
     """The training loop; every phase has these."""
-
     out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png",
                               needed="name the folder for the run")
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
@@ -389,8 +348,7 @@ class TrainConfig(Options):
         f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r",
         above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together",
-                          low=1)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or shorter ones of the same total length", low=1)
     grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
     warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
@@ -404,8 +362,7 @@ class TrainConfig(Options):
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
                 f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
         require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
@@ -413,40 +370,32 @@ class TrainConfig(Options):
 
 
 class ReconConfig(Options):
-    """The reconstruction phase."""
-
     curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
-                                  "sample counts, the same over even stages, or none (full length from the start)",
+                          "sample counts, the same over even stages, or none (full length from the start)",
                           choices=("paper", "even", "none"))
 
 
 class NextConfig(Options):
-    """The next-paragraph phase."""
-
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
     distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
 
 
 class SftConfig(Options):
-    """Question answering on retrieved passages."""
-
     rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
                                needed="name a file of questions with answers", exists=True)
-    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training",
-                                exists=True)
+    eval_json: str | None = opt(None, "held-out questions of the same form, to evaluate during training", exists=True)
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
-                                                 "1: the reader of the full text", low=0, high=1)
-    gate_frac: float = opt(0.75, "share of the questions for which the gate chooses the chunks that stay text, as in "
-                                 "use; for the others they are drawn at random, so that the vectors must be read",
-                           low=0, high=1)
+                               "1: the reader of the full text", low=0, high=1)
+    gate_frac: float = opt(0.75, "share of the questions whose text chunks the gate chooses, as in use; for the others "
+                           "they are drawn at random, so that the vectors must be read", low=0, high=1)
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
-                                     "\"not in the documents\"", low=0, high=1)
+                                "\"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
-                                 "takes more reading of the vectors than an answer of few words", low=0, high=1)
+                            "takes more reading of the vectors than an answer of few words", low=0, high=1)
     topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
-                                     "read faster (default: always --topk)", low=1)
-    limit: int | None = opt(None, "read at most this many questions", low=1)
+                               "read faster (default: always --topk)", low=1)
+    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
     distill: float = like(NextConfig, "distill")
 
 
@@ -463,18 +412,15 @@ TEXT_TASKS = ("ppl", "recon")
 
 
 class EvalConfig(Options):
-    """What is evaluated, and against which controls."""
-
     task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
-                          "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
+                    "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
         f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
         + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
     p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most", low=0, high=1)
-    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several",
-                             low=1, high=64)
+    k: tuple[int, ...] = opt((PackConfig.k,), "tokens per vector; with ppl and recon several", low=1, high=64)
     gate: str = like(PackConfig, "gate")
     floor: int = like(PackConfig, "floor", default=0)
     ctx_max: int = like(PackConfig, "ctx_max")
@@ -484,14 +430,13 @@ class EvalConfig(Options):
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
     limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
-                                  "questions of 2 n - 1 hold those of n", low=1)
+                            "questions of 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
-                                    "sample.md; without it the results are printed alone")
+                              "sample.md; without it the results are printed alone")
     resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
-                              "questions, add to it")
+                       "questions, add to it")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
@@ -512,35 +457,28 @@ class EvalConfig(Options):
 
 class GateDataConfig(Options):
     """What gate and policy learn from."""
-
-    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz",
-                                    needed="name a file of questions with answers", exists=True)
-    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form", exists=True)
+    rag_json: tuple[str, ...] = like(SftConfig, "rag_json", default=())
+    eval_json: tuple[str, ...] = like(SftConfig, "eval_json", default=())
     out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained",
                               needed="name the folder for the checkpoint")
-    k: int = opt(PackConfig.k, "tokens of a chunk", low=1, high=64)
+    k: int = like(PackConfig, "k")
     p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at",
                                above=0, below=1)
-    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
+    limit: int | None = like(SftConfig, "limit")
     eval_limit: int = opt(600, "held-out questions at most", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         folder = Path(self.out_dir)
-        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        require(empty, f"--out_dir {folder} is there already: name a new folder")
+        require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+                f"--out_dir {folder} is there already: name a new folder")
 
 
 class GateConfig(Options):
-    """How the gate learns."""
-
     epochs: int = opt(3, "times through the questions", low=1)
     batch_size: int = opt(32, "questions of an optimizer step", low=1)
 
 
 class PolicyConfig(Options):
-    """How the paper's policy learns."""
-
     steps: int = opt(200, "updates", low=1)
     batch_size: int = opt(4, "questions of an update", low=1)
     policy_lr: float = opt(1e-4, "learning rate", above=0)
@@ -549,31 +487,23 @@ class PolicyConfig(Options):
 
 
 class AnchorConfig(Options):
-    """What `align` shows."""
-
     text: str | None = opt(None, "the text to align", needed="give the text to align")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
 
 
 class ServeConfig(Options):
-    """The HTTP server."""
-
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
     together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
-                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
+                        "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
     waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
-    body_bytes: int = opt(1 << 20, "longest request", low=1)
-    max_tokens: int = opt(1024, "new tokens that a request may ask for", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
@@ -581,435 +511,174 @@ class ServeConfig(Options):
 
 
 class ExportConfig(Options):
-    """What is written for another engine."""
-
     out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        folder = Path(self.out_dir)
-        require(not folder.exists(), f"--out_dir {folder} is there already: name a new folder")
+    def check(self) -> None:
+        require(not Path(self.out_dir).exists(), f"--out_dir {self.out_dir} is there already: name a new folder")
 
 
 class DoctorConfig(Options):
-    """What to examine."""
-
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
 
 
-# =============================================================================
-# 2. Commands. The parser, the registry and thin handlers. Run as a program,
-#    the command line is parsed HERE, before the heavy imports of section 3,
-#    so that --help and a mistyped flag answer at once.
-# =============================================================================
-
-
 class Command(NamedTuple):
-    """A handler and the config classes whose fields are its options."""
+    """What --help says of a command, and its options: classes in the order of its handler's parameters."""
 
-    name: str
-    handler: Callable[..., None]
-    configs: tuple[type, ...]
-
-
-class Invocation(NamedTuple):
-    """A parsed command line: the command and one instance of each of its config classes."""
-
-    command: Command
-    configs: tuple[Any, ...]
-
-    @property
-    def runtime(self) -> RuntimeConfig:
-        """The options every command has."""
-        return next(c for c in self.configs if isinstance(c, RuntimeConfig))
+    help: str
+    configs: tuple[type[Options], ...]
 
 
-COMMANDS: dict[str, Command] = {}
+ANSWERING = (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
+COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *configs in (
+    ("index", "Read a corpus; build FAISS and BM25; store the chunk vectors.",
+     CorpusConfig, IndexConfig, BuildConfig, ReaderConfig),
+    ("search", "Show the passages that answer a question, best first.",
+     IndexConfig, QuestionConfig, SearchConfig, FormatConfig),
+    ("align", "Show where the tokens of encoder and decoder end together.", AnchorConfig, ModelConfig),
+    ("cpt_align", "Train vectors to stand for the tokens between anchors: error, divergence and argmax terms.",
+     TextConfig, TrainConfig, ModelConfig),
+    ("cpt_recon", "Train encoder and projector so that the frozen decoder gives a text back from its vectors.",
+     TextConfig, ReconConfig, TrainConfig, ModelConfig),
+    ("cpt_next", "Train everything to go on with a text whose beginning is compressed.",
+     TextConfig, NextConfig, TrainConfig, ModelConfig),
+    ("sft", "Train on questions with retrieved passages; the loss is on the answer alone.",
+     SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig),
+    ("train_gate", "Train the gate to find the chunks that hold the answer.",
+     GateDataConfig, GateConfig, IndexConfig, SearchConfig, ReaderConfig),
+    ("train_policy", "Train the paper's policy: it draws the chunks, the decoder's answer rewards it.",
+     GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ReaderConfig),
+    ("generate", "Answer a question from compressed context, with citations and timings.", QuestionConfig, *ANSWERING),
+    ("chat", "Answer one question after another, each in the light of those before it; /help lists the commands.",
+     *ANSWERING),
+    ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
+    ("export", "Write a question's mixed prompt as embeddings, and the request that vLLM takes it in.",
+     ExportConfig, QuestionConfig, *ANSWERING),
+    ("eval", "Measure answers, rankings, the gate or the vectors, each against its controls.",
+     EvalConfig, IndexConfig, SearchConfig, ReaderConfig),
+    ("bench", "Time the first token and those after it against context length, side by side in one run.",
+     BenchConfig, IndexConfig, ReaderConfig),
+    ("doctor", "Show what was found: device, versions, models, an index's integrity.",
+     IndexConfig, ModelConfig, DoctorConfig),
+)}
 
 
-def command(name: str, *configs: type) -> Callable[[Callable], Callable]:
-    """Register a handler under a command name; it is called with one instance of each config class."""
-
-    def register(handler: Callable) -> Callable:
-        COMMANDS[name] = Command(name, handler, (*configs, RuntimeConfig))
-        return handler
-
-    return register
-
-
-INDEX_COUNTS = {"replaced_documents": "documents replaced:", "replaced": "texts with bytes replaced:"}
-
-
-@command("index", CorpusConfig, IndexConfig, BuildConfig, ReaderConfig)
-def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
-              runtime: RuntimeConfig) -> None:
-    """Read a corpus; build FAISS and BM25; store the chunk vectors."""
-    require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
-    if several_processes() and not process_group().is_main_process:
-        return assist_build(index, build, models, runtime)
-    start = time.perf_counter()
-    with index_lock(index.index_dir):
-        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
-        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
-    seconds = time.perf_counter() - start
-    summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
-                "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    more = ", ".join(f"{text} {summary[key]:,}" for key, text in INDEX_COUNTS.items() if summary[key])
-    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
-
-
-@command("search", IndexConfig, QuestionConfig, SearchConfig, FormatConfig)
-def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
-               runtime: RuntimeConfig) -> None:
-    """Show the passages that answer a question, best first."""
-    questions = read_questions(ask)
-    searcher = load_searcher(index, search, runtime)
-    results = []
-    for question in progress(questions, "searching", total=len(questions)):
-        passages = searcher.search(question["question"], search.topk, search.hops)
-        results.append({"id": question["id"], "question": question["question"], "passages": passages})
-    if form.format == "json" or runtime.json:
-        many = ask.questions is not None
-        print(dumps({"results": [search_json(r) for r in results]} if many else search_json(results[0])))
-    elif form.format == "trec":
-        print(trec_text(results), end="")
-    else:
-        say("\n\n".join(search_text(result) for result in results))
-
-
-@command("align", AnchorConfig, ModelConfig)
-def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Show where the tokens of encoder and decoder end together."""
-    tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(anchor.text)
-    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
-    spans = anchor_rows(encoder, decoder)
-    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
-              "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
-         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {MAX_COST} or less")
-
-
-@command("cpt_align", TextConfig, TrainConfig, ModelConfig)
-def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Train vectors to stand for the tokens between anchors: error, divergence and argmax terms."""
-    phase = Phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
-    run_training(phase, (texts, train, models, runtime),
-                 lambda model, settled: AlignLessons(model.encoder, texts, settled))
-
-
-@command("cpt_recon", TextConfig, ReconConfig, TrainConfig, ModelConfig)
-def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
-                  runtime: RuntimeConfig) -> None:
-    """Train encoder and projector so that the frozen decoder gives a text back from its vectors."""
-    run_training(Phase("cpt_recon", Weights()), (texts, recon, train, models, runtime),
-                 lambda model, settled: ReconLessons(model.encoder, texts, settled, recon))
-
-
-@command("cpt_next", TextConfig, NextConfig, TrainConfig, ModelConfig)
-def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
-                 runtime: RuntimeConfig) -> None:
-    """Train everything to go on with a text whose beginning is compressed."""
-    phase = Phase("cpt_next", Weights(kl=following.distill))
-    run_training(phase, (texts, following, train, models, runtime),
-                 lambda model, settled: NextLessons(model.encoder, texts, settled, following))
-
-
-@command("sft", SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig)
-def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
-            runtime: RuntimeConfig) -> None:
-    """Train on questions with retrieved passages; the loss is on the answer alone."""
-    require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
-    searcher = load_searcher(index, search, runtime)
-    phase = Phase("sft", Weights(kl=sft.distill))
-    run_training(phase, (sft, index, search, train, models, runtime),
-                 lambda model, settled: AnswerLessons(
-                     model.encoder, settled, sft, searcher, search,
-                     load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None))
-
-
-@command("train_gate", GateDataConfig, GateConfig, IndexConfig, SearchConfig, ReaderConfig)
-def cmd_train_gate(data: GateDataConfig, gate: GateConfig, index: IndexConfig, search: SearchConfig,
-                   models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Train the gate to find the chunks that hold the answer."""
-    summary = train_gate(data, gate, index, search, models, runtime)
-    emit(summary, runtime, gate_text(summary))
-
-
-@command("train_policy", GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ReaderConfig)
-def cmd_train_policy(data: GateDataConfig, policy: PolicyConfig, index: IndexConfig, search: SearchConfig,
-                     models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Train the paper's policy: it draws the chunks, the decoder's answer rewards it."""
-    summary = train_policy(data, policy, index, search, models, runtime)
-    emit(summary, runtime, gate_text(summary))
-
-
-def run_training(phase: Phase, configs: tuple[Any, ...], make_lessons: Callable[..., Lessons]) -> None:
-    """Run a phase and show its summary. configs: all of the command's, ending with train, models, runtime."""
-    summary = train_phase(phase, configs, make_lessons)
-    emit(summary, configs[-1], training_text(summary))
-
-
-@command("generate", QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-                 generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer a question from compressed context, with citations and timings."""
-    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
-    check_generate(ask, index, pack, generate)
-    pipeline = load_pipeline(index, search, pack, generate, models, runtime)
-    live = write_text if generate.stream and not runtime.json and ask.questions is None else None
-    with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
-        waiting = unanswered(questions, generate, pipeline.settings())
-        for batch in progress(batched(waiting, generate.batch_size), "answering"):
-            results = [pipeline.compare(batch[0], live)] if generate.compare else pipeline.answer(batch, live)
-            for result in results:
-                write(result)
-
-
-@command("chat", IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
-             models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer one question after another, each in the light of those before it; /help lists the commands."""
-    from refrag_extras.chat import run_chat
-
-    require(generate.prompt is None, "--prompt goes with generate: chat asks for its questions")
-    check_generate(QuestionConfig(), index, pack, generate)
-    run_chat(load_pipeline(index, search, pack, generate, models, runtime))
-
-
-@command("serve", ServeConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
-              models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
-    require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
-    check_generate(QuestionConfig(), index, pack, generate)
-    for name in ("pydantic", "starlette", "uvicorn"):  # told before the models are loaded
-        late_import(name, "pydantic starlette uvicorn")
-    from refrag_extras.serve import run_server
-
-    run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
-
-
-@command("export", ExportConfig, QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_export(export: ExportConfig, ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-               generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Write a question's mixed prompt as embeddings, and the request that vLLM takes it in."""
-    from refrag_extras.export import export_prompt
-
-    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
-    require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
-    check_generate(ask, index, pack, generate)
-    pipeline = load_pipeline(index, search, pack, generate, models, runtime)
-    facts = export_prompt(pipeline, questions[0], Path(export.out_dir), export.decoder)
-    files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
-    emit(facts | {"out_dir": export.out_dir}, runtime, f"{facts['positions']:,} positions in {export.out_dir}: {files}")
-
-
-@command("eval", EvalConfig, IndexConfig, SearchConfig, ReaderConfig)
-def cmd_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ReaderConfig,
-             runtime: RuntimeConfig) -> None:
-    """Measure answers, rankings, the gate or the vectors, each against its controls."""
-    from refrag_extras.evaluate import run_eval
-
-    run_eval(evaluation, index, search, models, runtime)
-
-
-@command("bench", BenchConfig, IndexConfig, ReaderConfig)
-def cmd_bench(bench: BenchConfig, index: IndexConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Time the first token and those after it against context length, side by side in one run."""
-    from refrag_extras.bench import run_bench
-
-    run_bench(bench, index, models, runtime)
-
-
-@command("doctor", IndexConfig, ModelConfig, DoctorConfig)
-def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    """Show what was found: device, versions, models, an index's integrity."""
-    if doctor.dist:
-        report = {"all_reduce": all_reduce_check()}
-    else:
-        report = {"device": describe_device(runtime), "versions": library_versions(),
-                  "models": {name: describe_model(name) for name in BUNDLED}}
-    if index.index_dir is not None:
-        opened = open_index(index.index_dir, again=True)
-        report["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
-    emit(report, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in report.items()))
-
-
-def option_type(annotation: Any) -> type:
-    """The scalar type behind `int`, `int | None` or `tuple[str, ...]`."""
-    args = [a for a in typing.get_args(annotation) if a not in (type(None), Ellipsis)]
-    return args[0] if args else annotation
-
-
-def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field, Any]]:
-    """Option name -> (field, annotation) over several config classes; a shared name must not occur twice."""
-    found: dict[str, tuple[dataclasses.Field, Any]] = {}
+def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field, type]]:
+    """Option name -> (field, type of a value) over several classes; a shared name must not occur twice."""
+    found: dict[str, tuple[dataclasses.Field, type]] = {}
     for cls in configs:
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            assert f.name not in found, f"option {f.name} is defined twice"
-            found[f.name] = (f, hints[f.name])
+        for name, hint in typing.get_type_hints(cls).items():
+            assert name not in found, f"option {name} is defined twice"
+            found[name] = cls.__dataclass_fields__[name], (typing.get_args(hint) or (hint,))[0]
     return found
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError instead of exiting, and proposes the flag that was meant."""
+    """Raises UserError instead of exiting, and proposes the flag that was meant."""
+
+    source = ""  # where the words stand that are parsed, unless on the command line
 
     def error(self, message: str) -> typing.NoReturn:
-        """Raise UserError, naming the nearest known flag."""
-        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            if near:
-                message += " (options go after the command)" if near[0] == unknown[1] else f" (did you mean {near[0]}?)"
-        elif "unrecognized arguments" in message:
-            flag = next((f for f in ("--question", "--corpus") if f in self._option_string_actions), "a flag")
-            message += f" (write {flag} before it)"
-        raise UserError(f"{message}: see python {self.prog} --help")
+        """Raise UserError, naming where a bad value stands and the nearest known flag."""
+        unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
+        near = difflib.get_close_matches(re.split("[ =]", unknown)[0], flags, n=1)
+        if near:
+            message += f" (did you mean {near[0]}?)"
+        elif unknown and not unknown.startswith("-"):
+            message += f" (write {next((f for f in ('--question', '--corpus') if f in flags), 'a flag')} before it)"
+        raise UserError(f"{self.source}{message}: see python {self.prog} --help")
 
 
-def add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation: Any) -> None:
+def splitter(kind: type, commas: bool) -> Callable[[str], list]:
+    """What takes a word of an option of several values apart. Example: "8,16," -> [8, 16]"""
+    def split(word: str) -> list:
+        return [kind(part) for part in (word.removesuffix(",").split(",") if commas else [word])]
+
+    split.__name__ = kind.__name__  # argparse names it when a word does not fit
+    return split
+
+
+def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
     """Add one dataclass field as an option. No default here: what was not given must stay visible as such."""
-    kind, several = option_type(annotation), isinstance(f.default, tuple)
+    several, choices = isinstance(f.default, tuple), f.metadata["choices"]
     default = " ".join(map(str, f.default)) if several else f.default
     shown = "" if default is None or default is False or default == "" else f" (default {default})"
     common = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:
         parser.add_argument(f"--{f.name}", action="store_true", **common)
-        if f.default is True:
-            parser.add_argument(f"--no_{f.name}", action="store_false", **(common | {"help": f"not --{f.name}"}))
+        common["help"] = f"not --{f.name}" if f.default else argparse.SUPPRESS
+        parser.add_argument(f"--no_{f.name}", action="store_false", **common)
         return
-    choices = f.metadata["choices"] or None
-    if several:  # `coerce` takes the words apart and checks them, as it does for the environment
-        metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
-        parser.add_argument(f"--{f.name}", nargs="+", metavar=metavar, **common)
-        return
-    parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(),
-                        **common)
+    common["metavar"] = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+    if several:  # numbers and choices may stand between commas; names of files may hold some
+        parser.add_argument(f"--{f.name}", nargs="*", type=splitter(kind, kind is not str or bool(choices)), **common)
+    else:
+        parser.add_argument(f"--{f.name}", type=kind, **common)
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser and its sub-parsers by command."""
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+def choose_command(argv: Sequence[str]) -> str:
+    """The command that a line begins with. Without one, the help or the version is shown, or an error raised."""
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    subparsers = {}
-    for name, cmd in COMMANDS.items():
-        text = (cmd.handler.__doc__ or "").strip()
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for f, annotation in config_fields(cmd.configs).values():
-            add_option(sub, f, annotation)
-        subparsers[name] = sub
-    return parser, subparsers
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+    return parser.parse_args(argv[:1]).command
 
 
-def underscore_flags(argv: Sequence[str]) -> list[str]:
-    """--max-new=4 -> --max_new=4; values and everything after a bare -- stay as they are."""
-    out = []
-    for position, arg in enumerate(argv):
-        if arg == "--":
-            return out + list(argv[position:])
-        name, equals, value = arg.partition("=")
-        is_flag = re.fullmatch(r"--[A-Za-z][\w-]*", name) is not None
-        out.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if is_flag else arg)
-    return out
-
-
-def listed(raw: Any, f: dataclasses.Field, kind: type) -> list[Any]:
-    """The items of an option of several values: a list, or words in a text.
-
-    Numbers and choices may also stand between commas; names of files may not, since they can hold them.
-    Example: "512, 1024 2048" -> ["512", "1024", "2048"]
-    """
-    words = raw if isinstance(raw, list) else str(raw).split()
-    if kind in (int, float) or f.metadata["choices"]:
-        return [part for word in words
-                for part in (word.removesuffix(",").split(",") if isinstance(word, str) else [word])]
-    return words
-
-
-def coerce(raw: Any, f: dataclasses.Field, annotation: Any, source: str) -> Any:
-    """A value from the environment or a TOML file, or the words after a flag of several values, as the option's type.
-
-    Raises UserError.
-    """
-    kind, choices = option_type(annotation), f.metadata["choices"]
-    truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-
-    def scalar(item: Any) -> Any:
-        if isinstance(item, str):  # from the environment, or a TOML string
-            return truth[item.lower()] if kind is bool else kind(item)
-        if type(item) is kind or (kind is float and type(item) is int):  # bool is an int, but no number here
-            return kind(item)
-        raise TypeError
-
-    def checked(item: Any) -> Any:
-        try:
-            value = scalar(item)
-        except (KeyError, ValueError, TypeError):
-            raise UserError(f"{source}: {f.name} must be a {kind.__name__}, got {item!r}") from None
-        require(not choices or value in choices,
-                f"{source}: {f.name} must be one of {', '.join(choices)}, got {item!r}")
-        return value
-
-    return tuple(map(checked, listed(raw, f, kind))) if isinstance(f.default, tuple) else checked(raw)
-
-
-def read_config_file(path: str, cmd: Command) -> dict[str, Any]:
-    """Options of a TOML file: top-level keys for every command, a table per command. Raises UserError."""
-    import tomllib
-
+def read_config_file(path: str, command: str) -> dict[str, Any]:
+    """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {one_line(error)}") from None
-    known = {name: set(config_fields(c.configs)) for name, c in COMMANDS.items()}
+    known = {name: config_fields(command.configs).keys() for name, command in COMMANDS.items()}
+    tables = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
+    settings = {}
+    for name, options in (("", table), *tables.items()):
+        for key, value in options.items():
+            option, valid = key.replace("-", "_"), known[name] if name else set().union(*known.values())
+            require(option in valid, f"--config {path}: unknown option {key!r}{name and f' in [{name}]'}")
+            if name in ("", command) and option in known[command]:
+                settings[option] = value
+    return settings
+
+
+TRUTH = {"1": "", "true": "", "yes": "", "0": "no_", "false": "no_", "no": "no_"}  # -> --stream or --no_stream
+
+
+def as_words(parser: Parser, f: dataclasses.Field, kind: type, value: Any) -> list[str]:
+    """An option of a file or the environment as it would stand on the command line."""
+    if isinstance(f.default, tuple):
+        return [f"--{f.name}", *map(str, value if isinstance(value, list) else str(value).split())]
+    if isinstance(value, list | dict) or (kind is bool and str(value).lower() not in TRUTH):
+        parser.error(f"argument --{f.name}: {value!r} is not {'true or false' if kind is bool else 'one value'}")
+    return [f"--{TRUTH[str(value).lower()]}{f.name}" if kind is bool else f"--{f.name}={value}"]
+
+
+def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
+    argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
+    name = choose_command(argv)
+    fields = config_fields(COMMANDS[name].configs)
+    parser = Parser(prog=f"refrag.py {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    for option in fields.values():
+        add_option(parser, *option)
+    flags = vars(parser.parse_args(argv[1:]))
+    path = flags.get("config") or os.environ.get("REFRAG_CONFIG")
+    stored = {f"--config {path}: ": read_config_file(path, name)} if path else {}
+    stored |= {f"REFRAG_{key.upper()}: ": {key: os.environ[f"REFRAG_{key.upper()}"]} for key in fields
+               if f"REFRAG_{key.upper()}" in os.environ}
     values = {}
-    for key, value in table.items():
-        if key in COMMANDS and isinstance(value, dict):
-            for inner in value:
-                require(inner.replace("-", "_") in known[key], f"--config {path}: unknown option {inner!r} in [{key}]")
-        else:
-            require(any(key.replace("-", "_") in names for names in known.values()),
-                    f"--config {path}: unknown option {key!r}")
-            values[key.replace("-", "_")] = value
-    return values | {key.replace("-", "_"): value for key, value in table.get(cmd.name, {}).items()}
-
-
-def parse(argv: Sequence[str]) -> Invocation:
-    """Parse a command line: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
-    parser, subparsers = build_parser()
-    given, rest = parser.parse_known_args(underscore_flags(argv))
-    values = vars(given)
-    name = values.pop("command", None)
-    if name is None:
-        require(not rest, f"unrecognized arguments: {' '.join(rest)}: see python refrag.py --help")
-        parser.print_help(sys.stderr)
-        raise UserError(f"no command: name one of {', '.join(COMMANDS)}")
-    if rest:
-        subparsers[name].error(f"unrecognized arguments: {' '.join(rest)}")
-    cmd = COMMANDS[name]
-    fields = config_fields(cmd.configs)
-    config_path = values.get("config") or os.environ.get("REFRAG_CONFIG")
-    from_file = read_config_file(config_path, cmd) if config_path else {}
-    for key, (f, annotation) in fields.items():
-        variable = f"REFRAG_{key.upper()}"
-        if key in values:
-            several = isinstance(f.default, tuple)
-            values[key] = coerce(values[key], f, annotation, f"--{key}") if several else values[key]
-        elif variable in os.environ:
-            values[key] = coerce(os.environ[variable], f, annotation, f"environment variable {variable}")
-        elif key in from_file:
-            values[key] = coerce(from_file[key], f, annotation, f"--config {config_path}")
-    configs = tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-                    for cls in cmd.configs)
-    return Invocation(cmd, configs)
+    for parser.source, settings in stored.items():
+        words = [word for key, value in settings.items() for word in as_words(parser, *fields[key], value)]
+        values |= vars(parser.parse_args(words))
+    values |= flags
+    values |= {key: tuple(itertools.chain(*value)) for key, value in values.items() if isinstance(value, list)}
+    return name, tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+                       for cls in COMMANDS[name].configs)
 
 
 def one_line(error: BaseException) -> str:
@@ -1018,34 +687,32 @@ def one_line(error: BaseException) -> str:
 
 
 def classify(error: BaseException) -> tuple[int, str]:
-    """Exit code and one-line message of an exception, as the table of exit codes promises."""
+    """Exit code and one-line message of an exception."""
+    text, number = one_line(error), getattr(error, "errno", None)
     if isinstance(error, RefragError):
-        return error.code, one_line(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    if isinstance(error, SystemExit):
-        return int(error.code or 0), "interrupted"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-    full = full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if full or "DefaultCPUAllocator: can't allocate" in str(error):  # of torch, a RuntimeError
-        return ExhaustedError.code, f"disk or memory ran out: {one_line(error)}: free some and run again"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
-                                                      errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
-                                                      errno.ELOOP):
-        return UserError.code, f"{error.filename or 'file'}: {error.strerror}: check the path and its permissions"
-    fault = f"internal fault: {type(error).__name__}: {one_line(error)}"
-    return RefragError.code, f"{fault}: run again with --debug for the traceback"
+        return error.code, text
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return 130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0), "interrupted"
+    if isinstance(error, ImportError):
+        return MissingError.code, (f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install "
+                                   "'.[cpu,serve]'")
+    full = isinstance(error, MemoryError) or number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+    if full or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text:
+        return ExhaustedError.code, f"disk or memory ran out: {text}: free some and run again"
+    if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR,
+                                                 errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+        return UserError.code, (f"{error.filename or 'the current folder'}: {error.strerror}: check the path and its "
+                                "permissions")
+    return 1, f"internal fault: {type(error).__name__}: {text}: run again with --debug for the traceback"
 
 
-def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
+def report(error: BaseException, runtime: RuntimeConfig) -> int:
     """Print an error as one line on stderr (and as JSON on stdout, if asked for) and return its exit code."""
     code, message = classify(error)
-    if debug and code not in (130, 143):
-        import traceback
-
-        traceback.print_exception(error, file=STDERR)
-    say(f"error: {message}", file=STDERR)
-    if as_json:
+    if runtime.debug and code not in (130, 143):
+        traceback.print_exception(error)
+    say(f"error: {message}", file=sys.stderr)
+    if runtime.json:
         try:
             print(dumps({"error": {"code": code, "message": message}}), flush=True)
         except OSError:  # its reader has gone, or its disk is full
@@ -1055,12 +722,7 @@ def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
 
 def dumps(value: Any) -> str:
     """JSON in one line; NaN is refused. Characters as they are, unless an argument was no valid Unicode."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(value, allow_nan=False)
-    return text
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
 
 
 # Control characters but newline and tab, separators of lines, and what turns the direction of writing
@@ -1077,116 +739,62 @@ def say(text: str, end: str = "\n", file: Any = None) -> None:
     print(visible(text), end=end, file=file, flush=True)
 
 
-def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
-    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(dumps(result)) if runtime.json else say(text)
-
-
-def leave_at_once(signum: int, frame: Any) -> typing.NoReturn:
-    """Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody."""
-    code = report(KeyboardInterrupt(), as_json=_INVOCATION.runtime.json)
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
-    """SIGTERM as an exception, so that locks and temporary folders are cleaned up."""
-    raise SystemExit(128 + signum)
-
-
 def silence(stream: Any) -> None:
     """After a broken pipe: nothing more may be flushed to it, or Python complains at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class LastingStderr:
-    """sys.stderr, which may lose its reader: what is told there must neither end the work nor pass for its end."""
+class LastingStderr(io.TextIOWrapper):
+    """A stderr whose reader may leave: that must neither end the work nor change the exit code."""
 
     def write(self, text: str) -> int:
-        """Write, or let it go."""
-        return self.lasting(lambda: sys.stderr.write(text)) or len(text)
+        with contextlib.suppress(BrokenPipeError):
+            super().write(text)
+        return len(text)
 
     def flush(self) -> None:
-        """Flush, or let it go."""
-        self.lasting(lambda: sys.stderr.flush())
-
-    def lasting(self, call: Callable[[], Any]) -> Any:
-        """What a call returns; None when nobody reads any more."""
-        try:
-            return call()
-        except BrokenPipeError:
-            silence(sys.stderr)
-            return None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-
-STDERR = LastingStderr()
+        with contextlib.suppress(BrokenPipeError):
+            super().flush()
 
 
 def open_streams() -> None:
-    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; and a
-    stdout that can spell every name in a passage."""
+    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; a stdout
+    that can spell every name in a passage; a stderr that lasts."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+        elif number == 2 and type(sys.stderr) is io.TextIOWrapper:
+            sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace", line_buffering=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def run_invocation(invocation: Invocation) -> int:
-    """Run a parsed command and return its exit code."""
-    runtime = invocation.runtime
-    try:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            signal.signal(signal.SIGTERM, raise_exit)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        prepare_runtime(runtime)
-        invocation.command.handler(*invocation.configs)
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:
-        silence(sys.stdout)  # its reader, `head` say, has seen enough
-        return 0
-    except BaseException as error:
-        return report(error, as_json=runtime.json, debug=runtime.debug)
-
-
-def check_surroundings() -> None:
-    """What the libraries need to start, and would not say. Raises UserError."""
-    require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
-            "use 1 or none")
-    try:
-        os.getcwd()
-    except OSError:
-        raise UserError("the current folder is not there any more: change to another") from None
-
-
-def parse_or_exit(argv: Sequence[str]) -> Invocation:
-    """Parse, or print the error and leave. Also sets what libraries read from the environment at import."""
+def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """Parse, or show the help or the error and exit. Also sets what libraries read from the environment at import."""
     open_streams()
     try:
         invocation = parse(argv)
-        check_surroundings()
-    except BrokenPipeError:  # of --help's reader
-        silence(sys.stdout)
-        sys.exit(0)
+        os.getcwd()  # libraries need one at import
+        require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
+                "use 1 or none")
     except (RefragError, OSError) as error:  # a path of an option may be one that can not even be looked at
         as_json = "--json" in argv or os.environ.get("REFRAG_JSON", "0").lower() not in ("0", "false", "no")
-        sys.exit(report(error, as_json=as_json))
-    except SystemExit:  # --help or --version, whose reader may have gone
+        sys.exit(report(error, RuntimeConfig(json=as_json, debug="--debug" in argv)))
+    finally:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:
+        except BrokenPipeError:  # nobody reads --help any more
             silence(sys.stdout)
-        raise
-    if invocation.runtime.offline:
+    if invocation[1][-1].offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return invocation
+
+
+def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
+    """SIGTERM as an exception, so that locks and temporary folders are cleaned up."""
+    raise SystemExit(128 + signum)
 
 
 def leave(code: int) -> typing.NoReturn:
@@ -1198,19 +806,15 @@ def leave(code: int) -> typing.NoReturn:
     os._exit(code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (the program's own by default) and return the exit code."""
-    return run_invocation(parse_or_exit(sys.argv[1:] if argv is None else argv))
-
-
 if __name__ == "__main__":
     sys.modules["refrag"] = sys.modules["__main__"]  # what the companions import: no class may exist twice
-    _INVOCATION = parse_or_exit(sys.argv[1:])
-    signal.signal(signal.SIGINT, leave_at_once)
+    _NAME, _CONFIGS = parse_or_exit(sys.argv[1:])
+    # Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody
+    signal.signal(signal.SIGINT, lambda *_: leave(report(KeyboardInterrupt(), _CONFIGS[-1])))
     gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
 
 # =============================================================================
-# 3. Imports. The heavy ones. sentence-transformers is the exception: it costs
+# 2. Imports. The heavy ones. sentence-transformers is the exception: it costs
 #    two seconds, so only `load_embedder` and `load_reranker` pay for it.
 # =============================================================================
 
@@ -1241,15 +845,14 @@ try:
 except ImportError as missing:
     if __name__ != "__main__":
         raise
-    _FAULT = MissingError(f"library missing: {missing}: run ./refrag_quickstart_auto_accel.sh, or pip install '.[cpu]'")
-    sys.exit(report(_FAULT, as_json=_INVOCATION.runtime.json, debug=_INVOCATION.runtime.debug))
+    leave(report(missing, _CONFIGS[-1]))
 
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
 
 # =============================================================================
-# 4. Runtime. Device, seed, timers, progress, locks, files that are written
+# 3. Runtime. Device, seed, timers, progress, locks, files that are written
 #    whole. Knows no models.
 # =============================================================================
 
@@ -1269,7 +872,7 @@ def late_import(name: str, install: str | None = None) -> Any:
 def notice(text: str) -> None:
     """One line on stderr that a person should see."""
     if not QUIET:
-        say(text, file=STDERR)
+        say(text, file=sys.stderr)
 
 
 def progress(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterable:
@@ -1284,7 +887,7 @@ def progress_bar(label: str, total: int | None, unit: str, items: Iterable | Non
     """
     pace = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
-                leave=False, dynamic_ncols=True, file=STDERR)
+                leave=False, dynamic_ncols=True, file=sys.stderr)
 
 
 def batched(items: Sequence, size: int) -> list[Sequence]:
@@ -1799,7 +1402,7 @@ def map_array(path: Path) -> np.ndarray:
 
 
 # =============================================================================
-# 5. Data. Corpus and question files in, validated records out. Knows no models.
+# 4. Data. Corpus and question files in, validated records out. Knows no models.
 # =============================================================================
 
 
@@ -2260,7 +1863,7 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
 
 
 # =============================================================================
-# 6. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
+# 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
 #    on disk. Knows no decoder: what a chunk is, and its vectors for the
 #    decoder, come in as a `Chunking`.
 # =============================================================================
@@ -3506,7 +3109,7 @@ def search_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 # =============================================================================
-# 7. Packing. Passages and a budget in, a mixed prompt out.
+# 6. Packing. Passages and a budget in, a mixed prompt out.
 #    Knows tokens and tags; knows no weights and no files.
 # =============================================================================
 
@@ -3593,6 +3196,16 @@ def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
         values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
         if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
             yield match, values["id"]
+
+
+def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
+    """A text's parts in order, each with the id of the <doc> block whose content it is, None for plain text."""
+    at = 0
+    for match, label in doc_blocks(text):
+        yield text[at : match.start()], None
+        yield match[2], label
+        at = match.end()
+    yield text[at:], None
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
@@ -3687,17 +3300,14 @@ class RefragTokenizer:
 
         Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
-        empty = np.zeros((0, k), dtype=np.int64)
-        segments, at = [], 0
-        for match, doc_id in [*doc_blocks(text), (None, "")]:
-            plain = self.neutralize(text[at : match.start() if match else len(text)])
-            if plain:
-                ids = self.decoder(plain, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text", plain, None, ids, empty, empty))
-            if match:
-                content, at = self.neutralize(match[2]), match.end()
-                ids = self.decoder(content, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content, k)))
+        segments = []
+        for part, label in split_docs(text):
+            part, packed = self.neutralize(part), (np.zeros((0, k), dtype=np.int64),) * 2
+            if label is not None:
+                label, packed = self.neutralize(label), self.pack(part, k)
+            if part or label is not None:
+                ids = self.decoder(part, add_special_tokens=False)["input_ids"]
+                segments.append(Segment("text" if label is None else "doc", part, label, ids, *packed))
         return segments
 
 
@@ -3725,10 +3335,15 @@ class Prompt:
     chunks: list[Chunk]
     blocks: list[tuple[int, int]]  # tokens of each document, its tags included
 
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(L,) the tokens of each chunk."""
+        return np.asarray([chunk.tokens for chunk in self.chunks], dtype=np.int64)
+
     @property
     def context_tokens(self) -> int:
         """Tokens of all contents, the tags left out."""
-        return sum(chunk.tokens for chunk in self.chunks)
+        return int(self.sizes.sum())
 
 
 class Doc(NamedTuple):
@@ -3736,7 +3351,17 @@ class Doc(NamedTuple):
 
     label: str  # the id in its tag
     content: str  # neutralised
-    ends: np.ndarray  # (L,), characters
+    chunks: ChunkTable
+    row: int | None = None  # in the index it comes from
+
+
+class Context(NamedTuple):
+    """A question over documents: the full-text prompt, in which chunks are numbered through all of them."""
+
+    question: str
+    prompt: Prompt
+    docs: list[Doc]
+    left_out: int = 0  # documents that did not fit
 
 
 def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
@@ -3787,9 +3412,9 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     chunks: list[Chunk] = []
     docs = [piece for piece in pieces if isinstance(piece, Doc)]
     for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
-        marks = first_tokens(tokens, base + at + np.concatenate([[0], doc.ends])).tolist()
-        edges = [0, *doc.ends.tolist()]
-        chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(doc.ends))]
+        edges = [0, *doc.chunks.ends.tolist()]
+        marks = first_tokens(tokens, base + at + np.asarray(edges)).tolist()
+        chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(edges) - 1)]
     blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
     return Prompt(text, tokens.ids, chunks, blocks)
 
@@ -3800,6 +3425,46 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
         return [f"{ASK_WITHOUT_CONTEXT}Question: {question}"]
     spaced = [piece for doc in docs for piece in (doc, "\n")]
     return [ASK_WITH_CONTEXT, *spaced, f"\nQuestion: {question}"]
+
+
+def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, tokenizer: RefragTokenizer,
+              index: Index | None = None, encoder: str | None = None) -> list[Doc]:
+    """Documents, best first, with chunks of k tokens: those of the index where it holds such, else cut now.
+
+    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`.
+    """
+    tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
+    cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
+    tables = [table or ChunkTable(*next(cuts)[1:], None, None) for table in tables]
+    return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
+
+
+def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
+                 system: str = "") -> Context:
+    """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    while True:
+        prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
+        if prompt.context_tokens <= ctx_max:
+            return Context(question, prompt, kept, len(docs) - len(kept))
+        counts = np.bincount([chunk.doc for chunk in prompt.chunks], prompt.sizes, minlength=len(kept))
+        kept = kept[: min(int((np.cumsum(counts) <= ctx_max).sum()), len(kept) - 1)]
+
+
+def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
+    """The same for --prompt, whose documents stand in the text. Raises UserError if they exceed ctx_max tokens."""
+    pieces: list[str | Doc] = []
+    for part, label in split_docs(text.strip()):
+        part = tokenizer.neutralize(part)
+        if label is not None:
+            [doc] = make_docs([part], [None], k, tokenizer)
+            pieces.append(doc._replace(label=tokenizer.neutralize(label)))
+        elif part:
+            pieces.append(part)
+    prompt = build_prompt(tokenizer, pieces)
+    require(prompt.context_tokens <= ctx_max,
+            f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
+    return Context(text, prompt, [piece for piece in pieces if isinstance(piece, Doc)])
 
 
 def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
@@ -3913,14 +3578,14 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def show_plan(prompt: Prompt, plan: np.ndarray, tokenizer: RefragTokenizer, contents: Sequence[str]) -> str:
+def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
     for is_vector, group in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
         values = list(group)
         if is_vector:
-            chunks = [prompt.chunks[-v - 1] for v in values]
-            parts += [f"[[{contents[c.doc][c.start : c.end]}]]" for c in chunks]
+            chunks = [context.prompt.chunks[-v - 1] for v in values]
+            parts += [f"[[{context.docs[c.doc].content[c.start : c.end]}]]" for c in chunks]
         else:
             parts.append(tokenizer.decoder.decode(values))
     return "".join(parts)
@@ -3942,7 +3607,7 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
     return [{"id": "1", "question": text}]
 
 # =============================================================================
-# 8. Alignment. Where two tokenizers cut a text at the same place, and what the
+# 7. Alignment. Where two tokenizers cut a text at the same place, and what the
 #    decoder's tokens teach the projector there. Knows no files.
 # =============================================================================
 
@@ -4087,7 +3752,7 @@ def relative_error(vectors: Tensor, means: Tensor) -> Tensor:
 
 
 # =============================================================================
-# 9. Model. Encoder, projector and decoder, their loading and their checkpoints.
+# 8. Model. Encoder, projector and decoder, their loading and their checkpoints.
 #    Knows no command line.
 # =============================================================================
 
@@ -5097,7 +4762,7 @@ def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, ru
         embed_share(Path(folder), count, chunking, embedder, build.batch_size, finished, process_group())
 
 # =============================================================================
-# 10. Gate. A score for every chunk of the context, and the choice of those
+# 9. Gate. A score for every chunk of the context, and the choice of those
 #     that stay text under an exact budget.
 # =============================================================================
 
@@ -5118,17 +4783,16 @@ class GateInput(NamedTuple):
     seed: int
 
 
-def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str], tables: Sequence[ChunkTable],
-               index: Index | None, seed: int = 0, prompt: Prompt | None = None,
-               decoder: nn.Module | None = None) -> GateInput:
-    """contents and tables: of the documents, by rank; there are vectors only if all tables have them."""
-    texts = [content[a:b] for content, table in zip(contents, tables, strict=True)
-             for a, b in itertools.pairwise([0, *table.ends.tolist()])]
+def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, index: Index | None, seed: int = 0,
+               prompt: Prompt | None = None, decoder: nn.Module | None = None) -> GateInput:
+    """What a gate may look at; there are vectors only if all documents have them."""
+    tables = [doc.chunks for doc in docs]
+    texts = [doc.content[a:b] for doc in docs for a, b in itertools.pairwise([0, *doc.chunks.ends.tolist()])]
     has_vectors = query is not None and all(table.gate is not None for table in tables)
     vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
-    docs = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
+    numbers = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
     idf = index.idf if index is not None and index.bm25 is not None else None
-    return GateInput(question, query, vectors, texts, docs, idf, prompt, decoder, seed)
+    return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
 def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
@@ -5457,7 +5121,7 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 
 
 # =============================================================================
-# 11. Training. Phases that build sequences, a curriculum, and one loop on
+# 10. Training. Phases that build sequences, a curriculum, and one loop on
 #     accelerate that can be killed and continued. Knows no command line.
 # =============================================================================
 
@@ -5886,15 +5550,17 @@ def sentence_with(answer: str, text: str, question: str) -> str | None:
 class Asked(NamedTuple):
     """A question with its passages, before it is settled which of their chunks stay text."""
 
-    prompt: Prompt
-    docs: list[Doc]
+    context: Context
     content: Content
     target: np.ndarray  # tokens to be said
-    rows: list[int]  # of the passages, in the index
+
+    def answered(self, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
+        """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
+        return continue_plan(mixed_plan(self.context.prompt, expanded, feed), self.target, self.content)
 
 
 class AnswerPrompts:
-    """Makes sequences of a question, passages of an index and the answer to be said."""
+    """Asks questions over passages of an index, with the answer to be said."""
 
     def __init__(self, encoder: ChunkEncoder, index: Index, seq_tokens: int):
         """seq_tokens: of all passages together, at most."""
@@ -5904,33 +5570,23 @@ class AnswerPrompts:
         self.end = np.asarray([end])
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
-        """A question over the passages of some rows; the answer names the row `gold`."""
-        prompt, docs, cuts, kept = self.pack(question, shown, gold, k)
-        label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
-        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
-        chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
-        return Asked(prompt, docs, Content(chunks, self.encoder.inputs([doc.content for doc in docs], cuts)),
-                     np.concatenate([ids, self.end]), kept)
-
-    def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
-        """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
-        return continue_plan(mixed_plan(asked.prompt, expanded, feed), asked.target, asked.content)
-
-    def pack(self, question: str, shown: list[int], gold: int | None,
-             k: int) -> tuple[Prompt, list[Doc], list[Cut], list[int]]:
-        """The prompt, its documents, their chunks in encoder tokens, and their rows in the index.
+        """A question over the passages of some rows; the answer names the row `gold`.
 
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
         cuts = self.tokenizer.cut(contents, k)
-        lengths = [int(cut.sizes.sum()) for cut in cuts]
-        keep = list(range(len(contents)))
-        while len(keep) > 1 and sum(lengths[i] for i in keep) > self.seq_tokens:
+        keep = list(range(len(shown)))
+        while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], cuts[i].ends) for rank, i in enumerate(keep, start=1)]
-        prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
-        return prompt, docs, [cuts[i] for i in keep], [shown[i] for i in keep]
+        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:], None, None), shown[i])
+                for rank, i in enumerate(keep, start=1)]
+        context = make_context(self.tokenizer, question, docs)
+        label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
+        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
+        chunks = [context.prompt.input_ids[c.first : c.last] for c in context.prompt.chunks]
+        inputs = self.encoder.inputs([doc.content for doc in docs], [cuts[i] for i in keep])
+        return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
 
 
 class AnswerLessons(Lessons):
@@ -5982,9 +5638,9 @@ class AnswerLessons(Lessons):
             if quote_frac and rng.random() < quote_frac:  # where nothing is quoted, nothing is drawn
                 question, answer = self.quote(question, gold, answer)
         asked = self.prompts.ask(question, shown, gold, answer, k)
-        sequence = self.prompts.answered(asked, self.choose(item["question"], asked, p, k, rng))
+        sequence = asked.answered(self.choose(item["question"], asked.context, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}",
-                    tuple(asked.rows))
+                    tuple(doc.row for doc in asked.context.docs))
 
     def quote(self, question: str, gold: int, answer: str) -> tuple[str, str]:
         """A question with its answer, as one for the sentence that holds it; unchanged if none does."""
@@ -5996,24 +5652,23 @@ class AnswerLessons(Lessons):
         fewest, topk = self.sft.topk_min, self.search.topk
         return topk if fewest is None else int(rng.integers(fewest, topk + 1))
 
-    def choose(self, question: str, asked: Asked, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, question: str, context: Context, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
         """(L,) the chunks that stay text: those that the gate likes best, as in use, or some at random."""
-        chunks = asked.prompt.chunks
-        gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and asked.docs
-        scores = self.gate_scores(question, asked, k) if gated else rng.random(len(chunks))
-        return select_chunks(scores, np.asarray([chunk.tokens for chunk in chunks], dtype=np.int64), p)
+        gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and context.docs
+        scores = self.gate_scores(question, context.docs, k) if gated else rng.random(len(context.prompt.chunks))
+        return select_chunks(scores, context.prompt.sizes, p)
 
-    def gate_scores(self, question: str, asked: Asked, k: int) -> np.ndarray:
+    def gate_scores(self, question: str, docs: list[Doc], k: int) -> np.ndarray:
         """(L,) the gate's. Where the index has longer chunks alone, a chunk has the score of the one it lies in."""
-        stored = self.index.manifest["chunking"]["k"]
-        tables = [self.index.chunk_table(row, k) or self.index.chunk_table(row, stored) for row in asked.rows]
-        embedder = self.searcher.embedder
+        stored, embedder = self.index.manifest["chunking"]["k"], self.searcher.embedder
+        tables = [self.index.chunk_table(doc.row, k) or self.index.chunk_table(doc.row, stored) for doc in docs]
         query = embedder.embed_query(question)[0] if embedder is not None else None
-        given = gate_input(question, query, [doc.content for doc in asked.docs], tables, self.index)
+        wide = [doc._replace(chunks=table) for doc, table in zip(docs, tables, strict=True)]
+        given = gate_input(question, wide, query, self.index)
         scores = self.gate.scores(given) if self.gate is not None and given.vectors is not None else blend_scores(given)
         counts = [len(table.ends) for table in tables]
-        places = [base + np.searchsorted(table.ends[:-1], doc.ends) for base, table, doc in
-                  zip(np.cumsum([0, *counts[:-1]]), tables, asked.docs, strict=True)]
+        places = [base + np.searchsorted(table.ends[:-1], doc.chunks.ends) for base, table, doc in
+                  zip(np.cumsum([0, *counts[:-1]]), tables, docs, strict=True)]
         return scores[np.concatenate(places)]
 
     def exam(self) -> dict[str, list[Item]]:
@@ -6766,17 +6421,25 @@ class GateExample(NamedTuple):
     """A question for the gate to learn from, or to be examined on."""
 
     number: int  # of the question
-    given: GateInput  # without its texts
+    inputs: GateInput  # without its texts
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
-    gold: list[list[int]]  # chunks of each place where an answer stands in a right passage
+    spans: list[list[int]]  # chunks of each place where an answer stands in a right passage
 
     @property
     def positive(self) -> np.ndarray:
         """(L,) bool: chunks that hold an answer, or a part of one."""
-        marks = np.zeros(len(self.tokens), dtype=bool)
-        marks[[chunk for span in self.gold for chunk in span]] = True
-        return marks
+        return np.isin(np.arange(len(self.tokens)), [chunk for span in self.spans for chunk in span])
+
+
+class GateData(NamedTuple):
+    """What gate and policy are trained on."""
+
+    searcher: Searcher
+    questions: list[dict[str, Any]]
+    ranked: list[list[int]]
+    examples: list[GateExample]
+    held_out: list[GateExample]
 
 
 def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], searcher: Searcher, chunking: Chunking,
@@ -6787,21 +6450,57 @@ def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], sear
     for number, (question, rows) in progress(pairs, "features", total=len(questions), unit="question"):
         rows = rows[:topk]
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
-        tables = [index.chunk_table(row, chunking.k) for row in rows]
+        docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
         right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
-        gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
-        if gold:
+        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, question["answers"])
+        if spans:
             query = searcher.embedder.embed_query(question["question"])[0]
-            given = gate_input(question["question"], query, contents, tables, index)
-            sizes = np.concatenate([table.sizes for table in tables]).astype(np.int64)
-            slim = given._replace(texts=[], vectors=given.vectors.astype(np.float16))
-            examples.append(GateExample(number, slim, chunk_features(given), sizes, gold))
+            inputs = gate_input(question["question"], docs, query, index)
+            sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
+            slim = inputs._replace(texts=[], vectors=inputs.vectors.astype(np.float16))
+            examples.append(GateExample(number, slim, chunk_features(inputs), sizes, spans))
     return examples
 
 
-def collate_gate(examples: Sequence[GateExample], device: torch.device) -> list[Tensor]:
-    """Examples as a batch."""
-    return gate_batch([e.given for e in examples], [e.features for e in examples], device)
+def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+                   runtime: RuntimeConfig) -> GateData:
+    """Read, retrieve and prepare. Raises UserError, MismatchError."""
+    searcher = load_searcher(index, search, runtime)
+    opened = searcher.index
+    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
+            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
+            "hybrid")
+    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
+    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
+        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
+    stored = opened.manifest["chunking"]["k"]
+    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
+            f"{data.k}: give --k {stored}, or build the index with another")
+    made = []
+    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
+                               (data.eval_json, "--eval_json", data.eval_limit)):
+        questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
+        ranked = retrieved_rows(questions, searcher, search) if questions else []
+        made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
+    require(bool(made[0][2]), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
+    return GateData(searcher, *made[0], made[1][2])
+
+
+def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
+    """(B, L) logits of examples, -inf where padded."""
+    return gate(*gate_batch([e.inputs for e in examples], [e.features for e in examples], gate.device))
+
+
+@torch.inference_mode()
+def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
+    """Share of the examples of which all chunks of one place of an answer stay text, by p; nothing without examples."""
+    found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
+    for part in batched(examples, 64):
+        for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
+            for p in shares:
+                chosen = select_chunks(logits[: len(example.tokens)], example.tokens, p)
+                found[f"{p:g}"].append(any(chosen[span].all() for span in example.spans))
+    return {p: round(sum(hits) / len(hits), 4) for p, hits in found.items()}
 
 
 def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
@@ -6815,27 +6514,26 @@ def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
     return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
 
 
-@torch.inference_mode()
-def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.ndarray]:
-    """(L,) logits of each example."""
-    out = []
-    for part in batched(examples, 64):
-        rows = gate.eval()(*collate_gate(part, gate.device)).float().cpu().numpy()
-        out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
-    return out
+def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def gate_recall(scores: Sequence[np.ndarray], examples: Sequence[GateExample], p: float) -> float:
-    """Share of the examples, one at least, of which all chunks of one place of an answer stay text at p."""
-    chosen = [select_chunks(score, example.tokens, p) for score, example in zip(scores, examples, strict=True)]
-    return sum(any(mask[span].all() for span in example.gold)
-               for mask, example in zip(chosen, examples, strict=True)) / len(examples)
-
-
-def held_out_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
-    """`gate_recall` of a gate at each share; nothing without examples."""
-    scores = gate_logits(gate, examples)
-    return {f"{p:g}": round(gate_recall(scores, examples, p), 4) for p in shares} if scores else {}
+def run_steps(label: str, steps: int, every: int, step: Callable[[int], float],
+              recall: Callable[[], dict[str, float]]) -> list[tuple[int, float, dict[str, float]]]:
+    """Take steps, each of which returns a value. Returns (steps taken, mean value since the last, recall) at times."""
+    values, records = [], []
+    with contextlib.closing(progress_bar(label, steps, "step")) as bar:
+        for number in range(1, steps + 1):
+            values.append(step(number - 1))
+            bar.update(1)
+            if number % every == 0 or number == steps:
+                records.append((number, round(float(np.mean(values[-every:])), 4), recall()))
+                bar.set_postfix_str(f"{records[-1][1]}, recall {records[-1][2]}")
+    return records
 
 
 def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
@@ -6846,42 +6544,19 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
     gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
     optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
-    parts, records = math.ceil(len(examples) / settings.batch_size), []
-    bar = progress_bar("train_gate", settings.epochs * parts, "step")
-    with contextlib.closing(bar):
-        for epoch in range(settings.epochs):
-            losses = []
-            for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
-                factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
-                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, factor))
-                bar.update(1)
-            records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
-                            "recall": held_out_recall(gate, held_out, p)})
-            bar.set_postfix_str(f"loss {records[-1]['loss']:.3f}, recall {records[-1]['recall']}")
-    return records
+    epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
+    batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
 
+    def step(number: int) -> float:
+        optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
+        positive = padded_rows([example.positive for example in batches[number]], False).to(gate.device)
+        loss = gate_loss(example_logits(gate, batches[number]), positive)
+        descend(loss, gate, optimizer)
+        return loss.item()
 
-def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """One optimizer step. Returns the loss."""
-    positive = padded_rows([e.positive for e in examples], False).to(gate.device)
-    for group in optimizer.param_groups:
-        group["lr"] = GATE_LR * factor
-    loss = gate_loss(gate.train()(*collate_gate(examples, gate.device)), positive)
-    loss.backward()
-    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-class GateData(NamedTuple):
-    """What gate and policy are trained on."""
-
-    searcher: Searcher
-    questions: list[dict[str, Any]]
-    ranked: list[list[int]]
-    examples: list[GateExample]
-    held_out: list[GateExample]
+    each = len(batches) // settings.epochs
+    records = run_steps("train_gate", len(batches), each, step, lambda: gate_recall(gate, held_out, p))
+    return [{"epoch": number // each, "loss": loss, "recall": recall} for number, loss, recall in records]
 
 
 class AnswerReader:
@@ -6902,15 +6577,15 @@ class AnswerReader:
         right = right_rows(index, question, rows)[0]
         answer = [*answers_in(index, question, right), question["answers"][0]][0]
         asked = self.prompts.ask(question["question"], rows, right, answer, self.k)
-        require(len(asked.rows) == len(rows), f"--topk {self.topk}: the passages for question {question['id']} take "
-                f"more than the decoder's window of {self.model.window}: lower it")
+        require(len(asked.context.docs) == len(rows), f"--topk {self.topk}: the passages for question {question['id']} "
+                f"take more than the decoder's window of {self.model.window}: lower it")
         return asked
 
     @torch.inference_mode()
     def log_probabilities(self, asked: Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
-        rows = [[self.prompts.answered(asked, mask, feed)] for mask in masks]
+        rows = [[asked.answered(mask, feed)] for mask in masks]
         batch = checked_batch(self.model, rows, self.packs).to(next(self.model.parameters()).device)
         logits = self.model(batch).logits.float()
         logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
@@ -6946,140 +6621,80 @@ def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
-class PolicyTrainer:
-    """The paper's policy: which chunks stay text is drawn, and the answer's log-probability is the reward."""
+def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExample], settings: PolicyConfig,
+               p: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    """Train the paper's policy in place: which chunks stay text is drawn, the answer's log-probability is the reward.
 
-    def __init__(self, policy: QueryGate, reader: AnswerReader, settings: PolicyConfig, p: Sequence[float], seed: int):
-        self.policy, self.reader, self.examples = policy, reader, reader.data.examples
-        self.settings, self.p, self.rng = settings, p, np.random.default_rng(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
+    Returns records of the mean reward, and of recall on the held-out examples at each p.
+    """
+    examples, rng, generator = reader.data.examples, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
 
-    def logits(self, example: GateExample) -> Tensor:
-        """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
-        return self.policy.eval()(*collate_gate([example], self.policy.device))[0]
-
-    def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
+    def draw(example: GateExample) -> tuple[GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
-        example = self.examples[number]
-        picks = max(1, math.floor(float(self.rng.choice(self.p)) * len(example.tokens)))
+        picks = max(1, math.floor(float(rng.choice(p)) * len(example.tokens)))
         with torch.no_grad():
-            logits = self.logits(example)
-            orders = sample_orders(logits, picks, self.settings.group, self.generator).to(logits.device)
+            logits = example_logits(policy, [example])[0]
+            orders = sample_orders(logits, picks, settings.group, generator).to(logits.device)
             before = order_log_probability(logits, orders)
         masks = [np.isin(np.arange(len(example.tokens)), order) for order in orders.cpu().numpy()]
-        asked = self.reader.ask(example)
-        rewards = torch.from_numpy(self.reader.log_probabilities(asked, masks)).to(logits.device)
-        return example, orders, before, rewards
+        rewards = torch.from_numpy(reader.log_probabilities(reader.ask(example), masks)).to(logits.device)
+        return example, before, orders, rewards
 
-    def step(self) -> float:
+    def step(number: int) -> float:
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
-        drawn = [self.draw(int(number)) for number in self.rng.choice(len(self.examples), self.settings.batch_size)]
+        drawn = [draw(examples[i]) for i in rng.choice(len(examples), settings.batch_size).tolist()]
         for _ in range(REUSE):
-            losses = [policy_loss(self.logits(example), before, orders, rewards)
-                      for example, orders, before, rewards in drawn]
-            torch.stack(losses).mean().backward()
-            nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            losses = [policy_loss(example_logits(policy, [example])[0], *group) for example, *group in drawn]
+            descend(torch.stack(losses).mean(), policy, optimizer)
         return float(torch.stack([rewards.mean() for *_, rewards in drawn]).mean())
 
-    def fit(self, held_out: list[GateExample]) -> list[dict[str, Any]]:
-        """Train. Returns records of mean reward, and of recall on the held-out examples at each p."""
-        records, rewards, every = [], [], max(1, self.settings.steps // 8)
-        bar = progress_bar("train_policy", self.settings.steps, "step")
-        with contextlib.closing(bar):
-            for step in range(1, self.settings.steps + 1):
-                rewards.append(self.step())
-                bar.update(1)
-                bar.set_postfix_str(f"reward {np.mean(rewards[-20:]):.4f}", refresh=False)
-                if step % every == 0 or step == self.settings.steps:
-                    records.append({"step": step, "reward": round(float(np.mean(rewards[-every:])), 4),
-                                    "recall": held_out_recall(self.policy, held_out, self.p)})
-        return records
+    records = run_steps("train_policy", settings.steps, max(1, settings.steps // 8), step,
+                        lambda: gate_recall(policy, held_out, p))
+    return [{"step": number, "reward": reward, "recall": recall} for number, reward, recall in records]
 
 
-def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-                   runtime: RuntimeConfig) -> GateData:
-    """Read, retrieve and prepare. Raises UserError, MismatchError."""
-    searcher = load_searcher(index, search, runtime)
-    opened = searcher.index
-    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
-            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
-            "hybrid")
-    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
-    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
-        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
-    stored = opened.manifest["chunking"]["k"]
-    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
-            f"{data.k}: give --k {stored}, or build the index with another")
-    made = []
-    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
-                               (data.eval_json, "--eval_json", data.eval_limit)):
-        questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
-        ranked = retrieved_rows(questions, searcher, search) if questions else []
-        made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
-    require(bool(made[0][2]), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
-    return GateData(searcher, *made[0], made[1][2])
+def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
+    """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
+    times = [time.perf_counter()]
+    loaded = load_gate_data(data, index, search, models, runtime)
+    embedder, policy = loaded.searcher.embedder, kind == "policy"
+    if policy:
+        source = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
+        fit, steps = fit_policy, settings.steps
+    else:
+        source, fit, steps = loaded.examples, fit_gate, settings.epochs
+    times.append(time.perf_counter())
+    torch.manual_seed(runtime.seed)
+    gate = QueryGate(embedder.dim, features=not policy, blind=policy and settings.blind).to(pick_device(runtime.device))
+    records = fit(gate, source, loaded.held_out, settings, data.p, runtime.seed)
+    gate.half().float()  # examine the weights as they are stored
+    recall = gate_recall(gate, loaded.held_out, data.p)
+    times.append(time.perf_counter())
+    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
+             "device": str(gate.device), "recall": recall}
+    save_gate(kind, gate, embedder, data, models, entry)
+    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+            "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+            "checkpoint": data.out_dir}
 
 
-def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConfig, models: ModelConfig,
+def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
               entry: dict[str, Any]) -> None:
-    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy.
-
-    kind: "gate" or "policy".
-    """
+    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
     config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
-    config.compression = settings.k
+    config.compression = data.k
     if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
-    embedder = data.searcher.embedder
     setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
                            "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
-    files = file_facts([*settings.rag_json, *settings.eval_json])
+    files = file_facts([*data.rag_json, *data.eval_json])
     config.history = [*config.history, entry | {"data": without_folders(files)}]
-    write_checkpoint(Path(settings.out_dir), config, parts, card=model_card(config, []))
-
-
-def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, search: SearchConfig,
-               models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train a gate on retrieved questions and write it. Returns a summary."""
-    start = time.perf_counter()
-    loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
-    torch.manual_seed(runtime.seed)
-    gate = QueryGate(loaded.searcher.embedder.dim).to(pick_device(runtime.device))
-    records = fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
-    return finish_gate("gate", gate, loaded, data, models, records, settings.epochs, (start, prepared))
-
-
-def train_policy(data: GateDataConfig, settings: PolicyConfig, index: IndexConfig, search: SearchConfig,
-                 models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train the paper's policy by the decoder's rewards and write it. Returns a summary."""
-    start = time.perf_counter()
-    loaded = load_gate_data(data, index, search, models, runtime)
-    reader = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
-    prepared = time.perf_counter()
-    torch.manual_seed(runtime.seed)
-    policy = QueryGate(loaded.searcher.embedder.dim, features=False, blind=settings.blind)
-    trainer = PolicyTrainer(policy.to(pick_device(runtime.device)), reader, settings, data.p, runtime.seed)
-    records = trainer.fit(loaded.held_out)
-    return finish_gate("policy", policy, loaded, data, models, records, settings.steps, (start, prepared))
-
-
-def finish_gate(kind: str, gate: QueryGate, loaded: GateData, data: GateDataConfig, models: ModelConfig,
-                records: list[dict[str, Any]], steps: int, times: tuple[float, float]) -> dict[str, Any]:
-    """Round the weights as they are stored, examine them and write the checkpoint. Returns the command's summary."""
-    gate.half().float()
-    recall = held_out_recall(gate, loaded.held_out, data.p)
-    trained_s = time.perf_counter() - times[1]
-    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
-             "device": str(gate.device), "recall": recall}
-    save_gate(kind, gate, loaded, data, models, entry)
-    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-            "prepare_s": round(times[1] - times[0], 1), "train_s": round(trained_s, 1), "checkpoint": data.out_dir}
+    write_checkpoint(Path(data.out_dir), config, parts, card=model_card(config, []))
 
 
 def gate_text(summary: dict[str, Any]) -> str:
@@ -7102,7 +6717,7 @@ def training_text(summary: dict[str, Any]) -> str:
 
 
 # =============================================================================
-# 12. Generation. Prefill, decode, citations, and the clock on all of it.
+# 11. Generation. Prefill, decode, citations, and the clock on all of it.
 # =============================================================================
 
 
@@ -7268,22 +6883,27 @@ def settled_length(text: str) -> int:
     return len(body[:at].rstrip() if is_mark else body)
 
 
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first stop string in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
 class TextStream:
     """Turns the growing tokens of an answer into text, shown as soon as it can not change any more.
 
-    Held back are an unfinished character, a citation at the end, which `Pipeline.cite` may replace, and what may be
-    the beginning of a stop string. write: receives new text; True asks for no more.
+    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may be the
+    beginning of a stop string. write: receives new text; True asks for no more.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None]):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
     def text(self, tokens: list[int]) -> str:
         """The text of an answer up to the first stop string."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        self.stopped = bool(ends)
-        return text[: min(ends, default=len(text))].lstrip()
+        kept = before_stop(text, self.stops)
+        self.stopped = len(kept) < len(text)
+        return kept.lstrip()
 
     def __call__(self, tokens: list[int]) -> bool | None:
         """Write what is new. Returns True when the answer is to end."""
@@ -7300,7 +6920,7 @@ class TextStream:
     def show(self, text: str) -> bool | None:
         """Write an answer's text beyond what was written."""
         new, self.shown = text[len(self.shown) :], max(text, self.shown, key=len)
-        return self.write(new)
+        return self.write(new) if self.write is not None else None
 
 
 def normalize_answer(text: str) -> str:
@@ -7401,252 +7021,229 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
     return min(options, key=lambda label: len(options[label])), state
 
 
-class Packed(NamedTuple):
-    """What `pack_docs` makes of passages."""
+def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Callable[[], str],
+         stops: Sequence[str] = ()) -> tuple[str, str | None]:
+    """(an answer with its citation, the label if it was not the decoder's own).
 
-    docs: list[Doc]
-    prompt: Prompt
-    dropped: int  # passages that did not fit --ctx_max
-    rows: list[int | None]  # of the documents in the index; None for documents that stand in --prompt
+    labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
+    A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
+    document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
+    """
+    plain, begun = split_citation(answer, labels)
+    bare = without_citations(plain, labels)
+    if not seen or abstains(bare):
+        return bare, None
+    named = [label for label, forged in cited_labels(answer, labels) if not forged]
+    holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
+    answer = answer if begun is None else plain
+    if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
+        answer, chosen = plain, holding[0]
+    elif begun in seen:
+        chosen = begun
+    elif named:
+        return answer, None
+    else:
+        chosen = choose()
+    cited = f"{answer} [{chosen}]"
+    return (cited, chosen) if before_stop(cited, stops) == cited else (plain, None)
 
 
-@dataclass
-class Context:
-    """One question on its way through the pipeline."""
+class Choice(NamedTuple):
+    """What of a context the decoder is fed."""
 
-    item: dict[str, Any]
-    passages: list[Passage]
-    packed: Packed
-    scores: np.ndarray  # (L,)
-    expanded: np.ndarray  # (L,) bool
+    expanded: np.ndarray  # (L,) bool, the chunks that stay text
+    kept: np.ndarray  # (T,) bool, the prompt's tokens that are fed as such
     plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
-    kept: np.ndarray  # (T,) bool, the prompt's tokens among them
-    seconds: dict[str, float]
-    kv_bytes: int = 0  # its share of the decoder's cache after the prefill
-
-    @property
-    def labels(self) -> list[str]:
-        """The ids the prompt gives its documents."""
-        return [doc.label for doc in self.packed.docs]
-
-    @functools.cached_property
-    def read(self) -> list[str]:
-        """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
-        prompt = self.packed.prompt
-        vectors = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
-        tokens, kept = np.zeros((2, len(self.packed.docs)), dtype=np.int64)
-        for chunk in prompt.chunks:
-            tokens[chunk.doc] += chunk.tokens
-            kept[chunk.doc] += self.kept[chunk.first : chunk.last].sum()
-        return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
-                for doc, (total, n) in enumerate(zip(tokens, kept, strict=True))]
 
 
-class Pipeline:
-    """Question in, cited answer out: everything that is loaded, and the settings."""
+def choose(prompt: Prompt, scores: np.ndarray, mode: str, p: float, floor: int = 0, feed: bool = True) -> Choice:
+    """What is fed in a mode. scores: (L,); feed False: what does not stay text is left out."""
+    expanded = np.ones(len(prompt.chunks), dtype=bool)
+    if mode not in ("full", "none"):
+        expanded = select_chunks(scores, prompt.sizes, p, floor)
+    plan = mixed_plan(prompt, expanded, feed)
+    if mode != "truncate":
+        return Choice(expanded, text_mask(prompt, expanded), plan)
+    kept = truncated_mask(prompt, len(plan))
+    expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
+    return Choice(expanded, kept, prompt.input_ids[kept])
 
-    def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
-                 pack: PackConfig, generate: GenerateConfig, runtime: RuntimeConfig):
-        self.model, self.searcher, self.embedder = model, searcher, embedder
-        self.search, self.pack, self.generate, self.runtime = search, pack, generate, runtime
-        self.tokenizer = model.encoder.tokenizer
-        self.device = next(model.decoder.parameters()).device
-        self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
-        self.sampler = torch.Generator().manual_seed(runtime.seed)
-        self.system = ""  # a system message for every prompt
-        self.load_s, self.checkpoint = 0.0, None  # `load_pipeline` knows
-        self.batches = False  # warm_up finds out
-        index = searcher.index if searcher else None
-        built = index.manifest["chunking"] if index else {}
-        self.stored = index if built.get("tokenizer") == self.tokenizer.fingerprint else None
-        self.stored_encoder = built.get("encoder")
-        if self.stored_encoder not in (None, model.encoder.fingerprint):
-            raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
-                                "it was built with, or build it again")
 
-    @property
-    def gate(self) -> str:
-        """The gate's name, --heuristic and auto resolved."""
-        name = "ppl" if self.pack.heuristic else self.pack.gate
-        return name if name != "auto" else "learned" if self.trained_gates["learned"] is not None else "blend"
+@dataclass(frozen=True)
+class Settings:
+    """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
 
-    @functools.cached_property
-    def trained_gates(self) -> dict[str, QueryGate | None]:
-        """The gates that have weights."""
-        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
-        return {name: gate and gate.to(self.device) for name, gate in gates.items()}
+    search: SearchConfig
+    pack: PackConfig
+    generate: GenerateConfig
+    stop_tokens: frozenset[int]
+    sampler: torch.Generator
+    system: str = ""  # a system message
 
-    @functools.cached_property
-    def stepper(self) -> Any:
-        """What takes the steps after the first token, None for the decoder itself."""
-        return make_stepper(self.model.decoder, self.runtime.engine)
-
-    @property
-    def feed(self) -> bool:
-        """Whether compressed chunks are fed as vectors, or left out."""
-        return self.pack.compressed == "feed" or (self.pack.compressed == "auto" and self.model.trained)
+    def but(self, **changes: Any) -> Settings:
+        """The same with other values of some fields or of some options in them."""
+        for name in ("search", "pack", "generate"):
+            options = getattr(self, name)
+            own = {key: changes.pop(key) for key in options.__dataclass_fields__ if key in changes}
+            changes[name] = dataclasses.replace(changes.get(name, options), **own)
+        return dataclasses.replace(self, **changes)
 
     @property
     def chooses(self) -> bool:
         """Whether there are chunks to be chosen; not where all or none stay text."""
-        return self.gate != "none" and self.pack.mode not in ("full", "none") and self.pack.p not in (0.0, 1.0)
+        return self.pack.gate != "none" and self.pack.mode in ("refrag", "truncate") and 0 < self.pack.p < 1
 
-    def check_gate(self, name: str) -> None:
-        """Raise UserError if a gate needs weights that are not there."""
-        require(name not in TRAINED_GATES or self.trained_gates[name] is not None, f"--gate {name}: there is none "
-                f"trained for these models and this index: make one with train_{TRAINED_GATES.get(name)}, or use "
-                "--gate blend")
-
-    def variant(self, *, search: SearchConfig | None = None, generate: GenerateConfig | None = None,
-                **changes: Any) -> Pipeline:
-        """The same loaded models with other settings. changes: fields of PackConfig."""
-        other = copy.copy(self)
-        other.search, other.generate = search or self.search, generate or self.generate
-        other.pack = dataclasses.replace(self.pack, **changes)
-        return other
-
-    # -- stages, in order ----------------------------------------------------
-
-    def retrieve(self, item: dict[str, Any]) -> list[Passage]:
-        """Passages for a question; none without an index or in mode none."""
-        if self.searcher is None or self.pack.mode == "none":
-            return []
-        return self.searcher.search(item["question"], self.search.topk, self.search.hops)
-
-    def stored_table(self, row: int) -> ChunkTable | None:
-        """The index's chunks of a passage, with the encoder's states where they are those that it would compute."""
-        usable = self.model.encoder.serves(self.pack.k, self.stored.manifest["chunking"]["k"])
-        return self.stored.chunk_table(row, self.pack.k, self.stored_encoder if usable else None)
-
-    def chunk_tables(self, contents: list[str], rows: Sequence[int | None], needs: set[str]) -> list[ChunkTable]:
-        """Chunk tables of contents: the index's where they hold what is needed ("gate", "states"), else made now."""
-        tables: list[ChunkTable | None] = []
-        for row in rows:
-            table = None
-            if self.stored is not None and row is not None:
-                table = self.stored_table(row)
-            complete = table is not None and all(getattr(table, need) is not None for need in needs)
-            tables.append(table if complete else None)
-        waiting = [i for i, table in enumerate(tables) if table is None]
-        if waiting:
-            chunking = Chunking(self.pack.k, self.tokenizer, self.model.encoder if "states" in needs else None)
-            embedder = self.embedder if "gate" in needs else None
-            _, made = chunk_tables([contents[i] for i in waiting], chunking, embedder, 32)
-            for i, table in zip(waiting, made, strict=True):
-                tables[i] = table
-        return tables
-
-    def pack_docs(self, item: dict[str, Any], passages: list[Passage]) -> Packed:
-        """Documents and the full-text prompt, without the lowest-ranked passages that do not fit --ctx_max."""
-        if self.generate.prompt is not None:
-            return self.pack_literal(item["question"])
-        contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
-        rows: list[int | None] = [p.row for p in passages]
-        tables = self.chunk_tables(contents, rows, set())
-        docs = [Doc(str(p.rank), c, t.ends) for p, c, t in zip(passages, contents, tables, strict=True)]
-        question, system = (self.tokenizer.neutralize(text.strip()) for text in (item["question"], self.system))
-        kept = len(docs)
-        prompt = build_prompt(self.tokenizer, question_pieces(question, docs), system)
-        while kept and prompt.context_tokens > self.pack.ctx_max:
-            counts = np.bincount([c.doc for c in prompt.chunks], [c.tokens for c in prompt.chunks], minlength=kept)
-            kept = min(int((np.cumsum(counts) <= self.pack.ctx_max).sum()), kept - 1)
-            prompt = build_prompt(self.tokenizer, question_pieces(question, docs[:kept]), system)
-        return Packed(docs[:kept], prompt, len(docs) - kept, rows[:kept])
-
-    def pack_literal(self, text: str) -> Packed:
-        """The same for --prompt, whose documents stand in the text."""
-        pieces: list[str | Doc] = []
-        for segment in self.tokenizer.parse_and_tokenize(text.strip()):
-            if segment.kind == "text":
-                pieces.append(segment.text)
-            else:
-                [cut] = self.tokenizer.cut([segment.text], self.pack.k)
-                pieces.append(Doc(segment.doc_id, segment.text, cut.ends))
-        docs = [piece for piece in pieces if isinstance(piece, Doc)]
-        prompt = build_prompt(self.tokenizer, pieces)
-        require(prompt.context_tokens <= self.pack.ctx_max,
-                f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {self.pack.ctx_max}")
-        return Packed(docs, prompt, 0, [None] * len(docs))
-
-    def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
-        """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
-        if not self.chooses or not packed.docs:
-            return np.zeros(len(packed.prompt.chunks))
-        given = self.gate_input(item, packed)
-        return self.trained_gates[self.gate].scores(given) if self.gate in TRAINED_GATES else GATES[self.gate](given)
-
-    def gate_input(self, item: dict[str, Any], packed: Packed) -> GateInput:
-        """What the gate may look at."""
-        contents, query = [doc.content for doc in packed.docs], None
-        needs = {"gate"} if self.gate in VECTOR_GATES and self.embedder is not None else set()
-        tables = self.chunk_tables(contents, packed.rows, needs)
-        if needs:
-            query = self.embedder.embed_query(item["question"])[0]
-        return gate_input(item["question"], query, contents, tables, self.searcher and self.searcher.index,
-                          self.runtime.seed, packed.prompt, self.model.decoder)
-
-    def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(expanded (L,), plan (P,), kept (T,)): what the decoder is fed in the pipeline's mode, see `Context`."""
-        tokens = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
-        if self.pack.mode in ("full", "none"):
-            expanded = np.ones(len(tokens), dtype=bool)
-        elif self.gate == "none":
-            expanded = np.zeros(len(tokens), dtype=bool)
-        else:
-            expanded = select_chunks(scores, tokens, self.pack.p, self.pack.floor)
-        plan = mixed_plan(prompt, expanded, self.feed)
-        if self.pack.mode != "truncate":
-            return expanded, plan, text_mask(prompt, expanded)
-        kept = truncated_mask(prompt, len(plan))
-        expanded = np.asarray([kept[c.first : c.last].all() for c in prompt.chunks], dtype=bool)
-        return expanded, prompt.input_ids[kept], kept
+    def pick(self, logits: Tensor) -> Tensor:
+        """The next tokens (B,) from logits (B, V)."""
+        return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
 
     @property
     def citation_room(self) -> int:
         """Positions that a citation chosen after the answer may take."""
         return CITATION_TOKENS if self.generate.cite and self.pack.mode != "none" else 0
 
-    def fits_window(self, positions: int) -> bool:
-        """Whether prompt, answer and a citation after it are within what the decoder was built for."""
-        needed = positions + self.generate.max_new + self.citation_room
-        return self.model.window is None or needed <= self.model.window
 
-    def check_window(self, positions: int) -> None:
-        """Raises TooLongError when prompt and answer exceed what the decoder was built for."""
-        if not self.fits_window(positions):
-            citation = f" and a citation {self.citation_room}" if self.citation_room else ""
-            raise TooLongError(
-                f"the prompt takes {positions} positions, --max_new {self.generate.max_new}{citation}; the decoder's "
-                f"window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+@dataclass
+class Reading:
+    """A question ready for the decoder."""
 
-    def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
-        """Everything before the prefill. Returns the context and the decoder's inputs (T, D)."""
-        watch = Stopwatch(self.device)
-        if self.embedder is not None:
-            self.embedder.queries.clear()  # so that a question asked again takes as long as at first
-        with watch.stage("retrieve_s"):
-            passages = self.retrieve(item)
-        with watch.stage("pack_s"):
-            packed = self.pack_docs(item, passages)
-        with watch.stage("gate_s"):
-            scores = self.score(item, packed)
-            expanded, plan, kept = self.plan(packed.prompt, scores)
-        self.check_window(len(plan))
-        with watch.stage("vectors_s"):
-            states = self.states(packed, plan)
-        with watch.stage("pack_s"):
-            inputs = self.embed(packed.prompt, plan, states)
-        return Context(item, passages, packed, scores, expanded, plan, kept, watch.seconds), inputs
+    item: dict[str, Any]
+    passages: list[Passage]
+    context: Context
+    given: GateInput | None  # what the gate looked at
+    scores: np.ndarray  # (L,)
+    choice: Choice
+    inputs: Tensor  # (P, D)
+    seconds: dict[str, float]
 
-    def states(self, packed: Packed, plan: np.ndarray) -> np.ndarray:
+    @property
+    def labels(self) -> list[str]:
+        """The ids the prompt gives its documents."""
+        return [doc.label for doc in self.context.docs]
+
+    @functools.cached_property
+    def read(self) -> list[str]:
+        """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
+        prompt, plan, count = self.context.prompt, self.choice.plan, len(self.context.docs)
+        vectors = {prompt.chunks[-v - 1].doc for v in plan[plan < 0].tolist()}
+        docs = np.asarray([chunk.doc for chunk in prompt.chunks], dtype=np.int64)
+        kept = [self.choice.kept[chunk.first : chunk.last].sum() for chunk in prompt.chunks]
+        sums = (np.bincount(docs, weights, minlength=count) for weights in (prompt.sizes, kept))
+        return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
+                for doc, (total, n) in enumerate(zip(*sums, strict=True))]
+
+    @property
+    def seen(self) -> dict[str, str]:
+        """The contents of the documents that were read, by label."""
+        pairs = zip(self.context.docs, self.read, strict=True)
+        return {doc.label: doc.content for doc, read in pairs if read != "left out"}
+
+
+class Pipeline:
+    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given."""
+
+    def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
+                 pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None,
+                 checkpoint: str | None = None):
+        """stepper: takes the steps after the first token in the decoder's place; checkpoint: the digest to report."""
+        self.model, self.searcher, self.embedder = model, searcher, embedder
+        self.seed, self.stepper, self.checkpoint, self.load_s = seed, stepper, checkpoint, 0.0
+        self.tokenizer = model.encoder.tokenizer
+        self.device = next(model.decoder.parameters()).device
+        self.index = searcher.index if searcher else None
+        built = self.index.manifest["chunking"] if self.index else {}
+        self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
+        if built.get("encoder") not in (None, model.encoder.fingerprint):
+            raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
+                                "it was built with, or build it again")
+        self.settings = Settings(search, pack, generate, stop_tokens(model.decoder, self.tokenizer.decoder),
+                                 torch.Generator().manual_seed(seed))
+        self.settings = self.settings_for()
+        self.batches = True  # `warm_up` finds out
+
+    @functools.cached_property
+    def trained_gates(self) -> dict[str, QueryGate]:
+        """The gates with weights. Raises MismatchError if the checkpoint's are for another embedder."""
+        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
+        return {name: gate.to(self.device) for name, gate in gates.items() if gate is not None}
+
+    def settings_for(self, **changes: Any) -> Settings:
+        """The pipeline's settings with others in place of some, --gate and --compressed settled. Raises UserError.
+
+        changes: options of SearchConfig, PackConfig and GenerateConfig by name, and fields of `Settings`.
+        """
+        settings = self.settings.but(**changes)
+        gate = "ppl" if settings.pack.heuristic else settings.pack.gate
+        gate = gate if gate != "auto" else "learned" if "learned" in self.trained_gates else "blend"
+        require(gate not in TRAINED_GATES or gate in self.trained_gates, f"--gate {gate}: there is none trained for "
+                f"these models and this index: make one with train_{TRAINED_GATES.get(gate)}, or use --gate blend")
+        feed = settings.pack.compressed == "feed" or (settings.pack.compressed == "auto" and self.model.trained)
+        return settings.but(gate=gate, heuristic=False, compressed="feed" if feed else "drop")
+
+    # -- stages, in order ----------------------------------------------------
+
+    def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
+        """Passages for a question; none without an index or in mode none."""
+        if self.searcher is None or settings.pack.mode == "none":
+            return []
+        return self.searcher.search(item["question"], settings.search.topk, settings.search.hops)
+
+    def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
+        """A question over its passages, or over the documents that stand in --prompt."""
+        k, ctx_max = settings.pack.k, settings.pack.ctx_max
+        if settings.generate.prompt is not None:
+            return read_context(self.tokenizer, item["question"], k, ctx_max)
+        contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
+        docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=ctx_max, system=settings.system)
+
+    def states_at(self, k: int) -> str | None:
+        """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
+        built = self.stored.manifest["chunking"] if self.stored else {}
+        return built["encoder"] if built and self.model.encoder.serves(k, built["k"]) else None
+
+    def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
+        """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
+        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.gate if gate else doc.chunks.states) is None]
+        if not lacking:
+            return docs
+        chunking = Chunking(k, self.tokenizer, None if gate else self.model.encoder)
+        _, tables = chunk_tables([docs[i].content for i in lacking], chunking, self.embedder if gate else None, 32)
+        filled = dict(zip(lacking, tables, strict=True))
+        return [doc._replace(chunks=filled.get(i, doc.chunks)) for i, doc in enumerate(docs)]
+
+    def gate_input(self, context: Context, settings: Settings) -> GateInput | None:
+        """What the gate may look at; None where nothing is to be chosen."""
+        if not settings.chooses or not context.docs:
+            return None
+        docs, query = context.docs, None
+        if settings.pack.gate in VECTOR_GATES and self.embedder is not None:
+            docs = self.filled(docs, settings.pack.k, gate=True)
+            query = self.embedder.embed_query(context.question)[0]
+        return gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
+
+    def scores(self, context: Context, given: GateInput | None, settings: Settings) -> np.ndarray:
+        """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
+        if given is None:
+            return np.zeros(len(context.prompt.chunks))
+        gate = settings.pack.gate
+        return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given)
+
+    def choose(self, context: Context, scores: np.ndarray, settings: Settings) -> Choice:
+        """What the decoder is fed."""
+        pack = settings.pack
+        return choose(context.prompt, scores, pack.mode, pack.p if pack.gate != "none" else 0.0, pack.floor,
+                      pack.compressed == "feed")
+
+    def states(self, context: Context, plan: np.ndarray, k: int) -> np.ndarray:
         """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
-        if not len(plan) or plan.min() >= 0:
+        if (plan >= 0).all():
             return np.zeros((0, self.model.encoder.width), dtype=np.float32)
-        tables = self.chunk_tables([doc.content for doc in packed.docs], packed.rows, {"states"})
-        return np.concatenate([table.states for table in tables])[-plan[plan < 0] - 1]
+        docs = self.filled(context.docs, k, gate=False)
+        return np.concatenate([doc.chunks.states for doc in docs])[-plan[plan < 0] - 1]
 
     @torch.inference_mode()
-    def embed(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
+    def inputs(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
         """(P, D) the decoder's inputs for a plan. states: (n, E), of the chunks that it feeds, in its order."""
         chunks = [prompt.chunks[-v - 1] for v in plan[plan < 0].tolist()]
         ids = [prompt.input_ids[chunk.first : chunk.last] for chunk in chunks]
@@ -7654,13 +7251,47 @@ class Pipeline:
         parts = plan, np.concatenate([*ids, plan[:0]]), np.asarray([len(part) for part in ids], dtype=np.int64), states
         return self.model.embed(*(torch.as_tensor(part, device=self.device) for part in parts))[0]
 
+    def fits_window(self, positions: int, settings: Settings) -> bool:
+        """Whether prompt, answer and a citation after it are within what the decoder was built for."""
+        needed = positions + settings.generate.max_new + settings.citation_room
+        return self.model.window is None or needed <= self.model.window
+
+    def prepare(self, item: dict[str, Any], settings: Settings | None = None,
+                rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
+        """Everything before the prefill. Raises TooLongError when the decoder was not built for so much.
+
+        rescore: other scores (L,) in place of the gate's.
+        """
+        settings, watch = settings or self.settings, Stopwatch(self.device)
+        if self.embedder is not None:
+            self.embedder.queries.clear()  # so that a question asked again takes as long as at first
+        with watch.stage("retrieve_s"):
+            passages = self.retrieve(item, settings)
+        with watch.stage("pack_s"):
+            context = self.context(item, passages, settings)
+        with watch.stage("gate_s"):
+            given = self.gate_input(context, settings)
+            scores = self.scores(context, given, settings)
+            scores = scores if rescore is None else rescore(context, scores)
+            choice = self.choose(context, scores, settings)
+        if not self.fits_window(len(choice.plan), settings):
+            citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
+            raise TooLongError(
+                f"the prompt takes {len(choice.plan)} positions, --max_new {settings.generate.max_new}{citation}; the "
+                f"decoder's window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+        with watch.stage("vectors_s"):
+            states = self.states(context, choice.plan, settings.pack.k)
+        with watch.stage("pack_s"):
+            inputs = self.inputs(context.prompt, choice.plan, states)
+        return Reading(item, passages, context, given, scores, choice, inputs, watch.seconds)
+
     # -- answers ---------------------------------------------------------------
 
-    def warm_up(self) -> None:
-        """Run every part once, so that the first question pays for no lazy initialisation."""
+    def warm_up(self, since: float) -> None:
+        """Run every part once, so that the first question pays for no lazy initialisation. since: loading began."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
-        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.pack.k)
+        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.settings.pack.k)
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
@@ -7669,164 +7300,140 @@ class Pipeline:
         if self.stepper is not None:
             decode_one_token(self.model.decoder, logits.argmax(-1), self.stepper.adopt(state, 1))
         self.batches = all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
-        if self.gate in TRAINED_GATES:
-            gate = self.trained_gates[self.gate]
+        if self.settings.pack.gate in TRAINED_GATES:
+            gate = self.trained_gates[self.settings.pack.gate]
             vectors = np.ones((8, gate.shape["dim"]), dtype=np.float32)
-            one = gate_input("warm up", vectors[0], [], [], None)
+            one = gate_input("warm up", [], vectors[0], None)
             gate.scores(one._replace(vectors=vectors, texts=["warm"] * 8, docs=np.arange(8)))
+        self.load_s = time.perf_counter() - since
 
-    def answer(self, items: Sequence[dict[str, Any]],
-               on_text: Callable[[int, str], bool | None] | None = None) -> list[dict]:
+    def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
+               **changes: Any) -> dict[str, Any]:
+        """The JSON object of one answer. on_text: receives the answer as it grows; True ends it.
+
+        changes: see `settings_for`. Example: pipeline.answer("Who wrote De Materia Medica?", p=.05)["answer"]
+        """
+        return self.answer_batch([{"id": "1", "question": question}], self.settings_for(**changes), [on_text])[0]
+
+    def answer_batch(self, items: Sequence[dict[str, Any]], settings: Settings | None = None,
+                     writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
+        """Results for questions {id, question} that are decoded together. writers: see `generate`."""
+        return self.generate([self.prepare(item, settings) for item in items], settings, writers)
+
+    def generate(self, readings: Sequence[Reading], settings: Settings | None = None,
+                 writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
         """Results for questions that are decoded together.
 
-        on_text(number of the question, new text of its answer) is called as it grows; True ends this answer.
+        writers: for each question None, or what receives new text of its answer as it grows; True ends the answer.
         """
-        if len(items) > 1 and not self.batches:  # recurrent layers would read the padding
-            lives = [functools.partial(lambda row, _, text: on_text(row, text), row) if on_text else None
-                     for row in range(len(items))]
-            return [result for item, live in zip(items, lives, strict=True) for result in self.answer([item], live)]
-        prepared = [self.prepare(item) for item in items]
-        contexts, inputs = [c for c, _ in prepared], [x for _, x in prepared]
-        if self.generate.show_prompt:
-            for context in contexts:
-                contents = [doc.content for doc in context.packed.docs]
-                notice(show_plan(context.packed.prompt, context.plan, self.tokenizer, contents))
-        decoder, watch = self.model.decoder, Stopwatch(self.device)
-        write, stops = on_text or (lambda row, text: None), self.generate.stop
-        streams = [TextStream(self.tokenizer.decoder, stops, functools.partial(write, row))
-                   for row in range(len(items))]
+        settings, writers = settings or self.settings, writers or [None] * len(readings)
+        if len(readings) > 1 and not self.batches:  # recurrent layers would read the padding
+            return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
+        decoder, watch, options = self.model.decoder, Stopwatch(self.device), settings.generate
+        if options.show_prompt:
+            for reading in readings:
+                notice(show_plan(reading.context, reading.choice.plan, self.tokenizer))
+        streams = [TextStream(self.tokenizer.decoder, options.stop, write) for write in writers]
         with watch.stage("prefill_s"):
-            logits, state = prefill(decoder, inputs)
-        for context in contexts:
-            context.kv_bytes = cache_bytes(state.cache) // len(contexts)
-        start = watch.clock()
-        outs, state = decode(decoder, logits, state, max_new=self.generate.max_new, stops=self.stops, pick=self.pick,
-                             watch=watch, stepper=self.stepper,
-                             on_token=(lambda b, tokens: streams[b](tokens)) if on_text or stops else None)
+            logits, state = prefill(decoder, [reading.inputs for reading in readings])
+        kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
+        listens = any(writers) or options.stop
+        outs, state = decode(decoder, logits, state, max_new=options.max_new, stops=settings.stop_tokens,
+                             pick=settings.pick, watch=watch, stepper=self.stepper,
+                             on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
+
+        def choose(row: int, pending: list[int], labels: list[str]) -> str:
+            nonlocal state
+            chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, labels)
+            return chosen
+
         results = []
-        for row, (context, out, stream) in enumerate(zip(contexts, outs, streams, strict=True)):
-            context.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
-            answer = stream.text(out.tokens).rstrip()
-            pending = [] if out.ended else out.tokens[-1:]
-            answer, chosen, state = self.cite(context, answer, state, row, pending)
-            results.append(self.result(context, out._replace(ended=out.ended or stream.stopped), answer, chosen))
+        for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
+            reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
+            answer, chosen = stream.text(out.tokens).rstrip(), None
+            if options.cite and reading.labels:
+                pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
+                answer, chosen = cite(answer, reading.labels, seen, functools.partial(choose, row, pending, list(seen)),
+                                      options.stop)
+            out = out._replace(ended=out.ended or stream.stopped)
+            results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
             stream.show(answer)
         return results
 
-    def pick(self, logits: Tensor) -> Tensor:
-        """Sample as the settings say."""
-        return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
-
-    def cite(self, context: Context, answer: str, state: State, row: int,
-             pending: Sequence[int]) -> tuple[str, str | None, State]:
-        """(the answer with its citation, the label if it was not the decoder's own, the decoder's state).
-
-        A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
-        document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
-        row, pending: see `choose_citation`.
-        """
-        if not self.generate.cite or not context.labels:
-            return answer, None, state
-        plain, begun = split_citation(answer, context.labels)
-        seen = {doc.label: doc.content for doc, read in zip(context.packed.docs, context.read, strict=True)
-                if read != "left out"}
-        bare = without_citations(plain, context.labels)
-        if not seen or abstains(bare):
-            return bare, None, state
-        named = [label for label, forged in cited_labels(answer, context.labels) if not forged]
-        holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
-        answer = answer if begun is None else plain
-        if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
-            answer, chosen = plain, holding[0]
-        elif begun in seen:
-            chosen = begun
-        elif named:
-            return answer, None, state
-        else:
-            chosen, state = choose_citation(self.model.decoder, self.tokenizer.decoder, state, row, pending, list(seen))
-        if any(stop in f"{answer} [{chosen}]" for stop in self.generate.stop):
-            return plain, None, state
-        return f"{answer} [{chosen}]", chosen, state
-
-    def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
+    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
+               kv_bytes: int) -> dict[str, Any]:
         """The JSON object of one answer."""
-        docs, prompt, dropped, _ = context.packed
-        source = dict(zip(context.labels, context.passages, strict=False))  # --prompt's documents have no passage
-        ids = {label: source[label].id if label in source else label for label in context.labels}
-        numbered = list(zip(prompt.chunks, context.scores, context.expanded, strict=True))
-        read = dict(zip(context.labels, context.read, strict=True))
+        context, labels, expanded = reading.context, reading.labels, reading.choice.expanded
+        source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
+        ids = {label: source[label].id if label in source else label for label in labels}
+        read = dict(zip(labels, reading.read, strict=True))
         citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
                       "label": label, "read": read.get(label), "expanded": read.get(label) in ("text", "partly"),
                       "forged": forged, "chosen": label == chosen}
-                     for label, forged in (cited_labels(answer, context.labels) if context.labels else ())]
-        chunks = [{"passage_id": ids[docs[chunk.doc].label], "start": chunk.start, "end": chunk.end,
-                   "score": round(float(score), 6), "expanded": bool(expanded)}
-                  for chunk, score, expanded in numbered]
-        if self.generate.explain:
-            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(context), strict=True)]
-        return {"id": context.item["id"], "question": context.item["question"], "answer": answer,
+                     for label, forged in (cited_labels(answer, labels) if labels else ())]
+        chunks = [{"passage_id": ids[labels[chunk.doc]], "start": chunk.start, "end": chunk.end,
+                   "score": round(score, 6), "expanded": stays}
+                  for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(), expanded.tolist(),
+                                                 strict=True)]
+        if settings.generate.explain:
+            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
+        return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": read[label]} for label, p in source.items() if label in read],
-                "dropped_passages": dropped, "citations": citations, "chunks": chunks, "ended": out.ended,
-                "metrics": self.metrics(context, out), "settings": self.settings()}
+                "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
+                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(settings)}
 
-    def explain(self, context: Context) -> list[dict[str, Any]]:
+    def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        prompt = context.packed.prompt
-        if self.pack.mode != "refrag" or not self.chooses:
-            return [{"why": f"{'text' if opened else 'compressed'}: no choice to make", "shares": {}}
-                    for opened in context.expanded]
-        shares: dict[str, np.ndarray] = {}
-        if self.gate == "learned":
-            shares = self.trained_gates["learned"].shares(self.gate_input(context.item, context.packed))
-        sizes = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
-        reasons = selection_reasons(context.scores, sizes, self.pack.p, self.pack.floor)
+        if settings.pack.mode != "refrag" or not settings.chooses:
+            return [{"why": f"{'text' if stays else 'compressed'}: no choice to make", "shares": {}}
+                    for stays in reading.choice.expanded]
+        learned = settings.pack.gate == "learned" and reading.given is not None
+        shares = self.trained_gates["learned"].shares(reading.given) if learned else {}
+        reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.pack.p, settings.pack.floor)
         return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, why in enumerate(reasons)]
 
-    def metrics(self, context: Context, out: Decoded) -> dict[str, Any]:
+    def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
         """Times and sizes as section 7 of the definitions has them; times in seconds."""
-        prompt = context.packed.prompt
-        opened = sum(c.tokens for c, e in zip(prompt.chunks, context.expanded, strict=True) if e)
-        later = out.times[-1] - out.times[0]
-        steps = len(out.times) - 1
-        full = len(prompt.input_ids)
+        prompt, positions = reading.context.prompt, len(reading.choice.plan)
+        later, steps = out.times[-1] - out.times[0], len(out.times) - 1
+        full, context_tokens = len(prompt.input_ids), prompt.context_tokens
         return {
-            "ttft_s": round(sum(context.seconds.values()), 6),
+            "ttft_s": round(sum(reading.seconds.values()), 6),
             "ttit_s": round(later / steps, 6) if steps else None,
             "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
             "new_tokens": len(out.tokens),
-            "positions": len(context.plan),
+            "positions": positions,
             "full_positions": full,
-            "context_tokens": prompt.context_tokens,
-            "compression": round(full / len(context.plan), 4),
-            "kv_bytes": context.kv_bytes,
-            "p_realised": round(opened / max(prompt.context_tokens, 1), 6),
-            "stages": {name: round(context.seconds.get(name, 0.0), 6)
+            "context_tokens": context_tokens,
+            "compression": round(full / positions, 4),
+            "kv_bytes": kv_bytes,
+            "p_realised": round(int(prompt.sizes[reading.choice.expanded].sum()) / max(context_tokens, 1), 6),
+            "stages": {name: round(reading.seconds.get(name, 0.0), 6)
                        for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")},
             "load_s": round(self.load_s, 3),
             "peak_rss_mb": round(peak_rss_mb(), 1),
         }
 
-    def settings(self) -> dict[str, Any]:
+    def describe(self, settings: Settings) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
-        pack, search, generate, searcher = self.pack, self.search, self.generate, self.searcher
-        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": self.gate,
-                "compressed": "feed" if self.feed else "drop", "ctx_max": pack.ctx_max,
-                "index_dir": searcher and searcher.index.manifest["digest"][:16],
-                "retriever": searcher and searcher.retriever, "topk": search.topk, "hops": search.hops,
+        pack, search, generate, config = settings.pack, settings.search, settings.generate, self.model.config
+        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": pack.gate,
+                "compressed": pack.compressed, "ctx_max": pack.ctx_max,
+                "index_dir": self.index and self.index.manifest["digest"][:16],
+                "retriever": self.searcher and self.searcher.retriever, "topk": search.topk, "hops": search.hops,
                 "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
                 "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite,
-                "seed": self.sampler.initial_seed(),
-                "enc": self.model.config.encoder_name_or_path, "dec": self.model.config.decoder_name_or_path,
-                "load_dir": self.checkpoint, "projector_trained": self.model.trained,
+                "seed": settings.sampler.initial_seed(), "enc": config.encoder_name_or_path,
+                "dec": config.decoder_name_or_path, "load_dir": self.checkpoint,
+                "projector_trained": self.model.trained,
                 "engine": "model" if self.stepper is None else self.stepper.engine, "device": str(self.device),
                 "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
-    def compare(self, item: dict[str, Any],
-                on_text: Callable[[int, str], bool | None] | None = None) -> dict[str, Any]:
+    def compare(self, item: dict[str, Any], write: Callable[[str], bool | None] | None = None) -> dict[str, Any]:
         """An answer, with the full-context answer beside it and the ratio of their times to first token."""
-        [result] = self.answer([item], on_text)
-        [full] = self.variant(mode="full").answer([item])
+        [result] = self.answer_batch([item], self.settings, [write])
+        [full] = self.answer_batch([item], self.settings.but(mode="full"))
         result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
         result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
         return result
@@ -7838,7 +7445,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
-        index_manifest(index.index_dir)  # a folder that is none is told before anything is loaded
+        index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
     model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
         stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
@@ -7847,21 +7454,34 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
-    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime)
-    pipeline.stepper, pipeline.checkpoint = stepper.result(), checkpoint_digest(models)
-    pipeline.check_gate(pipeline.gate)
-    pipeline.warm_up()
-    pipeline.load_s = time.perf_counter() - start
-    if not pipeline.model.trained and pack.mode == "refrag":
-        notice(UNTRAINED[pipeline.feed] + for_others(models))
+    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result(),
+                        checkpoint_digest(models))
+    pipeline.warm_up(start)
+    if not model.trained and pack.mode == "refrag":
+        notice(UNTRAINED[pipeline.settings.pack.compressed] + for_others(models))
     return pipeline
 
 
 UNTRAINED = {
-    True: "the projector is untrained: chunk vectors are plain means of token embeddings",
-    False: "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
-           "token embeddings (--compressed feed to feed them)",
+    "feed": "the projector is untrained: chunk vectors are plain means of token embeddings",
+    "drop": "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
+            "token embeddings (--compressed feed to feed them)",
 }
+
+
+def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
+    """The pipeline of `generate`, with its flags as keywords: an index and the models are loaded and warmed up.
+
+    Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
+    """
+    configs, options = [], options | {"index_dir": None if index_dir is None else str(index_dir)}
+    for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
+        configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))
+    require(not options, f"no such option of generate: {', '.join(options)}")
+    require(index_dir is not None or configs[3].prompt is not None or configs[2].mode == "none",
+            "name the folder that `index` wrote")
+    prepare_runtime(configs[-1])
+    return load_pipeline(*configs)
 
 
 def check_generate(ask: QuestionConfig, index: IndexConfig, pack: PackConfig, generate: GenerateConfig) -> None:
@@ -7957,7 +7577,7 @@ def result_writer(generate: GenerateConfig, ask: QuestionConfig, runtime: Runtim
         print(dumps({"results": results} if many else results[0]))
 
 
-def write_text(row: int, text: str) -> None:
+def write_text(text: str) -> None:
     """Text of an answer on stdout at once."""
     say(text, end="")
 
@@ -8003,5 +7623,168 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     return "\n".join(lines)
 
 
+# =============================================================================
+# 12. Commands. A thin handler for each row of COMMANDS, called with its options,
+#     and the way into the program and out of it.
+# =============================================================================
+
+
+def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
+    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result)) if runtime.json else say(text)
+
+
+def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
+              runtime: RuntimeConfig) -> None:
+    """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
+    require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
+    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
+    if several_processes() and not process_group().is_main_process:
+        return assist_build(index, build, models, runtime)
+    start = time.perf_counter()
+    with index_lock(index.index_dir):
+        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
+        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
+    seconds = time.perf_counter() - start
+    summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
+                "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
+    counts = {"documents replaced": "replaced_documents", "texts with bytes replaced": "replaced"}
+    more = ", ".join(f"{text}: {summary[key]:,}" for text, key in counts.items() if summary[key])
+    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
+         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
+
+
+def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
+               runtime: RuntimeConfig) -> None:
+    questions = read_questions(ask)
+    searcher = load_searcher(index, search, runtime)
+    results = [{"id": q["id"], "question": q["question"],
+                "passages": searcher.search(q["question"], search.topk, search.hops)}
+               for q in progress(questions, "searching", total=len(questions))]
+    if form.format == "json" or runtime.json:
+        found = [search_json(result) for result in results]
+        print(dumps(found[0] if ask.questions is None else {"results": found}))
+    elif form.format == "trec":
+        print(trec_text(results), end="")
+    else:
+        say("\n\n".join(search_text(result) for result in results))
+
+
+def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    tokenizer = build_tokenizer(model_config(models))
+    text = tokenizer.neutralize(anchor.text)
+    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
+    spans = anchor_rows(encoder, decoder)
+    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
+              "exact_anchors": sum(span["exact"] for span in spans),
+              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
+    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
+         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
+         f"with a cost of {MAX_COST} or less")
+
+
+def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights]) -> Callable[..., None]:
+    """The handler of a phase that learns from texts. weights: of its losses, by the phase's own options."""
+
+    def handler(texts: TextConfig, *configs: Options) -> None:
+        *own, _, _, runtime = configs  # of the rest, TrainConfig, ModelConfig and RuntimeConfig are the last
+        summary = train_phase(Phase(name, weights(*own)), (texts, *configs),
+                              lambda model, train: lessons(model.encoder, texts, train, *own))
+        emit(summary, runtime, training_text(summary))
+
+    return handler
+
+
+cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
+cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: Weights())
+cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=following.distill))
+
+
+def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
+            runtime: RuntimeConfig) -> None:
+    require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
+    searcher = load_searcher(index, search, runtime)
+
+    def lessons(model: RefragModel, train: TrainConfig) -> AnswerLessons:
+        gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
+        return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
+
+    summary = train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search, train, models, runtime), lessons)
+    emit(summary, runtime, training_text(summary))
+
+
+def cmd_train_gate(*configs: Options) -> None:
+    summary = train_scorer("gate", *configs)
+    emit(summary, configs[-1], gate_text(summary))
+
+
+def cmd_train_policy(*configs: Options) -> None:
+    summary = train_scorer("policy", *configs)
+    emit(summary, configs[-1], gate_text(summary))
+
+
+def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
+    """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
+    index, _, pack, generate, _, _ = configs
+    require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
+    check_generate(ask or QuestionConfig(), index, pack, generate)
+    return load_pipeline(*configs)
+
+
+def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
+                 generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
+    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
+    pipeline = answering(ask, index, search, pack, generate, models, runtime)
+    live = write_text if generate.stream and not runtime.json and ask.questions is None else None
+    with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
+        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
+        for batch in progress(batched(waiting, generate.batch_size), "answering"):
+            for result in ([pipeline.compare(batch[0], live)] if generate.compare else
+                           pipeline.answer_batch(batch, writers=[live] * len(batch))):
+                write(result)
+
+
+def companion(module: str) -> Callable[..., None]:
+    """The handler of a command that stands in a module of refrag_extras, imported when it is called."""
+    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
+
+
+cmd_chat, cmd_serve, cmd_export = companion("chat"), companion("serve"), companion("export")
+cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
+
+
+def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
+    found = {"all_reduce": all_reduce_check()} if doctor.dist else {
+        "device": describe_device(runtime), "versions": library_versions(),
+        "models": {name: describe_model(name) for name in BUNDLED}}
+    if index.index_dir is not None:
+        opened = open_index(index.index_dir, again=True)
+        found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
+    emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
+
+
+def run_command(name: str, configs: Sequence[Options]) -> int:
+    """Call a command's handler and return the exit code."""
+    try:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            signal.signal(signal.SIGTERM, raise_exit)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        prepare_runtime(configs[-1])
+        globals()[f"cmd_{name}"](*configs)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        silence(sys.stdout)  # its reader, `head` say, has seen enough
+        return 0
+    except BaseException as error:
+        return report(error, configs[-1])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (the program's own by default) and return the exit code."""
+    return run_command(*parse_or_exit(sys.argv[1:] if argv is None else argv))
+
+
 if __name__ == "__main__":
-    leave(run_invocation(_INVOCATION))
+    leave(run_command(_NAME, _CONFIGS))

@@ -156,12 +156,11 @@ def measure_answers(args: argparse.Namespace) -> dict:
     scores: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in steppers}
     questions = refrag.read_answered_questions(args.qa, "--qa", args.limit)
     for item in refrag.progress(questions, "answers", total=len(questions), unit="question"):
-        _, inputs = pipeline.prepare(item)
-        logits, state = refrag.prefill(decoder, [inputs])
+        logits, state = refrag.prefill(decoder, [pipeline.prepare(item).inputs])
         replies = {}
         for name, stepper in steppers.items():  # the decoder last: it adds to the cache, the others to a copy
-            [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, stops=pipeline.stops,
-                                     pick=pipeline.pick, watch=watch, stepper=stepper)
+            [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, watch=watch, stepper=stepper,
+                                     stops=pipeline.settings.stop_tokens, pick=pipeline.settings.pick)
             replies[name] = pipeline.tokenizer.decoder.decode(out.tokens, skip_special_tokens=True)
         for name, reply in replies.items():
             truths = item["answers"]
@@ -189,7 +188,7 @@ def measure_first_token(args: argparse.Namespace) -> dict:
         length = trial.setting.context
         timers[length, trial.setting.curve] = lambda trial=trial: trial.run(item)["ttft_s"]
         if trial.setting.mode == "full":
-            prompt = trial.pipeline.prepare(item)[0].packed.prompt
+            prompt = trial.pipeline.prepare(item, trial.settings).context.prompt
             sizes[length] = prompt.context_tokens
             if llama is not None:
                 timers[length, "llama.cpp full"] = lambda prompt=prompt: llama.answer(prompt.input_ids.tolist(), 1)[0]

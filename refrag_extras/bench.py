@@ -25,6 +25,7 @@ from refrag import (
     QuestionConfig,
     RuntimeConfig,
     SearchConfig,
+    Settings,
     describe_device,
     draw,
     dumps,
@@ -91,17 +92,19 @@ def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
 
 @dataclass
 class Trial:
-    """A setting that fits, the pipeline that runs it, and what its runs measured."""
+    """A setting that fits, how the pipeline runs it, and what its runs measured."""
 
     setting: Setting
     pipeline: Pipeline
+    settings: Settings
     stored_vectors: bool | None  # whether the index holds what it reads; None where no vectors are read
     runs: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each counted round
     memory: dict[str, float | None] = field(default_factory=dict)
 
     def run(self, item: dict[str, Any]) -> dict[str, Any]:
         """Answer once; returns the metrics."""
-        return metrics_together([result["metrics"] for result in self.pipeline.answer([item] * self.setting.batch)])
+        results = self.pipeline.answer_batch([item] * self.setting.batch, self.settings)
+        return metrics_together([result["metrics"] for result in results])
 
     def warm_up(self, item: dict[str, Any]) -> None:
         """A run that is not timed and measures peak memory, since returning freed memory would slow a timed one."""
@@ -122,11 +125,9 @@ def metrics_together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     "tokens_per_s": pace and round(pace * count, 3)}
 
 
-def reads_stored(pipeline: Pipeline) -> bool:
-    """Whether the index holds the encoder's states at the pipeline's k."""
-    if pipeline.stored is None:
-        return False
-    table = pipeline.stored_table(0)
+def reads_stored(pipeline: Pipeline, k: int) -> bool:
+    """Whether the index holds the encoder's states at k."""
+    table = None if pipeline.stored is None else pipeline.stored.chunk_table(0, k, pipeline.states_at(k))
     return table is not None and table.states is not None
 
 
@@ -146,15 +147,15 @@ class Benchmark:
     def fill(self, context: int) -> SearchConfig | None:
         """The search for as many passages as `context` tokens hold; None, and told, where they can not be filled."""
         for topk in (SearchConfig.topk * 2**doubled for doubled in itertools.count()):
-            probe = self.pipeline.variant(mode="full", ctx_max=context, search=SearchConfig(topk=topk))
-            found = probe.retrieve(self.item)
-            packed = probe.pack_docs(self.item, found)
-            if packed.dropped or len(found) < topk:
+            settings = self.pipeline.settings_for(mode="full", ctx_max=context, search=SearchConfig(topk=topk))
+            found = self.pipeline.retrieve(self.item, settings)
+            packed = self.pipeline.context(self.item, found, settings)
+            if packed.left_out or len(found) < topk:
                 break
         tokens = packed.prompt.context_tokens
-        if packed.dropped and not packed.docs:
+        if packed.left_out and not packed.docs:
             self.leave_out(f"--contexts {context} left out: the best passage alone is longer")
-        elif tokens < context and not packed.dropped:
+        elif tokens < context and not packed.left_out:
             self.leave_out(f"--contexts {context} left out: all {len(found)} passages that the question finds hold "
                            f"{tokens} tokens")
         else:
@@ -162,20 +163,22 @@ class Benchmark:
         return None
 
     def make_trial(self, setting: Setting, search: SearchConfig | None) -> Trial:
-        """A setting's pipeline. Its answers have all of --new tokens: nothing stops them."""
-        stored = self.pipeline.stored
-        k = setting.k or (stored.manifest["chunking"]["k"] if stored else self.pipeline.pack.k)  # full text: no recount
-        changes = {"mode": setting.mode, "k": k} | ({} if setting.p is None else {"p": setting.p})
-        one = self.pipeline.variant(search=search, **changes, ctx_max=setting.context or self.pipeline.pack.ctx_max)
-        one.stops = frozenset()
+        """A setting, ready to be timed. Its answers have all of --new tokens: nothing stops them."""
+        pipeline, stored = self.pipeline, self.pipeline.stored
+        usual = pipeline.settings
+        k = setting.k or (stored.manifest["chunking"]["k"] if stored else usual.pack.k)  # full text: no recount
+        settings = pipeline.settings_for(
+            search=search or usual.search, mode=setting.mode, k=k, p=usual.pack.p if setting.p is None else setting.p,
+            ctx_max=setting.context or usual.pack.ctx_max, stop_tokens=frozenset())
         reads_vectors = setting.mode == "refrag" and setting.p < 1
-        return Trial(setting, one, reads_stored(one) if reads_vectors else None)
+        return Trial(setting, pipeline, settings, reads_stored(pipeline, k) if reads_vectors else None)
 
-    def positions(self, pipeline: Pipeline) -> int:
+    def positions(self, settings: Settings) -> int:
         """Positions the question will take: all that comes before vectors and prefill."""
-        packed = pipeline.pack_docs(self.item, pipeline.retrieve(self.item))
-        _, plan, _ = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
-        return len(plan)
+        pipeline = self.pipeline
+        context = pipeline.context(self.item, pipeline.retrieve(self.item, settings), settings)
+        scores = pipeline.scores(context, pipeline.gate_input(context, settings), settings)
+        return len(pipeline.choose(context, scores, settings).plan)
 
     def plan(self) -> list[Trial]:
         """The trials that fit the index and the decoder's window. Raises UserError if none does."""
@@ -184,11 +187,11 @@ class Benchmark:
         trials = [self.make_trial(s, searches.get(s.context)) for s in settings if not s.context or searches[s.context]]
         kept = []
         for trial in trials:
-            positions = self.positions(trial.pipeline)
+            positions = self.positions(trial.settings)
             if trial.setting.batch > 1 and not self.pipeline.batches:
                 self.leave_out(f"--batch_size {trial.setting.batch} left out: this decoder's layers carry a state, so "
                                "that it answers one question after another")
-            elif trial.pipeline.fits_window(positions):
+            elif self.pipeline.fits_window(positions, trial.settings):
                 kept.append(trial)
             else:
                 self.leave_out(f"{trial.setting.curve} at --contexts {trial.setting.context} left out: {positions} "
@@ -265,7 +268,7 @@ def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, 
     generate = GenerateConfig(max_new=bench.new, cite=False)
     pipeline = load_pipeline(index, SearchConfig(), pack, generate, models, runtime)
     known = ("enc", "dec", "projector_trained", "gate", "compressed", "dtype")
-    settings = {name: value for name, value in pipeline.settings().items() if name in known}
+    settings = {name: value for name, value in pipeline.describe(pipeline.settings).items() if name in known}
     facts = {"device": describe_device(runtime), "settings": run_settings((bench, index, models, runtime)) | settings,
              "versions": library_versions(), "command": sys.argv, "commit": source_commit(),
              "index": index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
@@ -399,7 +402,7 @@ def bench_text(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def run_bench(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+def run(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """Measure round after round, and show the table."""
     with bench_folder(bench.out_dir) as folder:
         benchmark = load_benchmark(bench, index, models, runtime)

@@ -13,13 +13,13 @@ from typing import Any
 from refrag import (
     CAPITALS,
     CITATION,
-    STDERR,
     STOPWORDS,
     PackConfig,
     Pipeline,
     RefragError,
     UserError,
     answer_text,
+    answering,
     cache_home,
     check_question,
     dumps,
@@ -78,7 +78,7 @@ class Chat:
     """A conversation: questions and commands in, answers on stdout, all else on stderr."""
 
     def __init__(self, pipeline: Pipeline, as_json: bool):
-        self.pipeline, self.as_json = pipeline, as_json
+        self.pipeline, self.settings, self.as_json = pipeline, pipeline.settings, as_json
         self.turns: list[dict[str, Any]] = []  # results, with `asked`: the question as it was typed
         self.commands = {"docs": self.show_docs, "history": self.show_history, "clear": self.clear, "mode": self.mode,
                          "p": self.share, "save": self.save, "help": self.help}
@@ -96,7 +96,7 @@ class Chat:
             elif line:
                 self.answer(line)
         except RefragError as error:
-            say(f"error: {error}", file=STDERR)
+            say(f"error: {error}", file=sys.stderr)
         return True
 
     def converse(self) -> None:
@@ -111,7 +111,7 @@ class Chat:
                     print()
                     return
                 except KeyboardInterrupt:
-                    print("\n(stopped; /quit leaves)", file=STDERR)
+                    print("\n(stopped; /quit leaves)", file=sys.stderr)
 
     def answer(self, question: str) -> None:
         """Answer a question and remember it."""
@@ -119,8 +119,8 @@ class Chat:
         if asked != question:
             notice(f"asked as: {asked}")
         item = {"id": str(len(self.turns) + 1), "question": check_question(asked, "question")}
-        live = write_text if self.pipeline.generate.stream and not self.as_json else None
-        [result] = self.pipeline.answer([item], live)
+        live = write_text if self.settings.generate.stream and not self.as_json else None
+        [result] = self.pipeline.answer_batch([item], self.settings, [live])
         self.turns.append(result | {"asked": question})
         print(dumps(self.turns[-1])) if self.as_json else say(answer_text(result, shown=live is not None))
         sys.stdout.flush()
@@ -156,7 +156,7 @@ class Chat:
         """Change --mode."""
         require(rest in MODES, f"/mode: one of {', '.join(MODES)}, got {rest!r}")
         require(rest == "none" or self.pipeline.searcher is not None, "/mode: this chat was begun without an index")
-        self.pipeline = self.pipeline.variant(mode=rest)
+        self.settings = self.settings.but(mode=rest)
 
     def share(self, rest: str) -> None:
         """Change --p."""
@@ -164,9 +164,7 @@ class Chat:
             p = float(rest)
         except ValueError:
             raise UserError(f"/p: a share between 0 and 1, got {rest!r}") from None
-        changed = self.pipeline.variant(p=p)
-        changed.check_gate(changed.gate)
-        self.pipeline = changed
+        self.settings = self.settings.but(p=p)
 
     def save(self, rest: str) -> None:
         """Write the conversation."""
@@ -198,9 +196,9 @@ def line_history() -> Iterator[None]:
             readline.write_history_file(path)
 
 
-def run_chat(pipeline: Pipeline) -> None:
+def run(*configs: Any) -> None:
     """Converse on a terminal; take the lines of a pipe one after the other."""
-    chat = Chat(pipeline, as_json=pipeline.runtime.json)
+    chat = Chat(answering(None, *configs), as_json=configs[-1].json)
     if sys.stdin.isatty():
         chat.converse()
     else:

@@ -27,20 +27,20 @@ from refrag import (
     Chunk,
     Content,
     Context,
-    Decoded,
     EvalConfig,
     GenerateConfig,
     Index,
     IndexConfig,
     ModelConfig,
     PackConfig,
-    Packed,
     Passage,
     Pipeline,
+    Reading,
     RefragTokenizer,
     RuntimeConfig,
     SearchConfig,
     Searcher,
+    Settings,
     Stopwatch,
     TextConfig,
     TextLessons,
@@ -198,69 +198,59 @@ def setup_of(name: str, p: float, gate: str) -> Setup:
                  name == "oracle_gate" and p > 0, name == "wrong_vectors")
 
 
-def answer_spans(packed: Packed, item: dict[str, Any], index: Index, tokenizer: RefragTokenizer) -> list[list[int]]:
-    """`answer_chunks` of a packed context: in positive passages, without chunks that no token starts in."""
-    right = [bool(index.names(row) & set(item["positive_ids"])) for row in packed.rows]
-    spans = answer_chunks([doc.content for doc in packed.docs], [doc.ends for doc in packed.docs], right,
+def answer_spans(context: Context, item: dict[str, Any], index: Index, tokenizer: RefragTokenizer) -> list[list[int]]:
+    """`answer_chunks` of a context: in positive passages, without chunks that no token starts in."""
+    docs, chunks = context.docs, context.prompt.chunks
+    right = [bool(index.names(doc.row) & set(item["positive_ids"])) for doc in docs]
+    spans = answer_chunks([doc.content for doc in docs], [doc.chunks.ends for doc in docs], right,
                           [tokenizer.neutralize(answer) for answer in item["answers"]])
-    filled = [[number for number in span if packed.prompt.chunks[number].tokens] for span in spans]
+    filled = [[number for number in span if chunks[number].tokens] for span in spans]
     return [span for span in filled if span]
 
 
-def texts_fed(context: Context, tokenizer: RefragTokenizer) -> list[str]:
+def texts_fed(reading: Reading, tokenizer: RefragTokenizer) -> list[str]:
     """The runs of the documents' text that the decoder was fed as tokens."""
-    prompt, runs = context.packed.prompt, []
+    prompt, kept, runs = reading.context.prompt, reading.choice.kept, []
     for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
         chunks = list(group)
-        kept = chunks[0].first + np.flatnonzero(context.kept[chunks[0].first : chunks[-1].last])
-        runs += [run for run in np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1) if len(run)]
+        inside = chunks[0].first + np.flatnonzero(kept[chunks[0].first : chunks[-1].last])
+        runs += [run for run in np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1) if len(run)]
     return [tokenizer.decoder.decode(prompt.input_ids[run].tolist()) for run in runs]
 
 
-class ControlPipeline(Pipeline):
-    """A pipeline that can also feed another question's vectors, or open the chunks that hold the answer first."""
+class Controls:
+    """What the controls read in place of the usual: the answer's chunks first, or another question's vectors."""
 
-    oracle = wrong = False
-
-    @classmethod
-    def over(cls, pipeline: Pipeline, questions: list[dict[str, Any]]) -> ControlPipeline:
-        """The same models for the questions of a file."""
-        made = object.__new__(cls)
-        made.__dict__ = {**pipeline.__dict__, "questions": questions, "rows": {}, "foreign": {},
-                         "numbers": {q["id"]: number for number, q in enumerate(questions)}}
-        return made
-
-    def under(self, setup: Setup) -> ControlPipeline:
-        """This pipeline in another setup."""
-        other = self.variant(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
-        other.oracle, other.wrong = setup.oracle, setup.wrong
-        return other
-
-    def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
-        usual = super().score(item, packed)
-        if self.oracle and len(usual):
-            spans = answer_spans(packed, item, self.searcher.index, self.tokenizer)
-            right = list({number for span in spans for number in span})
-            usual = usual.astype(np.float64)
-            usual[right] += 1 + np.ptp(usual)  # above all others, in the usual order among themselves
-        return usual
+    def __init__(self, pipeline: Pipeline, questions: list[dict[str, Any]]):
+        self.pipeline, self.questions = pipeline, questions
+        self.numbers = {q["id"]: number for number, q in enumerate(questions)}
+        self.rows: dict[int, frozenset[int]] = {}
+        self.foreign: dict[str, Tensor] = {}  # by question
 
     @torch.inference_mode()
-    def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
-        context, inputs = super().prepare(item)
-        at = context.plan < 0
-        if self.wrong and at.any():
-            vectors = self.foreign_vectors(item)
-            inputs[torch.as_tensor(at)] = vectors[torch.as_tensor((-context.plan[at] - 1) % len(vectors))]
-        return context, inputs
+    def prepare(self, item: dict[str, Any], setup: Setup, settings: Settings) -> Reading:
+        """A question as a setup wants it read."""
 
-    def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
-        return super().result(context, out, answer, chosen) | {"context": context}
+        def answer_first(context: Context, scores: np.ndarray) -> np.ndarray:
+            spans = answer_spans(context, item, self.pipeline.index, self.pipeline.tokenizer)
+            right = list({number for span in spans for number in span})
+            scores = scores.astype(np.float64)
+            scores[right] += 1 + np.ptp(scores) if len(scores) else 0  # above all others, in order among themselves
+            return scores
+
+        reading = self.pipeline.prepare(item, settings, answer_first if setup.oracle else None)
+        at = reading.choice.plan < 0
+        if setup.wrong and at.any():
+            vectors = self.vectors(item, settings)
+            numbers = (-reading.choice.plan[at] - 1) % len(vectors)  # from the first again where there are fewer
+            reading.inputs[torch.as_tensor(at)] = vectors[torch.as_tensor(numbers)]
+        return reading
 
     def rows_found(self, number: int) -> frozenset[int]:
         """Rows of the index that are retrieved for a question, looked up once."""
         if number not in self.rows:
-            self.rows[number] = frozenset(p.row for p in self.retrieve(self.questions[number]))
+            found = self.pipeline.retrieve(self.questions[number], self.pipeline.settings)
+            self.rows[number] = frozenset(p.row for p in found)
         return self.rows[number]
 
     def other_question(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -270,13 +260,14 @@ class ControlPipeline(Pipeline):
         require(chosen is not None, "--modes wrong_vectors: no other question finds any passage: leave it out")
         return self.questions[chosen]
 
-    def foreign_vectors(self, item: dict[str, Any]) -> Tensor:
+    def vectors(self, item: dict[str, Any], settings: Settings) -> Tensor:
         """(L, D) the vectors of all chunks of another question's context."""
         if item["id"] not in self.foreign:
-            other = self.other_question(item)
-            packed = self.pack_docs(other, self.retrieve(other))
-            plan = np.asarray([-number - 1 for number, chunk in enumerate(packed.prompt.chunks) if chunk.tokens])
-            self.foreign[item["id"]] = self.embed(packed.prompt, plan, self.states(packed, plan))
+            other, pipeline = self.other_question(item), self.pipeline
+            context = pipeline.context(other, pipeline.retrieve(other, settings), settings)
+            plan = -1 - np.flatnonzero(context.prompt.sizes)
+            states = pipeline.states(context, plan, settings.pack.k)
+            self.foreign[item["id"]] = pipeline.inputs(context.prompt, plan, states)
         return self.foreign[item["id"]]
 
 
@@ -370,15 +361,15 @@ class QuestionTask(Task):
     def sources(self) -> dict[str, Any]:
         return {"qa": sha256_file(Path(self.options.qa))[:16], "index_dir": self.manifest["digest"][:16]}
 
-    def load_pipeline(self) -> ControlPipeline:
+    def load_pipeline(self) -> Pipeline:
         """The pipeline that `generate` has, for the controls too."""
         options = self.options
         pack = PackConfig(k=options.k[0], floor=options.floor, gate=options.gate, compressed="feed",
                           ctx_max=options.ctx_max)
         generate = GenerateConfig(max_new=options.max_new, cite=options.cite)
         pipeline = load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
-        positive_rows(self.questions, pipeline.searcher.index)  # the questions belong to this index
-        return ControlPipeline.over(pipeline, self.file)
+        positive_rows(self.questions, pipeline.index)  # the questions belong to this index
+        return pipeline
 
 
 class QaTask(QuestionTask):
@@ -417,6 +408,7 @@ class QaTask(QuestionTask):
         self.pipeline = self.load_pipeline()
         require(self.pipeline.embedder is not None or "cosine_gate" not in self.options.named,
                 "--modes cosine_gate needs an embedder, and retrieval here is by words alone: leave it out")
+        self.controls = Controls(self.pipeline, self.file)
 
     def units(self) -> list[Any]:
         return batched(self.questions, self.options.batch_size)
@@ -425,25 +417,29 @@ class QaTask(QuestionTask):
         return [(q["id"], *cell) for q in unit for cell in self.cells]
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        self.pipeline.foreign.clear()
+        self.controls.foreign.clear()
         for setup, cells in self.setups.items():
             if all((q["id"], *cell) in done for q in unit for cell in cells):
                 continue  # else the whole batch again, since padding can move the last digits
-            results = self.pipeline.under(setup).answer(unit)
-            for item, result in zip(unit, results, strict=True):
-                scored = score_answer(result, item, self.pipeline.tokenizer)
+            settings = self.settings_of(setup)
+            readings = [self.controls.prepare(item, setup, settings) for item in unit]
+            results = self.pipeline.generate(readings, settings)
+            for item, reading, result in zip(unit, readings, results, strict=True):
+                scored = score_answer(result, reading, item, self.pipeline.tokenizer)
                 for name, p in cells:
                     if (item["id"], name, p) not in done:
-                        shown = self.shown(item, result) if (name, p) == self.sample else {}
+                        shown = self.shown(item, reading) if (name, p) == self.sample else {}
                         yield {"id": item["id"], "mode": name, "p": p, **scored, **shown}
 
-    def shown(self, item: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
+    def settings_of(self, setup: Setup) -> Settings:
+        """How the pipeline answers in a setup."""
+        return self.pipeline.settings_for(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
+
+    def shown(self, item: dict[str, Any], reading: Reading) -> dict[str, str]:
         """The prompt as a person can read it, of some questions."""
         if item["id"] not in self.sampled:
             return {}
-        context = result["context"]
-        contents = [doc.content for doc in context.packed.docs]
-        return {"prompt": show_plan(context.packed.prompt, context.plan, self.pipeline.tokenizer, contents)}
+        return {"prompt": show_plan(reading.context, reading.choice.plan, self.pipeline.tokenizer)}
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
         rows = {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
@@ -486,11 +482,12 @@ class QaTask(QuestionTask):
             write_atomic(folder / "sample.md", sample_text(spread(rows, SAMPLES), self.sample[1]))
 
 
-def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: RefragTokenizer) -> dict[str, Any]:
+def score_answer(result: dict[str, Any], reading: Reading, item: dict[str, Any],
+                 tokenizer: RefragTokenizer) -> dict[str, Any]:
     """The metrics of one answer; what does not apply is None."""
-    truths, context = item["answers"], result["context"]
-    reply = without_citations(result["answer"], context.labels)
-    names = {p.id: {p.id, p.document_id} for p in context.passages}
+    truths, fed = item["answers"], texts_fed(reading, tokenizer)
+    reply = without_citations(result["answer"], reading.labels)
+    names = {p.id: {p.id, p.document_id} for p in reading.passages}
     cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
     passages = [passage_content(p["title"], p["text"]) for p in result["passages"]]
     precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages and truths else set())
@@ -501,7 +498,7 @@ def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: Refrag
         "em": exact_match(reply, truths),
         "f1": round(token_f1(reply, truths), 6),
         "answer_in_passages": any(holds_answer(text, truths) for text in passages) if truths else None,
-        "answer_in_text": any(holds_answer(text, truths) for text in texts_fed(context, tokenizer)) if truths else None,
+        "answer_in_text": any(holds_answer(text, truths) for text in fed) if truths else None,
         "answer_in_reply": holds_answer(reply, truths) if truths else None,
         "cited": [c["id"] for c in result["citations"]],
         "citation_precision": precision,
@@ -595,8 +592,8 @@ class GateTask(QuestionTask):
 
     def load(self) -> None:
         self.pipeline = self.load_pipeline()
-        for name in self.gates:
-            self.pipeline.check_gate(name)
+        # between 0 and 1 the scores do not depend on p
+        self.settings = {name: self.pipeline.settings_for(gate=name, p=0.5) for name in self.gates}
 
     def units(self) -> list[Any]:
         return self.questions
@@ -605,22 +602,20 @@ class GateTask(QuestionTask):
         return [(unit["id"], gate, p) for gate in self.gates for p in self.shares]
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        passages = self.pipeline.retrieve(unit)
-        packed = self.pipeline.pack_docs(unit, passages)
-        index, watch = self.pipeline.searcher.index, Stopwatch(self.pipeline.device)
-        spans = answer_spans(packed, unit, index, self.pipeline.tokenizer)
-        right = [{number for number, row in enumerate(packed.rows) if name in index.names(row)}
+        pipeline, settings = self.pipeline, self.pipeline.settings
+        context = pipeline.context(unit, pipeline.retrieve(unit, settings), settings)
+        watch = Stopwatch(pipeline.device)
+        spans = answer_spans(context, unit, pipeline.index, pipeline.tokenizer)
+        right = [{number for number, doc in enumerate(context.docs) if name in pipeline.index.names(doc.row)}
                  for name in dict.fromkeys(unit["positive_ids"])]
-        tokens = np.asarray([chunk.tokens for chunk in packed.prompt.chunks], dtype=np.int64)
-        for gate in self.gates:
-            one = self.pipeline.variant(gate=gate, p=0.5)  # between 0 and 1 the scores do not depend on p
+        for gate, settings in self.settings.items():
             with watch.stage(gate):
-                scores = one.score(unit, packed)
+                scores = pipeline.scores(context, pipeline.gate_input(context, settings), settings)
             for p in self.shares:
                 if (unit["id"], gate, p) not in done:
-                    opened = select_chunks(scores, tokens, p, self.options.floor)
+                    opened = select_chunks(scores, context.prompt.sizes, p, self.options.floor)
                     yield {"id": unit["id"], "mode": gate, "p": p, "retrieved": any(right),
-                           **gate_scores(opened, spans, right, packed.prompt.chunks),
+                           **gate_scores(opened, spans, right, context.prompt.chunks),
                            "gate_ms": round(1000 * watch.seconds[gate], 4)}
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
@@ -995,8 +990,8 @@ def paint_quality(axes: Any, results: dict[str, dict[str, dict[str, Any]]]) -> N
     axes.legend(fontsize=7)
 
 
-def run_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-             runtime: RuntimeConfig) -> None:
+def run(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+        runtime: RuntimeConfig) -> None:
     """Measure, and show the table."""
     task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
     summary = evaluate(task)

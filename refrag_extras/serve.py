@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,15 +36,16 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from refrag import (
-    STDERR,
     Embedder,
     GenerateConfig,
     PackConfig,
     Pipeline,
     SearchConfig,
     ServeConfig,
+    Settings,
     TooLongError,
     UserError,
+    answering,
     batched,
     dumps,
     notice,
@@ -93,7 +95,7 @@ def refusal(error: Exception) -> Refused:
         if isinstance(error, TooLongError):
             return Refused(400, message, "context_length_exceeded", "messages")
         return Refused(400, message, "invalid_value", API_NAMES[names[0]] if names else None)
-    say(f"error: {one_line(error)}", file=STDERR)
+    say(f"error: {one_line(error)}", file=sys.stderr)
     return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
 
 
@@ -219,14 +221,15 @@ class ChatRequest(NamedTuple):
         body = ChatForm.model_validate_json(data)
         check_served(body.model, ["refrag"])
         question, system = asked_by(body.messages)
-        counts = (body.max_completion_tokens, body.max_tokens, min(pipeline.generate.max_new, MOST_TOKENS))
+        usual = pipeline.settings
+        counts = (body.max_completion_tokens, body.max_tokens, min(usual.generate.max_new, MOST_TOKENS))
         how = body.model_dump(include={"temperature", "top_p"}, exclude_unset=True)
         how |= {"stop": tuple(body.stop)} if body.stop else {}
-        generate = dataclasses.replace(pipeline.generate, **how, max_new=next(n for n in counts if n is not None))
+        generate = dataclasses.replace(usual.generate, **how, max_new=next(n for n in counts if n is not None))
         own = body.refrag.model_dump(exclude_unset=True)
-        search = dataclasses.replace(pipeline.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
-        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.runtime.seed  # JavaScript keeps 53 bits
-        wish = Wish(search, dataclasses.replace(pipeline.pack, **own), generate,
+        search = dataclasses.replace(usual.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
+        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.seed  # JavaScript keeps 53 bits
+        wish = Wish(search, dataclasses.replace(usual.pack, **own), generate,
                     seed if body.seed is None else body.seed % 2**63, system)
         return cls(question, wish, body.stream, body.stream_options.include_usage)
 
@@ -341,8 +344,9 @@ class Engine:
         """Answer jobs, or return why not; the failed batch's memory is free when this returns."""
         try:
             with self.models:
-                results = self.pipeline_for(batch[0].asked.wish).answer([job.item for job in batch],
-                                                                        functools.partial(self.spread_text, batch))
+                writers = [functools.partial(self.spread_text, job) for job in batch]
+                settings = self.settings_for(batch[0].asked.wish)
+                results = self.pipeline.answer_batch([job.item for job in batch], settings, writers)
         except Exception as error:
             return refusal(error)
         for job, result in zip(batch, results, strict=True):
@@ -353,23 +357,20 @@ class Engine:
                 job.tell("done", result)
         return None
 
-    def spread_text(self, batch: list[Job], row: int, text: str) -> bool:
+    def spread_text(self, job: Job, text: str) -> bool:
         """Pass a part of an answer on. Returns True when no more of it is wanted."""
-        job = batch[row]
         if text:
             job.heard = True
             job.tell("text", text)
         return job.cancelled or job.late
 
-    def pipeline_for(self, wish: Wish) -> Pipeline:
-        """The pipeline with a request's settings. Raises RefragError."""
+    def settings_for(self, wish: Wish) -> Settings:
+        """A request's settings. Raises RefragError."""
         if wish.pack.mode != "none" and self.pipeline.searcher is None:
             raise Refused(400, "this server was started without an index: only the mode none is left", "invalid_value",
                           "refrag.mode")
-        made = self.pipeline.variant(search=wish.search, generate=wish.generate, **vars(wish.pack))
-        made.check_gate(made.gate)
-        made.sampler, made.system = torch.Generator().manual_seed(wish.seed), wish.system
-        return made
+        return self.pipeline.settings_for(search=wish.search, pack=wish.pack, generate=wish.generate,
+                                          sampler=torch.Generator().manual_seed(wish.seed), system=wish.system)
 
     def count(self, result: dict[str, Any]) -> None:
         """Add an answer to /metrics."""
@@ -556,7 +557,7 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
         asked = ChatRequest.read(await read_body(request, self.serve.timeout), self.engine.pipeline)
-        self.engine.pipeline_for(asked.wish)  # wrong settings are refused before they wait
+        self.engine.settings_for(asked.wish)  # wrong settings are refused before they wait
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
         job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
         self.engine.submit(job)
@@ -698,9 +699,9 @@ def make_app(engine: Engine, serve: ServeConfig, address: str) -> Starlette:
     return Starlette(routes=service.routes(), middleware=layers, exception_handlers={HTTPException: service.no_route})
 
 
-def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
+def run(serve: ServeConfig, *configs: Any) -> None:
     """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
-    engine = Engine(pipeline, serve)
+    engine = Engine(answering(None, *configs), serve)
     engine.thread.start()
     with listening_socket(serve) as listener:
         host, port = listener.getsockname()[:2]

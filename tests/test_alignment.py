@@ -1,4 +1,4 @@
-"""Section 8: anchors between two tokenizers, what their spans cost, the losses read out at them, and `align`."""
+"""Section 7: anchors between two tokenizers, what their spans cost, the losses read out at them, and `align`."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = 
     """A trial whose counted rounds took these times to the first token."""
     runs = [metrics(ttft_s=seconds, ttit_s=seconds / 4) for seconds in ttft]
     setting = bench.Setting(mode, 512, k, p)._replace(**changes)
-    return bench.Trial(setting, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})
+    return bench.Trial(setting, None, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_an_answers_share_of_the_cache_is_in_its_metrics(llama, index_dir):
         refrag.GenerateConfig(max_new=2, cite=False), refrag.ModelConfig(dec=str(llama), enc="decoder:2"),
         refrag.RuntimeConfig(quiet=True))
     items = [{"id": str(i), "question": QUESTION} for i in range(2)]
-    for results in (pipeline.answer(items), pipeline.answer(items[:1])):
+    for results in (pipeline.answer_batch(items), pipeline.answer_batch(items[:1])):
         assert [r["metrics"]["kv_bytes"] for r in results] == [384 * r["metrics"]["positions"] for r in results]
 
 
@@ -407,7 +407,8 @@ def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
 def test_batches_of_a_decoder_that_takes_none_are_left_out_and_told(run_bench, monkeypatch):
     """It answers one question after another; its times would be those of no batch."""
     warm_up = refrag.Pipeline.warm_up
-    monkeypatch.setattr(refrag.Pipeline, "warm_up", lambda self: (warm_up(self), setattr(self, "batches", False)))
+    monkeypatch.setattr(refrag.Pipeline, "warm_up", lambda self, since: (
+        warm_up(self, since), setattr(self, "batches", False)))
     result, err = run_bench("--contexts", 120, "--modes", "none", "--batch_size", "1,2", "--repeats", 1)
     assert [row["batch"] for row in result["rows"]] == [1]
     assert result["left_out"] and all(line.startswith("--batch_size 2 left out") for line in result["left_out"])

@@ -1,4 +1,4 @@
-"""Section 5: readers of corpora and questions, their errors, and the splitting of long passages."""
+"""Section 4: readers of corpora and questions, their errors, and the splitting of long passages."""
 
 from __future__ import annotations
 

@@ -212,104 +212,101 @@ class TestControls:
         assert len({evaluate.setup_of(name, 0.0, "blend") for name in others}) == 5
 
     def prepare(self, task, mode, p, item=QUESTIONS[0]):
-        return task.pipeline.under(evaluate.setup_of(mode, p, "random")).prepare(item)
+        setup = evaluate.setup_of(mode, p, "random")
+        return task.controls.prepare(item, setup, task.settings_of(setup))
 
     @pytest.mark.parametrize("p", [0.0, 0.3])
     def test_expanded_only_feeds_what_refrag_feeds_as_text(self, task, p):
-        fed, dropped = (self.prepare(task, mode, p)[0].plan for mode in ("refrag", "expanded_only"))
+        fed, dropped = (self.prepare(task, mode, p).choice.plan for mode in ("refrag", "expanded_only"))
         assert (fed < 0).any() and (dropped >= 0).all()
         assert dropped.tolist() == fed[fed >= 0].tolist()
 
     @pytest.mark.parametrize("p", [0.0, 0.3])
     def test_truncate_feeds_text_alone_on_as_many_positions(self, task, p):
-        (kept, _), (cut, _) = self.prepare(task, "refrag", p), self.prepare(task, "truncate", p)
-        assert (cut.plan >= 0).all()
-        first, last = cut.packed.prompt.blocks[-1]
-        tags = last - first - sum(c.tokens for c in cut.packed.prompt.chunks if c.doc == len(cut.packed.docs) - 1)
-        assert len(kept.plan) - tags <= len(cut.plan) <= len(kept.plan)  # an emptied document goes with its tags
+        kept, cut = (self.prepare(task, mode, p).choice.plan for mode in ("refrag", "truncate"))
+        assert (cut >= 0).all()
+        context = self.prepare(task, "truncate", p).context
+        first, last = context.prompt.blocks[-1]
+        tags = last - first - sum(c.tokens for c in context.prompt.chunks if c.doc == len(context.docs) - 1)
+        assert len(kept) - tags <= len(cut) <= len(kept)  # an emptied document goes with its tags
 
     @pytest.mark.parametrize("p", [0.0, 0.3])
     def test_wrong_vectors_are_anothers_and_all_else_is_the_same(self, task, p):
         """Against the other question's own prompt at p = 0, which holds its vectors in order."""
-        (right, inputs), (wrong, swapped) = (self.prepare(task, mode, p) for mode in ("refrag", "wrong_vectors"))
-        assert right.plan.tolist() == wrong.plan.tolist()
-        at = torch.as_tensor(right.plan < 0)
+        right, wrong = (self.prepare(task, mode, p) for mode in ("refrag", "wrong_vectors"))
+        plan, inputs, swapped = right.choice.plan, right.inputs, wrong.inputs
+        assert plan.tolist() == wrong.choice.plan.tolist()
+        at = torch.as_tensor(plan < 0)
         torch.testing.assert_close(inputs[~at], swapped[~at], rtol=0, atol=0)
-        other, theirs = self.prepare(task, "refrag", 0.0, task.pipeline.other_question(QUESTIONS[0]))
-        vectors = theirs[torch.as_tensor(other.plan < 0)]
-        for number, vector in zip((-right.plan[at] - 1).tolist(), swapped[at], strict=True):
+        other = self.prepare(task, "refrag", 0.0, task.controls.other_question(QUESTIONS[0]))
+        vectors = other.inputs[torch.as_tensor(other.choice.plan < 0)]
+        for number, vector in zip((-plan[at] - 1).tolist(), swapped[at], strict=True):
             torch.testing.assert_close(vector, vectors[number % len(vectors)], rtol=0, atol=0)
         assert not any(torch.equal(a, b) for a, b in zip(inputs[at], swapped[at], strict=True))
 
     def test_the_other_question_shares_no_passage_if_one_does_not(self, task):
-        pipeline = task.pipeline
-        pipeline.rows.clear()
-        pipeline.rows.update({0: frozenset({1, 2}), 1: frozenset({2, 3}), 2: frozenset(), 3: frozenset({4})})
-        try:
-            assert pipeline.other_question(QUESTIONS[0])["id"] == "notes"  # 1 shares a passage, 2 has none
-            pipeline.rows[3] = frozenset({1})
-            assert pipeline.other_question(QUESTIONS[0])["id"] == "lake"  # all share one: the next
-            pipeline.rows.update({1: frozenset(), 3: frozenset()})
-            with pytest.raises(refrag.UserError, match="no other question"):
-                pipeline.other_question(QUESTIONS[0])
-        finally:
-            pipeline.rows.clear()
+        controls = evaluate.Controls(task.pipeline, QUESTIONS)
+        controls.rows.update({0: frozenset({1, 2}), 1: frozenset({2, 3}), 2: frozenset(), 3: frozenset({4})})
+        assert controls.other_question(QUESTIONS[0])["id"] == "notes"  # 1 shares a passage, 2 has none
+        controls.rows[3] = frozenset({1})
+        assert controls.other_question(QUESTIONS[0])["id"] == "lake"  # all share one: the next
+        controls.rows.update({1: frozenset(), 3: frozenset()})
+        with pytest.raises(refrag.UserError, match="no other question"):
+            controls.other_question(QUESTIONS[0])
 
     @pytest.mark.parametrize("item", QUESTIONS, ids=lambda q: q["id"])
     def test_the_oracle_opens_an_answer_where_the_gate_may_not(self, task, item):
-        context, _ = self.prepare(task, "oracle_gate", 0.4, item)
-        spans = evaluate.answer_spans(context.packed, item, task.pipeline.searcher.index, task.pipeline.tokenizer)
+        reading = self.prepare(task, "oracle_gate", 0.4, item)
+        spans = evaluate.answer_spans(reading.context, item, task.pipeline.index, task.pipeline.tokenizer)
         if not spans:
             pytest.skip("the passage was not retrieved")
-        assert any(all(context.expanded[i] for i in span) for span in spans)
+        assert any(all(reading.choice.expanded[i] for i in span) for span in spans)
         right = {i for span in spans for i in span}
-        rest = [i for i in range(len(context.scores)) if i not in right]
-        assert min(context.scores[list(right)]) > max(context.scores[rest])
-        usual, _ = self.prepare(task, "random_gate", 0.4, item)
-        assert np.argsort(context.scores[rest]).tolist() == np.argsort(usual.scores[rest]).tolist()
+        rest = [i for i in range(len(reading.scores)) if i not in right]
+        assert min(reading.scores[list(right)]) > max(reading.scores[rest])
+        usual = self.prepare(task, "random_gate", 0.4, item)
+        assert np.argsort(reading.scores[rest]).tolist() == np.argsort(usual.scores[rest]).tolist()
 
     def test_most_questions_find_their_passage(self, task):
         """Or the test above would test nothing."""
-        found = [task.pipeline.prepare(q)[0] for q in QUESTIONS]
-        index, tokenizer = task.pipeline.searcher.index, task.pipeline.tokenizer
-        assert sum(bool(evaluate.answer_spans(c.packed, c.item, index, tokenizer)) for c in found) >= 2
+        index, tokenizer = task.pipeline.index, task.pipeline.tokenizer
+        spans = [evaluate.answer_spans(task.pipeline.prepare(q).context, q, index, tokenizer) for q in QUESTIONS]
+        assert sum(map(bool, spans)) >= 2
 
     def test_answers_are_found_as_whole_words_if_they_stand_as_such(self, task):
         tokenizer, index = task.pipeline.tokenizer, task.pipeline.searcher.index
         text = "In 1896 or 96, games; gamesters in athens"
-        doc = refrag.Doc("1", text, np.asarray([7, 15, 23, len(text)]))
-        prompt = refrag.build_prompt(tokenizer, [doc])
-        packed = refrag.Packed([doc], prompt, 0, [0])
+        doc = refrag.Doc("1", text, refrag.ChunkTable(np.asarray([7, 15, 23, len(text)]), None, None, None), 0)
+        context = refrag.make_context(tokenizer, "Where?", [doc])
         where = lambda *answers: evaluate.answer_spans(  # noqa: E731
-            packed, {"answers": answers, "positive_ids": ["a"]}, index, tokenizer)
+            context, {"answers": answers, "positive_ids": ["a"]}, index, tokenizer)
         assert where("96") == [[1]]
         assert where("89") == [[0]]  # nowhere a word of its own
         assert where("1896") == [[0]]  # it ends where the next chunk begins
         assert where("Athens", "or 96, games") == [[3], [1, 2]]
-        assert evaluate.answer_spans(packed, {"answers": ["96"], "positive_ids": ["b"]}, index, tokenizer) == []
+        assert evaluate.answer_spans(context, {"answers": ["96"], "positive_ids": ["b"]}, index, tokenizer) == []
 
     def test_the_text_that_is_fed_is_that_of_the_opened_chunks(self, task):
-        full, _ = self.prepare(task, "full", 1.0)
-        assert evaluate.texts_fed(full, task.pipeline.tokenizer) == [d.content for d in full.packed.docs]
-        nothing, _ = self.prepare(task, "refrag", 0.0)
-        assert evaluate.texts_fed(nothing, task.pipeline.tokenizer) == []
-        first, last = full.packed.prompt.chunks[0].first, full.packed.prompt.chunks[-1].last
-        gap = dataclasses.replace(full, kept=np.arange(len(full.kept)) != first + 2)
-        ids = full.packed.prompt.input_ids[first:last]
-        decode = task.pipeline.tokenizer.decoder.decode
-        assert evaluate.texts_fed(gap, task.pipeline.tokenizer)[0] == decode(ids[:2])  # what misses a token is two runs
-        some, _ = self.prepare(task, "refrag", 0.3)
-        runs = evaluate.texts_fed(some, task.pipeline.tokenizer)
-        tokens = sum(c.tokens for c, e in zip(some.packed.prompt.chunks, some.expanded, strict=True) if e)
-        encoded = task.pipeline.tokenizer.decoder(runs, add_special_tokens=False)["input_ids"]
+        full, nothing, some = (self.prepare(task, *how) for how in (("full", 1.0), ("refrag", 0.0), ("refrag", 0.3)))
+        tokenizer, prompt = task.pipeline.tokenizer, full.context.prompt
+        assert evaluate.texts_fed(full, tokenizer) == [d.content for d in full.context.docs]
+        assert evaluate.texts_fed(nothing, tokenizer) == []
+        first, last = prompt.chunks[0].first, prompt.chunks[-1].last
+        kept = np.arange(len(prompt.input_ids)) != first + 2
+        gap = dataclasses.replace(full, choice=full.choice._replace(kept=kept))
+        ids = prompt.input_ids[first:last]
+        assert evaluate.texts_fed(gap, tokenizer)[0] == tokenizer.decoder.decode(ids[:2])  # now it is two runs
+        runs = evaluate.texts_fed(some, tokenizer)
+        tokens = some.context.prompt.sizes[some.choice.expanded].sum()
+        encoded = tokenizer.decoder(runs, add_special_tokens=False)["input_ids"]
         assert runs and abs(sum(map(len, encoded)) - tokens) <= 2 * len(runs)  # cut words may be cut anew
-        assert all(any(run in d.content for d in some.packed.docs) or "\ufffd" in run for run in runs)
+        assert all(any(run in d.content for d in some.context.docs) or "\ufffd" in run for run in runs)
 
     def test_a_shared_setup_is_answered_once(self, task, monkeypatch):
         asked = []
-        answer = evaluate.ControlPipeline.answer
-        monkeypatch.setattr(evaluate.ControlPipeline, "answer", lambda self, items: (
-            asked.append((self.pack.mode, self.pack.p)), answer(self, items))[1])
+        generate = task.pipeline.generate
+        monkeypatch.setattr(task.pipeline, "generate", lambda readings, settings: (
+            asked.append((settings.pack.mode, settings.pack.p)), generate(readings, settings))[1])
         setups = {}
         for name, p in [("full", 1.0), ("refrag", 1.0), ("refrag", 0.0), ("random_gate", 0.0), ("none", 0.0)]:
             setups.setdefault(evaluate.setup_of(name, p, "random"), []).append((name, p))
@@ -327,14 +324,14 @@ class TestControls:
 class TestScores:
     def score(self, task, answer, item=QUESTIONS[0], mode="full"):
         """The metrics if the decoder had said this."""
-        pipeline = task.pipeline.under(evaluate.setup_of(mode, 0.0, "random"))
-        context, _ = pipeline.prepare(item)
-        result = pipeline.result(context, refrag.Decoded([5, 6], [1.0, 2.0, 4.0], True), answer, None)
-        return evaluate.score_answer(result, item, task.pipeline.tokenizer), context
+        pipeline, settings = task.pipeline, task.settings_of(evaluate.setup_of(mode, 0.0, "random"))
+        reading, out = pipeline.prepare(item, settings), refrag.Decoded([5, 6], [1.0, 2.0, 4.0], True)
+        result = pipeline.result(reading, out, answer, None, settings, 0)
+        return evaluate.score_answer(result, reading, item, pipeline.tokenizer), reading
 
     def test_a_right_answer_with_a_right_citation(self, task):
-        _, context = self.score(task, "")
-        label = next(doc.label for doc, p in zip(context.packed.docs, context.passages, strict=True) if p.id == "b")
+        _, reading = self.score(task, "")
+        label = next(label for label, p in zip(reading.labels, reading.passages, strict=True) if p.id == "b")
         scores, _ = self.score(task, f"The valley [{label}].")
         assert scores["em"] == scores["f1"] == scores["citation_precision"] == scores["citation_recall"] == 1.0
         assert scores["answer_in_passages"] and scores["answer_in_text"] and scores["answer_in_reply"]
@@ -582,15 +579,15 @@ def test_the_sample_shows_what_was_text_and_what_a_vector(run_eval, tmp_path):
 class TestResuming:
     def killed_after(self, monkeypatch, calls):
         """Answering is interrupted at a later batch."""
-        answer, seen = evaluate.ControlPipeline.answer, []
+        generate, seen = refrag.Pipeline.generate, []
 
-        def counted(self, items):
-            seen.append(items)
+        def counted(self, readings, settings):
+            seen.append(readings)
             if len(seen) > calls:
                 raise KeyboardInterrupt
-            return answer(self, items)
+            return generate(self, readings, settings)
 
-        monkeypatch.setattr(evaluate.ControlPipeline, "answer", counted)
+        monkeypatch.setattr(refrag.Pipeline, "generate", counted)
         return seen
 
     @pytest.mark.parametrize("calls", [1, 4, 9])
@@ -633,9 +630,9 @@ class TestResuming:
         qa = write_lines(tmp_path / "five.jsonl", five)
         base = ["--qa", qa, "--json", "--modes", "refrag", "wrong_vectors", "--p", 0.3]
         run_eval(*base, "--out_dir", tmp_path / "part", "--limit", 2)
-        measured, answer = [], evaluate.ControlPipeline.answer
-        monkeypatch.setattr(evaluate.ControlPipeline, "answer",
-                            lambda self, unit: measured.extend(q["id"] for q in unit) or answer(self, unit))
+        measured, generate = [], refrag.Pipeline.generate
+        monkeypatch.setattr(refrag.Pipeline, "generate", lambda self, readings, settings: (
+            measured.extend(reading.item["id"] for reading in readings), generate(self, readings, settings))[1])
         grown = summary(run_eval(*base, "--out_dir", tmp_path / "part", "--limit", 3, "--resume"))
         assert set(measured) == {five[2]["id"]} and grown["n"] == 3
         assert timeless(grown) == timeless(summary(run_eval(*base, "--out_dir", tmp_path / "whole", "--limit", 3)))
@@ -732,8 +729,10 @@ def partly(tmp_path):
 def test_where_there_is_no_answer_abstaining_is_right(task, reply, right):
     """What compares with a true answer, or with where it stands, does not apply; nor do the words of an abstention."""
     item = UNANSWERABLE[1]
-    [result] = task.pipeline.under(evaluate.setup_of("full", 1.0, "random")).answer([QUESTIONS[0] | item])
-    scored = evaluate.score_answer(result | {"answer": reply, "citations": []}, item, task.pipeline.tokenizer)
+    settings = task.settings_of(evaluate.setup_of("full", 1.0, "random"))
+    reading = task.pipeline.prepare(QUESTIONS[0] | item, settings)
+    [result] = task.pipeline.generate([reading], settings)
+    scored = evaluate.score_answer(result | {"answer": reply, "citations": []}, reading, item, task.pipeline.tokenizer)
     assert scored["em"] == scored["f1"] == scored["abstention"] == right
     lacking = {name for name, value in scored.items() if value is None} - {"ttit_s"}
     grounding = {"grounding"} if right else set()

@@ -132,8 +132,8 @@ def test_the_projectors_scale_is_the_rms_of_the_embeddings(whole):
 def prompt(whole):
     """A prompt with two documents at k = 4, for the tiny Llama."""
     tokenizer = whole.encoder.tokenizer
-    docs = [refrag.Doc(str(i), c, tokenizer.cut([c], 4)[0].ends) for i, c in enumerate(CONTENTS[:3:2], 1)]
-    return refrag.build_prompt(tokenizer, refrag.question_pieces("Where?", docs))
+    docs = refrag.make_docs(CONTENTS[:3:2], [None] * 2, 4, tokenizer)
+    return refrag.make_context(tokenizer, "Where?", docs).prompt
 
 
 def embed(model, prompt, plan, states):

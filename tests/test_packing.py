@@ -47,7 +47,8 @@ def chat(loaded):
 def make_doc(tokenizer, label, text, k=4):
     """A Doc of a neutralised text, cut by the tokenizer's own chunks."""
     content = tokenizer.neutralize(text)
-    return refrag.Doc(label, content, tokenizer.cut([content], k)[0].ends)
+    [doc] = refrag.make_docs([content], [None], k, tokenizer)
+    return doc._replace(label=label)
 
 
 def as_tokens(offsets):
@@ -679,14 +680,14 @@ def test_truncation_keeps_to_the_positions_and_the_best_ranked(chat, positions, 
 
 
 def test_show_plan_shows_what_each_vector_stands_for(chat):
-    prompt = two_docs(chat)
-    contents = [make_doc(chat, "1", text).content for text in TWO]
+    context = refrag.make_context(chat, "Why?", refrag.make_docs(TWO, [None, None], 4, chat))
+    prompt = context.prompt
     expanded = np.ones(len(prompt.chunks), bool)
-    assert refrag.show_plan(prompt, refrag.mixed_plan(prompt, expanded), chat, contents) == prompt.text
+    assert refrag.show_plan(context, refrag.mixed_plan(prompt, expanded), chat) == prompt.text
     expanded[1] = False
     chunk = prompt.chunks[1]
-    shown = refrag.show_plan(prompt, refrag.mixed_plan(prompt, expanded), chat, contents)
-    piece = contents[0][chunk.start : chunk.end]
+    shown = refrag.show_plan(context, refrag.mixed_plan(prompt, expanded), chat)
+    piece = TWO[0][chunk.start : chunk.end]
     assert shown.count("[[") == 1 and f"[[{piece}]]" in shown
     assert shown.replace(f"[[{piece}]]", piece) == prompt.text
 

@@ -1099,11 +1099,12 @@ def test_states_of_an_encoder_that_reads_chunk_by_chunk_serve_their_own_k_alone(
         pipeline = refrag.load_pipeline(refrag.IndexConfig(str(tmp_path / "i")), refrag.SearchConfig(),
                                         refrag.PackConfig(k=k, compressed="feed"), refrag.GenerateConfig(max_new=1),
                                         models, RUNTIME)
-        assert (pipeline.stored_table(0).states is not None) == (k == 4) == bench.reads_stored(pipeline)
-        content = pipeline.stored.content(0)
-        [table] = pipeline.chunk_tables([content], [0], {"states"})
-        made = table_at(pipeline.model.encoder, content, k)
-        np.testing.assert_allclose(table.states, made.states, rtol=1e-3, atol=1e-3 * np.abs(made.states).max())
+        content = pipeline.index.content(0)
+        docs = refrag.make_docs([content], [0], k, pipeline.tokenizer, pipeline.stored, pipeline.states_at(k))
+        assert (docs[0].chunks.states is not None) == (k == 4) == bench.reads_stored(pipeline, k)
+        [doc] = pipeline.filled(docs, k, gate=False)
+        made = table_at(pipeline.model.encoder, content, k).states
+        np.testing.assert_allclose(doc.chunks.states, made, rtol=1e-3, atol=1e-3 * np.abs(made).max())
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 5))

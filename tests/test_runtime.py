@@ -1,4 +1,4 @@
-"""Section 4: timers, whole files and folders, locks, manifests, and columns on disk."""
+"""Section 3: timers, whole files and folders, locks, manifests, and columns on disk."""
 
 from __future__ import annotations
 

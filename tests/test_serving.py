@@ -788,7 +788,7 @@ class TestEngine:
             generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
 
         engine, told = serve.Engine(Broken(), refrag.ServeConfig()), []
-        engine.pipeline_for = lambda wish: (_ for _ in ()).throw(RuntimeError("a cable was pulled"))
+        engine.settings_for = lambda wish: (_ for _ in ()).throw(RuntimeError("a cable was pulled"))
         jobs = [serve.Job(serve.ChatRequest("why?", PLAIN), 60, lambda *what: told.append(what))
                 for _ in range(2)]
         engine.work(jobs)
@@ -802,15 +802,15 @@ class TestEngine:
         class Breaking:
             generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
 
-            def answer(self, items, on_text):
+            def answer_batch(self, items, settings, writers):
                 calls.append(len(items))
                 if len(items) == 2:
-                    on_text(0, "Par")
+                    writers[0]("Par")
                     raise RuntimeError("a cable was pulled")
                 return [{"ended": True, "metrics": Counter()}]
 
         engine = serve.Engine(Breaking(), refrag.ServeConfig(together=2))
-        engine.pipeline_for = lambda wish: engine.pipeline
+        engine.settings_for = lambda wish: None
         told: tuple[list, list] = ([], [])
         jobs = [serve.Job(serve.ChatRequest("why?", PLAIN), 60,
                            lambda kind, _, n=n: told[n].append(kind))
@@ -828,7 +828,7 @@ class TestEngine:
         class Heavy:
             generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
 
-            def answer(self, items, on_text):
+            def answer_batch(self, items, settings, writers):
                 if len(items) == 2:
                     cache = Batch()
                     self.cache = weakref.ref(cache)
@@ -837,7 +837,7 @@ class TestEngine:
                 return [{"ended": True, "metrics": Counter()}]
 
         engine = serve.Engine(Heavy(), refrag.ServeConfig(together=2))
-        engine.pipeline_for = lambda wish: engine.pipeline
+        engine.settings_for = lambda wish: None
         engine.work([serve.Job(serve.ChatRequest("why?", PLAIN), 60, lambda *what: None)
                      for _ in range(2)])
         assert alive == [False, False]

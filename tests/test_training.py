@@ -1,4 +1,4 @@
-"""Section 11: the curriculum, what each phase reads, the loop, its checkpoints, and phases one after the other."""
+"""Section 10: the curriculum, what each phase reads, the loop, its checkpoints, and phases one after the other."""
 
 from __future__ import annotations
 
@@ -698,10 +698,8 @@ def test_everything_as_text_is_the_plain_prompt(lessons_on):
         item = lessons.draw(number, rng(number), 0.0)
         plan, said = item.sequence.plan, asked(item.sequence)
         contents = [f"Title {n}\n{TEXTS[n]}" for n in shown(full_text(lessons, item))]
-        docs = [refrag.Doc(str(rank), content, lessons.tokenizer.cut([content], 4)[0].ends)
-                for rank, content in enumerate(contents, start=1)]
-        pieces = refrag.question_pieces(QUESTIONS[number]["question"], docs)
-        prompt = refrag.build_prompt(lessons.tokenizer, pieces)
+        docs = refrag.make_docs(contents, [None] * len(contents), 4, lessons.tokenizer)
+        prompt = refrag.make_context(lessons.tokenizer, QUESTIONS[number]["question"], docs).prompt
         assert plan.tolist() == [*prompt.input_ids.tolist(), *said[:-1]]
 
 
@@ -741,12 +739,12 @@ def test_the_gate_chooses_the_text_as_in_use(tmp_path, whole, index_dir, words, 
     if gate == "learned":
         torch.manual_seed(1)
         lessons.gate = refrag.QueryGate(dim=pipeline.embedder.dim).eval()
-        pipeline = pipeline.variant(gate="learned")
         pipeline.trained_gates["learned"] = lessons.gate
     for number, question in enumerate(QUESTIONS[:4]):
-        item, context = lessons.draw(number, rng(number), 0.0), pipeline.prepare(question)[0]
-        if shown(full_text(lessons, item)) == [passage.row for passage in context.passages]:
-            assert open_chunks(item) == set(np.flatnonzero(context.expanded).tolist()) != set()
+        item = lessons.draw(number, rng(number), 0.0)
+        reading = pipeline.prepare(question, pipeline.settings_for(gate=gate))
+        if shown(full_text(lessons, item)) == [passage.row for passage in reading.passages]:
+            assert open_chunks(item) == set(np.flatnonzero(reading.choice.expanded).tolist()) != set()
             same += 1
     assert same >= 3
 
@@ -758,9 +756,10 @@ def test_shorter_chunks_have_the_score_of_the_one_they_lie_in(lessons_on, words)
         long, short = (lessons_on(gate_frac=1.0, no_answer_frac=0.0, k=(k,)) for k in (16, 4))
         asked = [lessons.prompts.ask(QUESTIONS[number]["question"], [2, 5, 1], 5, "x", k)
                  for lessons, k in ((long, 16), (short, 4))]
-        scores = [lessons.gate_scores(QUESTIONS[number]["question"], one, k)
+        asked = [one.context for one in asked]
+        scores = [lessons.gate_scores(QUESTIONS[number]["question"], one.docs, k)
                   for lessons, one, k in ((long, asked[0], 16), (short, asked[1], 4))]
-        places = [[(chunk.doc, int(one.docs[chunk.doc].ends[i - first[chunk.doc]])) for i, chunk in enumerate(
+        places = [[(chunk.doc, int(one.docs[chunk.doc].chunks.ends[i - first[chunk.doc]])) for i, chunk in enumerate(
                   one.prompt.chunks)] for one in asked
                   for first in [np.searchsorted([c.doc for c in one.prompt.chunks], range(3))]]
         for (doc, end), score in zip(places[1], scores[1], strict=True):
