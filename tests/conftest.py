@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import re
@@ -18,11 +16,11 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from writers import ROOT, files, finished, forks, line, mount  # noqa: F401 (fixtures)
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import refrag  # noqa: E402
+import refrag
 
 torch.set_num_threads(1)
 
@@ -286,50 +284,3 @@ def done(run):
         return json.loads(out)
 
     return call
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """The files of a folder by name, but for locks."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith("lock"))
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
-
-
-@contextlib.contextmanager
-def unchanged(*folders: Path):
-    """A context that leaves folders as they are."""
-    before = [tree(folder) for folder in folders]
-    yield
-    assert [tree(folder) for folder in folders] == before
-
-
-def damage(path: Path, kind: str) -> None:
-    """Flip a bit near the end of a file, cut it, make it longer, or remove it."""
-    intact = path.read_bytes()
-    if kind == "missing":
-        path.unlink()
-    elif kind == "flipped":
-        path.write_bytes(intact[:-5] + bytes([intact[-5] ^ 4]) + intact[-4:])
-    else:
-        path.write_bytes({"truncated": intact[: len(intact) // 2], "longer": intact + b"\0"}[kind])
-
-
-def sign(folder: Path, **changes: object) -> None:
-    """Write a manifest anew, as if its files had always been what they are now."""
-    path = folder / "manifest.json"
-    facts = json.loads(path.read_text()) | changes
-    for name in facts["files"]:
-        content = (folder / name).read_bytes()
-        facts["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    facts.pop("digest")
-    path.write_text(json.dumps(facts | {"digest": hashlib.sha256(
-        json.dumps(facts, sort_keys=True).encode()).hexdigest()}))
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory):
-    """The one server of commands in processes of their own."""
-    from forks import Forks
-
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
