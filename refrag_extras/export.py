@@ -11,32 +11,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from refrag import (
-    ExportConfig,
-    Pipeline,
-    QuestionConfig,
-    answering,
-    emit,
-    new_folder,
-    read_prompt,
-    read_questions,
-    require,
-    show_plan,
-)
+import refrag
 
 
-def run(export: ExportConfig, ask: QuestionConfig, *configs: Any) -> None:
+def run(export: refrag.ExportConfig, ask: refrag.QuestionConfig, *configs: Any) -> None:
     """Write the prompt of one question."""
     _, _, _, generate, _, runtime = configs
-    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
-    require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
-    facts = export_prompt(answering(ask, *configs), questions[0], Path(export.out_dir), export.decoder)
+    questions = refrag.read_prompt(generate.prompt, ask) or refrag.read_questions(ask)
+    refrag.require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
+    facts = export_prompt(refrag.answering(ask, *configs), questions[0], Path(export.out_dir), export.decoder)
     files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
-    emit(facts | {"out_dir": export.out_dir}, runtime,
-         f"{facts['positions']:,} positions in {export.out_dir}: {files}")
+    refrag.emit(facts | {"out_dir": export.out_dir}, runtime,
+                f"{facts['positions']:,} positions in {export.out_dir}: {files}")
 
 
-def export_prompt(pipeline: Pipeline, item: dict[str, Any], folder: Path, with_decoder: bool) -> dict[str, Any]:
+def export_prompt(pipeline: refrag.Pipeline, item: dict[str, Any], folder: Path, with_decoder: bool) -> dict[str, Any]:
     """Write prompt.safetensors, prompt.json, request.json and, if asked for, decoder/. Returns what prompt.json holds.
 
     request.json is for `vllm serve DECODER --enable-prompt-embeds` and its address /v1/completions, which takes a saved
@@ -48,7 +37,7 @@ def export_prompt(pipeline: Pipeline, item: dict[str, Any], folder: Path, with_d
     facts = {
         "question": item["question"], "positions": len(plan), "full_positions": len(context.prompt.input_ids),
         "documents": [{"label": label, "id": ids.get(label, label)} for label in reading.labels],
-        "prompt": show_plan(context, plan, pipeline.tokenizer),
+        "prompt": refrag.show_plan(context, plan, pipeline.tokenizer),
         "stop_token_ids": sorted(settings.stop_tokens), "max_tokens": settings.generate.max_new,
         "dtype": str(inputs.dtype).removeprefix("torch."), "settings": pipeline.describe(settings)}
     data = io.BytesIO()
@@ -56,7 +45,7 @@ def export_prompt(pipeline: Pipeline, item: dict[str, Any], folder: Path, with_d
     request = {"model": "DECODER", "prompt_embeds": base64.b64encode(data.getvalue()).decode(), "stream": False,
                **{name: facts[name] for name in ("max_tokens", "stop_token_ids")},
                "temperature": settings.generate.temperature, "top_p": settings.generate.top_p}
-    with new_folder(folder) as temporary:
+    with refrag.new_folder(folder) as temporary:
         save_file({"inputs_embeds": inputs}, temporary / "prompt.safetensors",
                   {"positions": str(len(inputs)), "question": item["question"]})
         (temporary / "prompt.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -213,13 +213,6 @@ def test_the_cache_of_every_architecture_is_counted(any_decoder):
     assert (short > 40 * per_layer * growing) == (kind in ("mamba2", "bamba"))
 
 
-def test_a_tensor_that_stands_twice_in_a_cache_counts_once():
-    tensor, other = torch.zeros(10), torch.zeros(3, dtype=torch.float16)
-    circular = {"a": [tensor, (tensor, other)], "kind": dict}
-    circular["again"] = circular
-    assert refrag.cache_bytes(circular) == 46
-
-
 def test_an_answers_share_of_the_cache_is_in_its_metrics(llama, index_dir):
     pipeline = refrag.load_pipeline(
         refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2), refrag.PackConfig(mode="full"),
@@ -400,7 +393,7 @@ def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     assert [row["stored_vectors"] for row in result["rows"] if row["mode"] != "refrag"] == [None, None]
     assert encoded.count(6) == 3  # one warm-up and two rounds
     assert 4 not in encoded and 8 not in encoded
-    assert "--k 6: the index holds no vectors that serve it, so they are computed while the clock runs\n" in err
+    assert "--k 6: the index holds no vectors that serve it: they are computed while the clock runs\n" in err
     assert "--k 4" not in err and "--k 8" not in err
 
 
@@ -560,10 +553,10 @@ def test_a_folder_in_which_nothing_came_to_stand_goes_again(run, argv, tmp_path,
 
 
 def test_a_second_writer_is_told_so(run, argv, tmp_path):
-    with bench.bench_folder(str(tmp_path / "b")):
+    with refrag.run_folder(tmp_path / "b", True, bench.BENCH_FILES, "bench.json"):
         code, _, err = run(*argv("--out_dir", tmp_path / "b"))
     assert code == 75
-    assert err == f"error: --out_dir {tmp_path / 'b'} is being written by another process: wait for it to end\n"
+    assert err == f"error: run {tmp_path / 'b'} is being written by another process: wait for it to end\n"
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------
@@ -605,15 +598,15 @@ def test_the_peak_of_memory_begins_anew():
     block = np.ones(20_000_000)  # 153 MiB
     high = refrag.peak_rss_mb()
     del block
-    refrag.reset_peak_memory(torch.device("cpu"))
+    bench.reset_peak_memory(torch.device("cpu"))
     assert refrag.peak_rss_mb() < high - 100
 
 
 def test_a_peak_that_can_not_begin_anew_stays(monkeypatch):
     monkeypatch.setattr(refrag.Path, "write_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
-    refrag.reset_peak_memory(torch.device("cpu"))
+    bench.reset_peak_memory(torch.device("cpu"))
     assert refrag.peak_rss_mb() > 0
-    assert refrag.peak_device_mb(torch.device("cpu")) is None
+    assert bench.peak_device_mb(torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -628,20 +621,20 @@ def test_the_commit_of_the_file(tmp_path, monkeypatch):
     program = tmp_path / "program.py"
     program.write_text("a")
     monkeypatch.setattr(refrag, "__file__", str(program))
-    assert refrag.source_commit() is None
+    assert evaluate.source_commit() is None
     git("init", "-q")
     (tmp_path / "other.py").write_text("b")
     git("add", "other.py")
     git("commit", "-qm", "another file")
-    assert refrag.source_commit() is None
+    assert evaluate.source_commit() is None
     git("add", "program.py")
     git("commit", "-qm", "first")
     head = git("rev-parse", "HEAD").strip()
-    assert refrag.source_commit() == head
+    assert evaluate.source_commit() == head
     program.write_text("b")
-    assert refrag.source_commit() == f"{head}+"
+    assert evaluate.source_commit() == f"{head}+"
 
 
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert refrag.source_commit() is None
+    assert evaluate.source_commit() is None

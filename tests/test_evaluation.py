@@ -614,7 +614,7 @@ class TestResuming:
 
     def test_a_finished_one_is_not_measured_again(self, run_eval, tmp_path, monkeypatch):
         first = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "out"))
-        monkeypatch.setattr(evaluate, "load_pipeline", None)
+        monkeypatch.setattr(refrag, "load_pipeline", None)
         assert summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "out", "--resume")) == first
 
     def test_modes_and_shares_may_be_added(self, run_eval, tmp_path):
@@ -643,7 +643,7 @@ class TestResuming:
     @pytest.mark.parametrize("rank", [0, 1])
     def test_what_lacks_is_shared_evenly(self, rank, monkeypatch):
         """Every other unit is done: of the two that lack, each of two processes measures one."""
-        monkeypatch.setattr(evaluate, "late_import", lambda name: SimpleNamespace(gather_object=list))
+        monkeypatch.setattr(evaluate, "gather_object", list)
         task = SimpleNamespace(options=SimpleNamespace(task="qa"), load=lambda: None, units=lambda: [0, 1, 2, 3],
                                accelerator=SimpleNamespace(process_index=rank, num_processes=2),
                                keys=lambda unit: [(str(unit), "none", 0.0)],
@@ -694,7 +694,7 @@ class TestResuming:
         assert run_eval("--modes", "none", "--out_dir", tmp_path / "out", "--resume")[0] == 4
 
     def test_nothing_is_left_of_one_that_did_not_begin(self, run_eval, tmp_path, monkeypatch):
-        monkeypatch.setattr(evaluate, "load_pipeline", None)
+        monkeypatch.setattr(refrag, "load_pipeline", None)
         assert run_eval("--modes", "none", "--out_dir", tmp_path / "out")[0] == 1
         assert not (tmp_path / "out").exists()
 
@@ -768,7 +768,7 @@ class TestBadInput:
     def nothing_slow(self, monkeypatch):
         """Whatever is refused is refused before a model is loaded."""
         for name in ("load_pipeline", "load_searcher", "load_model"):
-            monkeypatch.setattr(evaluate, name, None)
+            monkeypatch.setattr(refrag, name, None)
 
     @pytest.mark.parametrize(("item", "options", "told"), [
         ({"answers": None}, [], "question 2 has no list of answers"),

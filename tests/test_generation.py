@@ -140,6 +140,15 @@ class TestExactness:
             torch.testing.assert_close(reading.inputs, made, rtol=5e-3, atol=5e-3)
 
 
+    def test_the_bytes_of_a_cache(self, reader):
+        """Keys and values by position, of each layer that attends; recurrent states are as large for any prompt."""
+        decoder = reader.model.decoder
+        short, long = (refrag.cache_bytes(refrag.prefill(decoder, [torch.randn(n, 32)])[1].cache) for n in (10, 20))
+        kind = decoder.config.model_type
+        assert (long - short) / 10 == {"llama": 384, "qwen2": 384, "gpt2": 768, "mamba2": 0, "bamba": 128}[kind]
+        assert (2 * short > long) == (kind in ("mamba2", "bamba"))
+
+
 class TestDecoding:
     @pytest.mark.parametrize("temperature", [0.0, 1e-40])
     def test_sample_is_greedy_at_temperature_zero(self, temperature):

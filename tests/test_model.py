@@ -387,22 +387,12 @@ def sequence_of(content, plan=(1,), labels=(2,)):
     return refrag.TrainingSequence(np.asarray(plan), np.asarray(labels), content)
 
 
-def states_in_training(model, contents, packs):
-    """What the projector is given for some contents in one batch: (L, E) for each."""
-    batch = refrag.collate([[sequence_of(content)] for content in contents], model.encoder, packs)
-    seen = []
-    hook = model.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(batch)
-    hook.remove()
-    return seen[0].detach().split([len(content.chunks) for content in contents])
-
-
-@pytest.mark.parametrize("packs", [True, False])
-def test_states_in_training_are_those_an_index_stores(model, packs):
-    """Windows, packed rows, padding and owners give what `encode` gives, which rounds to float16."""
+def test_states_in_training_are_those_an_index_stores(model):
+    """Windows, padding and owners give what `encode` gives, which rounds to float16."""
     contents = [content_of(model.encoder, text, 4) for text in TRAINING_TEXTS]
-    expected = model.encoder.encode(TRAINING_TEXTS, 4)
-    for got, stored in zip(states_in_training(model, contents, packs), expected, strict=True):
+    states = model.chunk_states(refrag.collate([sequence_of(content) for content in contents])).detach()
+    states = states.split([len(content.chunks) for content in contents])
+    for got, stored in zip(states, model.encoder.encode(TRAINING_TEXTS, 4), strict=True):
         assert_close(got.numpy(), stored)
 
 
@@ -435,7 +425,7 @@ def test_a_content_of_tokens_is_that_of_their_text(model, k):
     for text in TRAINING_TEXTS:
         decoder = model.encoder.tokenizer.decoder
         [tokens] = refrag.tokenize(decoder, [text])
-        got = model.encoder.content_of_tokens(tokens.ids, refrag.whole_tokens(tokens), k)
+        got = model.encoder.content_of_tokens(tokens.ids, refrag.cut_allowed(tokens), k)
         expected = content_of(model.encoder, text, k)
         assert [c.tolist() for c in got.chunks] == [c.tolist() for c in expected.chunks]
         assert [[a.tolist() for a in row] for row in got.rows] == [[a.tolist() for a in row] for row in expected.rows]
@@ -446,8 +436,8 @@ def test_vectors_are_numbers_where_a_token_is_longer_than_a_chunk(llama, bert, k
     """The encoder cuts 1896 into four tokens, the decoder takes it as one; rulers of dashes do the same at k = 16."""
     model = build(bert, llama)
     content = content_of(model.encoder, "In 1896 the first games opened", k)
-    batch = refrag.collate([[sequence_of(content, [1, *(-np.arange(len(content.chunks)) - 1)],
-                                         [-1] * len(content.chunks) + [2])]], model.encoder, True)
+    batch = refrag.collate([sequence_of(content, [1, *(-np.arange(len(content.chunks)) - 1)],
+                                        [-1] * len(content.chunks) + [2])])
     output = model(batch)
     assert torch.isfinite(output.vectors).all() and torch.isfinite(output.logits).all()
 
@@ -470,49 +460,20 @@ def three_sequences():
             sequence_of(refrag.Content([], []), [3, 4], [-1, 5]))
 
 
-@pytest.mark.parametrize("packs", [True, False])
-def test_collate_golden(packs):
-    """Rows (first, third) and (second). Chunks are numbered through in the order of the rows: 0 of the first, 1 and 2
-    of the second; -1 is for encoder tokens of none. The decoder's rows are five positions; 7 and 8 are asked at places
-    1 and 2 of row 0, 5 at its place 4, 3 and 4 at the start of row 1, which is place 5 of all.
-    """
-    first, second, third = three_sequences()
-    batch = refrag.collate([[first, third], [second]], types.SimpleNamespace(whole=True), packs)
-    got = {name: None if value is None else value.tolist() for name, value in batch._asdict().items()}
-    encoder = {
-        True: {"encoder_ids": [[5, 6, 9, 10, 11]], "encoder_mask": None, "encoder_positions": [[0, 1, 0, 1, 2]],
-               "owners": [[0, 0, 1, 2, -1]]},
-        False: {"encoder_ids": [[5, 6, 0], [9, 10, 11]], "encoder_mask": [[1, 1, 0], [1, 1, 1]],
-                "encoder_positions": None, "owners": [[0, 0, -1], [1, 2, -1]]},
-    }
-    assert got == encoder[packs] | {
+def test_collate_golden():
+    """Chunks are numbered through: 0 of the first, 1 and 2 of the second sequence; -1 is for encoder tokens of none.
+    The decoder's rows are three positions; 7 and 8 are asked at places 1 and 2 of row 0, 3 and 4 at the start of row 1,
+    which is place 3 of all, 5 at place 1 of row 2."""
+    batch = refrag.collate(three_sequences())
+    got = {name: value if name == "lengths" else value.tolist() for name, value in batch._asdict().items()}
+    assert got == {
+        "encoder_ids": [5, 6, 9, 10, 11], "lengths": [2, 3], "owners": [0, 0, 1, 2, -1],
         "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2],
-        "plan": [[1, -1, 7, 3, 4], [2, -3, -2, 0, 0]],
-        "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]],
-        "asked": [1, 2, 4, 5, 6], "labels": [7, 8, 5, 3, 4],
+        "plan": [[1, -1, 7], [2, -3, -2], [3, 4, 0]],
+        "asked": [1, 2, 3, 4, 7], "labels": [7, 8, 3, 4, 5],
     }
     moved = batch.to(CPU)
     assert all(a is b or torch.equal(a, b) for a, b in zip(batch, moved, strict=True))
-
-
-def test_an_encoder_of_single_chunks_is_not_packed():
-    """A row of BERT's is a text of its own: it looks both ways, and its positions are counted from the row's start."""
-    first, second, _ = three_sequences()
-    batch = refrag.collate([[first, second]], types.SimpleNamespace(whole=False), True)
-    assert batch.encoder_ids.shape == (2, 3) and batch.encoder_positions is None and batch.encoder_mask is not None
-
-
-def test_encoder_rows_are_filled_up_to_the_window():
-    """Texts of 300, 200 and 100 tokens: the first two share a row of 512 at most."""
-    contents = [refrag.Content([np.ones(n, int)], [(np.ones(n, int), np.zeros(n, int))]) for n in (300, 200, 100)]
-    rows = [[sequence_of(content)] for content in contents]
-    assert refrag.collate(rows, types.SimpleNamespace(whole=True), True).encoder_ids.shape == (2, 500)
-
-
-def test_lay_rows_golden():
-    rows = [[np.array([1]), np.array([2, 3])], [np.array([4])]]
-    assert refrag.lay_rows(rows, 0).tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert refrag.lay_rows(rows, -1).tolist() == [[1, 2, 3], [4, -1, -1]]
 
 
 @given(owners=st.lists(st.integers(-1, 3), min_size=1, max_size=12), seed=st.integers(0, 9))
@@ -560,19 +521,18 @@ def assert_like(got, expected):
 
 @torch.no_grad()
 def test_forward_gives_the_asked_logits_of_a_plain_decoder(any_decoder):
-    """Rows of one sequence, padded on the right; where a decoder can pack, also two in a row."""
+    """Alone and together, padded on the right."""
     model = build("decoder:2", any_decoder)
     disturb(model.projector)
-    sequences, packs = sequences_for(model), refrag.can_pack(model.decoder)
+    sequences = sequences_for(model)
     expected = [plain_logits(model, s, text) for s, (text, _) in zip(sequences, QUESTIONS, strict=True)]
     assert expected[0].std() > 0.1 and not torch.allclose(expected[0][0], expected[1][0], atol=0.1)
-    layouts = [[0], [1], [2]], *([[[0, 1], [2]], [[2, 1, 0]]] if packs else [])
-    for rows in layouts:
-        batch = refrag.collate([[sequences[n] for n in row] for row in rows], model.encoder, packs)
-        output, order = model(batch), [n for row in rows for n in row]
+    for order in ([0], [0, 1, 2], [2, 0]):
+        batch = refrag.collate([sequences[n] for n in order])
+        output = model(batch)
         assert_like(output.logits, torch.cat([expected[n] for n in order]))
         assert batch.labels.tolist() == [t for n in order for t in QUESTIONS[n][1]]
-        assert len(output.vectors) == len(output.means) == sum(len(s.content.chunks) for s in sequences)
+        assert len(output.vectors) == len(output.means) == sum(len(sequences[n].content.chunks) for n in order)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -582,8 +542,7 @@ def test_forward_with_a_separate_encoder(llama, bert, pooling):
     disturb(model.projector)
     sequences = sequences_for(model)
     expected = [plain_logits(model, s, text) for s, (text, _) in zip(sequences, QUESTIONS, strict=True)]
-    assert_like(model(refrag.collate([[*sequences[:2]], [sequences[2]]], model.encoder, True)).logits,
-                torch.cat(expected))
+    assert_like(model(refrag.collate(sequences)).logits, torch.cat(expected))
 
 
 @torch.no_grad()
@@ -592,7 +551,7 @@ def test_forward_of_tokens_alone_does_not_run_the_encoder(whole, monkeypatch):
     monkeypatch.setattr(whole.encoder, "forward", None)
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     sequence = sequence_of(refrag.Content([], []), ids[0].tolist(), [-1, 5, -1, -1, 9])
-    output = whole(refrag.collate([[sequence]], whole.encoder, True))
+    output = whole(refrag.collate([sequence]))
     torch.testing.assert_close(output.logits, whole.decoder(input_ids=ids).logits[0, [1, 4]])
     assert output.vectors.shape == output.means.shape == (0, 32)
 
@@ -601,7 +560,7 @@ def test_forward_of_tokens_alone_does_not_run_the_encoder(whole, monkeypatch):
 def test_forward_gives_the_vectors_and_what_they_should_stand_for(model):
     """Means of the embeddings of each chunk's tokens, in the order of the rows; an untrained projector gives these."""
     sequences = sequences_for(model)
-    output = model(refrag.collate([[s] for s in sequences], model.encoder, True))
+    output = model(refrag.collate(sequences))
     embed = model.decoder.get_input_embeddings()
     means = [embed(torch.as_tensor(chunk)).mean(0) for s in sequences for chunk in s.content.chunks]
     torch.testing.assert_close(output.means, torch.stack(means))
@@ -620,7 +579,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(llama, bert, enc, lett
     parts = {"p": model.projector, "e": model.encoder, "d": model.decoder}
     for letter in letters:
         parts[letter].requires_grad_(True)
-    output = model(refrag.collate([sequences_for(model)], model.encoder, True))
+    output = model(refrag.collate(sequences_for(model)))
     torch.nn.functional.cross_entropy(output.logits, torch.arange(len(output.logits))).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     wanted = {name for name, p in model.named_parameters() if p.requires_grad and "pooler" not in name}
@@ -638,84 +597,8 @@ def test_an_encoder_that_is_not_trained_keeps_no_graph(llama):
     model.projector.requires_grad_(True)
     seen = []
     model.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    output = model(refrag.collate([sequences_for(model)], model.encoder, True))
+    output = model(refrag.collate(sequences_for(model)))
     assert not seen[0].requires_grad and output.vectors.requires_grad and not output.means.requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_can_pack_is_found_by_trying(any_decoder, dtype):
-    """Attention looks at positions; recurrent layers carry over from one sequence to the next."""
-    decoder = refrag.load_decoder(str(any_decoder), CPU, dtype)
-    assert refrag.can_pack(decoder) == (decoder.config.model_type in ("llama", "qwen2", "gpt2"))
-
-
-@pytest.mark.parametrize(("positions", "lengths"), [
-    ([0], [1]), ([0, 1, 2], [3]), ([0, 1, 2, 0, 1, 0, 0], [3, 2, 1, 1]), ([0, 0, 1, 0], [1, 2, 1]),
-])
-def test_text_lengths_golden(positions, lengths):
-    """A text begins at position 0; padding has position 0 throughout."""
-    assert refrag.text_lengths(positions) == lengths
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lengths", [[[7]], [[5, 1, 6], [12]], [[600, 1, 1], [300, 302]], [[1, 2, 1]]])
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_attention_by_text_is_masked_attention(dtype, lengths, heads):
-    """Values and gradients, against torch's attention in float64 over whole rows under a mask."""
-    torch.manual_seed(0)
-    T, (H, few) = sum(lengths[0]), heads
-    parts = [torch.randn(len(lengths), h, T, 8, dtype=dtype).requires_grad_() for h in (H, few, few)]
-    positions = torch.tensor([[at for size in row for at in range(size)] for row in lengths])
-    texts = torch.tensor([[n for n, size in enumerate(row) for _ in range(size)] for row in lengths])
-    seen = (texts[:, :, None] == texts[:, None]) & torch.ones(T, T).tril().bool()
-    exact = [part.detach().double().requires_grad_() for part in parts]
-    query, key, value = (part.repeat_interleave(H // part.shape[1], 1) for part in exact)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen[:, None]).transpose(1, 2)
-    made, _ = refrag.attention_by_text(torch.nn.Module(), *parts, None, position_ids=positions)
-    given = torch.randn(expected.shape, dtype=torch.float64)
-    made.backward(given.to(dtype))
-    expected.backward(given)
-    close = 1e-4 if dtype == torch.float32 else 0.05
-    for got, wanted in [(made, expected), *((part.grad, other.grad) for part, other in zip(parts, exact, strict=True))]:
-        assert (got.double() - wanted).abs().max() <= close * wanted.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_that_attend_by_text_say_the_same(any_decoder, dtype):
-    """Those that can not keep the attention they have."""
-    decoder = refrag.load_decoder(str(any_decoder), CPU, dtype)
-    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
-    positions = torch.tensor([[*range(5), *range(7)], [*range(9), 0, 0, 0]])
-    before = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits
-    name = decoder.config._attn_implementation
-    refrag.attend_by_text(decoder)
-    after = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits
-    if decoder.config.model_type in ("llama", "qwen2"):
-        assert decoder.config._attn_implementation == "by_text"
-    assert (after - before).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * before.abs().max()
-    assert decoder.config._attn_implementation in ("by_text", name)
-
-
-def test_a_window_of_attention_is_kept():
-    """The first layer sees four tokens back; in a text that is longer, the mask says so."""
-    decoder = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, intermediate_size=16, num_attention_heads=2,
-        num_key_value_heads=2, use_sliding_window=True, sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"])).eval()
-    ids, positions = torch.arange(1, 31)[None], torch.tensor([[*range(20), *range(10)]])
-    with torch.inference_mode():
-        before = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits
-        refrag.attend_by_text(decoder)
-        after = decoder(input_ids=ids, position_ids=positions, use_cache=False).logits
-    assert decoder.config._attn_implementation == "by_text"
-    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
-
-
-def test_can_pack_with_a_tiny_vocabulary():
-    """The probe's tokens must exist."""
-    config = transformers.LlamaConfig(vocab_size=3, hidden_size=8, num_hidden_layers=1, intermediate_size=8,
-                                      num_attention_heads=1, bos_token_id=1, eos_token_id=2)
-    assert refrag.can_pack(transformers.AutoModelForCausalLM.from_config(config).eval())
 
 
 def check_head(decoder):
@@ -1087,6 +970,17 @@ def test_a_checkpoint_of_another_program_needs_no_manifest(checkpoint):
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), PermissionError(errno.EACCES, "not yours")], ids=str)
+def test_what_is_no_damage_keeps_its_name(checkpoint, monkeypatch, error):
+    """A checkpoint that can not be read now is not told to be broken."""
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(refrag, "load_file", fail)
+    with pytest.raises(type(error), match=r"no room|not yours"):
+        refrag.RefragModel.from_pretrained(checkpoint)
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(refrag.UserError, match="no checkpoint"):
         refrag.RefragModel.from_pretrained(tmp_path)
@@ -1256,17 +1150,6 @@ def test_a_run_that_has_saved_nothing_has_no_checkpoint(tmp_path):
 def test_the_folder_of_another_kind_of_model_is_no_checkpoint(llama):
     with pytest.raises(refrag.UserError, match="no checkpoint in this folder, but a model of another kind"):
         refrag.RefragModel.from_pretrained(llama)
-
-
-@pytest.mark.parametrize("change", [{"encoder_name_or_path": 3}, {"decoder_name_or_path": None}, {"pooling": []},
-                                    {"projector": 1}, {"compression": "4"}, {"lora": 2}, {"lora": {"r": "2"}},
-                                    {"training_model": None}, {"history": {"a": 1}}], ids=str)
-def test_a_config_with_values_of_other_types_is_damaged(checkpoint, change):
-    facts = json.loads((checkpoint / "config.json").read_text()) | change
-    (checkpoint / "config.json").write_text(json.dumps(facts))
-    sign(checkpoint)
-    with pytest.raises(refrag.CorruptError, match=r"config\.json is damaged"):
-        refrag.RefragModel.from_pretrained(checkpoint)
 
 
 def test_a_checkpoint_moved_aside_by_a_killed_writer_is_found(checkpoint):
@@ -1448,26 +1331,6 @@ def test_cache_home(monkeypatch, tmp_path):
 # -- the bundled decoder ----------------------------------------------------------------------
 
 CONVERT = "import refrag; print(refrag.model_folder('SmolLM2-135M-Instruct'))"
-
-
-@pytest.mark.models
-def test_the_bundled_decoder_is_parsed_once(monkeypatch):
-    """By transformers and by the tokenizer's mending together, and the reader is the usual one afterwards."""
-    import gguf
-
-    path, made = refrag.bundled_path("SmolLM2-135M-Instruct"), []
-
-    class Counted(gguf.GGUFReader):
-        def __init__(self, *args):
-            made.append(args)
-            super().__init__(*args)
-
-    monkeypatch.setattr(gguf, "GGUFReader", Counted)
-    with pytest.raises(ValueError, match="ends the block"), refrag.gguf_parsed_once():
-        transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        refrag.gguf_tokenizer(path)
-        raise ValueError("ends the block")
-    assert made == [(str(path),)] and gguf.GGUFReader is Counted
 
 
 @pytest.mark.models

@@ -145,38 +145,6 @@ def test_a_saved_ivfpq_is_tuned_as_well(tmp_path):
     assert (read.k_factor, faiss.downcast_index(read.base_index).nprobe) == (16, 64)
 
 
-class TestFaissOnGpus:
-    """FAISS for GPUs can not run here: its functions are stand-ins."""
-
-    @pytest.fixture(autouse=True)
-    def gpu_library(self, monkeypatch):
-        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
-        monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: ("on GPUs", index), raising=False)
-
-    def test_an_index_is_moved_where_the_program_runs_on_one(self):
-        index = filled("flat", unit_vectors(10, 8))
-        assert refrag.on_gpus(index, torch.device("cuda")) == ("on GPUs", index)
-        assert refrag.on_gpus(index, torch.device("cpu")) is index
-
-    def test_hnsw_has_no_form_there(self):
-        index = filled("hnsw", unit_vectors(10, 8))
-        assert refrag.on_gpus(index, torch.device("cuda")) is index
-
-    def test_what_can_not_be_moved_is_searched_where_it_is(self, monkeypatch, capsys):
-        def refuse(index):
-            raise RuntimeError("Error in .. : this type of index is not implemented on GPU")
-
-        monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", refuse)
-        index = filled("flat", unit_vectors(10, 8))
-        assert refrag.on_gpus(index, torch.device("cuda")) is index
-        assert "FAISS searches on the CPU: Error in .. : this type" in capsys.readouterr().err
-
-    def test_a_library_without_gpus_is_the_usual_one(self, monkeypatch):
-        monkeypatch.delattr(faiss, "get_num_gpus")
-        index = filled("flat", unit_vectors(10, 8))
-        assert refrag.on_gpus(index, torch.device("cuda")) is index
-
-
 @pytest.mark.parametrize("dim", [24, 20, 12, 10, 7])
 def test_ivfpq_takes_any_dimension(dim, monkeypatch):
     """Product quantisation needs a divisor of the dimension; training is left out here, it is slow."""
@@ -235,7 +203,7 @@ def test_an_opened_index_searches_widely(tmp_path, run, corpus, embedder, llama)
     code, _, err = run("index", "--corpus", corpus, "--index_dir", tmp_path / "i", "--embed_model", embedder,
                        "--dec", llama, "--faiss", "hnsw", "--retriever", "dense", "--quiet")
     assert code == 0, err
-    assert refrag.open_index(str(tmp_path / "i")).segments[0].faiss.hnsw.efSearch == 128
+    assert refrag.open_index(str(tmp_path / "i")).faiss[0].hnsw.efSearch == 128
 
 
 # -- fusion -------------------------------------------------------------------------
@@ -409,7 +377,7 @@ def saved_in_segments(parts, folder):
     """The same in several segments."""
     for number, texts in enumerate(parts):
         refrag.build_bm25(iter(texts), len(texts), folder / str(number))
-    return refrag.Bm25([refrag.Bm25Segment(folder / str(number)) for number in range(len(parts))])
+    return refrag.Bm25([folder / str(number) for number in range(len(parts))])
 
 
 SMALL_CORPUS = [
@@ -497,8 +465,8 @@ def test_index_reports_what_it_did(tmp_path, run, corpus, embedder, llama):
     assert {"passages", "skipped", "dim", "chunks", "seconds", "passages_per_s", "index_dir"} <= result.keys()
     assert (result["passages"], result["skipped"], result["dim"]) == (6, 0, 24)
     [segment] = opened.segments
-    assert result["chunks"] == len(segment.chunk_ends) == segment.chunk_offsets[-1]
-    assert segment.chunks is None  # no --k, no encoder states
+    assert result["chunks"] == len(segment["chunk_ends"]) == segment["chunk_offsets"][-1]
+    assert "chunks" not in segment  # no --k, no encoder states
 
 
 @pytest.mark.parametrize("retriever", ["hybrid", "dense", "bm25"])
@@ -723,7 +691,7 @@ def same_index(*folders):
     a, b = (refrag.open_index(str(folder)) for folder in folders)
     assert len(a) == len(b) and a.manifest["counts"] == b.manifest["counts"]
     orders = [sorted(range(len(index)), key=index.ids.__getitem__) for index in (a, b)]
-    for name in (*refrag.STRING_COLUMNS, "parts"):
+    for name in refrag.STRING_COLUMNS:
         column, other = (getattr(index, name) for index in (a, b))
         assert [column[row] for row in orders[0]] == [other[row] for row in orders[1]]
     for rows in zip(*orders, strict=True):
@@ -732,7 +700,7 @@ def same_index(*folders):
         for name, x, y in zip(refrag.ChunkTable._fields, *tables, strict=True):
             step = np.abs(x).max(axis=1, keepdims=True) / 127 if name == "gate" else 1e-3
             assert (np.abs(x - y) <= 2e-3 * np.abs(x) + 1.1 * step).all()
-    vectors = [np.concatenate([s.faiss.reconstruct_n(0, len(s)) for s in index.segments])[order]
+    vectors = [np.concatenate([part.reconstruct_n(0, part.ntotal) for part in index.faiss])[order]
                for index, order in zip((a, b), orders, strict=True)]
     np.testing.assert_allclose(*vectors, atol=1e-5)
     for term in ("river", "bronz", "zebra"):
@@ -768,38 +736,28 @@ def test_segments_are_taken_into_new_ones(tmp_path, run, spread, llama, monkeypa
 ])
 def test_which_segments_are_taken(sizes, kept):
     """As few as are together smaller than the one before, and none while there are fewer than eight."""
-    index = types.SimpleNamespace(segments=[range(size) for size in sizes],
-                                  manifest={"segments": [{"faiss": "flat"}] * len(sizes)})
+    segments = [{"faiss": "flat", "passages": size} for size in sizes]
+    index = types.SimpleNamespace(manifest={"segments": segments})
     none = [()] * len(sizes)
-    parted = refrag.part_segments(index, none)
-    assert parted.kept == list(range(kept))
-    assert parted.taken == [(range(size), 0, size) for size in sizes[kept:]]
+    stay, taken = refrag.part_segments(index, none)
+    assert stay == list(range(kept))
+    assert taken == [(at, 0, sizes[at]) for at in range(kept, len(sizes))]
     if kept and sizes:
-        index.manifest["segments"] = [{"faiss": "ivfpq" if at == kept else "flat"} for at in range(len(sizes))]
-        assert len(refrag.part_segments(index, none).kept) == (kept + 1 if kept < len(sizes) else kept)
+        index.manifest["segments"] = [part | {"faiss": "ivfpq" if at == kept else "flat"}
+                                      for at, part in enumerate(segments)]
+        assert len(refrag.part_segments(index, none)[0]) == (kept + 1 if kept < len(sizes) else kept)
 
 
 @pytest.mark.parametrize(("replaced", "kept", "runs"), [
     ([(), {2}, ()], [0, 2], [(1, 0, 2), (1, 3, 5)]), ([{0, 1, 2}, (), {0}], [1], [(2, 1, 3)]),
     ([{2}, set(range(5)), ()], [2], [(0, 0, 2)]), ([(), {0, 1, 3, 4}, ()], [0, 2], [(1, 2, 3)])])
 def test_segments_with_replaced_rows_are_taken_without_them(replaced, kept, runs):
-    segments = [range(3), range(5), range(3)]
-    index = types.SimpleNamespace(segments=segments, path="i", manifest={"segments": [{"faiss": "hnsw"}] * 3})
-    parted = refrag.part_segments(index, replaced)
-    assert (parted.kept, parted.taken) == (kept, [(segments[at], start, stop) for at, start, stop in runs])
-    index.manifest["segments"] = [{"faiss": "ivfpq"}] * 3
+    segments = [{"faiss": "hnsw", "passages": size} for size in (3, 5, 3)]
+    index = types.SimpleNamespace(path="i", manifest={"segments": segments})
+    assert refrag.part_segments(index, replaced) == (kept, runs)
+    index.manifest["segments"] = [part | {"faiss": "ivfpq"} for part in segments]
     with pytest.raises(refrag.MismatchError, match="ivfpq index can't replace documents: build it anew"):
         refrag.part_segments(index, replaced)
-
-
-@pytest.mark.parametrize(("asked", "has", "wanted"), [
-    ("ivfpq", None, "ivfpq"), ("auto", None, "auto"), ("auto", "flat", "flat"), ("flat", "flat", "flat"),
-    ("auto", "hnsw", "auto"), ("hnsw", "hnsw", "auto"), ("ivfpq", "ivfpq", "auto"), ("auto", None, "auto"),
-])
-def test_the_faiss_type_of_what_is_added(asked, has, wanted):
-    """An exact index stays exact; to name the type that it has asks nothing of the few that are added."""
-    previous = has and types.SimpleNamespace(manifest={"faiss": has})
-    assert refrag.wanted_faiss(refrag.BuildConfig(faiss=asked), previous) == wanted
 
 
 def test_naming_the_type_again_adds_a_few(tmp_path, run, spread, llama):
@@ -819,7 +777,8 @@ def test_what_is_added_is_all_that_is_written(tmp_path, run, spread, llama):
     assert run("index", "--corpus", write_jsonl(tmp_path / "b.jsonl", MANY[3:]), *models, "--add")[0] == 0
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
     assert folder_of(tmp_path / "i").name == "gen-2"
-    assert len(refrag.StringColumn(tmp_path / "i" / "gen-2", "ids")) == len(refrag.open_index(str(tmp_path / "i"))) - 21
+    opened = refrag.open_index(str(tmp_path / "i"))
+    assert [segment["passages"] for segment in opened.manifest["segments"]] == [21, len(opened) - 21]
 
 
 def test_an_index_of_before_is_refused(tmp_path, run, bm25_index):
@@ -1015,8 +974,8 @@ def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, run, embedder, llama
 
 
 def test_a_document_may_have_many_pieces(tmp_path):
-    writer = refrag.CorpusWriter(tmp_path)
-    writer.write("a#70000", "", "text", "", part=70_000)
+    with refrag.ColumnWriter(tmp_path) as columns:
+        refrag.CorpusWriter(columns).write(["a#70000"], [""], ["text"], [""], [70_000])
 
 
 def test_the_embedders_limit_is_announced(tmp_path, run, corpus, embedder, llama):
@@ -1244,14 +1203,13 @@ def test_embedder_states_are_those_of_the_tokens(embedder, side):
 
 
 def test_arrays_are_mapped_and_read_only(index_dir):
-    [index] = refrag.open_index(str(index_dir)).segments
-    arrays = [index.parts, index.bm25.lengths, index.chunk_offsets, index.chunk_ends, index.chunk_sizes,
-              index.gate, index.chunks, index.ids.bytes, index.texts.bytes, index.texts.offsets]
-    for array in arrays:
+    index = refrag.open_index(str(index_dir))
+    [segment] = index.segments
+    for array in [*segment.values(), *index.ids.bytes, *index.texts.bytes, *index.texts.offsets, *index.bm25.lengths]:
         assert isinstance(array.base, np.memmap) and not array.flags.writeable
-    assert (index.chunks.dtype, index.gate.dtype, index.gate_scales.dtype) == (np.float16, np.int8, np.float32)
+    assert [segment[name].dtype for name in ("chunks", "gate", "gate_scales")] == [np.float16, np.int8, np.float32]
     with pytest.raises(ValueError, match="read-only"):
-        index.chunks[0] = 0
+        segment["chunks"][0] = 0
 
 
 def test_no_file_needs_pickle(index_dir):

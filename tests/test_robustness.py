@@ -213,9 +213,9 @@ def test_no_passage_is_empty(run, tmp_path, write, llama):
 
 
 def test_a_document_may_have_very_many_pieces(tmp_path):
-    writer = refrag.CorpusWriter(tmp_path)
-    writer.add(refrag.Record("a", "", "x" * 70_000, 1, "c.jsonl"), [(i, i + 1) for i in range(70_000)])
-    writer.close()
+    with refrag.ColumnWriter(tmp_path) as columns:
+        spans = [(i, i + 1) for i in range(70_000)]
+        refrag.CorpusWriter(columns).add(refrag.Record("a", "", "x" * 70_000, "c.jsonl:1"), spans)
     assert refrag.map_array(tmp_path / "parts.npy")[-1] == 70_000
 
 

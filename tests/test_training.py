@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -163,23 +164,32 @@ def caches(home: Path) -> list[str]:
     return sorted(path.name for path in (home / "tokens").iterdir() if path.is_dir())
 
 
+def cached_ids(cache: refrag.TokenCache, text: int = 0) -> list[int]:
+    """All tokens of a text."""
+    start, end, *_ = cache.texts[text].tolist()
+    return cache.tokens[start:end].tolist()
+
+
 @pytest.mark.parametrize("name", ["texts.jsonl", "texts.jsonl.gz"])
 def test_cached_texts_are_their_tokens(tmp_path, whole, name):
     """Against the tokenizer itself. A cut may stand where what comes before decodes without a broken character."""
-    decoder = whole.tokenizer.decoder
+    decoder, path = whole.tokenizer.decoder, tmp_path / name
     texts = [*TEXTS, "\U0001f642 is four bytes."]
-    cache = refrag.cache_tokens([str(write(tmp_path / name, [{"text": text} for text in texts]))], whole.tokenizer)
-    assert len(cache) == len(texts)
+    cache = refrag.cache_tokens([str(write(path, [{"text": text} for text in texts]))], whole.tokenizer)
+    assert len(cache.texts) == len(texts)
     broken = 0
     for number, text in enumerate(texts):
         expected = decoder(text, add_special_tokens=False)["input_ids"]
-        ids, cuts = cache.tokens_of(number, 0, len(expected))
-        assert ids.tolist() == expected and ids.dtype == np.int64
+        ids, cuts, where = cache.read(np.asarray([number, 0, len(expected)]))
+        assert ids.tolist() == expected == cached_ids(cache, number) and ids.dtype == np.int64
         clean = [not decoder.decode(expected[:i]).endswith("\ufffd") for i in range(len(expected) + 1)]
-        assert cuts.tolist() == clean
+        assert cuts.tolist() == clean and where == f"{path}:{number + 1}" and cache.texts[number, 2] == 0
         broken += clean.count(False)
-        assert cache.tokens_of(number, 2, 5)[0].tolist() == expected[2:5]
-        assert cache.where(number) == f"{tmp_path / name}:{number + 1}" and cache.contexts[number] == 0
+        for first, last in itertools.combinations(range(len(expected) + 1), 2):  # moved to where no character is cut
+            ids, _, _ = cache.read(np.asarray([number, first, last]))
+            start = max(i for i in range(first + 1) if clean[i])
+            end = max((i for i in range(start + 1, last + 1) if clean[i]), default=None)
+            assert ids.tolist() == expected[start : end or clean.index(True, start + 1)]
     assert broken, "no character of several tokens: the test would show nothing"
 
 
@@ -188,9 +198,7 @@ def test_tokens_of_a_file_are_taken_as_they_are(tmp_path, whole):
     ids = list(range(10, 30))
     rows = [{"tokens": ids}, {"tokens": ids, "split": {"s": 8, "o": 4}}, {"text": "The Rhone floods in May."}]
     cache = refrag.cache_tokens([str(write(tmp_path / "t.jsonl", rows))], whole.tokenizer)
-    assert np.diff(cache.offsets)[:2].tolist() == [20, 12]
-    assert cache.tokens_of(1, 0, 12)[0].tolist() == ids[:12] and cache.tokens_of(1, 0, 12)[1].all()
-    assert cache.contexts.tolist() == [0, 8, 0]
+    assert (cached_ids(cache, 0), cached_ids(cache, 1), cache.texts[:, 2].tolist()) == (ids, ids[:12], [0, 8, 0])
 
 
 def test_a_token_that_the_decoder_does_not_have_is_refused(tmp_path, whole):
@@ -201,53 +209,46 @@ def test_a_token_that_the_decoder_does_not_have_is_refused(tmp_path, whole):
         refrag.cache_tokens([str(path)], whole.tokenizer)
 
 
-def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole, monkeypatch):
+def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole):
     paths = [str(write(tmp_path / f"{n}.jsonl", [{"text": text}])) for n, text in enumerate(TEXTS[:2])]
     first = refrag.cache_tokens(paths, whole.tokenizer)
-    made = {path.name: path.stat().st_mtime_ns for path in home.rglob("*.npy")}
-    monkeypatch.setattr(refrag, "tokenize_text", lambda *_: pytest.fail("tokenised again"))
+    times = {path: path.stat().st_mtime_ns for path in home.rglob("*.npy")}
     again = refrag.cache_tokens(paths, whole.tokenizer)
-    assert {path.name: path.stat().st_mtime_ns for path in home.rglob("*.npy")} == made and len(caches(home)) == 1
-    for name in ("tokens", "whole", "offsets", "contexts"):
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*.npy")} == times
+    for name in ("tokens", "cuts", "texts"):
         array = getattr(again, name)
         assert isinstance(array.base, np.memmap) and np.array_equal(array, getattr(first, name))
 
 
-def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, whole):
-    """A changed content under the same name, another order of files, another tokenizer."""
+def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, whole, separate):
+    """A changed content under the same name, another order of files, another tokenizer or encoder's special tokens."""
     a, b = (str(write(tmp_path / f"{n}.jsonl", [{"text": TEXTS[n]}])) for n in range(2))
     other = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["sentencepiece"]))
     seen = []
     for paths, tokenizer in (([a], whole.tokenizer), ([b], whole.tokenizer), ([a, b], whole.tokenizer),
-                             ([b, a], whole.tokenizer), ([a], other)):
+                             ([b, a], whole.tokenizer), ([a], other), ([a], separate.tokenizer)):
         refrag.cache_tokens(paths, tokenizer)
         seen.append(len(caches(home)))
     write(Path(a), [{"text": TEXTS[2]}])
     cache = refrag.cache_tokens([a], whole.tokenizer)
-    assert [*seen, len(caches(home))] == [1, 2, 3, 4, 5, 6]
-    ids = cache.tokens_of(0, 0, int(cache.offsets[1]))[0]
-    assert whole.tokenizer.decoder.decode(ids.tolist()) == TEXTS[2]
+    assert [*seen, len(caches(home))] == [1, 2, 3, 4, 5, 6, 7]
+    assert whole.tokenizer.decoder.decode(cached_ids(cache)) == TEXTS[2]
 
 
-def test_special_tokens_in_a_text_are_only_text(tmp_path, whole):
-    path = write(tmp_path / "t.jsonl", [{"text": "one <|im_end|> two <|endoftext|><|im_start|>user"}])
-    cache = refrag.cache_tokens([str(path)], whole.tokenizer)
-    assert not set(cache.tokens.tolist()) & set(whole.tokenizer.decoder.all_special_ids)
-
-
-def test_special_tokens_of_the_encoder_are_only_text(tmp_path, separate, whole):
-    """Also if the same file was used with another encoder before."""
-    path = str(write(tmp_path / "t.jsonl", [{"text": "one [SEP] two [CLS]"}]))
-    refrag.cache_tokens([path], whole.tokenizer)
-    cache = refrag.cache_tokens([path], separate.tokenizer)
-    text = separate.tokenizer.decoder.decode(cache.tokens.tolist())
-    assert not set(separate.tokenizer.encoder(text, add_special_tokens=False)["input_ids"]) & {2, 3}, text
+def test_special_tokens_in_a_text_are_only_text(tmp_path, whole, separate):
+    """The decoder's, and the encoder's."""
+    text = "one <|im_end|> two <|endoftext|><|im_start|>user [SEP] two [CLS]"
+    path = str(write(tmp_path / "t.jsonl", [{"text": text}]))
+    ids = cached_ids(refrag.cache_tokens([path], whole.tokenizer))
+    assert not set(ids) & set(whole.tokenizer.decoder.all_special_ids)
+    read = separate.tokenizer.decoder.decode(cached_ids(refrag.cache_tokens([path], separate.tokenizer)))
+    assert not set(separate.tokenizer.encoder(read, add_special_tokens=False)["input_ids"]) & {2, 3}, read
 
 
 def test_a_text_is_named_by_the_file_that_was_given(tmp_path, whole):
     first, copy = (write(tmp_path / name, [{"text": TEXTS[0]}]) for name in ("first.jsonl", "copy.jsonl"))
     refrag.cache_tokens([str(first)], whole.tokenizer)
-    assert refrag.cache_tokens([str(copy)], whole.tokenizer).where(0) == f"{copy}:1"
+    assert refrag.cache_tokens([str(copy)], whole.tokenizer).read(np.asarray([0, 0, 5]))[2] == f"{copy}:1"
 
 
 @pytest.mark.parametrize("rows", [[], [{"tokens": []}]], ids=["no line", "no token"])
@@ -267,7 +268,7 @@ def text_lessons(kind: type, encoder: refrag.ChunkEncoder, train: Path, *, k: tu
     """The lessons of a phase on a file of texts."""
     texts = refrag.TextConfig((str(train),), (str(held_out),) if held_out else ())
     config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens, eval_limit=eval_limit)
-    return kind(encoder, texts, config, *([SETTINGS[kind](**options)] if SETTINGS[kind] else []))
+    return kind(encoder, texts, config, SETTINGS[kind] and SETTINGS[kind](**options))
 
 
 def asked(sequence: refrag.TrainingSequence) -> list[int]:
@@ -444,12 +445,13 @@ def test_every_item_of_a_step_asks_for_something(tmp_path, encoder, kind):
     """Short texts, and of two k the larger one makes a single chunk of them, with no place to align at."""
     path = write(tmp_path / "t.jsonl", [{"text": text[:40]} for text in TEXTS[:3]])
     lessons = text_lessons(kind, encoder, path, k=(4, 64), seq_tokens=64)
-    samples = refrag.Sampler(lessons, 4, 2, 10, 1, 64)
+    samples = refrag.Sampler(lessons, lessons.train, 2, 64, 1)
     steps = [samples.step(step) for step in range(10)]
-    assert all(item.sequence.asked for made in steps for rows in made for row in rows for item in row)
+    assert all(item.sequence.asked for passes in steps for items in passes for item in items)
     if kind is refrag.AlignLessons:
         with pytest.raises(refrag.UserError, match="longer texts or a smaller --k"):
-            refrag.Sampler(text_lessons(kind, encoder, path, k=(40,), seq_tokens=64), 4, 2, 10, 1, 64).step(0)
+            lessons = text_lessons(kind, encoder, path, k=(40,), seq_tokens=64)
+            refrag.Sampler(lessons, lessons.train, 2, 64, 1).step(0)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -474,7 +476,7 @@ def test_a_token_longer_than_a_chunk_gives_no_nan(tmp_path, llama, bert, kind):
     path = write(tmp_path / "t.jsonl", [{"text": f"{TEXTS[1]} {text} {TEXTS[0]}"}])
     lessons = text_lessons(kind, model.encoder, path, seq_tokens=512, k=(2,))
     for seed in range(5):
-        output = model(refrag.collate([[lessons.draw(0, rng(seed), 0.99).sequence]], model.encoder, True))
+        output = model(refrag.collate([lessons.draw(0, rng(seed), 0.99).sequence]))
         assert output.logits.isfinite().all() and output.vectors.isfinite().all()
 
 
@@ -817,7 +819,7 @@ def test_of_a_split_document_the_piece_with_the_answer_is_right(tmp_path, llama,
     assert refrag.main([str(a) for a in argv]) == 0
     index = refrag.open_index(str(tmp_path / "pieces"))
     right = next(row for row in range(len(index)) if "77 rooms" in index.texts[row])
-    assert index.parts[right] and len(index) > 4
+    assert index.document_id(right) != index.ids[right] and len(index) > 4
     rows = [{"question": "Which bridge?", "answers": ["77"], "positive_ids": [index.ids[right] if piece else "long"]}]
     lessons = lessons_on(rows, index=tmp_path / "pieces", topk=1, no_answer_frac=0.0)
     item = lessons.draw(0, rng(), 0.0)
@@ -956,20 +958,21 @@ class Sizes(refrag.Lessons):
 MIXED = [int(size) for size in np.random.default_rng(0).choice([3, 5, 9, 17, 33, 64], 40)]
 
 
-def sampler(sizes: list[int] = MIXED, *, sequences: int = 4, passes: int = 1, seed: int = 1, row: int = 64,
-            steps: int = 30) -> refrag.Sampler:
-    """The order of some items; row 0 for decoders that can not share a row."""
-    return refrag.Sampler(Sizes(sizes), sequences, passes, steps, seed, row)
+def sampler(sizes: list[int] = MIXED, *, batch_size: int = 4, grad_accum: int = 1, processes: int = 1, seed: int = 1,
+            cost: int = 16, steps: int = 30) -> refrag.Sampler:
+    """The order of some items."""
+    lessons = Sizes(sizes)
+    train = dataclasses.replace(lessons.train, batch_size=batch_size, grad_accum=grad_accum, steps=steps)
+    return refrag.Sampler(lessons, train, processes, cost, seed)
 
 
 def drawn(step: list) -> list[str]:
-    """What a step reads, whatever the passes and rows."""
-    return sorted(item.where for rows in step for row in rows for item in row)
+    """What a step reads, whatever the passes."""
+    return sorted(item.where for items in step for item in items)
 
 
-@pytest.mark.parametrize("row", [0, 64])
-def test_every_item_is_drawn_once_an_epoch(row):
-    samples = sampler(row=row)
+def test_every_item_is_drawn_once_an_epoch():
+    samples = sampler()
     counts, total = Counter(), 0
     for step in range(30):
         counts.update(where.split()[0] for where in drawn(samples.step(step)))
@@ -979,13 +982,12 @@ def test_every_item_is_drawn_once_an_epoch(row):
     assert total > 120 and len(counts) == 40
 
 
-@pytest.mark.parametrize("row", [0, 64])
-def test_passes_share_one_order(row):
+@pytest.mark.parametrize("options", [{"processes": 2}, {"grad_accum": 2}, {"cost": 0}, {"cost": 2048}], ids=str)
+def test_passes_share_one_order(options):
     """One process with batches of 4, two with 2 or two passes of 2 read the same in every step."""
-    one, two = sampler(row=row), sampler(row=row, passes=2)
+    one, two = sampler(), sampler(batch_size=4 if "cost" in options else 2, **options)
     for step in range(30):
-        a, b = one.step(step), two.step(step)
-        assert (len(a), len(b)) == (1, 2) and all(b) and drawn(a) == drawn(b)
+        assert drawn(one.step(step)) == drawn(two.step(step))
 
 
 def test_the_order_goes_on_where_it_stood():
@@ -1012,16 +1014,16 @@ def test_an_error_in_what_is_made_ahead_arrives():
     lessons = Sizes(MIXED)
     lessons.draw = lambda *_: (_ for _ in ()).throw(refrag.UserError("a bad text"))
     with pytest.raises(refrag.UserError, match="a bad text"):
-        list(refrag.Sampler(lessons, 4, 1, 3, 1, 64).run(0))
+        list(refrag.Sampler(lessons, lessons.train, 1, 64, 1).run(0))
 
 
 def test_seeds_epochs_and_draws_differ():
     orders = {tuple(sampler(seed=seed).order(epoch).tolist()) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
-    samples = sampler([8] * 4, sequences=1)
+    samples = sampler([8] * 4, batch_size=1)
     seen = [where.split()[1] for step in range(30) for where in drawn(samples.step(step))]
     assert len(set(seen)) == len(seen) > 100
-    samples = sampler(sequences=1)
+    samples = sampler(batch_size=1)
     seen = [int(where.split()[0]) for step in range(9) for where in drawn(samples.step(step))]
     assert set(seen) != set(range(len(seen)))  # not as they stand in the file
 
@@ -1030,38 +1032,35 @@ def test_progress_is_the_share_of_the_steps():
     assert {where.split()[2] for where in drawn(sampler(steps=8).step(6))} == {"0.7500"}
 
 
-@pytest.mark.parametrize("passes", [1, 2, 4])
-@pytest.mark.parametrize("row", [64, 256])
-def test_little_of_a_step_is_padding(passes, row):
-    """Under a tenth, over texts of 3 to 64 positions; a step holds what was asked for, and no more than an item."""
-    samples, filled, padded = sampler(sequences=16, passes=passes, row=row), 0, 0
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("cost", [0, 64, 10**6])
+def test_passes_hold_items_of_like_length(processes, cost):
+    """Each process has a part in every pass, within --batch_size and one item more, and padding of no more than a pass
+    costs, but for what can not be dealt out evenly. Where a pass costs nothing there is none."""
+    samples = sampler(batch_size=16, processes=processes, cost=cost)
     for step in range(30):
-        made = samples.step(step)
-        lengths = [[sum(item.positions for item in row) for row in rows] for rows in made]
-        assert 16 * 64 <= sum(map(sum, lengths)) < 16 * 64 + 64 * 4
-        filled += sum(map(sum, lengths))
-        padded += sum(len(rows) * max(rows) for rows in lengths)
-    assert 1 - filled / padded < 0.1
+        passes = samples.step(step)
+        assert 0 <= sum(item.positions for items in passes for item in items) - 16 * 64 * processes < 64
+        for items in passes:
+            for own in (items[process::processes] for process in range(processes)):
+                padded = len(own) * items[0].positions
+                assert own and padded <= 17 * 64
+                assert processes > 1 or padded - sum(item.positions for item in own) <= cost
+        assert cost < 10**6 or len(passes) <= 3
 
 
-def test_an_item_longer_than_a_row_is_used():
-    samples = sampler([*MIXED, 500], sequences=1)
+def test_an_item_longer_than_a_pass_is_used():
+    samples = sampler([*MIXED, 500], batch_size=1)
     seen = {where.split()[0] for step in range(60) for where in drawn(samples.step(step))}
     assert seen == {str(n) for n in range(41)}
 
 
-def test_recurrent_decoders_get_one_sequence_a_row():
-    samples = sampler(row=0, passes=2)
-    for step in range(10):
-        assert {len(row) for rows in samples.step(step) for row in rows} == {1}
-
-
 def test_a_pass_is_never_empty():
     """Even if one item is as long as all passes together."""
-    for row in (0, 64):
-        samples = sampler([900, 3], sequences=4, passes=4, row=row)
+    for processes in (1, 4):
+        samples = sampler([900, 3], batch_size=1, grad_accum=4 // processes, processes=processes)
         for step in range(8):
-            assert [bool(rows) and all(rows) for rows in samples.step(step)] == [True] * 4
+            assert all(len(items) >= processes for items in samples.step(step))
 
 
 # -- the loss -----------------------------------------------------------------------------------
@@ -1121,20 +1120,6 @@ def train(run, sources, llama, tmp_path):
         return json.loads(printed)
 
     return call
-
-
-def test_attention_text_by_text_changes_no_loss(train, monkeypatch, tmp_path):
-    """On a CPU it takes the place of attention over whole rows, in the decoder and in the encoder cut from it."""
-    used, attend = [], refrag.attend_by_text
-    monkeypatch.setattr(refrag, "attend_by_text", lambda model: (attend(model), used.append(
-        model.config._attn_implementation)))
-    train("cpt_next", "by_text", "--steps", 3, "--log_every", 1)
-    monkeypatch.setattr(refrag, "attend_by_text", lambda model: None)
-    train("cpt_next", "by_rows", "--steps", 3, "--log_every", 1)
-    losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record]
-              for name in ("by_text", "by_rows")]
-    assert used == ["by_text", "by_text"]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
 
 
 def tensors(folder: object, **options: object) -> dict[str, torch.Tensor]:
@@ -1572,8 +1557,7 @@ def named(*names):
 def test_the_controls_read_vectors_none_anothers_and_the_text():
     """Three texts of 3, 0 and 1 chunks. The first gets the vector of the last three times over, not its own."""
     made = [sequence(100, 3), sequence(200, 0), sequence(300, 1)]
-    kinds = refrag.controls(made, named("abc"))
-    assert list(kinds) == ["vectors", "none", "wrong", "full"]
+    kinds = {name: refrag.control(name, made, named("abc")) for name in refrag.CONTROLS}
     assert all(kinds["vectors"][n] is made[n] for n in range(3))
     assert [s.plan.tolist() for s in kinds["none"]] == [[1, 190], [1, 290], [1, 390]]
     assert kinds["full"][0].plan.tolist() == [1, 100, 101, 102, 103, 104, 105, 190]
@@ -1586,21 +1570,22 @@ def test_the_controls_read_vectors_none_anothers_and_the_text():
 def test_the_wrong_vectors_are_of_another_text():
     """Windows stand by text: the one after another of the same text would tell what comes next."""
     made = [sequence(100 * n, chunks) for n, chunks in enumerate((2, 2, 0, 2, 2))]
-    wrong = refrag.controls(made, named("aabbb"))["wrong"]
+    wrong = refrag.control("wrong", made, named("aabbb"))
     assert [s.content is made[n].content for s, n in zip(wrong, (3, 3, 0, 0, 0), strict=True)] == [True] * 5
-    assert "wrong" not in refrag.controls(made, named("aaaaa"))
+    assert refrag.control("wrong", made, named("aaaaa")) == []
 
 
 def test_the_wrong_vectors_are_of_no_passage_that_the_question_finds():
     """The fourth finds one of every other's: it takes the next that has not quite the same."""
     made = [sequence(100 * n, 2) for n in range(4)]
-    wrong = refrag.controls(made, named("ab", "ab", "cd", "bc"))["wrong"]
+    wrong = refrag.control("wrong", made, named("ab", "ab", "cd", "bc"))
     assert [s.content is made[n].content for s, n in zip(wrong, (2, 2, 0, 0), strict=True)] == [True] * 4
 
 
 def test_without_another_text_there_is_no_wrong_one():
     """Its own vectors would pass for another's. The model card has a gap."""
-    assert set(refrag.controls([sequence(100, 3)], named("a"))) == {"vectors", "none", "full"}
+    made = [sequence(100, 3)]
+    assert [name for name in refrag.CONTROLS if not refrag.control(name, made, named("a"))] == ["wrong"]
     measured = {kind: {"loss": 1.0, "accuracy": 0.5} for kind in ("vectors", "none", "full")}
     card = refrag.model_card(refrag.RefragConfig(), [{"step": 0, "eval": {"k4": measured}}])
     assert "| k4 | 0.500 | 0.500 | - | 0.500 |" in card

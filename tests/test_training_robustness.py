@@ -297,7 +297,7 @@ def test_a_copy_of_a_file_is_named_by_its_own_name(refused, argv, write):
 
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "missing"])
-@pytest.mark.parametrize("file", ["tokens.npy", "offsets.npy", "lines.npy", "manifest.json"])
+@pytest.mark.parametrize("file", ["tokens.npy", "cuts.npy", "texts.npy", "manifest.json"])
 def test_a_damaged_cache_of_tokens_is_made_anew(done, argv, home, tmp_path, file, kind):
     before = done(*argv("cpt_recon"))
     (path,) = (home / "tokens").glob(f"*/{file}")
@@ -375,7 +375,7 @@ def test_a_decoder_with_too_few_positions(refused, argv, write, tokenizers, tmp_
 def test_a_library_that_is_missing(refused, argv, tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     line = refused(3, *argv("cpt_recon", "--train", "d", "--lora_r", "2"))
-    assert re.search(rf"library missing: .*: pip install {library}$", line)
+    assert re.search(rf"library missing: .*{library}.*pip install", line)
     assert not (tmp_path / "run").exists()
 
 
