@@ -241,6 +241,7 @@ def test_a_signal_at_other_moments_of_a_run(forks, finished, line, tmp_path, mom
     watch, cache = (home, {"REFRAG_HOME": home}) if moment == "cache" else (tmp_path, {})
     assert forks.run(line("cpt_recon", out), watch, faults, **cache) == code, forks.err
     assert sorted(p.name for p in out.glob("*step-*")) == left and not list(home.glob("tokens/.*.tmp"))
+    assert out.exists() == bool(left)
     assert forks.run(line("cpt_recon", out), **cache) == 0, forks.err
     assert state(out) == state(whole.folder)
 
@@ -253,13 +254,15 @@ def test_a_command_that_is_stopped_leaves_nothing_half_done(forks, finished, loo
     writer, out = Writer(command, "words" if command == "add" else None), tmp_path / "out"
     if writer.old:
         shutil.copytree(finished.old(writer.old), out)
+    elif command == "bench":
+        out.mkdir()
     before, whole = look(writer, out), finished(writer)
     at = visible_renames(whole.changes)[0] - 1
     assert forks.run(line(command, out), tmp_path, {at: sig}) == SIGNALS[sig]
     assert forks.err == "error: interrupted\n"
     blocks = [".blocks.tmp"] if command == "vectors" else []
     assert command == "eval" or (look(writer, out), leftovers(out)) == (before, blocks)
-    assert out.exists() == (line_of(writer) in ("index", "eval"))
+    assert out.exists() == (line_of(writer) in ("index", "eval", "bench"))
     assert forks.run(line(command, out)) == 0, forks.err
     assert look(writer, out) == look(writer, whole.folder) and leftovers(out) == []
 
@@ -390,6 +393,20 @@ def test_a_second_writer_is_told_so(forks, refused, finished, look, line, tmp_pa
         assert look(writer, out) == look(writer, finished(writer).folder) and leftovers(out) == []
 
 
+@pytest.mark.parametrize("moment", [0, 1, 5])
+def test_a_reader_that_meets_a_writer_finds_the_old_index_or_the_new_one(forks, run, finished, line, tmp_path, moment):
+    """It is halted after it has read the manifest, while the index is replaced and the old files go."""
+    index = shutil.copytree(finished.old("words"), tmp_path / "index")
+    argv = ["search", "--index_dir", index, "--question", "passage 17 of the river", "--json", "--quiet"]
+    assert forks.run(argv, index, reads=True) == 0, forks.err
+    [at] = [n for n, (_, path) in enumerate(forks.changes(), 1) if path == str(index / "manifest.json")]
+    old, pid = forks.out, forks.start(argv, index, {at + 1 + moment: signal.SIGSTOP}, reads=True)
+    assert forks.wait(pid) == "stopped" and run(*line("index", index))[0] == 0
+    os.kill(pid, signal.SIGCONT)
+    assert forks.wait(pid) == 0, forks.err
+    assert forks.out in (old, run(*argv)[1])
+
+
 def test_a_folder_that_another_run_has_just_taken_stays(forks, line, tmp_path):
     """Two are started at once; both found no folder, and the other one has the lock."""
     for command in ("cpt_recon", "bench"):
@@ -442,12 +459,12 @@ def test_a_full_disk_leaves_the_old(run, mount, monkeypatch, finished, look, lin
 
 # ---- Damage ---------------------------------------------------------------------------------------------------------
 
-KINDS = ("missing", "truncated", "flipped", "longer")
+KINDS = ("missing", "folder", "truncated", "flipped", "longer")
 UNLIKE = {  # (artefact, file, kind): exit code and message, where it is not 4 and the name of the file
-    ("index", "manifest.json", "missing"): (2, "no index in this folder"),
-    ("checkpoint", "manifest.json", "missing"): (0, ""), ("gate", "manifest.json", "missing"): (0, ""),
-    ("checkpoint", "config.json", "missing"): (2, "no checkpoint in this folder"),
-    ("gate", "config.json", "missing"): (2, "no checkpoint in this folder"),
+    **{("index", "manifest.json", kind): (2, "no index in this folder") for kind in KINDS[:2]},
+    **{(artefact, "manifest.json", kind): (0, "") for artefact in ("checkpoint", "gate") for kind in KINDS[:2]},
+    **{(artefact, "config.json", kind): (2, "no checkpoint in this folder")
+       for artefact in ("checkpoint", "gate") for kind in KINDS[:2]},
     **{(artefact, "README.md", kind): (0, "") for artefact in ("checkpoint", "gate") for kind in KINDS},
 }
 
@@ -487,6 +504,8 @@ def test_damage_to_any_file_is_named(run, refused, read, artefact, kind):
             assert told in refused(code, *argv), name
         else:
             assert run(*argv)[0] == 0, name
+        if kind == "folder":
+            (folder / name).rmdir()
         (folder / name).write_bytes(intact)
 
 
@@ -494,7 +513,7 @@ def test_a_flipped_bit_at_any_place_of_an_index_is_noticed(run, refused, read, l
     """By a search and by doctor; an addition is refused, and building it again mends it."""
     folder, argv = read("index")
     rng, sizes = random.Random(0), {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    for path in rng.choices([p for p in sizes if p.suffix != ".lock" and sizes[p]], weights=None, k=12):
+    for path in [folder / "manifest.json"] * 9 + rng.choices([p for p in sizes if p.name != ".lock" and sizes[p]], k=9):
         intact = bytearray(path.read_bytes())
         intact[place := rng.randrange(len(intact))] ^= (bit := 1 << rng.randrange(8))
         path.write_bytes(intact)
@@ -503,7 +522,9 @@ def test_a_flipped_bit_at_any_place_of_an_index_is_noticed(run, refused, read, l
             refused(4, *line("add", folder, "--retriever", "hybrid"))
         intact[place] ^= bit
         path.write_bytes(intact)
-    (folder / "manifest.json").write_text("{")
+    for content in (b"", b"null", b"[]", b'"text"', b"{}", b'{"digest": 1}', b"\xff\xfe", b"[" * 9):
+        (folder / "manifest.json").write_bytes(content)
+        assert "manifest.json is damaged: build the index again" in refused(4, *argv)
     assert run(*line("index", folder))[0] == 0 == run(*argv)[0]
 
 
@@ -642,7 +663,7 @@ def test_what_can_not_be_read_is_named(forks, read, artefact):
     folder.chmod(0o755)
 
 
-@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
 @pytest.mark.parametrize("phase", ["cpt_recon", "sft"])
 def test_a_damaged_cache_is_made_anew(done, line, home, tmp_path, phase, kind):
     """Whichever file of it: the run is the same, and so is the cache."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +39,12 @@ def unchanged(*folders: Path):
 
 
 def damage(path: Path, kind: str) -> None:
-    """Flip a bit near the end of a file, cut it, make it longer, or remove it."""
+    """Flip a bit near the end of a file, cut it, make it longer, remove it, or put a folder in its place."""
     intact = path.read_bytes()
-    if kind == "missing":
+    if kind in ("missing", "folder"):
         path.unlink()
+        if kind == "folder":
+            path.mkdir()
     elif kind == "flipped":
         path.write_bytes(intact[:-5] + bytes([intact[-5] ^ 4]) + intact[-4:])
     else:
@@ -104,8 +107,8 @@ def child(job):
             raise OSError(-number, os.strerror(-number), what[1])
 
     def hook(event, args):
-        writes = event in CHANGES or event == "open" and isinstance(args[0], str) and args[2] & WRITING
-        if writes and (args[0].startswith(job["watch"]) or not args[0].startswith("/")):
+        opens = event == "open" and isinstance(args[0], str) and (job["reads"] or args[2] & WRITING)
+        if (opens or event in CHANGES) and (args[0].startswith(job["watch"]) or not args[0].startswith("/")):
             note(event, *map(str, args[: 1 + (event == "os.rename")]))
             written[0] = args[0] if event == "open" else written[0]
 
@@ -164,10 +167,13 @@ class Forks:
         return json.loads(self.server.stdout.readline())
 
     def start(self, argv: list[object], watch: Path | str = "-", faults: dict[int, int] | None = None,
-              log: Path | None = None, **env: object) -> int:
-        """Start a command; returns the process id. faults: a signal or -errno by number of a change in `watch`."""
+              log: Path | None = None, reads: bool = False, **env: object) -> int:
+        """Start a command; returns the process id. faults: a signal or -errno by number of a change in `watch`.
+
+        reads: to open a file for reading counts as a change.
+        """
         return self.ask(argv=[str(a) for a in argv], watch=str(watch), faults=faults or {}, log=str(log or self.log),
-                        env={name: str(value) for name, value in env.items()})
+                        reads=reads, env={name: str(value) for name, value in env.items()})
 
     def wait(self, pid: int) -> object:
         """Wait for the end: the exit code, minus the signal that killed it, or "stopped"."""
@@ -176,6 +182,18 @@ class Forks:
     def run(self, argv: list[object], *how: object, **more: object) -> object:
         """Run a command to its end: its exit code, see `wait`."""
         return self.wait(self.start(argv, *how, **more))
+
+    def run_two(self, argv: list[object]) -> list[str]:
+        """Run a command in two processes that know of each other, as torchrun starts them: what each has printed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                      "MASTER_PORT": free.getsockname()[1], "REFRAG_HOME": self.log.with_name("shared")}
+        logs = [self.log.with_name(f"log{rank}") for rank in range(2)]
+        pids = [self.start(argv, log=logs[rank], RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(2)]
+        codes = [self.wait(pid) for pid in pids]
+        assert codes == [0, 0], [Path(f"{log}.err").read_text() for log in logs]
+        return [Path(f"{log}.out").read_text() for log in logs]
 
     @property
     def out(self) -> str:
