@@ -3136,13 +3136,13 @@ def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
     What stands outside the documents always stays, even if it alone is more than `positions`.
     """
     mask = np.ones(len(prompt.input_ids), dtype=bool)
+    content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
-        excess = int(mask.sum()) - positions
-        if excess <= 0:
+        tokens, excess = first + np.flatnonzero(content[first:last]), max(int(mask.sum()) - positions, 0)
+        if excess < len(tokens) or not excess:
+            mask[tokens[len(tokens) - excess :]] = False
             break
-        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
-        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
-        mask[list(cut)] = False
+        mask[first:last] = False
     return mask
 
 
@@ -6409,19 +6409,6 @@ class Choice(NamedTuple):
     plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
 
 
-def choose(prompt: Prompt, scores: np.ndarray, mode: str, p: float, floor: int = 0, feed: bool = True) -> Choice:
-    """What is fed in a mode. scores: (L,); feed False: what does not stay text is left out."""
-    expanded = np.ones(len(prompt.chunks), dtype=bool)
-    if mode not in ("full", "none"):
-        expanded = select_chunks(scores, prompt.sizes, p, floor)
-    plan = mixed_plan(prompt, expanded, feed)
-    if mode != "truncate":
-        return Choice(expanded, text_mask(prompt, expanded), plan)
-    kept = truncated_mask(prompt, len(plan))
-    expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
-    return Choice(expanded, kept, prompt.input_ids[kept])
-
-
 @dataclass(frozen=True)
 class Settings:
     """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
@@ -6576,11 +6563,18 @@ class Pipeline:
         given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
         return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
 
-    def choose(self, context: Context, scores: np.ndarray, settings: Settings) -> Choice:
-        """What the decoder is fed."""
-        pack = settings.pack
-        return choose(context.prompt, scores, pack.mode, pack.p if pack.gate != "none" else 0.0, pack.floor,
-                      pack.compressed == "feed")
+    def choose(self, prompt: Prompt, scores: np.ndarray, settings: Settings) -> Choice:
+        """What the decoder is fed. scores: (L,)."""
+        pack, expanded = settings.pack, np.ones(len(prompt.chunks), dtype=bool)
+        if pack.mode not in ("full", "none"):
+            p = pack.p if pack.gate != "none" else 0.0
+            expanded = select_chunks(scores, prompt.sizes, p, pack.floor)
+        plan = mixed_plan(prompt, expanded, pack.compressed == "feed")
+        if pack.mode != "truncate":
+            return Choice(expanded, text_mask(prompt, expanded), plan)
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
+        return Choice(expanded, kept, prompt.input_ids[kept])
 
     def states(self, context: Context, plan: np.ndarray, k: int) -> np.ndarray:
         """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
@@ -6619,7 +6613,7 @@ class Pipeline:
         with watch.stage("gate_s"):
             scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
-            choice = self.choose(context, scores, settings)
+            choice = self.choose(context.prompt, scores, settings)
         if not self.fits_window(len(choice.plan), settings):
             citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
             raise TooLongError(
