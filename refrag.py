@@ -3542,17 +3542,13 @@ class ChunkEncoder(nn.Module):
                 size += 1
             batch, order = order[:size], order[size:]
             padded = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True).to(device)  # (B, T)
-            for i, row in zip(batch, self.read(padded, [lengths[i] for i in batch]), strict=True):
+            known: dict[str, Any] = {"use_cache": False}  # causal: no token sees the padding after it
+            if not self.whole:
+                ends = torch.tensor([lengths[i] for i in batch], device=device)[:, None]
+                known = {"attention_mask": (torch.arange(padded.shape[1], device=device) < ends).long()}
+            for i, row in zip(batch, self.backbone(input_ids=padded, **known).last_hidden_state, strict=True):
                 states[i] = row[: lengths[i]]
         return pool_owners(torch.cat(states).float(), owners.to(device), count)
-
-    def read(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Token states (B, T, E) of rows (B, T) that are padded on the right."""
-        if self.whole:  # causal: no token sees the padding after it
-            return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        ends = torch.tensor(lengths, device=input_ids.device)[:, None]
-        mask = torch.arange(input_ids.shape[1], device=input_ids.device) < ends  # (B, T)
-        return self.backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
         """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
@@ -4144,31 +4140,23 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     return model
 
 
-def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, previous: Index | None) -> Chunking:
-    """The chunking of a new index, or one that continues an index. Raises MismatchError if it can not."""
-    built = previous.manifest["chunking"] if previous else None
-    with_states = built["encoder"] if built else k is not None or models.load_dir not in (None, "none", "auto")
-    k = built["k"] if built else k or PackConfig.k
-    if with_states:
-        encoder = load_model(models, runtime).encoder
-        chunking = Chunking(k, encoder.tokenizer, encoder)
-    else:
-        chunking = Chunking(k, build_tokenizer(model_config(models)))
-    if built and built != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
-    return chunking
-
-
 def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
                runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
     """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
     previous = open_index(index.index_dir) if build.add else None
+    built = previous.manifest if previous is not None else {}
     if previous is not None:
-        check_same_build(previous.manifest, index, build)
-    name = index.embed_model or (previous and previous.manifest["embedder"].get("name"))
-    retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
+        check_same_build(built, index, build)
+    retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
+    name = index.embed_model or built.get("embedder", {}).get("name")
     embedder = None if retriever == "bm25" else load_embedder(name, runtime)
-    return previous, retriever, embedder, load_chunking(models, build.k, runtime, previous)
+    with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
+    encoder = load_model(models, runtime).encoder if with_states else None
+    tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
+    chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
+    if chunks and chunks != chunking.facts():
+        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
+    return previous, retriever, embedder, chunking
 
 
 def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
