@@ -30,7 +30,8 @@ import refrag
 KILLS = int(os.environ.get("REFRAG_KILLS", "2"))  # random places per writer, beside those around its last renaming
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 VARYING = {"seconds", "tokens_per_s", "ttft_s", "ttit_s", "stages", "spread", "runs", "peak_rss_mb", "peak_device_mb",
-           "load_s", "ttft_ratio", "ttit_ratio", "file", "run", "out_dir", "command", "versions", "checkpoint"}
+           "load_s", "ttft_ratio", "ttit_ratio", "file", "run", "out_dir", "command", "commit", "versions",
+           "checkpoint"}
 pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")]
 
 
@@ -286,6 +287,17 @@ def test_a_run_without_its_last_checkpoint_ends_in_the_same_weights(done, line, 
     shutil.rmtree(cut / "step-000005")
     done(*line("cpt_recon", cut, *options))
     assert state(cut) == state(tmp_path / "whole")
+
+
+def test_a_phase_hands_on_what_the_one_before_has_trained(done, line, tmp_path):
+    """Adapters follow a decoder that was trained whole: in bfloat16, too, that one is kept as it was."""
+    options = ["--dtype", "bfloat16", "--steps", 1, "--lr", "1e-5", "--train"]
+    done(*line("cpt_recon", tmp_path / "one", *options, "ped"))
+    done(*line("cpt_next", tmp_path / "two", *options, "pd", "--load_dir", tmp_path / "one"))
+    for part in ("decoder", "encoder"):
+        one, two = (safetensors.torch.load_file(tmp_path / name / "step-000001" / f"{part}.safetensors")
+                    for name in ("one", "two"))
+        assert len(one) > 10 and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def blocks(changes: list[list[str]]) -> list[int]:
@@ -582,14 +594,11 @@ def test_tensors_that_do_not_fit_are_named(refused, read, name, kind, signed):
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "no manifest"])
-@pytest.mark.parametrize("content", [
-    "", "{", "[]", "null", "\0", {"encoder_name_or_path": 3}, {"decoder_name_or_path": None}, {"pooling": []},
-    {"projector": 1}, {"compression": "4"}, {"lora": 2}, {"lora": {"r": "2"}}, {"training_model": None},
-    {"history": {"a": 1}}], ids=str)
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\0", '{"model_type": "refrag"'], ids=str)
 def test_a_configuration_that_can_not_be_is_damage(refused, read, content, signed):
     folder, argv = read("checkpoint")
     path = folder / "config.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content))
+    path.write_text(content)
     if signed:
         sign(folder)
     else:
@@ -648,7 +657,7 @@ def test_no_pickle_in_an_index_is_read(refused, read, malice, tmp_path):
     for path in (folder / "gen-1").glob("*.npy"):
         np.save(path, np.array([Malice(tmp_path / "executed")], dtype=object), allow_pickle=True)
     sign(folder)
-    assert "pickle" in refused(1, *argv)
+    assert re.search("pickle|Python objects", refused(1, *argv))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root gives up its rights by a call of Linux")
