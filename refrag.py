@@ -3136,13 +3136,13 @@ def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
     What stands outside the documents always stays, even if it alone is more than `positions`.
     """
     mask = np.ones(len(prompt.input_ids), dtype=bool)
+    content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
-        excess = int(mask.sum()) - positions
-        if excess <= 0:
+        tokens, excess = first + np.flatnonzero(content[first:last]), max(int(mask.sum()) - positions, 0)
+        if excess < len(tokens) or not excess:
+            mask[tokens[len(tokens) - excess :]] = False
             break
-        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
-        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
-        mask[list(cut)] = False
+        mask[first:last] = False
     return mask
 
 
@@ -3542,17 +3542,13 @@ class ChunkEncoder(nn.Module):
                 size += 1
             batch, order = order[:size], order[size:]
             padded = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True).to(device)  # (B, T)
-            for i, row in zip(batch, self.read(padded, [lengths[i] for i in batch]), strict=True):
+            known: dict[str, Any] = {"use_cache": False}  # causal: no token sees the padding after it
+            if not self.whole:
+                ends = torch.tensor([lengths[i] for i in batch], device=device)[:, None]
+                known = {"attention_mask": (torch.arange(padded.shape[1], device=device) < ends).long()}
+            for i, row in zip(batch, self.backbone(input_ids=padded, **known).last_hidden_state, strict=True):
                 states[i] = row[: lengths[i]]
         return pool_owners(torch.cat(states).float(), owners.to(device), count)
-
-    def read(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Token states (B, T, E) of rows (B, T) that are padded on the right."""
-        if self.whole:  # causal: no token sees the padding after it
-            return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        ends = torch.tensor(lengths, device=input_ids.device)[:, None]
-        mask = torch.arange(input_ids.shape[1], device=input_ids.device) < ends  # (B, T)
-        return self.backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
         """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
@@ -4144,31 +4140,23 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     return model
 
 
-def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, previous: Index | None) -> Chunking:
-    """The chunking of a new index, or one that continues an index. Raises MismatchError if it can not."""
-    built = previous.manifest["chunking"] if previous else None
-    with_states = built["encoder"] if built else k is not None or models.load_dir not in (None, "none", "auto")
-    k = built["k"] if built else k or PackConfig.k
-    if with_states:
-        encoder = load_model(models, runtime).encoder
-        chunking = Chunking(k, encoder.tokenizer, encoder)
-    else:
-        chunking = Chunking(k, build_tokenizer(model_config(models)))
-    if built and built != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
-    return chunking
-
-
 def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
                runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
     """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
     previous = open_index(index.index_dir) if build.add else None
+    built = previous.manifest if previous is not None else {}
     if previous is not None:
-        check_same_build(previous.manifest, index, build)
-    name = index.embed_model or (previous and previous.manifest["embedder"].get("name"))
-    retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
+        check_same_build(built, index, build)
+    retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
+    name = index.embed_model or built.get("embedder", {}).get("name")
     embedder = None if retriever == "bm25" else load_embedder(name, runtime)
-    return previous, retriever, embedder, load_chunking(models, build.k, runtime, previous)
+    with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
+    encoder = load_model(models, runtime).encoder if with_states else None
+    tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
+    chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
+    if chunks and chunks != chunking.facts():
+        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
+    return previous, retriever, embedder, chunking
 
 
 def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -6409,19 +6397,6 @@ class Choice(NamedTuple):
     plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
 
 
-def choose(prompt: Prompt, scores: np.ndarray, mode: str, p: float, floor: int = 0, feed: bool = True) -> Choice:
-    """What is fed in a mode. scores: (L,); feed False: what does not stay text is left out."""
-    expanded = np.ones(len(prompt.chunks), dtype=bool)
-    if mode not in ("full", "none"):
-        expanded = select_chunks(scores, prompt.sizes, p, floor)
-    plan = mixed_plan(prompt, expanded, feed)
-    if mode != "truncate":
-        return Choice(expanded, text_mask(prompt, expanded), plan)
-    kept = truncated_mask(prompt, len(plan))
-    expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
-    return Choice(expanded, kept, prompt.input_ids[kept])
-
-
 @dataclass(frozen=True)
 class Settings:
     """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
@@ -6576,11 +6551,18 @@ class Pipeline:
         given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
         return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
 
-    def choose(self, context: Context, scores: np.ndarray, settings: Settings) -> Choice:
-        """What the decoder is fed."""
-        pack = settings.pack
-        return choose(context.prompt, scores, pack.mode, pack.p if pack.gate != "none" else 0.0, pack.floor,
-                      pack.compressed == "feed")
+    def choose(self, prompt: Prompt, scores: np.ndarray, settings: Settings) -> Choice:
+        """What the decoder is fed. scores: (L,)."""
+        pack, expanded = settings.pack, np.ones(len(prompt.chunks), dtype=bool)
+        if pack.mode not in ("full", "none"):
+            p = pack.p if pack.gate != "none" else 0.0
+            expanded = select_chunks(scores, prompt.sizes, p, pack.floor)
+        plan = mixed_plan(prompt, expanded, pack.compressed == "feed")
+        if pack.mode != "truncate":
+            return Choice(expanded, text_mask(prompt, expanded), plan)
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
+        return Choice(expanded, kept, prompt.input_ids[kept])
 
     def states(self, context: Context, plan: np.ndarray, k: int) -> np.ndarray:
         """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
@@ -6619,7 +6601,7 @@ class Pipeline:
         with watch.stage("gate_s"):
             scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
-            choice = self.choose(context, scores, settings)
+            choice = self.choose(context.prompt, scores, settings)
         if not self.fits_window(len(choice.plan), settings):
             citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
             raise TooLongError(

@@ -398,7 +398,7 @@ def test_a_read_only_folder_is_refused_before_any_work(refused, unchanged, mount
     locked = mount("-o", "bind,ro", index)
     corpus = write("c.jsonl", [GOOD])
     with unchanged(locked), monkeypatch.context() as patched:
-        patched.setattr(refrag, "load_chunking", lambda *_: pytest.fail("worked before it looked"))
+        patched.setattr(refrag, "load_build", lambda *_: pytest.fail("worked before it looked"))
         patched.setattr(refrag, "ingest", lambda *_: pytest.fail("worked before it looked"))
         for folder in (locked, locked / "new"):
             line = refused(2, "index", "--corpus", corpus, "--index_dir", folder, *models)
