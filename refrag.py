@@ -1863,16 +1863,13 @@ class Embedder:
         """Embed together, which is several times as fast, what `embed_query` is going to be asked for."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
-        vectors = self.embed(self.model.encode_query, questions)
+        encoded = self.model.encode_query(questions, show_progress_bar=False)
+        vectors = self.unit_length(np.asarray(encoded, dtype=np.float32))
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
-        return self.embed(self.model.encode_document, texts, batch_size)
-
-    def embed(self, encode: Callable[..., np.ndarray], texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """(N, dim) float32, by one of the model's methods."""
-        vectors = encode(texts, show_progress_bar=False, batch_size=batch_size)
+        vectors = self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size)
         return self.unit_length(np.asarray(vectors, dtype=np.float32))
 
     def unit_length(self, vectors: np.ndarray) -> np.ndarray:
@@ -1910,7 +1907,7 @@ def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
 
 
 def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]], np.ndarray]:
-    """A cross-encoder as a function (question, texts) -> (N,) scores, larger is better. Raises MissingError."""
+    """A cross-encoder as (question, texts) -> (N,) scores, larger is better. Raises MissingError."""
     from sentence_transformers import CrossEncoder
 
     with hub_errors(name):
@@ -2057,10 +2054,9 @@ class Bm25:
 
 def faiss_kind(requested: str, total: int) -> str:
     """The index type that --faiss auto stands for at this size."""
-    if requested != "auto":
-        require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
-        return requested
-    return "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
+    require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
+    by_size = "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
+    return by_size if requested == "auto" else requested
 
 
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
@@ -2362,12 +2358,10 @@ def announce_replacement(path: Path) -> None:
     """Notice of the index that a build from nothing replaces, if there is one. path: of its manifest."""
     if not path.exists():
         return
-    built = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    try:
+    built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which can not be read"
+    with contextlib.suppress(RefragError):
         manifest = read_manifest(path)
         facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
-    except (RefragError, KeyError):
-        facts = "which can not be read"
     notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
 
 
