@@ -1863,16 +1863,13 @@ class Embedder:
         """Embed together, which is several times as fast, what `embed_query` is going to be asked for."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
-        vectors = self.embed(self.model.encode_query, questions)
+        encoded = self.model.encode_query(questions, show_progress_bar=False)
+        vectors = self.unit_length(np.asarray(encoded, dtype=np.float32))
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
-        return self.embed(self.model.encode_document, texts, batch_size)
-
-    def embed(self, encode: Callable[..., np.ndarray], texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """(N, dim) float32, by one of the model's methods."""
-        vectors = encode(texts, show_progress_bar=False, batch_size=batch_size)
+        vectors = self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size)
         return self.unit_length(np.asarray(vectors, dtype=np.float32))
 
     def unit_length(self, vectors: np.ndarray) -> np.ndarray:
@@ -1910,7 +1907,7 @@ def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
 
 
 def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]], np.ndarray]:
-    """A cross-encoder as a function (question, texts) -> (N,) scores, larger is better. Raises MissingError."""
+    """A cross-encoder as (question, texts) -> (N,) scores, larger is better. Raises MissingError."""
     from sentence_transformers import CrossEncoder
 
     with hub_errors(name):
@@ -2057,10 +2054,9 @@ class Bm25:
 
 def faiss_kind(requested: str, total: int) -> str:
     """The index type that --faiss auto stands for at this size."""
-    if requested != "auto":
-        require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
-        return requested
-    return "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
+    require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
+    by_size = "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
+    return by_size if requested == "auto" else requested
 
 
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
@@ -2362,12 +2358,10 @@ def announce_replacement(path: Path) -> None:
     """Notice of the index that a build from nothing replaces, if there is one. path: of its manifest."""
     if not path.exists():
         return
-    built = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    try:
+    built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which can not be read"
+    with contextlib.suppress(RefragError):
         manifest = read_manifest(path)
         facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
-    except (RefragError, KeyError):
-        facts = "which can not be read"
     notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
 
 
@@ -3136,13 +3130,13 @@ def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
     What stands outside the documents always stays, even if it alone is more than `positions`.
     """
     mask = np.ones(len(prompt.input_ids), dtype=bool)
+    content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
-        excess = int(mask.sum()) - positions
-        if excess <= 0:
+        tokens, excess = first + np.flatnonzero(content[first:last]), max(int(mask.sum()) - positions, 0)
+        if excess < len(tokens) or not excess:
+            mask[tokens[len(tokens) - excess :]] = False
             break
-        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
-        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
-        mask[list(cut)] = False
+        mask[first:last] = False
     return mask
 
 
@@ -3699,12 +3693,12 @@ def part_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file; a full disk is an OSError that says so."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    needed = sum(t.numel() * t.element_size() for t in ready.values())
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:  # safetensors' own error is of no particular type
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free", str(path))
-    save_file(ready, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # which names the system's error in its text alone
+        if "(os error " not in str(error):
+            raise
+        raise OSError(int(str(error).rpartition("os error ")[2].strip(")")), one_line(error), str(path)) from None
 
 
 def lora_names(decoder: nn.Module) -> set[str]:
@@ -4440,7 +4434,9 @@ class QueryGate(nn.Module):
     def scores(self, inputs: GateInput) -> np.ndarray:
         """(L,) logits of one question's chunks, which have vectors."""
         features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
-        return self.logits(inputs, features)
+        scores = self.logits(inputs, features)
+        check_finite(scores, "gate")
+        return scores
 
     def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
@@ -6397,19 +6393,6 @@ class Choice(NamedTuple):
     plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
 
 
-def choose(prompt: Prompt, scores: np.ndarray, mode: str, p: float, floor: int = 0, feed: bool = True) -> Choice:
-    """What is fed in a mode. scores: (L,); feed False: what does not stay text is left out."""
-    expanded = np.ones(len(prompt.chunks), dtype=bool)
-    if mode not in ("full", "none"):
-        expanded = select_chunks(scores, prompt.sizes, p, floor)
-    plan = mixed_plan(prompt, expanded, feed)
-    if mode != "truncate":
-        return Choice(expanded, text_mask(prompt, expanded), plan)
-    kept = truncated_mask(prompt, len(plan))
-    expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
-    return Choice(expanded, kept, prompt.input_ids[kept])
-
-
 @dataclass(frozen=True)
 class Settings:
     """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
@@ -6564,11 +6547,18 @@ class Pipeline:
         given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
         return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
 
-    def choose(self, context: Context, scores: np.ndarray, settings: Settings) -> Choice:
-        """What the decoder is fed."""
-        pack = settings.pack
-        return choose(context.prompt, scores, pack.mode, pack.p if pack.gate != "none" else 0.0, pack.floor,
-                      pack.compressed == "feed")
+    def choose(self, prompt: Prompt, scores: np.ndarray, settings: Settings) -> Choice:
+        """What the decoder is fed. scores: (L,)."""
+        pack, expanded = settings.pack, np.ones(len(prompt.chunks), dtype=bool)
+        if pack.mode not in ("full", "none"):
+            p = pack.p if pack.gate != "none" else 0.0
+            expanded = select_chunks(scores, prompt.sizes, p, pack.floor)
+        plan = mixed_plan(prompt, expanded, pack.compressed == "feed")
+        if pack.mode != "truncate":
+            return Choice(expanded, text_mask(prompt, expanded), plan)
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
+        return Choice(expanded, kept, prompt.input_ids[kept])
 
     def states(self, context: Context, plan: np.ndarray, k: int) -> np.ndarray:
         """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
@@ -6607,7 +6597,7 @@ class Pipeline:
         with watch.stage("gate_s"):
             scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
-            choice = self.choose(context, scores, settings)
+            choice = self.choose(context.prompt, scores, settings)
         if not self.fits_window(len(choice.plan), settings):
             citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
             raise TooLongError(

@@ -39,7 +39,7 @@ def run_pytest(folder: Path, shown: int, argv: list[str]) -> None:
     os.chdir(folder)
     os.dup2(shown, 1)
     os.dup2(shown, 2)
-    sys.exit(pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", *argv]))
+    sys.exit(pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "-o", "timeout=0", *argv]))
 
 
 class Run:
