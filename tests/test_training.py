@@ -1599,7 +1599,7 @@ def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path,
         vectors = []
         for s in sequences:
             ids = torch.from_numpy(np.concatenate(s.content.chunks))
-            states = model.encoder(ids[None], None)[0]
+            states = model.encoder.backbone(ids[None]).last_hidden_state[0]
             pooled = torch.stack([states[i : i + 4].mean(0) for i in range(0, len(ids), 4)])
             means = torch.stack([embed(ids[i : i + 4]).mean(0) for i in range(0, len(ids), 4)])
             vectors.append(model.projector(pooled, means))
