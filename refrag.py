@@ -3693,12 +3693,12 @@ def part_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file; a full disk is an OSError that says so."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    needed = sum(t.numel() * t.element_size() for t in ready.values())
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:  # safetensors' own error is of no particular type
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free", str(path))
-    save_file(ready, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # which names the system's error in its text alone
+        if "(os error " not in str(error):
+            raise
+        raise OSError(int(str(error).rpartition("os error ")[2].strip(")")), one_line(error), str(path)) from None
 
 
 def lora_names(decoder: nn.Module) -> set[str]:
@@ -4434,7 +4434,9 @@ class QueryGate(nn.Module):
     def scores(self, inputs: GateInput) -> np.ndarray:
         """(L,) logits of one question's chunks, which have vectors."""
         features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
-        return self.logits(inputs, features)
+        scores = self.logits(inputs, features)
+        check_finite(scores, "gate")
+        return scores
 
     def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
