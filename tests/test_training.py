@@ -1472,7 +1472,7 @@ def test_activations_computed_again_change_nothing(train, start, tmp_path, monke
     for name, tensor in made["plain"].items():
         torch.testing.assert_close(made["again"][name], tensor, rtol=1e-3, atol=1e-4)
     assert different(made["plain"], tensors(start))
-    assert calls["again"] == calls["plain"] + 3
+    assert calls["again"] == 2 * calls["plain"] >= 6
 
 
 @pytest.mark.parametrize(("phase", "options"), [
