@@ -1,12 +1,24 @@
-"""refrag.py: retrieval-augmented generation over compressed context, in one file.
+"""refrag.py: retrieval-augmented generation over compressed context, in one readable module.
 
 REFRAG (Lin et al. 2025, arXiv 2509.01092) lets a causal language model read retrieved passages as one vector per k
 tokens instead of k token embeddings. A gate looks at the question and expands the few chunks that matter back to
 tokens. The decoder's architecture does not change: it reads a shorter sequence of embeddings.
 
-    question ──> retrieve ──> pack ──────────> gate ──────────> vectors ──────────> prefill ──> decode
-                 FAISS+BM25   <doc> + chunks   which stay text  stored / encoded    KV cache    cited answer
-    section      5            6                9                8                   11          11
+The method in ten steps, each with the function that does it (section in brackets):
+
+     1. retrieve passages by vectors and by words, fuse the ranks        Searcher.search, rrf             [5]
+     2. cut each passage into chunks of k tokens                         cut_chunks                       [6]
+     3. tokenise question and <doc> blocks as one prompt                 make_context, build_prompt       [6]
+     4. encode each chunk: the mean of the encoder's token states        ChunkEncoder.encode              [8]
+     5. score the chunks in the light of the question                    QueryGate.scores, blend_scores   [9]
+     6. choose the chunks that stay text, under the budget p             select_chunks                    [9]
+     7. plan the positions: token ids, or one vector a chunk             mixed_plan                       [6]
+     8. project the states to decoder embeddings                         Projector, RefragModel.embed     [8]
+     9. read the mix, write the answer, settle its citations             prefill, decode, cite            [11]
+    10. train it all: the text back, its continuation, answers           ReconLessons, NextLessons,
+                                                                         AnswerLessons, Trainer           [10]
+
+Steps 1 to 9 run one after the other in Pipeline.prepare and Pipeline.generate.
 
 Three commands:
 
