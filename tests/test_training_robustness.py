@@ -508,7 +508,7 @@ def test_a_run_does_not_go_on_with_more_processes_or_fewer(refused, resume, unfi
     facts = json.loads((unfinished / "run.json").read_text())
     (unfinished / "run.json").write_text(json.dumps(facts | {"processes": 2}))
     with unchanged(unfinished):
-        assert "the run has 2 processes, now there are 1" in refused(5, *resume(unfinished))
+        assert "processes was 2, now 1" in refused(5, *resume(unfinished))
 
 
 @pytest.mark.parametrize("options", [
@@ -1119,7 +1119,7 @@ def test_a_run_does_not_go_on_with_another_index(done, refused, argv, corpus, ll
     done(*command)
     done(*build, write("other.jsonl", [{"id": "a", "text": "A text about Lake Geneva."}]))
     with unchanged(tmp_path / "run"):
-        assert f"--resume: {tmp_path / 'i'} has changed since the run began" in refused(5, *command, "--resume")
+        assert f"--resume with what has changed: {tmp_path / 'i'} was " in refused(5, *command, "--resume")
 
 
 def test_a_tokenizer_without_an_end_token_can_not_learn_to_stop(refused, argv, llama, tmp_path):
@@ -1129,16 +1129,6 @@ def test_a_tokenizer_without_an_end_token_can_not_learn_to_stop(refused, argv, l
     tokenizer.save_pretrained(folder)
     assert transformers.AutoTokenizer.from_pretrained(folder).eos_token_id is None
     assert "the decoder's tokenizer has no end token" in refused(2, *argv("sft", "--dec", folder))
-
-
-@pytest.mark.parametrize("kind", ["truncated", "missing"])
-def test_a_damaged_cache_of_passages_is_made_anew(done, argv, home, tmp_path, kind):
-    before = done(*argv("sft"))
-    (path,) = (home / "retrieved").glob("*.json")
-    with unchanged(home):
-        damage(path, kind)
-        again = done(*argv("sft", "--out_dir", tmp_path / "again"))
-    assert again["loss"] == before["loss"]
 
 
 # ---- Interrupts -----------------------------------------------------------------------------------------------------
@@ -1167,7 +1157,7 @@ def stop_in(monkeypatch):
 @pytest.mark.parametrize(("sig", "code"), SIGNALS)
 @pytest.mark.parametrize(("method", "calls", "every", "last"), [
     ("run_step", 2, 99, 2),
-    ("run_pass", 3, 99, 3),
+    ("run_pass", 3, 99, 2),
     ("save", 1, 2, 3),  # the save of step 2 is finished, then the next step
 ])
 def test_an_interrupted_run_saves_and_goes_on(
@@ -1182,7 +1172,7 @@ def test_an_interrupted_run_saves_and_goes_on(
 
 
 @pytest.mark.parametrize(("sig", "code"), SIGNALS)
-@pytest.mark.parametrize("function", ["load_model", "tokenize_text", "write_run"])
+@pytest.mark.parametrize("function", ["load_model", "tokenize_text", "load_teacher"])
 def test_an_interrupt_before_the_first_step_leaves_at_once(
     refused, done, argv, stop_in, tmp_path, home, function, sig, code
 ):
