@@ -1,12 +1,24 @@
-"""refrag.py: retrieval-augmented generation over compressed context, in one file.
+"""refrag.py: retrieval-augmented generation over compressed context, in one readable module.
 
 REFRAG (Lin et al. 2025, arXiv 2509.01092) lets a causal language model read retrieved passages as one vector per k
 tokens instead of k token embeddings. A gate looks at the question and expands the few chunks that matter back to
 tokens. The decoder's architecture does not change: it reads a shorter sequence of embeddings.
 
-    question ──> retrieve ──> pack ──────────> gate ──────────> vectors ──────────> prefill ──> decode
-                 FAISS+BM25   <doc> + chunks   which stay text  stored / encoded    KV cache    cited answer
-    section      5            6                9                8                   11          11
+The method in ten steps, each with the function that does it (section in brackets):
+
+     1. retrieve passages by vectors and by words, fuse the ranks        Searcher.search, rrf             [5]
+     2. cut each passage into chunks of k tokens                         cut_chunks                       [6]
+     3. tokenise question and <doc> blocks as one prompt                 make_context, build_prompt       [6]
+     4. encode each chunk: the mean of the encoder's token states        ChunkEncoder.encode              [8]
+     5. score the chunks in the light of the question                    QueryGate.scores, blend_scores   [9]
+     6. choose the chunks that stay text, under the budget p             select_chunks                    [9]
+     7. plan the positions: token ids, or one vector a chunk             mixed_plan                       [6]
+     8. project the states to decoder embeddings                         Projector, RefragModel.embed     [8]
+     9. read the mix, write the answer, settle its citations             prefill, decode, cite            [11]
+    10. train it all: the text back, its continuation, answers           ReconLessons, NextLessons,
+                                                                         AnswerLessons, Trainer           [10]
+
+Steps 1 to 9 run one after the other in Pipeline.prepare and Pipeline.generate.
 
 Three commands:
 
@@ -1863,16 +1875,13 @@ class Embedder:
         """Embed together, which is several times as fast, what `embed_query` is going to be asked for."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
-        vectors = self.embed(self.model.encode_query, questions)
+        encoded = self.model.encode_query(questions, show_progress_bar=False)
+        vectors = self.unit_length(np.asarray(encoded, dtype=np.float32))
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
-        return self.embed(self.model.encode_document, texts, batch_size)
-
-    def embed(self, encode: Callable[..., np.ndarray], texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """(N, dim) float32, by one of the model's methods."""
-        vectors = encode(texts, show_progress_bar=False, batch_size=batch_size)
+        vectors = self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size)
         return self.unit_length(np.asarray(vectors, dtype=np.float32))
 
     def unit_length(self, vectors: np.ndarray) -> np.ndarray:
@@ -1910,7 +1919,7 @@ def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
 
 
 def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]], np.ndarray]:
-    """A cross-encoder as a function (question, texts) -> (N,) scores, larger is better. Raises MissingError."""
+    """A cross-encoder as (question, texts) -> (N,) scores, larger is better. Raises MissingError."""
     from sentence_transformers import CrossEncoder
 
     with hub_errors(name):
@@ -2057,10 +2066,9 @@ class Bm25:
 
 def faiss_kind(requested: str, total: int) -> str:
     """The index type that --faiss auto stands for at this size."""
-    if requested != "auto":
-        require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
-        return requested
-    return "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
+    require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
+    by_size = "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
+    return by_size if requested == "auto" else requested
 
 
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
@@ -2362,12 +2370,10 @@ def announce_replacement(path: Path) -> None:
     """Notice of the index that a build from nothing replaces, if there is one. path: of its manifest."""
     if not path.exists():
         return
-    built = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    try:
+    built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which can not be read"
+    with contextlib.suppress(RefragError):
         manifest = read_manifest(path)
         facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
-    except (RefragError, KeyError):
-        facts = "which can not be read"
     notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
 
 
@@ -3136,13 +3142,13 @@ def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
     What stands outside the documents always stays, even if it alone is more than `positions`.
     """
     mask = np.ones(len(prompt.input_ids), dtype=bool)
+    content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
-        excess = int(mask.sum()) - positions
-        if excess <= 0:
+        tokens, excess = first + np.flatnonzero(content[first:last]), max(int(mask.sum()) - positions, 0)
+        if excess < len(tokens) or not excess:
+            mask[tokens[len(tokens) - excess :]] = False
             break
-        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
-        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
-        mask[list(cut)] = False
+        mask[first:last] = False
     return mask
 
 
@@ -3542,17 +3548,13 @@ class ChunkEncoder(nn.Module):
                 size += 1
             batch, order = order[:size], order[size:]
             padded = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True).to(device)  # (B, T)
-            for i, row in zip(batch, self.read(padded, [lengths[i] for i in batch]), strict=True):
+            known: dict[str, Any] = {"use_cache": False}  # causal: no token sees the padding after it
+            if not self.whole:
+                ends = torch.tensor([lengths[i] for i in batch], device=device)[:, None]
+                known = {"attention_mask": (torch.arange(padded.shape[1], device=device) < ends).long()}
+            for i, row in zip(batch, self.backbone(input_ids=padded, **known).last_hidden_state, strict=True):
                 states[i] = row[: lengths[i]]
         return pool_owners(torch.cat(states).float(), owners.to(device), count)
-
-    def read(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Token states (B, T, E) of rows (B, T) that are padded on the right."""
-        if self.whole:  # causal: no token sees the padding after it
-            return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        ends = torch.tensor(lengths, device=input_ids.device)[:, None]
-        mask = torch.arange(input_ids.shape[1], device=input_ids.device) < ends  # (B, T)
-        return self.backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
         """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
@@ -3703,12 +3705,12 @@ def part_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file; a full disk is an OSError that says so."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    needed = sum(t.numel() * t.element_size() for t in ready.values())
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:  # safetensors' own error is of no particular type
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free", str(path))
-    save_file(ready, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # which names the system's error in its text alone
+        if "(os error " not in str(error):
+            raise
+        raise OSError(int(str(error).rpartition("os error ")[2].strip(")")), one_line(error), str(path)) from None
 
 
 def lora_names(decoder: nn.Module) -> set[str]:
@@ -4144,31 +4146,23 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     return model
 
 
-def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, previous: Index | None) -> Chunking:
-    """The chunking of a new index, or one that continues an index. Raises MismatchError if it can not."""
-    built = previous.manifest["chunking"] if previous else None
-    with_states = built["encoder"] if built else k is not None or models.load_dir not in (None, "none", "auto")
-    k = built["k"] if built else k or PackConfig.k
-    if with_states:
-        encoder = load_model(models, runtime).encoder
-        chunking = Chunking(k, encoder.tokenizer, encoder)
-    else:
-        chunking = Chunking(k, build_tokenizer(model_config(models)))
-    if built and built != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
-    return chunking
-
-
 def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
                runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
     """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
     previous = open_index(index.index_dir) if build.add else None
+    built = previous.manifest if previous is not None else {}
     if previous is not None:
-        check_same_build(previous.manifest, index, build)
-    name = index.embed_model or (previous and previous.manifest["embedder"].get("name"))
-    retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
+        check_same_build(built, index, build)
+    retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
+    name = index.embed_model or built.get("embedder", {}).get("name")
     embedder = None if retriever == "bm25" else load_embedder(name, runtime)
-    return previous, retriever, embedder, load_chunking(models, build.k, runtime, previous)
+    with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
+    encoder = load_model(models, runtime).encoder if with_states else None
+    tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
+    chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
+    if chunks and chunks != chunking.facts():
+        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
+    return previous, retriever, embedder, chunking
 
 
 def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -4452,7 +4446,9 @@ class QueryGate(nn.Module):
     def scores(self, inputs: GateInput) -> np.ndarray:
         """(L,) logits of one question's chunks, which have vectors."""
         features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
-        return self.logits(inputs, features)
+        scores = self.logits(inputs, features)
+        check_finite(scores, "gate")
+        return scores
 
     def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
@@ -6355,19 +6351,6 @@ class Choice(NamedTuple):
     plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
 
 
-def choose(prompt: Prompt, scores: np.ndarray, mode: str, p: float, floor: int = 0, feed: bool = True) -> Choice:
-    """What is fed in a mode. scores: (L,); feed False: what does not stay text is left out."""
-    expanded = np.ones(len(prompt.chunks), dtype=bool)
-    if mode not in ("full", "none"):
-        expanded = select_chunks(scores, prompt.sizes, p, floor)
-    plan = mixed_plan(prompt, expanded, feed)
-    if mode != "truncate":
-        return Choice(expanded, text_mask(prompt, expanded), plan)
-    kept = truncated_mask(prompt, len(plan))
-    expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
-    return Choice(expanded, kept, prompt.input_ids[kept])
-
-
 @dataclass(frozen=True)
 class Settings:
     """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
@@ -6522,11 +6505,18 @@ class Pipeline:
         given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
         return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
 
-    def choose(self, context: Context, scores: np.ndarray, settings: Settings) -> Choice:
-        """What the decoder is fed."""
-        pack = settings.pack
-        return choose(context.prompt, scores, pack.mode, pack.p if pack.gate != "none" else 0.0, pack.floor,
-                      pack.compressed == "feed")
+    def choose(self, prompt: Prompt, scores: np.ndarray, settings: Settings) -> Choice:
+        """What the decoder is fed. scores: (L,)."""
+        pack, expanded = settings.pack, np.ones(len(prompt.chunks), dtype=bool)
+        if pack.mode not in ("full", "none"):
+            p = pack.p if pack.gate != "none" else 0.0
+            expanded = select_chunks(scores, prompt.sizes, p, pack.floor)
+        plan = mixed_plan(prompt, expanded, pack.compressed == "feed")
+        if pack.mode != "truncate":
+            return Choice(expanded, text_mask(prompt, expanded), plan)
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
+        return Choice(expanded, kept, prompt.input_ids[kept])
 
     def states(self, context: Context, plan: np.ndarray, k: int) -> np.ndarray:
         """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
@@ -6565,7 +6555,7 @@ class Pipeline:
         with watch.stage("gate_s"):
             scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
-            choice = self.choose(context, scores, settings)
+            choice = self.choose(context.prompt, scores, settings)
         if not self.fits_window(len(choice.plan), settings):
             citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
             raise TooLongError(

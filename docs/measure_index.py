@@ -213,7 +213,8 @@ def measure_kills(args: argparse.Namespace) -> dict:
     summary, killed = build_killed(args, rng)
     index, models = refrag.open_index(args.index_dir), refrag.ModelConfig()
     [segment] = index.segments
-    embedder, chunking = refrag.load_embedder(None, RUNTIME), refrag.load_chunking(models, None, RUNTIME, None)
+    embedder, chunking = refrag.load_embedder(None, RUNTIME), refrag.Chunking(
+        16, refrag.build_tokenizer(refrag.model_config(models)))
     starts = range(0, len(index), refrag.EMBED_BLOCK)
     chosen = sorted(rng.choice(len(starts), min(args.check, len(starts)), replace=False))
     equal = 0

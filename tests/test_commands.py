@@ -64,6 +64,18 @@ def test_contents_match_the_numbered_banners():
     assert [int(number) for number, _ in listed] == list(range(1, len(BANNER.findall(SOURCE)) + 1))
 
 
+def test_the_ten_steps_name_what_stands_in_their_sections():
+    steps = refrag.__doc__.split("ten steps")[1].split("Three commands")[0]
+    lines = re.findall(r"^ +\d+\. .+(?:\n {20,}.+)?", steps, re.MULTILINE)
+    assert len(lines) == 10
+    for line in lines:
+        section = int(re.search(r"\[(\d+)\]", line)[1])
+        for name in re.findall(r"\b(?:[A-Z]\w+(?:\.\w+)?|\w+_\w+|rrf|prefill|decode|cite)\b", line.split(".", 1)[1]):
+            top, _, attribute = name.partition(".")
+            assert HOME[top] == section, name
+            assert not attribute or hasattr(getattr(refrag, top), attribute), name
+
+
 def test_a_section_uses_only_names_of_its_own_and_earlier_sections():
     later = {f"line {node.lineno}: section {section_of(node)} uses {name} of section {HOME[name]}"
              for node in TREE.body for name in read_names(node) if HOME.get(name, 0) > section_of(node)}

@@ -577,41 +577,6 @@ def test_the_sample_shows_what_was_text_and_what_a_vector(run_eval, tmp_path):
 
 
 class TestResuming:
-    def killed_after(self, monkeypatch, calls):
-        """Answering is interrupted at a later batch."""
-        generate, seen = refrag.Pipeline.generate, []
-
-        def counted(self, readings, settings):
-            seen.append(readings)
-            if len(seen) > calls:
-                raise KeyboardInterrupt
-            return generate(self, readings, settings)
-
-        monkeypatch.setattr(refrag.Pipeline, "generate", counted)
-        return seen
-
-    @pytest.mark.parametrize("calls", [1, 4, 9])
-    def test_killed_and_resumed_is_uninterrupted(self, run_eval, tmp_path, monkeypatch, calls):
-        whole = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "whole"))
-        with monkeypatch.context() as patch:
-            self.killed_after(patch, calls)
-            assert run_eval(*OPTIONS, "--out_dir", tmp_path / "part")[0] == 130
-        path = tmp_path / "part/questions.jsonl"
-        kept = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(kept[:-1]) + kept[-1][:40])  # and while it wrote a line
-        with monkeypatch.context() as patch:
-            seen = self.killed_after(patch, 99)
-            resumed = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "part", "--resume"))
-        assert len(seen) == 14 - calls + 1  # seven setups, two batches; the one with the broken line again
-        assert timeless(resumed) == timeless(whole)
-        assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
-        assert set(kept[:-1]) <= set(path.read_text().splitlines(keepends=True))  # what was done is as it was
-        for name in ("report.md", "sample.md"):
-            mine, theirs = ((tmp_path / folder / name).read_text() for folder in ("part", "whole"))
-            if name == "report.md":  # the last column is a time
-                mine, theirs = ([line.rpartition(" | ")[0] for line in text.splitlines()] for text in (mine, theirs))
-            assert mine == theirs
-
     def test_a_finished_one_is_not_measured_again(self, run_eval, tmp_path, monkeypatch):
         first = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "out"))
         monkeypatch.setattr(refrag, "load_pipeline", None)
@@ -652,52 +617,6 @@ class TestResuming:
         written = []
         evaluate.measure_lines(task, done, written.append)
         assert [line["id"] for line in written] == [["1", "3"][rank]]
-
-    @pytest.mark.parametrize(("changed", "named"), [
-        (["--max_new", 4], "--max_new (3, now 4)"), (["--k", 8], "--k ([4], now [8])"),
-        (["--task", "gate", "--modes", "blend"], "--task (qa, now gate)"), (["--seed", 1], "--seed (1337, now 1)")])
-    def test_other_settings_are_refused_by_name(self, run_eval, tmp_path, changed, named):
-        base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
-        assert run_eval(*base)[0] == 0
-        before = (tmp_path / "out/questions.jsonl").read_bytes()
-        code, _, err = run_eval(*base, "--resume", *changed)
-        assert code == 5 and named in err and err.count("\n") == 1
-        assert (tmp_path / "out/questions.jsonl").read_bytes() == before
-
-    def test_other_questions_are_refused(self, run_eval, tmp_path):
-        base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
-        assert run_eval(*base)[0] == 0
-        other = write_lines(tmp_path / "other.jsonl", QUESTIONS[1:])
-        code, _, err = run_eval(*base, "--resume", "--qa", other)
-        assert code == 5 and "--qa (" in err
-
-    def test_a_folder_in_use_is_not_begun_anew(self, run_eval, tmp_path):
-        base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
-        assert run_eval(*base)[0] == 0
-        code, _, err = run_eval(*base)
-        assert code == 2 and "add --resume" in err
-
-    def test_a_second_writer_is_told(self, run_eval, tmp_path):
-        (tmp_path / "out").mkdir()
-        with refrag.exclusive(tmp_path / "out/.lock", "the test"):
-            assert run_eval("--modes", "none", "--out_dir", tmp_path / "out")[0] == 75
-
-    def test_a_folder_with_other_things_is_refused(self, run_eval, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/thesis.tex").write_text("mine")
-        code, _, err = run_eval("--modes", "none", "--out_dir", tmp_path / "out")
-        assert code == 2 and "thesis.tex" in err
-
-    def test_lines_that_are_no_results_are_refused(self, run_eval, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/questions.jsonl").write_text('{"id": "1"}\n')
-        assert run_eval("--modes", "none", "--out_dir", tmp_path / "out", "--resume")[0] == 4
-
-    def test_nothing_is_left_of_one_that_did_not_begin(self, run_eval, tmp_path, monkeypatch):
-        monkeypatch.setattr(refrag, "load_pipeline", None)
-        assert run_eval("--modes", "none", "--out_dir", tmp_path / "out")[0] == 1
-        assert not (tmp_path / "out").exists()
-
 
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(run_eval, index_dir, llama, qa, tmp_path):
@@ -788,10 +707,6 @@ class TestBadInput:
         code, _, err = run_eval("--qa", write_lines(tmp_path / "one.jsonl", QUESTIONS[:1]))
         assert code == 2 and "wrong_vectors needs two questions" in err
 
-    def test_no_index(self, run, qa):
-        code, _, err = run("eval", "--qa", qa)
-        assert code == 2 and "--index_dir is missing" in err
-
     def test_retrievers_that_the_index_does_not_hold(self, run, qa, corpus, tmp_path, llama):
         folder = tmp_path / "words"
         assert run("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)[0] == 0
@@ -801,10 +716,6 @@ class TestBadInput:
             refrag.EvalConfig(task="retrieval", qa=str(qa)), refrag.IndexConfig(index_dir=str(folder)),
             refrag.SearchConfig(), refrag.ModelConfig(), refrag.RuntimeConfig())
         assert task.retrievers == ["bm25"]
-
-    def test_a_retriever_is_no_option_of_the_task(self, run_eval):
-        code, _, err = run_eval("--task", "retrieval", "--retriever", "bm25")
-        assert code == 2 and "use --modes" in err
 
     def test_texts_that_are_too_short(self, probe, monkeypatch):
         monkeypatch.undo()  # texts are cut by the models' tokenizers
@@ -817,11 +728,6 @@ def test_questions_of_another_index_are_refused(run_eval, tmp_path):
     for task in ("qa", "retrieval", "gate"):
         code, _, err = run_eval("--qa", path, "--task", task)
         assert code == 5 and "none of the questions' positive_ids" in err
-
-
-def test_a_gate_of_vectors_needs_an_embedder(run_eval):
-    code, _, err = run_eval("--modes", "cosine_gate", "--retriever", "bm25")
-    assert code == 2 and "cosine_gate needs an embedder" in err
 
 
 def test_text_output_is_the_table(run_eval):

@@ -625,13 +625,6 @@ def test_a_gate_with_other_features_is_refused(train, embedder):
             refrag.load_gate(model, "gate", built)
 
 
-def test_what_is_there_is_not_written_over(train, tmp_path):
-    (tmp_path / "made").mkdir()
-    (tmp_path / "made" / "x").write_text("mine")
-    code, _, err, folder = train("gate")
-    assert code == 2 and "there already" in err and [p.name for p in folder.iterdir()] == ["x"]
-
-
 @pytest.mark.parametrize(("built", "code", "told"), [
     (["--retriever", "bm25"], 2, "--retriever hybrid"), (["--enc", "BERT"], 5, "--enc"),
     (["--enc", "decoder:2", "--k", "2"], 2, "--k 4: the index's chunks of 2 tokens do not make chunks of 4")])
@@ -642,21 +635,6 @@ def test_an_index_that_does_not_serve(train, run, corpus, llama, embedder, bert,
                "--embed_model", embedder, *flags)[0] == 0
     found, _, err, folder = train("gate", "--index_dir", tmp_path / "other")
     assert found == code and told in err and not folder.exists()
-
-
-def test_questions_whose_answers_were_not_retrieved(train, tmp_path):
-    path = tmp_path / "none.jsonl"
-    path.write_text(json.dumps({"question": "Where?", "answers": ["nowhere at all"], "positive_ids": ["a"]}) + "\n")
-    code, _, err, _ = train("gate", "--rag_json", path)
-    assert code == 2 and "not one question" in err
-
-
-def test_a_damaged_gate(train, generate):
-    folder = train("gate", "--epochs", "1")[-1]
-    path = folder / "gate.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    code, _, err = generate("--load_dir", folder)
-    assert code == 4 and "gate.safetensors" in err
 
 
 @pytest.mark.models

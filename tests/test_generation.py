@@ -490,19 +490,6 @@ class TestCommand:
             _, text, _ = run(*arguments, option)
             assert text.strip().startswith(refrag.visible(json.loads(out)["answer"]))
 
-    def test_resume_continues_and_repairs(self, run, index_dir, llama, tmp_path):
-        asked = [f"What is {i}?" for i in range(4)]
-        questions = write_questions(tmp_path / "q.jsonl", asked, **{q: f"q{i}" for i, q in enumerate(asked)})
-        whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
-        assert generate(run, index_dir, llama, "--questions", questions, "--out", whole)[0] == 0
-        lines = whole.read_text().splitlines(keepends=True)
-        assert [json.loads(line)["id"] for line in lines] == ["q0", "q1", "q2", "q3"]
-        part.write_text(lines[0] + lines[1] + lines[2][:50])  # killed while writing the third
-        assert generate(run, index_dir, llama, "--questions", questions, "--out", part, "--resume")[0] == 0
-        answers = [(r["id"], r["answer"]) for r in map(json.loads, part.read_text().splitlines())]
-        assert answers == [(r["id"], r["answer"]) for r in map(json.loads, lines)]
-        assert part.read_text().startswith(lines[0] + lines[1])  # what was done is not done again
-
     @pytest.mark.parametrize(("before", "after", "new"), [
         ("ab", "xab", "x"), ("ab", "ba", ""), ("ab", "aab", "a"), ("aab", "aaba", "a"), ("ab", "bcad", "cd")])
     def test_resume_answers_what_was_not_asked_yet(self, run, index_dir, llama, tmp_path, before, after, new):
@@ -542,25 +529,6 @@ class TestCommand:
         code, out, _ = run(*argv)
         assert code == 0 and json.loads(out)["settings"]["enc"] == "decoder:3"
         assert run(*argv, "--enc", "decoder:4")[2] == "error: --enc decoder:4: the decoder has 3 layers\n"
-
-    def test_out_is_not_overwritten_nor_mixed(self, run, index_dir, llama, tmp_path):
-        questions, out = write_questions(tmp_path / "questions.jsonl", ["What?"]), tmp_path / "out.jsonl"
-        argv = ["--questions", questions, "--out", out]
-        generate(run, index_dir, llama, *argv)
-        before = out.read_bytes()
-        assert generate(run, index_dir, llama, *argv)[0] == 2
-        for flag, *value in (["--p", "0.5"], ["--gate", "cosine"], ["--compressed", "drop"], ["--no_cite"],
-                             ["--retriever", "bm25"], ["--seed", "3"], ["--topk", "1"]):
-            code, _, err = generate(run, index_dir, llama, *argv, "--resume", flag, *value)
-            assert code == 5 and f"--{flag.replace('no_', '').strip('-')} (" in err, flag
-        assert out.read_bytes() == before
-        with refrag.exclusive(tmp_path / ".out.jsonl.lock", "the test"):
-            code, _, err = generate(run, index_dir, llama, *argv, "--resume")
-        assert code == 75 and f"--out {out} is being written by another process" in err
-
-    def test_vectors_of_another_encoder_are_refused(self, run, index_dir, llama):
-        code, _, err = generate(run, index_dir, llama, "--question", "What?", "--enc", "decoder:1")
-        assert code == 5 and "another encoder" in err
 
     def test_batches_give_the_answers_of_single_questions(self, run, index_dir, llama, tmp_path):
         questions = write_questions(tmp_path / "questions.jsonl", ["What is it? " * (i + 1) for i in range(3)])

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -78,12 +77,6 @@ def test_pool_runs_is_the_mean_of_each_run(sizes, seed):
     np.testing.assert_allclose(pooled.numpy(), expected, atol=1e-6)
 
 
-def test_pool_runs_golden():
-    """(1 + 3) / 2 = 2; a run of one is itself."""
-    pooled = refrag.pool_runs(torch.tensor([[1.0], [3.0], [7.0]]), torch.tensor([2, 1]))
-    assert pooled.tolist() == [[2.0], [7.0]]
-
-
 def test_a_run_without_states_is_zeros():
     """A decoder's token may be longer than a chunk; the chunks after its first have none."""
     pooled = refrag.pool_runs(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 2, 0]))
@@ -110,13 +103,6 @@ def test_projector_is_what_its_docstring_says():
     hidden = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
     expected = residual + p["scale"] * (hidden @ p["outer.weight"].T + p["outer.bias"])
     torch.testing.assert_close(projector(states, residual), expected.float(), atol=1e-5, rtol=1e-5)
-
-
-def test_an_untrained_projector_can_learn():
-    """Its last layer is zero, but that layer's gradient is not."""
-    projector = refrag.Projector(6, 10, 0.3)
-    projector(torch.randn(5, 6), torch.zeros(5, 10)).sum().backward()
-    assert projector.outer.weight.grad.abs().sum() > 0
 
 
 def test_the_projectors_scale_is_the_rms_of_the_embeddings(whole):
@@ -440,10 +426,6 @@ def test_vectors_are_numbers_where_a_token_is_longer_than_a_chunk(llama, bert, k
                                         [-1] * len(content.chunks) + [2])])
     output = model(batch)
     assert torch.isfinite(output.vectors).all() and torch.isfinite(output.logits).all()
-
-
-def test_an_empty_text_has_an_empty_content(model):
-    assert content_of(model.encoder, "", 4) == ([], [])
 
 
 # -- batches ------------------------------------------------------------------------------------
@@ -870,106 +852,6 @@ def test_a_trained_encoder_of_decoder_layers_leaves_the_decoder(tmp_path, llama)
     assert all(torch.equal(value, original[name]) for name, value in again.decoder.state_dict().items())
 
 
-def rewrite(path, change):
-    """Change the tensors of a safetensors file, and the manifest with it."""
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    sign(path.parent)
-
-
-@pytest.mark.parametrize(
-    ("part", "name", "change"),
-    [
-        ("projector", "outer.weight", lambda t: t.pop("outer.weight")),
-        ("projector", "extra.weight", lambda t: t.update({"extra.weight": torch.zeros(2)})),
-        ("projector", "inner.bias", lambda t: t.update({"inner.bias": torch.zeros(7)})),
-        ("projector", "scale", lambda t: t.update({"scale": torch.zeros(1)})),
-        ("encoder", "backbone.encoder.layer.0.output.dense.bias",
-         lambda t: t.pop("backbone.encoder.layer.0.output.dense.bias")),
-    ],
-    ids=["missing", "left over", "shape", "scalar", "encoder"],
-)
-def test_a_tensor_that_does_not_fit_is_named(checkpoint, part, name, change):
-    rewrite(checkpoint / f"{part}.safetensors", change)
-    with pytest.raises(refrag.MismatchError) as caught:
-        refrag.RefragModel.from_pretrained(checkpoint)
-    assert f"tensor {name} " in str(caught.value) and f"{part}.safetensors" in str(caught.value)
-    assert caught.value.code == 5
-
-
-@pytest.fixture(params=["listed", "signed", "unlisted"])
-def damaged(request, checkpoint):
-    """Write other bytes into the projector's file of a checkpoint.
-
-    With the manifest as it was, with one that was made for these bytes, and without any, as another program leaves it.
-    """
-
-    def call(content):
-        (checkpoint / "projector.safetensors").write_bytes(content)
-        if request.param == "signed":
-            sign(checkpoint)
-        elif request.param == "unlisted":
-            (checkpoint / "manifest.json").unlink()
-        return checkpoint
-
-    return call
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_truncated_file_is_damaged(checkpoint, damaged, keep):
-    damaged((checkpoint / "projector.safetensors").read_bytes()[:keep])
-    with pytest.raises(refrag.CorruptError, match=r"projector\.safetensors") as caught:
-        refrag.RefragModel.from_pretrained(checkpoint)
-    assert caught.value.code == 4
-
-
-class Trap:
-    """What unpickling would run."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
-def test_a_pickle_is_refused_and_not_run(checkpoint, damaged, tmp_path):
-    torch.save({"scale": Trap(tmp_path / "sprung")}, tmp_path / "pickle")
-    damaged((tmp_path / "pickle").read_bytes())
-    with pytest.raises(refrag.CorruptError):
-        refrag.RefragModel.from_pretrained(checkpoint)
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_a_missing_part_is_named(checkpoint):
-    (checkpoint / "encoder.safetensors").unlink()
-    with pytest.raises(refrag.CorruptError, match=r"encoder\.safetensors is missing"):
-        refrag.RefragModel.from_pretrained(checkpoint)
-    sign(checkpoint)
-    with pytest.raises(refrag.CorruptError, match=r"encoder\.safetensors is missing: the checkpoint is incomplete"):
-        refrag.RefragModel.from_pretrained(checkpoint)
-
-
-@pytest.mark.parametrize("name", ["projector.safetensors", "encoder.safetensors", "config.json", "manifest.json"])
-def test_one_other_byte_in_any_file_is_noticed(checkpoint, name):
-    """A weight that changed by itself would still load."""
-    content = bytearray((checkpoint / name).read_bytes())
-    content[-20] ^= 1
-    (checkpoint / name).write_bytes(content)
-    with pytest.raises(refrag.CorruptError, match=re.escape(name)) as caught:
-        refrag.RefragModel.from_pretrained(checkpoint)
-    assert caught.value.code == 4
-
-
-def test_a_checkpoint_of_another_program_needs_no_manifest(checkpoint):
-    """Its tensors are checked one by one still."""
-    expected = refrag.RefragModel.from_pretrained(checkpoint).state_dict()
-    (checkpoint / "manifest.json").unlink()
-    got = refrag.RefragModel.from_pretrained(checkpoint).state_dict()
-    assert all(torch.equal(value, got[name]) for name, value in expected.items())
-
-
 @pytest.mark.parametrize("error", [MemoryError("no room"), PermissionError(errno.EACCES, "not yours")], ids=str)
 def test_what_is_no_damage_keeps_its_name(checkpoint, monkeypatch, error):
     """A checkpoint that can not be read now is not told to be broken."""
@@ -981,65 +863,7 @@ def test_what_is_no_damage_keeps_its_name(checkpoint, monkeypatch, error):
         refrag.RefragModel.from_pretrained(checkpoint)
 
 
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(refrag.UserError, match="no checkpoint"):
-        refrag.RefragModel.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
-def test_a_damaged_config_is_told(checkpoint, content, signed):
-    (checkpoint / "config.json").write_text(content)
-    if signed:
-        sign(checkpoint)
-    with pytest.raises(refrag.CorruptError, match=r"config\.json"):
-        refrag.RefragModel.from_pretrained(checkpoint)
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(checkpoint, llama, bert, monkeypatch):
-    before = {p.name: p.read_bytes() for p in checkpoint.iterdir()}
-
-    def full(tensors, path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(refrag, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        trained(bert, llama, "pe", compression=16).save_pretrained(checkpoint)
-    assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before
-    assert [p.name for p in checkpoint.parent.iterdir()] == ["checkpoint"]
-
-
 # -- which checkpoint is meant ------------------------------------------------------------------
-
-
-def test_a_decoder_that_changed_under_its_name_does_not_fit(tmp_path, llama, bert):
-    """One weight of the decoder the checkpoint was trained on is another now."""
-    folder = shutil.copytree(llama, tmp_path / "decoder")
-    trained(bert, folder, "p").save_pretrained(tmp_path / "c")
-    assert refrag.RefragModel.from_pretrained(tmp_path / "c")
-    changed = load_file(folder / "model.safetensors")
-    changed["model.norm.weight"][0] += 0.5
-    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(refrag.MismatchError, match=f"trained on another {folder}") as caught:
-        refrag.RefragModel.from_pretrained(tmp_path / "c")
-    assert caught.value.code == 5
-
-
-def test_an_encoder_that_changed_under_its_name_does_not_fit(tmp_path, llama, bert):
-    """A projector reads the states of one encoder."""
-    folder = shutil.copytree(bert, tmp_path / "encoder")
-    trained(folder, llama, "p").save_pretrained(tmp_path / "c")
-    assert refrag.RefragModel.from_pretrained(tmp_path / "c")
-    changed = load_file(folder / "model.safetensors")
-    changed["embeddings.LayerNorm.weight"][0] += 0.5
-    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(refrag.MismatchError, match=f"trained on another {folder}"):
-        refrag.RefragModel.from_pretrained(tmp_path / "c")
-
-
-def test_a_decoder_in_bfloat16_is_the_same_decoder(tmp_path, llama, bert):
-    trained(bert, llama, "p").save_pretrained(tmp_path / "c")
-    assert refrag.RefragModel.from_pretrained(tmp_path / "c", dtype=torch.bfloat16)
 
 
 def test_a_trained_decoder_is_told_by_what_it_was_before(tmp_path, llama, bert):
@@ -1049,34 +873,6 @@ def test_a_trained_decoder_is_told_by_what_it_was_before(tmp_path, llama, bert):
     again = refrag.RefragModel.from_pretrained(tmp_path / "c")
     named = refrag.weights_fingerprint(refrag.load_decoder(str(llama), CPU, torch.float32))
     assert again.config.decoder_fingerprint == named != refrag.weights_fingerprint(again.decoder)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".pkl", ".ckpt"])
-@pytest.mark.parametrize("there", [True, False])
-def test_a_pickle_is_refused_by_its_name(tmp_path, suffix, there):
-    path = tmp_path / f"model{suffix}"
-    if there:
-        torch.save({"scale": Trap(tmp_path / "sprung")}, path)
-    with pytest.raises(refrag.UserError, match="is a pickle, which can run code") as caught:
-        refrag.checkpoint_folder(path)
-    assert caught.value.code == 2 and str(path) in str(caught.value) and not (tmp_path / "sprung").exists()
-
-
-def test_a_folder_of_pickles_is_refused(checkpoint, tmp_path):
-    """As another program leaves it: config.json and pytorch_model.bin. Beside safetensors files they do not matter."""
-    torch.save({"scale": Trap(tmp_path / "sprung")}, checkpoint / "pytorch_model.bin")
-    assert refrag.checkpoint_folder(checkpoint) == checkpoint
-    for path in checkpoint.glob("*.safetensors"):
-        path.unlink()
-    with pytest.raises(refrag.UserError, match=r"pytorch_model\.bin"):
-        refrag.checkpoint_folder(checkpoint)
-    assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize("name", ["projector.safetensors", "config.json"])
-def test_a_file_of_a_checkpoint_is_not_the_checkpoint(checkpoint, name):
-    with pytest.raises(refrag.UserError, match="is a file: name the checkpoint's folder"):
-        refrag.checkpoint_folder(checkpoint / name)
 
 
 @pytest.fixture(scope="module")
@@ -1112,51 +908,6 @@ def test_a_run_stands_for_its_newest_checkpoint(run_folder, capsys):
     assert scale_of(run_folder) == scale_of(run_folder / "step-100") != scale_of(run_folder / "step-80")
 
 
-@pytest.mark.parametrize("damage", ["byte", "part", "manifest", "config", "signature"])
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_notice(run_folder, capsys, damage):
-    """A bit flipped in a tensor, a file gone, the manifest gone, as when a copy was cut short, a newer format."""
-    newest = run_folder / "step-100"
-    if damage == "byte":
-        content = bytearray((newest / "projector.safetensors").read_bytes())
-        content[-1] ^= 1
-        (newest / "projector.safetensors").write_bytes(content)
-    elif damage == "signature":
-        (newest / "manifest.json").unlink()
-        refrag.write_manifest(newest / "manifest.json", newest, {"version": 99}, refrag.CHECKPOINT_FORMAT)
-    else:
-        names = {"part": "projector.safetensors", "manifest": "manifest.json", "config": "config.json"}
-        (newest / names[damage]).unlink()
-    assert refrag.checkpoint_folder(run_folder) == run_folder / "step-80"
-    told = capsys.readouterr().err
-    assert str(newest) in told and told.endswith("falling back to the checkpoint before it\n") and told.count("\n") == 1
-    with pytest.raises(refrag.RefragError):
-        refrag.verify_checkpoint(newest, required=True)
-
-
-def test_a_run_without_a_whole_checkpoint_is_damaged(run_folder):
-    for folder in refrag.step_folders(run_folder):
-        (folder / "manifest.json").unlink()
-    with pytest.raises(refrag.CorruptError, match="every checkpoint in ") as caught:
-        refrag.checkpoint_folder(run_folder)
-    assert caught.value.code == 4 and str(run_folder / "step-100") in str(caught.value)
-
-
-def test_a_run_that_has_saved_nothing_has_no_checkpoint(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(refrag.UserError, match="no checkpoint in this folder"):
-        refrag.checkpoint_folder(tmp_path)
-
-
-def test_the_folder_of_another_kind_of_model_is_no_checkpoint(llama):
-    with pytest.raises(refrag.UserError, match="no checkpoint in this folder, but a model of another kind"):
-        refrag.RefragModel.from_pretrained(llama)
-
-
-def test_a_checkpoint_moved_aside_by_a_killed_writer_is_found(checkpoint):
-    checkpoint.rename(checkpoint.with_name(".checkpoint.77.old"))
-    assert refrag.checkpoint_folder(checkpoint) == checkpoint and (checkpoint / "config.json").is_file()
-
-
 # -- the options and the checkpoint ---------------------------------------------------------------
 
 
@@ -1174,15 +925,6 @@ def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint,
     repeated = refrag.ModelConfig(dec=str(llama), enc=str(bert), pooling="mean", projector="residual_mlp",
                                   load_dir=str(checkpoint))
     assert refrag.model_config(repeated).to_dict() == found.to_dict()
-
-
-@pytest.mark.parametrize(("flag", "value"), [("dec", "SmolLM2-135M-Instruct"), ("enc", "decoder:8"),
-                                             ("pooling", "cls"), ("projector", "mlp")])
-def test_other_models_than_the_checkpoints_do_not_fit(checkpoint, flag, value):
-    """The defaults too, if they are named."""
-    with pytest.raises(refrag.MismatchError, match=f"with --{flag} ") as caught:
-        refrag.model_config(refrag.ModelConfig(load_dir=str(checkpoint), **{flag: value}))
-    assert caught.value.code == 5 and value in str(caught.value)
 
 
 def test_load_model_takes_the_folder_of_a_run(run_folder):
@@ -1257,14 +999,6 @@ def test_an_index_holds_states_only_if_asked(run, tmp_path, shipped, corpus, emb
     assert held["encoder"] == model.encoder.fingerprint
 
 
-@pytest.mark.parametrize("name", ["model.pt", "run/nothing", "empty"])
-def test_a_bad_load_dir_is_one_line_and_exit_code_2(run, tmp_path, name):
-    (tmp_path / "empty").mkdir()
-    code, out, err = run("align", "--text", "a", "--load_dir", tmp_path / name)
-    assert (code, out) == (2, "") and err.count("\n") == 1
-    assert err.startswith(f"error: --load_dir {tmp_path / name}")
-
-
 # -- where models are -----------------------------------------------------------------------
 
 
@@ -1283,10 +1017,6 @@ def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch, name, 
             refrag.bundled_path(name)
         assert str(caught.value).endswith(command) and caught.value.code == 3
         assert refrag.describe_model(name).endswith(command)
-
-
-def test_other_names_are_not_bundled():
-    assert refrag.bundled_path("meta-llama/Llama-3.2-3B") is None
 
 
 def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):

@@ -87,21 +87,14 @@ def check_spans(text, tokenizer, k):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(text=wild)
+@given(text=wild | st.text(alphabet="ab 长江🙂", max_size=40))
 @few
 def test_spans_cover_the_text_hold_at_most_k_tokens_and_nest(loaded, kind, text):
-    """Those of 2k are unions of those of k."""
-    for k in (1, 2, 4, 8, 16):
+    """Those of 2k are unions of those of k, where k is a multiple of 4."""
+    for k in (1, 2, 3, 4, 5, 7, 8, 10, 16):
         check_spans(text, loaded[kind], k)
     ends = {k: {b for _, b in refrag.chunk_spans(text, loaded[kind], k)} for k in (4, 8, 16, 32)}
     assert ends[8] <= ends[4] and ends[16] <= ends[8] and ends[32] <= ends[16]
-
-
-@pytest.mark.parametrize("k", [3, 5, 6, 7, 10])
-@given(text=st.text(alphabet="ab 长江🙂", max_size=40))
-@few
-def test_spans_of_k_that_is_no_multiple_of_4_hold_at_most_k_tokens(loaded, k, text):
-    check_spans(text, loaded["bpe"], k)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,21 +159,13 @@ def test_token_cuts_golden():
     assert refrag.token_cuts(np.ones(1, bool), 4).tolist() == [0]
 
 
-@given(allowed=placements, k=st.integers(1, 64))
-@many
-def test_token_cuts_are_never_inside_a_character(allowed, k):
-    cuts = refrag.token_cuts(allowed, k)
-    assert cuts[0] == 0 and cuts[-1] == len(allowed) - 1
-    assert (np.diff(cuts) > 0).all() and allowed[cuts].all()
-    for a, b in itertools.pairwise(cuts.tolist()):
-        assert b - a <= k or (k % 4 == 0 and k > 4) or not allowed[a + 1 : b].any()
-
-
 @given(allowed=placements, k=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 63]))
 @many
 def test_a_unit_is_as_long_as_it_can_be(allowed, k):
     """It ends at the last place within k tokens, or where there is none at the first one after."""
-    for a, b in itertools.pairwise(refrag.token_cuts(allowed, k).tolist()):
+    cuts = refrag.token_cuts(allowed, k).tolist()
+    assert cuts[0] == 0 and cuts[-1] == len(allowed) - 1
+    for a, b in itertools.pairwise(cuts):
         within = [j for j in range(a + 1, min(a + k, len(allowed) - 1) + 1) if allowed[j]]
         assert b == (within[-1] if within else next(j for j in range(a + 1, len(allowed)) if allowed[j]))
 
