@@ -5663,7 +5663,8 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
 def run_identity(facts: dict[str, Any]) -> dict[str, Any]:
     """What has to be the same for a run to go on. facts: of run.json."""
     settings = {f"--{name}": value for name, value in facts["settings"].items() if name not in FREE_TO_CHANGE}
-    return settings | {"processes": facts["processes"]} | {fact["file"]: fact["sha256"][:12] for fact in facts["data"]}
+    data = {fact["file"]: f"sha256 {fact['sha256'][:12]}" for fact in facts["data"]}
+    return settings | {"processes": facts["processes"]} | data
 
 
 def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
