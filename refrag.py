@@ -4749,7 +4749,7 @@ class TextLessons(Lessons):
     def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
         """options: the phase's own."""
         super().__init__(encoder, train)
-        self.paths, self.options = texts, options
+        self.options = options
         self.cache, self.windows = self.load(texts.train_json)
         short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
         if short:
@@ -4769,10 +4769,6 @@ class TextLessons(Lessons):
 
     def __len__(self) -> int:
         return len(self.windows)
-
-    def facts(self) -> list[dict[str, Any]]:
-        """The data files."""
-        return file_facts([*self.paths.train_json, *self.paths.eval_json])
 
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
         """progress: range [0, 1), how far the run is."""
@@ -4942,39 +4938,38 @@ class AnswerLessons(Lessons):
                  search: SearchConfig, gate: QueryGate | None = None):
         """gate: the learned one; without it the blend chooses."""
         super().__init__(encoder, train)
-        self.sft, self.index, self.searcher, self.search, self.gate = sft, searcher.index, searcher, search, gate
-        self.questions, self.ranked = self.prepare(sft.rag_json, "--rag_json", sft.limit)
-        self.held_out = None
-        if sft.eval_json is not None:
-            self.held_out = self.prepare(sft.eval_json, "--eval_json", train.eval_limit)
+        self.sft, self.index, self.topk, self.gate = sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
-
-    def prepare(self, name: str, flag: str, limit: int | None) -> tuple[list[dict[str, Any]], list[list[int]]]:
-        """Checked questions, and for each the rows of its passages: first the right ones, then the others by rank."""
-        questions = read_answered_questions(name, flag, limit)
-        return questions, retrieved_rows(questions, self.searcher, self.search)
+        self.questions, self.held_out = (
+            retrieve_all(read_answered_questions(name, flag, limit), searcher, search) if name else []
+            for name, flag, limit in ((sft.rag_json, "--rag_json", sft.limit),
+                                      (sft.eval_json, "--eval_json", train.eval_limit)))
 
     def __len__(self) -> int:
         return len(self.questions)
 
-    def facts(self) -> list[dict[str, Any]]:
-        index = {"file": str(self.index.path), "sha256": self.index.manifest["digest"]}
-        return [*file_facts([name for name in (self.sft.rag_json, self.sft.eval_json) if name]), index]
-
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        return self.item(self.questions[number], self.ranked[number], rng, float(rng.choice(self.sft.p)),
-                         int(rng.choice(self.train.k)), bool(rng.random() < self.sft.no_answer_frac),
-                         self.sft.quote_frac)
+        """progress: not used, questions do not change over a run."""
+        return self.item(self.questions[number], rng, float(rng.choice(self.sft.p)), int(rng.choice(self.train.k)),
+                         bool(rng.random() < self.sft.no_answer_frac), self.sft.quote_frac)
 
-    def item(self, item: dict[str, Any], rows: list[int], rng: np.random.Generator, p: float, k: int,
-             taken_away: bool, quote_frac: float = 0.0) -> Item:
+    def exam(self) -> dict[str, list[Item]]:
+        """The held-out questions at each k and p."""
+        return {f"k{k}/p{p:g}": [self.item(found, np.random.default_rng([0, i]), p, k)
+                                 for i, found in enumerate(self.held_out)]
+                for k in self.train.k for p in self.sft.p if self.held_out}
+
+    def item(self, found: Retrieved, rng: np.random.Generator, p: float, k: int, taken_away: bool = False,
+             quote_frac: float = 0.0) -> Item:
         """A question with its passages, which fit --seq_tokens together."""
-        question = item["question"]
-        right, most = right_rows(self.index, item, rows), self.most_shown(rng)
+        item, rows, _ = found
+        question, right, most = item["question"], right_rows(self.index, item, rows), self.topk
+        if self.sft.topk_min is not None:
+            most = int(rng.integers(self.sft.topk_min, most + 1))
         others = [row for row in rows if row not in set(right)]
         if taken_away or not right:
-            lacking = [row for row in others if not answers_in(self.index, item, row)]
-            shown, gold, answer = lacking[:most], None, NO_ANSWER
+            gold, answer = None, NO_ANSWER
+            shown = [row for row in others if not answers_in(self.index, item, row)][:most]
         else:
             gold, answer = right[0], str(rng.choice(item["answers"]))
             shown = [row for row in rows if row == gold or row in others][:most]
@@ -4982,47 +4977,31 @@ class AnswerLessons(Lessons):
                 shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
             if quote_frac and rng.random() < quote_frac:  # where nothing is quoted, nothing is drawn
-                question, answer = self.quote(question, gold, answer)
+                sentence = sentence_with(answer, self.index.texts[gold], question)
+                question, answer = (question, answer) if sentence is None else (QUOTE + question, sentence)
         asked = self.prompts.ask(question, shown, gold, answer, k)
-        sequence = asked.answered(self.choose(item["question"], asked.context, p, k, rng))
+        sequence = asked.answered(self.choose(found, asked.context, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}",
                     tuple(doc.row for doc in asked.context.docs))
 
-    def quote(self, question: str, gold: int, answer: str) -> tuple[str, str]:
-        """A question with its answer, as one for the sentence that holds it; unchanged if none does."""
-        sentence = sentence_with(answer, self.index.texts[gold], question)
-        return (question, answer) if sentence is None else (QUOTE + question, sentence)
-
-    def most_shown(self, rng: np.random.Generator) -> int:
-        """How many passages a question is shown at most."""
-        fewest, topk = self.sft.topk_min, self.search.topk
-        return topk if fewest is None else int(rng.integers(fewest, topk + 1))
-
-    def choose(self, question: str, context: Context, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, found: Retrieved, context: Context, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
         """(L,) the chunks that stay text: those that the gate likes best, as in use, or some at random."""
         gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and context.docs
-        scores = self.gate_scores(question, context.docs, k) if gated else rng.random(len(context.prompt.chunks))
+        scores = self.gate_scores(found, context.docs, k) if gated else rng.random(len(context.prompt.chunks))
         return select_chunks(scores, context.prompt.sizes, p)
 
-    def gate_scores(self, question: str, docs: list[Doc], k: int) -> np.ndarray:
+    def gate_scores(self, found: Retrieved, docs: list[Doc], k: int) -> np.ndarray:
         """(L,) the gate's. Where the index has longer chunks alone, a chunk has the score of the one it lies in."""
-        stored, embedder = self.index.manifest["chunking"]["k"], self.searcher.embedder
+        stored = self.index.manifest["chunking"]["k"]
         tables = [self.index.chunk_table(doc.row, k) or self.index.chunk_table(doc.row, stored) for doc in docs]
-        query = embedder.embed_query(question)[0] if embedder is not None else None
         wide = [doc._replace(chunks=table) for doc, table in zip(docs, tables, strict=True)]
-        given = gate_input(question, wide, query, self.index)
-        scores = self.gate.scores(given) if self.gate is not None and given.vectors is not None else blend_scores(given)
+        inputs = gate_input(found.item["question"], wide, found.query, self.index)
+        learned = self.gate is not None and inputs.vectors is not None
+        scores = self.gate.scores(inputs) if learned else blend_scores(inputs)
         counts = [len(table.ends) for table in tables]
         places = [base + np.searchsorted(table.ends[:-1], doc.chunks.ends) for base, table, doc in
                   zip(np.cumsum([0, *counts[:-1]]), tables, docs, strict=True)]
         return scores[np.concatenate(places)]
-
-    def exam(self) -> dict[str, list[Item]]:
-        if self.held_out is None:
-            return {}
-        return {f"k{k}/p{p:g}": [self.item(q, rows, np.random.default_rng([0, i]), p, k, False)
-                                 for i, (q, rows) in enumerate(zip(*self.held_out, strict=True))]
-                for k in self.train.k for p in self.sft.p}
 
 
 def answers_in(index: Index, item: dict[str, Any], row: int) -> list[str]:
@@ -5052,24 +5031,25 @@ def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, li
     return places
 
 
-def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[list[int]]:
-    """Rows of the passages retrieved for each question, and of right ones that were missed. Cached on disk."""
-    index = searcher.index
-    asked = [[q["question"], q.get("positive_ids")] for q in questions]
-    key = dumps([index.manifest["digest"], searcher.uses, search.topk, search.hops, search.rerank, asked])
-    path = cache_home() / "retrieved" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    places, ranked = positive_rows(questions, index), []
-    for place, q in enumerate(progress(questions, "retrieving", total=len(questions), unit="question")):
-        if place % QUERY_BATCH == 0 and searcher.embedder is not None:
-            searcher.embedder.embed_queries([q["question"] for q in questions[place : place + QUERY_BATCH]])
-        found = [passage.row for passage in searcher.search(q["question"], search.topk + 1, search.hops)]
-        missed = [row for i in q.get("positive_ids") or () for row in places.get(i, ()) if row not in found]
-        ranked.append([*found, *missed])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(ranked))
-    return ranked
+class Retrieved(NamedTuple):
+    """A question and what retrieval finds for it."""
+
+    item: dict[str, Any]
+    rows: list[int]  # of passages, the best first, then right ones that were missed
+    query: np.ndarray | None  # (dim,), the embedder's vector of the question
+
+
+def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[Retrieved]:
+    """The passages of many questions, which are embedded together."""
+    places, embedder, found = positive_rows(questions, searcher.index), searcher.embedder, []
+    for number, item in enumerate(progress(questions, "retrieving", total=len(questions), unit="question")):
+        if number % QUERY_BATCH == 0 and embedder is not None:
+            embedder.embed_queries([q["question"] for q in questions[number : number + QUERY_BATCH]])
+        rows = [passage.row for passage in searcher.search(item["question"], search.topk + 1, search.hops)]
+        missed = [row for i in item.get("positive_ids") or () for row in places.get(i, ()) if row not in rows]
+        query = embedder.embed_query(item["question"])[0] if embedder is not None else None
+        found.append(Retrieved(item, [*rows, *missed], query))
+    return found
 
 
 # -- the order of the data ------------------------------------------------------
@@ -5262,29 +5242,24 @@ def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], bat
     return {"loss": round(loss / max(total, 1), 5), "accuracy": round(right / max(total, 1), 5)}
 
 
-class StopSignal:
-    """Remembers SIGTERM or Ctrl-C, so that the loop can save before it leaves; a second one leaves at once."""
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and Ctrl-C, so that the loop can save before it leaves; a second one leaves at once."""
+    received: list[int] = []
 
-    def __init__(self) -> None:
-        self.signum = 0
-
-    def __enter__(self) -> StopSignal:
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def note(self, signum: int, frame: Any) -> None:
-        """Note the first, act on the second."""
-        if self.signum:
+    def note(signum: int, frame: Any) -> None:
+        if received:
             raise_exit(signum, frame)
-        self.signum = signum
-        notice("stopping after this step, with a checkpoint; once more to stop at once")
+        received.append(signum)
+        notice("saving a checkpoint after this step; once more to stop at once")
 
-    def __exit__(self, *error: Any) -> None:
-        if self.main:
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Trainer:
@@ -5294,6 +5269,7 @@ class Trainer:
                  teacher: nn.Module | None, facts: dict[str, Any], seed: int):
         self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
         self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
+        self.earlier = model.config.history  # of the phases before
         cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
         self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
@@ -5370,7 +5346,7 @@ class Trainer:
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
         bar = progress(None, self.phase.name, self.train.steps, "step", done=self.step)
-        with StopSignal() as stop, contextlib.closing(bar):
+        with stop_signals() as received, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
                 terms, self.drawn = self.run_step(passes), drawn
@@ -5385,20 +5361,15 @@ class Trainer:
                     since = (self.seconds, self.tokens)
                 if last or (self.train.eval_every and self.step % self.train.eval_every == 0):
                     log.write({"step": self.step, "eval": self.evaluate()})
-                leaving = self.agree(stop.signum)
+                if received:
+                    self.accelerator.set_trigger()
+                leaving = self.accelerator.check_trigger()  # of any process
                 if leaving or last or self.step % self.train.save_every == 0:
                     self.save(log)
                 if leaving and not last:
-                    raise KeyboardInterrupt if leaving == signal.SIGINT else SystemExit(128 + leaving)
+                    raise KeyboardInterrupt if signal.SIGINT in received else SystemExit(128 + signal.SIGTERM)
                 start = time.perf_counter()  # evaluating and saving count in no throughput
         return self.summary(log)
-
-    def agree(self, signum: int) -> int:
-        """The signal that any process has received, 0 if none."""
-        if self.accelerator.num_processes == 1:
-            return signum
-        received = torch.tensor([float(signum)], device=self.accelerator.device)
-        return int(self.accelerator.gather(received).max().item())
 
     def reduce(self, record: dict[str, float]) -> dict[str, float]:
         """Loss terms summed over the processes, each of which has its share."""
@@ -5410,19 +5381,17 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
-        results = {}
+        results: dict[str, Any] = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
             sequences, sources = [item.sequence for item in items], [item.sources for item in items]
-            made = {kind: control(kind, sequences, sources) for kind in CONTROLS}
-            results[name] = {kind: self.measure(changed) for kind, changed in made.items() if changed}
+            for kind in CONTROLS:
+                changed = control(kind, sequences, sources)
+                if changed:
+                    measured = measure_sequences(self.model, changed, self.train.batch_size, self.accelerator)
+                    require(math.isfinite(measured["loss"]), f"step {self.step}: the held-out loss is "
+                            f"{measured['loss']}: mend the models or lower --lr")
+                    results.setdefault(name, {})[kind] = measured
         return results
-
-    def measure(self, sequences: list[TrainingSequence]) -> dict[str, float]:
-        """Mean loss and accuracy over all asked positions of some sequences."""
-        measured = measure_sequences(self.model, sequences, self.train.batch_size, self.accelerator)
-        if not math.isfinite(measured["loss"]):
-            raise UserError(f"step {self.step}: the held-out loss is {measured['loss']}: mend the models or lower --lr")
-        return measured
 
     def summary(self, log: RunLog) -> dict[str, Any]:
         """What the command prints at the end."""
@@ -5439,23 +5408,17 @@ class Trainer:
     def optimizer_state(self, offload: bool) -> dict[str, Any]:
         """AdamW's state by parameter name, gathered where FSDP split it; offloaded, only the first process has it."""
         options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=offload)
-        return state_dict.get_optimizer_state_dict(self.wrapped, unwrap_optimizer(self.optimizer), options=options)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What continuing needs beside the model: optimizer tensors by parameter name, and plain values."""
-        moments = self.optimizer_state(offload=True).get("state", {})
-        tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
-        tensors["rng/torch"] = torch.get_rng_state()
-        return tensors, {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-                         "drawn": self.drawn}
+        return state_dict.get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
 
     def save(self, log: RunLog) -> None:
         """Write a checkpoint, whole or not at all, and drop those before the last two."""
-        tensors, values = self.state()
-        config = self.model.config
+        moments = self.optimizer_state(offload=True).get("state", {})
+        tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
+        tensors["rng/torch"] = torch.get_rng_state()
+        values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
+        config, parts = self.model.config, self.model.parts()
         entry = {"phase": self.phase.name, "steps": self.step, "tokens": self.tokens, **self.facts}
-        config.history = [*(h for h in config.history if h.get("run") != self.facts["run"]), entry]
-        parts = self.model.parts()
+        config.history = [*self.earlier, entry]
         for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
             require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
                     "this checkpoint is not written: lower --lr; the last one stays")
@@ -5472,20 +5435,16 @@ class Trainer:
         tensors = load_file(folder / "trainer.safetensors")
         values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         torch.set_rng_state(tensors.pop("rng/torch"))
+        self.earlier = self.earlier[:-1]  # the last entry is this run's own
         moments = self.optimizer_state(offload=False)
         moments["state"] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             moments["state"].setdefault(name, {})[kind] = value
-        state_dict.set_optimizer_state_dict(self.wrapped, unwrap_optimizer(self.optimizer), moments,
+        state_dict.set_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, moments,
                                             options=state_dict.StateDictOptions(full_state_dict=True))
         self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
         self.drawn = self.sampler.drawn = values["drawn"]
-
-
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
@@ -5664,10 +5623,14 @@ def run_settings(configs: Sequence[Any], **more: Any) -> dict[str, Any]:
     return json.loads(json.dumps({**more, **merged}))
 
 
-def run_digest(settings: dict[str, Any], data: list[dict[str, Any]]) -> str:
-    """What makes a run the same run, wherever its folder stands."""
-    fixed = {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE}
-    return hashlib.sha256(dumps([fixed, data]).encode()).hexdigest()[:16]
+def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run learns from: the files and the index that its settings name."""
+    named = [settings.get(name) or [] for name in ("train_json", "rag_json", "eval_json")]
+    facts = file_facts([name for names in named for name in ([names] if isinstance(names, str) else names)])
+    if "index_dir" in settings:
+        digest = index_manifest(settings["index_dir"])["digest"]
+        facts.append({"file": str(Path(settings["index_dir"])), "sha256": digest})
+    return facts
 
 
 @contextlib.contextmanager
@@ -5697,38 +5660,34 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_run(folder: Path, settings: dict[str, Any], processes: int,
-             resume: bool) -> tuple[Path | None, list[dict[str, Any]]]:
-    """With --resume, the checkpoint to continue from and the data it was made with; nothing for a new run.
+def run_identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for a run to go on. facts: of run.json."""
+    settings = {f"--{name}": value for name, value in facts["settings"].items() if name not in FREE_TO_CHANGE}
+    data = {fact["file"]: f"sha256 {fact['sha256'][:12]}" for fact in facts["data"]}
+    return settings | {"processes": facts["processes"]} | data
 
-    Raises UserError, CorruptError, MismatchError that names the options that changed.
+
+def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to continue from, None for a new run.
+
+    Raises UserError without --resume, CorruptError, MismatchError that names what has changed since the run began.
     """
     path = folder / "run.json"
-    if not step_folders(folder):  # whatever was begun here has left nothing to lose
-        return None, []
+    if not step_folders(folder):  # no checkpoint yet, so nothing can be overwritten
+        return None
     if not path.is_file():
         raise CorruptError(f"{path} is missing, but there are checkpoints: name another --out_dir")
     require(resume, f"--out_dir {folder} holds a run: add --resume to continue it, or name another folder")
     try:
-        facts = json.loads(path.read_bytes())
-        before, data, launched = dict(facts["settings"]), list(facts["data"]), int(facts["processes"])
-    except (ValueError, KeyError, TypeError):
+        before = run_identity(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CorruptError(f"{path} is damaged: name another --out_dir") from None
-    changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
+    changed = [f"{name} was {before.get(name)}, now {value}" for name, value in run_identity(facts).items()
+               if before.get(name) != value]
     if changed:
-        was = ", ".join(f"--{k} was {before.get(k)}, now {settings[k]}" for k in changed)
-        raise MismatchError(f"--resume with changed options: {was}: use the same, or name another --out_dir")
-    if launched != processes:  # a step has as many times --batch_size sequences
-        raise MismatchError(f"--resume: the run has {launched} processes, now there are {processes}: launch as many, "
-                            "or name another --out_dir")
-    return newest_checkpoint(folder), data
-
-
-def write_run(folder: Path, settings: dict[str, Any], lessons: Lessons, accelerator: Any) -> None:
-    """run.json: what it takes to make the run again."""
-    facts = {"settings": settings, "data": lessons.facts(), "versions": library_versions(),
-             "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
-    write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
+        raise MismatchError(f"--resume with what has changed: {', '.join(changed)}: use the same, or name another "
+                            "--out_dir")
+    return newest_checkpoint(folder)
 
 
 def train_phase(phase: Phase, configs: tuple[Any, ...],
@@ -5738,33 +5697,25 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
     settled, accelerator = phase.settled(train), make_accelerator(runtime)
     folder, settings = Path(train.out_dir), run_settings(configs, phase=phase.name)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
-        checkpoint, data = open_run(folder, settings, accelerator.num_processes, train.resume)
+        facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
+                 "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
+        checkpoint = open_run(folder, facts, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
         model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
         model.config.compression = max(train.k)
         lessons = make_lessons(model, settled)
-        check_same_data(lessons.facts(), data)
         teacher = load_teacher(phase, settled, models, runtime)
         mark_trained(model, settled.train, train.lora_r)
         adapters = f" (LoRA {train.lora_r})" if train.lora_r else ""
-        facts = {"run": run_digest(settings, lessons.facts()), "train": settled.train + adapters,
-                 "device": str(accelerator.device), "data": without_folders(lessons.facts())}
-        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, facts, runtime.seed)
+        told = {"train": settled.train + adapters, "device": facts["device"], "data": without_folders(facts["data"])}
+        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, told, runtime.seed)
         if checkpoint:
             trainer.restore(checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
-            write_run(folder, settings, lessons, accelerator)
+            write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
         with kept_memory(accelerator.device):
             return trainer.fit()
-
-
-def check_same_data(facts: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
-    """Raise MismatchError if a file is not what it was when the run began; before: empty for a new run."""
-    for now, then in zip(facts, before, strict=False):
-        if now != then:
-            raise MismatchError(f"--resume: {now['file']} has changed since the run began: restore it, or name another "
-                                "--out_dir")
 
 
 def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
@@ -5801,26 +5752,22 @@ class GateData(NamedTuple):
     """What gate and policy are trained on."""
 
     searcher: Searcher
-    questions: list[dict[str, Any]]
-    ranked: list[list[int]]
+    questions: list[Retrieved]
     examples: list[GateExample]
     held_out: list[GateExample]
 
 
-def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], searcher: Searcher, chunking: Chunking,
-                  topk: int) -> list[GateExample]:
+def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, topk: int) -> list[GateExample]:
     """Examples of the questions of which a right passage with an answer in it was retrieved."""
-    examples, index = [], searcher.index
-    pairs = enumerate(zip(questions, ranked, strict=True))
-    for number, (question, rows) in progress(pairs, "features", total=len(questions), unit="question"):
+    examples = []
+    for number, (item, rows, query) in enumerate(progress(questions, "features", len(questions), "question")):
         rows = rows[:topk]
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
-        right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
-        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, question["answers"])
+        right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
+        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, item["answers"])
         if spans:
-            query = searcher.embedder.embed_query(question["question"])[0]
-            inputs = gate_input(question["question"], docs, query, index)
+            inputs = gate_input(item["question"], docs, query, index)
             sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
             slim = inputs._replace(texts=[], vectors=inputs.vectors.astype(np.float16))
             examples.append(GateExample(number, slim, chunk_features(inputs), sizes, spans))
@@ -5841,14 +5788,14 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     stored = opened.manifest["chunking"]["k"]
     require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
             f"{data.k}: give --k {stored}, or build the index with another")
-    made = []
+    questions = []
     for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
                                (data.eval_json, "--eval_json", data.eval_limit)):
-        questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
-        ranked = retrieved_rows(questions, searcher, search) if questions else []
-        made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
-    require(bool(made[0][2]), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
-    return GateData(searcher, *made[0], made[1][2])
+        answered = [item for name in names for item in read_answered_questions(name, flag, limit)]
+        questions.append(retrieve_all(answered, searcher, search))
+    examples, held_out = (gate_examples(part, opened, chunking, search.topk) for part in questions)
+    require(bool(examples), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
+    return GateData(searcher, questions[0], examples, held_out)
 
 
 def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
@@ -5936,12 +5883,12 @@ class AnswerReader:
 
         Raises UserError where the decoder's window does not hold them all: chunks are counted through all of them.
         """
-        question, index = self.data.questions[example.number], self.data.searcher.index
-        rows = self.data.ranked[example.number][: self.topk]
-        right = right_rows(index, question, rows)[0]
-        answer = [*answers_in(index, question, right), question["answers"][0]][0]
-        asked = self.prompts.ask(question["question"], rows, right, answer, self.k)
-        require(len(asked.context.docs) == len(rows), f"--topk {self.topk}: the passages for question {question['id']} "
+        (item, rows, _), index = self.data.questions[example.number], self.data.searcher.index
+        rows = rows[: self.topk]
+        right = right_rows(index, item, rows)[0]
+        answer = [*answers_in(index, item, right), item["answers"][0]][0]
+        asked = self.prompts.ask(item["question"], rows, right, answer, self.k)
+        require(len(asked.context.docs) == len(rows), f"--topk {self.topk}: the passages for question {item['id']} "
                 f"take more than the decoder's window of {self.model.window}: lower it")
         return asked
 

@@ -323,7 +323,7 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
             "next": lambda: refrag.NextLessons(model.encoder, texts, settled, refrag.NextConfig()),
             "align": lambda: refrag.AlignLessons(model.encoder, texts, settled)}[lessons]()
     refrag.mark_trained(model, letters, 0)
-    facts = {"run": "", "data": []}
+    facts = {"data": []}
     return refrag.Trainer(model, made, phase, settled, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)
 
 

@@ -751,8 +751,8 @@ OTHERS = {  # what is not as it was: options, exit code, message
     "encoder": (["--enc", "decoder:1"], 5, "--enc was decoder:2, now decoder:1"),
     "texts": (["--train_json", __file__], 5, "--train_json was"),
     "phase": (["cpt_next"], 5, "--phase was cpt_recon, now cpt_next"),
-    "changed texts": ([], 5, "texts.jsonl has changed since the run began"),
-    "processes": ({"processes": 2}, 5, "the run has 2 processes, now there are 1"),
+    "changed texts": ([], 5, "texts.jsonl was sha256 "),
+    "processes": ({"processes": 2}, 5, "processes was 2, now 1"),
     "gone": (None, 4, "run.json is missing"),
     **{f"run.json {content!r}": (content, 4, "run.json is damaged") for content in (
         b"", b"damaged", b"[]", b"{}", b"\xff", b'{"settings"', b'{"settings": [1]}', b'{"settings": null}',
@@ -792,7 +792,7 @@ def test_a_run_does_not_go_on_with_another_index(done, refused, line, files, tmp
     done(*argv)
     done(*line("same", index))
     with unchanged(out):
-        assert f"--resume: {index} has changed since the run began" in refused(5, *argv)
+        assert f"{index} was sha256 " in refused(5, *argv)
 
 
 TAILS = [b'{"step": 4, "lo', b'{"step": 4, "eval": {"k4/1": {"vectors": {"loss": 6.9}', b"\0" * 99, b"\0" * 99 + b"}\n",

@@ -755,7 +755,7 @@ def test_shorter_chunks_have_the_score_of_the_one_they_lie_in(lessons_on, words)
         asked = [lessons.prompts.ask(QUESTIONS[number]["question"], [2, 5, 1], 5, "x", k)
                  for lessons, k in ((long, 16), (short, 4))]
         asked = [one.context for one in asked]
-        scores = [lessons.gate_scores(QUESTIONS[number]["question"], one.docs, k)
+        scores = [lessons.gate_scores(lessons.questions[number], one.docs, k)
                   for lessons, one, k in ((long, asked[0], 16), (short, asked[1], 4))]
         places = [[(chunk.doc, int(one.docs[chunk.doc].chunks.ends[i - first[chunk.doc]])) for i, chunk in enumerate(
                   one.prompt.chunks)] for one in asked
@@ -865,16 +865,6 @@ def test_every_chunk_is_encoded_from_its_own_text(lessons_on):
     assert ours == theirs
 
 
-def test_retrieval_is_done_once(lessons_on, monkeypatch):
-    """Another number of passages or other questions are retrieved anew."""
-    first = lessons_on()
-    monkeypatch.setattr(refrag.Searcher, "search", lambda *_, **__: pytest.fail("searched again"))
-    assert lessons_on().ranked == first.ranked
-    for rows, topk in ((QUESTIONS, 4), (QUESTIONS[:2], 3)):
-        with pytest.raises(pytest.fail.Exception):
-            lessons_on(rows, topk=topk)
-
-
 def test_questions_are_embedded_together(tmp_path, corpus, embedder, llama, monkeypatch):
     """As many as a batch holds, and each finds what it finds alone."""
     argv = ["index", "--corpus", corpus, "--index_dir", tmp_path, "--embed_model", embedder, "--dec", llama, "--quiet"]
@@ -888,18 +878,10 @@ def test_questions_are_embedded_together(tmp_path, corpus, embedder, llama, monk
                         lambda texts, **options: sizes.append(len(texts)) or encode(texts, **options))
     monkeypatch.setattr(refrag, "QUERY_BATCH", 3)
     searcher.embedder.queries.clear()
-    assert refrag.retrieved_rows(questions, searcher, search) == alone and sizes == [3, 1]
-
-
-def test_a_reranker_is_not_taken_for_the_retriever_alone(words):
-    """Another order of the passages is another result."""
-    ranked = []
-    for name in (None, "a-reranker"):
-        searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(words)), refrag.SearchConfig(), RUNTIME)
-        if name:
-            searcher.reranker = lambda question, contents: np.arange(len(contents), dtype=np.float32)
-        ranked.append(refrag.retrieved_rows(QUESTIONS, searcher, refrag.SearchConfig(topk=3, rerank=name)))
-    assert ranked[0] != ranked[1] and [set(rows) for rows in ranked[0]] == [set(rows) for rows in ranked[1]]
+    found = refrag.retrieve_all(questions, searcher, search)
+    assert [one.rows for one in found] == alone and sizes == [3, 1]
+    np.testing.assert_allclose([one.query for one in found], searcher.embedder.embed(
+        encode, [q["question"] for q in questions]), atol=1e-6)
 
 
 def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_path, words, whole):
@@ -1438,14 +1420,13 @@ def test_the_model_card_tells_models_phases_and_results():
 
 
 @posix
-def test_a_first_signal_is_noted_and_a_second_one_leaves(capsys, monkeypatch):
-    monkeypatch.setattr(refrag, "QUIET", False)
+def test_a_first_signal_is_noted_and_a_second_one_leaves(capsys):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with refrag.StopSignal() as stop:
-        assert stop.signum == 0
+    with refrag.stop_signals() as received:
+        assert received == []
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signum == signal.SIGINT
-        assert "stopping after this step" in capsys.readouterr().err
+        assert received == [signal.SIGINT]
+        assert "saving a checkpoint after this step" in capsys.readouterr().err
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGTERM)
     assert left.value.code == 143
