@@ -880,8 +880,9 @@ def test_questions_are_embedded_together(tmp_path, corpus, embedder, llama, monk
     searcher.embedder.queries.clear()
     found = refrag.retrieve_all(questions, searcher, search)
     assert [one.rows for one in found] == alone and sizes == [3, 1]
-    np.testing.assert_allclose([one.query for one in found], searcher.embedder.embed(
-        encode, [q["question"] for q in questions]), atol=1e-6)
+    searcher.embedder.queries.clear()
+    single = [searcher.embedder.embed_query(q["question"])[0] for q in questions]
+    np.testing.assert_allclose([one.query for one in found], single, atol=0.02)  # bfloat16: padding shows
 
 
 def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_path, words, whole):
