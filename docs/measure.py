@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 import refrag
-from refrag_extras import cpu_engine, evaluate
+from refrag_extras import bench, cpu_engine, evaluate
 
 RUNTIME = refrag.RuntimeConfig()
 
@@ -49,7 +49,7 @@ RUNTIME = refrag.RuntimeConfig()
 def print_result(what: str, result: dict) -> None:
     """A measurement with what it takes to make it again, as one JSON object."""
     print(json.dumps({"what": what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions(),
-                      "command": sys.argv, "commit": refrag.source_commit(), **result}))
+                      "command": sys.argv, "commit": evaluate.source_commit(), **result}))
 
 
 # -- decoding ------------------------------------------------------------------
@@ -156,12 +156,11 @@ def measure_answers(args: argparse.Namespace) -> dict:
     scores: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in steppers}
     questions = refrag.read_answered_questions(args.qa, "--qa", args.limit)
     for item in refrag.progress(questions, "answers", total=len(questions), unit="question"):
-        _, inputs = pipeline.prepare(item)
-        logits, state = refrag.prefill(decoder, [inputs])
+        logits, state = refrag.prefill(decoder, [pipeline.prepare(item).inputs])
         replies = {}
         for name, stepper in steppers.items():  # the decoder last: it adds to the cache, the others to a copy
-            [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, stops=pipeline.stops,
-                                     pick=pipeline.pick, watch=watch, stepper=stepper)
+            [out], _ = refrag.decode(decoder, logits, state, max_new=args.new, watch=watch, stepper=stepper,
+                                     stops=pipeline.settings.stop_tokens, pick=pipeline.settings.pick)
             replies[name] = pipeline.tokenizer.decoder.decode(out.tokens, skip_special_tokens=True)
         for name, reply in replies.items():
             truths = item["answers"]
@@ -189,7 +188,7 @@ def measure_first_token(args: argparse.Namespace) -> dict:
         length = trial.setting.context
         timers[length, trial.setting.curve] = lambda trial=trial: trial.run(item)["ttft_s"]
         if trial.setting.mode == "full":
-            prompt = trial.pipeline.prepare(item)[0].packed.prompt
+            prompt = trial.pipeline.prepare(item, trial.settings).context.prompt
             sizes[length] = prompt.context_tokens
             if llama is not None:
                 timers[length, "llama.cpp full"] = lambda prompt=prompt: llama.answer(prompt.input_ids.tolist(), 1)[0]
@@ -324,7 +323,7 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
             "next": lambda: refrag.NextLessons(model.encoder, texts, settled, refrag.NextConfig()),
             "align": lambda: refrag.AlignLessons(model.encoder, texts, settled)}[lessons]()
     refrag.mark_trained(model, letters, 0)
-    facts = {"run": "", "data": []}
+    facts = {"data": []}
     return refrag.Trainer(model, made, phase, settled, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)
 
 
@@ -339,18 +338,16 @@ def by_hand(trainer: refrag.Trainer, batches: list[refrag.Batch]) -> None:
 
 
 def measure_training(args: argparse.Namespace) -> dict:
-    """Seconds of whole training steps, of their bare forward and backward passes, and of these with attention over
-    whole rows instead of text by text, taking turns; peak memory."""
+    """Seconds of whole training steps and of their bare forward and backward passes, taking turns; peak memory."""
     rows = []
     for lessons, letters in (("recon", "pe"), ("next", "ped")):
         with tempfile.TemporaryDirectory() as folder:
             trainer = trainer_of(args, lessons, letters, Path(folder))
             steps = itertools.islice(trainer.sampler.run(0), args.repeats + 1)
             times = [time_step(trainer, passes) for passes, _ in steps]
-        whole, bare, _ = zip(*times[1:], strict=True)  # the first warms up
+        whole, bare = zip(*times[1:], strict=True)  # the first warms up
         rows.append({"phase": lessons, "step_s": statistics.median(whole), "bare_s": statistics.median(bare),
-                     "step/bare": statistics.median(w / b for w, b, _ in times[1:]),
-                     "whole_rows/bare": statistics.median(m / b for _, b, m in times[1:]),
+                     "step/bare": statistics.median(w / b for w, b in times[1:]),
                      "peak_rss_mb": refrag.peak_rss_mb()})
     return {"rows": rows}
 
@@ -362,7 +359,7 @@ def measure_allocator(args: argparse.Namespace) -> dict:
         trainer = trainer_of(args, "next", "ped", Path(folder))
         steps = [passes for passes, _ in itertools.islice(trainer.sampler.run(0), args.repeats + 1)]
         for name in ("default", "kept", "default", "kept"):
-            refrag.reset_peak_memory(cpu)
+            bench.reset_peak_memory(cpu)
             with refrag.kept_memory(cpu) if name == "kept" else contextlib.nullcontext():
                 clock = [time.perf_counter()]
                 for passes in steps:
@@ -374,22 +371,14 @@ def measure_allocator(args: argparse.Namespace) -> dict:
     return {"rows": rows, "default/kept": statistics.median(map(operator.truediv, *times.values()))}
 
 
-def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float, float]:
-    """Seconds of a training step, of its bare passes, and of these with torch's attention over whole rows."""
-    batches = [trainer.collate([[item.sequence for item in row] for row in rows]) for rows in passes]
-    readers = {reader: reader.config._attn_implementation
-               for reader in (trainer.model.decoder, trainer.model.encoder.backbone)}
+def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
+    """Seconds of a training step and of its bare passes."""
+    batches = [refrag.checked_batch(trainer.model, [item.sequence for item in items]) for items in passes]
     start = time.perf_counter()
     by_hand(trainer, batches)
     bare = time.perf_counter()
-    for reader in readers:
-        reader.set_attn_implementation("sdpa")
-    by_hand(trainer, batches)
-    for reader, name in readers.items():
-        reader.set_attn_implementation(name)
-    masked = time.perf_counter()
     trainer.run_step(passes)
-    return time.perf_counter() - masked, bare - start, masked - bare
+    return time.perf_counter() - bare, bare - start
 
 
 # -- answers of two runs -----------------------------------------------------------

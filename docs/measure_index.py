@@ -213,7 +213,8 @@ def measure_kills(args: argparse.Namespace) -> dict:
     summary, killed = build_killed(args, rng)
     index, models = refrag.open_index(args.index_dir), refrag.ModelConfig()
     [segment] = index.segments
-    embedder, chunking = refrag.load_embedder(None, RUNTIME), refrag.load_chunking(models, None, RUNTIME, None)
+    embedder, chunking = refrag.load_embedder(None, RUNTIME), refrag.Chunking(
+        16, refrag.build_tokenizer(refrag.model_config(models)))
     starts = range(0, len(index), refrag.EMBED_BLOCK)
     chosen = sorted(rng.choice(len(starts), min(args.check, len(starts)), replace=False))
     equal = 0
@@ -221,10 +222,10 @@ def measure_kills(args: argparse.Namespace) -> dict:
         rows = range(first, min(first + refrag.EMBED_BLOCK, len(index)))
         vectors, tables = refrag.chunk_tables([index.content(row) for row in rows], chunking, embedder, 32)
         gate = np.concatenate([table.gate for table in tables]).astype(np.float16)
-        span = slice(segment.chunk_offsets[rows.start], segment.chunk_offsets[rows.stop])
-        same = [np.array_equal(segment.faiss.reconstruct_n(rows.start, len(rows)), vectors),
-                np.array_equal(segment.gate[span], refrag.in_8_bits(gate)[0]),
-                np.array_equal(segment.chunk_ends[span], np.concatenate([t.ends for t in tables]))]
+        span = slice(segment["chunk_offsets"][rows.start], segment["chunk_offsets"][rows.stop])
+        same = [np.array_equal(index.faiss[0].reconstruct_n(rows.start, len(rows)), vectors),
+                np.array_equal(segment["gate"][span], refrag.in_8_bits(gate)[0]),
+                np.array_equal(segment["chunk_ends"][span], np.concatenate([t.ends for t in tables]))]
         equal += all(same)
         print(json.dumps({"block": first // refrag.EMBED_BLOCK, "same": same}), file=sys.stderr, flush=True)
     return {"killed": killed, "last_run": summary, "blocks": len(starts), "checked": len(chosen), "equal": equal,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,36 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from refrag import (
-    BenchConfig,
-    GenerateConfig,
-    IndexConfig,
-    ModelConfig,
-    PackConfig,
-    Pipeline,
-    QuestionConfig,
-    RuntimeConfig,
-    SearchConfig,
-    describe_device,
-    draw,
-    dumps,
-    emit,
-    exclusive,
-    index_summary,
-    library_versions,
-    load_pipeline,
-    notice,
-    peak_device_mb,
-    progress_bar,
-    read_questions,
-    require,
-    reset_peak_memory,
-    run_settings,
-    source_commit,
-    write_atomic,
-)
-from refrag_extras.evaluate import aligned_table
+import refrag
+from refrag_extras.evaluate import aligned_table, source_commit
 
 TIMED = ("ttft_s", "ttit_s", "tokens_per_s")
 SIZED = ("context_tokens", "positions", "full_positions", "compression", "p_realised", "new_tokens", "kv_bytes")
@@ -65,7 +39,7 @@ class Setting(NamedTuple):
         return " ".join([self.mode, *(f"{name}={value:g}" for name, value in shown if value is not None)])
 
 
-def bench_settings(bench: BenchConfig) -> list[Setting]:
+def bench_settings(bench: refrag.BenchConfig) -> list[Setting]:
     """Every combination once, though some are named twice: full context knows no k and p, the question no context."""
     made = []
     for context, mode, batch in itertools.product(bench.contexts, bench.modes, bench.batch_size):
@@ -89,19 +63,35 @@ def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
         yield generator.permutation(count).tolist()
 
 
+def peak_device_mb(device: torch.device) -> float | None:
+    """Largest memory that tensors took on a CUDA device since the last reset, in MiB; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let both peaks begin anew. The resident memory's can not on other systems than Linux; there it stays."""
+    refrag.trim_memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 @dataclass
 class Trial:
-    """A setting that fits, the pipeline that runs it, and what its runs measured."""
+    """A setting that fits, how the pipeline runs it, and what its runs measured."""
 
     setting: Setting
-    pipeline: Pipeline
+    pipeline: refrag.Pipeline
+    settings: refrag.Settings
     stored_vectors: bool | None  # whether the index holds what it reads; None where no vectors are read
     runs: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each counted round
     memory: dict[str, float | None] = field(default_factory=dict)
 
     def run(self, item: dict[str, Any]) -> dict[str, Any]:
         """Answer once; returns the metrics."""
-        return metrics_together([result["metrics"] for result in self.pipeline.answer([item] * self.setting.batch)])
+        results = self.pipeline.answer_batch([item] * self.setting.batch, self.settings)
+        return metrics_together([result["metrics"] for result in results])
 
     def warm_up(self, item: dict[str, Any]) -> None:
         """A run that is not timed and measures peak memory, since returning freed memory would slow a timed one."""
@@ -122,18 +112,17 @@ def metrics_together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     "tokens_per_s": pace and round(pace * count, 3)}
 
 
-def reads_stored(pipeline: Pipeline) -> bool:
-    """Whether the index holds the encoder's states at the pipeline's k."""
-    if pipeline.stored is None:
-        return False
-    table = pipeline.stored_table(0)
+def reads_stored(pipeline: refrag.Pipeline, k: int) -> bool:
+    """Whether the index holds the encoder's states at k."""
+    table = None if pipeline.stored is None else pipeline.stored.chunk_table(0, k, pipeline.states_at(k))
     return table is not None and table.states is not None
 
 
 class Benchmark:
     """Settings that take turns over one loaded pipeline, and their result."""
 
-    def __init__(self, pipeline: Pipeline, bench: BenchConfig, item: dict[str, Any], facts: dict[str, Any]):
+    def __init__(self, pipeline: refrag.Pipeline, bench: refrag.BenchConfig, item: dict[str, Any],
+                 facts: dict[str, Any]):
         self.pipeline, self.bench, self.item, self.facts = pipeline, bench, item, facts
         self.left_out: list[str] = []
         self.trials = self.plan()
@@ -141,41 +130,43 @@ class Benchmark:
     def leave_out(self, text: str) -> None:
         """Report a combination that is not timed, and record it in the result."""
         self.left_out.append(text)
-        notice(text)
+        refrag.notice(text)
 
-    def fill(self, context: int) -> SearchConfig | None:
+    def fill(self, context: int) -> refrag.SearchConfig | None:
         """The search for as many passages as `context` tokens hold; None, and told, where they can not be filled."""
-        for topk in (SearchConfig.topk * 2**doubled for doubled in itertools.count()):
-            probe = self.pipeline.variant(mode="full", ctx_max=context, search=SearchConfig(topk=topk))
-            found = probe.retrieve(self.item)
-            packed = probe.pack_docs(self.item, found)
-            if packed.dropped or len(found) < topk:
+        for topk in (refrag.SearchConfig.topk * 2**doubled for doubled in itertools.count()):
+            settings = self.pipeline.settings_for(mode="full", ctx_max=context, search=refrag.SearchConfig(topk=topk))
+            found = self.pipeline.retrieve(self.item, settings)
+            packed = self.pipeline.context(self.item, found, settings)
+            if packed.left_out or len(found) < topk:
                 break
         tokens = packed.prompt.context_tokens
-        if packed.dropped and not packed.docs:
+        if packed.left_out and not packed.docs:
             self.leave_out(f"--contexts {context} left out: the best passage alone is longer")
-        elif tokens < context and not packed.dropped:
+        elif tokens < context and not packed.left_out:
             self.leave_out(f"--contexts {context} left out: all {len(found)} passages that the question finds hold "
                            f"{tokens} tokens")
         else:
-            return SearchConfig(topk=len(packed.docs))
+            return refrag.SearchConfig(topk=len(packed.docs))
         return None
 
-    def make_trial(self, setting: Setting, search: SearchConfig | None) -> Trial:
-        """A setting's pipeline. Its answers have all of --new tokens: nothing stops them."""
-        stored = self.pipeline.stored
-        k = setting.k or (stored.manifest["chunking"]["k"] if stored else self.pipeline.pack.k)  # full text: no recount
-        changes = {"mode": setting.mode, "k": k} | ({} if setting.p is None else {"p": setting.p})
-        one = self.pipeline.variant(search=search, **changes, ctx_max=setting.context or self.pipeline.pack.ctx_max)
-        one.stops = frozenset()
+    def make_trial(self, setting: Setting, search: refrag.SearchConfig | None) -> Trial:
+        """A setting, ready to be timed. Its answers have all of --new tokens: nothing stops them."""
+        pipeline, stored = self.pipeline, self.pipeline.stored
+        usual = pipeline.settings
+        k = setting.k or (stored.manifest["chunking"]["k"] if stored else usual.pack.k)  # full text: no recount
+        settings = pipeline.settings_for(
+            search=search or usual.search, mode=setting.mode, k=k, p=usual.pack.p if setting.p is None else setting.p,
+            ctx_max=setting.context or usual.pack.ctx_max, stop_tokens=frozenset())
         reads_vectors = setting.mode == "refrag" and setting.p < 1
-        return Trial(setting, one, reads_stored(one) if reads_vectors else None)
+        return Trial(setting, pipeline, settings, reads_stored(pipeline, k) if reads_vectors else None)
 
-    def positions(self, pipeline: Pipeline) -> int:
+    def positions(self, settings: refrag.Settings) -> int:
         """Positions the question will take: all that comes before vectors and prefill."""
-        packed = pipeline.pack_docs(self.item, pipeline.retrieve(self.item))
-        _, plan, _ = pipeline.plan(packed.prompt, pipeline.score(self.item, packed))
-        return len(plan)
+        pipeline = self.pipeline
+        context = pipeline.context(self.item, pipeline.retrieve(self.item, settings), settings)
+        scores, _ = pipeline.score(context, settings)
+        return len(pipeline.choose(context.prompt, scores, settings).plan)
 
     def plan(self) -> list[Trial]:
         """The trials that fit the index and the decoder's window. Raises UserError if none does."""
@@ -184,25 +175,25 @@ class Benchmark:
         trials = [self.make_trial(s, searches.get(s.context)) for s in settings if not s.context or searches[s.context]]
         kept = []
         for trial in trials:
-            positions = self.positions(trial.pipeline)
+            positions = self.positions(trial.settings)
             if trial.setting.batch > 1 and not self.pipeline.batches:
                 self.leave_out(f"--batch_size {trial.setting.batch} left out: this decoder's layers carry a state, so "
                                "that it answers one question after another")
-            elif trial.pipeline.fits_window(positions):
+            elif self.pipeline.fits_window(positions, trial.settings):
                 kept.append(trial)
             else:
                 self.leave_out(f"{trial.setting.curve} at --contexts {trial.setting.context} left out: {positions} "
                                f"positions and --new {self.bench.new} exceed the decoder's window "
                                f"{self.pipeline.model.window}")
-        require(bool(kept), f"nothing to time: {self.left_out[-1] if self.left_out else 'no combination'}")
+        refrag.require(bool(kept), f"nothing to time: {self.left_out[-1] if self.left_out else 'no combination'}")
         for k in dict.fromkeys(trial.setting.k for trial in kept if trial.stored_vectors is False):
-            notice(f"--k {k}: the index holds no vectors that serve it, so they are computed while the clock runs")
+            refrag.notice(f"--k {k}: the index holds no vectors that serve it: they are computed while the clock runs")
         return kept
 
     def rounds(self, seed: int) -> Iterator[int]:
         """Run every trial once a round, after a round that warms up. Yields the number of counted rounds after each."""
         orders = round_orders(len(self.trials), self.bench.repeats + 1, seed)
-        with progress_bar("timing", len(self.trials) * (self.bench.repeats + 1), "run") as bar:
+        with refrag.progress(None, "timing", len(self.trials) * (self.bench.repeats + 1), "run") as bar:
             for done, order in enumerate(orders):
                 for trial in (self.trials[number] for number in order):
                     if done:
@@ -258,61 +249,47 @@ def bench_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
     return curves
 
 
-def load_benchmark(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> Benchmark:
+def load_benchmark(bench: refrag.BenchConfig, index: refrag.IndexConfig, models: refrag.ModelConfig,
+                   runtime: refrag.RuntimeConfig) -> Benchmark:
     """Load what `bench` times, with what its result must say to be made again."""
-    [item] = read_questions(QuestionConfig(question=bench.question))
-    pack = PackConfig(mode="refrag" if "refrag" in bench.modes else "full", floor=0, compressed="feed")
-    generate = GenerateConfig(max_new=bench.new, cite=False)
-    pipeline = load_pipeline(index, SearchConfig(), pack, generate, models, runtime)
+    [item] = refrag.read_questions(refrag.QuestionConfig(question=bench.question))
+    pack = refrag.PackConfig(mode="refrag" if "refrag" in bench.modes else "full", floor=0, compressed="feed")
+    generate = refrag.GenerateConfig(max_new=bench.new, cite=False)
+    pipeline = refrag.load_pipeline(index, refrag.SearchConfig(), pack, generate, models, runtime)
     known = ("enc", "dec", "projector_trained", "gate", "compressed", "dtype")
-    settings = {name: value for name, value in pipeline.settings().items() if name in known}
-    facts = {"device": describe_device(runtime), "settings": run_settings((bench, index, models, runtime)) | settings,
-             "versions": library_versions(), "command": sys.argv, "commit": source_commit(),
-             "index": index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
+    settings = {name: value for name, value in pipeline.describe(pipeline.settings).items() if name in known}
+    settings = refrag.run_settings((bench, index, models, runtime)) | settings
+    facts = {"device": refrag.describe_device(runtime), "settings": settings,
+             "versions": refrag.library_versions(), "command": sys.argv, "commit": source_commit(),
+             "index": refrag.index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
     return Benchmark(pipeline, bench, item, facts)
 
 
-@contextlib.contextmanager
-def bench_folder(out_dir: str | None) -> Iterator[Path | None]:
-    """Create and lock --out_dir; delete it if no result was written. Raises LockedError."""
-    if out_dir is None:
-        yield None
-        return
-    folder = Path(out_dir)
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / ".lock", f"--out_dir {folder}"):
-        try:
-            yield folder
-        finally:
-            if made and not (folder / "bench.json").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 BENCH_PICTURES = ("ttft.png", "ratio.png")
+BENCH_FILES = re.compile(r"bench\.json|report\.md|(ttft|ratio)\.png|\.lock|\..*\.tmp")
 
 
 def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
     """bench.json and report.md after a round; the pictures after the last one. Those of another result go first."""
     for name in BENCH_PICTURES:
         (folder / name).unlink(missing_ok=True)
-    write_atomic(folder / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    refrag.write_atomic(folder / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     if last:
         draw_bench(folder, result["rows"])
     pictures = [f"![]({name})" for name in BENCH_PICTURES if (folder / name).is_file()]
     command = shlex.join(result["command"]).encode("utf-8", "replace").decode()  # arguments may be any bytes
-    made = [f"Command: `{command}`", f"Device: {dumps(result['device'])}",
-            f"Versions: {dumps(result['versions'])}", f"Commit: {result['commit']}",
+    made = [f"Command: `{command}`", f"Device: {refrag.dumps(result['device'])}",
+            f"Versions: {refrag.dumps(result['versions'])}", f"Commit: {result['commit']}",
             f"Medians of {result['rounds']} rounds in which all rows take turns (least and greatest in brackets)."]
-    write_atomic(folder / "report.md", "\n\n".join(["# Speed against context length", *made, bench_text(result),
-                                                    *pictures]) + "\n")
+    refrag.write_atomic(folder / "report.md", "\n\n".join(["# Speed against context length", *made, bench_text(result),
+                                                           *pictures]) + "\n")
 
 
 def draw_bench(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """ttft.png, and ratio.png where full context was timed too."""
-    draw(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
+    refrag.draw(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
     if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
-        draw(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
+        refrag.draw(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
 
 
 def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: str) -> Any:
@@ -399,12 +376,15 @@ def bench_text(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def run_bench(bench: BenchConfig, index: IndexConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+def run(bench: refrag.BenchConfig, index: refrag.IndexConfig, models: refrag.ModelConfig,
+        runtime: refrag.RuntimeConfig) -> None:
     """Measure round after round, and show the table."""
-    with bench_folder(bench.out_dir) as folder:
+    with contextlib.ExitStack() as held:
+        if bench.out_dir is not None:
+            held.enter_context(refrag.run_folder(Path(bench.out_dir), True, BENCH_FILES, "bench.json"))
         benchmark = load_benchmark(bench, index, models, runtime)
         for done in benchmark.rounds(runtime.seed):
-            if folder is not None:  # an interrupted run keeps its finished rounds
-                write_bench(folder, benchmark.result(), last=done == bench.repeats)
+            if bench.out_dir is not None:  # an interrupted run keeps its finished rounds
+                write_bench(Path(bench.out_dir), benchmark.result(), last=done == bench.repeats)
     result = benchmark.result()
-    emit(result, runtime, bench_text(result))
+    refrag.emit(result, runtime, bench_text(result))

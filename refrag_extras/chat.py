@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refrag import (
-    CAPITALS,
-    CITATION,
-    STDERR,
-    STOPWORDS,
-    PackConfig,
-    Pipeline,
-    RefragError,
-    UserError,
-    answer_text,
-    cache_home,
-    check_question,
-    dumps,
-    index_terms,
-    notice,
-    one_line,
-    passage_content,
-    require,
-    say,
-    words,
-    write_atomic,
-    write_text,
-)
+import refrag
 
-MODES = PackConfig.__dataclass_fields__["mode"].metadata["choices"]
+MODES = refrag.PackConfig.__dataclass_fields__["mode"].metadata["choices"]
 REFERS_BACK = re.compile(r"^\W*(and|but|so|why|(what|how) about)\b|\b(he|him|his|she|hers?|its?|they|them|theirs?|this|"
                          r"that|these|those|there|then|ones?|same|others?|former|latter)\b", re.IGNORECASE)
-NAME = re.compile(rf"(?:[{CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*)(?:(?: (?:of|the|de|la|van|von|and))* "
-                  rf"(?:[{CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*\b))*")
+NAME = re.compile(rf"(?:[{refrag.CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*)(?:(?: (?:of|the|de|la|van|von|and))* "
+                  rf"(?:[{refrag.CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*\b))*")
 
 
 def names_in(text: str, answer: bool = False) -> list[str]:
@@ -49,7 +28,7 @@ def names_in(text: str, answer: bool = False) -> list[str]:
     """
     first = 0 if answer or not text.strip() else len(text) - len(text.lstrip()) + len(text.split(maxsplit=1)[0])
     names = dict.fromkeys(match[0].rstrip(".,") for match in NAME.finditer(text, first))
-    return [name for name in names if name.casefold() not in STOPWORDS]
+    return [name for name in names if name.casefold() not in refrag.STOPWORDS]
 
 
 def with_topic(question: str, before: Sequence[tuple[str, str]]) -> str:
@@ -62,12 +41,12 @@ def with_topic(question: str, before: Sequence[tuple[str, str]]) -> str:
     """
     if not before:
         return question
-    short = len(index_terms(question)) < 3 and not names_in(question)
+    short = len(refrag.index_terms(question)) < 3 and not names_in(question)
     if not short and not REFERS_BACK.search(question):
         return question
-    (last, answer), known = before[-1], set(words(question))
-    names = names_in(last) or names_in(CITATION.sub(" ", answer), answer=True)
-    new = [name for name in names if not known.issuperset(words(name))]
+    (last, answer), known = before[-1], set(refrag.words(question))
+    names = names_in(last) or names_in(refrag.CITATION.sub(" ", answer), answer=True)
+    new = [name for name in names if not known.issuperset(refrag.words(name))]
     topic = ", ".join(new) if names else last.strip().rstrip("?.!")
     stripped = question.strip()
     body = stripped.rstrip("?.!\u3002\uff1f\uff01 ")
@@ -77,8 +56,8 @@ def with_topic(question: str, before: Sequence[tuple[str, str]]) -> str:
 class Chat:
     """A conversation: questions and commands in, answers on stdout, all else on stderr."""
 
-    def __init__(self, pipeline: Pipeline, as_json: bool):
-        self.pipeline, self.as_json = pipeline, as_json
+    def __init__(self, pipeline: refrag.Pipeline, as_json: bool):
+        self.pipeline, self.settings, self.as_json = pipeline, pipeline.settings, as_json
         self.turns: list[dict[str, Any]] = []  # results, with `asked`: the question as it was typed
         self.commands = {"docs": self.show_docs, "history": self.show_history, "clear": self.clear, "mode": self.mode,
                          "p": self.share, "save": self.save, "help": self.help}
@@ -91,62 +70,67 @@ class Chat:
         try:
             if line.startswith("/"):
                 name, _, rest = line[1:].partition(" ")
-                require(name in self.commands, f"/{name}: no such command, see /help")
+                refrag.require(name in self.commands, f"/{name}: no such command, see /help")
                 self.commands[name](rest.strip())
             elif line:
                 self.answer(line)
-        except RefragError as error:
-            say(f"error: {error}", file=STDERR)
+        except refrag.RefragError as error:
+            refrag.say(f"error: {error}", file=sys.stderr)
         return True
 
     def converse(self) -> None:
         """Questions from a terminal, with line editing and a history that is kept. Ctrl-C stops an answer alone."""
-        notice("ask away; /help lists the commands")
-        with line_history():
-            while True:
-                try:
-                    if not self.take(input("> ")):
-                        return
-                except EOFError:
-                    print()
+        refrag.notice("ask away; /help lists the commands")
+        keep_history()
+        while True:
+            try:
+                if not self.take(input("> ")):
                     return
-                except KeyboardInterrupt:
-                    print("\n(stopped; /quit leaves)", file=STDERR)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n(stopped; /quit leaves)", file=sys.stderr)
 
     def answer(self, question: str) -> None:
         """Answer a question and remember it."""
         asked = with_topic(question, [(turn["question"], turn["answer"]) for turn in self.turns])
         if asked != question:
-            notice(f"asked as: {asked}")
-        item = {"id": str(len(self.turns) + 1), "question": check_question(asked, "question")}
-        live = write_text if self.pipeline.generate.stream and not self.as_json else None
-        [result] = self.pipeline.answer([item], live)
+            refrag.notice(f"asked as: {asked}")
+        item = {"id": str(len(self.turns) + 1), "question": refrag.check_question(asked, "question")}
+        live = refrag.write_text if self.settings.generate.stream and not self.as_json else None
+        [result] = self.pipeline.answer_batch([item], self.settings, [live])
         self.turns.append(result | {"asked": question})
-        print(dumps(self.turns[-1])) if self.as_json else say(answer_text(result, shown=live is not None))
+        if self.as_json:
+            print(refrag.dumps(self.turns[-1]))
+        else:
+            refrag.say(refrag.answer_text(result, shown=live is not None))
         sys.stdout.flush()
 
     def help(self, rest: str) -> None:
         """What can be typed."""
-        notice("/docs what was retrieved for the last question, compressed parts in [[..]]\n/history the questions and "
-               "answers so far\n/clear forget them\n/mode refrag|full|none|truncate\n/p SHARE of the context that "
-               "stays text\n/save FILE the conversation as JSON lines\n/quit")
+        refrag.notice("/docs what was retrieved for the last question, compressed parts in [[..]]\n"
+                      "/history the questions and answers so far\n/clear forget them\n"
+                      "/mode refrag|full|none|truncate\n/p SHARE of the context that stays text\n"
+                      "/save FILE the conversation as JSON lines\n/quit")
 
     def show_docs(self, rest: str) -> None:
         """The passages of the last question with their chunks as they were read."""
-        require(bool(self.turns), "/docs: nothing has been asked yet")
+        refrag.require(bool(self.turns), "/docs: nothing has been asked yet")
         last = self.turns[-1]
         for passage in last["passages"]:
-            content = passage_content(passage["title"], passage["text"])
+            content = refrag.passage_content(passage["title"], passage["text"])
             chunks = [c for c in last["chunks"] if c["passage_id"] == passage["id"]]
             opened = sum(c["expanded"] for c in chunks)
             shown = "".join(part if c["expanded"] else f"[[{part}]]" for c in chunks
                             if (part := content[c["start"] : c["end"]]))
-            notice(f"[{passage['rank']}] {passage['id']}: {opened} of {len(chunks)} chunks read as text\n{shown}\n")
+            refrag.notice(f"[{passage['rank']}] {passage['id']}: {opened} of {len(chunks)} chunks read as text\n"
+                          f"{shown}\n")
 
     def show_history(self, rest: str) -> None:
         """Questions and answers so far."""
         for number, turn in enumerate(self.turns, start=1):
-            notice(f"{number}. {turn['asked']}\n   {turn['answer']}")
+            refrag.notice(f"{number}. {turn['asked']}\n   {turn['answer']}")
 
     def clear(self, rest: str) -> None:
         """Forget what was said."""
@@ -154,53 +138,51 @@ class Chat:
 
     def mode(self, rest: str) -> None:
         """Change --mode."""
-        require(rest in MODES, f"/mode: one of {', '.join(MODES)}, got {rest!r}")
-        require(rest == "none" or self.pipeline.searcher is not None, "/mode: this chat was begun without an index")
-        self.pipeline = self.pipeline.variant(mode=rest)
+        refrag.require(rest in MODES, f"/mode: one of {', '.join(MODES)}, got {rest!r}")
+        indexed = self.pipeline.searcher is not None
+        refrag.require(rest == "none" or indexed, "/mode: this chat was begun without an index")
+        self.settings = self.settings.but(mode=rest)
 
     def share(self, rest: str) -> None:
         """Change --p."""
         try:
             p = float(rest)
         except ValueError:
-            raise UserError(f"/p: a share between 0 and 1, got {rest!r}") from None
-        changed = self.pipeline.variant(p=p)
-        changed.check_gate(changed.gate)
-        self.pipeline = changed
+            raise refrag.UserError(f"/p: a share between 0 and 1, got {rest!r}") from None
+        self.settings = self.settings.but(p=p)
 
     def save(self, rest: str) -> None:
         """Write the conversation."""
-        require(bool(rest), "/save: name a file")
+        refrag.require(bool(rest), "/save: name a file")
         try:
-            write_atomic(Path(rest).expanduser(), "".join(dumps(turn) + "\n" for turn in self.turns))
+            refrag.write_atomic(Path(rest).expanduser(), "".join(refrag.dumps(turn) + "\n" for turn in self.turns))
         except OSError as error:
-            raise UserError(f"/save {rest}: {one_line(error)}") from None
-        notice(f"{len(self.turns)} turns in {rest}")
+            raise refrag.UserError(f"/save {rest}: {refrag.one_line(error)}") from None
+        refrag.notice(f"{len(self.turns)} turns in {rest}")
 
 
-@contextlib.contextmanager
-def line_history() -> Iterator[None]:
+def keep_history() -> None:
     """Line editing for `input`, with the lines of earlier conversations, where the platform has it."""
     try:
         readline = importlib.import_module("readline")
     except ImportError:  # Windows: its console edits lines itself
-        yield
         return
-    path = cache_home() / "chat_history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
+    path = refrag.cache_home() / "chat_history"
+
+    def write() -> None:
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)
 
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        readline.read_history_file(path)
+    readline.set_history_length(1000)
+    atexit.register(write)
 
-def run_chat(pipeline: Pipeline) -> None:
+
+def run(*configs: Any) -> None:
     """Converse on a terminal; take the lines of a pipe one after the other."""
-    chat = Chat(pipeline, as_json=pipeline.runtime.json)
+    chat = Chat(refrag.answering(None, *configs), as_json=configs[-1].json)
     if sys.stdin.isatty():
         chat.converse()
     else:

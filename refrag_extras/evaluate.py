@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,82 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from refrag import (
-    EVAL_MODES,
-    FREE_TO_CHANGE,
-    TRAINED_GATES,
-    Chunk,
-    Content,
-    Context,
-    Decoded,
-    EvalConfig,
-    GenerateConfig,
-    Index,
-    IndexConfig,
-    ModelConfig,
-    PackConfig,
-    Packed,
-    Passage,
-    Pipeline,
-    RefragTokenizer,
-    RuntimeConfig,
-    SearchConfig,
-    Searcher,
-    Stopwatch,
-    TextConfig,
-    TextLessons,
-    TokenCache,
-    TrainConfig,
-    TrainingSequence,
-    abstains,
-    answer_chunks,
-    batched,
-    can_pack,
-    checked_batch,
-    checkpoint_digest,
-    continue_plan,
-    controls,
-    decode,
-    describe_device,
-    draw,
-    dumps,
-    emit,
-    file_facts,
-    finished_lines,
-    holds_answer,
-    index_manifest,
-    known_gate,
-    labelled,
-    late_import,
-    library_versions,
-    load_model,
-    load_pipeline,
-    load_searcher,
-    make_accelerator,
-    measure_sequences,
-    model_config,
-    normalize_answer,
-    others_apart_first,
-    part_whole,
-    passage_content,
-    positive_rows,
-    prefill,
-    progress,
-    read_question_file,
-    require,
-    run_folder,
-    run_settings,
-    select_chunks,
-    sha256_file,
-    show_plan,
-    source_commit,
-    spread,
-    stop_tokens,
-    without_citations,
-    write_atomic,
-)
+import refrag
 
 RESAMPLES = 2000  # of the bootstrap
 ONE_P = {"full": (1.0,), "none": (0.0,)}  # modes that no p changes
@@ -110,8 +39,8 @@ def exact_match(reply: str, truths: Sequence[str]) -> float:
 
     Without a true answer (SQuAD 2's unanswerable questions), 1 if the reply abstains.
     """
-    made, *known = (normalize_answer(text) or text.strip().lower() for text in (reply, *truths))
-    return float(bool(made) and made in known if truths else abstains(reply))
+    made, *known = (refrag.normalize_answer(text) or text.strip().lower() for text in (reply, *truths))
+    return float(bool(made) and made in known if truths else refrag.abstains(reply))
 
 
 def token_f1(reply: str, truths: Sequence[str]) -> float:
@@ -119,8 +48,8 @@ def token_f1(reply: str, truths: Sequence[str]) -> float:
 
     Example: "in the old town", truth "old town hall" -> 2 common of 3 and 3: .667
     """
-    best, words = exact_match(reply, truths), normalize_answer(reply).split()
-    for truth in (normalize_answer(t).split() for t in truths):
+    best, words = exact_match(reply, truths), refrag.normalize_answer(reply).split()
+    for truth in (refrag.normalize_answer(t).split() for t in truths):
         common = sum((collections.Counter(words) & collections.Counter(truth)).values())
         best = max(best, 2 * common / (len(words) + len(truth)) if common else 0.0)
     return best
@@ -128,7 +57,7 @@ def token_f1(reply: str, truths: Sequence[str]) -> float:
 
 def grounding(reply: str, texts: Sequence[str]) -> float | None:
     """Share of the reply's words that occur in the texts; None without words or texts."""
-    words, known = normalize_answer(reply).split(), set(normalize_answer(" ".join(texts)).split())
+    words, known = refrag.normalize_answer(reply).split(), set(refrag.normalize_answer(" ".join(texts)).split())
     return sum(word in known for word in words) / len(words) if words and texts else None
 
 
@@ -162,7 +91,7 @@ def bootstrap_interval(values: Sequence[float], seed: int) -> list[float]:
     """95% percentile interval of the mean: [low, high]. One seed, one interval."""
     rng, drawn = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
     n = len(drawn)
-    blocks = batched(range(RESAMPLES), max(1, 10**6 // n))  # of resamples, so that n may be large
+    blocks = refrag.batched(range(RESAMPLES), max(1, 10**6 // n))  # of resamples, so that n may be large
     means = np.concatenate([drawn[rng.integers(0, n, (len(block), n))].mean(1) for block in blocks])
     return [round(float(edge), 4) for edge in np.quantile(means, [0.025, 0.975])]
 
@@ -198,85 +127,77 @@ def setup_of(name: str, p: float, gate: str) -> Setup:
                  name == "oracle_gate" and p > 0, name == "wrong_vectors")
 
 
-def answer_spans(packed: Packed, item: dict[str, Any], index: Index, tokenizer: RefragTokenizer) -> list[list[int]]:
-    """`answer_chunks` of a packed context: in positive passages, without chunks that no token starts in."""
-    right = [bool(index.names(row) & set(item["positive_ids"])) for row in packed.rows]
-    spans = answer_chunks([doc.content for doc in packed.docs], [doc.ends for doc in packed.docs], right,
-                          [tokenizer.neutralize(answer) for answer in item["answers"]])
-    filled = [[number for number in span if packed.prompt.chunks[number].tokens] for span in spans]
+def answer_spans(context: refrag.Context, item: dict[str, Any], index: refrag.Index,
+                 tokenizer: refrag.RefragTokenizer) -> list[list[int]]:
+    """`answer_chunks` of a context: in positive passages, without chunks that no token starts in."""
+    docs, chunks = context.docs, context.prompt.chunks
+    right = [bool(index.names(doc.row) & set(item["positive_ids"])) for doc in docs]
+    spans = refrag.answer_chunks([doc.content for doc in docs], [doc.chunks.ends for doc in docs], right,
+                                 [tokenizer.neutralize(answer) for answer in item["answers"]])
+    filled = [[number for number in span if chunks[number].tokens] for span in spans]
     return [span for span in filled if span]
 
 
-def texts_fed(context: Context, tokenizer: RefragTokenizer) -> list[str]:
+def texts_fed(reading: refrag.Reading, tokenizer: refrag.RefragTokenizer) -> list[str]:
     """The runs of the documents' text that the decoder was fed as tokens."""
-    prompt, runs = context.packed.prompt, []
+    prompt, kept, runs = reading.context.prompt, reading.choice.kept, []
     for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
         chunks = list(group)
-        kept = chunks[0].first + np.flatnonzero(context.kept[chunks[0].first : chunks[-1].last])
-        runs += [run for run in np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1) if len(run)]
+        inside = chunks[0].first + np.flatnonzero(kept[chunks[0].first : chunks[-1].last])
+        runs += [run for run in np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1) if len(run)]
     return [tokenizer.decoder.decode(prompt.input_ids[run].tolist()) for run in runs]
 
 
-class ControlPipeline(Pipeline):
-    """A pipeline that can also feed another question's vectors, or open the chunks that hold the answer first."""
+class Controls:
+    """What the controls read in place of the usual: the answer's chunks first, or another question's vectors."""
 
-    oracle = wrong = False
-
-    @classmethod
-    def over(cls, pipeline: Pipeline, questions: list[dict[str, Any]]) -> ControlPipeline:
-        """The same models for the questions of a file."""
-        made = object.__new__(cls)
-        made.__dict__ = {**pipeline.__dict__, "questions": questions, "rows": {}, "foreign": {},
-                         "numbers": {q["id"]: number for number, q in enumerate(questions)}}
-        return made
-
-    def under(self, setup: Setup) -> ControlPipeline:
-        """This pipeline in another setup."""
-        other = self.variant(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
-        other.oracle, other.wrong = setup.oracle, setup.wrong
-        return other
-
-    def score(self, item: dict[str, Any], packed: Packed) -> np.ndarray:
-        usual = super().score(item, packed)
-        if self.oracle and len(usual):
-            spans = answer_spans(packed, item, self.searcher.index, self.tokenizer)
-            right = list({number for span in spans for number in span})
-            usual = usual.astype(np.float64)
-            usual[right] += 1 + np.ptp(usual)  # above all others, in the usual order among themselves
-        return usual
+    def __init__(self, pipeline: refrag.Pipeline, questions: list[dict[str, Any]]):
+        self.pipeline, self.questions = pipeline, questions
+        self.numbers = {q["id"]: number for number, q in enumerate(questions)}
+        self.rows: dict[int, frozenset[int]] = {}
+        self.foreign: dict[str, Tensor] = {}  # by question
 
     @torch.inference_mode()
-    def prepare(self, item: dict[str, Any]) -> tuple[Context, Tensor]:
-        context, inputs = super().prepare(item)
-        at = context.plan < 0
-        if self.wrong and at.any():
-            vectors = self.foreign_vectors(item)
-            inputs[torch.as_tensor(at)] = vectors[torch.as_tensor((-context.plan[at] - 1) % len(vectors))]
-        return context, inputs
+    def prepare(self, item: dict[str, Any], setup: Setup, settings: refrag.Settings) -> refrag.Reading:
+        """A question as a setup wants it read."""
 
-    def result(self, context: Context, out: Decoded, answer: str, chosen: str | None) -> dict[str, Any]:
-        return super().result(context, out, answer, chosen) | {"context": context}
+        def answer_first(context: refrag.Context, scores: np.ndarray) -> np.ndarray:
+            spans = answer_spans(context, item, self.pipeline.index, self.pipeline.tokenizer)
+            right = list({number for span in spans for number in span})
+            scores = scores.astype(np.float64)
+            scores[right] += 1 + np.ptp(scores) if len(scores) else 0  # above all others, in order among themselves
+            return scores
+
+        reading = self.pipeline.prepare(item, settings, answer_first if setup.oracle else None)
+        at = reading.choice.plan < 0
+        if setup.wrong and at.any():
+            vectors = self.vectors(item, settings)
+            numbers = (-reading.choice.plan[at] - 1) % len(vectors)  # from the first again where there are fewer
+            reading.inputs[torch.as_tensor(at)] = vectors[torch.as_tensor(numbers)]
+        return reading
 
     def rows_found(self, number: int) -> frozenset[int]:
         """Rows of the index that are retrieved for a question, looked up once."""
         if number not in self.rows:
-            self.rows[number] = frozenset(p.row for p in self.retrieve(self.questions[number]))
+            found = self.pipeline.retrieve(self.questions[number], self.pipeline.settings)
+            self.rows[number] = frozenset(p.row for p in found)
         return self.rows[number]
 
     def other_question(self, item: dict[str, Any]) -> dict[str, Any]:
         """The next question of the file that finds none of this one's passages; if all find some, the next one."""
-        others = others_apart_first(self.numbers[item["id"]], len(self.questions), self.rows_found)
+        others = refrag.others_apart_first(self.numbers[item["id"]], len(self.questions), self.rows_found)
         chosen = next((number for number in others if self.rows_found(number)), None)
-        require(chosen is not None, "--modes wrong_vectors: no other question finds any passage: leave it out")
+        refrag.require(chosen is not None, "--modes wrong_vectors: no other question finds any passage: leave it out")
         return self.questions[chosen]
 
-    def foreign_vectors(self, item: dict[str, Any]) -> Tensor:
+    def vectors(self, item: dict[str, Any], settings: refrag.Settings) -> Tensor:
         """(L, D) the vectors of all chunks of another question's context."""
         if item["id"] not in self.foreign:
-            other = self.other_question(item)
-            packed = self.pack_docs(other, self.retrieve(other))
-            plan = np.asarray([-number - 1 for number, chunk in enumerate(packed.prompt.chunks) if chunk.tokens])
-            self.foreign[item["id"]] = self.embed(packed.prompt, plan, self.states(packed, plan))
+            other, pipeline = self.other_question(item), self.pipeline
+            context = pipeline.context(other, pipeline.retrieve(other, settings), settings)
+            plan = -1 - np.flatnonzero(context.prompt.sizes)
+            states = pipeline.states(context, plan, settings.pack.k)
+            self.foreign[item["id"]] = pipeline.inputs(context.prompt, plan, states)
         return self.foreign[item["id"]]
 
 
@@ -291,65 +212,42 @@ def key_of(line: dict[str, Any]) -> Key:
 
 
 class Task:
-    """What `eval` measures: units of work, the lines each gives, and what all lines come to."""
+    """What `eval` measures. Each kind of task has these methods:
+
+    units() -> pieces of work that do not depend on each other; keys(unit) -> of the lines that a unit gives;
+    load(): what measuring needs, not called when every line is there already; lines(unit, done) -> the lines of a unit
+    that are not done yet, as they come; results(lines by key) -> the summary's fields: n, results and more;
+    table(summary) -> the results for people; sources() -> digests of the files that are read, by option.
+    """
 
     notes = ""  # how to read the table
     unused: frozenset[str] = frozenset()  # options that change no line
     accelerator: Any = None  # set by `evaluate`
 
-    def __init__(self, options: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-                 runtime: RuntimeConfig):
+    def __init__(self, options: refrag.EvalConfig, index: refrag.IndexConfig, search: refrag.SearchConfig,
+                 models: refrag.ModelConfig, runtime: refrag.RuntimeConfig):
         self.options, self.index, self.search, self.models, self.runtime = options, index, search, models, runtime
 
     def wanted(self) -> list[Key]:
         """Of all lines, in the order of the report."""
         return [key for unit in self.units() for key in self.keys(unit)]
 
-    def load(self) -> None:
-        """Load what measuring needs; not called when every line is there already."""
-        raise NotImplementedError
-
-    def units(self) -> list[Any]:
-        """Pieces of work that do not depend on each other."""
-        raise NotImplementedError
-
-    def keys(self, unit: Any) -> list[Key]:
-        """Of the lines that a unit gives."""
-        raise NotImplementedError
-
-    def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        """The lines of a unit that are not done yet, as they come."""
-        raise NotImplementedError
-
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        """The summary's fields: n, results and more."""
-        raise NotImplementedError
-
-    @classmethod
-    def table(cls, summary: dict[str, Any]) -> str:
-        """The results for people."""
-        raise NotImplementedError
-
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
         """Files beside the report."""
 
     def settings(self) -> dict[str, Any]:
         """What every line depends on, beside its own mode, p and k. Files are named by their contents."""
-        merged = run_settings((self.options, self.index, self.search, self.models, self.runtime))
-        own = FREE_TO_CHANGE | self.unused | {"modes", "p", "qa", "texts", "index_dir", "load_dir"}
+        merged = refrag.run_settings((self.options, self.index, self.search, self.models, self.runtime))
+        own = refrag.FREE_TO_CHANGE | self.unused | {"modes", "p", "qa", "texts", "index_dir", "load_dir"}
         kept = {key: value for key, value in merged.items() if key not in own}
-        device = describe_device(self.runtime)
+        device = refrag.describe_device(self.runtime)
         return kept | {"device": device["device"], "dtype": device["dtype"]} | self.sources()
-
-    def sources(self) -> dict[str, Any]:
-        """Digests of the files that are read, by option."""
-        raise NotImplementedError
 
     def model_sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
-        config = model_config(self.models)
+        config = refrag.model_config(self.models)
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
-                "projector": config.projector, "load_dir": checkpoint_digest(self.models)}
+                "projector": config.projector, "load_dir": refrag.checkpoint_digest(self.models)}
 
 
 class QuestionTask(Task):
@@ -361,24 +259,24 @@ class QuestionTask(Task):
     def __init__(self, *configs: Any):
         super().__init__(*configs)
         name = self.options.qa
-        self.file = read_question_file(name, "--qa", self.needs)
+        self.file = refrag.read_question_file(name, "--qa", self.needs)
         limit = self.options.limit
-        self.questions = (list(spread(self.file, limit)) if self.options.task == "qa" else
-                          labelled(self.file, "positive_ids", limit, f"--qa {name}"))
-        self.manifest = index_manifest(self.index.index_dir)
+        self.questions = (list(refrag.spread(self.file, limit)) if self.options.task == "qa" else
+                          refrag.labelled(self.file, "positive_ids", limit, f"--qa {name}"))
+        self.manifest = refrag.index_manifest(self.index.index_dir)
 
     def sources(self) -> dict[str, Any]:
-        return {"qa": sha256_file(Path(self.options.qa))[:16], "index_dir": self.manifest["digest"][:16]}
+        return {"qa": refrag.sha256_file(Path(self.options.qa))[:16], "index_dir": self.manifest["digest"][:16]}
 
-    def load_pipeline(self) -> ControlPipeline:
+    def load_pipeline(self) -> refrag.Pipeline:
         """The pipeline that `generate` has, for the controls too."""
         options = self.options
-        pack = PackConfig(k=options.k[0], floor=options.floor, gate=options.gate, compressed="feed",
-                          ctx_max=options.ctx_max)
-        generate = GenerateConfig(max_new=options.max_new, cite=options.cite)
-        pipeline = load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
-        positive_rows(self.questions, pipeline.searcher.index)  # the questions belong to this index
-        return ControlPipeline.over(pipeline, self.file)
+        pack = refrag.PackConfig(k=options.k[0], floor=options.floor, gate=options.gate, compressed="feed",
+                                 ctx_max=options.ctx_max)
+        generate = refrag.GenerateConfig(max_new=options.max_new, cite=options.cite)
+        pipeline = refrag.load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
+        refrag.positive_rows(self.questions, pipeline.index)  # the questions belong to this index
+        return pipeline
 
 
 class QaTask(QuestionTask):
@@ -400,50 +298,55 @@ class QaTask(QuestionTask):
         options = configs[0]
         self.needs = ("answers", "positive_ids") if "oracle_gate" in options.named else ("answers",)
         super().__init__(*configs)
-        require("wrong_vectors" not in options.named or len(self.file) > 1,
-                "--modes wrong_vectors needs two questions at least: leave it out")
+        refrag.require("wrong_vectors" not in options.named or len(self.file) > 1,
+                       "--modes wrong_vectors needs two questions at least: leave it out")
         self.cells = [(name, p) for name in options.named for p in ONE_P.get(name, dict.fromkeys(options.p))]
         self.setups: dict[Setup, list[tuple[str, float]]] = {}
         for name, p in self.cells:
             self.setups.setdefault(setup_of(name, p, options.gate), []).append((name, p))
         shares = sorted(set(options.p))
         self.sample = ("refrag", shares[len(shares) // 2])
-        self.sampled = {q["id"] for q in spread(self.questions, SAMPLES)}
+        self.sampled = {q["id"] for q in refrag.spread(self.questions, SAMPLES)}
 
     def sources(self) -> dict[str, Any]:
         return super().sources() | self.model_sources()
 
     def load(self) -> None:
         self.pipeline = self.load_pipeline()
-        require(self.pipeline.embedder is not None or "cosine_gate" not in self.options.named,
-                "--modes cosine_gate needs an embedder, and retrieval here is by words alone: leave it out")
+        refrag.require(self.pipeline.embedder is not None or "cosine_gate" not in self.options.named,
+                       "--modes cosine_gate needs an embedder, and retrieval here is by words alone: leave it out")
+        self.controls = Controls(self.pipeline, self.file)
 
     def units(self) -> list[Any]:
-        return batched(self.questions, self.options.batch_size)
+        return refrag.batched(self.questions, self.options.batch_size)
 
     def keys(self, unit: Any) -> list[Key]:
         return [(q["id"], *cell) for q in unit for cell in self.cells]
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        self.pipeline.foreign.clear()
+        self.controls.foreign.clear()
         for setup, cells in self.setups.items():
             if all((q["id"], *cell) in done for q in unit for cell in cells):
                 continue  # else the whole batch again, since padding can move the last digits
-            results = self.pipeline.under(setup).answer(unit)
-            for item, result in zip(unit, results, strict=True):
-                scored = score_answer(result, item, self.pipeline.tokenizer)
+            settings = self.settings_of(setup)
+            readings = [self.controls.prepare(item, setup, settings) for item in unit]
+            results = self.pipeline.generate(readings, settings)
+            for item, reading, result in zip(unit, readings, results, strict=True):
+                scored = score_answer(result, reading, item, self.pipeline.tokenizer)
                 for name, p in cells:
                     if (item["id"], name, p) not in done:
-                        shown = self.shown(item, result) if (name, p) == self.sample else {}
+                        shown = self.shown(item, reading) if (name, p) == self.sample else {}
                         yield {"id": item["id"], "mode": name, "p": p, **scored, **shown}
 
-    def shown(self, item: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
+    def settings_of(self, setup: Setup) -> refrag.Settings:
+        """How the pipeline answers in a setup."""
+        return self.pipeline.settings_for(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
+
+    def shown(self, item: dict[str, Any], reading: refrag.Reading) -> dict[str, str]:
         """The prompt as a person can read it, of some questions."""
         if item["id"] not in self.sampled:
             return {}
-        context = result["context"]
-        contents = [doc.content for doc in context.packed.docs]
-        return {"prompt": show_plan(context.packed.prompt, context.plan, self.pipeline.tokenizer, contents)}
+        return {"prompt": refrag.show_plan(reading.context, reading.choice.plan, self.pipeline.tokenizer)}
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
         rows = {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
@@ -480,19 +383,20 @@ class QaTask(QuestionTask):
         return "\n\n".join(tables)
 
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
-        draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
+        refrag.draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
         if rows := [(q, line) for q, line in rows if "prompt" in line]:
-            write_atomic(folder / "sample.md", sample_text(spread(rows, SAMPLES), self.sample[1]))
+            refrag.write_atomic(folder / "sample.md", sample_text(refrag.spread(rows, SAMPLES), self.sample[1]))
 
 
-def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: RefragTokenizer) -> dict[str, Any]:
+def score_answer(result: dict[str, Any], reading: refrag.Reading, item: dict[str, Any],
+                 tokenizer: refrag.RefragTokenizer) -> dict[str, Any]:
     """The metrics of one answer; what does not apply is None."""
-    truths, context = item["answers"], result["context"]
-    reply = without_citations(result["answer"], context.labels)
-    names = {p.id: {p.id, p.document_id} for p in context.passages}
+    truths, fed = item["answers"], texts_fed(reading, tokenizer)
+    reply = refrag.without_citations(result["answer"], reading.labels)
+    names = {p.id: {p.id, p.document_id} for p in reading.passages}
     cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
-    passages = [passage_content(p["title"], p["text"]) for p in result["passages"]]
+    passages = [refrag.passage_content(p["title"], p["text"]) for p in result["passages"]]
     precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages and truths else set())
     metrics = ("positions", "full_positions", "compression", "p_realised", "new_tokens", "ttft_s", "ttit_s")
     return {
@@ -500,16 +404,16 @@ def score_answer(result: dict[str, Any], item: dict[str, Any], tokenizer: Refrag
         "gate": result["settings"]["gate"],
         "em": exact_match(reply, truths),
         "f1": round(token_f1(reply, truths), 6),
-        "answer_in_passages": any(holds_answer(text, truths) for text in passages) if truths else None,
-        "answer_in_text": any(holds_answer(text, truths) for text in texts_fed(context, tokenizer)) if truths else None,
-        "answer_in_reply": holds_answer(reply, truths) if truths else None,
+        "answer_in_passages": any(refrag.holds_answer(text, truths) for text in passages) if truths else None,
+        "answer_in_text": any(refrag.holds_answer(text, truths) for text in fed) if truths else None,
+        "answer_in_reply": refrag.holds_answer(reply, truths) if truths else None,
         "cited": [c["id"] for c in result["citations"]],
         "citation_precision": precision,
         "citation_recall": recall,
         "citations_forged": sum(c["forged"] for c in result["citations"]),
         "citation_chosen": any(c["chosen"] for c in result["citations"]),
-        "grounding": grounding(reply, passages) if truths or not abstains(reply) else None,
-        "abstention": abstains(reply),
+        "grounding": grounding(reply, passages) if truths or not refrag.abstains(reply) else None,
+        "abstention": refrag.abstains(reply),
         **{name: result["metrics"][name] for name in metrics},
     }
 
@@ -519,24 +423,26 @@ class RetrievalTask(QuestionTask):
 
     needs = ("positive_ids",)
     unused = QuestionTask.unused | {"k", "gate", "ctx_max", "max_new", "cite", "batch_size"} | {
-        f.name for f in dataclasses.fields(ModelConfig)}
+        f.name for f in dataclasses.fields(refrag.ModelConfig)}
     columns = ("recall@8", "mrr@10", "ndcg@10", "ms_per_question")
     notes = "Relevance is binary: the documents of positive_ids. Pieces of one document count once, at the best rank."
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)
-        require(self.index.retriever is None, "--retriever does not go with --task retrieval: use --modes")
+        refrag.require(self.index.retriever is None, "--retriever does not go with --task retrieval: use --modes")
         uses = self.manifest["uses"]
-        there = [name for name in EVAL_MODES["retrieval"] if name in uses or (name == "hybrid" and len(uses) == 2)]
+        modes = refrag.EVAL_MODES["retrieval"]
+        there = [name for name in modes if name in uses or (name == "hybrid" and len(uses) == 2)]
         lacking = [name for name in self.options.named if name not in there]
-        require(not (self.options.modes and lacking), f"--modes {', '.join(lacking)}: the index at --index_dir holds "
-                f"only {', '.join(there)}")
+        refrag.require(not (self.options.modes and lacking), f"--modes {', '.join(lacking)}: the index at --index_dir "
+                       f"holds only {', '.join(there)}")
         self.retrievers = [name for name in self.options.named if name in there]
 
     def load(self) -> None:
-        whole = load_searcher(self.index, self.search, self.runtime)
-        positive_rows(self.questions, whole.index)
-        self.searchers = {name: Searcher(whole.index, name, whole.embedder, whole.reranker) for name in self.retrievers}
+        whole = refrag.load_searcher(self.index, self.search, self.runtime)
+        refrag.positive_rows(self.questions, whole.index)
+        self.searchers = {name: refrag.Searcher(whole.index, name, whole.embedder, whole.reranker)
+                          for name in self.retrievers}
 
     def units(self) -> list[Any]:
         return self.questions
@@ -570,7 +476,7 @@ class RetrievalTask(QuestionTask):
         return markdown_table(["retriever", *cls.columns], rows)
 
 
-def ranked_ids(passages: Sequence[Passage], positives: set[str]) -> list[str]:
+def ranked_ids(passages: Sequence[refrag.Passage], positives: set[str]) -> list[str]:
     """Ids of documents, best first, each once; a piece that positives name by its own id goes by that."""
     return list(dict.fromkeys(p.id if p.id in positives else p.document_id for p in passages))
 
@@ -585,9 +491,10 @@ class GateTask(QuestionTask):
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)
-        config, built = model_config(self.models), self.manifest["embedder"].get("fingerprint")
-        known = {name for name, kind in TRAINED_GATES.items() if known_gate(config, kind, built)}
-        self.gates = [n for n in self.options.named if self.options.modes or n not in TRAINED_GATES or n in known]
+        config, built = refrag.model_config(self.models), self.manifest["embedder"].get("fingerprint")
+        known = {name for name, kind in refrag.TRAINED_GATES.items() if refrag.known_gate(config, kind, built)}
+        untrained = refrag.TRAINED_GATES.keys() - known
+        self.gates = [name for name in self.options.named if self.options.modes or name not in untrained]
         self.shares = list(dict.fromkeys(self.options.p))
 
     def sources(self) -> dict[str, Any]:
@@ -595,8 +502,8 @@ class GateTask(QuestionTask):
 
     def load(self) -> None:
         self.pipeline = self.load_pipeline()
-        for name in self.gates:
-            self.pipeline.check_gate(name)
+        # between 0 and 1 the scores do not depend on p
+        self.settings = {name: self.pipeline.settings_for(gate=name, p=0.5) for name in self.gates}
 
     def units(self) -> list[Any]:
         return self.questions
@@ -605,22 +512,20 @@ class GateTask(QuestionTask):
         return [(unit["id"], gate, p) for gate in self.gates for p in self.shares]
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        passages = self.pipeline.retrieve(unit)
-        packed = self.pipeline.pack_docs(unit, passages)
-        index, watch = self.pipeline.searcher.index, Stopwatch(self.pipeline.device)
-        spans = answer_spans(packed, unit, index, self.pipeline.tokenizer)
-        right = [{number for number, row in enumerate(packed.rows) if name in index.names(row)}
+        pipeline, settings = self.pipeline, self.pipeline.settings
+        context = pipeline.context(unit, pipeline.retrieve(unit, settings), settings)
+        watch = refrag.Stopwatch(pipeline.device)
+        spans = answer_spans(context, unit, pipeline.index, pipeline.tokenizer)
+        right = [{number for number, doc in enumerate(context.docs) if name in pipeline.index.names(doc.row)}
                  for name in dict.fromkeys(unit["positive_ids"])]
-        tokens = np.asarray([chunk.tokens for chunk in packed.prompt.chunks], dtype=np.int64)
-        for gate in self.gates:
-            one = self.pipeline.variant(gate=gate, p=0.5)  # between 0 and 1 the scores do not depend on p
+        for gate, settings in self.settings.items():
             with watch.stage(gate):
-                scores = one.score(unit, packed)
+                scores, _ = pipeline.score(context, settings)
             for p in self.shares:
                 if (unit["id"], gate, p) not in done:
-                    opened = select_chunks(scores, tokens, p, self.options.floor)
+                    opened = refrag.select_chunks(scores, context.prompt.sizes, p, self.options.floor)
                     yield {"id": unit["id"], "mode": gate, "p": p, "retrieved": any(right),
-                           **gate_scores(opened, spans, right, packed.prompt.chunks),
+                           **gate_scores(opened, spans, right, context.prompt.chunks),
                            "gate_ms": round(1000 * watch.seconds[gate], 4)}
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
@@ -647,7 +552,7 @@ class GateTask(QuestionTask):
 
 
 def gate_scores(opened: np.ndarray, spans: list[list[int]], right: list[set[int]],
-                chunks: Sequence[Chunk]) -> dict[str, bool | None]:
+                chunks: Sequence[refrag.Chunk]) -> dict[str, bool | None]:
     """What a choice of chunks opens. opened: (L,) bool; right: of each positive id, the documents. None: not asked."""
     docs = {chunks[number].doc for number in np.flatnonzero(opened)}
     return {"recall": any(all(opened[i] for i in span) for span in spans) if spans else None,
@@ -655,59 +560,30 @@ def gate_scores(opened: np.ndarray, spans: list[list[int]], right: list[set[int]
             "all_positives": all(ds & docs for ds in right if ds) if len(right) > 1 and any(right) else None}
 
 
-class ProbeLessons(TextLessons):
-    """Texts in windows of exactly --seq_tokens tokens."""
-
-    def cut(self, cache: TokenCache, notify: bool = False) -> np.ndarray:
-        size = self.train.seq_tokens
-        windows = super().cut(cache)
-        windows = windows[windows[:, 2] - windows[:, 1] == size]
-        require(len(windows) > 1, f"--texts {', '.join(cache.paths)}: needs two pieces of {size} tokens at "
-                "least: lower --context_tokens or --next_tokens")
-        return windows
-
-    def compressed(self, window: np.ndarray, k: int, s: int) -> tuple[TrainingSequence, TrainingSequence]:
-        """A window's first s tokens as vectors and then the rest; the same from as many of the last tokens."""
-        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
-        context, cuts, following = part_whole(ids, whole, s)
-        content = self.encoder.content_of_tokens(context, cuts, k)
-        vectors = self.vectors(content)
-        last = continue_plan(np.concatenate([self.start, context[-len(vectors) :]]), following, Content([], []))
-        return continue_plan(np.concatenate([self.start, vectors]), following, content), last
-
-    def repeated(self, window: np.ndarray, k: int) -> TrainingSequence:
-        """All of a window as vectors, then its text."""
-        ids, whole, _ = self.pick(self.cache, window, None, np.random.default_rng(0))
-        return self.reconstruction(ids, whole, k)
-
-
 class TextTask(Task):
-    """A task over texts: what the decoder makes of vectors, teacher forced."""
+    """A task over texts: what the decoder makes of vectors, teacher forced. Kinds have `size`, the tokens of a window,
+    and sequences(mode, k), what the decoder is asked."""
 
     modes: tuple[str, ...] = ()
     without_wrong = ""  # how to do without that control
     unused = frozenset({"k", "gate", "ctx_max", "max_new", "cite"}) | {
-        f.name for config in (IndexConfig, SearchConfig) for f in dataclasses.fields(config)}
+        f.name for config in (refrag.IndexConfig, refrag.SearchConfig) for f in dataclasses.fields(config)}
 
     def sources(self) -> dict[str, Any]:
-        files = [fact["sha256"][:16] for fact in file_facts(self.options.texts)]
+        files = [fact["sha256"][:16] for fact in refrag.file_facts(self.options.texts)]
         return {"texts": files} | self.model_sources()
 
-    @property
-    def size(self) -> int:
-        """Tokens of a window."""
-        raise NotImplementedError
-
     def load(self) -> None:
-        ks, options = tuple(dict.fromkeys(self.options.k)), self.options
-        self.model = load_model(self.models, self.runtime).to(self.accelerator.device)
-        train = TrainConfig(out_dir=".", k=ks, seq_tokens=self.size)  # of it, lessons read k and seq_tokens alone
-        self.lessons = ProbeLessons(self.model.encoder, TextConfig(train_json=options.texts), train)
-        self.windows = np.asarray(spread(self.lessons.windows, options.limit))
-        require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
-                f"--texts {', '.join(options.texts)}: one text alone has pieces of {self.size} tokens, and "
+        options, files = self.options, ", ".join(self.options.texts)
+        self.model = refrag.load_model(self.models, self.runtime).to(self.accelerator.device)
+        self.cache = refrag.cache_tokens(options.texts, self.model.encoder.tokenizer)
+        windows = self.cache.windows(self.size, self.size)
+        refrag.require(len(windows) > 1, f"--texts {files}: needs two pieces of {self.size} tokens at least: lower "
+                "--context_tokens or --next_tokens")
+        self.windows = np.asarray(refrag.spread(windows, options.limit))
+        refrag.require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
+                f"--texts {files}: one text alone has pieces of {self.size} tokens, and "
                 "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
-        self.packs = can_pack(self.model.decoder)
 
     def units(self) -> list[Any]:
         """(mode, values of k): what reads no vector is measured once for all k."""
@@ -719,24 +595,19 @@ class TextTask(Task):
         mode, ks = unit
         return [("texts", mode, k) for k in ks]
 
-    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
-        """What the decoder is asked in a mode."""
-        raise NotImplementedError
-
-    def control(self, sequences: list[TrainingSequence], mode: str) -> list[TrainingSequence]:
+    def control(self, sequences: list[refrag.TrainingSequence], mode: str) -> list[refrag.TrainingSequence]:
         """One of the controls of some sequences."""
         names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
-        made = controls(sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
-        require(names[mode] in made, f"--modes {mode}: needs a decoder with a start token")
-        return made[names[mode]]
+        made = refrag.control(names[mode], sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
+        refrag.require(bool(made), f"--modes {mode}: needs a decoder with a start token")
+        return made
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         mode, ks = unit
         sequences = self.sequences(mode, ks[0])
-        measured = measure_sequences(self.model, sequences, self.packs, 2 * self.size, self.options.batch_size,
-                                     self.accelerator)
-        require(math.isfinite(measured["loss"]), f"--task {self.options.task}: the loss of {mode} is "
-                f"{measured['loss']}: mend the models")
+        measured = refrag.measure_sequences(self.model, sequences, self.options.batch_size, self.accelerator)
+        refrag.require(math.isfinite(measured["loss"]), f"--task {self.options.task}: the loss of {mode} is "
+                       f"{measured['loss']}: mend the models")
         for k in ks:
             if ("texts", mode, k) not in done:
                 yield {"id": "texts", "mode": mode, "k": k, **measured, "texts": len(sequences),
@@ -766,10 +637,20 @@ class PplTask(TextTask):
     def size(self) -> int:
         return self.options.context_tokens + self.options.next_tokens
 
-    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
-        pairs = [self.lessons.compressed(window, k, self.options.context_tokens) for window in self.windows]
-        made, last = (list(side) for side in zip(*pairs, strict=True))
-        return last if mode == "truncate" else self.control(made, mode)
+    def sequences(self, mode: str, k: int) -> list[refrag.TrainingSequence]:
+        made = [self.compressed(window, k, mode == "truncate") for window in self.windows]
+        return made if mode == "truncate" else self.control(made, mode)
+
+    def compressed(self, window: np.ndarray, k: int, truncate: bool) -> refrag.TrainingSequence:
+        """A window's first tokens as vectors and then the rest; truncate: the same from as many of the last tokens."""
+        encoder, (ids, cuts, _) = self.model.encoder, self.cache.read(window)
+        context, cuts, following = refrag.split_text(ids, cuts, self.options.context_tokens)
+        content = encoder.content_of_tokens(context, cuts, k)
+        plan, start = refrag.all_vectors(encoder, content), refrag.opening(encoder.tokenizer.decoder)
+        if not truncate:
+            return refrag.continue_plan(plan, following, content)
+        vectors = len(plan) - len(start)
+        return refrag.continue_plan(np.append(start, context[-vectors:]), following, refrag.Content([], []))
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
         texts = next(iter(found.values()))["texts"]
@@ -799,8 +680,9 @@ class ReconTask(TextTask):
     def size(self) -> int:
         return self.options.context_tokens
 
-    def sequences(self, mode: str, k: int) -> list[TrainingSequence]:
-        return self.control([self.lessons.repeated(window, k) for window in self.windows], mode)
+    def sequences(self, mode: str, k: int) -> list[refrag.TrainingSequence]:
+        texts = [self.cache.read(window) for window in self.windows]
+        return self.control([refrag.reconstruction(self.model.encoder, ids, cuts, k) for ids, cuts, _ in texts], mode)
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         mode, _ = unit
@@ -810,23 +692,24 @@ class ReconTask(TextTask):
     def write_freely(self, mode: str, k: int) -> dict[str, Any]:
         """What the decoder makes of some texts' vectors by itself, and how much of them that is."""
         texts, shares = [], []
-        for sequence in spread(self.sequences(mode, k), SAMPLES):
+        for sequence in refrag.spread(self.sequences(mode, k), SAMPLES):
             truth, made = sequence.labels[sequence.labels >= 0].tolist(), self.continue_freely(sequence)
             shares.append(kept_in_order(truth, made))
-            texts.append([self.lessons.tokenizer.decoder.decode(ids) for ids in (truth, made)])
+            texts.append([self.model.encoder.tokenizer.decoder.decode(ids) for ids in (truth, made)])
         return {"free_running": round(statistics.fmean(shares), 5), "written": texts}
 
     @torch.inference_mode()
-    def continue_freely(self, sequence: TrainingSequence) -> list[int]:
+    def continue_freely(self, sequence: refrag.TrainingSequence) -> list[int]:
         """The tokens that the decoder puts in the place of a sequence's answer, as many at most, greedily."""
         decoder, device, asked = self.model.decoder, self.accelerator.device, sequence.asked
-        before = continue_plan(sequence.plan[: len(sequence.plan) - asked + 1], sequence.labels[-1:], sequence.content)
+        context = sequence.plan[: len(sequence.plan) - asked + 1]
+        before = refrag.continue_plan(context, sequence.labels[-1:], sequence.content)
         with self.accelerator.autocast():
-            batch = checked_batch(self.model, [[before]], self.packs).to(device)
+            batch = refrag.checked_batch(self.model, [before])
             inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
-            logits, state = prefill(decoder, [inputs[0]])
-            [out], _ = decode(decoder, logits, state, max_new=asked, watch=Stopwatch(device),
-                              stops=stop_tokens(decoder, self.lessons.tokenizer.decoder),
+            logits, state = refrag.prefill(decoder, [inputs[0]])
+            [out], _ = refrag.decode(decoder, logits, state, max_new=asked, watch=refrag.Stopwatch(device),
+                              stops=refrag.stop_tokens(decoder, self.model.encoder.tokenizer.decoder),
                               pick=lambda logits: logits.argmax(-1))
         return out.tokens
 
@@ -843,7 +726,7 @@ class ReconTask(TextTask):
 
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
         written = {k: found["texts", "refrag", k]["written"] for k in self.options.k}
-        write_atomic(folder / "sample.md", written_text(written))
+        refrag.write_atomic(folder / "sample.md", written_text(written))
 
 
 TASKS: dict[str, type[Task]] = {"qa": QaTask, "retrieval": RetrievalTask, "gate": GateTask, "ppl": PplTask,
@@ -858,18 +741,18 @@ EVAL_FILES = re.compile(
 
 def evaluate(task: Task) -> dict[str, Any]:
     """Measure what is not measured yet, and write the report. Returns the summary that the command prints."""
-    accelerator = task.accelerator = make_accelerator(task.runtime)
+    accelerator = task.accelerator = refrag.make_accelerator(task.runtime)
     if task.options.out_dir is None:
         return summary_of(task, measure_lines(task, {}, lambda line: None))
     folder = Path(task.options.out_dir)
-    with run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"):
+    with refrag.run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"):
         with accelerator.main_process_first():  # which mends what a kill left
             settings = task.settings()
             done = measured_lines(folder, settings, task.options.resume)
         accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
         rank = accelerator.process_index
         path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
-        found = measure_lines(task, done, lambda line: append_line(path, line | {"settings": settings}))
+        found = measure_lines(task, done, lambda line: refrag.append_line(path, line | {"settings": settings}))
         summary = summary_of(task, found)
         if accelerator.is_main_process:
             write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
@@ -880,15 +763,9 @@ def evaluate(task: Task) -> dict[str, Any]:
 def measured_lines(folder: Path, settings: dict[str, Any], resume: bool) -> dict[Key, dict[str, Any]]:
     """The lines that are there already. Raises UserError without --resume, MismatchError for other settings."""
     files = sorted(path for path in folder.glob("questions*.jsonl") if path.stat().st_size)
-    require(resume or not files, f"--out_dir {folder} holds an evaluation: add --resume to continue it, or name "
-            "another folder")
-    return {key_of(line): line for path in files for line in finished_lines(path, settings, "--out_dir")}
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line to a file at once, so that a kill loses no finished one."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(dumps(line) + "\n")
+    refrag.require(resume or not files, f"--out_dir {folder} holds an evaluation: add --resume to continue it, or name "
+                   "another folder")
+    return {key_of(line): line for path in files for line in refrag.finished_lines(path, settings, "--out_dir")}
 
 
 def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
@@ -899,11 +776,11 @@ def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
     if lacking := [unit for unit in task.units() if not finished.issuperset(task.keys(unit))]:
         task.load()
         units = lacking[task.accelerator.process_index :: task.accelerator.num_processes]
-        for unit in progress(units, f"eval {task.options.task}", total=len(units)):
+        for unit in refrag.progress(units, f"eval {task.options.task}", total=len(units)):
             for line in task.lines(unit, finished):
                 new.append(line)
                 write(line)
-    gathered = late_import("accelerate.utils").gather_object(new)
+    gathered = gather_object(new)
     return done | {key_of(line): line for line in gathered}
 
 
@@ -912,17 +789,32 @@ def summary_of(task: Task, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
     return {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
 
 
+def source_commit() -> str | None:
+    """The commit of this checkout, "+" after it where refrag.py was changed since; None outside a checkout."""
+    path = Path(refrag.__file__).resolve()
+
+    def git(*argv: str) -> str:
+        return subprocess.run(["git", "-C", str(path.parent), *argv], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", path.name)  # fails in another project's checkout
+        return git("rev-parse", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", path.name))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
     """All files of --out_dir: the lines in order, and what they come to."""
     wanted = dict.fromkeys(task.wanted())
     lines = [*(found[key] for key in wanted), *(line for key, line in found.items() if key not in wanted)]
-    write_atomic(folder / "questions.jsonl", "".join(dumps(line) + "\n" for line in lines))
+    refrag.write_atomic(folder / "questions.jsonl", "".join(refrag.dumps(line) + "\n" for line in lines))
     for part in folder.glob("questions-*.jsonl"):
         part.unlink()
     facts = {"settings": lines[0]["settings"], "command": [word for word in sys.argv if word != "--resume"],
-             "versions": library_versions(), "device": describe_device(task.runtime), "commit": source_commit()}
-    write_atomic(folder / "results.json", json.dumps(summary | facts, indent=1) + "\n")
-    write_atomic(folder / "report.md", report_text(task, summary, facts))
+             "versions": refrag.library_versions(), "device": refrag.describe_device(task.runtime),
+             "commit": source_commit()}
+    refrag.write_atomic(folder / "results.json", json.dumps(summary | facts, indent=1) + "\n")
+    refrag.write_atomic(folder / "report.md", report_text(task, summary, facts))
     task.pictures(folder, found, summary)
 
 
@@ -956,7 +848,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def report_text(task: Task, summary: dict[str, Any], facts: dict[str, Any]) -> str:
     """report.md."""
-    rows = [[key, dumps(value)] for key, value in {**facts["settings"], "commit": facts["commit"]}.items()
+    rows = [[key, refrag.dumps(value)] for key, value in {**facts["settings"], "commit": facts["commit"]}.items()
             if value is not None]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return "\n".join([f"# Evaluation: {task.options.task}", "", f"n = {summary['n']}, seed {summary['seed']}.", "",
@@ -995,9 +887,9 @@ def paint_quality(axes: Any, results: dict[str, dict[str, dict[str, Any]]]) -> N
     axes.legend(fontsize=7)
 
 
-def run_eval(evaluation: EvalConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-             runtime: RuntimeConfig) -> None:
+def run(evaluation: refrag.EvalConfig, index: refrag.IndexConfig, search: refrag.SearchConfig,
+        models: refrag.ModelConfig, runtime: refrag.RuntimeConfig) -> None:
     """Measure, and show the table."""
     task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
     summary = evaluate(task)
-    emit(summary, runtime, task.table(summary))
+    refrag.emit(summary, runtime, task.table(summary))

@@ -11,32 +11,41 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from refrag import Pipeline, new_folder, show_plan
+import refrag
 
 
-def export_prompt(pipeline: Pipeline, item: dict[str, Any], folder: Path, with_decoder: bool) -> dict[str, Any]:
+def run(export: refrag.ExportConfig, ask: refrag.QuestionConfig, *configs: Any) -> None:
+    """Write the prompt of one question."""
+    _, _, _, generate, _, runtime = configs
+    questions = refrag.read_prompt(generate.prompt, ask) or refrag.read_questions(ask)
+    refrag.require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
+    facts = export_prompt(refrag.answering(ask, *configs), questions[0], Path(export.out_dir), export.decoder)
+    files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
+    refrag.emit(facts | {"out_dir": export.out_dir}, runtime,
+                f"{facts['positions']:,} positions in {export.out_dir}: {files}")
+
+
+def export_prompt(pipeline: refrag.Pipeline, item: dict[str, Any], folder: Path, with_decoder: bool) -> dict[str, Any]:
     """Write prompt.safetensors, prompt.json, request.json and, if asked for, decoder/. Returns what prompt.json holds.
 
     request.json is for `vllm serve DECODER --enable-prompt-embeds` and its address /v1/completions, which takes a saved
     tensor (T, D) in base64 and adds no chat template of its own.
     """
-    context, inputs = pipeline.prepare(item)
-    packed, decoder = context.packed, pipeline.model.decoder
-    inputs = inputs.detach().contiguous().cpu()
-    contents = [doc.content for doc in packed.docs]
-    ids = dict(zip(context.labels, (p.id for p in context.passages), strict=False))
+    reading, settings, decoder = pipeline.prepare(item), pipeline.settings, pipeline.model.decoder
+    context, plan, inputs = reading.context, reading.choice.plan, reading.inputs.detach().contiguous().cpu()
+    ids = dict(zip(reading.labels, (p.id for p in reading.passages), strict=False))
     facts = {
-        "question": item["question"], "positions": len(context.plan), "full_positions": len(packed.prompt.input_ids),
-        "documents": [{"label": doc.label, "id": ids.get(doc.label, doc.label)} for doc in packed.docs],
-        "prompt": show_plan(packed.prompt, context.plan, pipeline.tokenizer, contents),
-        "stop_token_ids": sorted(pipeline.stops), "max_tokens": pipeline.generate.max_new,
-        "dtype": str(inputs.dtype).removeprefix("torch."), "settings": pipeline.settings()}
+        "question": item["question"], "positions": len(plan), "full_positions": len(context.prompt.input_ids),
+        "documents": [{"label": label, "id": ids.get(label, label)} for label in reading.labels],
+        "prompt": refrag.show_plan(context, plan, pipeline.tokenizer),
+        "stop_token_ids": sorted(settings.stop_tokens), "max_tokens": settings.generate.max_new,
+        "dtype": str(inputs.dtype).removeprefix("torch."), "settings": pipeline.describe(settings)}
     data = io.BytesIO()
     torch.save(inputs, data)
     request = {"model": "DECODER", "prompt_embeds": base64.b64encode(data.getvalue()).decode(), "stream": False,
                **{name: facts[name] for name in ("max_tokens", "stop_token_ids")},
-               "temperature": pipeline.generate.temperature, "top_p": pipeline.generate.top_p}
-    with new_folder(folder) as temporary:
+               "temperature": settings.generate.temperature, "top_p": settings.generate.top_p}
+    with refrag.new_folder(folder) as temporary:
         save_file({"inputs_embeds": inputs}, temporary / "prompt.safetensors",
                   {"positions": str(len(inputs)), "question": item["question"]})
         (temporary / "prompt.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

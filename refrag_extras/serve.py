@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,29 +35,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from refrag import (
-    STDERR,
-    Embedder,
-    GenerateConfig,
-    PackConfig,
-    Pipeline,
-    SearchConfig,
-    ServeConfig,
-    TooLongError,
-    UserError,
-    batched,
-    dumps,
-    notice,
-    one_line,
-    peak_rss_mb,
-    say,
-)
+import refrag
 from refrag_extras.chat import MODES, with_topic
 
 # -- requests ---------------------------------------------------------------------
 
 MOST_TOKENS = 1024  # that a request may ask for
 BODY_BYTES = 1 << 20  # that a request may have
+PAGES = Path(__file__).resolve().parent / "webapp"
 API_NAMES = {"max_new": "max_tokens", "temperature": "temperature", "top_p": "top_p",  # of flags that clients can set
              **{name: f"refrag.{name}" for name in ("mode", "k", "p", "floor", "topk", "hops")}}
 
@@ -87,14 +73,14 @@ def refusal(error: Exception) -> Refused:
         message = "not supported here, or not with this value" if first["type"] == "extra_forbidden" else first["msg"]
         message = message.removeprefix("Value error, ")
         return Refused(400, f"{place}: {message}" if place else message, first["type"], place or None)
-    if isinstance(error, UserError):
+    if isinstance(error, refrag.UserError):
         names = re.findall(rf"--({'|'.join(API_NAMES)})\b", str(error))
         message = re.sub(r"--(\w+)", lambda match: API_NAMES.get(match[1], match[0]), str(error))
-        if isinstance(error, TooLongError):
+        if isinstance(error, refrag.TooLongError):
             return Refused(400, message, "context_length_exceeded", "messages")
         return Refused(400, message, "invalid_value", API_NAMES[names[0]] if names else None)
-    say(f"error: {one_line(error)}", file=STDERR)
-    return Refused(500, f"{type(error).__name__}: {one_line(error)}", "internal_error")
+    refrag.say(f"error: {refrag.one_line(error)}", file=sys.stderr)
+    return Refused(500, f"{type(error).__name__}: {refrag.one_line(error)}", "internal_error")
 
 
 def joined_parts(content: Any) -> Any:
@@ -198,9 +184,9 @@ class EmbeddingsForm(Form):
 class Wish(NamedTuple):
     """The settings of a request; those with the same may share a batch."""
 
-    search: SearchConfig
-    pack: PackConfig
-    generate: GenerateConfig
+    search: refrag.SearchConfig
+    pack: refrag.PackConfig
+    generate: refrag.GenerateConfig
     seed: int = 0
     system: str = ""
 
@@ -214,19 +200,20 @@ class ChatRequest(NamedTuple):
     usage: bool = False  # whether a stream ends with the counts of tokens
 
     @classmethod
-    def read(cls, data: bytes, pipeline: Pipeline) -> ChatRequest:
+    def read(cls, data: bytes, pipeline: refrag.Pipeline) -> ChatRequest:
         """Raises Refused and what `refusal` makes one of."""
         body = ChatForm.model_validate_json(data)
         check_served(body.model, ["refrag"])
         question, system = asked_by(body.messages)
-        counts = (body.max_completion_tokens, body.max_tokens, min(pipeline.generate.max_new, MOST_TOKENS))
+        usual = pipeline.settings
+        counts = (body.max_completion_tokens, body.max_tokens, min(usual.generate.max_new, MOST_TOKENS))
         how = body.model_dump(include={"temperature", "top_p"}, exclude_unset=True)
         how |= {"stop": tuple(body.stop)} if body.stop else {}
-        generate = dataclasses.replace(pipeline.generate, **how, max_new=next(n for n in counts if n is not None))
+        generate = dataclasses.replace(usual.generate, **how, max_new=next(n for n in counts if n is not None))
         own = body.refrag.model_dump(exclude_unset=True)
-        search = dataclasses.replace(pipeline.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
-        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.runtime.seed  # JavaScript keeps 53 bits
-        wish = Wish(search, dataclasses.replace(pipeline.pack, **own), generate,
+        search = dataclasses.replace(usual.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
+        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.seed  # JavaScript keeps 53 bits
+        wish = Wish(search, dataclasses.replace(usual.pack, **own), generate,
                     seed if body.seed is None else body.seed % 2**63, system)
         return cls(question, wish, body.stream, body.stream_options.include_usage)
 
@@ -277,7 +264,7 @@ class Job:
 class Engine:
     """Answers jobs, batch after batch, in a thread of its own."""
 
-    def __init__(self, pipeline: Pipeline, serve: ServeConfig):
+    def __init__(self, pipeline: refrag.Pipeline, serve: refrag.ServeConfig):
         self.pipeline, self.serve, self.ready = pipeline, serve, True
         self.together = serve.together or (1 if pipeline.device.type == "cpu" else 4)
         self.jobs: collections.deque[Job] = collections.deque()
@@ -341,8 +328,9 @@ class Engine:
         """Answer jobs, or return why not; the failed batch's memory is free when this returns."""
         try:
             with self.models:
-                results = self.pipeline_for(batch[0].asked.wish).answer([job.item for job in batch],
-                                                                        functools.partial(self.spread_text, batch))
+                writers = [functools.partial(self.spread_text, job) for job in batch]
+                settings = self.settings_for(batch[0].asked.wish)
+                results = self.pipeline.answer_batch([job.item for job in batch], settings, writers)
         except Exception as error:
             return refusal(error)
         for job, result in zip(batch, results, strict=True):
@@ -353,23 +341,20 @@ class Engine:
                 job.tell("done", result)
         return None
 
-    def spread_text(self, batch: list[Job], row: int, text: str) -> bool:
+    def spread_text(self, job: Job, text: str) -> bool:
         """Pass a part of an answer on. Returns True when no more of it is wanted."""
-        job = batch[row]
         if text:
             job.heard = True
             job.tell("text", text)
         return job.cancelled or job.late
 
-    def pipeline_for(self, wish: Wish) -> Pipeline:
-        """The pipeline with a request's settings. Raises RefragError."""
+    def settings_for(self, wish: Wish) -> refrag.Settings:
+        """A request's settings. Raises RefragError."""
         if wish.pack.mode != "none" and self.pipeline.searcher is None:
             raise Refused(400, "this server was started without an index: only the mode none is left", "invalid_value",
                           "refrag.mode")
-        made = self.pipeline.variant(search=wish.search, generate=wish.generate, **vars(wish.pack))
-        made.check_gate(made.gate)
-        made.sampler, made.system = torch.Generator().manual_seed(wish.seed), wish.system
-        return made
+        return self.pipeline.settings_for(search=wish.search, pack=wish.pack, generate=wish.generate,
+                                          sampler=torch.Generator().manual_seed(wish.seed), system=wish.system)
 
     def count(self, result: dict[str, Any]) -> None:
         """Add an answer to /metrics."""
@@ -382,7 +367,8 @@ class Engine:
 
     def metrics_text(self) -> str:
         """/metrics, in Prometheus' text form."""
-        lines = [f"refrag_requests_waiting {len(self.jobs)}", f"refrag_peak_rss_bytes {int(peak_rss_mb() * 2**20)}"]
+        lines = [f"refrag_requests_waiting {len(self.jobs)}",
+                 f"refrag_peak_rss_bytes {int(refrag.peak_rss_mb() * 2**20)}"]
         lines += [f"refrag_{name} {value}" for name, value in sorted(self.counts.items())]
         return "\n".join(lines) + "\n"
 
@@ -403,7 +389,7 @@ class Engine:
             return vectors, sum(map(len, rows))
 
 
-def framed_ids(embedder: Embedder, inputs: list[list[int]]) -> list[list[int]]:
+def framed_ids(embedder: refrag.Embedder, inputs: list[list[int]]) -> list[list[int]]:
     """What an embedder reads of token ids, which may hold its special tokens or lack them. Raises Refused.
 
     Another vocabulary's ids are noticed only where they are too large.
@@ -421,10 +407,10 @@ def framed_ids(embedder: Embedder, inputs: list[list[int]]) -> list[list[int]]:
     return [[*before, *prompt, *(token for token in row if token not in added), *after] for row in inputs]
 
 
-def embed_ids(embedder: Embedder, rows: list[list[int]]) -> np.ndarray:
+def embed_ids(embedder: refrag.Embedder, rows: list[list[int]]) -> np.ndarray:
     """(N, dim) float32 of complete rows of token ids."""
     vectors = []
-    for some in batched(rows, 32):
+    for some in refrag.batched(rows, 32):
         features = embedder.tokenizer.pad({"input_ids": some}, return_tensors="pt").to(embedder.model.device)
         with torch.inference_mode():
             vectors.append(embedder.model(dict(features))["sentence_embedding"].float().cpu().numpy())
@@ -461,7 +447,7 @@ def whole_reply(job: Job, result: dict[str, Any], model: str) -> dict[str, Any]:
 
 def event(data: Any) -> str:
     """A server-sent event."""
-    return f"data: {data if isinstance(data, str) else dumps(data)}\n\n"
+    return f"data: {data if isinstance(data, str) else refrag.dumps(data)}\n\n"
 
 
 def stream_events(job: Job, kind: str, value: Any, model: str) -> Iterator[str]:
@@ -497,7 +483,7 @@ async def read_body(request: Request, timeout: float) -> bytes:
 class Service:
     """What the addresses of the server do. Its methods take and return Starlette's requests and responses."""
 
-    def __init__(self, engine: Engine, serve: ServeConfig):
+    def __init__(self, engine: Engine, serve: refrag.ServeConfig):
         self.engine, self.serve = engine, serve
         embedder = engine.pipeline.embedder
         self.models = {"refrag": "answers"} | ({embedder.name: "embeddings"} if embedder is not None else {})
@@ -556,7 +542,7 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
         asked = ChatRequest.read(await read_body(request, self.serve.timeout), self.engine.pipeline)
-        self.engine.pipeline_for(asked.wish)  # wrong settings are refused before they wait
+        self.engine.settings_for(asked.wish)  # wrong settings are refused before they wait
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
         job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
         self.engine.submit(job)
@@ -645,40 +631,14 @@ class Service:
 
     async def docs(self, request: Request) -> Response:
         """GET /docs"""
-        return PlainTextResponse(SERVER_DOCS)
+        return PlainTextResponse((PAGES / "docs.txt").read_text(encoding="utf-8"))
 
     async def page(self, request: Request) -> Response:
         """GET /"""
-        path = Path(__file__).resolve().parent / "webapp" / "index.html"
-        if not path.is_file():
-            raise Refused(404, "the page webapp/index.html is not beside serve.py", "no_page")
-        return HTMLResponse(path.read_text(encoding="utf-8"))
+        return HTMLResponse((PAGES / "index.html").read_text(encoding="utf-8"))
 
 
-SERVER_DOCS = """\
-POST /v1/chat/completions
-    As OpenAI's, for the model "refrag". The last message is the question; one that refers back is asked with the names
-    of the one before. System messages stand before it in the prompt. stream, max_tokens, temperature, top_p, seed and
-    stop (up to four) are obeyed; a sampled answer without a seed draws one and reports it. Other official fields are
-    accepted with the value that changes nothing, and refused with any other.
-    Beyond OpenAI's: "refrag": {"mode": "refrag|full|none|truncate", "k": .., "p": .., "floor": .., "topk": ..,
-    "hops": ..} in the request; in the reply, or the last event of a stream, "refrag": {question, citations, passages,
-    chunks, metrics, settings}, the seed among the settings.
-POST /v1/embeddings
-    The embedder's vectors: {"model": .., "input": .., "encoding_format": "float" or "base64"}. input: a text, token ids
-    of the embedder's own tokenizer, or a list of either. More tokens than it reads are an error.
-GET  /v1/models    what is served
-GET  /healthz      200 while the server can answer
-GET  /metrics      counts for Prometheus
-GET  /             a page to ask from
-
-Errors: 400 what is wrong with the request, its field as param, or a Host that is not this machine; 401 the key, 403 a
-page from elsewhere, 404 the model or the address, 405 the method, 408 the request came too slowly, 413 too long, 429
-too many are waiting (with Retry-After), 504 not done within the server's time, 5xx a fault, with its reason.
-"""
-
-
-def make_app(engine: Engine, serve: ServeConfig, address: str) -> Starlette:
+def make_app(engine: Engine, serve: refrag.ServeConfig, address: str) -> Starlette:
     """The server as a Starlette application. address: what it listens on.
 
     On a loopback address it answers to this machine's names alone: a page elsewhere could have its own name resolve to
@@ -690,22 +650,23 @@ def make_app(engine: Engine, serve: ServeConfig, address: str) -> Starlette:
         layers.append(Middleware(TrustedHostMiddleware, www_redirect=False,
                                  allowed_hosts=["localhost", "127.0.0.1", "[::1]", own, serve.host]))
     elif serve.api_key is None:
-        notice(f"warning: {address} lets other machines in, and there is no --api_key: whoever reaches this server can "
-               "read its passages")
+        refrag.notice(f"warning: {address} lets other machines in, and there is no --api_key: whoever reaches this "
+                      "server can read its passages")
     if serve.cors:
         layers.append(Middleware(CORSMiddleware, allow_origins=serve.cors, allow_methods=["GET", "POST"],
                                  allow_headers=["*"]))
     return Starlette(routes=service.routes(), middleware=layers, exception_handlers={HTTPException: service.no_route})
 
 
-def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
+def run(serve: refrag.ServeConfig, *configs: Any) -> None:
     """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
-    engine = Engine(pipeline, serve)
+    engine = Engine(refrag.answering(None, *configs), serve)
     engine.thread.start()
     with listening_socket(serve) as listener:
         host, port = listener.getsockname()[:2]
         app = make_app(engine, serve, host)
-        notice(f"serving on http://{f'[{host}]' if ':' in host else host}:{port} (page at /, description at /docs)")
+        name = f"[{host}]" if ":" in host else host
+        refrag.notice(f"serving on http://{name}:{port} (page at /, description at /docs)")
         config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=10,
                                 server_header=False)
         try:
@@ -714,10 +675,10 @@ def run_server(pipeline: Pipeline, serve: ServeConfig) -> None:
             engine.stop()
 
 
-def listening_socket(serve: ServeConfig) -> socket.socket:
+def listening_socket(serve: refrag.ServeConfig) -> socket.socket:
     """A socket on --host and --port. Raises UserError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise UserError(f"--host {serve.host} --port {serve.port}: {error.strerror or error}") from None
+        raise refrag.UserError(f"--host {serve.host} --port {serve.port}: {error.strerror or error}") from None

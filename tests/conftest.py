@@ -16,11 +16,11 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from writers import ROOT, files, finished, forks, line, mount  # noqa: F401 (fixtures)
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import refrag  # noqa: E402
+import refrag
 
 torch.set_num_threads(1)
 
@@ -232,3 +232,55 @@ def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
                         "--dec", str(llama), "--enc", "decoder:2", "--k", "4", "--dtype", "float32", "--quiet"])
     assert code == 0
     return folder
+
+
+# ---- Input, damage, refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """Caches of this test alone."""
+    monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a file of bytes, text or JSON rows; returns its path."""
+
+    def call(name: str, content: bytes | str | list[dict]) -> Path:
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command that must fail: one line on stderr and the same as one JSON object on stdout; the message."""
+
+    def call(code: int, *argv: object) -> str:
+        got, out, err = run(*argv, "--json")
+        message = err.removeprefix("error: ").rstrip("\n")
+        assert err == f"error: {message}\n" and "\n" not in message, err
+        assert (got, message) == (code, message), f"exit code {got}: {message}"
+        assert out == json.dumps({"error": {"code": code, "message": message}}, ensure_ascii=False) + "\n"
+        return message
+
+    return call
+
+
+@pytest.fixture
+def done(run):
+    """Run a command that must succeed and say nothing on stderr; its JSON."""
+
+    def call(*argv: object) -> dict:
+        code, out, err = run(*argv, "--quiet", "--json")
+        assert (code, err) == (0, ""), err
+        return json.loads(out)
+
+    return call

@@ -39,7 +39,7 @@ def run_pytest(folder: Path, shown: int, argv: list[str]) -> None:
     os.chdir(folder)
     os.dup2(shown, 1)
     os.dup2(shown, 2)
-    sys.exit(pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", *argv]))
+    sys.exit(pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "-o", "timeout=0", *argv]))
 
 
 class Run:
@@ -51,12 +51,12 @@ class Run:
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
         paths = [folder / "refrag.py", *sorted(folder.glob("refrag_extras/*.py"))]
         self.sources = {path: path.read_text(encoding="utf-8") for path in paths}
-        tests = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("tests/*.py"))]
+        tests = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("tests/[!s]*.py"))]
         self.digest = hashlib.sha256("".join([*self.sources.values(), *tests]).encode()).hexdigest()[:12]
         lines = [line for line in read_lines(out) if line["digest"] == self.digest]
         self.found = {line["fault"]: line["found"] for line in lines if "fault" in line}
         self.known = {(line["file"], line["k"]): line["failing"] for line in lines if "file" in line}
-        sys.path[0], sys.dont_write_bytecode = str(folder), True  # a cache may be of the source of a second ago
+        sys.path[0] = str(folder)
         os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "REFRAG_HOME": str(self.home)}
         for name in ("sentence_transformers", "refrag"):  # for their libraries
             importlib.import_module(name)
@@ -69,30 +69,29 @@ class Run:
 
     def seed(self, fault: dict) -> bool:
         """Put a fault in the place of the one before. False where none of its edits has its one place."""
+        texts = self.sources.values()
+        edit = next((e for e in fault.get("edits", ()) if sum(text.count(e[0]) for text in texts) == 1), None)
         for path, text in self.sources.items():
-            path.write_text(text, encoding="utf-8")
-        for find, put in fault.get("edits", ()):
-            if sum(text.count(find) for text in self.sources.values()) == 1:
-                path = next(path for path, text in self.sources.items() if find in text)
-                path.write_text(self.sources[path].replace(find, put), encoding="utf-8")
-                return True
-        return not fault
+            path.write_text(text.replace(*edit) if edit else text, encoding="utf-8")
+        return edit is not None or not fault
 
     def failing(self, fault: dict, name: str, k: str, *options: str) -> list[str]:
         """The tests of a file that fail with a fault, or BROKEN or LATE."""
-        shutil.rmtree(self.home, ignore_errors=True)  # no cache of the run before, which may have had another fault
+        for cache in ("tokens", "retrieved", "verified"):  # those of the run before may have another fault
+            shutil.rmtree(self.home / cache, ignore_errors=True)
         self.seed(fault)
         with tempfile.TemporaryFile("w+", encoding="utf-8") as shown:
             given = (self.folder, shown.fileno(), [f"tests/test_{name}.py", "-k", k, *options])
             child = multiprocessing.get_context("fork").Process(target=run_pytest, args=given)
             child.start()
-            child.join(self.limit if fault else None)
-            if child.exitcode is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                return [LATE]
+            try:
+                child.join(self.limit if fault else None)
+            finally:
+                if late := child.is_alive():
+                    os.killpg(child.pid, signal.SIGKILL)
             shown.seek(0)
             failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", shown.read(), re.MULTILINE)
-        return failed or ([] if child.exitcode in (0, 5) else [BROKEN])  # 5: -k selects none
+        return [LATE] if late else failed or ([] if child.exitcode in (0, 5) else [BROKEN])  # 5: -k selects none
 
     def failing_anyway(self, name: str, whole: bool) -> list[str]:
         """The tests of a file, all or those that any fault names, that fail without a fault."""
@@ -123,8 +122,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--limit", type=float, default=900.0)
     args = parser.parse_args()
-    if len(args.files) != ["check", "run", "compare"].index(args.action):
-        parser.error("run takes one file, compare two")
+    assert len(args.files) == ["check", "run", "compare"].index(args.action), __doc__
     if args.action == "compare":
         sides = [{line["fault"]: line["found"] for line in read_lines(path) if "fault" in line} for path in args.files]
         for name in sides[0] | sides[1]:

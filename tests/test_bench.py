@@ -94,7 +94,7 @@ def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = 
     """A trial whose counted rounds took these times to the first token."""
     runs = [metrics(ttft_s=seconds, ttit_s=seconds / 4) for seconds in ttft]
     setting = bench.Setting(mode, 512, k, p)._replace(**changes)
-    return bench.Trial(setting, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})
+    return bench.Trial(setting, None, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
@@ -213,20 +213,13 @@ def test_the_cache_of_every_architecture_is_counted(any_decoder):
     assert (short > 40 * per_layer * growing) == (kind in ("mamba2", "bamba"))
 
 
-def test_a_tensor_that_stands_twice_in_a_cache_counts_once():
-    tensor, other = torch.zeros(10), torch.zeros(3, dtype=torch.float16)
-    circular = {"a": [tensor, (tensor, other)], "kind": dict}
-    circular["again"] = circular
-    assert refrag.cache_bytes(circular) == 46
-
-
 def test_an_answers_share_of_the_cache_is_in_its_metrics(llama, index_dir):
     pipeline = refrag.load_pipeline(
         refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2), refrag.PackConfig(mode="full"),
         refrag.GenerateConfig(max_new=2, cite=False), refrag.ModelConfig(dec=str(llama), enc="decoder:2"),
         refrag.RuntimeConfig(quiet=True))
     items = [{"id": str(i), "question": QUESTION} for i in range(2)]
-    for results in (pipeline.answer(items), pipeline.answer(items[:1])):
+    for results in (pipeline.answer_batch(items), pipeline.answer_batch(items[:1])):
         assert [r["metrics"]["kv_bytes"] for r in results] == [384 * r["metrics"]["positions"] for r in results]
 
 
@@ -400,14 +393,15 @@ def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     assert [row["stored_vectors"] for row in result["rows"] if row["mode"] != "refrag"] == [None, None]
     assert encoded.count(6) == 3  # one warm-up and two rounds
     assert 4 not in encoded and 8 not in encoded
-    assert "--k 6: the index holds no vectors that serve it, so they are computed while the clock runs\n" in err
+    assert "--k 6: the index holds no vectors that serve it: they are computed while the clock runs\n" in err
     assert "--k 4" not in err and "--k 8" not in err
 
 
 def test_batches_of_a_decoder_that_takes_none_are_left_out_and_told(run_bench, monkeypatch):
     """It answers one question after another; its times would be those of no batch."""
     warm_up = refrag.Pipeline.warm_up
-    monkeypatch.setattr(refrag.Pipeline, "warm_up", lambda self: (warm_up(self), setattr(self, "batches", False)))
+    monkeypatch.setattr(refrag.Pipeline, "warm_up", lambda self, since: (
+        warm_up(self, since), setattr(self, "batches", False)))
     result, err = run_bench("--contexts", 120, "--modes", "none", "--batch_size", "1,2", "--repeats", 1)
     assert [row["batch"] for row in result["rows"]] == [1]
     assert result["left_out"] and all(line.startswith("--batch_size 2 left out") for line in result["left_out"])
@@ -525,77 +519,6 @@ def test_the_report_holds_any_command_line(run_bench, tmp_path, monkeypatch, arg
     assert "Command: `refrag.py bench '?'`" in report or "Command: `refrag.py bench 'a b'`" in report
 
 
-# ---- Interruptions and other writers --------------------------------------------------------------------------------
-
-
-def test_finished_rounds_are_kept_when_interrupted(run, argv, tmp_path, monkeypatch):
-    """Seven runs a round: the warm-up, two rounds that count, and an interrupt within the third."""
-    count = itertools.count(1)
-
-    def interrupted(self, item):
-        if next(count) == 3 * 7 + 4:
-            raise KeyboardInterrupt
-        return metrics()
-
-    monkeypatch.setattr(bench.Trial, "run", interrupted)
-    code, out, err = run(*argv("--out_dir", tmp_path / "b", "--repeats", 5))
-    assert (code, out, err.splitlines()[-1]) == (130, "", "error: interrupted")
-    kept = json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8"))
-    assert kept["rounds"] == 2
-    assert [len(row["runs"]["ttft_s"]) for row in kept["rows"]] == [2] * 7
-    assert "Medians of 2 rounds" in (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_a_folder_in_which_nothing_came_to_stand_goes_again(run, argv, tmp_path, monkeypatch, there):
-    def interrupted(self, item):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench.Trial, "run", interrupted)
-    if there:
-        (tmp_path / "b").mkdir()
-    assert run(*argv("--out_dir", tmp_path / "b"))[0] == 130
-    assert (tmp_path / "b").exists() == there
-
-
-def test_a_second_writer_is_told_so(run, argv, tmp_path):
-    with bench.bench_folder(str(tmp_path / "b")):
-        code, _, err = run(*argv("--out_dir", tmp_path / "b"))
-    assert code == 75
-    assert err == f"error: --out_dir {tmp_path / 'b'} is being written by another process: wait for it to end\n"
-
-
-# ---- Bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("flags", "told"), [
-    (["--k", "0"], "--k must lie between 1 and 64"),
-    (["--question", " "], "the question is empty"),
-    (["--out_dir", __file__], "is a file: name a folder"),
-    (["--index_dir", "nowhere"], "--index_dir nowhere: no such folder"),
-], ids=str)
-def test_bad_input_is_one_line_before_a_model_is_loaded(run, argv, monkeypatch, flags, told):
-    monkeypatch.setattr(refrag, "load_model", None)  # calling it would be another error
-    code, out, err = run(*argv(*flags))
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert told in err
-
-
-def test_an_index_must_be_named(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(refrag, "load_model", None)
-    code, _, err = run("bench", "--out_dir", tmp_path / "b")
-    assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith("error: --index_dir is missing")
-    assert not (tmp_path / "b").exists()
-
-
-def test_an_index_of_another_encoder_is_refused(run, argv):
-    code, _, err = run(*argv("--enc", "decoder:1"))
-    assert code == 5
-    assert "another encoder" in err
-
-
 # ---- Helpers of section 4 -------------------------------------------------------------------------------------------
 
 
@@ -604,15 +527,15 @@ def test_the_peak_of_memory_begins_anew():
     block = np.ones(20_000_000)  # 153 MiB
     high = refrag.peak_rss_mb()
     del block
-    refrag.reset_peak_memory(torch.device("cpu"))
+    bench.reset_peak_memory(torch.device("cpu"))
     assert refrag.peak_rss_mb() < high - 100
 
 
 def test_a_peak_that_can_not_begin_anew_stays(monkeypatch):
     monkeypatch.setattr(refrag.Path, "write_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
-    refrag.reset_peak_memory(torch.device("cpu"))
+    bench.reset_peak_memory(torch.device("cpu"))
     assert refrag.peak_rss_mb() > 0
-    assert refrag.peak_device_mb(torch.device("cpu")) is None
+    assert bench.peak_device_mb(torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -627,20 +550,20 @@ def test_the_commit_of_the_file(tmp_path, monkeypatch):
     program = tmp_path / "program.py"
     program.write_text("a")
     monkeypatch.setattr(refrag, "__file__", str(program))
-    assert refrag.source_commit() is None
+    assert evaluate.source_commit() is None
     git("init", "-q")
     (tmp_path / "other.py").write_text("b")
     git("add", "other.py")
     git("commit", "-qm", "another file")
-    assert refrag.source_commit() is None
+    assert evaluate.source_commit() is None
     git("add", "program.py")
     git("commit", "-qm", "first")
     head = git("rev-parse", "HEAD").strip()
-    assert refrag.source_commit() == head
+    assert evaluate.source_commit() == head
     program.write_text("b")
-    assert refrag.source_commit() == f"{head}+"
+    assert evaluate.source_commit() == f"{head}+"
 
 
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert refrag.source_commit() is None
+    assert evaluate.source_commit() is None

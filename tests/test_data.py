@@ -1,4 +1,4 @@
-"""Section 5: readers of corpora and questions, their errors, and the splitting of long passages."""
+"""Section 4: readers of corpora and questions, their errors, and the splitting of long passages."""
 
 from __future__ import annotations
 
@@ -75,22 +75,18 @@ def test_text_lines_are_passages_with_file_and_line_as_ids(write, tmp_path, name
     assert (got.skipped, got.replaced) == (0, 0)
 
 
-def test_a_mark_at_the_start_and_both_line_ends_are_no_text(write):
-    assert read(write("c.txt", BOM + b"one\r\ntwo\r\n\r\nfour")).texts == ["one", "two", "four"]
+@pytest.mark.parametrize(("content", "texts"), [
+    (BOM + b"one\r\ntwo\r\n\r\nfour", ["one", "two", "four"]),
+    (BOM + b"a\n" + BOM + b"b\n", ["a", "\ufeffb"]),  # a mark is removed from the start only
+    *((f"a{separator}b\nc".encode(), [f"a{separator}b", "c"]) for separator in "\u2028\x85\x0b\x0c"),
+])
+def test_marks_and_line_ends_are_no_text_and_only_a_newline_ends_a_line(write, content, texts):
+    assert read(write("c.txt", content)).texts == texts
 
 
 def test_a_line_ends_before_its_carriage_return(write):
     """The space before it belongs to the line."""
     assert list(refrag.TextFile(write("c.txt", b"a \r\nb\r"), "strict").filled_lines()) == [(1, "a "), (2, "b")]
-
-
-def test_a_mark_is_removed_from_the_start_only(write):
-    assert read(write("c.txt", BOM + b"a\n" + BOM + b"b\n")).texts == ["a", "\ufeffb"]
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0b", "\x0c"])
-def test_only_a_newline_ends_a_line(write, separator):
-    assert read(write("c.txt", f"a{separator}b\nc")).texts == [f"a{separator}b", "c"]
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\ufeff")), max_size=8))
@@ -111,19 +107,14 @@ def utf16(text: str) -> tuple[bytes, bytes]:
     return codecs.BOM_UTF16_LE + text.encode("utf-16-le"), codecs.BOM_UTF16_BE + text.encode("utf-16-be")
 
 
-def test_the_limit_counts_records_over_all_files(write):
-    files = write("a.txt", "1\n\n2\n"), write("b.txt", "3\n4\n")
+def test_the_limit_counts_records_over_all_files_and_leaves_the_rest_unread(write):
+    files = write("a.txt", "1\n\n2\n"), write("b.txt", b"3\n\xff\n")
     assert read(*files, limit=3).texts == ["1", "2", "3"]
-
-
-def test_the_limit_leaves_the_rest_unread(write):
-    assert read(write("a.txt", b"good\n\xff\n"), limit=1).texts == ["good"]
 
 
 def test_a_corpus_is_streamed(write):
     """The first record is there before the broken second line has been read."""
-    counts = {"skipped": 0, "replaced": 0}
-    records = refrag.read_corpus(refrag.CorpusConfig((str(write("a.txt", b"good\n\xff\n")),)), counts)
+    records = refrag.read_corpus(refrag.CorpusConfig((str(write("a.txt", b"good\n\xff\n")),)), {"skipped": 0})
     assert next(records).text == "good"
     with pytest.raises(refrag.UserError):
         next(records)
@@ -218,15 +209,12 @@ def test_invalid_utf8_is_refused_with_its_byte_offset(write, name, before, bad):
     assert str(caught.value) == f"{path}: invalid UTF-8 at byte {len(before)}: mend it or use --errors replace"
 
 
-def test_invalid_utf8_is_replaced_and_counted_by_line(write):
-    got = read(write("c.txt", b"good\nb\xffd \xfe\nx\xff\nlast"), errors="replace")
+def test_invalid_utf8_is_replaced_or_skipped_and_counted_by_line(write):
+    path = write("c.txt", b"good\nb\xffd \xfe\nx\xff\nlast")
+    got = read(path, errors="replace")
     assert got.texts == ["good", "b\ufffdd \ufffd", "x\ufffd", "last"]
-    assert (got.skipped, got.replaced) == (0, 2)
-    assert got.ids == [f"c.txt:{n}" for n in (1, 2, 3, 4)]
-
-
-def test_invalid_utf8_is_skipped_and_counted_by_line(write):
-    got = read(write("c.txt", b"good\nb\xffd \xfe\nx\xff\nlast"), errors="skip")
+    assert (got.ids, got.skipped, got.replaced) == ([f"c.txt:{n}" for n in (1, 2, 3, 4)], 0, 2)
+    got = read(path, errors="skip")
     assert (got.texts, got.ids, got.skipped, got.replaced) == (["good", "last"], ["c.txt:1", "c.txt:4"], 2, 0)
 
 
@@ -458,15 +446,11 @@ def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, ca
     assert told.startswith("files of other kinds, not read: 4 (") and "LICENSE" in told and told.count("\n") == 1
 
 
-def test_a_hidden_folder_that_is_named_is_read(write, tmp_path):
-    write(".notes/a.txt", "text")
-    assert read(tmp_path / ".notes").ids == [".notes/a.txt"]
-
-
-def test_a_folder_and_a_file_together(write, tmp_path):
-    write("docs/a.txt", "whole\ndocument\n")
-    got = read(tmp_path / "docs", write("lines.txt", "one\ntwo\n"))
-    assert got.ids == ["docs/a.txt", "lines.txt:1", "lines.txt:2"]
+def test_a_hidden_folder_that_is_named_is_read_and_a_folder_goes_with_a_file(write, tmp_path):
+    write(".notes/a.txt", BOM + b"whole\ndocument\n")
+    got = read(tmp_path / ".notes", write("lines.txt", "one\ntwo\n"))
+    assert got.ids == [".notes/a.txt", "lines.txt:1", "lines.txt:2"]
+    assert got.texts[0] == "whole\ndocument\n"
 
 
 def test_a_folder_without_files_to_read_is_refused(write, tmp_path):
@@ -474,11 +458,6 @@ def test_a_folder_without_files_to_read_is_refused(write, tmp_path):
     write("docs/.git/a.txt", "hidden")
     with pytest.raises(refrag.UserError, match=r"docs: the folder holds no \.txt, \.text, \.md, .*\.tsv files"):
         read(tmp_path / "docs")
-
-
-def test_a_mark_at_the_start_of_a_document_is_no_text(write, tmp_path):
-    write("docs/a.txt", BOM + b"text")
-    assert read(tmp_path / "docs").texts == ["text"]
 
 
 FAULTY = {"a.txt": b"ab\ncd\xff", "c.jsonl": b'{"text": "one"}\n{"x": 1}\n', "d.json": b'{"name": "x"}',
@@ -551,22 +530,15 @@ def test_a_path_that_is_not_there_is_refused_before_anything_is_read(write):
 # ---- Standard input -------------------------------------------------------------------------------------------------
 
 
-def test_text_on_standard_input(stdin):
-    stdin(b"one\r\n\n" + CJK.encode() + b"\n")
-    got = read("-")
-    assert (got.ids, got.texts) == (["stdin:1", "stdin:3"], ["one", CJK])
-    assert got.records[1].where == "stdin:3"
-
-
-@pytest.mark.parametrize("start", [b"", BOM, b"\n \n"])
-def test_json_lines_on_standard_input_are_recognised_by_the_first_line(stdin, start):
-    stdin(start + b'{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n')
-    assert read("-").ids == ["a", "b"]
-
-
-def test_text_on_standard_input_may_hold_a_brace_later(stdin):
-    stdin(b'one\n{"id": "a"}\n')
-    assert read("-").texts == ["one", '{"id": "a"}']
+@pytest.mark.parametrize(("content", "found"), [
+    (b"one\r\n\n" + CJK.encode() + b"\n", {"stdin:1": "one", "stdin:3": CJK}),
+    (b'one\n{"id": "a"}\n', {"stdin:1": "one", "stdin:2": '{"id": "a"}'}),  # only the first line tells
+    *((start + b'{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n', {"a": "one", "b": "two"})
+      for start in (b"", BOM, b"\n \n")),
+])
+def test_standard_input(stdin, content, found):
+    stdin(content)
+    assert {r.id: r.text for r in read("-").records} == found
 
 
 def test_errors_on_standard_input_name_it(stdin):
@@ -747,10 +719,13 @@ def test_a_bad_question_of_the_command_line_is_refused(question, told):
         ask(question)
 
 
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_questions_is_refused(write, content):
-    with pytest.raises(refrag.UserError, match="the file holds no question"):
-        ask(questions=write("q.jsonl", content))
+@pytest.mark.parametrize(("content", "told"), [
+    (b"", "the file holds no question"), (b"\n \n", "the file holds no question"),
+    (b'{"question": "a"}\n{"question": "\xff"}\n', "invalid UTF-8 at byte 32: mend it")])
+def test_a_file_without_questions_or_with_bad_bytes_is_refused(write, content, told):
+    path = write("q.jsonl", content)
+    with pytest.raises(refrag.UserError, match=f"{path}: {told}$"):
+        ask(questions=path)
 
 
 def test_a_missing_file_of_questions_is_refused(tmp_path):
@@ -763,12 +738,6 @@ def test_a_missing_file_of_questions_is_refused(tmp_path):
 def test_exactly_one_source_of_questions_is_named(given):
     with pytest.raises(refrag.UserError, match="name one of --question and --questions"):
         ask(**given)
-
-
-def test_invalid_utf8_in_a_file_of_questions_is_refused(write):
-    path = write("q.jsonl", b'{"question": "a"}\n{"question": "\xff"}\n')
-    with pytest.raises(refrag.UserError, match=f"{path}: invalid UTF-8 at byte 32"):
-        ask(questions=path)
 
 
 def test_a_line_of_text_is_a_question(write, stdin):

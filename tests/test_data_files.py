@@ -72,14 +72,11 @@ def test_generating_again_gives_the_same_bytes(tmp_path):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
 
 
-def test_corpora_have_their_sizes_and_are_prefixes(corpora):
+def test_corpora_have_their_sizes_are_prefixes_and_repeat_nothing(corpora):
     assert {name: len(lines) for name, lines in corpora.items()} == SIZES
-    assert corpora["medium"][:500] == corpora["small"]
-    assert corpora["large"][:2000] == corpora["medium"]
-
-
-def test_no_passage_occurs_twice(corpora):
+    assert (corpora["large"][:500], corpora["large"][:2000]) == (corpora["small"], corpora["medium"])
     assert len(set(corpora["large"])) == SIZES["large"]
+    assert not [line for line in corpora["large"] if "{" in line or "}" in line]  # no placeholder is left
 
 
 def test_passages_have_the_promised_shape(corpora):
@@ -91,15 +88,9 @@ def test_passages_have_the_promised_shape(corpora):
     assert 0.07 <= spanish <= 0.13
 
 
-def test_no_placeholder_is_left(corpora):
-    assert not [line for line in corpora["large"] if "{" in line or "}" in line]
-
-
 def test_questions_have_unique_ids_and_texts():
     questions = read_jsonl(DATA / "rag_train.jsonl")
-    assert len(questions) == 1200
-    assert len({question["id"] for question in questions}) == 1200
-    assert len({question["question"] for question in questions}) == 1200
+    assert len(questions) == len({q["id"] for q in questions}) == len({q["question"] for q in questions}) == 1200
 
 
 def line_asked_about(question):
@@ -108,18 +99,14 @@ def line_asked_about(question):
     return int(id_.removeprefix("corpus_large.txt:"))
 
 
-def test_the_ids_of_the_large_corpus_are_those_that_questions_name():
+def test_every_answer_occurs_in_its_passage(corpora):
+    """And the passage is known to the index by the id that the question names."""
     config, counts = refrag.CorpusConfig((str(DATA / "corpus_large.txt"),)), {"skipped": 0, "replaced": 0}
     known = {record.id for record in refrag.read_corpus(config, counts)}
-    assert {id_ for question in read_jsonl(DATA / "rag_train.jsonl") for id_ in question["positive_ids"]} <= known
-
-
-def test_every_answer_occurs_in_its_passage(corpora):
     for question in read_jsonl(DATA / "rag_train.jsonl"):
         passage = corpora["large"][line_asked_about(question) - 1]
-        assert question["answers"]
-        for answer in question["answers"]:
-            assert answer in passage, question["id"]
+        assert set(question["positive_ids"]) <= known and question["answers"]
+        assert all(answer in passage for answer in question["answers"]), question["id"]
 
 
 def test_questions_begin_with_the_small_corpus_and_spread_evenly():
@@ -130,8 +117,7 @@ def test_questions_begin_with_the_small_corpus_and_spread_evenly():
 
 def test_articles_are_long_and_unique():
     articles = read_jsonl(DATA / "cpt_train.jsonl")
-    assert len(articles) == len({article["id"] for article in articles}) == 400
-    assert len({article["text"] for article in articles}) == 400
+    assert len(articles) == len({a["id"] for a in articles}) == len({a["text"] for a in articles}) == 400
     assert all(380 <= len(article["text"].split()) <= 900 for article in articles)
 
 
@@ -247,23 +233,18 @@ def wiki():
     return read_jsonl(DATA / "wiki_passages.jsonl"), read_jsonl(DATA / "wiki_questions.jsonl")
 
 
-def test_wiki_files_have_their_counts_and_fields(wiki):
+def test_wiki_files_have_their_counts_fields_and_lengths(wiki):
     passages, questions = wiki
-    assert len({passage["id"] for passage in passages}) == len({passage["text"] for passage in passages}) == 300
-    assert len({question["id"] for question in questions}) == len({q["question"] for q in questions}) == 100
+    assert len(passages) == len({p["id"] for p in passages}) == len({p["text"] for p in passages}) == 300
+    assert len(questions) == len({q["id"] for q in questions}) == len({q["question"] for q in questions}) == 100
     assert all(list(passage) == ["id", "title", "text"] for passage in passages)
     assert all(list(question) == ["id", "question", "answers", "positive_ids"] for question in questions)
-    assert len(passages) == 300 and len(questions) == 100
-
-
-def test_wiki_passages_have_40_to_200_words(wiki):
-    assert all(40 <= len(passage["text"].split()) <= 200 for passage in wiki[0])
+    assert all(40 <= len(passage["text"].split()) <= 200 for passage in passages)
 
 
 def test_wiki_answers_occur_in_their_passages(wiki):
-    passages, questions = wiki
-    texts = {passage["id"]: passage["text"] for passage in passages}
-    for question in questions:
+    texts = {passage["id"]: passage["text"] for passage in wiki[0]}
+    for question in wiki[1]:
         assert question["answers"] and question["positive_ids"]
         for id_ in question["positive_ids"]:
             assert all(answer in texts[id_] for answer in question["answers"]), question["id"]

@@ -237,3 +237,15 @@ class TestMeasurements:
                        260, "--kills", 1, "--between", 1, 3, "--check", 2, "--questions", 3)
         assert len(made["killed"]) == 1 and all(run["kept"] for run in made["killed"])
         assert made["blocks"] == made["checked"] == made["equal"] == 2
+
+
+@pytest.mark.models
+def test_the_python_interface_works_as_documented(tmp_path, monkeypatch, capsys):
+    """The lines of docs/API.md, as they stand there, in a folder of their own."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/API.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    names: dict = {}
+    exec(compile(code, "docs/API.md", "exec"), names)
+    assert names["result"]["answer"] in capsys.readouterr().out
+    assert names["model"].config.compression == 4

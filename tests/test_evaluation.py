@@ -212,104 +212,101 @@ class TestControls:
         assert len({evaluate.setup_of(name, 0.0, "blend") for name in others}) == 5
 
     def prepare(self, task, mode, p, item=QUESTIONS[0]):
-        return task.pipeline.under(evaluate.setup_of(mode, p, "random")).prepare(item)
+        setup = evaluate.setup_of(mode, p, "random")
+        return task.controls.prepare(item, setup, task.settings_of(setup))
 
     @pytest.mark.parametrize("p", [0.0, 0.3])
     def test_expanded_only_feeds_what_refrag_feeds_as_text(self, task, p):
-        fed, dropped = (self.prepare(task, mode, p)[0].plan for mode in ("refrag", "expanded_only"))
+        fed, dropped = (self.prepare(task, mode, p).choice.plan for mode in ("refrag", "expanded_only"))
         assert (fed < 0).any() and (dropped >= 0).all()
         assert dropped.tolist() == fed[fed >= 0].tolist()
 
     @pytest.mark.parametrize("p", [0.0, 0.3])
     def test_truncate_feeds_text_alone_on_as_many_positions(self, task, p):
-        (kept, _), (cut, _) = self.prepare(task, "refrag", p), self.prepare(task, "truncate", p)
-        assert (cut.plan >= 0).all()
-        first, last = cut.packed.prompt.blocks[-1]
-        tags = last - first - sum(c.tokens for c in cut.packed.prompt.chunks if c.doc == len(cut.packed.docs) - 1)
-        assert len(kept.plan) - tags <= len(cut.plan) <= len(kept.plan)  # an emptied document goes with its tags
+        kept, cut = (self.prepare(task, mode, p).choice.plan for mode in ("refrag", "truncate"))
+        assert (cut >= 0).all()
+        context = self.prepare(task, "truncate", p).context
+        first, last = context.prompt.blocks[-1]
+        tags = last - first - sum(c.tokens for c in context.prompt.chunks if c.doc == len(context.docs) - 1)
+        assert len(kept) - tags <= len(cut) <= len(kept)  # an emptied document goes with its tags
 
     @pytest.mark.parametrize("p", [0.0, 0.3])
     def test_wrong_vectors_are_anothers_and_all_else_is_the_same(self, task, p):
         """Against the other question's own prompt at p = 0, which holds its vectors in order."""
-        (right, inputs), (wrong, swapped) = (self.prepare(task, mode, p) for mode in ("refrag", "wrong_vectors"))
-        assert right.plan.tolist() == wrong.plan.tolist()
-        at = torch.as_tensor(right.plan < 0)
+        right, wrong = (self.prepare(task, mode, p) for mode in ("refrag", "wrong_vectors"))
+        plan, inputs, swapped = right.choice.plan, right.inputs, wrong.inputs
+        assert plan.tolist() == wrong.choice.plan.tolist()
+        at = torch.as_tensor(plan < 0)
         torch.testing.assert_close(inputs[~at], swapped[~at], rtol=0, atol=0)
-        other, theirs = self.prepare(task, "refrag", 0.0, task.pipeline.other_question(QUESTIONS[0]))
-        vectors = theirs[torch.as_tensor(other.plan < 0)]
-        for number, vector in zip((-right.plan[at] - 1).tolist(), swapped[at], strict=True):
+        other = self.prepare(task, "refrag", 0.0, task.controls.other_question(QUESTIONS[0]))
+        vectors = other.inputs[torch.as_tensor(other.choice.plan < 0)]
+        for number, vector in zip((-plan[at] - 1).tolist(), swapped[at], strict=True):
             torch.testing.assert_close(vector, vectors[number % len(vectors)], rtol=0, atol=0)
         assert not any(torch.equal(a, b) for a, b in zip(inputs[at], swapped[at], strict=True))
 
     def test_the_other_question_shares_no_passage_if_one_does_not(self, task):
-        pipeline = task.pipeline
-        pipeline.rows.clear()
-        pipeline.rows.update({0: frozenset({1, 2}), 1: frozenset({2, 3}), 2: frozenset(), 3: frozenset({4})})
-        try:
-            assert pipeline.other_question(QUESTIONS[0])["id"] == "notes"  # 1 shares a passage, 2 has none
-            pipeline.rows[3] = frozenset({1})
-            assert pipeline.other_question(QUESTIONS[0])["id"] == "lake"  # all share one: the next
-            pipeline.rows.update({1: frozenset(), 3: frozenset()})
-            with pytest.raises(refrag.UserError, match="no other question"):
-                pipeline.other_question(QUESTIONS[0])
-        finally:
-            pipeline.rows.clear()
+        controls = evaluate.Controls(task.pipeline, QUESTIONS)
+        controls.rows.update({0: frozenset({1, 2}), 1: frozenset({2, 3}), 2: frozenset(), 3: frozenset({4})})
+        assert controls.other_question(QUESTIONS[0])["id"] == "notes"  # 1 shares a passage, 2 has none
+        controls.rows[3] = frozenset({1})
+        assert controls.other_question(QUESTIONS[0])["id"] == "lake"  # all share one: the next
+        controls.rows.update({1: frozenset(), 3: frozenset()})
+        with pytest.raises(refrag.UserError, match="no other question"):
+            controls.other_question(QUESTIONS[0])
 
     @pytest.mark.parametrize("item", QUESTIONS, ids=lambda q: q["id"])
     def test_the_oracle_opens_an_answer_where_the_gate_may_not(self, task, item):
-        context, _ = self.prepare(task, "oracle_gate", 0.4, item)
-        spans = evaluate.answer_spans(context.packed, item, task.pipeline.searcher.index, task.pipeline.tokenizer)
+        reading = self.prepare(task, "oracle_gate", 0.4, item)
+        spans = evaluate.answer_spans(reading.context, item, task.pipeline.index, task.pipeline.tokenizer)
         if not spans:
             pytest.skip("the passage was not retrieved")
-        assert any(all(context.expanded[i] for i in span) for span in spans)
+        assert any(all(reading.choice.expanded[i] for i in span) for span in spans)
         right = {i for span in spans for i in span}
-        rest = [i for i in range(len(context.scores)) if i not in right]
-        assert min(context.scores[list(right)]) > max(context.scores[rest])
-        usual, _ = self.prepare(task, "random_gate", 0.4, item)
-        assert np.argsort(context.scores[rest]).tolist() == np.argsort(usual.scores[rest]).tolist()
+        rest = [i for i in range(len(reading.scores)) if i not in right]
+        assert min(reading.scores[list(right)]) > max(reading.scores[rest])
+        usual = self.prepare(task, "random_gate", 0.4, item)
+        assert np.argsort(reading.scores[rest]).tolist() == np.argsort(usual.scores[rest]).tolist()
 
     def test_most_questions_find_their_passage(self, task):
         """Or the test above would test nothing."""
-        found = [task.pipeline.prepare(q)[0] for q in QUESTIONS]
-        index, tokenizer = task.pipeline.searcher.index, task.pipeline.tokenizer
-        assert sum(bool(evaluate.answer_spans(c.packed, c.item, index, tokenizer)) for c in found) >= 2
+        index, tokenizer = task.pipeline.index, task.pipeline.tokenizer
+        spans = [evaluate.answer_spans(task.pipeline.prepare(q).context, q, index, tokenizer) for q in QUESTIONS]
+        assert sum(map(bool, spans)) >= 2
 
     def test_answers_are_found_as_whole_words_if_they_stand_as_such(self, task):
         tokenizer, index = task.pipeline.tokenizer, task.pipeline.searcher.index
         text = "In 1896 or 96, games; gamesters in athens"
-        doc = refrag.Doc("1", text, np.asarray([7, 15, 23, len(text)]))
-        prompt = refrag.build_prompt(tokenizer, [doc])
-        packed = refrag.Packed([doc], prompt, 0, [0])
+        doc = refrag.Doc("1", text, refrag.ChunkTable(np.asarray([7, 15, 23, len(text)]), None, None, None), 0)
+        context = refrag.make_context(tokenizer, "Where?", [doc])
         where = lambda *answers: evaluate.answer_spans(  # noqa: E731
-            packed, {"answers": answers, "positive_ids": ["a"]}, index, tokenizer)
+            context, {"answers": answers, "positive_ids": ["a"]}, index, tokenizer)
         assert where("96") == [[1]]
         assert where("89") == [[0]]  # nowhere a word of its own
         assert where("1896") == [[0]]  # it ends where the next chunk begins
         assert where("Athens", "or 96, games") == [[3], [1, 2]]
-        assert evaluate.answer_spans(packed, {"answers": ["96"], "positive_ids": ["b"]}, index, tokenizer) == []
+        assert evaluate.answer_spans(context, {"answers": ["96"], "positive_ids": ["b"]}, index, tokenizer) == []
 
     def test_the_text_that_is_fed_is_that_of_the_opened_chunks(self, task):
-        full, _ = self.prepare(task, "full", 1.0)
-        assert evaluate.texts_fed(full, task.pipeline.tokenizer) == [d.content for d in full.packed.docs]
-        nothing, _ = self.prepare(task, "refrag", 0.0)
-        assert evaluate.texts_fed(nothing, task.pipeline.tokenizer) == []
-        first, last = full.packed.prompt.chunks[0].first, full.packed.prompt.chunks[-1].last
-        gap = dataclasses.replace(full, kept=np.arange(len(full.kept)) != first + 2)
-        ids = full.packed.prompt.input_ids[first:last]
-        decode = task.pipeline.tokenizer.decoder.decode
-        assert evaluate.texts_fed(gap, task.pipeline.tokenizer)[0] == decode(ids[:2])  # what misses a token is two runs
-        some, _ = self.prepare(task, "refrag", 0.3)
-        runs = evaluate.texts_fed(some, task.pipeline.tokenizer)
-        tokens = sum(c.tokens for c, e in zip(some.packed.prompt.chunks, some.expanded, strict=True) if e)
-        encoded = task.pipeline.tokenizer.decoder(runs, add_special_tokens=False)["input_ids"]
+        full, nothing, some = (self.prepare(task, *how) for how in (("full", 1.0), ("refrag", 0.0), ("refrag", 0.3)))
+        tokenizer, prompt = task.pipeline.tokenizer, full.context.prompt
+        assert evaluate.texts_fed(full, tokenizer) == [d.content for d in full.context.docs]
+        assert evaluate.texts_fed(nothing, tokenizer) == []
+        first, last = prompt.chunks[0].first, prompt.chunks[-1].last
+        kept = np.arange(len(prompt.input_ids)) != first + 2
+        gap = dataclasses.replace(full, choice=full.choice._replace(kept=kept))
+        ids = prompt.input_ids[first:last]
+        assert evaluate.texts_fed(gap, tokenizer)[0] == tokenizer.decoder.decode(ids[:2])  # now it is two runs
+        runs = evaluate.texts_fed(some, tokenizer)
+        tokens = some.context.prompt.sizes[some.choice.expanded].sum()
+        encoded = tokenizer.decoder(runs, add_special_tokens=False)["input_ids"]
         assert runs and abs(sum(map(len, encoded)) - tokens) <= 2 * len(runs)  # cut words may be cut anew
-        assert all(any(run in d.content for d in some.packed.docs) or "\ufffd" in run for run in runs)
+        assert all(any(run in d.content for d in some.context.docs) or "\ufffd" in run for run in runs)
 
     def test_a_shared_setup_is_answered_once(self, task, monkeypatch):
         asked = []
-        answer = evaluate.ControlPipeline.answer
-        monkeypatch.setattr(evaluate.ControlPipeline, "answer", lambda self, items: (
-            asked.append((self.pack.mode, self.pack.p)), answer(self, items))[1])
+        generate = task.pipeline.generate
+        monkeypatch.setattr(task.pipeline, "generate", lambda readings, settings: (
+            asked.append((settings.pack.mode, settings.pack.p)), generate(readings, settings))[1])
         setups = {}
         for name, p in [("full", 1.0), ("refrag", 1.0), ("refrag", 0.0), ("random_gate", 0.0), ("none", 0.0)]:
             setups.setdefault(evaluate.setup_of(name, p, "random"), []).append((name, p))
@@ -327,14 +324,14 @@ class TestControls:
 class TestScores:
     def score(self, task, answer, item=QUESTIONS[0], mode="full"):
         """The metrics if the decoder had said this."""
-        pipeline = task.pipeline.under(evaluate.setup_of(mode, 0.0, "random"))
-        context, _ = pipeline.prepare(item)
-        result = pipeline.result(context, refrag.Decoded([5, 6], [1.0, 2.0, 4.0], True), answer, None)
-        return evaluate.score_answer(result, item, task.pipeline.tokenizer), context
+        pipeline, settings = task.pipeline, task.settings_of(evaluate.setup_of(mode, 0.0, "random"))
+        reading, out = pipeline.prepare(item, settings), refrag.Decoded([5, 6], [1.0, 2.0, 4.0], True)
+        result = pipeline.result(reading, out, answer, None, settings, 0)
+        return evaluate.score_answer(result, reading, item, pipeline.tokenizer), reading
 
     def test_a_right_answer_with_a_right_citation(self, task):
-        _, context = self.score(task, "")
-        label = next(doc.label for doc, p in zip(context.packed.docs, context.passages, strict=True) if p.id == "b")
+        _, reading = self.score(task, "")
+        label = next(label for label, p in zip(reading.labels, reading.passages, strict=True) if p.id == "b")
         scores, _ = self.score(task, f"The valley [{label}].")
         assert scores["em"] == scores["f1"] == scores["citation_precision"] == scores["citation_recall"] == 1.0
         assert scores["answer_in_passages"] and scores["answer_in_text"] and scores["answer_in_reply"]
@@ -580,44 +577,9 @@ def test_the_sample_shows_what_was_text_and_what_a_vector(run_eval, tmp_path):
 
 
 class TestResuming:
-    def killed_after(self, monkeypatch, calls):
-        """Answering is interrupted at a later batch."""
-        answer, seen = evaluate.ControlPipeline.answer, []
-
-        def counted(self, items):
-            seen.append(items)
-            if len(seen) > calls:
-                raise KeyboardInterrupt
-            return answer(self, items)
-
-        monkeypatch.setattr(evaluate.ControlPipeline, "answer", counted)
-        return seen
-
-    @pytest.mark.parametrize("calls", [1, 4, 9])
-    def test_killed_and_resumed_is_uninterrupted(self, run_eval, tmp_path, monkeypatch, calls):
-        whole = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "whole"))
-        with monkeypatch.context() as patch:
-            self.killed_after(patch, calls)
-            assert run_eval(*OPTIONS, "--out_dir", tmp_path / "part")[0] == 130
-        path = tmp_path / "part/questions.jsonl"
-        kept = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(kept[:-1]) + kept[-1][:40])  # and while it wrote a line
-        with monkeypatch.context() as patch:
-            seen = self.killed_after(patch, 99)
-            resumed = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "part", "--resume"))
-        assert len(seen) == 14 - calls + 1  # seven setups, two batches; the one with the broken line again
-        assert timeless(resumed) == timeless(whole)
-        assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
-        assert set(kept[:-1]) <= set(path.read_text().splitlines(keepends=True))  # what was done is as it was
-        for name in ("report.md", "sample.md"):
-            mine, theirs = ((tmp_path / folder / name).read_text() for folder in ("part", "whole"))
-            if name == "report.md":  # the last column is a time
-                mine, theirs = ([line.rpartition(" | ")[0] for line in text.splitlines()] for text in (mine, theirs))
-            assert mine == theirs
-
     def test_a_finished_one_is_not_measured_again(self, run_eval, tmp_path, monkeypatch):
         first = summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "out"))
-        monkeypatch.setattr(evaluate, "load_pipeline", None)
+        monkeypatch.setattr(refrag, "load_pipeline", None)
         assert summary(run_eval(*OPTIONS, "--out_dir", tmp_path / "out", "--resume")) == first
 
     def test_modes_and_shares_may_be_added(self, run_eval, tmp_path):
@@ -633,9 +595,9 @@ class TestResuming:
         qa = write_lines(tmp_path / "five.jsonl", five)
         base = ["--qa", qa, "--json", "--modes", "refrag", "wrong_vectors", "--p", 0.3]
         run_eval(*base, "--out_dir", tmp_path / "part", "--limit", 2)
-        measured, answer = [], evaluate.ControlPipeline.answer
-        monkeypatch.setattr(evaluate.ControlPipeline, "answer",
-                            lambda self, unit: measured.extend(q["id"] for q in unit) or answer(self, unit))
+        measured, generate = [], refrag.Pipeline.generate
+        monkeypatch.setattr(refrag.Pipeline, "generate", lambda self, readings, settings: (
+            measured.extend(reading.item["id"] for reading in readings), generate(self, readings, settings))[1])
         grown = summary(run_eval(*base, "--out_dir", tmp_path / "part", "--limit", 3, "--resume"))
         assert set(measured) == {five[2]["id"]} and grown["n"] == 3
         assert timeless(grown) == timeless(summary(run_eval(*base, "--out_dir", tmp_path / "whole", "--limit", 3)))
@@ -646,7 +608,7 @@ class TestResuming:
     @pytest.mark.parametrize("rank", [0, 1])
     def test_what_lacks_is_shared_evenly(self, rank, monkeypatch):
         """Every other unit is done: of the two that lack, each of two processes measures one."""
-        monkeypatch.setattr(evaluate, "late_import", lambda name: SimpleNamespace(gather_object=list))
+        monkeypatch.setattr(evaluate, "gather_object", list)
         task = SimpleNamespace(options=SimpleNamespace(task="qa"), load=lambda: None, units=lambda: [0, 1, 2, 3],
                                accelerator=SimpleNamespace(process_index=rank, num_processes=2),
                                keys=lambda unit: [(str(unit), "none", 0.0)],
@@ -655,52 +617,6 @@ class TestResuming:
         written = []
         evaluate.measure_lines(task, done, written.append)
         assert [line["id"] for line in written] == [["1", "3"][rank]]
-
-    @pytest.mark.parametrize(("changed", "named"), [
-        (["--max_new", 4], "--max_new (3, now 4)"), (["--k", 8], "--k ([4], now [8])"),
-        (["--task", "gate", "--modes", "blend"], "--task (qa, now gate)"), (["--seed", 1], "--seed (1337, now 1)")])
-    def test_other_settings_are_refused_by_name(self, run_eval, tmp_path, changed, named):
-        base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
-        assert run_eval(*base)[0] == 0
-        before = (tmp_path / "out/questions.jsonl").read_bytes()
-        code, _, err = run_eval(*base, "--resume", *changed)
-        assert code == 5 and named in err and err.count("\n") == 1
-        assert (tmp_path / "out/questions.jsonl").read_bytes() == before
-
-    def test_other_questions_are_refused(self, run_eval, tmp_path):
-        base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
-        assert run_eval(*base)[0] == 0
-        other = write_lines(tmp_path / "other.jsonl", QUESTIONS[1:])
-        code, _, err = run_eval(*base, "--resume", "--qa", other)
-        assert code == 5 and "--qa (" in err
-
-    def test_a_folder_in_use_is_not_begun_anew(self, run_eval, tmp_path):
-        base = ["--modes", "none", "--limit", 1, "--out_dir", tmp_path / "out"]
-        assert run_eval(*base)[0] == 0
-        code, _, err = run_eval(*base)
-        assert code == 2 and "add --resume" in err
-
-    def test_a_second_writer_is_told(self, run_eval, tmp_path):
-        (tmp_path / "out").mkdir()
-        with refrag.exclusive(tmp_path / "out/.lock", "the test"):
-            assert run_eval("--modes", "none", "--out_dir", tmp_path / "out")[0] == 75
-
-    def test_a_folder_with_other_things_is_refused(self, run_eval, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/thesis.tex").write_text("mine")
-        code, _, err = run_eval("--modes", "none", "--out_dir", tmp_path / "out")
-        assert code == 2 and "thesis.tex" in err
-
-    def test_lines_that_are_no_results_are_refused(self, run_eval, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/questions.jsonl").write_text('{"id": "1"}\n')
-        assert run_eval("--modes", "none", "--out_dir", tmp_path / "out", "--resume")[0] == 4
-
-    def test_nothing_is_left_of_one_that_did_not_begin(self, run_eval, tmp_path, monkeypatch):
-        monkeypatch.setattr(evaluate, "load_pipeline", None)
-        assert run_eval("--modes", "none", "--out_dir", tmp_path / "out")[0] == 1
-        assert not (tmp_path / "out").exists()
-
 
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(run_eval, index_dir, llama, qa, tmp_path):
@@ -732,8 +648,10 @@ def partly(tmp_path):
 def test_where_there_is_no_answer_abstaining_is_right(task, reply, right):
     """What compares with a true answer, or with where it stands, does not apply; nor do the words of an abstention."""
     item = UNANSWERABLE[1]
-    [result] = task.pipeline.under(evaluate.setup_of("full", 1.0, "random")).answer([QUESTIONS[0] | item])
-    scored = evaluate.score_answer(result | {"answer": reply, "citations": []}, item, task.pipeline.tokenizer)
+    settings = task.settings_of(evaluate.setup_of("full", 1.0, "random"))
+    reading = task.pipeline.prepare(QUESTIONS[0] | item, settings)
+    [result] = task.pipeline.generate([reading], settings)
+    scored = evaluate.score_answer(result | {"answer": reply, "citations": []}, reading, item, task.pipeline.tokenizer)
     assert scored["em"] == scored["f1"] == scored["abstention"] == right
     lacking = {name for name, value in scored.items() if value is None} - {"ttit_s"}
     grounding = {"grounding"} if right else set()
@@ -769,7 +687,7 @@ class TestBadInput:
     def nothing_slow(self, monkeypatch):
         """Whatever is refused is refused before a model is loaded."""
         for name in ("load_pipeline", "load_searcher", "load_model"):
-            monkeypatch.setattr(evaluate, name, None)
+            monkeypatch.setattr(refrag, name, None)
 
     @pytest.mark.parametrize(("item", "options", "told"), [
         ({"answers": None}, [], "question 2 has no list of answers"),
@@ -789,10 +707,6 @@ class TestBadInput:
         code, _, err = run_eval("--qa", write_lines(tmp_path / "one.jsonl", QUESTIONS[:1]))
         assert code == 2 and "wrong_vectors needs two questions" in err
 
-    def test_no_index(self, run, qa):
-        code, _, err = run("eval", "--qa", qa)
-        assert code == 2 and "--index_dir is missing" in err
-
     def test_retrievers_that_the_index_does_not_hold(self, run, qa, corpus, tmp_path, llama):
         folder = tmp_path / "words"
         assert run("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)[0] == 0
@@ -802,10 +716,6 @@ class TestBadInput:
             refrag.EvalConfig(task="retrieval", qa=str(qa)), refrag.IndexConfig(index_dir=str(folder)),
             refrag.SearchConfig(), refrag.ModelConfig(), refrag.RuntimeConfig())
         assert task.retrievers == ["bm25"]
-
-    def test_a_retriever_is_no_option_of_the_task(self, run_eval):
-        code, _, err = run_eval("--task", "retrieval", "--retriever", "bm25")
-        assert code == 2 and "use --modes" in err
 
     def test_texts_that_are_too_short(self, probe, monkeypatch):
         monkeypatch.undo()  # texts are cut by the models' tokenizers
@@ -818,11 +728,6 @@ def test_questions_of_another_index_are_refused(run_eval, tmp_path):
     for task in ("qa", "retrieval", "gate"):
         code, _, err = run_eval("--qa", path, "--task", task)
         assert code == 5 and "none of the questions' positive_ids" in err
-
-
-def test_a_gate_of_vectors_needs_an_embedder(run_eval):
-    code, _, err = run_eval("--modes", "cosine_gate", "--retriever", "bm25")
-    assert code == 2 and "cosine_gate needs an embedder" in err
 
 
 def test_text_output_is_the_table(run_eval):

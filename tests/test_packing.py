@@ -30,6 +30,7 @@ LOOKALIKES = "\u2039\u27e6"  # what < and [ become
 wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=6), max_size=20).map("".join)
 hostile = st.lists(st.sampled_from(TAGS + SPECIAL + NESTED + WORDS[:3] + [" ", "\n"]), max_size=12).map("".join)
 few = settings(max_examples=60, deadline=None)
+many = settings(max_examples=200, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,14 @@ def loaded(tokenizers):
 
 @pytest.fixture(scope="module")
 def chat(loaded):
-    """A RefragTokenizer with a chat template and four tokens per chunk."""
+    """A RefragTokenizer with a chat template."""
     return refrag.RefragTokenizer(loaded["bpe"])
 
 
-def make_doc(tokenizer, label, text, k=4):
-    """A Doc of a neutralised text, cut by the tokenizer's own chunks."""
-    content = tokenizer.neutralize(text)
-    return refrag.Doc(label, content, tokenizer.cut([content], k)[0].ends)
+def context_of(tokenizer, texts, question="Why?", k=4, **options):
+    """A question over neutralised texts."""
+    docs = refrag.make_docs([tokenizer.neutralize(text) for text in texts], [None] * len(texts), k, tokenizer)
+    return refrag.make_context(tokenizer, question, docs, **options)
 
 
 def as_tokens(offsets):
@@ -56,13 +57,18 @@ def as_tokens(offsets):
     return refrag.Tokens(np.arange(len(spans)), *spans.T)
 
 
+def offsets_of(tokenizer, text):
+    """(start, end) of each token."""
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+
 def special_ids(tokenizer):
     """Ids that only a template may make; the id for unknown words comes from ordinary text too."""
     unknown = {tokenizer.unk_token_id} if tokenizer.unk_token in ("[UNK]", "<unk>") else set()
     return set(tokenizer.all_special_ids) - unknown
 
 
-# -- chunk spans ----------------------------------------------------------------
+# -- spans ------------------------------------------------------------------------
 
 
 def check_spans(text, tokenizer, k):
@@ -71,38 +77,24 @@ def check_spans(text, tokenizer, k):
     assert "".join(text[a:b] for a, b in spans) == text
     assert all(a < b for a, b in spans)
     assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])][: len(spans)]
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    wide = [(s, e) for s, e in offsets if s < e]
+    wide = [(s, e) for s, e in offsets_of(tokenizer, text) if s < e]
     for s, e in wide:  # no token, and so no character of several tokens, lies in two chunks
         assert sum(a < e and s < b for a, b in spans) == 1
     cuts = {e for (_, e), (s, _) in itertools.pairwise(wide) if e <= s}
     for a, b in spans:
         if sum(a <= s < b for s, _ in wide) > k:  # more than k tokens only where there is no place to cut
             assert not any(a < cut < b for cut in cuts)
-    return spans
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(text=wild)
+@given(text=wild | st.text(alphabet="ab 长江🙂", max_size=40))
 @few
-def test_spans_cover_the_text_and_hold_at_most_k_tokens(loaded, kind, text):
-    for k in (1, 2, 4, 8, 16):
+def test_spans_cover_the_text_hold_at_most_k_tokens_and_nest(loaded, kind, text):
+    """Those of 2k are unions of those of k, where k is a multiple of 4."""
+    for k in (1, 2, 3, 4, 5, 7, 8, 10, 16):
         check_spans(text, loaded[kind], k)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@given(text=wild)
-@few
-def test_spans_of_2k_are_unions_of_those_of_k(loaded, kind, text):
     ends = {k: {b for _, b in refrag.chunk_spans(text, loaded[kind], k)} for k in (4, 8, 16, 32)}
     assert ends[8] <= ends[4] and ends[16] <= ends[8] and ends[32] <= ends[16]
-
-
-@pytest.mark.parametrize("k", [3, 5, 6, 7, 10])
-@given(text=st.text(alphabet="ab 长江🙂", max_size=40))
-@few
-def test_spans_of_k_that_is_no_multiple_of_4_hold_at_most_k_tokens(loaded, k, text):
-    check_spans(text, loaded["bpe"], k)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,37 +105,16 @@ def test_spans_of_a_100_kb_line(loaded, kind, text):
     assert all(a[1] == b[0] and a[0] < a[1] for a, b in itertools.pairwise(spans))
 
 
-def test_spans_golden(loaded):
-    """Nine characters that are one token each: 4 + 4 + 1. A space belongs to the token after it in byte-level BPE."""
-    assert refrag.chunk_spans("xqzxqzxqz", loaded["bpe"], 4) == [(0, 4), (4, 8), (8, 9)]
-    assert refrag.chunk_spans("xqzxqzxqz", loaded["bpe"], 8) == [(0, 8), (8, 9)]
-
-
-def test_spans_do_not_cut_a_character_of_several_tokens(loaded):
-    """The face is 4 byte tokens: "xq" + face would be 6, so the first chunk of 4 ends before it."""
-    assert refrag.chunk_spans("xq🙂z", loaded["bpe"], 4) == [(0, 2), (2, 3), (3, 4)]
-    assert refrag.chunk_spans("🙂🙂", loaded["bpe"], 2) == [(0, 1), (1, 2)]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_empty_text_has_no_chunks(loaded, kind):
-    assert refrag.chunk_spans("", loaded[kind], 8) == []
-
-
-def test_a_text_without_tokens_is_one_chunk(loaded):
-    """WordPiece drops white space and control characters; the text must still be covered."""
-    assert refrag.chunk_spans(" \n\t\x00 ", loaded["wordpiece"], 4) == [(0, 5)]
-
-
-def test_tokens_without_characters_belong_to_the_chunk_before():
-    """Some tokenizers add marks that stand for no character; at k = 1 such a token would be an empty chunk."""
-    _, ends, sizes = refrag.chunk_runs("ab", as_tokens([(0, 1), (1, 1), (1, 2)]), 1)
-    assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
-
-
-def test_a_first_token_without_characters_makes_no_empty_chunk():
-    _, ends, sizes = refrag.chunk_runs("ab", as_tokens([(0, 0), (0, 1), (1, 2)]), 1)
-    assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
+@pytest.mark.parametrize(("kind", "text", "k", "spans"), [
+    ("bpe", "xqzxqzxqz", 4, [(0, 4), (4, 8), (8, 9)]),  # nine characters that are one token each: 4 + 4 + 1
+    ("bpe", "xqzxqzxqz", 8, [(0, 8), (8, 9)]),
+    ("bpe", "xq🙂z", 4, [(0, 2), (2, 3), (3, 4)]),  # the face is 4 byte tokens: the first chunk ends before it
+    ("bpe", "🙂🙂", 2, [(0, 1), (1, 2)]),
+    *((kind, "", 8, []) for kind in KINDS),
+    ("wordpiece", " \n\t\x00 ", 4, [(0, 5)]),  # it drops these; the text must still be covered
+])
+def test_spans_golden(loaded, kind, text, k, spans):
+    assert refrag.chunk_spans(text, loaded[kind], k) == spans
 
 
 def test_k_below_one_is_refused(loaded):
@@ -151,39 +122,27 @@ def test_k_below_one_is_refused(loaded):
         refrag.chunk_spans("a", loaded["bpe"], 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(text=wild)
-@few
-def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, text):
-    tokens, mask = refrag.RefragTokenizer(loaded["bpe"], loaded[kind]).pack(text, 4)
-    assert tokens.shape == mask.shape and tokens.shape[1] == 4
-    assert tokens[mask == 1].tolist() == loaded[kind](text, add_special_tokens=False)["input_ids"]
-    assert (tokens[mask == 0] == 0).all()
-    assert (np.diff(mask, axis=1) <= 0).all()  # padding is on the right
+@pytest.mark.parametrize("offsets", [[(0, 1), (1, 1), (1, 2)], [(0, 0), (0, 1), (1, 2)]])
+def test_tokens_without_characters_belong_to_the_chunk_before(offsets):
+    """Some tokenizers add marks that stand for no character; at k = 1 such a token would be an empty chunk.
 
-# -- where tokens may be cut ------------------------------------------------------
+    The first one has none before it, and belongs to the first chunk.
+    """
+    _, ends, sizes = refrag.cut_chunks("ab", as_tokens(offsets), 1)
+    assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
+
+
+# -- where tokens may be cut --------------------------------------------------------
 
 placements = st.lists(st.booleans(), max_size=40).map(lambda inner: np.array([True, *inner, True]))
 
 
-def test_whole_tokens_golden():
+def test_cut_allowed_golden():
     """A letter, a face of three byte tokens, a letter: no cut before the face's second and third token."""
     face = as_tokens([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)])
-    assert refrag.whole_tokens(face).tolist() == [True, True, False, False, True, True]
-    assert refrag.whole_tokens(as_tokens([(0, 3), (4, 7)])).all()  # a blank between them is no character of both
-    assert refrag.whole_tokens(as_tokens([])).tolist() == [True]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@given(text=wild)
-@few
-def test_a_cut_stands_where_a_character_is_done(loaded, kind, text):
-    offsets = loaded[kind](text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    whole = refrag.whole_tokens(as_tokens(offsets))
-    assert whole.dtype == bool and len(whole) == len(offsets) + 1 and whole[0] and whole[-1]
-    for i in range(1, len(offsets)):
-        before, after = ({*range(*span)} for span in offsets[i - 1 : i + 1])
-        assert whole[i] == (not before & after)
+    assert refrag.cut_allowed(face).tolist() == [True, True, False, False, True, True]
+    assert refrag.cut_allowed(as_tokens([(0, 3), (4, 7)])).all()  # a blank between them is no character of both
+    assert refrag.cut_allowed(as_tokens([])).tolist() == [True]
 
 
 def test_token_cuts_golden():
@@ -200,55 +159,52 @@ def test_token_cuts_golden():
     assert refrag.token_cuts(np.ones(1, bool), 4).tolist() == [0]
 
 
-@given(whole=placements, k=st.integers(1, 64))
-@settings(max_examples=200, deadline=None)
-def test_token_cuts_are_never_inside_a_character(whole, k):
-    cuts = refrag.token_cuts(whole, k)
-    assert cuts[0] == 0 and cuts[-1] == len(whole) - 1
-    assert (np.diff(cuts) > 0).all() and whole[cuts].all()
-    for a, b in itertools.pairwise(cuts.tolist()):
-        assert b - a <= k or (k % 4 == 0 and k > 4) or not whole[a + 1 : b].any()
-
-
-@given(whole=placements, k=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 63]))
-@settings(max_examples=200, deadline=None)
-def test_a_unit_is_as_long_as_it_can_be(whole, k):
+@given(allowed=placements, k=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 63]))
+@many
+def test_a_unit_is_as_long_as_it_can_be(allowed, k):
     """It ends at the last place within k tokens, or where there is none at the first one after."""
-    for a, b in itertools.pairwise(refrag.token_cuts(whole, k).tolist()):
-        within = [j for j in range(a + 1, min(a + k, len(whole) - 1) + 1) if whole[j]]
-        assert b == (within[-1] if within else next(j for j in range(a + 1, len(whole)) if whole[j]))
+    cuts = refrag.token_cuts(allowed, k).tolist()
+    assert cuts[0] == 0 and cuts[-1] == len(allowed) - 1
+    for a, b in itertools.pairwise(cuts):
+        within = [j for j in range(a + 1, min(a + k, len(allowed) - 1) + 1) if allowed[j]]
+        assert b == (within[-1] if within else next(j for j in range(a + 1, len(allowed)) if allowed[j]))
 
 
-@given(whole=placements)
-@settings(max_examples=200, deadline=None)
-def test_token_cuts_of_multiples_of_4_nest(whole):
+@given(allowed=placements)
+@many
+def test_token_cuts_of_multiples_of_4_nest(allowed):
     """k / 4 units of those of 4 in each chunk but the last."""
-    units = refrag.token_cuts(whole, 4).tolist()
+    units = refrag.token_cuts(allowed, 4).tolist()
     for k in (8, 12, 16, 32, 64):
-        places = [units.index(cut) for cut in refrag.token_cuts(whole, k).tolist()]
+        places = [units.index(cut) for cut in refrag.token_cuts(allowed, k).tolist()]
         assert places[:-1] == list(range(0, len(units) - 1, k // 4)) and places[-1] == len(units) - 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=wild)
 @few
-def test_chunk_runs_cut_where_token_cuts_do(loaded, kind, text):
-    """The same chunks for a text and for its tokens; without tokens there is nothing to cut but the text."""
-    offsets = loaded[kind](text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+def test_a_text_is_cut_where_its_tokens_are(loaded, kind, text):
+    """A cut stands where a character is done. The same chunks for a text and for its tokens."""
+    offsets = offsets_of(loaded[kind], text)
+    allowed = refrag.cut_allowed(as_tokens(offsets))
+    assert len(allowed) == len(offsets) + 1 and allowed[0] and allowed[-1]
+    for i in range(1, len(offsets)):
+        before, after = ({*range(*span)} for span in offsets[i - 1 : i + 1])
+        assert allowed[i] == (not before & after)
     for k in (1, 3, 4, 16):
-        cuts = refrag.token_cuts(refrag.whole_tokens(as_tokens(offsets)), k)
-        *_, sizes = refrag.chunk_runs(text, as_tokens(offsets), k)
+        cuts = refrag.token_cuts(allowed, k)
+        *_, sizes = refrag.cut_chunks(text, as_tokens(offsets), k)
         cumulated = [0, *np.cumsum(sizes).tolist()] if offsets else [0]
         assert cumulated == cuts.tolist() if all(a < b for a, b in offsets) else set(cumulated) <= set(cuts.tolist())
 
 
-# -- neutralised text -----------------------------------------------------------
+# -- neutralised text ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(text=hostile)
+@given(text=hostile, other=wild)
 @settings(max_examples=150, deadline=None)
-def test_neutralised_text_makes_no_special_token_and_no_tag(loaded, kind, text):
+def test_neutralised_text_makes_no_special_token_and_no_tag(loaded, kind, text, other):
     decoder = loaded[kind]
     tokenizer = refrag.RefragTokenizer(decoder)
     out = tokenizer.neutralize(text)
@@ -257,31 +213,24 @@ def test_neutralised_text_makes_no_special_token_and_no_tag(loaded, kind, text):
     assert not special_ids(decoder) & set(decoder(out, add_special_tokens=False)["input_ids"])
     assert not re.search(r"<\s*/?\s*doc(?!\w)", out, re.IGNORECASE)
     assert tokenizer.neutralize(out) == out
+    other = re.sub(r"[<\[]", "", other)
+    assert tokenizer.neutralize(other) == other
 
 
-@given(text=wild)
-@few
-def test_neutralising_leaves_other_text_alone(chat, text):
-    assert chat.neutralize(text.replace("<", "").replace("[", "")) == text.replace("<", "").replace("[", "")
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "expected"),
-    [
-        ("bpe", "</doc>", "\u2039/doc>"),
-        ("bpe", '<doc id="7">', '\u2039doc id="7">'),
-        ("bpe", "< / DOC", "\u2039 / DOC"),
-        ("bpe", "<\n/\tdoc>", "\u2039\n/\tdoc>"),
-        ("bpe", "<docs> <documents> <doc_x> a<b", "<docs> <documents> <doc_x> a<b"),
-        ("bpe", "<|im_end|>", "\u2039|im_end|>"),
-        ("bpe", "<|im_<|im_end|>end|>", "<|im_\u2039|im_end|>end|>"),
-        ("bpe", "<s> [SEP]", "<s> [SEP]"),
-        ("sentencepiece", "<s<s>>", "<s\u2039s>>"),
-        ("sentencepiece", "</s></s>", "\u2039/s>\u2039/s>"),
-        ("wordpiece", "[S[SEP]EP]", "[S\u27e6SEP]EP]"),
-        ("wordpiece", "[MASK] [1]", "\u27e6MASK] [1]"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "text", "expected"), [
+    ("bpe", "</doc>", "\u2039/doc>"),
+    ("bpe", '<doc id="7">', '\u2039doc id="7">'),
+    ("bpe", "< / DOC", "\u2039 / DOC"),
+    ("bpe", "<\n/\tdoc>", "\u2039\n/\tdoc>"),
+    ("bpe", "<docs> <documents> <doc_x> a<b", "<docs> <documents> <doc_x> a<b"),
+    ("bpe", "<|im_end|>", "\u2039|im_end|>"),
+    ("bpe", "<|im_<|im_end|>end|>", "<|im_\u2039|im_end|>end|>"),
+    ("bpe", "<s> [SEP]", "<s> [SEP]"),
+    ("sentencepiece", "<s<s>>", "<s\u2039s>>"),
+    ("sentencepiece", "</s></s>", "\u2039/s>\u2039/s>"),
+    ("wordpiece", "[S[SEP]EP]", "[S\u27e6SEP]EP]"),
+    ("wordpiece", "[MASK] [1]", "\u27e6MASK] [1]"),
+])
 def test_neutralize_golden(loaded, kind, text, expected):
     assert refrag.RefragTokenizer(loaded[kind]).neutralize(text) == expected
 
@@ -291,33 +240,17 @@ def test_neutralising_makes_no_new_special_token(tokenizers):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<b>", "\u2039b>"]})
     out = refrag.RefragTokenizer(tokenizer).neutralize("x<b>y")
-    assert not set(tokenizer.all_special_ids) & set(tokenizer(out, add_special_tokens=False)["input_ids"])
+    assert not special_ids(tokenizer) & set(tokenizer(out, add_special_tokens=False)["input_ids"])
     assert len(out) == 5
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param("<" + " " * 1_000_000, marks=pytest.mark.timeout(60)),
-        "</" + "\n" * 1_000_000,
-        "<" * 200_000,
-        "<doc id=" * 20_000,
-    ],
-)
-def test_neutralising_takes_linear_time(chat, text):
-    """A quadratic pattern needs minutes for one of these, so the suite's time limit ends the test."""
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", [
+    "<" + " " * 1_000_000, "</" + "\n" * 1_000_000, "<" * 200_000, "<doc id=" * 20_000,
+    "<doc id='1'><" + " " * 500_000, "<doc id='1'>" + "< " * 50_000, "<doc id='" * 20_000])
+def test_hostile_text_takes_linear_time(chat, text):
+    """A quadratic pattern needs minutes for one of these, so the time limit ends the test."""
     assert len(chat.neutralize(text)) == len(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param("<doc id='1'><" + " " * 500_000, marks=pytest.mark.timeout(60)),
-        "<doc id='1'>" + "< " * 50_000,
-        "<doc id='" * 20_000,
-    ],
-)
-def test_parsing_takes_linear_time(chat, text):
     assert [segment.kind for segment in chat.parse_and_tokenize(text)] == ["text"]
 
 
@@ -325,55 +258,41 @@ def test_a_tokenizer_without_offsets_is_refused(loaded):
     class Slow:
         is_fast = False
 
-    with pytest.raises(refrag.UserError, match="fast tokenizer"):
-        refrag.RefragTokenizer(Slow())
-    with pytest.raises(refrag.UserError, match="fast tokenizer"):
-        refrag.RefragTokenizer(loaded["bpe"], Slow())
+    for pair in ([Slow()], [loaded["bpe"], Slow()]):
+        with pytest.raises(refrag.UserError, match="fast tokenizer"):
+            refrag.RefragTokenizer(*pair)
 
 
-# -- <doc> blocks ---------------------------------------------------------------
+# -- <doc> blocks -------------------------------------------------------------------
 
 
-def parsed(tokenizer, text):
-    """(kind, id, text) of each segment; the id is left out for plain text."""
-    segments = tokenizer.parse_and_tokenize(text)
-    return [(s.kind, s.doc_id, s.text) if s.kind == "doc" else (s.kind, s.text) for s in segments]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (
-            "Question: .. <doc id='1'>..</doc> Answer:",
-            [("text", "Question: .. "), ("doc", "1", ".."), ("text", " Answer:")],
-        ),
-        ('<doc id="a b">x</doc>', [("doc", "a b", "x")]),
-        ("<doc  id = 'a'  >x\ny</doc>", [("doc", "a", "x\ny")]),
-        ("<doc id='a'>x</doc><doc id='b'>y</doc>", [("doc", "a", "x"), ("doc", "b", "y")]),
-        ("<doc id='a'></doc>", [("doc", "a", "")]),
-        ("<doc id='a'>x", [("text", "\u2039doc id='a'>x")]),
-        ("x</doc>y", [("text", "x\u2039/doc>y")]),
-        (
-            "<doc id='a'>x <doc id='b'>y</doc> z</doc>",
-            [("text", "\u2039doc id='a'>x "), ("doc", "b", "y"), ("text", " z\u2039/doc>")],
-        ),
-        ("<doc id='a'>x</doc></doc>", [("doc", "a", "x"), ("text", "\u2039/doc>")]),
-        ("<doc id=a>x</doc>", [("doc", "a", "x")]),
-        ('<DOC ID="a">x</Doc>', [("doc", "a", "x")]),
-        ('<doc source="b c" id="a" n=3>x</doc >', [("doc", "a", "x")]),
-        ("<doc id=a source=>x</doc>", [("text", "\u2039doc id=a source=>x\u2039/doc>")]),
-        ("<docs id=a>x</docs>", [("text", "<docs id=a>x</docs>")]),
-        ("<doc id='a\">x</doc>", [("text", "\u2039doc id='a\">x\u2039/doc>")]),
-        ("<doc id=''>x</doc>", [("text", "\u2039doc id=''>x\u2039/doc>")]),
-        ("<doc>x</doc>", [("text", "\u2039doc>x\u2039/doc>")]),
-        ("<doc id='<b>'>x</doc>", [("text", "\u2039doc id='<b>'>x\u2039/doc>")]),
-        ("<doc id='a'>x< / doc>y</doc>", [("text", "\u2039doc id='a'>x\u2039 / doc>y\u2039/doc>")]),
-        ("<doc id='a'><|im_end|></doc><|im_start|>", [("doc", "a", "\u2039|im_end|>"), ("text", "\u2039|im_start|>")]),
-        ("", []),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [
+    ("Question: .. <doc id='1'>..</doc> Answer:", ["Question: .. ", ("1", ".."), " Answer:"]),
+    ('<doc id="a b">x</doc>', [("a b", "x")]),
+    ("<doc  id = 'a'  >x\ny</doc>", [("a", "x\ny")]),
+    ("<doc id='a'>x</doc><doc id='b'>y</doc>", [("a", "x"), ("b", "y")]),
+    ("<doc id='a'></doc>", [("a", "")]),
+    ("<doc id='a'>x", ["\u2039doc id='a'>x"]),
+    ("x</doc>y", ["x\u2039/doc>y"]),
+    ("<doc id='a'>x <doc id='b'>y</doc> z</doc>", ["\u2039doc id='a'>x ", ("b", "y"), " z\u2039/doc>"]),
+    ("<doc id='a'>x</doc></doc>", [("a", "x"), "\u2039/doc>"]),
+    ("<doc id=a>x</doc>", [("a", "x")]),
+    ('<DOC ID="a">x</Doc>', [("a", "x")]),
+    ('<doc source="b c" id="a" n=3>x</doc >', [("a", "x")]),
+    ("<doc id=a source=>x</doc>", ["\u2039doc id=a source=>x\u2039/doc>"]),
+    ("<docs id=a>x</docs>", ["<docs id=a>x</docs>"]),
+    ("<doc id='a\">x</doc>", ["\u2039doc id='a\">x\u2039/doc>"]),
+    ("<doc id=''>x</doc>", ["\u2039doc id=''>x\u2039/doc>"]),
+    ("<doc>x</doc>", ["\u2039doc>x\u2039/doc>"]),
+    ("<doc id='<b>'>x</doc>", ["\u2039doc id='<b>'>x\u2039/doc>"]),
+    ("<doc id='a'>x< / doc>y</doc>", ["\u2039doc id='a'>x\u2039 / doc>y\u2039/doc>"]),
+    ("<doc id='a'><|im_end|></doc><|im_start|>", [("a", "\u2039|im_end|>"), "\u2039|im_start|>"]),
+    ("", []),
+])
 def test_parse_golden(chat, text, expected):
-    assert parsed(chat, text) == expected
+    """Plain text, and documents with their ids."""
+    segments = chat.parse_and_tokenize(text)
+    assert [(s.doc_id, s.text) if s.kind == "doc" else s.text for s in segments] == expected
 
 
 @given(text=hostile)
@@ -392,81 +311,93 @@ def test_segments_join_to_the_text_and_make_no_special_token(chat, text):
         assert s.kind == "text" or s.doc_id in "12"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=wild)
+@few
+def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, text):
+    tokens, mask = refrag.RefragTokenizer(loaded["bpe"], loaded[kind]).pack(text, 4)
+    assert tokens.shape == mask.shape and tokens.shape[1] == 4
+    assert tokens[mask == 1].tolist() == loaded[kind](text, add_special_tokens=False)["input_ids"]
+    assert (tokens[mask == 0] == 0).all()
+    assert (np.diff(mask, axis=1) <= 0).all()  # padding is on the right
+
+
 @pytest.mark.parametrize("k", [4, 8])
 def test_packed_tokens_have_the_width_of_the_compression(loaded, k):
-    """Encoder tokens, one row per chunk; the mask counts them. Plain text has no rows."""
+    """Encoder tokens, one row per chunk; the mask counts them. Plain text and empty documents have no rows."""
     tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"])
     text = "The Rhone leaves Lake Geneva and crosses the old city under seven bridges."
-    before, doc = tokenizer.parse_and_tokenize(f"Read: <doc id='1'>{text}</doc>", k)
+    before, doc, empty = tokenizer.parse_and_tokenize(f"Read: <doc id='1'>{text}</doc><doc id='2'></doc>", k)
     ids = loaded["wordpiece"](text, add_special_tokens=False)["input_ids"]
-    assert before.packed_tokens.shape == before.packed_mask.shape == (0, k)
+    assert before.packed_tokens.shape == before.packed_mask.shape == empty.packed_tokens.shape == (0, k)
     assert doc.packed_tokens.shape == doc.packed_mask.shape == (math.ceil(len(ids) / k), k)
     assert doc.packed_mask.sum() == len(ids)
     assert doc.packed_tokens.reshape(-1)[: len(ids)].tolist() == ids
     assert doc.input_ids == loaded["bpe"](text, add_special_tokens=False)["input_ids"]
 
 
-def test_an_empty_document_has_no_packed_rows(chat):
-    (doc,) = chat.parse_and_tokenize("<doc id='1'></doc>", 4)
-    assert doc.input_ids == [] and doc.packed_tokens.shape == doc.packed_mask.shape == (0, 4)
+@pytest.mark.parametrize(("text", "told"), [
+    ("<doc id='1'>a</doc><doc id=\"1\">b</doc>", "same id"),  # a citation of it would name two documents
+    ("Why? <doc id='1'>a", "\"<doc id='1'>a\" opens or closes no document"), ("  ", "is empty")])
+def test_a_prompt_whose_documents_are_not_clear_is_refused(text, told):
+    with pytest.raises(refrag.UserError, match=told):
+        refrag.read_prompt(text, refrag.QuestionConfig())
 
 
-def test_read_prompt_refuses_an_id_given_twice():
-    """A citation of it would name two documents."""
-    with pytest.raises(refrag.UserError, match="same id"):
-        refrag.read_prompt("<doc id='1'>a</doc><doc id=\"1\">b</doc>", refrag.QuestionConfig())
-
-
-# -- the prompt -----------------------------------------------------------------
+# -- the prompt ---------------------------------------------------------------------
 
 
 def template_ids(tokenizer, message):
     """What the tokenizer itself makes of a user message."""
     turn = [{"role": "user", "content": message}]
-    out = tokenizer.apply_chat_template(turn, tokenize=True, add_generation_prompt=True)
-    return list(out["input_ids"] if hasattr(out, "keys") else out)
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+
+
+def text_of(tokenizer, prompt):
+    """The prompt as text; the tokenizers by bytes give it back as it was."""
+    return tokenizer.decoder.decode(prompt.input_ids.tolist())
 
 
 TWO = ["The Rhone leaves Lake Geneva and crosses the old city.", "长江 is 🙂 long.\n\nIt rises in Qinghai"]
 
 
-def two_docs(tokenizer):
+@pytest.fixture(scope="module")
+def two(chat):
     """A prompt with two documents."""
-    docs = [make_doc(tokenizer, str(i), text) for i, text in enumerate(TWO, 1)]
-    return refrag.build_prompt(tokenizer, refrag.question_pieces("Where does it rise?", docs))
+    return context_of(chat, TWO, "Where does it rise?").prompt
 
 
-def test_prompt_is_plain_prompting_token_for_token(chat):
+def test_prompt_is_plain_prompting_token_for_token(chat, two):
     message = (
         "Answer the question briefly, using the documents. Name the document you used, like [1].\n\n"
-        f'<doc id="1">\n{TWO[0]}\n</doc>\n<doc id="2">\n{TWO[1]}\n</doc>\n\nQuestion: Where does it rise?'
-    )
-    prompt = two_docs(chat)
-    assert message in prompt.text
-    assert prompt.input_ids.tolist() == template_ids(chat.decoder, message)
+        f'<doc id="1">\n{TWO[0]}\n</doc>\n<doc id="2">\n{TWO[1]}\n</doc>\n\nQuestion: Where does it rise?')
+    assert two.input_ids.tolist() == template_ids(chat.decoder, message)
+    for (first, last), text in zip(two.blocks, TWO, strict=True):
+        block = chat.decoder.decode(two.input_ids[first:last].tolist())
+        assert block.startswith("<doc id=") and block.rstrip().endswith("</doc>") and text in block
 
 
 def test_prompt_without_documents(chat):
-    prompt = refrag.build_prompt(chat, refrag.question_pieces("Why?", []))
+    prompt = context_of(chat, []).prompt
     assert prompt.input_ids.tolist() == template_ids(chat.decoder, "Answer the question briefly.\n\nQuestion: Why?")
     assert prompt.chunks == [] and prompt.blocks == [] and prompt.context_tokens == 0
 
 
-def test_prompt_of_a_decoder_without_a_template(loaded):
+@pytest.mark.parametrize(("system", "before"), [("", ""), ("Be brief.", "Be brief.\n\n")])
+def test_prompt_of_a_decoder_without_a_template(loaded, system, before):
     """The message, then "Answer:"; and the special tokens that the tokenizer itself would add."""
-    tokenizer = refrag.RefragTokenizer(loaded["plain_bpe"])
-    prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", []))
-    assert prompt.text == "Answer the question briefly.\n\nQuestion: Why?\nAnswer:"
-    assert prompt.input_ids.tolist() == loaded["plain_bpe"](prompt.text)["input_ids"]
+    prompt = context_of(refrag.RefragTokenizer(loaded["plain_bpe"]), [], system=system).prompt
+    text = f"{before}Answer the question briefly.\n\nQuestion: Why?\nAnswer:"
+    assert prompt.input_ids.tolist() == loaded["plain_bpe"](text)["input_ids"]
 
 
-def check_tiling(tokenizer, prompt, docs):
+def check_tiling(tokenizer, context):
     """Chunks tile the content in characters, and their tokens are exactly those that start in it."""
-    offsets = tokenizer.decoder(prompt.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    starts, at = [s for s, _ in offsets], 0
-    for number, doc in enumerate(docs):
+    prompt, text, at = context.prompt, text_of(tokenizer, context.prompt), 0
+    starts = [s for s, _ in offsets_of(tokenizer.decoder, text)]
+    for number, doc in enumerate(context.docs):
         opening = f'<doc id="{doc.label}">\n'
-        base = prompt.text.index(f"{opening}{doc.content}\n</doc>", at) + len(opening)
+        base = text.index(f"{opening}{doc.content}\n</doc>", at) + len(opening)
         at = base + len(doc.content)
         mine = [c for c in prompt.chunks if c.doc == number]
         assert "".join(doc.content[c.start : c.end] for c in mine) == doc.content
@@ -480,45 +411,56 @@ def check_tiling(tokenizer, prompt, docs):
 @given(texts=st.lists(ordinary | wild | hostile, max_size=3), question=wild)
 @few
 def test_chunks_tile_every_document(chat, texts, question):
-    docs = [make_doc(chat, str(i), text) for i, text in enumerate(texts, 1)]
-    prompt = refrag.build_prompt(chat, refrag.question_pieces(chat.neutralize(question).strip(), docs))
-    check_tiling(chat, prompt, docs)
+    check_tiling(chat, context_of(chat, texts, question))
 
 
 @given(texts=st.lists(ordinary | wild, min_size=1, max_size=2))
 @few
 def test_chunks_tile_with_another_encoders_boundaries(loaded, texts):
     tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"])
-    docs = [make_doc(tokenizer, str(i), text, 8) for i, text in enumerate(texts, 1)]
-    check_tiling(tokenizer, refrag.build_prompt(tokenizer, ["Read.\n", *docs, "\nWhy?"]), docs)
+    check_tiling(tokenizer, context_of(tokenizer, texts, k=8))
 
 
-def test_blocks_hold_the_tags(chat):
-    prompt = two_docs(chat)
-    for (first, last), text in zip(prompt.blocks, TWO, strict=True):
-        block = chat.decoder.decode(prompt.input_ids[first:last].tolist())
-        assert block.startswith("<doc id=") and block.rstrip().endswith("</doc>") and text in block
+@given(texts=st.lists(ordinary, min_size=1, max_size=4), share=st.floats(0, 1.5))
+@few
+def test_the_last_documents_are_left_out_where_they_do_not_fit(chat, texts, share):
+    whole = context_of(chat, texts)
+    limit = max(1, int(share * whole.prompt.context_tokens))
+    context = context_of(chat, texts, ctx_max=limit)
+    assert context.prompt.context_tokens <= limit and len(context.docs) + context.left_out == len(texts)
+    assert [doc.content for doc in context.docs] == [doc.content for doc in whole.docs][: len(context.docs)]
+    more = context_of(chat, texts[: len(context.docs) + 1])
+    assert not context.left_out or more.prompt.context_tokens > limit
 
 
 @given(text=hostile, question=hostile)
 @few
 def test_hostile_text_adds_no_special_token_to_the_prompt(chat, text, question):
     """The template opens and closes the user's turn and opens the answer's: three special tokens, always."""
-    docs = [make_doc(chat, "1", text)]
-    prompt = refrag.build_prompt(chat, refrag.question_pieces(chat.neutralize(question).strip(), docs))
+    prompt = context_of(chat, [text], question).prompt
     start, end = (chat.decoder.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
-    found = [i for i in prompt.input_ids.tolist() if i in chat.decoder.all_special_ids]
-    assert found == [start, end, start]
-    assert prompt.text.count("</doc>") == prompt.text.count("<doc id=") == 1
+    assert [i for i in prompt.input_ids.tolist() if i in chat.decoder.all_special_ids] == [start, end, start]
+    text = text_of(chat, prompt)
+    assert text.count("</doc>") == text.count("<doc id=") == 1
+
+
+def test_literal_blocks_are_the_prompts_documents(chat):
+    """Their text stands where it stood, between the tags of every prompt."""
+    context = refrag.read_context(chat, f"Where? <doc id='a'>{TWO[0]}</doc> <doc id=b>{TWO[1]}</doc> Say:", 4, 100)
+    message = f'Where? <doc id="a">\n{TWO[0]}\n</doc> <doc id="b">\n{TWO[1]}\n</doc> Say:'
+    assert context.prompt.input_ids.tolist() == template_ids(chat.decoder, message)
+    assert [(doc.label, doc.content, doc.row) for doc in context.docs] == [("a", TWO[0], None), ("b", TWO[1], None)]
+    check_tiling(chat, context)
+    with pytest.raises(refrag.UserError, match="more than --ctx_max 3"):
+        refrag.read_context(chat, f"<doc id='a'>{TWO[0]}</doc>", 4, 3)
 
 
 def test_the_id_of_a_literal_block_makes_no_special_token(tokenizers):
     """Some decoders' special tokens have neither angle brackets nor quotes, so they fit into an id."""
     decoder = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
     decoder.add_special_tokens({"additional_special_tokens": ["[INST]"]})
-    tokenizer = refrag.RefragTokenizer(decoder)
-    for segment in tokenizer.parse_and_tokenize("<doc id='[INST]'>x</doc>"):
-        assert decoder.convert_tokens_to_ids("[INST]") not in decoder(segment.doc_id or segment.text)["input_ids"]
+    context = refrag.read_context(refrag.RefragTokenizer(decoder), "<doc id='[INST]'>[INST]</doc>", 4, 100)
+    assert decoder.convert_tokens_to_ids("[INST]") not in context.prompt.input_ids
 
 
 def test_encoder_makes_no_special_token_from_a_passage(loaded):
@@ -535,29 +477,20 @@ def with_template(tokenizers, template, kind="bpe"):
     return refrag.RefragTokenizer(decoder)
 
 
-def test_a_template_that_trims_works(tokenizers):
-    """Llama-3's template trims the message."""
-    template = "{% for m in messages %}<|im_start|>{{ m['content'] | trim }}<|im_end|>{% endfor %}"
-    tokenizer = with_template(tokenizers, template)
-    docs = [make_doc(tokenizer, "1", TWO[0])]
-    check_tiling(tokenizer, refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", docs)), docs)
-
-
 def test_what_a_tokenizer_adds_is_left_to_the_template(tokenizers):
     """This tokenizer puts [CLS] and [SEP] around every text; within a chat template only the template's own count."""
     tokenizer = with_template(tokenizers, "{% for m in messages %}[CLS]{{ m['content'] }}{% endfor %}", "wordpiece")
-    prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("why", []))
+    prompt = context_of(tokenizer, [], "why").prompt
     assert prompt.input_ids.tolist() == template_ids(tokenizer.decoder, "Answer the question briefly.\n\nQuestion: why")
     assert prompt.input_ids.tolist().count(tokenizer.decoder.cls_token_id) == 1
     tokenizer.decoder.chat_template = None
-    plain = refrag.build_prompt(tokenizer, refrag.question_pieces("why", []))
-    assert plain.input_ids[0] == tokenizer.decoder.cls_token_id
+    assert context_of(tokenizer, [], "why").prompt.input_ids[0] == tokenizer.decoder.cls_token_id
 
 
 def test_a_template_that_alters_the_message_is_refused(tokenizers):
     tokenizer = with_template(tokenizers, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
     with pytest.raises(refrag.UserError, match="chat template"):
-        refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", []))
+        context_of(tokenizer, [])
 
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -572,37 +505,27 @@ LEAVES_OUT = "{% set messages = messages | selectattr('role', 'ne', 'system') | 
 def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, template, turns):
     """Token for token plain prompting with the same messages, or with it before the user's where there is no place."""
     tokenizer, system = with_template(tokenizers, template), "Be brief.\n\nCite."
-    docs = [make_doc(tokenizer, "1", TWO[0])]
-    pieces = refrag.question_pieces("Why?", docs)
-    prompt = refrag.build_prompt(tokenizer, pieces, system)
-    message = "".join(piece if isinstance(piece, str) else f'<doc id="1">\n{TWO[0]}\n</doc>' for piece in pieces)
+    context = context_of(tokenizer, TWO[:1], system=system)
+    message = "".join(piece if isinstance(piece, str) else f'<doc id="1">\n{TWO[0]}\n</doc>'
+                      for piece in refrag.question_pieces("Why?", context.docs))
     content = {"system": system, "user": message if "system" in turns else f"{system}\n\n{message}"}
     expected = tokenizer.decoder.apply_chat_template([{"role": role, "content": content[role]} for role in turns],
                                                      add_generation_prompt=True, return_dict=False)
-    assert prompt.input_ids.tolist() == expected
-    check_tiling(tokenizer, prompt, docs)
-    plain = refrag.build_prompt(tokenizer, pieces)
-    assert plain.input_ids.tolist() == template_ids(tokenizer.decoder, message)
+    assert context.prompt.input_ids.tolist() == expected
+    check_tiling(tokenizer, context)
+    assert context_of(tokenizer, TWO[:1]).prompt.input_ids.tolist() == template_ids(tokenizer.decoder, message)
 
 
 def test_a_system_message_that_repeats_the_question_moves_no_chunk(chat):
-    docs = [make_doc(chat, "1", TWO[0])]
-    prompt = refrag.build_prompt(chat, refrag.question_pieces("Why?", docs), f"{TWO[0]}\nQuestion: Why?")
-    check_tiling(chat, prompt, docs)
+    check_tiling(chat, context_of(chat, TWO[:1], system=f"{TWO[0]}\nQuestion: Why?"))
 
 
-def test_without_a_template_a_system_message_comes_first(loaded):
-    tokenizer = refrag.RefragTokenizer(loaded["plain_bpe"])
-    prompt = refrag.build_prompt(tokenizer, refrag.question_pieces("Why?", []), "Be brief.")
-    assert prompt.text == "Be brief.\n\nAnswer the question briefly.\n\nQuestion: Why?\nAnswer:"
-
-
-# -- plans ----------------------------------------------------------------------
+# -- plans --------------------------------------------------------------------------
 
 
 def bare_prompt(T, chunks, blocks=()):
     """A prompt of T tokens, 50, 51, .., with chunks given as (doc, first, last)."""
-    return refrag.Prompt("", 50 + np.arange(T), [refrag.Chunk(d, 0, 1, a, b) for d, a, b in chunks], list(blocks))
+    return refrag.Prompt(50 + np.arange(T), [refrag.Chunk(d, 0, 1, a, b) for d, a, b in chunks], list(blocks))
 
 
 def test_mixed_plan_golden():
@@ -620,27 +543,21 @@ def test_a_chunk_without_tokens_has_no_vector():
     assert refrag.mixed_plan(prompt, np.zeros(3, bool)).tolist() == [50, -1, -3, 55]
 
 
-def test_all_expanded_is_the_prompt_itself(chat):
-    prompt = two_docs(chat)
-    plan = refrag.mixed_plan(prompt, np.ones(len(prompt.chunks), bool))
-    assert plan.tolist() == prompt.input_ids.tolist()
-
-
 @given(st.data())
 @few
-def test_plans_keep_the_order_and_every_token_outside(chat, data):
-    prompt = two_docs(chat)
-    L = len(prompt.chunks)
+def test_plans_keep_the_order_and_every_token_outside(two, data):
+    """All as text is the prompt itself."""
+    L = len(two.chunks)
     expanded = np.array(data.draw(st.lists(st.booleans(), min_size=L, max_size=L) | st.just([False] * L)))
-    plan = refrag.mixed_plan(prompt, expanded).tolist()
+    plan = refrag.mixed_plan(two, expanded).tolist()
     spread = []  # each vector replaced by the tokens it stands for
     for v in plan:
-        chunk = prompt.chunks[-v - 1] if v < 0 else None
-        spread += [v] if chunk is None else prompt.input_ids[chunk.first : chunk.last].tolist()
-    assert spread == prompt.input_ids.tolist()
+        chunk = two.chunks[-v - 1] if v < 0 else None
+        spread += [v] if chunk is None else two.input_ids[chunk.first : chunk.last].tolist()
+    assert spread == two.input_ids.tolist() == refrag.mixed_plan(two, np.ones(L, bool)).tolist()
     assert {-v - 1 for v in plan if v < 0} == set(np.flatnonzero(~expanded).tolist())
-    kept = prompt.input_ids[refrag.text_mask(prompt, expanded)].tolist()
-    assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == kept == [v for v in plan if v >= 0]
+    kept = two.input_ids[refrag.text_mask(two, expanded)].tolist()
+    assert refrag.mixed_plan(two, expanded, feed=False).tolist() == kept == [v for v in plan if v >= 0]
 
 
 def test_truncated_mask_golden():
@@ -660,17 +577,16 @@ def test_truncated_mask_golden():
 @given(positions=st.integers(0, 200), texts=st.lists(ordinary | wild, min_size=1, max_size=4))
 @few
 def test_truncation_keeps_to_the_positions_and_the_best_ranked(chat, positions, texts):
-    docs = [make_doc(chat, str(i), text) for i, text in enumerate(texts, 1)]
-    prompt = refrag.build_prompt(chat, refrag.question_pieces("Why?", docs))
+    prompt = context_of(chat, texts).prompt
     plan = np.flatnonzero(refrag.truncated_mask(prompt, positions)).tolist()
     frame = set(range(len(prompt.input_ids))) - {i for a, b in prompt.blocks for i in range(a, b)}
     assert frame <= set(plan)
     assert len(plan) <= max(positions, len(frame))
     whole = [all(i in plan for i in range(a, b)) for a, b in prompt.blocks]
     gone = [not any(i in plan for i in range(a, b)) for a, b in prompt.blocks]
-    cut = next((n for n, w in enumerate(whole) if not w), len(docs))
+    cut = next((n for n, w in enumerate(whole) if not w), len(texts))
     assert all(gone[cut + 1 :])
-    if cut < len(docs) and not gone[cut]:  # a content loses its end, the tags stay
+    if cut < len(texts) and not gone[cut]:  # a content loses its end, the tags stay
         inside = [i for c in prompt.chunks if c.doc == cut for i in range(c.first, c.last)]
         kept = [i for i in inside if i in plan]
         assert kept and kept == inside[: len(kept)]
@@ -679,19 +595,16 @@ def test_truncation_keeps_to_the_positions_and_the_best_ranked(chat, positions, 
 
 
 def test_show_plan_shows_what_each_vector_stands_for(chat):
-    prompt = two_docs(chat)
-    contents = [make_doc(chat, "1", text).content for text in TWO]
-    expanded = np.ones(len(prompt.chunks), bool)
-    assert refrag.show_plan(prompt, refrag.mixed_plan(prompt, expanded), chat, contents) == prompt.text
-    expanded[1] = False
-    chunk = prompt.chunks[1]
-    shown = refrag.show_plan(prompt, refrag.mixed_plan(prompt, expanded), chat, contents)
-    piece = contents[0][chunk.start : chunk.end]
+    context = context_of(chat, TWO)
+    expanded = np.arange(len(context.prompt.chunks)) != 1
+    chunk = context.prompt.chunks[1]
+    shown = refrag.show_plan(context, refrag.mixed_plan(context.prompt, expanded), chat)
+    piece = TWO[0][chunk.start : chunk.end]
     assert shown.count("[[") == 1 and f"[[{piece}]]" in shown
-    assert shown.replace(f"[[{piece}]]", piece) == prompt.text
+    assert shown.replace(f"[[{piece}]]", piece) == text_of(chat, context.prompt)
 
 
-# -- training sequences -----------------------------------------------------------
+# -- training sequences -------------------------------------------------------------
 
 
 def content_of(*chunks):
@@ -754,7 +667,7 @@ def answered(draw):
 
 
 @given(made=answered(), other=answered())
-@settings(max_examples=100, deadline=None)
+@many
 def test_the_controls_are_asked_the_same(made, other):
     """The whole answer, in order; only what is read before it differs."""
     sequence, answer = made
@@ -772,28 +685,6 @@ def test_the_controls_are_asked_the_same(made, other):
     assert [w if w >= 0 else -(v - w) % theirs for v, w in zip(plan, wrong.plan.tolist(), strict=True)] == [
         max(v, 0) for v in plan]  # a vector's number changes by a multiple of the other text's chunks
     assert ((wrong.plan >= -theirs) | (wrong.plan >= 0)).all()
-
-
-def test_first_fit_golden():
-    """3 opens a bin of 4; 2 opens another; 2 goes beside it; 1 goes to the 3. 9 is too long for any and stays alone."""
-    assert refrag.first_fit([3, 2, 2, 1], 4) == [[0, 3], [1, 2]]
-    assert refrag.first_fit([9, 1, 3], 4) == [[0], [1, 2]]
-    assert refrag.first_fit([], 4) == []
-
-
-@given(lengths=st.lists(st.integers(1, 12), max_size=30), capacity=st.integers(1, 10))
-@settings(max_examples=200, deadline=None)
-def test_first_fit_keeps_to_the_capacity_and_places_every_item_once(lengths, capacity):
-    """Each item in the first bin that had room for it among those before it."""
-    bins = refrag.first_fit(lengths, capacity)
-    assert sorted(n for items in bins for n in items) == list(range(len(lengths)))
-    for place, items in enumerate(bins):
-        assert items == sorted(items)
-        assert sum(lengths[n] for n in items) <= capacity or len(items) == 1
-        for n in items:
-            for earlier in bins[:place]:
-                assert sum(lengths[m] for m in earlier if m < n) + lengths[n] > capacity
-    assert [items[0] for items in bins] == sorted(items[0] for items in bins)
 
 
 # -- selection under the budget ---------------------------------------------------

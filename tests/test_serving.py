@@ -451,7 +451,8 @@ class TestBadRequests:
         ({"max_completion_tokens": 5000}, "max_completion_tokens", "less than or equal to 1024"),
         ({"max_tokens": True}, "max_tokens", "a valid integer"),
         ({"temperature": -1}, "temperature", "temperature must be 0 or more"),
-        ({"temperature": 10**400}, "temperature", ""), ({"top_p": 0}, "top_p", "top_p must lie in (0, 1]"),
+        ({"temperature": 10**400}, "temperature", ""),
+        ({"top_p": 0}, "top_p", "top_p must be more than 0 and at most 1"),
         ({"refrag": {"speed": 1}}, "refrag.speed", "not supported"),
         ({"refrag": {"p": 2}}, "refrag.p", "refrag.p must lie between 0 and 1, got 2.0"),
         ({"refrag": {"k": 0}}, "refrag.k", "refrag.k must lie"),
@@ -788,7 +789,7 @@ class TestEngine:
             generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
 
         engine, told = serve.Engine(Broken(), refrag.ServeConfig()), []
-        engine.pipeline_for = lambda wish: (_ for _ in ()).throw(RuntimeError("a cable was pulled"))
+        engine.settings_for = lambda wish: (_ for _ in ()).throw(RuntimeError("a cable was pulled"))
         jobs = [serve.Job(serve.ChatRequest("why?", PLAIN), 60, lambda *what: told.append(what))
                 for _ in range(2)]
         engine.work(jobs)
@@ -802,15 +803,15 @@ class TestEngine:
         class Breaking:
             generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
 
-            def answer(self, items, on_text):
+            def answer_batch(self, items, settings, writers):
                 calls.append(len(items))
                 if len(items) == 2:
-                    on_text(0, "Par")
+                    writers[0]("Par")
                     raise RuntimeError("a cable was pulled")
                 return [{"ended": True, "metrics": Counter()}]
 
         engine = serve.Engine(Breaking(), refrag.ServeConfig(together=2))
-        engine.pipeline_for = lambda wish: engine.pipeline
+        engine.settings_for = lambda wish: None
         told: tuple[list, list] = ([], [])
         jobs = [serve.Job(serve.ChatRequest("why?", PLAIN), 60,
                            lambda kind, _, n=n: told[n].append(kind))
@@ -828,7 +829,7 @@ class TestEngine:
         class Heavy:
             generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
 
-            def answer(self, items, on_text):
+            def answer_batch(self, items, settings, writers):
                 if len(items) == 2:
                     cache = Batch()
                     self.cache = weakref.ref(cache)
@@ -837,7 +838,7 @@ class TestEngine:
                 return [{"ended": True, "metrics": Counter()}]
 
         engine = serve.Engine(Heavy(), refrag.ServeConfig(together=2))
-        engine.pipeline_for = lambda wish: engine.pipeline
+        engine.settings_for = lambda wish: None
         engine.work([serve.Job(serve.ChatRequest("why?", PLAIN), 60, lambda *what: None)
                      for _ in range(2)])
         assert alive == [False, False]
@@ -861,8 +862,8 @@ class TestEngine:
 
     def test_where_no_length_is_asked_for_the_servers_holds(self):
         class Loaded:
-            generate, pack, search = refrag.GenerateConfig(max_new=128), refrag.PackConfig(), refrag.SearchConfig()
-            runtime = refrag.RuntimeConfig()
+            settings, seed = SimpleNamespace(generate=refrag.GenerateConfig(max_new=128), pack=refrag.PackConfig(),
+                                             search=refrag.SearchConfig()), 1337
 
         body = json.dumps({"model": "refrag", "messages": say("Why?")}).encode()
         assert serve.ChatRequest.read(body, Loaded).wish.generate.max_new == 128

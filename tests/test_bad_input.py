@@ -1,0 +1,499 @@
+"""Bad input, command by command: one line that names what is wrong, the exit code, and nothing begun or changed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from conftest import TEXTS
+from writers import WRITERS, sign, unchanged
+
+import refrag
+
+pytestmark = pytest.mark.usefixtures("home")
+NOWHERE = "/nowhere/model"
+GOOD = {"id": "new", "text": "A good passage."}
+LONG = f"{TEXTS[0]} {TEXTS[1]}"
+ASKED = [{"question": "Who?", "answers": ["Ada"], "positive_ids": ["c"]},
+         {"question": "Where?", "answers": ["Athens"], "positive_ids": ["f"]}]
+
+
+def asked(**wrong: object) -> list[dict]:
+    """Questions of which the third is as the others but for something."""
+    return [*ASKED, {"question": "What?", "answers": ["bronze"], "positive_ids": ["b"]} | wrong]
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+CORPORA = [
+    ("c.txt", b"", "no passages in it"), ("c.txt", b"\n \r\n\t\n\n", "no passages in it"),
+    ("c.jsonl", b"", "no passages in it"), ("c.txt", b"good\nb\xffd\n", r"c\.txt: invalid UTF-8 at byte 6: "),
+    ("c.jsonl", b'{"text": "good"}\n{"text": \n', r"c\.jsonl:2: malformed JSON"),
+    ("c.jsonl", b'{"text": "good"}\n{"text": 7}\n', r"c\.jsonl:2: text must be a string, got int"),
+    ("c.jsonl", b'{"text": "good"}\n{"text": " "}\n', r"c\.jsonl:2: text is empty"),
+    ("c.jsonl", [GOOD, {"id": "x", "text": "b"}, {"id": "new", "text": "c"}],
+     r"duplicate id 'new' at \S*c\.jsonl:1 and \S*c\.jsonl:3"),
+    ("c.txt.gz", gzip.compress(b"good\n" * 500)[:-9], "not a complete gzip file"),
+]
+TRAINING = [
+    (b"", "no text to train on"), (b"\n \r\n\t\n\n", "no text to train on"), ([{"text": ""}], "no text to train on"),
+    ([{"tokens": []}], "no text to train on"), (b'{"text": "good"}\n\n{"text": \n', "PATH:3: malformed JSON"),
+    (b'{"text": "good"}\n' + b"[" * 100_000, "PATH:2: malformed JSON"),
+    (b'{"text": "good"}\n["text"]\n', "PATH:2: expected a JSON object, got list"),
+    ([{"title": "x"}], "PATH:1: text must be a string, got NoneType"),
+    ([{"text": "good"}, {"text": 7}], "PATH:2: text must be a string, got int"),
+    (b'{"text": "\\ud800"}\n', "PATH:1: text holds half of a surrogate pair"),
+    (b'{"text": "good"}\n{"text": "b\xff"}\n', "PATH: invalid UTF-8 at byte 28"),
+    *(([{"tokens": tokens}], "PATH:1: tokens must be whole numbers") for tokens in ([1, 2.5], [True] * 9, ["7"] * 9,
+                                                                                     [5, -1])),
+    ([{"text": LONG}, {"tokens": [600] * 9}], "PATH:2: token 600 is not one of the decoder"),
+    ([{"tokens": [2**70] * 9}], "PATH:1: token"),
+    *(([{"text": LONG, "split": split}], "PATH:1: split must be {s, o}") for split in (
+        5, [], {"s": -1, "o": 9}, {"s": 9, "o": "a"}, {"s": True, "o": 9})),
+    ([{"text": LONG, "split": {"s": 2**40, "o": 9}}], "PATH:1: split"),
+    ([{"text": "ab"}] * 3, "PATH: every text is shorter than 5 tokens, which --k 4 needs"),
+]
+QUESTIONS = [
+    (b"", "PATH: the file holds no question"), (b"\n \n", "PATH: the file holds no question"),
+    (b'{"question": "a"}\n{"question": \n', "PATH:2: malformed JSON"),
+    (b"[1]\n", "PATH:1: expected a JSON object, got int"),
+    (b'{"question": "\xff"}\n', "PATH: invalid UTF-8 at byte 14"),
+    ([*ASKED, {"answers": ["x"]}], "PATH:3: no question (nor query, text) among its keys: answers"),
+    (asked(question=" "), "PATH:3: the question is empty"),
+    ([q | {"id": 7} for q in ASKED], "PATH: ids are not unique"),
+    ([*ASKED, {"question": "Who?"}], "PATH: question 3 has no list of answers"),
+    *((asked(answers=answers), "PATH: question 3 has no list of answers") for answers in (
+        None, "Ada", [1843], ["Ada", " "])),
+    ([q | {"answers": []} for q in ASKED], "PATH: no question has an answer"),
+    (asked(answers=["\ud800"]), "PATH: question 3: an answer holds half of a surrogate pair"),
+    *((asked(positive_ids=ids), "PATH: question 3: positive_ids must be a list of ids") for ids in (
+        5, "abc", {"c": 1})),
+    (asked(positive_ids=[["c"]]), "PATH: question 3: id must be a string, got list"),
+]
+FILES = [
+    *(("index", "--corpus", name, content, told) for name, content, told in CORPORA),
+    *(("add", "--corpus", name, content, told) for name, content, told in CORPORA[3:5]),
+    *(("cpt_next", "--train_json", "t.jsonl", content, told) for content, told in TRAINING),
+    *(("cpt_next", "--eval_json", "t.jsonl", content, told) for content, told in TRAINING[4:6]),
+    *((phase, "--train_json", "t.jsonl", *TRAINING[4]) for phase in ("cpt_align", "cpt_recon")),
+    *(("cpt_recon", flag, "t.jsonl.gz", content, "PATH: not a complete gzip file")
+      for flag in ("--train_json", "--eval_json") for content in (gzip.compress(LONG.encode() * 99)[:-9], b"no gzip")),
+    *(("sft", "--rag_json", "q.jsonl", content, told) for content, told in QUESTIONS),
+    ("sft", "--eval_json", "q.jsonl", asked(answers=None), "PATH: question 3 has no list of answers"),
+    ("sft", "--rag_json", "q.jsonl.gz", gzip.compress(b"{}" * 999)[:-9], "PATH: not a complete gzip file"),
+    ("sft", "--rag_json", "q.jsonl", [q | {"positive_ids": ["unknown"]} for q in ASKED], "positive_ids"),
+    *(("eval", "--qa", "q.jsonl", [ASKED[0], ASKED[1] | wrong], told) for wrong, told in (
+        ({"answers": None}, "question 2 has no list of answers"), ({"answers": "Ulm"}, "has no list of answers"),
+        ({"positive_ids": "a"}, "positive_ids must be a list"))),
+    ("eval", "--qa", "q.jsonl", [q | {"positive_ids": ["elsewhere"]} for q in ASKED],
+     "none of the questions' positive_ids"),
+    ("train_gate", "--rag_json", "q.jsonl", asked(answers=None), "question 3 has no list of answers"),
+    ("train_gate", "--rag_json", "q.jsonl", [ASKED[0] | {"answers": ["nowhere at all"]}], "not one question"),
+]
+
+
+def code_of(name: str, told: str) -> int:
+    """Damage is 4, what does not belong together 5, any other bad input 2."""
+    return 4 if "gzip" in told else 5 if "positive_ids" in told and "must" not in told else 2
+
+
+@pytest.mark.parametrize(("command", "flag", "name", "content", "told"), FILES, ids=range(len(FILES)))
+def test_a_bad_file_is_refused(run, refused, line, finished, write, tmp_path, command, flag, name, content, told):
+    """By its place, with flags that the command has; what was there before stays, and else nothing is there."""
+    path, out = write(f"bad/{name}", content), tmp_path / "out"
+    if command in ("index", "add"):
+        shutil.copytree(finished.old("words"), out)
+    with unchanged(tmp_path / "out"):
+        message = refused(code_of(name, told), *line(command, out, flag, path))
+    if flag == "--corpus":
+        assert re.search(told, message)
+    else:
+        assert told.replace("PATH", str(path)) in message
+    flags = run(line(command, out)[0], "--help")[1]
+    assert [word for word in re.findall(r"--\w+", message) if word not in flags] == []
+    assert command in ("index", "add") or not out.exists()
+
+
+def test_the_texts_of_two_files_are_named_by_their_own_file(refused, line, write, tmp_path):
+    """And those of a copy, which is cut into tokens once, by the name that was given."""
+    names = [write("good.jsonl", [{"text": LONG}]), write("bad.jsonl", [{"text": LONG}, {"text": None}])]
+    argv = line("cpt_next", tmp_path / "out", "--train_json", *names)
+    assert f"{names[1]}:2: text must be a string" in refused(2, *argv)
+    for name in ("first.jsonl", "second.jsonl"):
+        path = write(name, [{"text": "ab"}])
+        argv = line("cpt_recon", tmp_path / "out", "--train_json", path)
+        assert f"{path}: every text is shorter" in refused(2, *argv)
+
+
+def test_no_half_of_a_damaged_file_stays_in_the_cache(refused, done, line, write, home, tmp_path):
+    path = write("t.jsonl.gz", gzip.compress(json.dumps({"text": LONG}).encode() * 99)[:-9])
+    argv = line("cpt_recon", tmp_path / "out", "--train_json", path, "--steps", 1)
+    refused(4, *argv)
+    path.write_bytes(gzip.compress(json.dumps({"text": LONG}).encode()))
+    assert done(*argv)["steps"] == 1 and list((home / "tokens").glob(".*.tmp")) == []
+
+
+def test_a_cache_that_can_not_be_made(refused, line, write, tmp_path, monkeypatch):
+    monkeypatch.setenv("REFRAG_HOME", str(write("file", "precious")))
+    assert "Not a directory" in refused(2, *line("cpt_recon", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("errors", "passages", "counted"), [("skip", 2, "skipped"), ("replace", 3, "replaced")])
+def test_what_was_wrong_with_the_input_is_counted(done, line, write, tmp_path, errors, passages, counted):
+    corpus = write("c.txt", b"good\nb\xffd\nfine\n")
+    result = done(*line("index", tmp_path / "out", "--corpus", corpus, "--errors", errors))
+    assert (result["passages"], result[counted]) == (passages, 1)
+
+
+# ---- Options --------------------------------------------------------------------------------------------------------
+
+OPTIONS = [  # command, options, message; the exit code is 2
+    ("index", "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder"),
+    ("add", "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder"),
+    ("search", "--question q --topk 0", "--topk must be 1 or more, got 0"),
+    ("search", "--question= ", "question is empty"),
+    ("search", "--question=", "question is empty"), ("search", "", "name one of --question and --questions"),
+    ("search", "--question q --hops 9", "--hops must lie between 1 and 8"),
+    ("search", "--question q --index_dir nowhere", "no such folder"),
+    ("search", "--question q --index_dir TMP", "no index in this folder"),
+    ("doctor", "--index_dir nowhere", "no such folder"), ("doctor", "--index_dir TMP", "no index in this folder"),
+    ("align", "", "--text is missing"), ("align", "--text=", "--text is missing"),
+    ("align", "--text=a\udcffb", "--text"),
+    ("align", "--text a --load_dir nowhere", "--load_dir nowhere: "),
+    *((phase, "--out_dir=", "--out_dir") for phase in ("cpt_recon", "sft", "eval")),
+    ("cpt_recon", "--k 0", "--k must lie between 1 and 64"), ("cpt_recon", "--k 4 65", "--k must lie between 1 and 64"),
+    ("cpt_recon", "--k x", "--k"), ("cpt_recon", "--k 64 --seq_tokens 32", "--k 64 is larger than --seq_tokens 32"),
+    ("cpt_recon", "--k 64 --seq_tokens 64", "every text is shorter than 64 tokens, which --k 64 needs"),
+    ("cpt_next", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
+    ("cpt_align", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
+    *(("cpt_recon", f"--lr {lr}", "--lr must be more than 0") for lr in (0, -1, "nan", "inf", "1e39")),
+    ("cpt_recon", "--train xyz", "--train must be letters of ped (projector, encoder, decoder), got 'xyz'"),
+    ("cpt_recon", "--train=", "--train must be letters of ped"), ("cpt_recon", "--curriculum odd", "--curriculum"),
+    ("cpt_recon", "--lora_r 4", "--lora_r needs the decoder in --train, got pe"),
+    ("cpt_next", "--lora_r 4 --train p", "--lora_r needs the decoder in --train, got p"),
+    ("cpt_next", "--expand_frac 1.5", "--expand_frac must lie between 0 and 1, got 1.5"),
+    ("cpt_recon", "--enc decoder:99", "--enc decoder:99: the decoder has 3 layers"),
+    ("cpt_recon", "--enc decoder:x", "--enc decoder:x: write decoder:N"),
+    ("cpt_recon", "--pooling cls", "--pooling cls needs a separate encoder"),
+    *((command, f"{flag} {path}", f"{flag} {path}: no such file")
+      for path in ("nowhere.jsonl", "/") for command, flag in (
+          ("cpt_recon", "--train_json"), ("cpt_recon", "--eval_json"), ("sft", "--rag_json"), ("sft", "--eval_json"))),
+    ("sft", "--p 0 nan", "--p must lie between 0 and 1"), ("sft", "--topk 0", "--topk must be 1 or more, got 0"),
+    ("sft", "--index_dir nowhere", "--index_dir"), ("sft", "--index_dir TMP", "no index in this folder"),
+    ("train_gate", "--p 0", "--p must"), ("train_gate", "--k 65", "--k must lie"),
+    ("train_gate", "--k 6", "chunks of 4 tokens do not make chunks of 6"),
+    ("train_gate", "--rag_json nowhere.jsonl", "no such file"), ("train_gate", "--epochs 0", "--epochs"),
+    ("train_policy", "--group 1", "--group"), ("train_policy", "--steps 0", "--steps"),
+    ("eval", "--task retrieval --modes bm25 --retriever bm25", "use --modes"),
+    ("eval", "--qa nowhere.jsonl", "no such file"),
+    ("eval", "--modes cosine_gate --retriever bm25", "cosine_gate needs an embedder"),
+    ("eval", "--index_dir nowhere", "no such folder"),
+    ("bench", "--contexts 512,0", "--contexts must be 1 or more"), ("bench", "--contexts many", "--contexts"),
+    ("bench", "--modes magic", "magic"),
+    ("bench", "--k 0", "--k must lie between 1 and 64"), ("bench", "--question= ", "the question is empty"),
+    ("bench", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
+    ("generate", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
+]
+LATE = ("--k 64 --seq_tokens 64", "--seq_tokens 4", "--enc", "--pooling", "--k 6", "--modes cos")
+
+
+@pytest.fixture
+def command(line, index_dir, files, llama, bert, tmp_path):
+    """A command line that is good by itself: of a writer into tmp_path / "out", or of a reader."""
+    readers = {"search": ["--index_dir", index_dir], "doctor": [], "align": ["--dec", llama, "--enc", bert]}
+
+    def call(name: str, *more: object) -> list[object]:
+        if name in readers:
+            return [name, *readers[name], *more]
+        return line(name, tmp_path / "out", *more)
+
+    return call
+
+
+@pytest.mark.parametrize(("name", "options", "told"), OPTIONS, ids=[f"{name} {o}" for name, o, _ in OPTIONS])
+def test_a_bad_option_is_refused_before_anything_is_made(refused, command, tmp_path, name, options, told):
+    """And, unless it takes the models to see it, before they are looked for."""
+    words = [str(tmp_path) if word == "TMP" else word for word in re.split(" (?=[-\\w/.])", options) if word]
+    nowhere = ["--dec", NOWHERE] if name not in ("search", "doctor") and not options.startswith(LATE) else []
+    assert told in refused(2, *command(name, *nowhere, *words))
+    assert not (tmp_path / "out").exists() or name == "add"
+
+
+def without(argv: list[object], flag: str) -> list[object]:
+    """A command line without a flag and its value."""
+    at = argv.index(flag)
+    return [*argv[:at], *argv[at + 2 :]]
+
+
+NEEDED = [*((name, "--out_dir") for name in ("cpt_align", "cpt_recon", "cpt_next", "sft", "train_gate", "export")),
+          *((name, "--train_json") for name in ("cpt_align", "cpt_recon", "cpt_next")), ("sft", "--rag_json"),
+          *((name, "--index_dir") for name in ("sft", "eval", "bench", "generate", "search")), ("eval", "--qa")]
+
+
+@pytest.mark.parametrize(("name", "flag"), NEEDED)
+def test_what_must_be_named_is_asked_for(refused, command, tmp_path, name, flag):
+    argv = without(command(name, *(["--question", "q"] if name == "search" else [])), flag)
+    assert f"{flag} is missing" in refused(2, *argv) and not (tmp_path / "out").exists()
+
+
+# ---- Folders --------------------------------------------------------------------------------------------------------
+
+FOREIGN = {"index": ["thesis.tex", "gen-1.txt", "my-gen-1", "manifest.json.bak"], "eval": ["thesis.tex"],
+           "cpt_recon": ["thesis.tex", "step-last", "my-run.json", "model.safetensors"], "train_gate": ["x"],
+           "export": ["x"]}
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, foreign in FOREIGN.items() for file in foreign])
+def test_a_foreign_folder_is_refused(refused, command, write, tmp_path, name, file):
+    """Nothing in it is touched, and no lock is left; nor is a file that stands in the folder's place."""
+    write(f"out/{file}", "precious")
+    told = f"holds other files ({file})" if name not in ("train_gate", "export") else "there already"
+    for argv in (command(name), [word for word in command(name, "--dec", NOWHERE) if word != "--resume"]):
+        with unchanged(tmp_path / "out"):
+            message = refused(2, *argv)
+            assert told in message or (told == "there already" and "new folder" in message)
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [file]
+    shutil.rmtree(tmp_path / "out")
+    write("out", "precious")
+    assert str(tmp_path / "out") in refused(2, *command(name, "--dec", NOWHERE))
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_a_bench_needs_a_folder(refused, command, write):
+    argv = command("bench", "--out_dir", write("file", "mine"), "--dec", NOWHERE)
+    assert "is a file: name a folder" in refused(2, *argv)
+
+
+@pytest.mark.parametrize("name", ["index", "cpt_recon"])
+def test_an_empty_folder_and_what_systems_leave_in_one_are_accepted(done, command, line, tmp_path, name):
+    """A file manager's .DS_Store in an index is no reason to refuse an addition, and stays."""
+    (tmp_path / "out").mkdir()
+    done(*command(name))
+    if name == "index":
+        for left in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (tmp_path / "out" / left).write_text("a system's")
+        done(*line("same", tmp_path / "out"))
+        assert (tmp_path / "out" / ".DS_Store").read_text() == "a system's"
+
+
+@pytest.mark.parametrize("name", ["index", "cpt_recon", "eval"])
+def test_a_read_only_folder_is_refused_before_any_work(run, refused, finished, mount, line, tmp_path, name):
+    """It can still be read: that takes no lock."""
+    made = finished.old("words") if name == "index" else finished(WRITERS[name]).folder
+    locked = mount("-o", "bind,ro", shutil.copytree(made, tmp_path / "made"))
+    with unchanged(locked):
+        for folder in (locked, locked / "new"):
+            assert "Read-only file system" in refused(2, *line(name, folder, "--dec", NOWHERE))
+        if name == "index":
+            assert run("search", "--index_dir", locked, "--question", "q", "--quiet")[0] == 0
+        if name == "cpt_recon":
+            assert run(*line(name, tmp_path / "next", "--steps", 1, "--load_dir", locked))[0] == 0
+
+
+def test_adding_needs_an_index(refused, line, tmp_path):
+    assert "no index in this folder" in refused(2, *line("add", tmp_path / "i"))
+
+
+# ---- Models, indexes and checkpoints that do not belong together ----------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("cpt_recon", "--dec"), ("cpt_recon", "--enc"), ("align", "--dec"), ("eval", "--dec"), ("bench", "--dec"),
+    ("generate", "--dec"), ("index", "--dec"), ("vectors", "--embed_model")])
+def test_models_that_are_not_there(refused, command, tmp_path, name, options):
+    more = ["--text", "a"] if name == "align" else []
+    assert f"model folder {NOWHERE} is not there" in refused(3, *command(name, *more, options, NOWHERE))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there(refused, command, tmp_path):
+    assert "--device cuda is not available here" in refused(3, *command("cpt_recon", "--device", "cuda"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("library", ["accelerate", "peft"])
+def test_a_library_that_is_missing(refused, command, tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    message = refused(3, *command("cpt_recon", "--train", "d", "--lora_r", 2))
+    assert re.search(rf"library missing: .*{library}.*pip install", message) and not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_there_is_no_picture(done, command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done(*command("cpt_recon", "--steps", 1))
+    assert not (tmp_path / "out" / "loss.png").exists()
+
+
+def test_a_decoder_with_too_few_positions(refused, command, tokenizers, tmp_path):
+    config = transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"]).save_pretrained(tmp_path / "gpt2")
+    argv = command("cpt_recon", "--dec", tmp_path / "gpt2", "--curriculum", "none", "--seq_tokens", 64)
+    assert "the decoder's window is 32: lower --seq_tokens" in refused(2, *argv)
+
+
+def test_a_tokenizer_without_an_end_token_can_not_learn_to_stop(refused, command, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "endless")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    assert "the decoder's tokenizer has no end token" in refused(2, *command("sft", "--dec", folder))
+
+
+def test_an_index_of_other_models_does_not_fit(refused, command, line, other_embedder, index_dir, tmp_path):
+    index = shutil.copytree(index_dir, tmp_path / "index")
+    again = "use the same --embed_model or build the index again"
+    with unchanged(index):
+        for argv in (command("search", "--question", "q", "--index_dir", index), command("sft", "--index_dir", index),
+                     line("vectors", index, "--add")):
+            assert again in refused(5, *argv, "--embed_model", other_embedder)
+        for name in ("generate", "bench"):
+            assert "another encoder" in refused(5, *command(name, "--enc", "decoder:1"))
+
+
+def test_vectors_of_ivfpq_can_not_be_had_back(refused, line, write, index_dir, tmp_path):
+    index = shutil.copytree(index_dir, tmp_path / "index")
+    facts = json.loads((index / "manifest.json").read_text())
+    sign(index, segments=[segment | {"faiss": "ivfpq"} for segment in facts["segments"]])
+    more = write("more.jsonl", [GOOD, {"id": "c", "text": "again"}])
+    with unchanged(index):
+        message = refused(5, *line("vectors", index, "--add", "--corpus", more))
+    assert "ivfpq index can't replace documents: build it anew" in message
+
+
+@pytest.mark.parametrize(("flag", "value"), [
+    ("--dec", "/another/decoder"), ("--dec", "SmolLM2-135M-Instruct"), ("--enc", "decoder:1"), ("--enc", "decoder:8"),
+    ("--enc", "all-MiniLM-L6-v2"), ("--pooling", "cls"), ("--projector", "mlp")])
+def test_a_checkpoint_of_other_models_does_not_fit(refused, command, finished, flag, value):
+    folder = finished.old("checkpoint")
+    with unchanged(folder):
+        argv = without(without(command("cpt_recon", "--load_dir", folder), "--dec"), "--enc")
+        message = refused(5, *argv, flag, value)
+    assert re.search(rf"--load_dir \S+ was made with {flag} \S+, not {value}:", message)
+
+
+def test_what_is_no_checkpoint(refused, command, finished, llama, write, tmp_path):
+    """Nothing, an empty folder, a file, one of a checkpoint's files, a run that has saved nothing, another model."""
+    (tmp_path / "empty").mkdir()
+    write("begun/run.json", "{}")
+    folder = finished.old("checkpoint")
+    for path, told in ((tmp_path / "nothing", "no checkpoint in this folder"), (llama, "no checkpoint in this folder"),
+                       (tmp_path / "empty", "no checkpoint in this folder"), (write("file", "precious"), "is a file"),
+                       (tmp_path / "begun", "no checkpoint in this folder"), (folder / "config.json", "is a file"),
+                       (folder / "projector.safetensors", "is a file: name the checkpoint's folder")):
+        argv = command("cpt_recon", "--load_dir", path)
+        assert f"--load_dir {path}" in (message := refused(2, *argv)) and told in message
+
+
+# ---- Losses that are no numbers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ill(llama, tmp_path) -> Path:
+    """A decoder with one weight that is no number."""
+    folder = shutil.copytree(llama, tmp_path / "ill")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] = torch.nan
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("phase", ["cpt_align", "cpt_recon", "cpt_next", "sft"])
+def test_a_loss_that_is_no_number_names_the_step_and_the_texts(refused, command, ill, files, tmp_path, phase):
+    place = r"question q\d" if phase == "sft" else rf"{re.escape(str(files / 'texts.jsonl'))}:[1-6]"
+    argv = command(phase, "--dec", ill)
+    message = refused(2, *argv)
+    assert "step 0: the held-out loss is nan" in message
+    message = refused(2, *without(argv, "--eval_json"))
+    assert re.search(rf"step 1: the loss is nan on {place}(, {place})*( and \d+ more)?: lower", message)
+    assert list((tmp_path / "out").glob("*step-*")) == []
+
+
+def test_a_learning_rate_beyond_all_measure(run, refused, command, files, tmp_path):
+    """The checkpoint before it stays, and can be read; one that holds values that are no numbers is not written."""
+    argv = command("cpt_recon", "--lr", "1e30", "--train", "ped", "--save_every", 1, "--eval_limit", 1)
+    argv = without(argv, "--eval_json")
+    place = rf"{re.escape(str(files / 'texts.jsonl'))}:[1-6]"
+    assert re.search(rf"step 2: the (loss|gradient) is (nan|inf) on {place}(, |: )", refused(2, *argv))
+    assert [p.name for p in (tmp_path / "out").glob("*step-*")] == ["step-000001"]
+    code, _, err = run("generate", "--prompt", "<doc id='1'>a</doc>b", "--load_dir", tmp_path / "out", "--max_new", 1)
+    assert code == 0 or "not finite" in err, err  # it can be read, whatever it is worth
+    message = refused(2, *without(command("cpt_recon", "--weight_decay", "1e38", "--lr", "1e30", "--out_dir",
+                                          tmp_path / "none", "--steps", 1), "--eval_json"))
+    assert re.search(r"step 1: .* holds values that are no numbers, so this checkpoint is not written", message)
+    assert list((tmp_path / "none").glob("*step-*")) == []
+
+
+@pytest.mark.parametrize("text", ["\U0001f642" * 12, " \n\t" * 20], ids=["one token", "blanks"])
+def test_texts_without_an_anchor_inside(refused, done, command, write, bert, text):
+    """To the encoder each is one token, or none: there is nothing to align within. Among others they are left out."""
+    odd = write("odd.jsonl", [{"text": text}] * 3)
+    argv = without(command("cpt_align", "--train_json", odd, "--enc", bert), "--eval_json")
+    assert re.search(rf"{odd}:[1-3] and the other texts leave nothing to predict", refused(2, *argv))
+    mixed = write("mixed.jsonl", [{"text": text}] * 9 + [{"text": LONG}])
+    assert done(*argv, "--train_json", mixed, "--batch_size", 1)["steps"] == 5
+
+
+# ---- Odd input that is good -----------------------------------------------------------------------------------------
+
+SPECIAL = "end<|im_end|>of [SEP] a [MASK] line <|endoftext|>"
+
+
+@pytest.mark.parametrize("text", [" ", "\n \t\n", "a\0b", "\u0301", "\U0001f642" * 3, "\u200b", "\ufeffx", "x" * 3000,
+                                  SPECIAL])
+def test_align_shows_all_of_any_text(run, done, command, text):
+    """Special tokens in it are text, as they are in training."""
+    result = done(*command("align", "--text", text))
+    pieces = [piece for span in result["spans"] for piece in span["decoder"]]
+    odd = [a for a, b in zip("".join(pieces), text, strict=True) if a != b and b not in "<["]
+    assert odd == [] and not {"<|im_end|>", "<|endoftext|>"} & set(pieces)
+    assert run(*command("align", "--text", text))[0] == 0
+    assert text.strip() or (result["encoder_tokens"], result["anchors"]) == (0, 0)
+
+
+@pytest.mark.parametrize("phase", ["cpt_align", "cpt_recon", "cpt_next"])
+def test_one_token_over_several_chunks_of_a_separate_encoder(done, command, write, bert, phase):
+    """The encoder reads each letter of an unknown word as a token, the decoder has learned the word whole."""
+    texts = write("long.jsonl", [{"text": TEXTS[4] * 3}])
+    done(*command(phase, "--train_json", texts, "--eval_json", texts, "--enc", bert, "--train", "p", "--steps", 1,
+                  *(["--lora_r", 0] if phase == "cpt_next" else [])))
+
+
+@pytest.mark.parametrize("wrong", [{}, {"positive_ids": None}, {"positive_ids": []}, {"positive_ids": ["c#1"]}],
+                         ids=str)
+def test_questions_may_name_no_passage_or_a_piece_of_one(done, command, line, write, tmp_path, wrong):
+    index = tmp_path / "pieces"
+    done(*line("words", index, "--max_passage_tokens", 16, "--overlap", 0))
+    questions = write("q.jsonl", [{key: q[key] for key in ("question", "answers")} | wrong for q in ASKED])
+    assert done(*command("sft", "--rag_json", questions, "--eval_json", questions, "--index_dir", index,
+                         "--steps", 1))["steps"] == 1
+
+
+@pytest.mark.parametrize("retriever", ["hybrid", "dense", "bm25"])
+def test_topk_above_the_corpus_returns_everything_once(done, command, retriever):
+    found = [p["id"] for p in done(*command("search", "--question", "The river and the old city", "--topk", 999,
+                                            "--retriever", retriever))["passages"]]
+    assert len(set(found)) == len(found) and set(found) <= set("abcdef") and (retriever == "bm25" or len(found) == 6)
+
+
+def test_no_passage_is_empty(done, line, write, tmp_path):
+    """The decoder's tokenizer, which splits for BM25, spells white space in tokens of its own."""
+    corpus = write("c.jsonl", [{"id": "a", "text": "start" + "\n \t" * 60 + "end of it"}])
+    done(*line("index", tmp_path / "out", "--corpus", corpus, "--max_passage_tokens", 8, "--overlap", 0))
+    opened = refrag.open_index(str(tmp_path / "out"))
+    assert all(opened.texts[row] for row in range(len(opened)))
+
+
+def test_runs_of_two_precisions_in_one_program(done, line, tmp_path):
+    losses = [done(*line("cpt_recon", tmp_path / str(number), "--dtype", dtype, "--steps", 1))["loss"]
+              for number, dtype in enumerate(["float32", "bfloat16", "float32"])]
+    assert losses[0] == losses[2] != losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -1,0 +1,201 @@
+"""refrag_extras/cpu_engine.py: matrices in 8 and 4 bits, and the steps of decoding by them."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import save_decoder
+
+import refrag
+from refrag_extras import cpu_engine
+
+CPU = torch.device("cpu")
+PROMPT = "Where? <doc id='a'>Seven bridges cross the old city.</doc> Say:"
+
+
+class ExactMatrix:
+    """In the place of the others: the same product without rounding."""
+
+    kind = "exact"
+
+    def __init__(self, weight, bias=None, columns=None):
+        self.weight = weight.float() if columns is None else weight.float() * columns
+        self.bias = 0 if bias is None else bias
+
+    def __call__(self, x):
+        return x.float() @ self.weight.T + self.bias
+
+
+def step_both(decoder, stepper, inputs, steps, room, alive=None):
+    """Logits (2, steps, B, V) by the decoder itself and by its stepper, fed the decoder's choices."""
+    logits, state = refrag.prefill(decoder, inputs)
+    states = [stepper.adopt(state, room), refrag.State(copy.deepcopy(state.cache), state.mask, state.position)]
+    rows = []
+    for _ in range(steps):
+        token = logits.argmax(-1)
+        pairs = [refrag.decode_one_token(decoder, token, one, alive) for one in states]
+        states, logits = [one for _, one in pairs], pairs[1][0]
+        rows.append([logits, pairs[0][0]])
+    return torch.stack([torch.stack(side) for side in zip(*rows, strict=True)])
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def stepped(request, tmp_path_factory, tokenizers):
+    """A decoder without and one with biases, here larger than zero."""
+    folder = save_decoder(request.param, tmp_path_factory.mktemp("stepped"), tokenizers["bpe"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+        elif name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture()
+def exact(monkeypatch):
+    """Steps without rounding."""
+    monkeypatch.setitem(cpu_engine.STEP_ENGINES, "auto", ExactMatrix)
+    monkeypatch.setattr(cpu_engine, "Int8Matrix", ExactMatrix)
+
+
+def in_sixteen_levels(shape, seed=0):
+    """A matrix as a GGUF file of type Q4_1 has it: in each group of 32 columns the levels 0 to 15, scale and least."""
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(0, 16, (shape[0], shape[1] // 32, 32))
+    levels[..., 0], levels[..., 1] = 0, 15
+    scale = rng.uniform(0.05, 0.1, (*levels.shape[:2], 1)).astype(np.float16)
+    least = (-scale * rng.uniform(6, 9, scale.shape)).astype(np.float16)
+    return torch.from_numpy((levels * scale.astype(np.float32) + least).reshape(shape).astype(np.float32))
+
+
+class TestMatrices:
+    def test_a_row_in_8_bits_is_kept_to_a_two_hundred_and_fifty_fourth_of_its_largest(self):
+        torch.manual_seed(0)
+        weight = torch.randn(8, 64) * torch.logspace(-3, 1, 8)[:, None]
+        kept = cpu_engine.Int8Matrix(weight)
+        error = (kept.values * kept.scale.float()[:, None] - weight).abs().amax(1)
+        assert (error <= weight.abs().amax(1) * (1 / 254 + 2**-8)).all()
+
+    @pytest.mark.parametrize("matrix", [cpu_engine.Int8Matrix, cpu_engine.Int4Matrix, cpu_engine.smallest_matrix])
+    @pytest.mark.parametrize("rows", [1, 3, 17])
+    def test_the_product_of_a_matrix_in_sixteen_levels(self, matrix, rows):
+        torch.manual_seed(rows)
+        weight, x = in_sixteen_levels((48, 96)), torch.randn(rows, 96)
+        bias, columns = torch.randn(48), torch.rand(96) + 0.5
+        expected = (x * columns) @ weight.T + bias
+        got = matrix(weight, bias, columns)(x).float()
+        assert (got - expected).norm() / expected.norm() < 0.02
+        assert got.shape == expected.shape
+
+    def test_4_bits_lose_less_of_such_a_matrix_than_8(self):
+        torch.manual_seed(0)
+        weight, x = in_sixteen_levels((64, 128)), torch.randn(4, 128)
+        expected = x @ weight.T
+        lost = {matrix: float((matrix(weight)(x).float() - expected).norm() / expected.norm())
+                for matrix in (cpu_engine.Int4Matrix, cpu_engine.Int8Matrix)}
+        assert lost[cpu_engine.Int4Matrix] < 0.005 < lost[cpu_engine.Int8Matrix]
+
+    @pytest.fixture(autouse=True)
+    def fast(self, monkeypatch):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+    @pytest.mark.parametrize("rounded", [torch.float32, torch.bfloat16])
+    def test_sixteen_levels_are_known(self, rounded):
+        weight = in_sixteen_levels((32, 64)) * 1e-2
+        assert cpu_engine.smallest_matrix(weight.to(rounded).float()).kind == "int4"
+        assert cpu_engine.smallest_matrix(torch.randn(32, 64)).kind == "int8"
+        weight[20, 40] += 0.3 * (weight[20].max() - weight[20].min()) / 15  # one weight between two levels
+        assert cpu_engine.smallest_matrix(weight).kind == "int8"
+
+    def test_a_constant_group_is_held(self):
+        weight = in_sixteen_levels((16, 64))
+        weight[3, 32:] = 0.25
+        weight[4] = 0
+        assert cpu_engine.Int4Matrix(weight).error < 1e-3
+        made = cpu_engine.Int4Matrix(weight)(torch.ones(1, 64)).float()
+        torch.testing.assert_close(made, weight.sum(1)[None], rtol=0.02, atol=0.05)
+
+    def test_4_bits_are_taken_only_where_nothing_is_lost_and_the_kernel_is_fast(self, monkeypatch):
+        assert cpu_engine.smallest_matrix(in_sixteen_levels((16, 32))).kind == "int4"
+        assert cpu_engine.smallest_matrix(torch.randn(16, 32)).kind == "int8"
+        assert cpu_engine.smallest_matrix(in_sixteen_levels((24, 32))).kind == "int8"  # rows the kernel does not take
+        assert cpu_engine.smallest_matrix(torch.zeros(16, 48)).kind == "int8"  # no whole groups
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+        assert cpu_engine.smallest_matrix(in_sixteen_levels((16, 32))).kind == "int8"
+
+
+class TestStepper:
+    @pytest.fixture()
+    def decoder(self, stepped):
+        return refrag.load_decoder(str(stepped), CPU, torch.float32)
+
+    @pytest.mark.parametrize(("lengths", "room"), [((7,), 12), ((5, 9, 2), 12), ((6,), 1)])
+    def test_without_rounding_the_steps_are_the_decoder_s(self, decoder, exact, lengths, room):
+        """Alone, padded in a batch, and past the room that was made."""
+        torch.manual_seed(0)
+        stepper = cpu_engine.Stepper(decoder)
+        expected, got = step_both(decoder, stepper, [torch.randn(n, 32) for n in lengths], 6, room)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+    def test_a_sequence_that_has_ended_is_hidden_from_the_rest(self, decoder, exact):
+        torch.manual_seed(0)
+        alive, inputs = torch.tensor([True, False]), [torch.randn(4, 32) for _ in range(2)]
+        expected, got = step_both(decoder, cpu_engine.Stepper(decoder), inputs, 3, 8, alive)
+        torch.testing.assert_close(got[:, 0], expected[:, 0], rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("engine", ["int8", "int4"])
+    def test_rounding_moves_logits_by_little(self, decoder, engine):
+        torch.manual_seed(0)
+        expected, got = step_both(decoder, cpu_engine.Stepper(decoder, engine), [torch.randn(9, 32)], 6, 8)
+        assert 0 < (got - expected).abs().max() < {"int8": 0.4, "int4": 3}[engine] * expected.std()
+
+    def test_weights_in_sixteen_levels_are_kept_in_4_bits(self, decoder):
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("_proj.weight"):
+                parameter.data = in_sixteen_levels(parameter.shape, len(name)) * 0.1
+        torch.manual_seed(0)
+        stepper = cpu_engine.Stepper(decoder)
+        expected, got = step_both(decoder, stepper, [torch.randn(9, 32)], 6, 8)
+        assert stepper.engine == "int4"
+        assert 0 < (got - expected).abs().max() < 0.2 * expected.std()
+
+    def test_layers_that_were_changed_are_kept_in_8_bits(self, decoder):
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("down_proj.weight"):
+                parameter.data = in_sixteen_levels(parameter.shape)
+        assert cpu_engine.Stepper(decoder).engine == "int4+int8"
+
+    def test_only_decoders_that_it_computes_exactly(self, any_decoder):
+        decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
+        assert cpu_engine.Stepper.fits(decoder) == (decoder.config.model_type in ("llama", "qwen2"))
+
+    def test_a_changed_layer_does_not_fit(self, decoder):
+        assert cpu_engine.Stepper.fits(decoder)
+        decoder.model.layers[0].mlp.up_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.up_proj)
+        assert not cpu_engine.Stepper.fits(decoder)
+
+    @pytest.mark.parametrize(("size", "fits"), [(48, True), (40, False)])
+    def test_widths_that_the_kernel_can_not_read_do_not_fit(self, size, fits):
+        """torch's kernel takes sixteen columns at once and does not look whether so many are left."""
+        config = transformers.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=size, num_hidden_layers=1,
+                                          num_attention_heads=4)
+        assert cpu_engine.Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
+
+    def test_the_engine_can_be_chosen(self, llama, run):
+        ask = ["generate", "--prompt", PROMPT, "--dec", llama, "--gate", "random", "--max_new", "3", "--json"]
+        for engine, used in (("model", "model"), ("int8", "int8"), ("int4", "int4"), ("auto", "int8")):
+            code, out, err = run(*ask, "--engine", engine)
+            assert code == 0, err
+            assert json.loads(out)["settings"]["engine"] == used
+
+    def test_an_engine_for_another_decoder_is_an_error(self, tmp_path_factory, tokenizers, run):
+        gpt2 = save_decoder("gpt2", tmp_path_factory.mktemp("gpt2"), tokenizers["plain_bpe"])
+        code, _, err = run("generate", "--prompt", PROMPT, "--dec", gpt2, "--gate", "random", "--engine", "int8")
+        assert code == 2 and "--engine int8" in err
