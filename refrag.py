@@ -2798,6 +2798,17 @@ def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConf
 # =============================================================================
 # 6. Packing. Passages and a budget in, a mixed prompt out.
 #    Knows tokens and tags; knows no weights and no files.
+#
+#    texts     question and passages (characters; ChunkTable.ends counts them)
+#    tokens    Prompt.input_ids (T,): the decoder's, of the whole message at once, each passage a <doc id="1"> block
+#    chunks    L: every passage is cut after k tokens of the encoder; Prompt.chunks are these as ranges of the T tokens
+#    plan      (P,), P <= T: v >= 0 feeds the token v, v < 0 the vector of chunk -v - 1          gate, mixed_plan
+#    states    (L, E): one for each chunk, from the encoder or the index                          ChunkEncoder
+#    vectors   (L, D): the mean of the chunk's token embeddings with the projector's correction   Projector
+#    inputs    (P, D): embeddings and vectors in the plan's order, read by the decoder            RefragModel.embed
+#
+#    Two tokenizers count (with decoder:N they are one): the ENCODER's tokens in k and in ChunkTable.sizes, the
+#    DECODER's in Prompt.sizes, in the budget p and in --ctx_max.
 # =============================================================================
 
 DOC_TAG = re.compile(r"<(?=\s*(?:/\s*)?doc\b)", re.IGNORECASE)
@@ -2810,25 +2821,27 @@ NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
 def cut_allowed(tokens: Tokens) -> np.ndarray:
-    """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
+    """(T + 1,) bool: True where a chunk may start at token i, i.e. not inside a character of several tokens."""
     allowed = np.ones(len(tokens.ids) + 1, dtype=bool)
     allowed[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
     return allowed
 
 
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
-    """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
+    """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    allowed: (T + 1,), see `cut_allowed`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
-    the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends before
-    it; only a character longer than a unit makes a unit longer.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
+    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
+    unit makes a unit longer. Raises ValueError if k < 1.
     """
+    if k < 1:
+        raise ValueError(f"need k >= 1, got {k}")
     T, unit = len(allowed) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
-    places, cuts, last = np.flatnonzero(allowed).tolist(), [0], 0
-    while cuts[-1] < T:
-        last = max(bisect.bisect_right(places, cuts[-1] + unit) - 1, last + 1)
-        cuts.append(places[last])
-    return np.asarray([*cuts[: -1 : k // unit], T], dtype=np.int64)
+    places, bounds, last = np.flatnonzero(allowed).tolist(), [0], 0
+    while bounds[-1] < T:
+        last = max(bisect.bisect_right(places, bounds[-1] + unit) - 1, last + 1)  # at least one place further
+        bounds.append(places[last])
+    return np.asarray([*bounds[: -1 : k // unit], T], dtype=np.int64)  # the first unit of every chunk, and the end
 
 
 class Cut(NamedTuple):
@@ -2840,7 +2853,7 @@ class Cut(NamedTuple):
 
 
 def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
-    """Cut a text where `token_cuts` cuts its tokens; a text without tokens, white space alone, is one chunk.
+    """Cut a text into chunks of k tokens; a text without tokens (only white space) is one chunk.
 
     Tokens without characters of their own belong to the chunk before, or to the first.
     """
@@ -2849,10 +2862,19 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
         return Cut(tokens.ids[:0], ends, np.zeros_like(ends))
     bounds = token_cuts(cut_allowed(tokens), k)
     ends = np.append(tokens.ends[bounds[1:-1] - 1], len(text))
-    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))
+    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))  # chunks that hold a character
     firsts = np.append(bounds[kept], len(tokens.ids))
     firsts[0] = 0
     return Cut(tokens.ids, ends[kept], np.diff(firsts))
+
+
+def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
+
+    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
+    """
+    [tokens] = tokenize(tokenizer, [text])
+    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
 
 def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
@@ -2860,24 +2882,11 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
     return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
 
 
-def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """Character spans of k tokens each that cover the text exactly; the last may be shorter.
-
-    Never inside a character. tokenizer: any fast Hugging Face tokenizer. Raises ValueError if k < 1.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
-    if k < 1:
-        raise ValueError(f"need k >= 1, got {k}")
-    [tokens] = tokenize(tokenizer, [text])
-    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
-
-
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
-    an id, with a broken attribute or with another tag inside is none.
+    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
+    with a broken attribute or with another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2890,7 +2899,7 @@ def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 class Segment(NamedTuple):
-    """A piece of a parsed prompt: plain text, or the content of a document."""
+    """A part of a parsed prompt: plain text, or the content of a document cut into L chunks."""
 
     kind: str  # "text" or "doc"
     text: str
@@ -2931,7 +2940,7 @@ class RefragTokenizer:
         return tokenizer_fingerprint(self.encoder)
 
     def neutralize(self, text: str) -> str:
-        """Text that can make no special token and no <doc> tag: their first character becomes a look-alike.
+        """Replace the first character of special tokens and <doc> tags by a look-alike.
 
         The length stays, so character spans hold for both. Example: "</doc>" -> "\u2039/doc>"
         """
@@ -2952,27 +2961,21 @@ class RefragTokenizer:
         rows = zip(contents, tokenize(self.encoder, contents), strict=True)
         return [cut_chunks(content, tokens, k) for content, tokens in rows]
 
-    def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
-        [(ids, _, sizes)] = self.cut([content], k)
-        mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider only for a character of > k tokens
-        tokens = np.zeros(mask.shape, dtype=np.int64)
-        tokens[mask] = ids
-        return tokens, mask.astype(np.int64)
-
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
+        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
 
-        Everything but the blocks of `split_docs` is plain text: an unclosed tag, a stray </doc>, the outer tags of
-        nested blocks. Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
+        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
         segments = []
         for part, label in split_docs(text):
-            if part or label is not None:
-                part, doc_id = self.neutralize(part), label and self.neutralize(label)
-                packed = (np.zeros((0, k), dtype=np.int64),) * 2 if label is None else self.pack(part, k)
-                ids = self.decoder(part, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text" if label is None else "doc", part, doc_id, ids, *packed))
+            part, label = self.neutralize(part), label and self.neutralize(label)
+            [(ids, _, sizes)] = self.cut([part if label else ""], k)
+            mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider for a character of > k tokens
+            packed = np.zeros(mask.shape, dtype=np.int64)
+            packed[mask] = ids
+            ids = self.decoder(part, add_special_tokens=False)["input_ids"]
+            if part or label:
+                segments.append(Segment("doc" if label else "text", part, label, ids, packed, mask.astype(np.int64)))
         return segments
 
 
@@ -3091,15 +3094,20 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
 
 
 def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, tokenizer: RefragTokenizer,
-              index: Index | None = None, encoder: str | None = None) -> list[Doc]:
-    """Documents, best first, with chunks of k tokens: those of the index where it holds such, else cut now.
+              index: Index | None = None, encoder: str | None = None, *, labels: Iterable[str] | None = None,
+              fit: float = math.inf, keep: int | None = None) -> list[Doc]:
+    """Documents, best first, with chunks of k tokens: those stored in the index if it has them, else cut now.
 
-    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`.
+    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`; labels: ids for the
+    tags, default the ranks. Documents are dropped from the end until they hold `fit` encoder tokens together, but
+    neither the last one left nor that of the row `keep`.
     """
     tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
     cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
-    tables = [table or ChunkTable(*next(cuts)[1:]) for table in tables]
-    return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
+    docs = list(zip(contents, [table or ChunkTable(*next(cuts)[1:]) for table in tables], rows, strict=True))
+    while len(docs) > 1 and sum(int(table.sizes.sum()) for _, table, _ in docs) > fit:
+        docs.pop(max(i for i, (_, _, row) in enumerate(docs) if row != keep))
+    return [Doc(label, *doc) for label, doc in zip(labels or map(str, itertools.count(1)), docs, strict=False)]
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
@@ -3115,17 +3123,18 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The same for --prompt, whose documents stand in the text. Raises UserError if they exceed ctx_max tokens."""
-    pieces: list[str | Doc] = []
-    for part, label in split_docs(text.strip()):
-        part = tokenizer.neutralize(part)
-        cuts = tokenizer.cut([part] if label is not None else [], k)
-        docs = [Doc(tokenizer.neutralize(label), part, ChunkTable(*cut[1:])) for cut in cuts]
-        pieces += docs or [part]
-    prompt = build_prompt(tokenizer, pieces)
+    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
+
+    Raises UserError if the documents exceed ctx_max tokens.
+    """
+    parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
+    blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
+    docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
+    unread = iter(docs)
+    prompt = build_prompt(tokenizer, [part if label is None else next(unread) for part, label in parts])
     require(prompt.context_tokens <= ctx_max,
             f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
-    return Context(text, prompt, [piece for piece in pieces if isinstance(piece, Doc)])
+    return Context(" ".join(" ".join(part for part, label in parts if label is None).split()), prompt, docs)
 
 
 def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
@@ -4917,17 +4926,13 @@ class AnswerPrompts:
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        cuts = self.tokenizer.cut(contents, k)
-        keep = list(range(len(shown)))
-        while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
-            keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:]), shown[i])
-                for rank, i in enumerate(keep, start=1)]
+        docs = make_docs(contents, shown, k, self.tokenizer, fit=self.seq_tokens, keep=gold)
         context = make_context(self.tokenizer, question, docs)
         label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [context.prompt.input_ids[c.first : c.last] for c in context.prompt.chunks]
-        inputs = self.encoder.inputs([doc.content for doc in docs], [cuts[i] for i in keep])
+        contents = [doc.content for doc in docs]
+        inputs = self.encoder.inputs(contents, self.tokenizer.cut(contents, k))
         return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
 
 
