@@ -410,7 +410,7 @@ class Liking:
     """A stand-in for the decoder that likes one chunk, and notes how many it was given."""
 
     def __init__(self, examples):
-        self.data, self.sizes = refrag.GateData(None, [], [], examples, []), set()
+        self.data, self.sizes = refrag.GateData(None, [], examples, []), set()
 
     def ask(self, example):
         return example

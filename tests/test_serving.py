@@ -862,8 +862,8 @@ class TestEngine:
 
     def test_where_no_length_is_asked_for_the_servers_holds(self):
         class Loaded:
-            generate, pack, search = refrag.GenerateConfig(max_new=128), refrag.PackConfig(), refrag.SearchConfig()
-            runtime = refrag.RuntimeConfig()
+            settings, seed = SimpleNamespace(generate=refrag.GenerateConfig(max_new=128), pack=refrag.PackConfig(),
+                                             search=refrag.SearchConfig()), 1337
 
         body = json.dumps({"model": "refrag", "messages": say("Why?")}).encode()
         assert serve.ChatRequest.read(body, Loaded).wish.generate.max_new == 128

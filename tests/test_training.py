@@ -880,8 +880,9 @@ def test_questions_are_embedded_together(tmp_path, corpus, embedder, llama, monk
     searcher.embedder.queries.clear()
     found = refrag.retrieve_all(questions, searcher, search)
     assert [one.rows for one in found] == alone and sizes == [3, 1]
-    np.testing.assert_allclose([one.query for one in found], searcher.embedder.embed(
-        encode, [q["question"] for q in questions]), atol=1e-6)
+    searcher.embedder.queries.clear()
+    single = [searcher.embedder.embed_query(q["question"])[0] for q in questions]
+    np.testing.assert_allclose([one.query for one in found], single, atol=0.02)  # bfloat16: padding shows
 
 
 def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_path, words, whole):
@@ -1579,7 +1580,7 @@ def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path,
         vectors = []
         for s in sequences:
             ids = torch.from_numpy(np.concatenate(s.content.chunks))
-            states = model.encoder(ids[None], None)[0]
+            states = model.encoder.backbone(ids[None]).last_hidden_state[0]
             pooled = torch.stack([states[i : i + 4].mean(0) for i in range(0, len(ids), 4)])
             means = torch.stack([embed(ids[i : i + 4]).mean(0) for i in range(0, len(ids), 4)])
             vectors.append(model.projector(pooled, means))
