@@ -5,10 +5,9 @@
 
 `record` runs the commands of TABLE in CHECKOUT, on its data/ and the bundled models, on one thread, at low priority.
 Each part becomes OUT_DIR/PART.json: what its commands printed and every file that they wrote, JSON by its values, all
-else by its SHA-256. A part that is there is skipped, so a recording that was stopped goes on. Models are converted
-anew, into OUT_DIR/home. `compare` prints every value that differs and exits with 1 if there is one. Numbers must be
-equal exactly; of IGNORED keys only the presence counts. For each phase of training it prints the largest relative
-difference; --tolerance allows one there and skips its digests. Both recordings must come from the same machine.
+else by its SHA-256. A part that is there is skipped. `compare` prints every value that differs and the largest relative
+difference of each part, and exits with 1 if any differs. Numbers must be equal exactly; of what is IGNORED only the
+presence counts. In phases of training --tolerance allows a relative difference and skips digests.
 """
 
 from __future__ import annotations
@@ -24,11 +23,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-IGNORED = r"_s$|_m[sb]$|^ms_per_|^(seconds|stages|spread|runs|versions|commit|ttft_ratio|ttit_ratio)$"  # mostly times
+import numpy as np
+
+IGNORED = r"(_s|_m[sb]|/(seconds|ms_per_question|stages|spread|runs|versions|commit|run|ttft_ratio|ttit_ratio|digest))$"
+IGNORED += r"|/manifest\.json/files$"
 
 # Each line is the name of a part and one of its commands. {here} is the part's own folder, {index} and the like another
 # part's; {few} and {held} are files of SAMPLES, words in capitals stand in SHORT.
@@ -54,7 +55,6 @@ index_add         index --corpus data/corpus_small.txt --limit 50 --add --index_
 search_hybrid     search --index_dir {index} --questions data/wiki_questions.jsonl JSON
 search_bm25       search --index_dir {index_bm25} --questions data/rag_train.jsonl --format trec --quiet
 search_hops       search --index_dir {index_k4} --questions {few} --hops 2 JSON
-search_add        search --index_dir {index_add} --questions {few} JSON
 eval_retrieval    EVAL --task retrieval --qa data/wiki_questions.jsonl
 eval_gate         EVAL --task gate --qa data/wiki_questions.jsonl
 json_doctor       doctor --index_dir {index} JSON
@@ -72,8 +72,8 @@ phase_align       cpt_align TEXTS
 phase_recon       cpt_recon TEXTS
 phase_next        cpt_next TEXTS
 phase_next_lora   cpt_next TEXTS --lora_r 8 --k 8 16 --distill 0.5 --load_dir data/reader
-phase_sft         sft LESSONS --limit 40 --topk 2 STEPS
-phase_gate        train_gate LESSONS --limit 80 --epochs 2 --batch_size 8 --topk 4 --out_dir {here} JSON
+phase_sft         sft LESSONS --limit 40 --topk 2 STEPS --seq_tokens 256 --batch_size 1
+phase_gate        train_gate LESSONS --limit 80 --epochs 5 --batch_size 8 --topk 4 --out_dir {here} JSON
 phase_policy      train_policy LESSONS --limit 20 --steps 20 --batch_size 1 --group 2 --topk 3 --out_dir {here} JSON
 phase_policy      FEW --gate policy --load_dir {here}
 vary_untrained    FEW --engine model --load_dir none
@@ -82,7 +82,6 @@ vary_bfloat16     FEW --dtype bfloat16
 vary_batch        FEW --batch_size 3
 vary_sampled      FEW --temperature 0.8 --top_p 0.9 --seed 7
 vary_ppl          FEW --gate ppl
-vary_short        FEW --topk 3 --ctx_max 256 --mode full --retriever bm25 --hops 2
 vary_stored       FEW --index_dir {index_k4} --k 8
 answers_none      ANSWER --mode none
 answers_refrag_p0 ANSWER --p 0
@@ -131,11 +130,15 @@ def record(name: str, args: argparse.Namespace) -> bool:
             return False
         facts["printed"].append(parsed(done.stdout))
     for path in sorted(path for path in here.rglob("*") if path.is_file()):
-        fact = parsed(path.read_text(encoding="utf-8")) if path.suffix in (".json", ".jsonl") else "there"
-        if path.suffix in (".npy", ".index", ".safetensors"):  # prose, pictures and locks may differ
-            fact = hashlib.sha256(path.read_bytes()).hexdigest()
-        facts["files"][str(path.relative_to(here))] = fact
+        content = np.load(path).tobytes() if path.suffix == ".npy" else path.read_bytes()
+        fact: Any = hashlib.sha256(content).hexdigest()
+        if path.suffix in (".json", ".jsonl"):
+            fact = parsed(path.read_text(encoding="utf-8"))
+        facts["files"][str(path.relative_to(here))] = "there" if path.suffix in (".md", ".png", "") else fact
     text = json.dumps(facts, indent=1).replace(str(out), "OUT").replace(str(checkout), "CHECKOUT")
+    for manifest in (out / "files").glob("index*/manifest.json"):  # an index is named by its files' digest
+        digest = json.loads(manifest.read_text(encoding="utf-8"))["digest"]
+        text = text.replace(digest, manifest.parent.name).replace(digest[:16], manifest.parent.name)
     (out / f"{name}.new").write_text(text + "\n", encoding="utf-8")
     (out / f"{name}.new").rename(out / f"{name}.json")
     if not name.startswith("index"):  # these are read by other parts
@@ -144,35 +147,33 @@ def record(name: str, args: argparse.Namespace) -> bool:
     return True
 
 
-def leaves(value: Any, ignored: str, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The path and the value of everything within a JSON value; of ignored keys only that they are there."""
-    within = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not within:
-        yield path, value
+def leaves(value: Any, ignored: str, path: str = "") -> dict[str, Any]:
+    """The path and the value of everything within a JSON value; of what is ignored, that it is there."""
+    within = value.items() if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else ()
+    found = {} if within else {path: value}
     for key, inner in within:
-        yield from leaves("ignored" if re.search(ignored, str(key)) else inner, ignored, f"{path}/{key}")
+        found |= leaves("ignored" if re.search(ignored, f"{path}/{key}") else inner, ignored, f"{path}/{key}")
+    return found
 
 
 def compare(name: str, args: argparse.Namespace) -> bool:
     """Print what differs in a part. True if nothing does."""
-    ignored = "|".join([IGNORED, *(f"^{re.escape(key)}$" for key in args.ignore)])
-    try:
-        a, b = (dict(leaves(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), ignored))
-                for folder in args.folders)
-    except FileNotFoundError as error:
-        print(f"{name}: not recorded: {error.filename}")
+    ignored = "|".join([IGNORED, *(f"/{re.escape(key)}$" for key in args.ignore)])
+    files = [folder / f"{name}.json" for folder in args.folders]
+    if not all(file.exists() for file in files):
+        print(f"{name}: not recorded in both")
         return False
+    a, b = (leaves(json.loads(file.read_text(encoding="utf-8")), ignored) for file in files)
     training, found, largest = name.startswith("phase"), [], 0.0
     for path in dict.fromkeys([*a, *b]):
         x, y = (json.dumps(side[path], ensure_ascii=False) if path in side else "(absent)" for side in (a, b))
         numbers = all(type(side.get(path)) in (int, float) for side in (a, b))
         apart = abs(a[path] - b[path]) / max(abs(a[path]), abs(b[path]), 1e-30) if numbers else 0.0
         largest = max(largest, apart)
-        close = apart <= args.tolerance if numbers else re.fullmatch(r'"[0-9a-f]{16,64}"', x)
+        close = apart <= args.tolerance if numbers else re.fullmatch(r'"[0-9a-f]{64}"', x)
         if x != y and not (training and args.tolerance and close):
             found.append(f"  {path}: {x[:300]} != {y[:300]}")
-    note = f"; largest relative difference {largest:.3g}" if training else ""
-    print(f"{name}: {len(a):,} values, {len(found):,} differ{note}", *found, sep="\n", flush=True)
+    print(f"{name}: {len(found):,} of {len(a):,} values differ, by at most {largest:.3g} relatively", *found, sep="\n")
     return not found
 
 
