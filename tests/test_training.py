@@ -854,7 +854,7 @@ def test_every_chunk_is_encoded_from_its_own_text(lessons_on):
     chunks, rows = item.sequence.content
     owners = np.concatenate([owner for _, owner in rows])
     assert (np.diff(owners[owners >= 0]) >= 0).all() and set(owners.tolist()) - {-1} == set(range(len(chunks)))
-    encoder, decoder = lessons.prompts.tokenizer.encoder, lessons.tokenizer.decoder
+    encoder, decoder = lessons.prompts.tokenizer.encoder, lessons.prompts.tokenizer.decoder
     lower = encoder.backend_tokenizer.normalizer or types.SimpleNamespace(normalize_str=str)
     ids, read, spelled = np.concatenate([ids for ids, _ in rows]), "", ""
     for number, chunk in enumerate(chunks):
