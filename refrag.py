@@ -702,8 +702,7 @@ def classify(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return 130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0), "interrupted"
     if isinstance(error, ImportError):
-        return MissingError.code, (f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install "
-                                   "'.[cpu,serve]'")
+        return MissingError.code, f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install ."
     full = isinstance(error, MemoryError) or number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
     if full or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text:
         return ExhaustedError.code, f"disk or memory ran out: {text}: free some and run again"
