@@ -1583,8 +1583,8 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
     """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
 
-    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record or unreadable file is skipped,
-    counted and named, and the rest is still read.
+    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record or unreadable file is
+    skipped, counted and named, and the rest is still read.
     """
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
