@@ -418,7 +418,7 @@ def test_align_of_a_checkpoint(run, tmp_path, bert, llama):
 
 @pytest.mark.models
 def test_align_with_the_bundled_models(run):
-    """Six words and marks, each one token for all-MiniLM-L6-v2 and SmolLM2, and in lower case both decode them alike."""
+    """Each word and mark is one token for all-MiniLM-L6-v2 and for SmolLM2; in lower case both decode them alike."""
     code, out, _ = run("align", "--enc", "all-MiniLM-L6-v2", "--text", "the old city, in may", "--json", "--quiet")
     result = json.loads(out)
     assert code == 0 and result["encoder_tokens"] == result["decoder_tokens"] == 6

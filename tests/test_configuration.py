@@ -110,8 +110,8 @@ def test_a_number_keeps_its_limits_and_the_outermost_are_allowed(cls, f):
     (refrag.PackConfig, "p", 1.01, "lie between 0 and 1"), (refrag.PackConfig, "p", -0.1, "lie between 0 and 1"),
     (refrag.SearchConfig, "topk", 0, "be 1 or more"), (refrag.SearchConfig, "hops", 9, "lie between 1 and 8"),
     (refrag.GenerateConfig, "top_p", 0.0, "be more than 0 and at most 1"),
-    (refrag.GenerateConfig, "temperature", -1.0, "be 0 or more"), (refrag.ServeConfig, "port", 65536, "lie between"),
-    (refrag.TrainConfig, "lr", 0.0, "be more than 0"), (refrag.TrainConfig, "warmup", 1, "be 0 or more and less than 1"),
+    (refrag.GenerateConfig, "temperature", -1.0, "be 0 or more"), (refrag.TrainConfig, "lr", 0.0, "be more than 0"),
+    (refrag.TrainConfig, "warmup", 1, "be 0 or more and less than 1"), (refrag.ServeConfig, "port", 65536, "lie between"),
 ])
 def test_a_number_outside_of_its_range_is_refused(cls, name, bad, told):
     """Ranges that matter, written out: the test above reads them from the options that it tests."""

@@ -209,6 +209,7 @@ class Forks:
         """What the last process, which has ended by itself, did to files: [what, path, ..], in order."""
         return json.loads(self.log.read_text())
 
+
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
     """Commands in processes of their own."""
