@@ -111,7 +111,8 @@ def test_a_number_keeps_its_limits_and_the_outermost_are_allowed(cls, f):
     (refrag.SearchConfig, "topk", 0, "be 1 or more"), (refrag.SearchConfig, "hops", 9, "lie between 1 and 8"),
     (refrag.GenerateConfig, "top_p", 0.0, "be more than 0 and at most 1"),
     (refrag.GenerateConfig, "temperature", -1.0, "be 0 or more"), (refrag.TrainConfig, "lr", 0.0, "be more than 0"),
-    (refrag.TrainConfig, "warmup", 1, "be 0 or more and less than 1"), (refrag.ServeConfig, "port", 65536, "lie between"),
+    (refrag.TrainConfig, "warmup", 1, "be 0 or more and less than 1"),
+    (refrag.ServeConfig, "port", 65536, "lie between"),
 ])
 def test_a_number_outside_of_its_range_is_refused(cls, name, bad, told):
     """Ranges that matter, written out: the test above reads them from the options that it tests."""
