@@ -702,8 +702,7 @@ def classify(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return 130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0), "interrupted"
     if isinstance(error, ImportError):
-        return MissingError.code, (f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install "
-                                   "'.[cpu,serve]'")
+        return MissingError.code, f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install ."
     full = isinstance(error, MemoryError) or number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
     if full or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text:
         return ExhaustedError.code, f"disk or memory ran out: {text}: free some and run again"
@@ -1287,8 +1286,8 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    where: str  # file:line, of an array the object's number; the file alone where all of it is one document
-    metadata: str = ""  # the record's other fields as a JSON object, empty without any
+    where: str  # file:line, in an array file:number; only the file if all of it is one document
+    metadata: str = ""  # the record's other fields as a JSON object, empty if there are none
 
 
 class BadRecord(UserError):
@@ -1300,7 +1299,7 @@ NAMED = 10  # bad records and files that are named one by one
 
 @contextlib.contextmanager
 def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Iterator[None]:
-    """With "skip" in --errors, an error of these kinds leaves out what the block reads: counted, and named."""
+    """With "skip" in `errors`, count and name an error of these kinds instead of raising it."""
     try:
         yield
     except kinds as error:
@@ -1312,7 +1311,7 @@ def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Ite
 
 
 def spelled(path: Path) -> str:
-    """A path as text that can be written; bytes in it that are no UTF-8 are replaced."""
+    """A path as valid UTF-8: its other bytes are replaced."""
     return "stdin" if str(path) == "-" else os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
@@ -1331,9 +1330,9 @@ QUESTION_FIELDS = ("question", "query", "text")
 
 
 class TextFile:
-    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are known by their first bytes.
+    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: of --errors, empty where a command does not have it. counts: receives skipped and replaced.
+    errors: the value of --errors, empty if a command does not have it. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1341,8 +1340,8 @@ class TextFile:
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[tuple[typing.BinaryIO, int]]:
-        """(its text in UTF-8, the length of the mark before it). Raises CorruptError for a damaged gzip file."""
+    def opened(self) -> Iterator[typing.BinaryIO]:
+        """Its bytes, unzipped, and UTF-16 as UTF-8. Raises CorruptError for a damaged gzip file."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1352,41 +1351,42 @@ class TextFile:
                 if head.startswith(BINARY):
                     raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
                 if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), "utf-16").encode())
-                yield handle, len(handle.read(3)) if head.startswith(codecs.BOM_UTF8) else 0
+                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+                yield handle
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
                 raise CorruptError(message) from None
 
-    def decoded(self, raw: bytes, encoding: str = "utf-8", offset: int = 0) -> str:
-        """Bytes as text. Raises BadRecord that names the bad one, unless --errors is replace."""
+    def decoded(self, raw: bytes, number: int, encoding: str) -> str:
+        """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
         try:
             return raw.decode(encoding)
         except UnicodeDecodeError as error:
             if "replace" not in self.errors:
-                place = f"{self.name}: invalid {encoding.upper()} at byte {offset + error.start}"
-                raise BadRecord(f"{place}: mend it{' or use --errors replace' * bool(self.errors)}") from None
+                line = number + error.object[: error.start].decode(encoding, "replace").count("\n")
+                remedy = "fix it" + " or use --errors replace" * bool(self.errors)
+                raise BadRecord(f"{self.name}:{line}: invalid {error.encoding.upper()}: {remedy}") from None
         self.counts["replaced"] += 1
-        return raw.decode(encoding, errors="replace")
+        return raw.decode(encoding, "replace")
 
-    def lines(self, whole: bool = False) -> Iterator[tuple[int, str]]:
-        """(1-based number, text with its line end) of each line, "" for one that is skipped. whole: the file as one."""
-        with self.opened() as (handle, offset):
-            for number, raw in enumerate([handle.read()] if whole else handle, start=1):
+    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
+        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line."""
+        with self.opened() as handle:
+            for number, raw in enumerate([handle.read()] if as_one else handle, start=1):
                 text = ""
                 with skipping(self.errors, self.counts):
-                    text = self.decoded(raw, offset=offset)
-                offset += len(raw)
+                    text = self.decoded(raw, number, "utf-8-sig" if number == 1 else "utf-8")
                 yield number, text
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
-        """(1-based number, text without its line end) of each line that is not blank."""
-        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip("\ufeff").strip())
+        """(number, text without its line end) of each line that is not blank."""
+        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip())
 
     def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
+        """(line, JSON object of the cells that are not empty) of each row below a header that has one of `fields`.
 
-        The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
+        The separator is the tab in a .tsv, else the comma, semicolon or tab that the header has most of.
+        Raises BadRecord.
         """
         csv.field_size_limit(2**31 - 1)
         lines = self.lines()
@@ -1395,24 +1395,25 @@ class TextFile:
         texts = itertools.chain([header], (text for _, text in lines))
         rows = csv.reader(texts, delimiter=delimiter, strict=True)
 
-        def next_row(line: int) -> list[str] | None:
+        def next_row() -> list[str] | None:
+            line = first + rows.line_num
             try:
                 return next(rows, None)
             except csv.Error as error:
                 raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
 
         known = {*ID_FIELDS, *fields, "title"}
-        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next_row(first) or []]
+        names = [name.lower() if name.lower() in known else name for name in map(str.strip, next_row() or [])]
+        row = names
         if names:
             field_in(names, fields, f"{self.name}:{first}")
-        row: list[str] | None = []
         while row is not None:
             line = first + rows.line_num
             with skipping(self.errors, self.counts):
-                row = next_row(line)
+                row = next_row()
                 if len(row or []) > len(names):
                     raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                    "put those that hold the separator between quotes")
+                                    "quote cells that contain the separator")
                 if any(row or []):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
@@ -1420,27 +1421,26 @@ class TextFile:
         """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
 
         .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
-        of an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
+        of an array, which is read whole; and all of a .json or .jsonl, so that a broken first line is no passage.
         """
         if self.suffix in TABLES:
             return True, self.table(fields)
-        lines, named = self.filled_lines(), self.suffix in OBJECTS
+        lines, is_json = self.filled_lines(), self.suffix in OBJECTS
         number, first = next(lines, (1, ""))
         lines = itertools.chain([(number, first)] if first else [], lines)
-        if isinstance(parsed(first), dict):
-            return True, lines
-        if not first.lstrip().startswith(("[", "{")):
-            return named, lines
+        starts_with_object = isinstance(parsed(first), dict)
+        if starts_with_object or not first.lstrip().startswith(("[", "{")):
+            return starts_with_object or is_json, lines
         lines = list(lines)
         value = parsed("\n".join(text for _, text in lines))
         items = value if isinstance(value, list) else [value]
-        if value is None or not (named or all(isinstance(item, dict) for item in items[:1])):
-            return named, iter(lines)
+        if value is None or not (is_json or all(isinstance(item, dict) for item in items[:1])):
+            return is_json, iter(lines)
         return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
 
 
 def parsed(text: str) -> Any:
-    """The value of a JSON text, None for what is no JSON."""
+    """The value of a JSON text, None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1448,7 +1448,7 @@ def parsed(text: str) -> Any:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object from one line. Raises BadRecord that names file and line."""
+    """A JSON object. Raises BadRecord that names file and line."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1474,10 +1474,9 @@ def check_id(value: Any, where: str) -> str:
     return str(value) if type(value) is int else check_string(value, "id", where)
 
 
-def own_id(item: dict[str, Any], default: str, where: str) -> str:
-    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
-    name = next((name for name in ID_FIELDS if name in item), None)
-    return default if name is None else check_id(item.pop(name), where)
+def pop_id(item: dict[str, Any], default: str, where: str) -> str:
+    """Remove a record's id and return it, or the default. Raises BadRecord."""
+    return check_id(item.pop(next((name for name in ID_FIELDS if name in item), None), default), where)
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
@@ -1496,13 +1495,13 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
     if not body.strip():
         raise BadRecord(f"{where}: {name} is empty")
     title = "" if title is None else check_string(title, "title", where)
-    identifier = own_id(item, default_id, where)
+    identifier = pop_id(item, default_id, where)
     if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
         item = item.pop("metadata") | item
     try:
         return Record(identifier, title, body, where, json.dumps(item, allow_nan=False) if item else "")
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
+        raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
 class CorpusFile(NamedTuple):
@@ -1510,54 +1509,47 @@ class CorpusFile(NamedTuple):
 
     path: Path
     label: str  # what the ids of its records begin with
-    in_folder: bool  # found in a folder that was named, where a file of text is one document
+    in_folder: bool  # found in a folder that was named, where a text file is one document
 
 
 def source_label(name: str, sources: dict[str, str]) -> str:
-    """What ids from a file or folder begin with: the end of its path, as much of it as sets it apart from the others.
+    """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. What comes
-    through a pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. Within a source,
+    the label is that source's with the path inside it. A pipe is another source each time.
+    Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
-    path = Path(os.path.abspath(name))
-    if name != "-" and (path.is_file() or path.is_dir()):
-        place, parts = spelled(path), spelled(path).split("/")
-        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    path, place = Path(os.path.abspath(name)), ""
+    if name == "-" or not (path.is_file() or path.is_dir()):
+        labels = ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
     else:
-        place, labels = "", ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
+        place, known = spelled(path), {place: label for label, place in sources.items()}
+        parts = place.split("/")
+        for n in range(len(parts), 1, -1):  # the closest source around it
+            if label := known.get("/".join(parts[:n])):
+                return "/".join([label, *parts[n:]])
+        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    taken = [f"{label}/" for label in sources]
     label = next((label for label in labels if not any(
-        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources)), place)
+        f"{label}/".startswith(other) or other.startswith(f"{label}/") for other in taken)), place)
     sources[label] = place
     return label
-
-
-def known_label(path: Path, sources: dict[str, str]) -> str | None:
-    """The label of a path that is a source, or lies in one, the closest to it; None for others."""
-    absolute = Path(spelled(Path(os.path.abspath(path))))
-    holding = [(place, label) for label, place in sources.items() if place and absolute.is_relative_to(place)]
-    if not holding:
-        return None
-    place, label = max(holding, key=lambda pair: len(pair[0]))
-    inner = absolute.relative_to(place).as_posix()
-    return label if inner == "." else f"{label}/{inner}"
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
     """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
 
     A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
-    once. sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
+    once. sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
     for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
-        if known_label(Path(name), sources) is None:
-            source_label(name, sources)
+        source_label(name, sources)
     for name in paths:
-        path = Path(name)
-        inside = [path]
+        path, inside = Path(name), [Path(name)]
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*"))
                      if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -1565,17 +1557,17 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
             others += [p for p in found if p not in inside]
             require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
         for file in inside:
-            label = (known_label(file, sources) if name != "-" else None) or source_label(name, sources)
+            label = source_label(str(file), sources)
             files.setdefault(label, CorpusFile(file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """Every record of a file: of JSON and tables, of text its lines; Markdown, and any text in a folder, is one."""
+    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document."""
     source = TextFile(file.path, errors, counts)
     of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
     if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
-        for _, text in source.lines(whole=True):
+        for _, text in source.lines(as_one=True):
             if text.strip():
                 yield Record(file.label, bare_name(file.path).stem, text, source.name)
         return
@@ -1591,8 +1583,8 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
     """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
 
-    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record does not take its file with
-    it, nor a file that can not be read the others: they are left out, counted and named.
+    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record or unreadable file is
+    skipped, counted and named, and the rest is still read.
     """
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
@@ -1613,7 +1605,7 @@ class TrainingText(NamedTuple):
     """One text to train on: a string, or token ids of the decoder."""
 
     text: str | list[int]
-    context: int  # tokens to compress before the rest is predicted; 0 where the file does not say
+    context: int  # tokens to compress before the rest is predicted; 0 if the file does not say
     where: str
 
 
@@ -1636,7 +1628,7 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 
 
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
+    """The training texts of the files, streamed. Raises UserError that names file and line."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
             yield parse_training_text(line, f"{name}:{number}")
@@ -1684,10 +1676,9 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 
 
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
+    """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    They are what `TextFile.items` finds, such as JSON lines; a line of text is a question. needs: see `check_labels`.
-    Raises UserError.
+    needs: see `check_labels`. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1697,7 +1688,7 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
         where = f"{source.name}:{line}"
         item = parse_object(text, where) if records else {"question": text.strip()}
         question = check_question(item.pop(field_in(item, QUESTION_FIELDS, where)), where)
-        questions.append({"id": own_id(item, str(number), where), "question": question, **item})
+        questions.append({"id": pop_id(item, str(number), where), "question": question, **item})
     require(bool(questions), f"{flag} {path}: the file holds no question")
     require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
     for number, item in enumerate(questions if needs else (), start=1):
