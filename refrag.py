@@ -872,6 +872,12 @@ def notice(text: str) -> None:
         say(text, file=sys.stderr)
 
 
+def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
+    """Print a result on stdout: JSON with --json, else the text. Only rank 0 of launched processes prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result)) if runtime.json else say(text)
+
+
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
     """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
 
@@ -5689,12 +5695,11 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     return newest_checkpoint(folder)
 
 
-def train_phase(phase: Phase, configs: tuple[Any, ...],
-                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> dict[str, Any]:
-    """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
-    train, models, runtime = configs[-3:]
+def train_phase(phase: Phase, own: Sequence[Options], train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig,
+                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> None:
+    """Run or continue a training phase and print its summary. own: the options that not every phase has."""
     settled, accelerator = phase.settled(train), make_accelerator(runtime)
-    folder, settings = Path(train.out_dir), run_settings(configs, phase=phase.name)
+    folder, settings = Path(train.out_dir), run_settings((*own, train, models, runtime), phase=phase.name)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
@@ -5714,7 +5719,8 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
         if not checkpoint and accelerator.is_main_process:
             write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
         with kept_memory(accelerator.device):
-            return trainer.fit()
+            summary = trainer.fit()
+    emit(summary, runtime, training_text(summary))
 
 
 def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
@@ -5964,8 +5970,8 @@ def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExamp
 
 
 def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
-                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Train a gate or a policy on retrieved questions, write it, print a summary. kind: "gate" or "policy"."""
     times = [time.perf_counter()]
     loaded = load_gate_data(data, index, search, models, runtime)
     embedder, policy = loaded.searcher.embedder, kind == "policy"
@@ -5984,10 +5990,11 @@ def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyC
     entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
              "device": str(gate.device), "recall": recall}
     save_gate(kind, gate, embedder, data, models, entry)
-    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-            "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
-            "checkpoint": data.out_dir}
+    summary = {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+               "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+               "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+               "checkpoint": data.out_dir}
+    emit(summary, runtime, gate_text(summary))
 
 
 def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
@@ -6754,17 +6761,11 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 # =============================================================================
 
 
-def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
-    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(dumps(result)) if runtime.json else say(text)
-
-
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
     """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
+    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if several_processes() and not process_group().is_main_process:
         return assist_build(index, build, models, runtime)
     start = time.perf_counter()
@@ -6774,40 +6775,30 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    counts = {"documents replaced": "replaced_documents", "texts with bytes replaced": "replaced"}
-    more = ", ".join(f"{text}: {summary[key]:,}" for text, key in counts.items() if summary[key])
-    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
+    emit(summary, runtime, "{passages:,} passages ({skipped:,} skipped, {replaced:,} with bytes replaced), {chunks:,} "
+         "chunks, {replaced_documents:,} documents replaced in {seconds:.1f} s -> {index_dir}".format(**summary))
+
+
+def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
+    """Each id as a column: white space becomes an underscore. Raises UserError if one is empty or two become alike."""
+    columns = {name: re.sub(r"\s", "_", name) for name in ids}
+    require("" not in columns and len(set(columns.values())) == len(columns), f"--format trec: {kind} ids that are "
+            "empty, or alike with underscores for white space: name them differently, or use --format json")
+    return columns
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
-
-    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
-    one like another after that.
-    """
-    known: dict[tuple[str, str], str] = {}
-
-    def column(identifier: str, kind: str) -> str:
-        word = re.sub(r"\s", "_", identifier)
-        other = known.setdefault((kind, word), identifier)
-        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
-        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
-                f"{word}: name one differently, or use --format json")
-        return word
-
+    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at the best rank of its pieces."""
+    questions = trec_columns("question", [result["id"] for result in results])
+    documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
     lines = []
     for result in results:
-        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
-        scores = {p.document_id: p.score for p in reversed(result["passages"])}
-        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
-                  "refrag\n" for rank, document in enumerate(documents, start=1)]
+        best: dict[str, float] = {}
+        for p in result["passages"]:  # best first
+            best.setdefault(p.document_id, p.score)
+        lines += [f"{questions[result['id']]} Q0 {documents[name]} {rank} {score:.6f} refrag\n"
+                  for rank, (name, score) in enumerate(best.items(), start=1)]
     return "".join(lines)
-
-
-def search_json(result: dict[str, Any]) -> dict[str, Any]:
-    """A search result as JSON."""
-    return {**result, "passages": [p.to_json() for p in result["passages"]]}
 
 
 def search_text(result: dict[str, Any]) -> str:
@@ -6828,7 +6819,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
                 "passages": searcher.search(q["question"], search.topk, search.hops)}
                for q in progress(questions, "searching", total=len(questions))]
     if form.format == "json" or runtime.json:
-        found = [search_json(result) for result in results]
+        found = [result | {"passages": [p.to_json() for p in result["passages"]]} for result in results]
         print(dumps(found[0] if ask.questions is None else {"results": found}))
     elif form.format == "trec":
         print(trec_text(results), end="")
@@ -6849,21 +6840,21 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
          f"with a cost of {MAX_COST} or less")
 
 
-def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights]) -> Callable[..., None]:
-    """The handler of a phase that learns from texts. weights: of its losses, by the phase's own options."""
-
-    def handler(texts: TextConfig, *configs: Options) -> None:
-        *own, _, _, runtime = configs  # of the rest, TrainConfig, ModelConfig and RuntimeConfig are the last
-        summary = train_phase(Phase(name, weights(*own)), (texts, *configs),
-                              lambda model, train: lessons(model.encoder, texts, train, *own))
-        emit(summary, runtime, training_text(summary))
-
-    return handler
+def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    train_phase(Phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0)), (texts,), train, models, runtime,
+                lambda model, train: AlignLessons(model.encoder, texts, train))
 
 
-cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
-cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: Weights())
-cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=following.distill))
+def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
+                  runtime: RuntimeConfig) -> None:
+    train_phase(Phase("cpt_recon", Weights()), (texts, recon), train, models, runtime,
+                lambda model, train: ReconLessons(model.encoder, texts, train, recon))
+
+
+def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
+                 runtime: RuntimeConfig) -> None:
+    train_phase(Phase("cpt_next", Weights(kl=following.distill)), (texts, following), train, models, runtime,
+                lambda model, train: NextLessons(model.encoder, texts, train, following))
 
 
 def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
@@ -6875,18 +6866,7 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
         gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
         return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
 
-    summary = train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search, train, models, runtime), lessons)
-    emit(summary, runtime, training_text(summary))
-
-
-def cmd_train_gate(*configs: Options) -> None:
-    summary = train_scorer("gate", *configs)
-    emit(summary, configs[-1], gate_text(summary))
-
-
-def cmd_train_policy(*configs: Options) -> None:
-    summary = train_scorer("policy", *configs)
-    emit(summary, configs[-1], gate_text(summary))
+    train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search), train, models, runtime, lessons)
 
 
 def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
@@ -6895,52 +6875,46 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    labels: list[str] = []
-    for part, label in split_docs(text):
-        tag = DOC_TAG.search(part) if label is None else labels.append(label)
-        require(tag is None, f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
-                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
+    parts = list(split_docs(text))
+    for part, label in parts:
+        tag = DOC_TAG.search(part) if label is None else None
+        if tag:
+            raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
+                            "<doc id=\"ID\">..</doc>, not one inside another")
+    labels = [label for _, label in parts if label is not None]
     require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 
-def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
-    """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
-    generate, many = configs[3], ask is not None and ask.questions is not None
+def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConfig, pack: PackConfig,
+              generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> Pipeline:
+    """The pipeline of a command that answers, its options checked. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
-    require(generate.out is None or many, "--out goes with --questions")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     if generate.out is not None:
-        parent = Path(generate.out).resolve().parent
-        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
-        require(generate.resume or not Path(generate.out).exists(),
-                f"--out {generate.out} exists: add --resume to continue it, or name another file")
-    return load_pipeline(*configs)
+        out, folder = Path(generate.out), Path(generate.out).resolve().parent
+        require(ask is not None and ask.questions is not None, "--out goes with --questions")
+        require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {out}: the folder cannot be written")
+        require(generate.resume or not out.exists(),
+                f"--out {out} exists: add --resume to continue it, or name another file")
+    return load_pipeline(index, search, pack, generate, models, runtime)
 
 
-def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
-               settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
+def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions that have no line in `out` yet; a question asked twice needs two lines.
 
-    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
-    --out has already is followed by -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
+    has already gets -2, -3, ..
     """
-    if not generate.resume or not Path(generate.out).exists():
-        return questions
-    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
+    lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
     for item in questions:
         done[item["question"]] -= 1
         if done[item["question"]] < 0:
             free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
-            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
+            waiting.append(item | {"id": next(name for name in free if name not in ids)})
             ids.add(waiting[-1]["id"])
     return waiting
-
-
-def write_text(text: str) -> None:
-    """Text of an answer on stdout at once."""
-    say(text, end="")
 
 
 def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
@@ -6952,7 +6926,7 @@ def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
     return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
 
 
-READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
+HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
 
 
 def answer_text(result: dict[str, Any], shown: bool) -> str:
@@ -6960,7 +6934,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     m = result["metrics"]
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else READ[c["read"]]
+        how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         how += ", chosen after the answer" if c["chosen"] else ""
         name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
         lines.append(f"[{c['label']}] {name}, {how}")
@@ -6998,11 +6972,12 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
     many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
-    live = write_text if generate.stream and not runtime.json and not many else None
+    live = functools.partial(say, end="") if generate.stream and not runtime.json and not many else None
     # two that continue one file would cut off each other's lines
     with exclusive(out.with_name(f".{out.name}.lock"), f"--out {out}") if out else contextlib.nullcontext():
-        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
-        for batch in progress(batched(waiting, generate.batch_size), "answering"):
+        if out and out.exists():  # with --resume
+            questions = unanswered(questions, out, pipeline.describe(pipeline.settings))
+        for batch in progress(batched(questions, generate.batch_size), "answering"):
             for result in ([compare(pipeline, batch[0], live)] if generate.compare else
                            pipeline.answer_batch(batch, writers=[live] * len(batch))):
                 if out:
@@ -7014,23 +6989,6 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
                     say(f"{result['question']}\n{text}\n" if many else text)
     if runtime.json:
         print(dumps({"results": results} if many else results[0]))
-
-
-def companion(module: str) -> Callable[..., None]:
-    """The handler of a command that stands in a module of refrag_extras, imported when it is called."""
-    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
-
-
-cmd_chat, cmd_serve, cmd_export = companion("chat"), companion("serve"), companion("export")
-cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
-
-
-def describe_model(name: str) -> str:
-    """Where a bundled model is, or the command that installs it."""
-    try:
-        return str(bundled_path(name))
-    except MissingError as error:
-        return str(error)
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -7053,13 +7011,32 @@ def all_reduce_check() -> dict[str, Any]:
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    found = {"all_reduce": all_reduce_check()} if doctor.dist else {
-        "device": describe_device(runtime), "versions": library_versions(),
-        "models": {name: describe_model(name) for name in BUNDLED}}
+    if doctor.dist:
+        found = {"all_reduce": all_reduce_check()}
+    else:
+        found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
+        for name in BUNDLED:
+            try:
+                found["models"][name] = str(bundled_path(name))
+            except MissingError as error:  # it names the command that installs the model
+                found["models"][name] = str(error)
     if index.index_dir is not None:
         opened = open_index(index.index_dir, read_all=True)
         found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
     emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
+
+
+def companion(module: str) -> Callable[..., None]:
+    """The handler of a command in a module of refrag_extras, which is imported when it is called."""
+    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
+
+
+HANDLERS: dict[str, Callable[..., None]] = {
+    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
+    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
+    "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
+    "eval": companion("evaluate"), "bench": companion("bench")}
 
 
 def run_command(name: str, configs: Sequence[Options]) -> int:
@@ -7069,7 +7046,7 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
             signal.signal(signal.SIGTERM, raise_exit)
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(configs[-1])
-        globals()[f"cmd_{name}"](*configs)
+        HANDLERS[name](*configs)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
