@@ -1292,8 +1292,8 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    where: str  # file:line, of an array the object's number; the file alone where all of it is one document
-    metadata: str = ""  # the record's other fields as a JSON object, empty without any
+    where: str  # file:line, in an array file:number; only the file if all of it is one document
+    metadata: str = ""  # the record's other fields as a JSON object, empty if there are none
 
 
 class BadRecord(UserError):
@@ -1305,7 +1305,7 @@ NAMED = 10  # bad records and files that are named one by one
 
 @contextlib.contextmanager
 def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Iterator[None]:
-    """With "skip" in --errors, an error of these kinds leaves out what the block reads: counted, and named."""
+    """With "skip" in `errors`, count and name an error of these kinds instead of raising it."""
     try:
         yield
     except kinds as error:
@@ -1317,7 +1317,7 @@ def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Ite
 
 
 def spelled(path: Path) -> str:
-    """A path as text that can be written; bytes in it that are no UTF-8 are replaced."""
+    """A path as valid UTF-8: its other bytes are replaced."""
     return "stdin" if str(path) == "-" else os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
@@ -1336,9 +1336,9 @@ QUESTION_FIELDS = ("question", "query", "text")
 
 
 class TextFile:
-    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are known by their first bytes.
+    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: of --errors, empty where a command does not have it. counts: receives skipped and replaced.
+    errors: the value of --errors, empty if a command does not have it. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1346,8 +1346,8 @@ class TextFile:
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[tuple[typing.BinaryIO, int]]:
-        """(its text in UTF-8, the length of the mark before it). Raises CorruptError for a damaged gzip file."""
+    def opened(self) -> Iterator[typing.BinaryIO]:
+        """Its bytes, unzipped, and UTF-16 as UTF-8. Raises CorruptError for a damaged gzip file."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1357,41 +1357,42 @@ class TextFile:
                 if head.startswith(BINARY):
                     raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
                 if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), "utf-16").encode())
-                yield handle, len(handle.read(3)) if head.startswith(codecs.BOM_UTF8) else 0
+                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+                yield handle
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
                 raise CorruptError(message) from None
 
-    def decoded(self, raw: bytes, encoding: str = "utf-8", offset: int = 0) -> str:
-        """Bytes as text. Raises BadRecord that names the bad one, unless --errors is replace."""
+    def decoded(self, raw: bytes, number: int, encoding: str) -> str:
+        """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
         try:
             return raw.decode(encoding)
         except UnicodeDecodeError as error:
             if "replace" not in self.errors:
-                place = f"{self.name}: invalid {encoding.upper()} at byte {offset + error.start}"
-                raise BadRecord(f"{place}: mend it{' or use --errors replace' * bool(self.errors)}") from None
+                line = number + error.object[: error.start].decode(encoding, "replace").count("\n")
+                remedy = "fix it" + " or use --errors replace" * bool(self.errors)
+                raise BadRecord(f"{self.name}:{line}: invalid {error.encoding.upper()}: {remedy}") from None
         self.counts["replaced"] += 1
-        return raw.decode(encoding, errors="replace")
+        return raw.decode(encoding, "replace")
 
-    def lines(self, whole: bool = False) -> Iterator[tuple[int, str]]:
-        """(1-based number, text with its line end) of each line, "" for one that is skipped. whole: the file as one."""
-        with self.opened() as (handle, offset):
-            for number, raw in enumerate([handle.read()] if whole else handle, start=1):
+    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
+        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line."""
+        with self.opened() as handle:
+            for number, raw in enumerate([handle.read()] if as_one else handle, start=1):
                 text = ""
                 with skipping(self.errors, self.counts):
-                    text = self.decoded(raw, offset=offset)
-                offset += len(raw)
+                    text = self.decoded(raw, number, "utf-8-sig" if number == 1 else "utf-8")
                 yield number, text
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
-        """(1-based number, text without its line end) of each line that is not blank."""
-        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip("\ufeff").strip())
+        """(number, text without its line end) of each line that is not blank."""
+        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip())
 
     def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
+        """(line, JSON object of the cells that are not empty) of each row below a header that has one of `fields`.
 
-        The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
+        The separator is the tab in a .tsv, else the comma, semicolon or tab that the header has most of.
+        Raises BadRecord.
         """
         csv.field_size_limit(2**31 - 1)
         lines = self.lines()
@@ -1400,24 +1401,25 @@ class TextFile:
         texts = itertools.chain([header], (text for _, text in lines))
         rows = csv.reader(texts, delimiter=delimiter, strict=True)
 
-        def next_row(line: int) -> list[str] | None:
+        def next_row() -> list[str] | None:
+            line = first + rows.line_num
             try:
                 return next(rows, None)
             except csv.Error as error:
                 raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
 
         known = {*ID_FIELDS, *fields, "title"}
-        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next_row(first) or []]
+        names = [name.lower() if name.lower() in known else name for name in map(str.strip, next_row() or [])]
+        row = names
         if names:
             field_in(names, fields, f"{self.name}:{first}")
-        row: list[str] | None = []
         while row is not None:
             line = first + rows.line_num
             with skipping(self.errors, self.counts):
-                row = next_row(line)
+                row = next_row()
                 if len(row or []) > len(names):
                     raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                    "put those that hold the separator between quotes")
+                                    "quote cells that contain the separator")
                 if any(row or []):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
@@ -1425,27 +1427,26 @@ class TextFile:
         """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
 
         .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
-        of an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
+        of an array, which is read whole; and all of a .json or .jsonl, so that a broken first line is no passage.
         """
         if self.suffix in TABLES:
             return True, self.table(fields)
-        lines, named = self.filled_lines(), self.suffix in OBJECTS
+        lines, is_json = self.filled_lines(), self.suffix in OBJECTS
         number, first = next(lines, (1, ""))
         lines = itertools.chain([(number, first)] if first else [], lines)
-        if isinstance(parsed(first), dict):
-            return True, lines
-        if not first.lstrip().startswith(("[", "{")):
-            return named, lines
+        starts_with_object = isinstance(parsed(first), dict)
+        if starts_with_object or not first.lstrip().startswith(("[", "{")):
+            return starts_with_object or is_json, lines
         lines = list(lines)
         value = parsed("\n".join(text for _, text in lines))
         items = value if isinstance(value, list) else [value]
-        if value is None or not (named or all(isinstance(item, dict) for item in items[:1])):
-            return named, iter(lines)
+        if value is None or not (is_json or all(isinstance(item, dict) for item in items[:1])):
+            return is_json, iter(lines)
         return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
 
 
 def parsed(text: str) -> Any:
-    """The value of a JSON text, None for what is no JSON."""
+    """The value of a JSON text, None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1453,7 +1454,7 @@ def parsed(text: str) -> Any:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object from one line. Raises BadRecord that names file and line."""
+    """A JSON object. Raises BadRecord that names file and line."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1479,10 +1480,9 @@ def check_id(value: Any, where: str) -> str:
     return str(value) if type(value) is int else check_string(value, "id", where)
 
 
-def own_id(item: dict[str, Any], default: str, where: str) -> str:
-    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
-    name = next((name for name in ID_FIELDS if name in item), None)
-    return default if name is None else check_id(item.pop(name), where)
+def pop_id(item: dict[str, Any], default: str, where: str) -> str:
+    """Remove a record's id and return it, or the default. Raises BadRecord."""
+    return check_id(item.pop(next((name for name in ID_FIELDS if name in item), None), default), where)
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
@@ -1501,13 +1501,13 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
     if not body.strip():
         raise BadRecord(f"{where}: {name} is empty")
     title = "" if title is None else check_string(title, "title", where)
-    identifier = own_id(item, default_id, where)
+    identifier = pop_id(item, default_id, where)
     if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
         item = item.pop("metadata") | item
     try:
         return Record(identifier, title, body, where, json.dumps(item, allow_nan=False) if item else "")
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
+        raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
 class CorpusFile(NamedTuple):
@@ -1515,54 +1515,47 @@ class CorpusFile(NamedTuple):
 
     path: Path
     label: str  # what the ids of its records begin with
-    in_folder: bool  # found in a folder that was named, where a file of text is one document
+    in_folder: bool  # found in a folder that was named, where a text file is one document
 
 
 def source_label(name: str, sources: dict[str, str]) -> str:
-    """What ids from a file or folder begin with: the end of its path, as much of it as sets it apart from the others.
+    """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. What comes
-    through a pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. Within a source,
+    the label is that source's with the path inside it. A pipe is another source each time.
+    Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
-    path = Path(os.path.abspath(name))
-    if name != "-" and (path.is_file() or path.is_dir()):
-        place, parts = spelled(path), spelled(path).split("/")
-        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    path, place = Path(os.path.abspath(name)), ""
+    if name == "-" or not (path.is_file() or path.is_dir()):
+        labels = ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
     else:
-        place, labels = "", ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
+        place, known = spelled(path), {place: label for label, place in sources.items()}
+        parts = place.split("/")
+        for n in range(len(parts), 1, -1):  # the closest source around it
+            if label := known.get("/".join(parts[:n])):
+                return "/".join([label, *parts[n:]])
+        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    taken = [f"{label}/" for label in sources]
     label = next((label for label in labels if not any(
-        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources)), place)
+        f"{label}/".startswith(other) or other.startswith(f"{label}/") for other in taken)), place)
     sources[label] = place
     return label
-
-
-def known_label(path: Path, sources: dict[str, str]) -> str | None:
-    """The label of a path that is a source, or lies in one, the closest to it; None for others."""
-    absolute = Path(spelled(Path(os.path.abspath(path))))
-    holding = [(place, label) for label, place in sources.items() if place and absolute.is_relative_to(place)]
-    if not holding:
-        return None
-    place, label = max(holding, key=lambda pair: len(pair[0]))
-    inner = absolute.relative_to(place).as_posix()
-    return label if inner == "." else f"{label}/{inner}"
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
     """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
 
     A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
-    once. sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
+    once. sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
     for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
-        if known_label(Path(name), sources) is None:
-            source_label(name, sources)
+        source_label(name, sources)
     for name in paths:
-        path = Path(name)
-        inside = [path]
+        path, inside = Path(name), [Path(name)]
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*"))
                      if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -1570,17 +1563,17 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
             others += [p for p in found if p not in inside]
             require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
         for file in inside:
-            label = (known_label(file, sources) if name != "-" else None) or source_label(name, sources)
+            label = source_label(str(file), sources)
             files.setdefault(label, CorpusFile(file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """Every record of a file: of JSON and tables, of text its lines; Markdown, and any text in a folder, is one."""
+    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document."""
     source = TextFile(file.path, errors, counts)
     of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
     if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
-        for _, text in source.lines(whole=True):
+        for _, text in source.lines(as_one=True):
             if text.strip():
                 yield Record(file.label, bare_name(file.path).stem, text, source.name)
         return
@@ -1596,8 +1589,8 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
     """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
 
-    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record does not take its file with
-    it, nor a file that can not be read the others: they are left out, counted and named.
+    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record or unreadable file is
+    skipped, counted and named, and the rest is still read.
     """
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
@@ -1618,7 +1611,7 @@ class TrainingText(NamedTuple):
     """One text to train on: a string, or token ids of the decoder."""
 
     text: str | list[int]
-    context: int  # tokens to compress before the rest is predicted; 0 where the file does not say
+    context: int  # tokens to compress before the rest is predicted; 0 if the file does not say
     where: str
 
 
@@ -1641,7 +1634,7 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 
 
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
+    """The training texts of the files, streamed. Raises UserError that names file and line."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
             yield parse_training_text(line, f"{name}:{number}")
@@ -1689,10 +1682,9 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 
 
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
+    """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    They are what `TextFile.items` finds, such as JSON lines; a line of text is a question. needs: see `check_labels`.
-    Raises UserError.
+    needs: see `check_labels`. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1702,7 +1694,7 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
         where = f"{source.name}:{line}"
         item = parse_object(text, where) if records else {"question": text.strip()}
         question = check_question(item.pop(field_in(item, QUESTION_FIELDS, where)), where)
-        questions.append({"id": own_id(item, str(number), where), "question": question, **item})
+        questions.append({"id": pop_id(item, str(number), where), "question": question, **item})
     require(bool(questions), f"{flag} {path}: the file holds no question")
     require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
     for number, item in enumerate(questions if needs else (), start=1):
@@ -2803,6 +2795,17 @@ def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConf
 # =============================================================================
 # 6. Packing. Passages and a budget in, a mixed prompt out.
 #    Knows tokens and tags; knows no weights and no files.
+#
+#    texts     question and passages (characters; ChunkTable.ends counts them)
+#    tokens    Prompt.input_ids (T,): the decoder's, of the whole message at once, each passage a <doc id="1"> block
+#    chunks    L: every passage is cut after k tokens of the encoder; Prompt.chunks are these as ranges of the T tokens
+#    plan      (P,), P <= T: v >= 0 feeds the token v, v < 0 the vector of chunk -v - 1          gate, mixed_plan
+#    states    (L, E): one for each chunk, from the encoder or the index                          ChunkEncoder
+#    vectors   (L, D): the mean of the chunk's token embeddings with the projector's correction   Projector
+#    inputs    (P, D): embeddings and vectors in the plan's order, read by the decoder            RefragModel.embed
+#
+#    Two tokenizers count (with decoder:N they are one): the ENCODER's tokens in k and in ChunkTable.sizes, the
+#    DECODER's in Prompt.sizes, in the budget p and in --ctx_max.
 # =============================================================================
 
 DOC_TAG = re.compile(r"<(?=\s*(?:/\s*)?doc\b)", re.IGNORECASE)
@@ -2815,25 +2818,27 @@ NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
 def cut_allowed(tokens: Tokens) -> np.ndarray:
-    """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
+    """(T + 1,) bool: True where a chunk may start at token i, i.e. not inside a character of several tokens."""
     allowed = np.ones(len(tokens.ids) + 1, dtype=bool)
     allowed[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
     return allowed
 
 
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
-    """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
+    """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    allowed: (T + 1,), see `cut_allowed`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
-    the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends before
-    it; only a character longer than a unit makes a unit longer.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
+    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
+    unit makes a unit longer. Raises ValueError if k < 1.
     """
+    if k < 1:
+        raise ValueError(f"need k >= 1, got {k}")
     T, unit = len(allowed) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
-    places, cuts, last = np.flatnonzero(allowed).tolist(), [0], 0
-    while cuts[-1] < T:
-        last = max(bisect.bisect_right(places, cuts[-1] + unit) - 1, last + 1)
-        cuts.append(places[last])
-    return np.asarray([*cuts[: -1 : k // unit], T], dtype=np.int64)
+    places, bounds, last = np.flatnonzero(allowed).tolist(), [0], 0
+    while bounds[-1] < T:
+        last = max(bisect.bisect_right(places, bounds[-1] + unit) - 1, last + 1)  # at least one place further
+        bounds.append(places[last])
+    return np.asarray([*bounds[: -1 : k // unit], T], dtype=np.int64)  # the first unit of every chunk, and the end
 
 
 class Cut(NamedTuple):
@@ -2845,7 +2850,7 @@ class Cut(NamedTuple):
 
 
 def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
-    """Cut a text where `token_cuts` cuts its tokens; a text without tokens, white space alone, is one chunk.
+    """Cut a text into chunks of k tokens; a text without tokens (only white space) is one chunk.
 
     Tokens without characters of their own belong to the chunk before, or to the first.
     """
@@ -2854,10 +2859,19 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
         return Cut(tokens.ids[:0], ends, np.zeros_like(ends))
     bounds = token_cuts(cut_allowed(tokens), k)
     ends = np.append(tokens.ends[bounds[1:-1] - 1], len(text))
-    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))
+    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))  # chunks that hold a character
     firsts = np.append(bounds[kept], len(tokens.ids))
     firsts[0] = 0
     return Cut(tokens.ids, ends[kept], np.diff(firsts))
+
+
+def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
+
+    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
+    """
+    [tokens] = tokenize(tokenizer, [text])
+    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
 
 def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
@@ -2865,24 +2879,11 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
     return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
 
 
-def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """Character spans of k tokens each that cover the text exactly; the last may be shorter.
-
-    Never inside a character. tokenizer: any fast Hugging Face tokenizer. Raises ValueError if k < 1.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
-    if k < 1:
-        raise ValueError(f"need k >= 1, got {k}")
-    [tokens] = tokenize(tokenizer, [text])
-    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
-
-
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
-    an id, with a broken attribute or with another tag inside is none.
+    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
+    with a broken attribute or with another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2895,7 +2896,7 @@ def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 class Segment(NamedTuple):
-    """A piece of a parsed prompt: plain text, or the content of a document."""
+    """A part of a parsed prompt: plain text, or the content of a document cut into L chunks."""
 
     kind: str  # "text" or "doc"
     text: str
@@ -2936,7 +2937,7 @@ class RefragTokenizer:
         return tokenizer_fingerprint(self.encoder)
 
     def neutralize(self, text: str) -> str:
-        """Text that can make no special token and no <doc> tag: their first character becomes a look-alike.
+        """Replace the first character of special tokens and <doc> tags by a look-alike.
 
         The length stays, so character spans hold for both. Example: "</doc>" -> "\u2039/doc>"
         """
@@ -2957,27 +2958,21 @@ class RefragTokenizer:
         rows = zip(contents, tokenize(self.encoder, contents), strict=True)
         return [cut_chunks(content, tokens, k) for content, tokens in rows]
 
-    def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
-        [(ids, _, sizes)] = self.cut([content], k)
-        mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider only for a character of > k tokens
-        tokens = np.zeros(mask.shape, dtype=np.int64)
-        tokens[mask] = ids
-        return tokens, mask.astype(np.int64)
-
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
+        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
 
-        Everything but the blocks of `split_docs` is plain text: an unclosed tag, a stray </doc>, the outer tags of
-        nested blocks. Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
+        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
         segments = []
         for part, label in split_docs(text):
-            if part or label is not None:
-                part, doc_id = self.neutralize(part), label and self.neutralize(label)
-                packed = (np.zeros((0, k), dtype=np.int64),) * 2 if label is None else self.pack(part, k)
-                ids = self.decoder(part, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text" if label is None else "doc", part, doc_id, ids, *packed))
+            part, label = self.neutralize(part), label and self.neutralize(label)
+            [(ids, _, sizes)] = self.cut([part if label else ""], k)
+            mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider for a character of > k tokens
+            packed = np.zeros(mask.shape, dtype=np.int64)
+            packed[mask] = ids
+            ids = self.decoder(part, add_special_tokens=False)["input_ids"]
+            if part or label:
+                segments.append(Segment("doc" if label else "text", part, label, ids, packed, mask.astype(np.int64)))
         return segments
 
 
@@ -3096,15 +3091,20 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
 
 
 def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, tokenizer: RefragTokenizer,
-              index: Index | None = None, encoder: str | None = None) -> list[Doc]:
-    """Documents, best first, with chunks of k tokens: those of the index where it holds such, else cut now.
+              index: Index | None = None, encoder: str | None = None, *, labels: Iterable[str] | None = None,
+              fit: float = math.inf, keep: int | None = None) -> list[Doc]:
+    """Documents, best first, with chunks of k tokens: those stored in the index if it has them, else cut now.
 
-    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`.
+    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`; labels: ids for the
+    tags, default the ranks. Documents are dropped from the end until they hold `fit` encoder tokens together, but
+    neither the last one left nor that of the row `keep`.
     """
     tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
     cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
-    tables = [table or ChunkTable(*next(cuts)[1:]) for table in tables]
-    return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
+    docs = list(zip(contents, [table or ChunkTable(*next(cuts)[1:]) for table in tables], rows, strict=True))
+    while len(docs) > 1 and sum(int(table.sizes.sum()) for _, table, _ in docs) > fit:
+        docs.pop(max(i for i, (_, _, row) in enumerate(docs) if row != keep))
+    return [Doc(label, *doc) for label, doc in zip(labels or map(str, itertools.count(1)), docs, strict=False)]
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
@@ -3120,17 +3120,18 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The same for --prompt, whose documents stand in the text. Raises UserError if they exceed ctx_max tokens."""
-    pieces: list[str | Doc] = []
-    for part, label in split_docs(text.strip()):
-        part = tokenizer.neutralize(part)
-        cuts = tokenizer.cut([part] if label is not None else [], k)
-        docs = [Doc(tokenizer.neutralize(label), part, ChunkTable(*cut[1:])) for cut in cuts]
-        pieces += docs or [part]
-    prompt = build_prompt(tokenizer, pieces)
+    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
+
+    Raises UserError if the documents exceed ctx_max tokens.
+    """
+    parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
+    blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
+    docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
+    unread = iter(docs)
+    prompt = build_prompt(tokenizer, [part if label is None else next(unread) for part, label in parts])
     require(prompt.context_tokens <= ctx_max,
             f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
-    return Context(text, prompt, [piece for piece in pieces if isinstance(piece, Doc)])
+    return Context(" ".join(" ".join(part for part, label in parts if label is None).split()), prompt, docs)
 
 
 def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
@@ -4211,22 +4212,21 @@ def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, ind
     return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
-def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
-                  answers: Sequence[str]) -> list[list[int]]:
-    """For each place where an answer stands in a right document: the chunks that it covers.
+def answer_chunks(docs: Sequence[Doc], right: Sequence[bool], answers: Sequence[str]) -> list[list[int]]:
+    """For each place where an answer stands in a right document: the chunks that it covers, numbered through.
 
-    Whole words, where an answer stands anywhere as such; letters of either case. ends: of the chunks of each document,
-    in characters; chunks are numbered through. Example: "an old mill", ends [4, 11], answer "old mill" -> [[0, 1]]
+    Whole words, where an answer stands anywhere as such; letters of either case.
+    Example: "an old mill" in chunks that end at 4 and 11, answer "old mill" -> [[0, 1]]
     """
     spans, base = [], 0
-    for content, edges, counts in zip(contents, ends, right, strict=True):
+    for doc, counts in zip(docs, right, strict=True):
         for answer in answers if counts else ():
             plain = re.escape(answer.strip())
-            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", content, re.IGNORECASE))
-            for match in found or re.finditer(plain, content, re.IGNORECASE):
-                first, last = np.searchsorted(edges, [match.start(), match.end() - 1], side="right")
+            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", doc.content, re.IGNORECASE))
+            for match in found or re.finditer(plain, doc.content, re.IGNORECASE):
+                first, last = np.searchsorted(doc.chunks.ends, [match.start(), match.end() - 1], side="right")
                 spans.append(list(range(base + int(first), base + int(last) + 1)))
-        base += len(edges)
+        base += len(doc.chunks.ends)
     return spans
 
 
@@ -4739,22 +4739,14 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
     return continue_plan(np.append(all_vectors(encoder, content), mark), ids, content)
 
 
-class Lessons:
-    """What a phase learns from: `draw` an item of a number below len(self), `exam` by items of the held-out data."""
-
-    def __init__(self, encoder: ChunkEncoder, train: TrainConfig):
-        self.encoder, self.tokenizer, self.train = encoder, encoder.tokenizer, train
-
-
-class TextLessons(Lessons):
-    """Texts, cut into windows of at most --seq_tokens tokens."""
+class TextLessons:
+    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens."""
 
     beyond = 0  # tokens that a window needs beyond one chunk
 
     def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
         """options: the phase's own."""
-        super().__init__(encoder, train)
-        self.options = options
+        self.encoder, self.tokenizer, self.train, self.options = encoder, encoder.tokenizer, train, options
         self.cache, self.windows = self.load(texts.train_json)
         short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
         if short:
@@ -4922,28 +4914,23 @@ class AnswerPrompts:
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        cuts = self.tokenizer.cut(contents, k)
-        keep = list(range(len(shown)))
-        while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
-            keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:]), shown[i])
-                for rank, i in enumerate(keep, start=1)]
+        docs = make_docs(contents, shown, k, self.tokenizer, fit=self.seq_tokens, keep=gold)
         context = make_context(self.tokenizer, question, docs)
         label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [context.prompt.input_ids[c.first : c.last] for c in context.prompt.chunks]
-        inputs = self.encoder.inputs([doc.content for doc in docs], [cuts[i] for i in keep])
+        contents = [doc.content for doc in docs]
+        inputs = self.encoder.inputs(contents, self.tokenizer.cut(contents, k))
         return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
 
 
-class AnswerLessons(Lessons):
-    """Questions on retrieved passages; the answer alone is learned."""
+class AnswerLessons:
+    """What `sft` learns from: questions on retrieved passages; the answer alone is learned."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
                  search: SearchConfig, gate: QueryGate | None = None):
         """gate: the learned one; without it the blend chooses."""
-        super().__init__(encoder, train)
-        self.sft, self.index, self.topk, self.gate = sft, searcher.index, search.topk, gate
+        self.train, self.sft, self.index, self.topk, self.gate = train, sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
         self.questions, self.held_out = (
             retrieve_all(read_answered_questions(name, flag, limit), searcher, search) if name else []
@@ -5057,6 +5044,8 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
     return found
 
 
+Lessons = TextLessons | AnswerLessons
+
 # -- the order of the data ------------------------------------------------------
 
 
@@ -5073,20 +5062,16 @@ class Sampler:
             lessons, train.steps, seed, processes, pass_cost)
         self.least = train.grad_accum * processes  # items of a step
         self.pass_positions = train.batch_size * train.seq_tokens
-        self.drawn, self.known = 0, (-1, np.zeros(0))  # the last epoch asked for, and its order
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch: a permutation of the items."""
-        if self.known[0] != epoch:
-            self.known = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
-        return self.known[1]
+        self.drawn, self.epoch, self.order = 0, -1, np.zeros(0)
 
     def draw(self, step: int) -> Item:
-        """The next item."""
+        """The next item, in the order of its epoch."""
         epoch, place = divmod(self.drawn, len(self.lessons))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
         rng = np.random.default_rng([self.seed, 1, self.drawn])
         self.drawn += 1
-        return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
+        return self.lessons.draw(int(self.order[place]), rng, step / self.steps)
 
     def step(self, step: int) -> list[list[Item]]:
         """The items of each pass of a step, of all processes."""
@@ -5147,18 +5132,12 @@ class Weights(NamedTuple):
     mse: float = 0.0  # vectors against mean token embeddings
 
 
-class Phase(NamedTuple):
-    """What is particular to a training phase."""
-
-    name: str
-    weights: Weights
-
-    def settled(self, train: TrainConfig) -> TrainConfig:
-        """The options with this phase's own defaults filled in."""
-        letters, lr = PHASE_DEFAULTS[self.name]
-        letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
-        require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
-        return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
+def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
+    """The options with the phase's own defaults filled in."""
+    letters, lr = PHASE_DEFAULTS[phase]
+    letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
+    require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
+    return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -5270,11 +5249,11 @@ def stop_signals() -> Iterator[list[int]]:
 class Trainer:
     """A model, its lessons, and everything between them and a checkpoint."""
 
-    def __init__(self, model: RefragModel, lessons: Lessons, phase: Phase, train: TrainConfig, accelerator: Any,
+    def __init__(self, model: RefragModel, lessons: Lessons, weights: Weights, train: TrainConfig, accelerator: Any,
                  teacher: nn.Module | None, facts: dict[str, Any], seed: int):
-        self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
-        self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
-        self.earlier = model.config.history  # of the phases before
+        """facts: what the checkpoint's history tells of this phase beside steps and tokens."""
+        self.model, self.weights, self.train, self.teacher, self.facts = model, weights, train, teacher, facts
+        self.accelerator, self.folder, self.earlier = accelerator, Path(train.out_dir), model.config.history
         cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
         self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
@@ -5304,8 +5283,8 @@ class Trainer:
         teacher = self.teach(items)
         with self.accelerator.autocast():
             output = self.wrapped(batch)
-        terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
-        loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
+        terms = loss_terms(output, batch.labels, teacher, self.weights)
+        loss = sum(getattr(self.weights, name) * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
             raise self.diverged("loss", loss.item(), items)
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
@@ -5350,7 +5329,7 @@ class Trainer:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
-        bar = progress(None, self.phase.name, self.train.steps, "step", done=self.step)
+        bar = progress(None, self.facts["phase"], self.train.steps, "step", done=self.step)
         with stop_signals() as received, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
@@ -5402,7 +5381,7 @@ class Trainer:
         """What the command prints at the end."""
         final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
         losses = [r["loss"] for r in log.records if "loss" in r]
-        return {"phase": self.phase.name, "steps": self.step, "loss": losses[-1] if losses else None,
+        return {"phase": self.facts["phase"], "steps": self.step, "loss": losses[-1] if losses else None,
                 "tokens": self.tokens, "seconds": round(self.seconds, 2),
                 "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "eval": final,
                 "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -5422,8 +5401,7 @@ class Trainer:
         tensors["rng/torch"] = torch.get_rng_state()
         values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
         config, parts = self.model.config, self.model.parts()
-        entry = {"phase": self.phase.name, "steps": self.step, "tokens": self.tokens, **self.facts}
-        config.history = [*self.earlier, entry]
+        config.history = [*self.earlier, {**self.facts, "steps": self.step, "tokens": self.tokens}]
         for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
             require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
                     "this checkpoint is not written: lower --lr; the last one stays")
@@ -5557,29 +5535,23 @@ class RunLog:
     def paint(self, left: Any, right: Any) -> None:
         """The two panels of the picture."""
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
-        left.plot(*zip(*losses, strict=True) if losses else ([], []))
+        left.plot(*np.asarray(losses).reshape(-1, 2).T)
         left.set(xlabel="step", ylabel="training loss")
-        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for record in self.records:
-            for name, kinds in record.get("eval", {}).items():
-                for kind, measured in kinds.items():
-                    curves.setdefault((name, kind), []).append((record["step"], measured["accuracy"]))
-        colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(name for name, _ in curves))}
-        styles = {"vectors": "-", "none": ":", "wrong": "--", "full": "-."}
-        for (name, kind), points in curves.items():
-            right.plot(*zip(*points, strict=True), styles[kind], color=colours[name],
-                       label=name if kind == "vectors" else None)
-        right.set(xlabel="step", ylabel="held-out token accuracy",
-                  title="solid: vectors, dotted: none, dashed: wrong, dash-dot: full text")
-        right.title.set_fontsize(8)
-        if curves:
+        evals = [(r["step"], r["eval"]) for r in self.records if r.get("eval")]
+        for n, name in enumerate(evals[-1][1] if evals else ()):
+            for kind, style in zip(CONTROLS, ("-", ":", "--", "-."), strict=True):
+                points = [(step, sets[name][kind]["accuracy"]) for step, sets in evals if kind in sets[name]]
+                right.plot(*np.asarray(points).reshape(-1, 2).T, style, color=f"C{n}",
+                           label=name if kind == "vectors" else None)
+        right.set(xlabel="step", ylabel="held-out token accuracy")
+        right.set_title("solid: vectors, dotted: none, dashed: wrong, dash-dot: full text", fontsize=8)
+        if evals:
             right.legend(fontsize=7)
 
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     """The text of a checkpoint's card."""
-    final = next((record for record in reversed(records) if record.get("eval")), None)
-    carried = carried_parts(config)
+    carried, final = carried_parts(config), [record for record in records if record.get("eval")][-1:]
     made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
     if config.training_model or config.lora or not carried:
         made = [f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
@@ -5594,13 +5566,12 @@ def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     for h in (h for h in config.history if h.get("recall")):
         shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in h["recall"].items())
         lines += ["", f"{h['phase']}: share of held-out questions whose answer stays text whole: {shown}."]
-    if final:
-        lines += ["", f"Held-out token accuracy after step {final['step']}:", "",
+    for record in final:
+        lines += ["", f"Held-out token accuracy after step {record['step']}:", "",
                   "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
-        for name, kinds in final["eval"].items():
-            shown = " | ".join(f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-"
-                               for kind in ("vectors", "none", "wrong", "full"))
-            lines.append(f"| {name} | {shown} |")
+        for name, kinds in record["eval"].items():
+            cells = [f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-" for kind in CONTROLS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -5695,24 +5666,24 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     return newest_checkpoint(folder)
 
 
-def train_phase(phase: Phase, own: Sequence[Options], train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig,
-                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> None:
+def train_phase(phase: str, weights: Weights, own: Sequence[Options], train: TrainConfig, models: ModelConfig,
+                runtime: RuntimeConfig, make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> None:
     """Run or continue a training phase and print its summary. own: the options that not every phase has."""
-    settled, accelerator = phase.settled(train), make_accelerator(runtime)
-    folder, settings = Path(train.out_dir), run_settings((*own, train, models, runtime), phase=phase.name)
+    train, accelerator = with_defaults(phase, train), make_accelerator(runtime)
+    folder, settings = Path(train.out_dir), run_settings((*own, train, models, runtime), phase=phase)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
         checkpoint = open_run(folder, facts, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
+        model = load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
         model.config.compression = max(train.k)
-        lessons = make_lessons(model, settled)
-        teacher = load_teacher(phase, settled, models, runtime)
-        mark_trained(model, settled.train, train.lora_r)
-        adapters = f" (LoRA {train.lora_r})" if train.lora_r else ""
-        told = {"train": settled.train + adapters, "device": facts["device"], "data": without_folders(facts["data"])}
-        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, told, runtime.seed)
+        lessons = make_lessons(model, train)
+        teacher = load_teacher(weights, train, models, runtime)
+        mark_trained(model, train.train, train.lora_r)
+        trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
+        entry = {"phase": phase, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
+        trainer = Trainer(model, lessons, weights, train, accelerator, teacher, entry, runtime.seed)
         if checkpoint:
             trainer.restore(checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
@@ -5723,9 +5694,9 @@ def train_phase(phase: Phase, own: Sequence[Options], train: TrainConfig, models
     emit(summary, runtime, training_text(summary))
 
 
-def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
+def load_teacher(weights: Weights, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
     """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
-    if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
+    if not (weights.kl or weights.argmax) or "d" not in train.train:
         return None
     return load_model(models, runtime).decoder.requires_grad_(False)
 
@@ -5770,7 +5741,7 @@ def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, 
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
         right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
-        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, item["answers"])
+        spans = answer_chunks(docs, right, item["answers"])
         if spans:
             inputs = gate_input(item["question"], docs, query, index)
             sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
@@ -5902,9 +5873,8 @@ class AnswerReader:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
         batch = checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
-        logits = self.model(batch).logits.float()
-        logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
-        return logs.reshape(len(masks), -1).mean(1)
+        logs = -nn.functional.cross_entropy(self.model(batch).logits.float(), batch.labels, reduction="none")
+        return logs.cpu().numpy().reshape(len(masks), -1).mean(1)
 
 
 def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
@@ -6841,19 +6811,19 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
 
 
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    train_phase(Phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0)), (texts,), train, models, runtime,
+    train_phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0), (texts,), train, models, runtime,
                 lambda model, train: AlignLessons(model.encoder, texts, train))
 
 
 def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
                   runtime: RuntimeConfig) -> None:
-    train_phase(Phase("cpt_recon", Weights()), (texts, recon), train, models, runtime,
+    train_phase("cpt_recon", Weights(), (texts, recon), train, models, runtime,
                 lambda model, train: ReconLessons(model.encoder, texts, train, recon))
 
 
 def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
                  runtime: RuntimeConfig) -> None:
-    train_phase(Phase("cpt_next", Weights(kl=following.distill)), (texts, following), train, models, runtime,
+    train_phase("cpt_next", Weights(kl=following.distill), (texts, following), train, models, runtime,
                 lambda model, train: NextLessons(model.encoder, texts, train, following))
 
 
@@ -6866,7 +6836,7 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
         gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
         return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
 
-    train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search), train, models, runtime, lessons)
+    train_phase("sft", Weights(kl=sft.distill), (sft, index, search), train, models, runtime, lessons)
 
 
 def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:

@@ -315,7 +315,9 @@ def test_segments_join_to_the_text_and_make_no_special_token(chat, text):
 @given(text=wild)
 @few
 def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, text):
-    tokens, mask = refrag.RefragTokenizer(loaded["bpe"], loaded[kind]).pack(text, 4)
+    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded[kind])
+    text = tokenizer.neutralize(text)
+    _, _, _, _, tokens, mask = tokenizer.parse_and_tokenize(f"<doc id='1'>{text}</doc>", 4)[0]
     assert tokens.shape == mask.shape and tokens.shape[1] == 4
     assert tokens[mask == 1].tolist() == loaded[kind](text, add_special_tokens=False)["input_ids"]
     assert (tokens[mask == 0] == 0).all()
@@ -450,6 +452,7 @@ def test_literal_blocks_are_the_prompts_documents(chat):
     message = f'Where? <doc id="a">\n{TWO[0]}\n</doc> <doc id="b">\n{TWO[1]}\n</doc> Say:'
     assert context.prompt.input_ids.tolist() == template_ids(chat.decoder, message)
     assert [(doc.label, doc.content, doc.row) for doc in context.docs] == [("a", TWO[0], None), ("b", TWO[1], None)]
+    assert context.question == "Where? Say:"  # what the gate reads: no word of the documents
     check_tiling(chat, context)
     with pytest.raises(refrag.UserError, match="more than --ctx_max 3"):
         refrag.read_context(chat, f"<doc id='a'>{TWO[0]}</doc>", 4, 3)
