@@ -408,6 +408,7 @@ def test_literal_blocks_are_the_prompts_documents(chat):
     message = f'Where? <doc id="a">\n{TWO[0]}\n</doc> <doc id="b">\n{TWO[1]}\n</doc> Say:'
     assert context.prompt.input_ids.tolist() == template_ids(chat.decoder, message)
     assert [(doc.label, doc.content, doc.row) for doc in context.docs] == [("a", TWO[0], None), ("b", TWO[1], None)]
+    assert context.question == "Where? Say:"  # what the gate reads: no word of the documents
     check_tiling(chat, context)
     with pytest.raises(refrag.UserError, match="more than --ctx_max 3"):
         refrag.read_context(chat, f"<doc id='a'>{TWO[0]}</doc>", 4, 3)
