@@ -4197,22 +4197,21 @@ def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, ind
     return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
-def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
-                  answers: Sequence[str]) -> list[list[int]]:
-    """For each place where an answer stands in a right document: the chunks that it covers.
+def answer_chunks(docs: Sequence[Doc], right: Sequence[bool], answers: Sequence[str]) -> list[list[int]]:
+    """For each place where an answer stands in a right document: the chunks that it covers, numbered through.
 
-    Whole words, where an answer stands anywhere as such; letters of either case. ends: of the chunks of each document,
-    in characters; chunks are numbered through. Example: "an old mill", ends [4, 11], answer "old mill" -> [[0, 1]]
+    Whole words, where an answer stands anywhere as such; letters of either case.
+    Example: "an old mill" in chunks that end at 4 and 11, answer "old mill" -> [[0, 1]]
     """
     spans, base = [], 0
-    for content, edges, counts in zip(contents, ends, right, strict=True):
+    for doc, counts in zip(docs, right, strict=True):
         for answer in answers if counts else ():
             plain = re.escape(answer.strip())
-            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", content, re.IGNORECASE))
-            for match in found or re.finditer(plain, content, re.IGNORECASE):
-                first, last = np.searchsorted(edges, [match.start(), match.end() - 1], side="right")
+            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", doc.content, re.IGNORECASE))
+            for match in found or re.finditer(plain, doc.content, re.IGNORECASE):
+                first, last = np.searchsorted(doc.chunks.ends, [match.start(), match.end() - 1], side="right")
                 spans.append(list(range(base + int(first), base + int(last) + 1)))
-        base += len(edges)
+        base += len(doc.chunks.ends)
     return spans
 
 
@@ -4725,22 +4724,14 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
     return continue_plan(np.append(all_vectors(encoder, content), mark), ids, content)
 
 
-class Lessons:
-    """What a phase learns from: `draw` an item of a number below len(self), `exam` by items of the held-out data."""
-
-    def __init__(self, encoder: ChunkEncoder, train: TrainConfig):
-        self.encoder, self.tokenizer, self.train = encoder, encoder.tokenizer, train
-
-
-class TextLessons(Lessons):
-    """Texts, cut into windows of at most --seq_tokens tokens."""
+class TextLessons:
+    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens."""
 
     beyond = 0  # tokens that a window needs beyond one chunk
 
     def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
         """options: the phase's own."""
-        super().__init__(encoder, train)
-        self.options = options
+        self.encoder, self.tokenizer, self.train, self.options = encoder, encoder.tokenizer, train, options
         self.cache, self.windows = self.load(texts.train_json)
         short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
         if short:
@@ -4922,14 +4913,13 @@ class AnswerPrompts:
         return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
 
 
-class AnswerLessons(Lessons):
-    """Questions on retrieved passages; the answer alone is learned."""
+class AnswerLessons:
+    """What `sft` learns from: questions on retrieved passages; the answer alone is learned."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
                  search: SearchConfig, gate: QueryGate | None = None):
         """gate: the learned one; without it the blend chooses."""
-        super().__init__(encoder, train)
-        self.sft, self.index, self.topk, self.gate = sft, searcher.index, search.topk, gate
+        self.train, self.sft, self.index, self.topk, self.gate = train, sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
         self.questions, self.held_out = (
             retrieve_all(read_answered_questions(name, flag, limit), searcher, search) if name else []
@@ -5043,6 +5033,8 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
     return found
 
 
+Lessons = TextLessons | AnswerLessons
+
 # -- the order of the data ------------------------------------------------------
 
 
@@ -5059,20 +5051,16 @@ class Sampler:
             lessons, train.steps, seed, processes, pass_cost)
         self.least = train.grad_accum * processes  # items of a step
         self.pass_positions = train.batch_size * train.seq_tokens
-        self.drawn, self.known = 0, (-1, np.zeros(0))  # the last epoch asked for, and its order
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch: a permutation of the items."""
-        if self.known[0] != epoch:
-            self.known = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
-        return self.known[1]
+        self.drawn, self.epoch, self.order = 0, -1, np.zeros(0)
 
     def draw(self, step: int) -> Item:
-        """The next item."""
+        """The next item, in the order of its epoch."""
         epoch, place = divmod(self.drawn, len(self.lessons))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
         rng = np.random.default_rng([self.seed, 1, self.drawn])
         self.drawn += 1
-        return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
+        return self.lessons.draw(int(self.order[place]), rng, step / self.steps)
 
     def step(self, step: int) -> list[list[Item]]:
         """The items of each pass of a step, of all processes."""
@@ -5133,18 +5121,12 @@ class Weights(NamedTuple):
     mse: float = 0.0  # vectors against mean token embeddings
 
 
-class Phase(NamedTuple):
-    """What is particular to a training phase."""
-
-    name: str
-    weights: Weights
-
-    def settled(self, train: TrainConfig) -> TrainConfig:
-        """The options with this phase's own defaults filled in."""
-        letters, lr = PHASE_DEFAULTS[self.name]
-        letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
-        require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
-        return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
+def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
+    """The options with the phase's own defaults filled in."""
+    letters, lr = PHASE_DEFAULTS[phase]
+    letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
+    require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
+    return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -5256,11 +5238,11 @@ def stop_signals() -> Iterator[list[int]]:
 class Trainer:
     """A model, its lessons, and everything between them and a checkpoint."""
 
-    def __init__(self, model: RefragModel, lessons: Lessons, phase: Phase, train: TrainConfig, accelerator: Any,
+    def __init__(self, model: RefragModel, lessons: Lessons, weights: Weights, train: TrainConfig, accelerator: Any,
                  teacher: nn.Module | None, facts: dict[str, Any], seed: int):
-        self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
-        self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
-        self.earlier = model.config.history  # of the phases before
+        """facts: what the checkpoint's history tells of this phase beside steps and tokens."""
+        self.model, self.weights, self.train, self.teacher, self.facts = model, weights, train, teacher, facts
+        self.accelerator, self.folder, self.earlier = accelerator, Path(train.out_dir), model.config.history
         cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
         self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
@@ -5290,8 +5272,8 @@ class Trainer:
         teacher = self.teach(items)
         with self.accelerator.autocast():
             output = self.wrapped(batch)
-        terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
-        loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
+        terms = loss_terms(output, batch.labels, teacher, self.weights)
+        loss = sum(getattr(self.weights, name) * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
             raise self.diverged("loss", loss.item(), items)
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
@@ -5336,7 +5318,7 @@ class Trainer:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
-        bar = progress(None, self.phase.name, self.train.steps, "step", done=self.step)
+        bar = progress(None, self.facts["phase"], self.train.steps, "step", done=self.step)
         with stop_signals() as received, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
@@ -5388,7 +5370,7 @@ class Trainer:
         """What the command prints at the end."""
         final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
         losses = [r["loss"] for r in log.records if "loss" in r]
-        return {"phase": self.phase.name, "steps": self.step, "loss": losses[-1] if losses else None,
+        return {"phase": self.facts["phase"], "steps": self.step, "loss": losses[-1] if losses else None,
                 "tokens": self.tokens, "seconds": round(self.seconds, 2),
                 "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "eval": final,
                 "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -5408,8 +5390,7 @@ class Trainer:
         tensors["rng/torch"] = torch.get_rng_state()
         values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
         config, parts = self.model.config, self.model.parts()
-        entry = {"phase": self.phase.name, "steps": self.step, "tokens": self.tokens, **self.facts}
-        config.history = [*self.earlier, entry]
+        config.history = [*self.earlier, {**self.facts, "steps": self.step, "tokens": self.tokens}]
         for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
             require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
                     "this checkpoint is not written: lower --lr; the last one stays")
@@ -5543,29 +5524,23 @@ class RunLog:
     def paint(self, left: Any, right: Any) -> None:
         """The two panels of the picture."""
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
-        left.plot(*zip(*losses, strict=True) if losses else ([], []))
+        left.plot(*np.asarray(losses).reshape(-1, 2).T)
         left.set(xlabel="step", ylabel="training loss")
-        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for record in self.records:
-            for name, kinds in record.get("eval", {}).items():
-                for kind, measured in kinds.items():
-                    curves.setdefault((name, kind), []).append((record["step"], measured["accuracy"]))
-        colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(name for name, _ in curves))}
-        styles = {"vectors": "-", "none": ":", "wrong": "--", "full": "-."}
-        for (name, kind), points in curves.items():
-            right.plot(*zip(*points, strict=True), styles[kind], color=colours[name],
-                       label=name if kind == "vectors" else None)
-        right.set(xlabel="step", ylabel="held-out token accuracy",
-                  title="solid: vectors, dotted: none, dashed: wrong, dash-dot: full text")
-        right.title.set_fontsize(8)
-        if curves:
+        evals = [(r["step"], r["eval"]) for r in self.records if r.get("eval")]
+        for n, name in enumerate(evals[-1][1] if evals else ()):
+            for kind, style in zip(CONTROLS, ("-", ":", "--", "-."), strict=True):
+                points = [(step, sets[name][kind]["accuracy"]) for step, sets in evals if kind in sets[name]]
+                right.plot(*np.asarray(points).reshape(-1, 2).T, style, color=f"C{n}",
+                           label=name if kind == "vectors" else None)
+        right.set(xlabel="step", ylabel="held-out token accuracy")
+        right.set_title("solid: vectors, dotted: none, dashed: wrong, dash-dot: full text", fontsize=8)
+        if evals:
             right.legend(fontsize=7)
 
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     """The text of a checkpoint's card."""
-    final = next((record for record in reversed(records) if record.get("eval")), None)
-    carried = carried_parts(config)
+    carried, final = carried_parts(config), [record for record in records if record.get("eval")][-1:]
     made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
     if config.training_model or config.lora or not carried:
         made = [f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
@@ -5580,13 +5555,12 @@ def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     for h in (h for h in config.history if h.get("recall")):
         shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in h["recall"].items())
         lines += ["", f"{h['phase']}: share of held-out questions whose answer stays text whole: {shown}."]
-    if final:
-        lines += ["", f"Held-out token accuracy after step {final['step']}:", "",
+    for record in final:
+        lines += ["", f"Held-out token accuracy after step {record['step']}:", "",
                   "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
-        for name, kinds in final["eval"].items():
-            shown = " | ".join(f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-"
-                               for kind in ("vectors", "none", "wrong", "full"))
-            lines.append(f"| {name} | {shown} |")
+        for name, kinds in record["eval"].items():
+            cells = [f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-" for kind in CONTROLS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -5681,25 +5655,25 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     return newest_checkpoint(folder)
 
 
-def train_phase(phase: Phase, configs: tuple[Any, ...],
+def train_phase(phase: str, weights: Weights, configs: tuple[Any, ...],
                 make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> dict[str, Any]:
     """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
     train, models, runtime = configs[-3:]
-    settled, accelerator = phase.settled(train), make_accelerator(runtime)
-    folder, settings = Path(train.out_dir), run_settings(configs, phase=phase.name)
+    train, accelerator = with_defaults(phase, train), make_accelerator(runtime)
+    folder, settings = Path(train.out_dir), run_settings(configs, phase=phase)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
         checkpoint = open_run(folder, facts, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
+        model = load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
         model.config.compression = max(train.k)
-        lessons = make_lessons(model, settled)
-        teacher = load_teacher(phase, settled, models, runtime)
-        mark_trained(model, settled.train, train.lora_r)
-        adapters = f" (LoRA {train.lora_r})" if train.lora_r else ""
-        told = {"train": settled.train + adapters, "device": facts["device"], "data": without_folders(facts["data"])}
-        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, told, runtime.seed)
+        lessons = make_lessons(model, train)
+        teacher = load_teacher(weights, train, models, runtime)
+        mark_trained(model, train.train, train.lora_r)
+        trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
+        entry = {"phase": phase, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
+        trainer = Trainer(model, lessons, weights, train, accelerator, teacher, entry, runtime.seed)
         if checkpoint:
             trainer.restore(checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
@@ -5709,9 +5683,9 @@ def train_phase(phase: Phase, configs: tuple[Any, ...],
             return trainer.fit()
 
 
-def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
+def load_teacher(weights: Weights, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
     """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
-    if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
+    if not (weights.kl or weights.argmax) or "d" not in train.train:
         return None
     return load_model(models, runtime).decoder.requires_grad_(False)
 
@@ -5756,7 +5730,7 @@ def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, 
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
         right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
-        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, item["answers"])
+        spans = answer_chunks(docs, right, item["answers"])
         if spans:
             inputs = gate_input(item["question"], docs, query, index)
             sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
@@ -5888,9 +5862,8 @@ class AnswerReader:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
         batch = checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
-        logits = self.model(batch).logits.float()
-        logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
-        return logs.reshape(len(masks), -1).mean(1)
+        logs = -nn.functional.cross_entropy(self.model(batch).logits.float(), batch.labels, reduction="none")
+        return logs.cpu().numpy().reshape(len(masks), -1).mean(1)
 
 
 def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
@@ -6846,7 +6819,7 @@ def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights
 
     def handler(texts: TextConfig, *configs: Options) -> None:
         *own, _, _, runtime = configs  # of the rest, TrainConfig, ModelConfig and RuntimeConfig are the last
-        summary = train_phase(Phase(name, weights(*own)), (texts, *configs),
+        summary = train_phase(name, weights(*own), (texts, *configs),
                               lambda model, train: lessons(model.encoder, texts, train, *own))
         emit(summary, runtime, training_text(summary))
 
@@ -6867,7 +6840,8 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
         gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
         return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
 
-    summary = train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search, train, models, runtime), lessons)
+    configs = sft, index, search, train, models, runtime
+    summary = train_phase("sft", Weights(kl=sft.distill), configs, lessons)
     emit(summary, runtime, training_text(summary))
 
 

@@ -218,7 +218,7 @@ def text_lessons(tmp_path, whole):
     """The lessons of a phase on texts, of an encoder that reads contents whole unless another is named."""
 
     def call(kind: type, rows: list[dict], encoder: refrag.ChunkEncoder = whole, held_out: list[dict] = (), *,
-             k: tuple[int, ...] = (4,), seq_tokens: int = 32, **options: object) -> refrag.Lessons:
+             k: tuple[int, ...] = (4,), seq_tokens: int = 32, **options: object) -> refrag.TextLessons:
         train, evaluation = ((str(write(tmp_path / name, content)),) if content else () for name, content in (
             ("t.jsonl", rows), ("d.jsonl", held_out)))
         config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens, eval_limit=options.pop("eval_limit", 32))
@@ -483,11 +483,11 @@ def lessons_on(tmp_path, whole, words):
     return call
 
 
-def full_text(lessons: refrag.Lessons, item: refrag.Item) -> str:
+def full_text(lessons: refrag.AnswerLessons, item: refrag.Item) -> str:
     """All that an item's prompt holds, its vectors spelled out, up to where the answer begins."""
     sequence = refrag.with_text(item.sequence)
     first = int(np.flatnonzero(sequence.labels >= 0)[0])
-    return lessons.tokenizer.decoder.decode(sequence.plan[: first + 1].tolist())
+    return lessons.prompts.tokenizer.decoder.decode(sequence.plan[: first + 1].tolist())
 
 
 def shown(prompt: str) -> list[int]:
@@ -500,9 +500,9 @@ def shown(prompt: str) -> list[int]:
     return found
 
 
-def answer(lessons: refrag.Lessons, item: refrag.Item) -> str:
+def answer(lessons: refrag.AnswerLessons, item: refrag.Item) -> str:
     """What is to be said."""
-    return lessons.tokenizer.decoder.decode(asked(item.sequence))
+    return lessons.prompts.tokenizer.decoder.decode(asked(item.sequence))
 
 
 NONE = "Not in the documents.<|im_end|>"
@@ -606,8 +606,8 @@ def test_everything_as_text_is_the_plain_prompt(lessons_on):
         item = lessons.draw(number, rng(number), 0.0)
         plan, said = item.sequence.plan, asked(item.sequence)
         contents = [f"Title {n}\n{TEXTS[n]}" for n in shown(full_text(lessons, item))]
-        docs = refrag.make_docs(contents, [None] * len(contents), 4, lessons.tokenizer)
-        prompt = refrag.make_context(lessons.tokenizer, QUESTIONS[number]["question"], docs).prompt
+        docs = refrag.make_docs(contents, [None] * len(contents), 4, lessons.prompts.tokenizer)
+        prompt = refrag.make_context(lessons.prompts.tokenizer, QUESTIONS[number]["question"], docs).prompt
         assert plan.tolist() == [*prompt.input_ids.tolist(), *said[:-1]]
         teacher = lessons_on(distill=1.0, p=(0.1,)).draw(number, rng(number), 0.0).teacher
         assert teacher.plan.tolist() == plan.tolist() and asked(teacher) == said
@@ -689,7 +689,7 @@ def test_passages_fit_and_the_right_one_stays(lessons_on, encoder, ranked, seq_t
     ranked(*order)
     lessons = lessons_on(encoder=encoder, seq_tokens=seq_tokens, p=(0.0,), topk=6)
     contents = [f"Title {n}\n{TEXTS[n]}" for n in order]
-    lengths = [len(ids) for ids in lessons.tokenizer.encoder(contents, add_special_tokens=False)["input_ids"]]
+    lengths = [len(ids) for ids in lessons.prompts.tokenizer.encoder(contents, add_special_tokens=False)["input_ids"]]
     for number, gold in enumerate(GOLD):
         item = lessons.draw(number, rng(), 0.0)
         passages = shown(full_text(lessons, item))
@@ -723,7 +723,7 @@ def test_questions_and_answers_make_no_special_token(lessons_on):
     lessons = lessons_on([{"question": "Who <|im_end|> </doc>?", "answers": ["the <|im_end|> Rhone"],
                            "positive_ids": ["a"]}])
     ids = [*refrag.with_text(lessons.draw(0, rng(), 0.0).sequence).plan.tolist(), END]
-    assert [i for i in ids if i in lessons.tokenizer.decoder.all_special_ids] == [START, END, START, END]
+    assert [i for i in ids if i in lessons.prompts.tokenizer.decoder.all_special_ids] == [START, END, START, END]
 
 
 def test_every_chunk_is_encoded_from_its_own_text(lessons_on, encoder):
@@ -732,7 +732,7 @@ def test_every_chunk_is_encoded_from_its_own_text(lessons_on, encoder):
     chunks, rows = lessons.draw(0, rng(), 0.0).sequence.content
     owners = np.concatenate([owner for _, owner in rows])
     assert (np.diff(owners[owners >= 0]) >= 0).all() and set(owners.tolist()) - {-1} == set(range(len(chunks)))
-    encoder, decoder = lessons.tokenizer.encoder, lessons.tokenizer.decoder
+    encoder, decoder = lessons.prompts.tokenizer.encoder, lessons.prompts.tokenizer.decoder
     lower = encoder.backend_tokenizer.normalizer or types.SimpleNamespace(normalize_str=str)
     ids, read, spelled = np.concatenate([ids for ids, _ in rows]), "", ""
     for number, chunk in enumerate(chunks):
@@ -787,7 +787,7 @@ def sized(number: int, positions: int, tag: object = "") -> refrag.Item:
     return refrag.Item(refrag.TrainingSequence(plan, plan, refrag.Content([], [])), None, f"{number}{tag}")
 
 
-class Sizes(refrag.Lessons):
+class Sizes:
     """Items of given numbers of positions; each draw also shows its random generator and the progress."""
 
     def __init__(self, sizes: list[int], seq_tokens: int = 64):
@@ -863,14 +863,13 @@ def test_an_error_in_what_is_made_ahead_arrives():
 
 
 def test_seeds_epochs_and_draws_differ():
-    orders = {tuple(sampler(seed=seed).order(epoch).tolist()) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-    samples = sampler([8] * 4, batch_size=1)
-    seen = [where.split()[1] for step in range(30) for where in drawn(samples.step(step))]
-    assert len(set(seen)) == len(seen) > 100
-    samples = sampler(batch_size=1)
-    seen = [int(where.split()[0]) for step in range(9) for where in drawn(samples.step(step))]
-    assert set(seen) != set(range(len(seen)))  # not as they stand in the file
+    orders = set()
+    for seed in range(3):
+        samples = sampler(seed=seed)
+        draws = [samples.draw(0).where.split() for _ in range(120)]
+        orders |= {tuple(number for number, *_ in draws[at : at + 40]) for at in (0, 40, 80)}
+        assert len({chance for _, chance, _ in draws}) == 120
+    assert len(orders) == 9 and tuple(map(str, range(40))) not in orders
     assert {where.split()[2] for where in drawn(sampler(steps=8).step(6))} == {"0.7500"}  # the share of the steps
 
 
