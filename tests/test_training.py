@@ -376,7 +376,7 @@ def test_every_item_of_a_step_asks_for_something(text_lessons, encoder, kind):
     rows = [{"text": text[:40]} for text in TEXTS[:3]]
     lessons = text_lessons(kind, rows, encoder, k=(4, 64), seq_tokens=64)
     samples = refrag.Sampler(lessons, lessons.train, 2, 64, 1)
-    steps = [samples.step(step) for step in range(10)]
+    steps = [samples.step(step) for step in range(3)]
     assert all(item.sequence.asked for passes in steps for items in passes for item in items)
     if kind is refrag.AlignLessons:
         with pytest.raises(refrag.UserError, match="longer texts or a smaller --k"):
