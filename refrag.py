@@ -2202,7 +2202,7 @@ def passage_content(title: str, text: str) -> str:
 
 
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
 
 
 class StringColumn(Sequence):
@@ -2217,7 +2217,7 @@ class StringColumn(Sequence):
         return self.starts[-1]
 
     def place(self, row: int) -> tuple[int, int]:
-        """(folder, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
+        """(folder, row in it). Raises IndexError, also for a negative row."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         number = bisect.bisect_right(self.starts, row) - 1
@@ -2232,8 +2232,8 @@ class StringColumn(Sequence):
 class Index:
     """An index folder, verified and memory-mapped: one segment, and others for what was added.
 
-    manifest.json names the folders of the segments; a writer makes a new one beside them and then replaces the manifest
-    in one step, so that a reader finds the old index or the new one.
+    A writer makes a new folder beside those that manifest.json names, and then replaces the manifest in one step, so
+    that a reader finds the old index or the new one.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
@@ -2267,7 +2267,7 @@ class Index:
         return {self.ids[row], self.document_id(row)}
 
     def serves(self, k: int) -> bool:
-        """Whether the chunks of k tokens are runs of stored ones: the boundaries of other k would not nest."""
+        """Whether chunks of k tokens are runs of stored ones; the boundaries of any other k would not nest."""
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
@@ -2282,10 +2282,10 @@ class Index:
         number, inside = self.ids.place(row)
         segment = self.segments[number]
         span = slice(*segment["chunk_offsets"][inside : inside + 2])
-        gate = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
+        embeddings = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
         usable = "chunks" in segment and self.manifest["chunking"]["encoder"] == encoder
         states = np.asarray(segment["chunks"][span], dtype=np.float32) if usable else None
-        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], gate, states)
+        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], embeddings, states)
         return merge_chunks(table, k // stored)
 
     def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
@@ -2358,30 +2358,30 @@ def announce_replacement(path: Path) -> None:
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
-    """--add keeps the settings of the index. Raises MismatchError for others."""
+    """Raise MismatchError if --add names other settings than the index has."""
     k, with_states = manifest["chunking"]["k"], manifest["chunking"]["encoder"] is not None
     embedder = manifest["embedder"].get("name")
-    facts = (f"which is {manifest['retriever']} with --faiss {manifest['faiss']}, embedder {embedder or 'none'} and "
-             f"{'' if with_states else 'no '}chunk vectors at k = {k}")
-    options = (("k", build.k, build.k == k and with_states),
-               ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
-               ("retriever", index.retriever, index.retriever == manifest["retriever"]),
-               ("embed_model", index.embed_model, embedder is not None))
-    for flag, value, fits in options:
+    for flag, value, fits in (
+            ("k", build.k, build.k == k and with_states),
+            ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
+            ("retriever", index.retriever, index.retriever == manifest["retriever"]),
+            ("embed_model", index.embed_model, embedder is not None)):
         if value is not None and not fits:
-            raise MismatchError(f"--{flag} {value} does not fit the index, {facts}: build it anew")
+            raise MismatchError(
+                f"--{flag} {value} does not fit the index, which is {manifest['retriever']} with --faiss "
+                f"{manifest['faiss']}, embedder {embedder or 'none'} and {'' if with_states else 'no '}chunk vectors "
+                f"at k = {k}: build it again")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
-    """Raises MismatchError unless the index was built with this embedder's weights and settings."""
-    built = manifest["embedder"]
-    if built.get("fingerprint") != embedder.fingerprint:
-        raise MismatchError(f"the index was built with embedder {built.get('name')}, not with these weights of "
-                            f"{embedder.name}: use the same --embed_model or build the index again")
+    """Raise MismatchError unless the index was built with this embedder's weights and settings."""
+    if manifest["embedder"].get("fingerprint") != embedder.fingerprint:
+        raise MismatchError(f"the index was built with embedder {manifest['embedder'].get('name')}, not with these "
+                            f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
 def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
-    """Where to cut each record so that title and piece fit `limit` tokens."""
+    """The pieces of each record, so that title and piece fit `limit` tokens. See `split_spans`."""
     special = tokenizer.num_special_tokens_to_add()
     titles = tokenize(tokenizer, [r.title or "." for r in records])
     texts = tokenize(tokenizer, [r.text for r in records])
@@ -2399,36 +2399,33 @@ class CorpusWriter:
         self.columns, self.documents = columns, set()
         self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
 
-    def write(self, ids: list[str], titles: list[str], texts: list[str], metadata: list[str], parts: Any) -> None:
-        """Append passages; parts: 0 for a whole document, else the number of the piece."""
-        for name, values in zip(STRING_COLUMNS, (ids, titles, texts, metadata), strict=True):
-            self.columns.append_texts(name, values)
-        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
-
     def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
         """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
         ids = [f"{record.id}#{part}" if part else record.id for part in parts]
         for identifier in {record.id, *ids}:
             self.check_free(identifier, record.where)
         self.documents.add(record.id)
         self.places |= dict.fromkeys({record.id, *ids}, record.where)
-        self.write(ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids), parts)
+        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
+        for name, texts in zip(STRING_COLUMNS, values, strict=True):
+            self.columns.append_texts(name, texts)
+        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
 
     def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a document or piece has this id already. where: of the one that is to have it."""
+        """Raise BadRecord if a document or piece has this id already. where: the place of the one to be added."""
         if first := self.places.get(identifier):
             raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
     def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
-        """(documents of an older index that new ones replace, their rows in each segment). Raises UserError."""
+        """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
         documents, rows = set(), [set() for _ in index.segments]
         for row, identifier in enumerate(index.ids):
-            number, inside = index.ids.place(row)
-            document = identifier.rpartition("#")[0] if index.segments[number]["parts"][inside] else identifier
+            document = index.document_id(row)
             if document in self.documents:
                 documents.add(document)
+                number, inside = index.ids.place(row)
                 rows[number].add(inside)
             else:
                 self.check_free(identifier, "the index")
@@ -2439,8 +2436,8 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
            counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
     """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
 
-    room: tokens the embedder reads; sources: see `source_label`. counts receives what was added, and the documents
-    that it replaced. Returns what `part_segments` does.
+    room: tokens the embedder reads; sources: see `source_label`. counts receives the passages that were added and the
+    documents that they replaced. Returns what `plan_compaction` does.
     """
     limit = min(corpus.max_passage_tokens, room)
     if limit < corpus.max_passage_tokens:
@@ -2453,11 +2450,9 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        counts["added"], counts["replaced_documents"], kept, taken = columns.rows["parts"], 0, [], []
-        if previous is not None:
-            documents, rows = writer.replaced(previous)
-            counts["replaced_documents"] = len(documents)
-            kept, taken = part_segments(previous, rows)
+        documents, rows = writer.replaced(previous) if previous is not None else ((), ())
+        counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+        kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
         for run in taken:
             previous.copy_texts(columns, *run)
     return kept, taken
@@ -2469,28 +2464,20 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     k, tokenizer, encoder = chunking
     prepared = [tokenizer.neutralize(content) for content in contents]
     cuts = tokenizer.cut(prepared, k)
-    vectors, gates = None, [None] * len(contents)
-    states = encoder.encode(prepared, k) if encoder else gates
+    vectors, embeddings = None, [None] * len(contents)
+    states = encoder.encode(prepared, k) if encoder else embeddings
     if embedder is not None:
         vectors, token_states = embedder.embed_with_states(contents, batch_size)
-        gates = [late_chunk_vectors(*item) for item in zip(
-            token_states, embedder.state_ends(contents), [cut.ends for cut in cuts], vectors, strict=True)]
-    return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
-
-
-def packed_tables(vectors: np.ndarray | None, tables: list[ChunkTable]) -> dict[str, np.ndarray]:
-    """What `chunk_tables` returns, in the types that the index stores: the tables end to end, and each one's length."""
-    types = {"ends": np.uint32, "sizes": np.uint16, "gate": np.float16, "states": np.float16}
-    block = {name: np.concatenate([getattr(table, name) for table in tables]).astype(dtype)
-             for name, dtype in types.items() if getattr(tables[0], name) is not None}
-    block["counts"] = np.asarray([len(table.ends) for table in tables])
-    return block if vectors is None else block | {"vectors": vectors}
+        embeddings = map(late_chunk_vectors, token_states, embedder.state_ends(contents), [cut.ends for cut in cuts],
+                         vectors)
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
+                     for cut, *item in zip(cuts, embeddings, states, strict=True)]
 
 
 class Blocks:
     """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
 
-    A block is known by what it was made of: those of another corpus, model or precision are never taken.
+    A block's name is a digest of its contents, models and precision, so that no other block is taken for it.
     """
 
     def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
@@ -2500,21 +2487,39 @@ class Blocks:
         self.folder = path / FINISHED_BLOCKS
         self.made_by = dumps({
             "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size}).encode()
+            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size, "form": "columns"}).encode()
         if self.kept:
             self.folder.mkdir(exist_ok=True)
         if count := len(list(self.folder.glob("*.npz"))):
             notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
 
+    def columns(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """What an index stores of passages, and the number of chunks of each as "lengths".
+
+        vectors (N, dim) float32, of L chunks in all chunk_ends (L,) uint32, chunk_sizes (L,) uint16, gate (L, dim) int8
+        with gate_scales (L, 1) float32, and chunks (L, E) float16; those that no model makes are left out.
+        """
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        columns = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                   "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            columns["vectors"] = vectors
+            columns["gate"], columns["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            columns["chunks"] = states.astype(np.float16)
+        return columns
+
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The block of some passages: read, or made and kept where it is not there, or damaged."""
+        """The columns of some passages: read, or computed and kept if they are missing or damaged."""
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
             key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
         path = self.folder / f"{key.hexdigest()}.npz"
         with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
             return dict(file)
-        block = packed_tables(*chunk_tables(contents, self.chunking, self.embedder, self.batch_size))
+        block = self.columns(contents)
         if self.kept:
             data = io.BytesIO()
             np.savez(data, **block)
@@ -2522,7 +2527,7 @@ class Blocks:
         return block
 
     def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
-        """The blocks of the first `count` passages of a segment, or of every n-th of them."""
+        """The blocks of the first `count` passages of a segment, or every n-th of them."""
         titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
@@ -2542,29 +2547,20 @@ class Blocks:
 
 def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
                  taken: Sequence[Run]) -> None:
-    """Second pass: write vectors (a temporary file) and chunk tables of all passages. blocks: of the first `count`."""
+    """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
     with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
         for block in blocks:
-            columns.append_lengths("chunk_offsets", block["counts"])
-            columns.append("chunk_ends", block["ends"])
-            columns.append("chunk_sizes", block["sizes"])
-            if "gate" in block:
-                levels, scales = in_8_bits(block["gate"])
-                columns.append("gate", levels)
-                columns.append("gate_scales", scales)
-            if "states" in block:
-                columns.append("chunks", block["states"])
-            if "vectors" in block:
-                columns.append("vectors", block["vectors"])
-            bar.update(len(block["counts"]))
+            bar.update(len(block["lengths"]))
+            columns.append_lengths("chunk_offsets", block.pop("lengths"))
+            for name, rows in block.items():
+                columns.append(name, rows)
         for run in taken:
             previous.copy_chunks(columns, *run)
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
-    built = None
+    titles, texts, built = StringColumn([folder], "titles"), StringColumn([folder], "texts"), None
     if "dense" in uses:
         vectors = map_array(folder / "vectors.npy")
         built = faiss_kind(kind, len(vectors))
@@ -2574,8 +2570,7 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         write_faiss(index, folder / "faiss.index")
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
-        contents = (passage_content(titles[row], texts[row]) for row in range(len(texts)))
-        build_bm25(contents, len(texts), folder / "bm25")
+        build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
     return built
 
 
@@ -2584,51 +2579,46 @@ Run = tuple[int, int, int]  # rows that stand together: the segment's number, th
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
-def part_segments(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
+def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
     """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
     With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which is
-    always kept. Raises MismatchError if it has rows that are replaced.
+    passage is copied only when its segment at least doubles. ivfpq vectors cannot be reconstructed, so those segments
+    stay. Raises MismatchError if one has rows that are replaced.
     """
     segments = previous.manifest["segments"]
     sizes, cut = [segment["passages"] for segment in segments], len(segments)
     fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
     if any(replaced[at] for at in fixed):
-        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it anew, or add others")
+        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it again, or add others")
     if len(segments) >= MOST_SEGMENTS:
         cut = next((at for at in range(len(sizes) - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
         cut = max([cut, *(at + 1 for at in fixed)])
-    kept = [at for at in range(cut) if not replaced[at]]
-    taken = []
-    for at in sorted(set(range(len(segments))) - set(kept)):
+    kept, taken = [at for at in range(cut) if not replaced[at]], []
+    for at in sorted({*range(len(segments))} - {*kept}):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
         taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
-    """Make a manifest's segments the index, in one step, and remove all others. known: entries of older files."""
+def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]]) -> None:
+    """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
+
+    older: entries of files of older segments.
+    """
     folders = {segment["folder"] for segment in manifest["segments"]}
-    known = {name: entry for name, entry in known.items() if name.partition("/")[0] in folders}
+    known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
     try:
         write_manifest(path / "manifest.json", new, manifest, known=known)
     finally:
-        remove_leftovers(path, new)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
-
-
-def remove_leftovers(path: Path, new: Path) -> None:
-    """Remove the segments that an index's manifest does not name, and what killed writers left."""
-    try:
-        current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
-    except (OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-        current = [folder.name for folder in path.glob("gen-*") if folder != new]
-    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:
-        if leftover.name not in current:
+        current = {folder for folder in path.glob("gen-*") if folder != new}
+        with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
+            current = {path / segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]}
+        for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
             shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in path.glob(".manifest*.tmp"):
-        leftover.unlink(missing_ok=True)
+        for leftover in path.glob(".manifest*.tmp"):
+            leftover.unlink(missing_ok=True)
+    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
 
 
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
@@ -2698,27 +2688,22 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's where they tie.
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie.
 
-        BM25's come first: to settle equal sums of ranks by its scores gives a better order than by the embedder's.
+        BM25 comes first: it settles equal sums of ranks better than the embedder.
         """
-        found, dense = {}, {}
+        dense, sparse = {}, {}
         if "dense" in self.uses:
             dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            found["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
-        return found | dense
-
-    def leading_sentence(self, row: int) -> str:
-        """A passage's title and first sentence, the link to the next hop."""
-        first = SENTENCE_GAP.split(self.index.texts[row], maxsplit=1)[0]
-        return f"{self.index.titles[row]} {first[:300]}".strip()
+            sparse["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
+        return sparse | dense
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
         """(row, score) over all hops, best first, and what each hop found.
 
-        A later hop asks with the question and the best passage that is new to it.
+        A later hop asks with the question and the title and first sentence of the best passage that is new to it.
         """
         found = [self.find(question, depth)]
         rankings, used = [rrf(list(found[0].values()))], set()
@@ -2727,12 +2712,13 @@ class Searcher:
             if best is None:
                 break
             used.add(best)
-            found.append(self.find(f"{question} {self.leading_sentence(best)}", depth))
+            sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
+            found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
             rankings.append(rrf(list(found[-1].values())))
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def distinct(self, ranked: Iterable[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-        """The first `most` rows with different contents: a passage that stands in the corpus twice counts once."""
+        """The first `most` rows with different contents: a passage that the corpus holds twice counts once."""
         contents: dict[str, tuple[int, float]] = {}
         for row, score in ranked:
             contents.setdefault(self.index.content(row), (row, score))

@@ -712,13 +712,13 @@ def test_which_segments_are_taken(sizes, kept):
     segments = [{"faiss": "flat", "passages": size} for size in sizes]
     index = types.SimpleNamespace(manifest={"segments": segments})
     none = [()] * len(sizes)
-    stay, taken = refrag.part_segments(index, none)
+    stay, taken = refrag.plan_compaction(index, none)
     assert stay == list(range(kept))
     assert taken == [(at, 0, sizes[at]) for at in range(kept, len(sizes))]
     if kept and sizes:
         index.manifest["segments"] = [part | {"faiss": "ivfpq" if at == kept else "flat"}
                                       for at, part in enumerate(segments)]
-        assert len(refrag.part_segments(index, none)[0]) == (kept + 1 if kept < len(sizes) else kept)
+        assert len(refrag.plan_compaction(index, none)[0]) == (kept + 1 if kept < len(sizes) else kept)
 
 
 @pytest.mark.parametrize(("replaced", "kept", "runs"), [
@@ -727,10 +727,10 @@ def test_which_segments_are_taken(sizes, kept):
 def test_segments_with_replaced_rows_are_taken_without_them(replaced, kept, runs):
     segments = [{"faiss": "hnsw", "passages": size} for size in (3, 5, 3)]
     index = types.SimpleNamespace(path="i", manifest={"segments": segments})
-    assert refrag.part_segments(index, replaced) == (kept, runs)
+    assert refrag.plan_compaction(index, replaced) == (kept, runs)
     index.manifest["segments"] = [part | {"faiss": "ivfpq"} for part in segments]
-    with pytest.raises(refrag.MismatchError, match="ivfpq index can't replace documents: build it anew"):
-        refrag.part_segments(index, replaced)
+    with pytest.raises(refrag.MismatchError, match="ivfpq index can't replace documents: build it again"):
+        refrag.plan_compaction(index, replaced)
 
 
 def test_naming_the_type_again_adds_a_few(tmp_path, run, spread, llama):
@@ -917,7 +917,8 @@ def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, run, embedder, llama
 
 def test_a_document_may_have_many_pieces(tmp_path):
     with refrag.ColumnWriter(tmp_path) as columns:
-        refrag.CorpusWriter(columns).write(["a#70000"], [""], ["text"], [""], [70_000])
+        spans = list(itertools.pairwise(range(70_001)))
+        refrag.CorpusWriter(columns).add(refrag.Record("a", "", "x" * 70_000, "a:1"), spans)
 
 
 def test_the_embedders_limit_is_announced(tmp_path, run, corpus, embedder, llama):
