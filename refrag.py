@@ -872,6 +872,12 @@ def notice(text: str) -> None:
         say(text, file=sys.stderr)
 
 
+def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
+    """Print a result on stdout: JSON with --json, else the text. Only rank 0 of launched processes prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result)) if runtime.json else say(text)
+
+
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
     """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
 
@@ -2764,6 +2770,17 @@ def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConf
 # =============================================================================
 # 6. Packing. Passages and a budget in, a mixed prompt out.
 #    Knows tokens and tags; knows no weights and no files.
+#
+#    texts     question and passages (characters; ChunkTable.ends counts them)
+#    tokens    Prompt.input_ids (T,): the decoder's, of the whole message at once, each passage a <doc id="1"> block
+#    chunks    L: every passage is cut after k tokens of the encoder; Prompt.chunks are these as ranges of the T tokens
+#    plan      (P,), P <= T: v >= 0 feeds the token v, v < 0 the vector of chunk -v - 1          gate, mixed_plan
+#    states    (L, E): one for each chunk, from the encoder or the index                          ChunkEncoder
+#    vectors   (L, D): the mean of the chunk's token embeddings with the projector's correction   Projector
+#    inputs    (P, D): embeddings and vectors in the plan's order, read by the decoder            RefragModel.embed
+#
+#    Two tokenizers count (with decoder:N they are one): the ENCODER's tokens in k and in ChunkTable.sizes, the
+#    DECODER's in Prompt.sizes, in the budget p and in --ctx_max.
 # =============================================================================
 
 DOC_TAG = re.compile(r"<(?=\s*(?:/\s*)?doc\b)", re.IGNORECASE)
@@ -2776,25 +2793,27 @@ NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
 def cut_allowed(tokens: Tokens) -> np.ndarray:
-    """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
+    """(T + 1,) bool: True where a chunk may start at token i, i.e. not inside a character of several tokens."""
     allowed = np.ones(len(tokens.ids) + 1, dtype=bool)
     allowed[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
     return allowed
 
 
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
-    """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
+    """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    allowed: (T + 1,), see `cut_allowed`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
-    the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends before
-    it; only a character longer than a unit makes a unit longer.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
+    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
+    unit makes a unit longer. Raises ValueError if k < 1.
     """
+    if k < 1:
+        raise ValueError(f"need k >= 1, got {k}")
     T, unit = len(allowed) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
-    places, cuts, last = np.flatnonzero(allowed).tolist(), [0], 0
-    while cuts[-1] < T:
-        last = max(bisect.bisect_right(places, cuts[-1] + unit) - 1, last + 1)
-        cuts.append(places[last])
-    return np.asarray([*cuts[: -1 : k // unit], T], dtype=np.int64)
+    places, bounds, last = np.flatnonzero(allowed).tolist(), [0], 0
+    while bounds[-1] < T:
+        last = max(bisect.bisect_right(places, bounds[-1] + unit) - 1, last + 1)  # at least one place further
+        bounds.append(places[last])
+    return np.asarray([*bounds[: -1 : k // unit], T], dtype=np.int64)  # the first unit of every chunk, and the end
 
 
 class Cut(NamedTuple):
@@ -2806,7 +2825,7 @@ class Cut(NamedTuple):
 
 
 def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
-    """Cut a text where `token_cuts` cuts its tokens; a text without tokens, white space alone, is one chunk.
+    """Cut a text into chunks of k tokens; a text without tokens (only white space) is one chunk.
 
     Tokens without characters of their own belong to the chunk before, or to the first.
     """
@@ -2815,10 +2834,19 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
         return Cut(tokens.ids[:0], ends, np.zeros_like(ends))
     bounds = token_cuts(cut_allowed(tokens), k)
     ends = np.append(tokens.ends[bounds[1:-1] - 1], len(text))
-    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))
+    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))  # chunks that hold a character
     firsts = np.append(bounds[kept], len(tokens.ids))
     firsts[0] = 0
     return Cut(tokens.ids, ends[kept], np.diff(firsts))
+
+
+def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
+
+    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
+    """
+    [tokens] = tokenize(tokenizer, [text])
+    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
 
 def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
@@ -2826,24 +2854,11 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
     return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
 
 
-def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """Character spans of k tokens each that cover the text exactly; the last may be shorter.
-
-    Never inside a character. tokenizer: any fast Hugging Face tokenizer. Raises ValueError if k < 1.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
-    if k < 1:
-        raise ValueError(f"need k >= 1, got {k}")
-    [tokens] = tokenize(tokenizer, [text])
-    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
-
-
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
-    an id, with a broken attribute or with another tag inside is none.
+    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
+    with a broken attribute or with another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2856,7 +2871,7 @@ def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 class Segment(NamedTuple):
-    """A piece of a parsed prompt: plain text, or the content of a document."""
+    """A part of a parsed prompt: plain text, or the content of a document cut into L chunks."""
 
     kind: str  # "text" or "doc"
     text: str
@@ -2897,7 +2912,7 @@ class RefragTokenizer:
         return tokenizer_fingerprint(self.encoder)
 
     def neutralize(self, text: str) -> str:
-        """Text that can make no special token and no <doc> tag: their first character becomes a look-alike.
+        """Replace the first character of special tokens and <doc> tags by a look-alike.
 
         The length stays, so character spans hold for both. Example: "</doc>" -> "\u2039/doc>"
         """
@@ -2918,27 +2933,21 @@ class RefragTokenizer:
         rows = zip(contents, tokenize(self.encoder, contents), strict=True)
         return [cut_chunks(content, tokens, k) for content, tokens in rows]
 
-    def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
-        [(ids, _, sizes)] = self.cut([content], k)
-        mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider only for a character of > k tokens
-        tokens = np.zeros(mask.shape, dtype=np.int64)
-        tokens[mask] = ids
-        return tokens, mask.astype(np.int64)
-
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
+        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
 
-        Everything but the blocks of `split_docs` is plain text: an unclosed tag, a stray </doc>, the outer tags of
-        nested blocks. Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
+        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
         segments = []
         for part, label in split_docs(text):
-            if part or label is not None:
-                part, doc_id = self.neutralize(part), label and self.neutralize(label)
-                packed = (np.zeros((0, k), dtype=np.int64),) * 2 if label is None else self.pack(part, k)
-                ids = self.decoder(part, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text" if label is None else "doc", part, doc_id, ids, *packed))
+            part, label = self.neutralize(part), label and self.neutralize(label)
+            [(ids, _, sizes)] = self.cut([part if label else ""], k)
+            mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider for a character of > k tokens
+            packed = np.zeros(mask.shape, dtype=np.int64)
+            packed[mask] = ids
+            ids = self.decoder(part, add_special_tokens=False)["input_ids"]
+            if part or label:
+                segments.append(Segment("doc" if label else "text", part, label, ids, packed, mask.astype(np.int64)))
         return segments
 
 
@@ -3057,15 +3066,20 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
 
 
 def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, tokenizer: RefragTokenizer,
-              index: Index | None = None, encoder: str | None = None) -> list[Doc]:
-    """Documents, best first, with chunks of k tokens: those of the index where it holds such, else cut now.
+              index: Index | None = None, encoder: str | None = None, *, labels: Iterable[str] | None = None,
+              fit: float = math.inf, keep: int | None = None) -> list[Doc]:
+    """Documents, best first, with chunks of k tokens: those stored in the index if it has them, else cut now.
 
-    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`.
+    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`; labels: ids for the
+    tags, default the ranks. Documents are dropped from the end until they hold `fit` encoder tokens together, but
+    neither the last one left nor that of the row `keep`.
     """
     tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
     cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
-    tables = [table or ChunkTable(*next(cuts)[1:]) for table in tables]
-    return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
+    docs = list(zip(contents, [table or ChunkTable(*next(cuts)[1:]) for table in tables], rows, strict=True))
+    while len(docs) > 1 and sum(int(table.sizes.sum()) for _, table, _ in docs) > fit:
+        docs.pop(max(i for i, (_, _, row) in enumerate(docs) if row != keep))
+    return [Doc(label, *doc) for label, doc in zip(labels or map(str, itertools.count(1)), docs, strict=False)]
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
@@ -3081,17 +3095,18 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The same for --prompt, whose documents stand in the text. Raises UserError if they exceed ctx_max tokens."""
-    pieces: list[str | Doc] = []
-    for part, label in split_docs(text.strip()):
-        part = tokenizer.neutralize(part)
-        cuts = tokenizer.cut([part] if label is not None else [], k)
-        docs = [Doc(tokenizer.neutralize(label), part, ChunkTable(*cut[1:])) for cut in cuts]
-        pieces += docs or [part]
-    prompt = build_prompt(tokenizer, pieces)
+    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
+
+    Raises UserError if the documents exceed ctx_max tokens.
+    """
+    parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
+    blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
+    docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
+    unread = iter(docs)
+    prompt = build_prompt(tokenizer, [part if label is None else next(unread) for part, label in parts])
     require(prompt.context_tokens <= ctx_max,
             f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
-    return Context(text, prompt, [piece for piece in pieces if isinstance(piece, Doc)])
+    return Context(" ".join(" ".join(part for part, label in parts if label is None).split()), prompt, docs)
 
 
 def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
@@ -4172,22 +4187,21 @@ def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, ind
     return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
-def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
-                  answers: Sequence[str]) -> list[list[int]]:
-    """For each place where an answer stands in a right document: the chunks that it covers.
+def answer_chunks(docs: Sequence[Doc], right: Sequence[bool], answers: Sequence[str]) -> list[list[int]]:
+    """For each place where an answer stands in a right document: the chunks that it covers, numbered through.
 
-    Whole words, where an answer stands anywhere as such; letters of either case. ends: of the chunks of each document,
-    in characters; chunks are numbered through. Example: "an old mill", ends [4, 11], answer "old mill" -> [[0, 1]]
+    Whole words, where an answer stands anywhere as such; letters of either case.
+    Example: "an old mill" in chunks that end at 4 and 11, answer "old mill" -> [[0, 1]]
     """
     spans, base = [], 0
-    for content, edges, counts in zip(contents, ends, right, strict=True):
+    for doc, counts in zip(docs, right, strict=True):
         for answer in answers if counts else ():
             plain = re.escape(answer.strip())
-            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", content, re.IGNORECASE))
-            for match in found or re.finditer(plain, content, re.IGNORECASE):
-                first, last = np.searchsorted(edges, [match.start(), match.end() - 1], side="right")
+            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", doc.content, re.IGNORECASE))
+            for match in found or re.finditer(plain, doc.content, re.IGNORECASE):
+                first, last = np.searchsorted(doc.chunks.ends, [match.start(), match.end() - 1], side="right")
                 spans.append(list(range(base + int(first), base + int(last) + 1)))
-        base += len(edges)
+        base += len(doc.chunks.ends)
     return spans
 
 
@@ -4700,22 +4714,14 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
     return continue_plan(np.append(all_vectors(encoder, content), mark), ids, content)
 
 
-class Lessons:
-    """What a phase learns from: `draw` an item of a number below len(self), `exam` by items of the held-out data."""
-
-    def __init__(self, encoder: ChunkEncoder, train: TrainConfig):
-        self.encoder, self.tokenizer, self.train = encoder, encoder.tokenizer, train
-
-
-class TextLessons(Lessons):
-    """Texts, cut into windows of at most --seq_tokens tokens."""
+class TextLessons:
+    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens."""
 
     beyond = 0  # tokens that a window needs beyond one chunk
 
     def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
         """options: the phase's own."""
-        super().__init__(encoder, train)
-        self.options = options
+        self.encoder, self.tokenizer, self.train, self.options = encoder, encoder.tokenizer, train, options
         self.cache, self.windows = self.load(texts.train_json)
         short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
         if short:
@@ -4883,28 +4889,23 @@ class AnswerPrompts:
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        cuts = self.tokenizer.cut(contents, k)
-        keep = list(range(len(shown)))
-        while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
-            keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:]), shown[i])
-                for rank, i in enumerate(keep, start=1)]
+        docs = make_docs(contents, shown, k, self.tokenizer, fit=self.seq_tokens, keep=gold)
         context = make_context(self.tokenizer, question, docs)
         label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [context.prompt.input_ids[c.first : c.last] for c in context.prompt.chunks]
-        inputs = self.encoder.inputs([doc.content for doc in docs], [cuts[i] for i in keep])
+        contents = [doc.content for doc in docs]
+        inputs = self.encoder.inputs(contents, self.tokenizer.cut(contents, k))
         return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
 
 
-class AnswerLessons(Lessons):
-    """Questions on retrieved passages; the answer alone is learned."""
+class AnswerLessons:
+    """What `sft` learns from: questions on retrieved passages; the answer alone is learned."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
                  search: SearchConfig, gate: QueryGate | None = None):
         """gate: the learned one; without it the blend chooses."""
-        super().__init__(encoder, train)
-        self.sft, self.index, self.topk, self.gate = sft, searcher.index, search.topk, gate
+        self.train, self.sft, self.index, self.topk, self.gate = train, sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
         self.questions, self.held_out = (
             retrieve_all(read_answered_questions(name, flag, limit), searcher, search) if name else []
@@ -5018,6 +5019,8 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
     return found
 
 
+Lessons = TextLessons | AnswerLessons
+
 # -- the order of the data ------------------------------------------------------
 
 
@@ -5034,20 +5037,16 @@ class Sampler:
             lessons, train.steps, seed, processes, pass_cost)
         self.least = train.grad_accum * processes  # items of a step
         self.pass_positions = train.batch_size * train.seq_tokens
-        self.drawn, self.known = 0, (-1, np.zeros(0))  # the last epoch asked for, and its order
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch: a permutation of the items."""
-        if self.known[0] != epoch:
-            self.known = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
-        return self.known[1]
+        self.drawn, self.epoch, self.order = 0, -1, np.zeros(0)
 
     def draw(self, step: int) -> Item:
-        """The next item."""
+        """The next item, in the order of its epoch."""
         epoch, place = divmod(self.drawn, len(self.lessons))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
         rng = np.random.default_rng([self.seed, 1, self.drawn])
         self.drawn += 1
-        return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
+        return self.lessons.draw(int(self.order[place]), rng, step / self.steps)
 
     def step(self, step: int) -> list[list[Item]]:
         """The items of each pass of a step, of all processes."""
@@ -5108,18 +5107,12 @@ class Weights(NamedTuple):
     mse: float = 0.0  # vectors against mean token embeddings
 
 
-class Phase(NamedTuple):
-    """What is particular to a training phase."""
-
-    name: str
-    weights: Weights
-
-    def settled(self, train: TrainConfig) -> TrainConfig:
-        """The options with this phase's own defaults filled in."""
-        letters, lr = PHASE_DEFAULTS[self.name]
-        letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
-        require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
-        return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
+def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
+    """The options with the phase's own defaults filled in."""
+    letters, lr = PHASE_DEFAULTS[phase]
+    letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
+    require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
+    return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -5231,11 +5224,11 @@ def stop_signals() -> Iterator[list[int]]:
 class Trainer:
     """A model, its lessons, and everything between them and a checkpoint."""
 
-    def __init__(self, model: RefragModel, lessons: Lessons, phase: Phase, train: TrainConfig, accelerator: Any,
+    def __init__(self, model: RefragModel, lessons: Lessons, weights: Weights, train: TrainConfig, accelerator: Any,
                  teacher: nn.Module | None, facts: dict[str, Any], seed: int):
-        self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
-        self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
-        self.earlier = model.config.history  # of the phases before
+        """facts: what the checkpoint's history tells of this phase beside steps and tokens."""
+        self.model, self.weights, self.train, self.teacher, self.facts = model, weights, train, teacher, facts
+        self.accelerator, self.folder, self.earlier = accelerator, Path(train.out_dir), model.config.history
         cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
         self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
@@ -5265,8 +5258,8 @@ class Trainer:
         teacher = self.teach(items)
         with self.accelerator.autocast():
             output = self.wrapped(batch)
-        terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
-        loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
+        terms = loss_terms(output, batch.labels, teacher, self.weights)
+        loss = sum(getattr(self.weights, name) * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
             raise self.diverged("loss", loss.item(), items)
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
@@ -5311,7 +5304,7 @@ class Trainer:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
-        bar = progress(None, self.phase.name, self.train.steps, "step", done=self.step)
+        bar = progress(None, self.facts["phase"], self.train.steps, "step", done=self.step)
         with stop_signals() as received, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
@@ -5363,7 +5356,7 @@ class Trainer:
         """What the command prints at the end."""
         final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
         losses = [r["loss"] for r in log.records if "loss" in r]
-        return {"phase": self.phase.name, "steps": self.step, "loss": losses[-1] if losses else None,
+        return {"phase": self.facts["phase"], "steps": self.step, "loss": losses[-1] if losses else None,
                 "tokens": self.tokens, "seconds": round(self.seconds, 2),
                 "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "eval": final,
                 "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -5383,8 +5376,7 @@ class Trainer:
         tensors["rng/torch"] = torch.get_rng_state()
         values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
         config, parts = self.model.config, self.model.parts()
-        entry = {"phase": self.phase.name, "steps": self.step, "tokens": self.tokens, **self.facts}
-        config.history = [*self.earlier, entry]
+        config.history = [*self.earlier, {**self.facts, "steps": self.step, "tokens": self.tokens}]
         for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
             require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
                     "this checkpoint is not written: lower --lr; the last one stays")
@@ -5518,29 +5510,23 @@ class RunLog:
     def paint(self, left: Any, right: Any) -> None:
         """The two panels of the picture."""
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
-        left.plot(*zip(*losses, strict=True) if losses else ([], []))
+        left.plot(*np.asarray(losses).reshape(-1, 2).T)
         left.set(xlabel="step", ylabel="training loss")
-        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for record in self.records:
-            for name, kinds in record.get("eval", {}).items():
-                for kind, measured in kinds.items():
-                    curves.setdefault((name, kind), []).append((record["step"], measured["accuracy"]))
-        colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(name for name, _ in curves))}
-        styles = {"vectors": "-", "none": ":", "wrong": "--", "full": "-."}
-        for (name, kind), points in curves.items():
-            right.plot(*zip(*points, strict=True), styles[kind], color=colours[name],
-                       label=name if kind == "vectors" else None)
-        right.set(xlabel="step", ylabel="held-out token accuracy",
-                  title="solid: vectors, dotted: none, dashed: wrong, dash-dot: full text")
-        right.title.set_fontsize(8)
-        if curves:
+        evals = [(r["step"], r["eval"]) for r in self.records if r.get("eval")]
+        for n, name in enumerate(evals[-1][1] if evals else ()):
+            for kind, style in zip(CONTROLS, ("-", ":", "--", "-."), strict=True):
+                points = [(step, sets[name][kind]["accuracy"]) for step, sets in evals if kind in sets[name]]
+                right.plot(*np.asarray(points).reshape(-1, 2).T, style, color=f"C{n}",
+                           label=name if kind == "vectors" else None)
+        right.set(xlabel="step", ylabel="held-out token accuracy")
+        right.set_title("solid: vectors, dotted: none, dashed: wrong, dash-dot: full text", fontsize=8)
+        if evals:
             right.legend(fontsize=7)
 
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     """The text of a checkpoint's card."""
-    final = next((record for record in reversed(records) if record.get("eval")), None)
-    carried = carried_parts(config)
+    carried, final = carried_parts(config), [record for record in records if record.get("eval")][-1:]
     made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
     if config.training_model or config.lora or not carried:
         made = [f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
@@ -5555,13 +5541,12 @@ def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     for h in (h for h in config.history if h.get("recall")):
         shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in h["recall"].items())
         lines += ["", f"{h['phase']}: share of held-out questions whose answer stays text whole: {shown}."]
-    if final:
-        lines += ["", f"Held-out token accuracy after step {final['step']}:", "",
+    for record in final:
+        lines += ["", f"Held-out token accuracy after step {record['step']}:", "",
                   "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
-        for name, kinds in final["eval"].items():
-            shown = " | ".join(f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-"
-                               for kind in ("vectors", "none", "wrong", "full"))
-            lines.append(f"| {name} | {shown} |")
+        for name, kinds in record["eval"].items():
+            cells = [f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-" for kind in CONTROLS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -5656,37 +5641,37 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     return newest_checkpoint(folder)
 
 
-def train_phase(phase: Phase, configs: tuple[Any, ...],
-                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> dict[str, Any]:
-    """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
-    train, models, runtime = configs[-3:]
-    settled, accelerator = phase.settled(train), make_accelerator(runtime)
-    folder, settings = Path(train.out_dir), run_settings(configs, phase=phase.name)
+def train_phase(phase: str, weights: Weights, own: Sequence[Options], train: TrainConfig, models: ModelConfig,
+                runtime: RuntimeConfig, make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> None:
+    """Run or continue a training phase and print its summary. own: the options that not every phase has."""
+    train, accelerator = with_defaults(phase, train), make_accelerator(runtime)
+    folder, settings = Path(train.out_dir), run_settings((*own, train, models, runtime), phase=phase)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
         checkpoint = open_run(folder, facts, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
+        model = load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
         model.config.compression = max(train.k)
-        lessons = make_lessons(model, settled)
-        teacher = load_teacher(phase, settled, models, runtime)
-        mark_trained(model, settled.train, train.lora_r)
-        adapters = f" (LoRA {train.lora_r})" if train.lora_r else ""
-        told = {"train": settled.train + adapters, "device": facts["device"], "data": without_folders(facts["data"])}
-        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, told, runtime.seed)
+        lessons = make_lessons(model, train)
+        teacher = load_teacher(weights, train, models, runtime)
+        mark_trained(model, train.train, train.lora_r)
+        trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
+        entry = {"phase": phase, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
+        trainer = Trainer(model, lessons, weights, train, accelerator, teacher, entry, runtime.seed)
         if checkpoint:
             trainer.restore(checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
             write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
         with kept_memory(accelerator.device):
-            return trainer.fit()
+            summary = trainer.fit()
+    emit(summary, runtime, training_text(summary))
 
 
-def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
+def load_teacher(weights: Weights, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
     """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
-    if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
+    if not (weights.kl or weights.argmax) or "d" not in train.train:
         return None
     return load_model(models, runtime).decoder.requires_grad_(False)
 
@@ -5731,7 +5716,7 @@ def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, 
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
         right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
-        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, item["answers"])
+        spans = answer_chunks(docs, right, item["answers"])
         if spans:
             inputs = gate_input(item["question"], docs, query, index)
             sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
@@ -5863,9 +5848,8 @@ class AnswerReader:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
         batch = checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
-        logits = self.model(batch).logits.float()
-        logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
-        return logs.reshape(len(masks), -1).mean(1)
+        logs = -nn.functional.cross_entropy(self.model(batch).logits.float(), batch.labels, reduction="none")
+        return logs.cpu().numpy().reshape(len(masks), -1).mean(1)
 
 
 def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
@@ -5931,8 +5915,8 @@ def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExamp
 
 
 def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
-                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Train a gate or a policy on retrieved questions, write it, print a summary. kind: "gate" or "policy"."""
     times = [time.perf_counter()]
     loaded = load_gate_data(data, index, search, models, runtime)
     embedder, policy = loaded.searcher.embedder, kind == "policy"
@@ -5951,10 +5935,11 @@ def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyC
     entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
              "device": str(gate.device), "recall": recall}
     save_gate(kind, gate, embedder, data, models, entry)
-    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-            "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
-            "checkpoint": data.out_dir}
+    summary = {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+               "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+               "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+               "checkpoint": data.out_dir}
+    emit(summary, runtime, gate_text(summary))
 
 
 def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
@@ -6721,17 +6706,11 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 # =============================================================================
 
 
-def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
-    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(dumps(result)) if runtime.json else say(text)
-
-
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
     """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
+    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if several_processes() and not process_group().is_main_process:
         return assist_build(index, build, models, runtime)
     start = time.perf_counter()
@@ -6741,40 +6720,30 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    counts = {"documents replaced": "replaced_documents", "texts with bytes replaced": "replaced"}
-    more = ", ".join(f"{text}: {summary[key]:,}" for text, key in counts.items() if summary[key])
-    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
+    emit(summary, runtime, "{passages:,} passages ({skipped:,} skipped, {replaced:,} with bytes replaced), {chunks:,} "
+         "chunks, {replaced_documents:,} documents replaced in {seconds:.1f} s -> {index_dir}".format(**summary))
+
+
+def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
+    """Each id as a column: white space becomes an underscore. Raises UserError if one is empty or two become alike."""
+    columns = {name: re.sub(r"\s", "_", name) for name in ids}
+    require("" not in columns and len(set(columns.values())) == len(columns), f"--format trec: {kind} ids that are "
+            "empty, or alike with underscores for white space: name them differently, or use --format json")
+    return columns
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
-
-    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
-    one like another after that.
-    """
-    known: dict[tuple[str, str], str] = {}
-
-    def column(identifier: str, kind: str) -> str:
-        word = re.sub(r"\s", "_", identifier)
-        other = known.setdefault((kind, word), identifier)
-        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
-        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
-                f"{word}: name one differently, or use --format json")
-        return word
-
+    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at the best rank of its pieces."""
+    questions = trec_columns("question", [result["id"] for result in results])
+    documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
     lines = []
     for result in results:
-        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
-        scores = {p.document_id: p.score for p in reversed(result["passages"])}
-        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
-                  "refrag\n" for rank, document in enumerate(documents, start=1)]
+        best: dict[str, float] = {}
+        for p in result["passages"]:  # best first
+            best.setdefault(p.document_id, p.score)
+        lines += [f"{questions[result['id']]} Q0 {documents[name]} {rank} {score:.6f} refrag\n"
+                  for rank, (name, score) in enumerate(best.items(), start=1)]
     return "".join(lines)
-
-
-def search_json(result: dict[str, Any]) -> dict[str, Any]:
-    """A search result as JSON."""
-    return {**result, "passages": [p.to_json() for p in result["passages"]]}
 
 
 def search_text(result: dict[str, Any]) -> str:
@@ -6795,7 +6764,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
                 "passages": searcher.search(q["question"], search.topk, search.hops)}
                for q in progress(questions, "searching", total=len(questions))]
     if form.format == "json" or runtime.json:
-        found = [search_json(result) for result in results]
+        found = [result | {"passages": [p.to_json() for p in result["passages"]]} for result in results]
         print(dumps(found[0] if ask.questions is None else {"results": found}))
     elif form.format == "trec":
         print(trec_text(results), end="")
@@ -6816,21 +6785,21 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
          f"with a cost of {MAX_COST} or less")
 
 
-def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights]) -> Callable[..., None]:
-    """The handler of a phase that learns from texts. weights: of its losses, by the phase's own options."""
-
-    def handler(texts: TextConfig, *configs: Options) -> None:
-        *own, _, _, runtime = configs  # of the rest, TrainConfig, ModelConfig and RuntimeConfig are the last
-        summary = train_phase(Phase(name, weights(*own)), (texts, *configs),
-                              lambda model, train: lessons(model.encoder, texts, train, *own))
-        emit(summary, runtime, training_text(summary))
-
-    return handler
+def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    train_phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0), (texts,), train, models, runtime,
+                lambda model, train: AlignLessons(model.encoder, texts, train))
 
 
-cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
-cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: Weights())
-cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=following.distill))
+def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
+                  runtime: RuntimeConfig) -> None:
+    train_phase("cpt_recon", Weights(), (texts, recon), train, models, runtime,
+                lambda model, train: ReconLessons(model.encoder, texts, train, recon))
+
+
+def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
+                 runtime: RuntimeConfig) -> None:
+    train_phase("cpt_next", Weights(kl=following.distill), (texts, following), train, models, runtime,
+                lambda model, train: NextLessons(model.encoder, texts, train, following))
 
 
 def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
@@ -6842,18 +6811,7 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
         gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
         return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
 
-    summary = train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search, train, models, runtime), lessons)
-    emit(summary, runtime, training_text(summary))
-
-
-def cmd_train_gate(*configs: Options) -> None:
-    summary = train_scorer("gate", *configs)
-    emit(summary, configs[-1], gate_text(summary))
-
-
-def cmd_train_policy(*configs: Options) -> None:
-    summary = train_scorer("policy", *configs)
-    emit(summary, configs[-1], gate_text(summary))
+    train_phase("sft", Weights(kl=sft.distill), (sft, index, search), train, models, runtime, lessons)
 
 
 def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
@@ -6862,52 +6820,46 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    labels: list[str] = []
-    for part, label in split_docs(text):
-        tag = DOC_TAG.search(part) if label is None else labels.append(label)
-        require(tag is None, f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
-                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
+    parts = list(split_docs(text))
+    for part, label in parts:
+        tag = DOC_TAG.search(part) if label is None else None
+        if tag:
+            raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
+                            "<doc id=\"ID\">..</doc>, not one inside another")
+    labels = [label for _, label in parts if label is not None]
     require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 
-def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
-    """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
-    generate, many = configs[3], ask is not None and ask.questions is not None
+def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConfig, pack: PackConfig,
+              generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> Pipeline:
+    """The pipeline of a command that answers, its options checked. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
-    require(generate.out is None or many, "--out goes with --questions")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     if generate.out is not None:
-        parent = Path(generate.out).resolve().parent
-        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
-        require(generate.resume or not Path(generate.out).exists(),
-                f"--out {generate.out} exists: add --resume to continue it, or name another file")
-    return load_pipeline(*configs)
+        out, folder = Path(generate.out), Path(generate.out).resolve().parent
+        require(ask is not None and ask.questions is not None, "--out goes with --questions")
+        require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {out}: the folder cannot be written")
+        require(generate.resume or not out.exists(),
+                f"--out {out} exists: add --resume to continue it, or name another file")
+    return load_pipeline(index, search, pack, generate, models, runtime)
 
 
-def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
-               settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
+def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions that have no line in `out` yet; a question asked twice needs two lines.
 
-    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
-    --out has already is followed by -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
+    has already gets -2, -3, ..
     """
-    if not generate.resume or not Path(generate.out).exists():
-        return questions
-    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
+    lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
     for item in questions:
         done[item["question"]] -= 1
         if done[item["question"]] < 0:
             free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
-            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
+            waiting.append(item | {"id": next(name for name in free if name not in ids)})
             ids.add(waiting[-1]["id"])
     return waiting
-
-
-def write_text(text: str) -> None:
-    """Text of an answer on stdout at once."""
-    say(text, end="")
 
 
 def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
@@ -6919,7 +6871,7 @@ def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
     return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
 
 
-READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
+HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
 
 
 def answer_text(result: dict[str, Any], shown: bool) -> str:
@@ -6927,7 +6879,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     m = result["metrics"]
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else READ[c["read"]]
+        how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         how += ", chosen after the answer" if c["chosen"] else ""
         name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
         lines.append(f"[{c['label']}] {name}, {how}")
@@ -6965,11 +6917,12 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
     many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
-    live = write_text if generate.stream and not runtime.json and not many else None
+    live = functools.partial(say, end="") if generate.stream and not runtime.json and not many else None
     # two that continue one file would cut off each other's lines
     with exclusive(out.with_name(f".{out.name}.lock"), f"--out {out}") if out else contextlib.nullcontext():
-        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
-        for batch in progress(batched(waiting, generate.batch_size), "answering"):
+        if out and out.exists():  # with --resume
+            questions = unanswered(questions, out, pipeline.describe(pipeline.settings))
+        for batch in progress(batched(questions, generate.batch_size), "answering"):
             for result in ([compare(pipeline, batch[0], live)] if generate.compare else
                            pipeline.answer_batch(batch, writers=[live] * len(batch))):
                 if out:
@@ -6981,23 +6934,6 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
                     say(f"{result['question']}\n{text}\n" if many else text)
     if runtime.json:
         print(dumps({"results": results} if many else results[0]))
-
-
-def companion(module: str) -> Callable[..., None]:
-    """The handler of a command that stands in a module of refrag_extras, imported when it is called."""
-    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
-
-
-cmd_chat, cmd_serve, cmd_export = companion("chat"), companion("serve"), companion("export")
-cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
-
-
-def describe_model(name: str) -> str:
-    """Where a bundled model is, or the command that installs it."""
-    try:
-        return str(bundled_path(name))
-    except MissingError as error:
-        return str(error)
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -7020,13 +6956,32 @@ def all_reduce_check() -> dict[str, Any]:
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    found = {"all_reduce": all_reduce_check()} if doctor.dist else {
-        "device": describe_device(runtime), "versions": library_versions(),
-        "models": {name: describe_model(name) for name in BUNDLED}}
+    if doctor.dist:
+        found = {"all_reduce": all_reduce_check()}
+    else:
+        found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
+        for name in BUNDLED:
+            try:
+                found["models"][name] = str(bundled_path(name))
+            except MissingError as error:  # it names the command that installs the model
+                found["models"][name] = str(error)
     if index.index_dir is not None:
         opened = open_index(index.index_dir, read_all=True)
         found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
     emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
+
+
+def companion(module: str) -> Callable[..., None]:
+    """The handler of a command in a module of refrag_extras, which is imported when it is called."""
+    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
+
+
+HANDLERS: dict[str, Callable[..., None]] = {
+    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
+    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
+    "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
+    "eval": companion("evaluate"), "bench": companion("bench")}
 
 
 def run_command(name: str, configs: Sequence[Options]) -> int:
@@ -7036,7 +6991,7 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
             signal.signal(signal.SIGTERM, raise_exit)
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(configs[-1])
-        globals()[f"cmd_{name}"](*configs)
+        HANDLERS[name](*configs)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:

@@ -132,8 +132,7 @@ def answer_spans(context: refrag.Context, item: dict[str, Any], index: refrag.In
     """`answer_chunks` of a context: in positive passages, without chunks that no token starts in."""
     docs, chunks = context.docs, context.prompt.chunks
     right = [bool(index.names(doc.row) & set(item["positive_ids"])) for doc in docs]
-    spans = refrag.answer_chunks([doc.content for doc in docs], [doc.chunks.ends for doc in docs], right,
-                                 [tokenizer.neutralize(answer) for answer in item["answers"]])
+    spans = refrag.answer_chunks(docs, right, [tokenizer.neutralize(answer) for answer in item["answers"]])
     filled = [[number for number in span if chunks[number].tokens] for span in spans]
     return [span for span in filled if span]
 

@@ -157,7 +157,9 @@ def test_ppl_is_the_cross_entropy_of_each_document_alone(llama):
     ],
 )
 def test_answer_chunks_golden(contents, ends, right, answers, expected):
-    assert refrag.answer_chunks(contents, [np.asarray(e) for e in ends], right, answers) == expected
+    docs = [refrag.Doc("1", content, refrag.ChunkTable(np.asarray(edges), None, None, None))
+            for content, edges in zip(contents, ends, strict=True)]
+    assert refrag.answer_chunks(docs, right, answers) == expected
 
 
 # -- features -------------------------------------------------------------------------------------

@@ -564,11 +564,11 @@ def lessons_on(tmp_path, encoder, words):
         encoder, index, write(tmp_path / "q.jsonl", rows), **options)
 
 
-def full_text(lessons: refrag.Lessons, item: refrag.Item) -> str:
+def full_text(lessons: refrag.AnswerLessons, item: refrag.Item) -> str:
     """All that an item's prompt holds, its vectors spelled out, up to where the answer begins."""
     sequence = refrag.with_text(item.sequence)
     first = int(np.flatnonzero(sequence.labels >= 0)[0])
-    return lessons.tokenizer.decoder.decode(sequence.plan[: first + 1].tolist())
+    return lessons.prompts.tokenizer.decoder.decode(sequence.plan[: first + 1].tolist())
 
 
 def shown(prompt: str) -> list[int]:
@@ -581,9 +581,9 @@ def shown(prompt: str) -> list[int]:
     return found
 
 
-def answer(lessons: refrag.Lessons, item: refrag.Item) -> str:
+def answer(lessons: refrag.AnswerLessons, item: refrag.Item) -> str:
     """What is to be said."""
-    return lessons.tokenizer.decoder.decode(asked(item.sequence))
+    return lessons.prompts.tokenizer.decoder.decode(asked(item.sequence))
 
 
 @pytest.fixture
@@ -696,8 +696,8 @@ def test_everything_as_text_is_the_plain_prompt(lessons_on):
         item = lessons.draw(number, rng(number), 0.0)
         plan, said = item.sequence.plan, asked(item.sequence)
         contents = [f"Title {n}\n{TEXTS[n]}" for n in shown(full_text(lessons, item))]
-        docs = refrag.make_docs(contents, [None] * len(contents), 4, lessons.tokenizer)
-        prompt = refrag.make_context(lessons.tokenizer, QUESTIONS[number]["question"], docs).prompt
+        docs = refrag.make_docs(contents, [None] * len(contents), 4, lessons.prompts.tokenizer)
+        prompt = refrag.make_context(lessons.prompts.tokenizer, QUESTIONS[number]["question"], docs).prompt
         assert plan.tolist() == [*prompt.input_ids.tolist(), *said[:-1]]
 
 
@@ -772,7 +772,7 @@ def test_without_the_gate_the_text_is_drawn(lessons_on):
     kept = 0
     for seed in range(100):
         item = lessons.draw(0, rng(seed), 0.0)
-        text = lessons.tokenizer.decoder.decode([max(v, 0) for v in item.sequence.plan.tolist()])
+        text = lessons.prompts.tokenizer.decoder.decode([max(v, 0) for v in item.sequence.plan.tolist()])
         kept += "Rhone" in text.rpartition("<|im_start|>")[0]
     assert 8 <= kept <= 45
 
@@ -795,7 +795,7 @@ def test_passages_fit_and_the_right_one_stays(lessons_on, ranked, seq_tokens):
         item, gold = lessons.draw(number, rng(), 0.0), GOLD[QUESTIONS[number]["id"]][0]
         passages = shown(full_text(lessons, item))
         assert f"[{passages.index(gold) + 1}]" in answer(lessons, item)
-        lengths = [len(ids) for ids in lessons.tokenizer.encoder(
+        lengths = [len(ids) for ids in lessons.prompts.tokenizer.encoder(
             [f"Title {n}\n{TEXTS[n]}" for n in order], add_special_tokens=False)["input_ids"]]
         kept = list(range(6))
         while len(kept) > 1 and sum(lengths[n] for n in kept) > seq_tokens:
@@ -836,7 +836,7 @@ def test_questions_and_answers_make_no_special_token(lessons_on):
     lessons = lessons_on(rows, no_answer_frac=0.0)
     item = lessons.draw(0, rng(), 0.0)
     ids = [*refrag.with_text(item.sequence).plan.tolist(), END]
-    assert [i for i in ids if i in lessons.tokenizer.decoder.all_special_ids] == [START, END, START, END]
+    assert [i for i in ids if i in lessons.prompts.tokenizer.decoder.all_special_ids] == [START, END, START, END]
 
 
 def test_answers_have_the_full_text_for_a_teacher(lessons_on):
@@ -854,7 +854,7 @@ def test_every_chunk_is_encoded_from_its_own_text(lessons_on):
     chunks, rows = item.sequence.content
     owners = np.concatenate([owner for _, owner in rows])
     assert (np.diff(owners[owners >= 0]) >= 0).all() and set(owners.tolist()) - {-1} == set(range(len(chunks)))
-    encoder, decoder = lessons.tokenizer.encoder, lessons.tokenizer.decoder
+    encoder, decoder = lessons.prompts.tokenizer.encoder, lessons.prompts.tokenizer.decoder
     lower = encoder.backend_tokenizer.normalizer or types.SimpleNamespace(normalize_str=str)
     ids, read, spelled = np.concatenate([ids for ids, _ in rows]), "", ""
     for number, chunk in enumerate(chunks):
@@ -921,7 +921,7 @@ def sized(number: int, positions: int, tag: object = "") -> refrag.Item:
     return refrag.Item(refrag.TrainingSequence(plan, plan, refrag.Content([], [])), None, f"{number}{tag}")
 
 
-class Sizes(refrag.Lessons):
+class Sizes:
     """Items of given numbers of positions; each draw also shows its random generator and the progress."""
 
     def __init__(self, sizes: list[int], seq_tokens: int = 64):
@@ -997,14 +997,13 @@ def test_an_error_in_what_is_made_ahead_arrives():
 
 
 def test_seeds_epochs_and_draws_differ():
-    orders = {tuple(sampler(seed=seed).order(epoch).tolist()) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-    samples = sampler([8] * 4, batch_size=1)
-    seen = [where.split()[1] for step in range(30) for where in drawn(samples.step(step))]
-    assert len(set(seen)) == len(seen) > 100
-    samples = sampler(batch_size=1)
-    seen = [int(where.split()[0]) for step in range(9) for where in drawn(samples.step(step))]
-    assert set(seen) != set(range(len(seen)))  # not as they stand in the file
+    orders = set()
+    for seed in range(3):
+        samples = sampler(seed=seed)
+        draws = [samples.draw(0).where.split() for _ in range(120)]
+        orders |= {tuple(number for number, *_ in draws[at : at + 40]) for at in (0, 40, 80)}
+        assert len({chance for _, chance, _ in draws}) == 120
+    assert len(orders) == 9 and tuple(map(str, range(40))) not in orders
 
 
 def test_progress_is_the_share_of_the_steps():
