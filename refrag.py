@@ -703,7 +703,8 @@ def classify(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ImportError):
         return MissingError.code, f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install ."
     full = isinstance(error, MemoryError) or number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-    if full or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text:
+    told = "DefaultCPUAllocator: can't allocate" in text or "(os error 28)" in text  # the second by safetensors
+    if full or told or type(error).__name__ == "OutOfMemoryError":
         return ExhaustedError.code, f"disk or memory ran out: {text}: free some and run again"
     if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR,
                                                  errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
@@ -3421,7 +3422,6 @@ def model_folder(name: str) -> str:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A model's tokenizer. Raises MissingError."""
     folder = model_folder(name)
     with hub_errors(name):
         return AutoTokenizer.from_pretrained(folder)
@@ -3440,23 +3440,20 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
     same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
-    facts, total = decoder.config.to_dict(), decoder.config.num_hidden_layers
+    facts, total, body = decoder.config.to_dict(), decoder.config.num_hidden_layers, decoder.base_model
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
     for name in ("layer_types", "layers_block_type"):
         if isinstance(facts.get(name), list):
             facts[name] = facts[name][:layers]
-    facts["num_hidden_layers"] = layers
-    body = decoder.base_model
     try:
-        config = type(decoder.config).from_dict(facts)
-        with torch.device("meta"):
-            model = AutoModel.from_config(config)
+        with torch.device("meta"):  # without memory: its weights are assigned below
+            model = AutoModel.from_config(type(decoder.config).from_dict(facts | {"num_hidden_layers": layers}))
         weights, table = body.state_dict(), decoder.get_input_embeddings().weight.data_ptr()
         shared = {name: share_embeddings if weight.data_ptr() == table else share for name, weight in weights.items()}
         picked = {name: weights[name] if shared[name] else weights[name].clone() for name in model.state_dict()}
         model.load_state_dict(picked, assign=True)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"--enc decoder:{layers}: this decoder can not be cut after a layer ({one_line(error)[:100]}): "
+        raise UserError(f"--enc decoder:{layers}: this decoder cannot be cut after a layer ({one_line(error)[:100]}): "
                         "name an encoder") from None
     for name, _ in list(model.named_buffers()):  # rotary tables are not in the state dict; the cut model has the same
         parent, _, leaf = name.rpartition(".")
@@ -3488,37 +3485,40 @@ def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
 class ChunkEncoder(nn.Module):
     """Contents to one state per chunk.
 
-    whole True (`decoder:N`): a content is read whole, up to a window of 512 tokens, and runs of states are pooled, so
-    that a state knows its context. whole False: each chunk is a row of its own, as in the paper.
+    contextual (`decoder:N`): a content is read in windows of 512 tokens and the states of each chunk's tokens are
+    averaged, so that a state knows its context. Not contextual: each chunk is read by itself, as in the paper.
+
+    Windows begin at the same tokens for every k, and a mean of means (weighted by tokens) is the mean of all. Therefore
+    contextual states stored at one k give those of its multiples: see `serves` and `merge_chunks`.
     """
 
-    def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, whole: bool, pooling: str):
+    def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, contextual: bool, pooling: str):
         super().__init__()
-        require(not (whole and pooling == "cls"), "--pooling cls needs a separate encoder, not decoder:N")
-        self.backbone, self.tokenizer, self.whole, self.pooling = backbone, tokenizer, whole, pooling
+        require(not (contextual and pooling == "cls"), "--pooling cls needs a separate encoder, not decoder:N")
+        self.backbone, self.tokenizer, self.contextual, self.pooling = backbone, tokenizer, contextual, pooling
         self.width, self.precision = backbone.config.hidden_size, backbone.dtype  # of `encode`, not of training
 
     @property
     def fingerprint(self) -> str:
         """Digest of weights and of how they are used; stored states carry it."""
-        return weights_fingerprint(self.backbone, self.whole, self.pooling, self.tokenizer.fingerprint)
+        return weights_fingerprint(self.backbone, self.contextual, self.pooling, self.tokenizer.fingerprint)
 
     @property
     def borrowed(self) -> set[str]:
-        """Names of the tensors that are the untrained decoder's: of `decoder:N` the token embeddings. They are neither
-        trained nor kept in checkpoints, of which they would be two thirds; to train them gained nothing."""
-        table = self.backbone.get_input_embeddings().weight if self.whole else None
+        """Names of the tensors that are the untrained decoder's: the token embeddings of `decoder:N`. They are neither
+        trained (it did not help) nor kept in checkpoints, where they would be two thirds of the bytes."""
+        table = self.backbone.get_input_embeddings().weight if self.contextual else None
         return {name for name, parameter in self.named_parameters() if parameter is table}
 
     def serves(self, k: int, stored: int) -> bool:
-        """Whether the mean of its states of `stored` tokens each is that of k: not where it reads chunks one by one."""
-        return self.whole or k == stored
+        """Whether means of its states of `stored` tokens each are its states of k tokens."""
+        return self.contextual or k == stored
 
     def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int) -> Tensor:
         """One state per chunk: (count, E) float32, the mean of the states of its tokens.
 
-        ids: (S,), rows of tokens one after the other; lengths: tokens of each row; owners: (S,), the chunk each token
-        is pooled into, range [-1, count), -1 for none. Rows of like length share a pass.
+        ids: (S,), the tokens of all rows; lengths: tokens of each row; owners: (S,), the chunk each token is pooled
+        into, range [-1, count), -1 for none. Rows of similar length share a pass.
         """
         rows, device = ids.split(lengths), next(self.parameters()).device
         states: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -3530,36 +3530,35 @@ class ChunkEncoder(nn.Module):
             batch, order = order[:size], order[size:]
             padded = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True).to(device)  # (B, T)
             known: dict[str, Any] = {"use_cache": False}  # causal: no token sees the padding after it
-            if not self.whole:
+            if not self.contextual:
                 ends = torch.tensor([lengths[i] for i in batch], device=device)[:, None]
                 known = {"attention_mask": (torch.arange(padded.shape[1], device=device) < ends).long()}
             for i, row in zip(batch, self.backbone(input_ids=padded, **known).last_hidden_state, strict=True):
                 states[i] = row[: lengths[i]]
         return segment_means(torch.cat(states).float(), owners.to(device), count)
 
-    def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
-        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
+    def content_of_tokens(self, ids: np.ndarray, allowed: np.ndarray, k: int) -> Content:
+        """Cut some of the decoder's tokens into chunks for training; a separate encoder reads the text they decode to.
 
-        A separate encoder reads the text the tokens decode to.
+        allowed: (T + 1,), see `cut_allowed`.
         """
-        if not self.whole:
+        if not self.contextual:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
             return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
-        bounds = token_cuts(whole, k)
+        bounds = token_cuts(allowed, k)
         return Content(np.split(ids, bounds[1:-1]), self.inputs([""], [Cut(ids, bounds[1:], np.diff(bounds))]))
 
     def content_of_text(self, text: str, cut: Cut) -> Content:
-        """A text that has been cut, made ready for training."""
         [tokens] = tokenize(self.tokenizer.decoder, [text])
         chunks = np.split(tokens.ids, first_tokens(tokens, cut.ends[:-1])) if len(cut.ends) else []
         return Content(chunks, self.inputs([text], [cut]))
 
     def inputs(self, texts: Sequence[str], cuts: Sequence[Cut]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for some texts, their chunks numbered through: see `Content.rows`."""
+        """The rows that the encoder reads for some texts, their chunks numbered through: see `Content.rows`."""
         rows, first = [], 0
         for text, cut in zip(texts, cuts, strict=True):
             L, W = len(cut.ends), ENCODER_WINDOW
-            if self.whole:  # windows at the same tokens for every k, so that stored states can be merged
+            if self.contextual:
                 owners = np.repeat(np.arange(first, first + L), cut.sizes)
                 rows += [(cut.ids[at : at + W], owners[at : at + W]) for at in range(0, len(cut.ids), W)]
             elif L:
@@ -3589,11 +3588,11 @@ class ChunkEncoder(nn.Module):
 
 
 class Projector(nn.Module):
-    """Encoder states to decoder embeddings: mean of the chunk's token embeddings, plus a learned correction.
+    """Encoder state h of a chunk to a decoder embedding: v = mean(token embeddings) + s W2 gelu(W1 norm(h)).
 
-    The last layer starts at zero, so an untrained projector gives the mean of the token embeddings: the decoder reads
-    something from the first step. The correction is scaled to the RMS of the decoder's embedding matrix. Without the
-    residual (kind "mlp", the paper's) the last layer starts at random.
+    W2 starts at zero, so that an untrained projector gives the mean, which the decoder can read from the first step.
+    s starts as the RMS of the decoder's embedding matrix and is trained. Without the residual (kind "mlp", the
+    paper's) the mean is left out and W2 starts at random.
     """
 
     def __init__(self, encoder_width: int, decoder_width: int, embedding_rms: float, kind: str = "residual_mlp"):
@@ -3627,7 +3626,6 @@ class Batch(NamedTuple):
     labels: Tensor  # (N,), what should follow them
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
         return Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
 
 
@@ -3637,11 +3635,6 @@ class Output(NamedTuple):
     logits: Tensor  # (N, V)
     vectors: Tensor  # (C, D), what was fed for the chunks
     means: Tensor  # (C, D), means of their token embeddings
-
-
-def joined(parts: Iterable[np.ndarray]) -> Tensor:
-    """Arrays one after the other, as a tensor of whole numbers."""
-    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
 
 
 def collate(sequences: Sequence[TrainingSequence]) -> Batch:
@@ -3656,15 +3649,17 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
     pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
     labels = pad([torch.from_numpy(s.labels) for s in sequences], padding_value=-1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
-    return Batch(joined(rows), [len(row) for row in rows], joined(owners), joined(chunks),
-                 torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long), pad(plans), asked, labels[asked])
+    none = np.zeros(0, dtype=np.int64)  # there may be no chunks
+    ids, owners, chunk_ids = (torch.from_numpy(np.concatenate([none, *part])) for part in (rows, owners, chunks))
+    sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long)
+    return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
 
 
 @contextlib.contextmanager
 def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
-    """Within the block, the LM head sees the asked positions alone. asked: (N,), numbers b * T + t.
+    """Within the block, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
 
-    A hook on the head instead of a call of its own, so that what an architecture does to its logits still happens.
+    A hook, so that whatever an architecture does to its logits still happens.
     """
     def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].flatten(0, 1)[asked], *args[1:])
@@ -3684,16 +3679,6 @@ def part_tensors(part: nn.Module) -> dict[str, Tensor]:
     return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for name, t in tensors.values()}
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file; a full disk is an OSError that says so."""
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # which names the system's error in its text alone
-        if "(os error " not in str(error):
-            raise
-        raise OSError(int(str(error).rpartition("os error ")[2].strip(")")), one_line(error), str(path)) from None
-
-
 def lora_names(decoder: nn.Module) -> set[str]:
     """Names of the tensors of a decoder's adapters."""
     return {name for name, _ in decoder.named_parameters() if ".lora_" in name}
@@ -3702,7 +3687,7 @@ def lora_names(decoder: nn.Module) -> set[str]:
 def add_lora(decoder: nn.Module, rank: int) -> None:
     """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place.
 
-    Raises UserError for architectures whose layers can not have them, MissingError without the library.
+    Raises UserError for architectures whose layers cannot have them, MissingError without the library.
     """
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
@@ -3710,19 +3695,17 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
     try:
-        with warnings.catch_warnings():  # that GPT-2's layers are transposed, which the library sees to
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):  # that GPT-2's layers are transposed, which peft handles
             peft.inject_adapter_in_model(config, decoder)
     except ValueError as error:
         reason = one_line(error)[:200]
         raise UserError(f"--lora_r: this decoder takes no adapters ({reason}): train all of it") from None
-    for name, parameter in decoder.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
+    for name in lora_names(decoder):
+        decoder.get_parameter(name).data = decoder.get_parameter(name).data.float()
 
 
 def merge_lora(model: RefragModel) -> None:
-    """Add the adapters to the decoder's weights, for good: it is then as fast as one that never had any."""
+    """Add the adapters to the decoder's weights: it is then as fast as one that never had any."""
     layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
     for name, module in list(model.decoder.named_modules()):
         if isinstance(module, layer):
@@ -3760,11 +3743,10 @@ class RefragModel(PreTrainedModel):
 
     @property
     def window(self) -> int | None:
-        """Positions the decoder can take, None where the architecture sets no limit."""
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if isinstance(getattr(self.decoder.config, name, None), int):
-                return getattr(self.decoder.config, name)
-        return None
+        """Positions the decoder can take, None if the architecture sets no limit."""
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        limits = (getattr(self.decoder.config, name, None) for name in names)
+        return next((limit for limit in limits if isinstance(limit, int)), None)
 
     def chunk_states(self, batch: Batch) -> Tensor:
         """Encoder states of all chunks of a batch: (C, E) float32."""
@@ -3798,20 +3780,20 @@ class RefragModel(PreTrainedModel):
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of the trained parts by file name. Under FSDP a collective call: every process must make it."""
-        letters, lora = self.config.training_model, lora_names(self.decoder)
-        modules = {"projector": self.projector} | ({"encoder": self.encoder} if "e" in letters else {})
-        parts = {name: part_tensors(module) for name, module in modules.items()}
-        for name in self.encoder.borrowed if "encoder" in parts else ():
-            del parts["encoder"][name]
+        letters, lora, parts = self.config.training_model, lora_names(self.decoder), {}
+        parts["projector"] = part_tensors(self.projector)
+        if "e" in letters:
+            tensors, borrowed = part_tensors(self.encoder), self.encoder.borrowed
+            parts["encoder"] = {name: tensor for name, tensor in tensors.items() if name not in borrowed}
+        tensors = part_tensors(self.decoder) if "d" in letters or lora else {}
         if "d" in letters:
-            parts["decoder"] = {name.replace(".base_layer.", "."): tensor
-                                for name, tensor in part_tensors(self.decoder).items() if name not in lora}
+            parts["decoder"] = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()
+                                if name not in lora}
         if lora:
-            parts["lora"] = {name: tensor for name, tensor in part_tensors(self.decoder).items() if name in lora}
+            parts["lora"] = {name: tensors[name] for name in tensors if name in lora}
         return parts | self.carried
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write the checkpoint folder, whole or not at all."""
         write_checkpoint(Path(folder), self.config, self.parts())
 
     @classmethod
@@ -3824,25 +3806,24 @@ class RefragModel(PreTrainedModel):
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
-        config, path = checkpoint.config, checkpoint.path
+        config = checkpoint.config
         saved, lora = config.training_model, config.lora
         model = build_model(config, torch.device(device), dtype, train)
         model.carried = {name: checkpoint.tensors(name) for name in config.scorers}
-        scorer_only = config.scorers and not saved and not lora and not (path / "projector.safetensors").exists()
-        parts = {} if scorer_only else {"projector": model.projector}
-        parts |= {"encoder": model.encoder} if "e" in saved else {}
-        parts |= {"decoder": model.decoder} if "d" in saved else {}
-        for name, part in parts.items():
-            load_part(part, path / f"{name}.safetensors", without=model.encoder.borrowed if name == "encoder" else (),
-                      exactly=bool(train))
+        if saved or lora or not config.scorers or (checkpoint.path / "projector.safetensors").exists():
+            checkpoint.load("projector", model.projector, exactly=bool(train))
+        if "e" in saved:
+            checkpoint.load("encoder", model.encoder, without=model.encoder.borrowed, exactly=bool(train))
+        if "d" in saved:
+            checkpoint.load("decoder", model.decoder, exactly=bool(train))
         if lora:
             add_lora(model.decoder, lora["r"])
             base = part_tensors(model.decoder).keys() - lora_names(model.decoder)
-            load_part(model.decoder, path / "lora.safetensors", without=base)
-            if not train:
-                merge_lora(model)
-            elif "d" in train and lora_r != lora["r"]:
+            checkpoint.load("lora", model.decoder, without=base)
+            rank_changes = "d" in train and lora_r != lora["r"]
+            if rank_changes:
                 model.decoder.float()  # what adapters add to a weight is less than bfloat16 tells apart
+            if rank_changes or not train:
                 merge_lora(model)
         return model.eval()
 
@@ -3890,8 +3871,33 @@ class Checkpoint:
             verify_files(self.path, files, CHECKPOINT_FORMAT, read_all=True)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a part. Raises CorruptError."""
-        return read_tensors(self.path / f"{name}.safetensors")
+        """The tensors of a part's file. Raises CorruptError."""
+        path = self.path / f"{name}.safetensors"
+        if not path.is_file():
+            raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
+
+    def load(self, name: str, part: nn.Module, without: Collection[str] = (), exactly: bool = False) -> None:
+        """Load a part's weights except some. Raises CorruptError, or MismatchError that names the tensor.
+
+        exactly: in float32 if the file is, to train on from there: bfloat16 would round away what it has learned.
+        """
+        tensors = self.tensors(name)
+        if exactly and any(tensor.dtype == torch.float32 for tensor in tensors.values()):
+            part.float()
+        own = {key: tensor for key, tensor in part_tensors(part).items() if key not in without}
+        found, expected = ({key: tuple(t.shape) for key, t in side.items()} for side in (tensors, own))
+        for key in sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                raise MismatchError(f"{self.path / name}.safetensors: tensor {key} has shape {found.get(key, 'none')}, "
+                                    f"the model has {expected.get(key, 'none')}: use the models of the checkpoint's "
+                                    "config.json")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
 
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
@@ -3903,7 +3909,8 @@ def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[s
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
-            write_tensors(temporary / f"{name}.safetensors", tensors)
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         write_manifest(temporary / CHECKPOINT_MANIFEST, temporary, {}, CHECKPOINT_FORMAT)
@@ -3920,30 +3927,19 @@ def step_folders(run: Path) -> list[Path]:
 def open_checkpoint(name: str | Path) -> Checkpoint:
     """The checkpoint that --load_dir means: the folder itself, or the newest complete one of a training run.
 
-    Raises UserError. A pickle (.pt, .bin, .pth) is refused: reading one runs whatever code it holds.
+    Damaged checkpoints of a run are skipped with a notice. Raises UserError, or CorruptError if all are damaged.
     """
     path = Path(name)
-    require(path.suffix not in PICKLES,
-            f"--load_dir {path} is a pickle, which can run code when it is read: name a folder of safetensors files")
-    require(not path.is_file(), f"--load_dir {path} is a file: name the checkpoint's folder")
+    require(not path.is_file() and path.suffix not in PICKLES, f"--load_dir {path} is a file, and a pickle can run "
+            "code when it is read: name a checkpoint's folder of safetensors files")
     restore_folder(path)
-    if not (path / "config.json").is_file():
-        newest = newest_checkpoint(path)
-        require(newest is not None, f"--load_dir {path}: no checkpoint in this folder")
-        return newest
-    pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
-    require(bool(list(path.glob("*.safetensors"))) or not pickles,
-            f"--load_dir {path} holds pickles ({', '.join(pickles)}), which can run code: convert them to safetensors")
-    return Checkpoint(path)
-
-
-def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, None if it has none; damaged ones are skipped with a notice.
-
-    Raises CorruptError if all are damaged.
-    """
+    if (path / "config.json").is_file():
+        pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
+        require(any(path.glob("*.safetensors")) or not pickles, f"--load_dir {path} holds pickles "
+                f"({', '.join(pickles)}), which can run code: convert them to safetensors")
+        return Checkpoint(path)
     damage = None
-    for folder in step_folders(run):
+    for folder in step_folders(path):
         restore_folder(folder)
         try:
             if not (folder / CHECKPOINT_MANIFEST).is_file():
@@ -3954,63 +3950,21 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
         except (CorruptError, MismatchError) as error:
             damage = damage or error
             notice(f"{one_line(error)}; falling back to the checkpoint before it")
-    if damage is not None:
-        raise CorruptError(f"every checkpoint in {run} is damaged ({one_line(damage)[:200]})")
-    return None
+    require(damage is not None, f"--load_dir {path}: no checkpoint in this folder")
+    raise CorruptError(f"every checkpoint in {path} is damaged ({one_line(damage)[:200]})")
 
 
 def encoder_layers(name: str) -> int | None:
     """N of `decoder:N`, None for the name of a separate encoder. Raises UserError."""
     kind, _, number = name.partition(":")
-    if kind != "decoder":
-        return None
-    require(number.isdigit(), f"--enc {name}: write decoder:N, N a number of layers")
-    return int(number)
-
-
-def default_encoder(decoder: str) -> str:
-    """`decoder:8`, or all layers of a decoder that has fewer. Raises MissingError."""
-    folder, name = model_folder(decoder), RefragConfig().encoder_name_or_path
-    with hub_errors(decoder):
-        config = AutoConfig.from_pretrained(folder)
-    return f"decoder:{min(encoder_layers(name), getattr(config, 'num_hidden_layers', math.inf))}"
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises CorruptError."""
-    if not path.is_file():
-        raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
-
-
-def load_part(part: nn.Module, path: Path, without: Collection[str] = (), exactly: bool = False) -> None:
-    """Load one part's weights but for some. Raises CorruptError, or MismatchError that names the tensor.
-
-    exactly: in float32 where the file is, for training to go on from there: bfloat16 would round away what it learned.
-    """
-    tensors = read_tensors(path)
-    if exactly and any(tensor.dtype == torch.float32 for tensor in tensors.values()):
-        part.float()
-    own = {name: tensor for name, tensor in part_tensors(part).items() if name not in without}
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise MismatchError(f"{path}: tensor {name} has shape {found.get(name, 'none')}, the model has "
-                                f"{expected.get(name, 'none')}: use the models of the checkpoint's config.json")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    require(kind != "decoder" or number.isdigit(), f"--enc {name}: write decoder:N, N a number of layers")
+    return int(number) if kind == "decoder" else None
 
 
 def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
-    """The pair of tokenizers of a configuration."""
-    decoder = load_tokenizer(config.decoder_name_or_path)
     separate = encoder_layers(config.encoder_name_or_path) is None
-    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path) if separate else None)
+    return RefragTokenizer(load_tokenizer(config.decoder_name_or_path),
+                           load_tokenizer(config.encoder_name_or_path) if separate else None)
 
 
 def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "") -> RefragModel:
@@ -4028,29 +3982,27 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
     if layers is not None:
         backbone = first_layers(decoder, layers, share=not letters & {"e", "d"},
                                 share_embeddings="d" not in {*config.training_model, *train})
-        encoder = ChunkEncoder(backbone, tokenizer, whole=True, pooling=config.pooling)
+        encoder = ChunkEncoder(backbone, tokenizer, contextual=True, pooling=config.pooling)
     else:
         with hub_errors(config.encoder_name_or_path):
             folder = model_folder(config.encoder_name_or_path)
             backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
-        encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, whole=False, pooling=config.pooling)
+        encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=False,
+                               pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
 
 
 def check_base(config: RefragConfig, kind: str, model: nn.Module) -> None:
-    """Raise MismatchError if a checkpoint's base model has changed under its name; note it in a new configuration.
-
-    kind: "decoder" or "encoder".
-    """
+    """Note the fingerprint of the "decoder" or "encoder" in a new configuration; raise MismatchError if it is not that
+    of an old one: a checkpoint's base model has changed under its name."""
     noted, found = getattr(config, f"{kind}_fingerprint"), weights_fingerprint(model)
-    name = getattr(config, f"{kind}_name_or_path")
     if noted not in (None, found):
-        raise MismatchError(f"the checkpoint was trained on another {name} than the one here (fingerprint {noted}, "
-                            f"here {found}): use the same weights")
+        raise MismatchError(f"the checkpoint was trained on another {getattr(config, f'{kind}_name_or_path')} than the "
+                            f"one here (fingerprint {noted}, here {found}): use the same weights")
     setattr(config, f"{kind}_fingerprint", found)
 
 
@@ -4090,14 +4042,20 @@ def for_others(models: ModelConfig) -> str:
 
 
 def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`."""
+    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`.
+
+    By default the encoder is `decoder:8`, or all layers of a decoder that has fewer.
+    """
     checkpoint = checkpoint or find_checkpoint(models)
     if checkpoint:
         return checkpoint.config
-    given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-    config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
+    named = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
+    config = RefragConfig(**{key: value for key, value in named.items() if value is not None})
     if models.enc is None:
-        config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
+        folder, most = model_folder(config.decoder_name_or_path), encoder_layers(config.encoder_name_or_path)
+        with hub_errors(config.decoder_name_or_path):
+            layers = getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", math.inf)
+        config.encoder_name_or_path = f"decoder:{min(most, layers)}"
     return config
 
 
@@ -5627,7 +5585,7 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     if changed:
         raise MismatchError(f"--resume with what has changed: {', '.join(changed)}: use the same, or name another "
                             "--out_dir")
-    return newest_checkpoint(folder).path
+    return open_checkpoint(folder).path
 
 
 def train_phase(phase: str, weights: Weights, own: Sequence[Options], train: TrainConfig, models: ModelConfig,

@@ -249,7 +249,7 @@ def test_rows_are_no_longer_than_the_window(llama, k):
 def test_a_content_without_tokens_has_a_state_of_zeros(tokenizers, whole):
     """A WordPiece tokenizer makes no token of white space, and there is a chunk to be covered still."""
     pair = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["wordpiece"]))
-    encoder = refrag.ChunkEncoder(whole.encoder.backbone, pair, whole=True, pooling="mean")
+    encoder = refrag.ChunkEncoder(whole.encoder.backbone, pair, contextual=True, pooling="mean")
     blank, word = encoder.encode([" \n\t", "bronze"], 4)
     assert blank.shape == (1, 32) and not blank.any() and word.any()
 
@@ -395,7 +395,7 @@ def test_a_content_is_the_texts_tokens_and_chunks(model, k):
         expected = [sum(a <= start < b for start in starts) for a, b in itertools.pairwise(edges)]
         assert [len(chunk) for chunk in content.chunks] == expected
         assert all(len(ids) == len(owner) <= refrag.ENCODER_WINDOW for ids, owner in content.rows)
-        if encoder.whole:
+        if encoder.contextual:
             assert np.concatenate([ids for ids, _ in content.rows]).tolist() == encoded["input_ids"]
             owners = np.concatenate([owner for _, owner in content.rows])
             assert np.bincount(owners).tolist() == expected
