@@ -107,7 +107,7 @@ __version__ = "0.1.0"
 
 
 class RefragError(Exception):
-    """A failure with an exit code. The message is one line: what went wrong and how to mend it."""
+    """A failure with an exit code. The message is one line: what went wrong and how to fix it."""
     code = 1
 
 
@@ -149,16 +149,16 @@ LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than 
           "high": (operator.le, "at most {}"), "below": (operator.lt, "less than {}")}
 
 
-def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = False, needed: str = "",
+def opt(default: Any, help: str, *, choices: str = "", needed: bool = False, exists: bool = False, fresh: bool = False,
         **limits: float) -> Any:
     """A dataclass field that is also a command line option. A tuple default takes several values.
 
-    Each value must be one of the choices, an existing file if `exists`, and within the limits: low, above, high, below.
-    needed: what to do when there is none; without it the option may be left out.
+    needed: it must be given. Each value must be one of the choices, an existing file if `exists`, a new or empty
+    folder if `fresh`, and within the limits: low, above, high, below.
     """
     assert limits.keys() <= LIMITS.keys()
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "exists": exists,
-                                            "needed": needed, "limits": limits})
+    return field(default=default, metadata={"help": help, "choices": tuple(choices.split()), "needed": needed,
+                                            "exists": exists, "fresh": fresh, "limits": limits})
 
 
 def like(cls: type, name: str, **changes: Any) -> Any:
@@ -170,12 +170,16 @@ def like(cls: type, name: str, **changes: Any) -> Any:
 def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
     """Raise UserError unless a value is what its option takes."""
     choices, limits = rule["choices"], rule["limits"]
+    require(value != "", f"{flag} is empty: give a value or leave it out")
     require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
     require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
-    if limits and not (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())):
-        valid = " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
-        between = "lie between {low} and {high}".format(**limits) if limits.keys() == {"low", "high"} else f"be {valid}"
-        raise UserError(f"{flag} must {between}, got {value}")
+    require(not rule["fresh"] or not os.path.exists(value) or (os.path.isdir(value) and not os.listdir(value)),
+            f"{flag} {value} is there already: name a new folder")
+    valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+    if limits.keys() == {"low", "high"}:
+        valid = "lie between {low} and {high}".format(**limits)
+    require(not limits or (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())),
+            f"{flag} must {valid}, got {value}")
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -188,23 +192,22 @@ class Options:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             flag, value = f"--{f.name}", getattr(self, f.name)
-            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['needed']}")
+            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['help']}")
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
             for item in value if isinstance(value, tuple) else () if value is None else (value,):
                 check_value(flag, item, f.metadata)
         self.check()
 
     def check(self) -> None:
-        """Raise UserError where options contradict each other."""
+        """Raise UserError if options contradict each other."""
 
 
 class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
-    device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "precision; auto: bfloat16 on CUDA, else float32, but what encodes passages also on CPUs "
-                     "with instructions for bfloat16", choices=("auto", "float32", "bfloat16"))
-    engine: str = opt("auto", "decoding after the first token: the decoder as it is, or on a CPU its weights in 8 or 4 "
-                      "bits; auto: 4 bits where these lose nothing, else 8", choices=("auto", "model", "int8", "int4"))
+    device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
+    dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
+    engine: str = opt("auto", "CPU decoding: the model as it is, 8 or 4 bits; auto: 4 bits if lossless, else 8",
+                      choices="auto model int8 int4")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -215,11 +218,8 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                  "per line; also gzipped), folders, or - for standard input",
-                                  needed="name a file, a folder or - for standard input")
-    errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
-                      choices=("strict", "replace", "skip"))
+    corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, .tsv or text, folders, - for stdin", needed=True)
+    errors: str = opt("strict", "stop, replace bad bytes, or skip bad records", choices="strict replace skip")
     limit: int | None = opt(None, "read at most this many records", low=1)
     max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
@@ -232,38 +232,28 @@ class CorpusConfig(Options):
 
 class IndexConfig(Options):
     index_dir: str | None = opt(None, "the index folder")
-    retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; default hybrid, "
-                                "or what the index holds", choices=("hybrid", "dense", "bm25"))
-    embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; default "
-                                  "all-MiniLM-L6-v2, or the one the index was built with")
+    retriever: str | None = opt(None, "default the index's, else both fused by rank", choices="hybrid dense bm25")
+    embed_model: str | None = opt(None, "sentence-transformers model; default the index's, else all-MiniLM-L6-v2")
 
 
 class BuildConfig(Options):
-    faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
-                     choices=("auto", "flat", "hnsw", "ivfpq"))
+    faiss: str = opt("auto", "flat to 50,000 passages, hnsw to 1,000,000, then ivfpq", choices="auto flat hnsw ivfpq")
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
-    k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
-                        "multiples too, where k is one of 4", low=1, high=64)
+    k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
     batch_size: int = opt(32, "passages embedded at once", low=1)
 
 
 class ModelConfig(Options):
-    dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
-                          "SmolLM2-135M-Instruct, or the checkpoint's")
-    enc: str | None = opt(None, "chunk encoder: decoder:N (the decoder's first N layers), bundled name, hub id or "
-                          "folder; default decoder:8, or the checkpoint's")
-    pooling: str | None = opt(None, "pooling of a chunk's states; default mean, or the checkpoint's",
-                              choices=("mean", "cls"))
-    projector: str | None = opt(None, "encoder state to embedding: residual_mlp adds the mean of the chunk's token "
-                                "embeddings, mlp does not; default residual_mlp, or the checkpoint's",
-                                choices=("residual_mlp", "mlp"))
+    dec: str | None = opt(None, "decoder: name, hub id or folder; default checkpoint's or SmolLM2-135M-Instruct")
+    enc: str | None = opt(None, "encoder: name, folder, decoder:N (first N layers); default checkpoint's or decoder:8")
+    pooling: str | None = opt(None, "how a chunk's states become one; default checkpoint's or mean", choices="mean cls")
+    projector: str | None = opt(None, "residual_mlp adds the mean of the chunk's token embeddings, mlp does not; "
+                                "default checkpoint's or residual_mlp", choices="residual_mlp mlp")
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
 class ReaderConfig(ModelConfig):
-    """Encoder and decoder that answer; trained weights are shipped for them."""
-    load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
-                               "shipped one where it is for these models, none: no trained weights")
+    load_dir: str | None = opt("auto", "checkpoint or training run; auto: the shipped one if it fits; none: untrained")
 
 
 class SearchConfig(Options):
@@ -278,21 +268,19 @@ class QuestionConfig(Options):
 
 
 class FormatConfig(Options):
-    format: str = opt("text", "output form", choices=("text", "json", "trec"))
+    format: str = opt("text", "output form", choices="text json trec")
 
 
 class PackConfig(Options):
-    mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
-                    choices=("refrag", "full", "none", "truncate"))
+    mode: str = opt("refrag", "context as vectors and text, as text, left out, or as text cut to as many positions",
+                    choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
-    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read", low=0)
-    gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
-                    "embedder, else blend",
-                    choices=("auto", "learned", "policy", "blend", "cosine", "ppl", "random", "none"))
+    floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
+    gate: str = opt("auto", "what chooses the chunks that stay text; auto: learned if it fits the embedder, else blend",
+                    choices="auto learned policy blend cosine ppl random none")
     heuristic: bool = opt(False, "the same as --gate ppl")
-    compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
-                          choices=("auto", "feed", "drop"))
+    compressed: str = opt("auto", "feed or drop compressed chunks; auto: drop if untrained", choices="auto feed drop")
     ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first", low=1)
 
 
@@ -305,56 +293,47 @@ class GenerateConfig(Options):
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
     stream: bool = opt(True, "print the answer as it is decoded")
     show_prompt: bool = opt(False, "print the prompt, compressed chunks as [[..]]")
-    explain: bool = opt(False, "tell for each chunk its score, what the score is made of, and why it stays text or not")
+    explain: bool = opt(False, "print each chunk's score, the parts of the score, and why the chunk stays text or not")
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
     batch_size: int = opt(1, "questions decoded together", low=1)
 
     def check(self) -> None:
-        require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
 class BenchConfig(Options):
-    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192),
-                                    "context lengths in tokens; whole passages, as many as fit", low=1)
-    modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
-                                 "floor", choices=("full", "refrag", "none"))
+    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "tokens; whole passages, as many as fit", low=1)
+    modes: tuple[str, ...] = opt(("full", "refrag", "none"), "what is timed", choices="full refrag none")
     k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
     p: tuple[float, ...] = like(PackConfig, "p", default=(0.0, 0.1, 0.25))
-    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
+    batch_size: tuple[int, ...] = opt((1,), "questions answered together: the same one so many times", low=1)
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
-    repeats: int = opt(5, "rounds that count, after one that warms up; in each, every combination runs once", low=1)
+    repeats: int = opt(5, "rounds that count, after one to warm up; each runs every combination once", low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
-    def check(self) -> None:
-        require(not os.path.isfile(self.out_dir or ""), f"--out_dir {self.out_dir} is a file: name a folder")
-
 
 class TextConfig(Options):
-    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
-                                      needed="name a file of JSON lines with a text each", exists=True)
+    train_json: tuple[str, ...] = opt((), "JSON lines {text} or {tokens,split:{s,o}}", needed=True, exists=True)
     eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, to evaluate during training", exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
-LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights themselves
+LORA_LR = 1e-4  # LoRA matrices tolerate a higher rate than full weights
 
 
 class TrainConfig(Options):
     """The training loop; every phase has these."""
-    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png",
-                              needed="name the folder for the run")
+    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png", needed=True)
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
-    train: str | None = opt(None, "what is trained, by letters: projector, encoder, decoder; default " + ", ".join(
+    train: str | None = opt(None, "letters of what is trained: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
     lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all", low=0)
     steps: int = opt(1000, "optimizer steps", low=1)
-    lr: float | None = opt(None, "peak learning rate; default " + ", ".join(
-        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r",
-        above=0, high=1e30)
+    lr: float | None = opt(None, f"peak learning rate; default {LORA_LR:g} with --lora_r, else " + ", ".join(
+        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()), above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
     batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or shorter ones of the same total length", low=1)
     grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
@@ -371,16 +350,12 @@ class TrainConfig(Options):
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
     def check(self) -> None:
-        require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
-                f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
-        require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
-                "not one chunk would fit")
+        require(set(self.train or "p") <= set("ped"), f"--train must be letters of ped, got {self.train!r}")
+        require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}")
 
 
 class ReconConfig(Options):
-    curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
-                          "sample counts, the same over even stages, or none (full length from the start)",
-                          choices=("paper", "even", "none"))
+    curriculum: str = opt("even", "texts grow in the paper's stages, even ones or none", choices="paper even none")
 
 
 class NextConfig(Options):
@@ -390,19 +365,13 @@ class NextConfig(Options):
 
 
 class SftConfig(Options):
-    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
-                               needed="name a file of questions with answers", exists=True)
+    rag_json: str | None = opt(None, "JSON lines {question,answers,positive_ids}", needed=True, exists=True)
     eval_json: str | None = opt(None, "held-out questions of the same form, to evaluate during training", exists=True)
-    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
-                               "1: the reader of the full text", low=0, high=1)
-    gate_frac: float = opt(0.75, "share of the questions whose text chunks the gate chooses, as in use; for the others "
-                           "they are drawn at random, so that the vectors must be read", low=0, high=1)
-    no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
-                                "\"not in the documents\"", low=0, high=1)
-    quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
-                            "takes more reading of the vectors than an answer of few words", low=0, high=1)
-    topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
-                               "read faster (default: always --topk)", low=1)
+    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of text, one drawn for each question", low=0, high=1)
+    gate_frac: float = opt(0.75, "share of the questions whose text the gate chooses, not chance", low=0, high=1)
+    no_answer_frac: float = opt(0.1, "share without the right passages: \"not in the documents\"", low=0, high=1)
+    quote_frac: float = opt(0.0, "share whose target is the whole sentence with the answer", low=0, high=1)
+    topk_min: int | None = opt(None, "show each question between this many passages and --topk; default --topk", low=1)
     limit: int | None = opt(None, "read at most this many questions of each file", low=1)
     distill: float = like(NextConfig, "distill")
 
@@ -420,15 +389,15 @@ TEXT_TASKS = ("ppl", "recon")
 
 
 class EvalConfig(Options):
-    task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
-                    "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
+    task: str = opt("qa", "answers, rankings, what the gate finds, log-perplexity, or text back from its vectors",
+                    choices=" ".join(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
         f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
         + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
-    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most", low=0, high=1)
-    k: tuple[int, ...] = opt((PackConfig.k,), "tokens per vector; with ppl and recon several", low=1, high=64)
+    p: tuple[float, ...] = like(SftConfig, "p", help="shares of the context that stay text at most")
+    k: tuple[int, ...] = like(PackConfig, "k", default=(PackConfig.k,))
     gate: str = like(PackConfig, "gate")
     floor: int = like(PackConfig, "floor", default=0)
     ctx_max: int = like(PackConfig, "ctx_max")
@@ -437,28 +406,25 @@ class EvalConfig(Options):
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
-    limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
-                            "questions of 2 n - 1 hold those of n", low=1)
-    out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
-                              "sample.md; without it the results are printed alone")
-    resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
-                       "questions, add to it")
+    limit: int | None = opt(None, "at most this many questions or texts, spread evenly; 2 n - 1 hold those of n", low=1)
+    out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, quality.png and sample.md")
+    resume: bool = opt(False, "continue in --out_dir; other --modes, --p and --limit of questions add to it")
 
     def check(self) -> None:
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
-        unknown = [name for name in self.named if name not in valid]
-        require(not unknown, f"--modes {', '.join(unknown)}: --task {self.task} knows {', '.join(valid) or 'none'}")
+        unknown = ", ".join(name for name in self.named if name not in valid)
+        require(not unknown, f"--modes {unknown}: --task {self.task} knows {', '.join(valid) or 'none'}")
         require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
         require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
-        require(self.context_tokens >= max(self.k), f"--context_tokens must be --k {max(self.k)} or more, got "
-                f"{self.context_tokens}")
+        require(self.context_tokens >= max(self.k),
+                f"--context_tokens must be --k {max(self.k)} or more, got {self.context_tokens}")
         require(not self.resume or self.out_dir is not None, "--resume needs --out_dir, the folder to continue")
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The modes to run, each once; commas part them too."""
+        """The modes to run, each once. Comma-separated values also work."""
         given = dict.fromkeys(filter(None, ",".join(self.modes).split(",")))
         return tuple(given) or tuple(name for name in EVAL_MODES[self.task] if name not in EVAL_ONLY_NAMED)
 
@@ -467,18 +433,11 @@ class GateDataConfig(Options):
     """What gate and policy learn from."""
     rag_json: tuple[str, ...] = like(SftConfig, "rag_json", default=())
     eval_json: tuple[str, ...] = like(SftConfig, "eval_json", default=())
-    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained",
-                              needed="name the folder for the checkpoint")
+    out_dir: str | None = opt(None, "checkpoint to write, with the parts of --load_dir", needed=True, fresh=True)
     k: int = like(PackConfig, "k")
-    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at",
-                               above=0, below=1)
+    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of text to examine the gate at", above=0, below=1)
     limit: int | None = like(SftConfig, "limit")
     eval_limit: int = opt(600, "held-out questions at most", low=1)
-
-    def check(self) -> None:
-        folder = Path(self.out_dir)
-        require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-                f"--out_dir {folder} is there already: name a new folder")
 
 
 class GateConfig(Options):
@@ -495,10 +454,7 @@ class PolicyConfig(Options):
 
 
 class AnchorConfig(Options):
-    text: str | None = opt(None, "the text to align", needed="give the text to align")
-
-    def check(self) -> None:
-        require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
+    text: str | None = opt(None, "the text to align", needed=True)
 
 
 class ServeConfig(Options):
@@ -506,24 +462,19 @@ class ServeConfig(Options):
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
-    together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
-                        "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
-    waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
+    together: int = opt(0, "requests in one batch; 0: 4 on a GPU, 1 on a CPU, where batches change answers", low=0)
+    waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def check(self) -> None:
-        require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
                     f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
 
 
 class ExportConfig(Options):
-    out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
+    out_dir: str | None = opt(None, "the folder to write", needed=True, fresh=True)
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
-
-    def check(self) -> None:
-        require(not Path(self.out_dir).exists(), f"--out_dir {self.out_dir} is there already: name a new folder")
 
 
 class DoctorConfig(Options):
@@ -537,37 +488,29 @@ class Command(NamedTuple):
     configs: tuple[type[Options], ...]
 
 
-ANSWERING = (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
+RETRIEVAL, TRAINING = (IndexConfig, SearchConfig), (TrainConfig, ModelConfig)
+ANSWERING = (*RETRIEVAL, PackConfig, GenerateConfig, ReaderConfig)
 COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *configs in (
     ("index", "Read a corpus; build FAISS and BM25; store the chunk vectors.",
      CorpusConfig, IndexConfig, BuildConfig, ReaderConfig),
     ("search", "Show the passages that answer a question, best first.",
      IndexConfig, QuestionConfig, SearchConfig, FormatConfig),
     ("align", "Show where the tokens of encoder and decoder end together.", AnchorConfig, ModelConfig),
-    ("cpt_align", "Train vectors to stand for the tokens between anchors: error, divergence and argmax terms.",
-     TextConfig, TrainConfig, ModelConfig),
-    ("cpt_recon", "Train encoder and projector so that the frozen decoder gives a text back from its vectors.",
-     TextConfig, ReconConfig, TrainConfig, ModelConfig),
-    ("cpt_next", "Train everything to go on with a text whose beginning is compressed.",
-     TextConfig, NextConfig, TrainConfig, ModelConfig),
-    ("sft", "Train on questions with retrieved passages; the loss is on the answer alone.",
-     SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig),
+    ("cpt_align", "Train vectors to stand for the tokens between anchors.", TextConfig, *TRAINING),
+    ("cpt_recon", "Train encoder and projector to give a text back.", TextConfig, ReconConfig, *TRAINING),
+    ("cpt_next", "Train everything to continue a compressed text.", TextConfig, NextConfig, *TRAINING),
+    ("sft", "Train on questions with retrieved passages; the loss is on the answer.", SftConfig, *RETRIEVAL, *TRAINING),
     ("train_gate", "Train the gate to find the chunks that hold the answer.",
-     GateDataConfig, GateConfig, IndexConfig, SearchConfig, ReaderConfig),
+     GateDataConfig, GateConfig, *RETRIEVAL, ReaderConfig),
     ("train_policy", "Train the paper's policy: it draws the chunks, the decoder's answer rewards it.",
-     GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ReaderConfig),
+     GateDataConfig, PolicyConfig, *RETRIEVAL, ReaderConfig),
     ("generate", "Answer a question from compressed context, with citations and timings.", QuestionConfig, *ANSWERING),
-    ("chat", "Answer one question after another, each in the light of those before it; /help lists the commands.",
-     *ANSWERING),
+    ("chat", "Answer one question after another, the earlier ones as context; /help lists the commands.", *ANSWERING),
     ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
-    ("export", "Write a question's mixed prompt as embeddings, and the request that vLLM takes it in.",
-     ExportConfig, QuestionConfig, *ANSWERING),
-    ("eval", "Measure answers, rankings, the gate or the vectors, each against its controls.",
-     EvalConfig, IndexConfig, SearchConfig, ReaderConfig),
-    ("bench", "Time the first token and those after it against context length, side by side in one run.",
-     BenchConfig, IndexConfig, ReaderConfig),
-    ("doctor", "Show what was found: device, versions, models, an index's integrity.",
-     IndexConfig, ModelConfig, DoctorConfig),
+    ("export", "Write a question's mixed prompt as embeddings, for vLLM.", ExportConfig, QuestionConfig, *ANSWERING),
+    ("eval", "Measure answers, rankings, gate or vectors against controls.", EvalConfig, *RETRIEVAL, ReaderConfig),
+    ("bench", "Time the first token and those after it by context length.", BenchConfig, IndexConfig, ReaderConfig),
+    ("doctor", "Show device, versions, models and an index's integrity.", IndexConfig, ModelConfig, DoctorConfig),
 )}
 
 
@@ -584,26 +527,14 @@ def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field,
 class Parser(argparse.ArgumentParser):
     """Raises UserError instead of exiting, and proposes the flag that was meant."""
 
-    source = ""  # where the words stand that are parsed, unless on the command line
-
     def error(self, message: str) -> typing.NoReturn:
-        """Raise UserError, naming where a bad value stands and the nearest known flag."""
         unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
         near = difflib.get_close_matches(re.split("[ =]", unknown)[0], flags, n=1)
         if near:
             message += f" (did you mean {near[0]}?)"
         elif unknown and not unknown.startswith("-"):
             message += f" (write {next((f for f in ('--question', '--corpus') if f in flags), 'a flag')} before it)"
-        raise UserError(f"{self.source}{message}: see python {self.prog} --help")
-
-
-def splitter(kind: type, commas: bool) -> Callable[[str], list]:
-    """What takes a word of an option of several values apart. Example: "8,16," -> [8, 16]"""
-    def split(word: str) -> list:
-        return [kind(part) for part in (word.removesuffix(",").split(",") if commas else [word])]
-
-    split.__name__ = kind.__name__  # argparse names it when a word does not fit
-    return split
+        raise UserError(f"{message}: see python {self.prog} --help")
 
 
 def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
@@ -616,12 +547,9 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
         parser.add_argument(f"--{f.name}", action="store_true", **common)
         common["help"] = f"not --{f.name}" if f.default else argparse.SUPPRESS
         parser.add_argument(f"--no_{f.name}", action="store_false", **common)
-        return
-    common["metavar"] = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
-    if several:  # numbers and choices may stand between commas; names of files may hold some
-        parser.add_argument(f"--{f.name}", nargs="*", type=splitter(kind, kind is not str or bool(choices)), **common)
     else:
-        parser.add_argument(f"--{f.name}", type=kind, **common)
+        metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+        parser.add_argument(f"--{f.name}", nargs="*" if several else None, metavar=metavar, **common)
 
 
 def choose_command(argv: Sequence[str]) -> str:
@@ -654,16 +582,23 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
     return settings
 
 
-TRUTH = {"1": "", "true": "", "yes": "", "0": "no_", "false": "no_", "no": "no_"}  # -> --stream or --no_stream
+TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def as_words(parser: Parser, f: dataclasses.Field, kind: type, value: Any) -> list[str]:
-    """An option of a file or the environment as it would stand on the command line."""
-    if isinstance(f.default, tuple):
-        return [f"--{f.name}", *map(str, value if isinstance(value, list) else str(value).split())]
-    if isinstance(value, list | dict) or (kind is bool and str(value).lower() not in TRUTH):
-        parser.error(f"argument --{f.name}: {value!r} is not {'true or false' if kind is bool else 'one value'}")
-    return [f"--{TRUTH[str(value).lower()]}{f.name}" if kind is bool else f"--{f.name}={value}"]
+def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
+    """An option's value from what the command line, the environment or a file holds. Raises UserError."""
+    try:
+        if isinstance(f.default, tuple):
+            words = list(map(str, value)) if isinstance(value, list) else str(value).split()
+            if kind is not str or f.metadata["choices"]:  # commas part these too; a file's name may hold some
+                words = [part for word in words for part in word.removesuffix(",").split(",")]
+            return tuple(map(kind, words))
+        if isinstance(value, list | dict):
+            raise ValueError
+        return TRUTH[str(value).lower()] if kind is bool else kind(str(value))
+    except (ValueError, KeyError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "one value"}[kind]
+        raise UserError(f"{where}argument --{f.name}: {value!r} is not {expected}") from None
 
 
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
@@ -676,15 +611,11 @@ def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
         add_option(parser, *option)
     flags = vars(parser.parse_args(argv[1:]))
     path = flags.get("config") or os.environ.get("REFRAG_CONFIG")
-    stored = {f"--config {path}: ": read_config_file(path, name)} if path else {}
-    stored |= {f"REFRAG_{key.upper()}: ": {key: os.environ[f"REFRAG_{key.upper()}"]} for key in fields
-               if f"REFRAG_{key.upper()}" in os.environ}
-    values = {}
-    for parser.source, settings in stored.items():
-        words = [word for key, value in settings.items() for word in as_words(parser, *fields[key], value)]
-        values |= vars(parser.parse_args(words))
-    values |= flags
-    values |= {key: tuple(itertools.chain(*value)) for key, value in values.items() if isinstance(value, list)}
+    sources = {f"--config {path}: ": read_config_file(path, name) if path else {}}
+    sources |= {f"{variable}: ": {key: os.environ[variable]} for key in fields
+                if (variable := f"REFRAG_{key.upper()}") in os.environ}
+    values = {key: convert(where, value, *fields[key])
+              for where, settings in (sources | {"": flags}).items() for key, value in settings.items()}
     return name, tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
                        for cls in COMMANDS[name].configs)
 
@@ -720,10 +651,9 @@ def report(error: BaseException, runtime: RuntimeConfig) -> int:
         traceback.print_exception(error)
     say(f"error: {message}", file=sys.stderr)
     if runtime.json:
-        try:
-            print(dumps({"error": {"code": code, "message": message}}), flush=True)
-        except OSError:  # its reader has gone, or its disk is full
-            silence(sys.stdout)
+        with contextlib.suppress(OSError):  # its reader has gone, or its disk is full
+            print(dumps({"error": {"code": code, "message": message}}))
+        flush(sys.stdout)
     return code
 
 
@@ -737,7 +667,7 @@ CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 
 
 def visible(text: str) -> str:
-    """Text that moves no cursor and turns no words round when a terminal shows it. Example: "\x1b[2J" -> "\\x1b[2J" """
+    """Escape control characters and what turns the direction of writing. Example: "\x1b[2J" -> "\\x1b[2J" """
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -746,33 +676,28 @@ def say(text: str, end: str = "\n", file: Any = None) -> None:
     print(visible(text), end=end, file=file, flush=True)
 
 
-def silence(stream: Any) -> None:
-    """After a broken pipe: nothing more may be flushed to it, or Python complains at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def flush(stream: Any) -> None:
+    """Flush a standard stream. If that fails, what is left goes nowhere, or Python would complain at exit."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class LastingStderr(io.TextIOWrapper):
-    """A stderr whose reader may leave: that must neither end the work nor change the exit code."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(BrokenPipeError):
-            super().write(text)
-        return len(text)
+    """A stderr whose broken pipe neither ends the work nor changes the exit code: all that is printed is flushed."""
 
     def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            super().flush()
+        flush(super())
 
 
 def open_streams() -> None:
-    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; a stdout
-    that can spell every name in a passage; a stderr that lasts."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    """Open standard streams that the caller closed; let stdout spell every text, and stderr outlast its reader."""
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
-        elif number == 2 and type(sys.stderr) is io.TextIOWrapper:
-            sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+        elif name == "stderr" and type(sys.stderr) is io.TextIOWrapper:
+            sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
@@ -783,33 +708,20 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     try:
         invocation = parse(argv)
         os.getcwd()  # libraries need one at import
-        require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
-                "use 1 or none")
-    except (RefragError, OSError) as error:  # a path of an option may be one that can not even be looked at
+    except (RefragError, OSError) as error:  # a path of an option may be one that cannot even be looked at
         as_json = "--json" in argv or os.environ.get("REFRAG_JSON", "0").lower() not in ("0", "false", "no")
         sys.exit(report(error, RuntimeConfig(json=as_json, debug="--debug" in argv)))
     finally:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads --help any more
-            silence(sys.stdout)
-    if invocation[1][-1].offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+        flush(sys.stdout)  # --help
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return invocation
-
-
-def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
-    """SIGTERM as an exception, so that locks and temporary folders are cleaned up."""
-    raise SystemExit(128 + signum)
 
 
 def leave(code: int) -> typing.NoReturn:
     """End the program without the interpreter's own tidying up, which takes more than a second with these libraries."""
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    flush(sys.stdout)
+    flush(sys.stderr)
     os._exit(code)
 
 
@@ -903,7 +815,7 @@ def prepare_runtime(runtime: RuntimeConfig) -> None:
     if runtime.offline:
         import huggingface_hub.constants
 
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # for main() called from a program that had it imported
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.manual_seed(runtime.seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -5208,7 +5120,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(signum: int, frame: Any) -> None:
         if received:
-            raise_exit(signum, frame)
+            sys.exit(128 + signum)
         received.append(signum)
         notice("saving a checkpoint after this step; once more to stop at once")
 
@@ -6774,7 +6686,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(anchor.text)
+    text = tokenizer.neutralize(check_string(anchor.text, "text", "--text"))
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     spans = anchor_rows(encoder, decoder)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
@@ -6988,14 +6900,14 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
     """Call a command's handler and return the exit code."""
     try:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            signal.signal(signal.SIGTERM, raise_exit)
+            signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # locks and folders are cleaned up
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(configs[-1])
         HANDLERS[name](*configs)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
-        silence(sys.stdout)  # its reader, `head` say, has seen enough
+        flush(sys.stdout)  # its reader, `head` say, has seen enough
         return 0
     except BaseException as error:
         return report(error, configs[-1])
