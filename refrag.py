@@ -4168,26 +4168,26 @@ def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, ru
 #     that stay text under an exact budget.
 # =============================================================================
 
-NEIGHBOUR_SHARE = 0.5  # of the best neighbour's score: an answer often stands beside the words of the question
+NEIGHBOUR_SHARE = 0.5  # of the better neighbour's score: an answer is often next to the words of the question
 
 
 class GateInput(NamedTuple):
-    """What a gate may look at. Chunks are numbered as in the prompt, documents by rank."""
+    """All that gates read. Chunks are numbered as in the prompt, documents by rank."""
 
     question: str
     query: np.ndarray | None  # (dim,), the embedder's vector of the question
     vectors: np.ndarray | None  # (L, dim), the embedder's vectors of the chunks
     texts: list[str]  # (L,)
     docs: np.ndarray  # (L,), the document of each chunk
-    idf: Callable[[str], float] | None  # of a term, by the index's words; None: by the chunks'
-    prompt: Prompt | None  # for the decoder's own reading
+    idf: Callable[[str], float] | None  # of a term in the index; None: computed over the chunks
+    prompt: Prompt | None  # for `ppl`
     decoder: nn.Module | None
     seed: int
 
 
 def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, index: Index | None, seed: int = 0,
                prompt: Prompt | None = None, decoder: nn.Module | None = None) -> GateInput:
-    """What a gate may look at; there are vectors only if all documents have them."""
+    """The input of the gates; it has vectors only if all documents have them."""
     tables = [doc.chunks for doc in docs]
     texts = [doc.content[a:b] for doc in docs for a, b in itertools.pairwise([0, *doc.chunks.ends.tolist()])]
     has_vectors = query is not None and all(table.gate is not None for table in tables)
@@ -4198,14 +4198,14 @@ def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, ind
 
 
 def answer_chunks(docs: Sequence[Doc], right: Sequence[bool], answers: Sequence[str]) -> list[list[int]]:
-    """For each place where an answer stands in a right document: the chunks that it covers, numbered through.
+    """The chunks that each occurrence of an answer in a right document covers, numbered through all documents.
 
-    Whole words, where an answer stands anywhere as such; letters of either case.
+    Case is ignored; occurrences inside a word count only in a document without others.
     Example: "an old mill" in chunks that end at 4 and 11, answer "old mill" -> [[0, 1]]
     """
     spans, base = [], 0
-    for doc, counts in zip(docs, right, strict=True):
-        for answer in answers if counts else ():
+    for doc, is_right in zip(docs, right, strict=True):
+        for answer in answers if is_right else ():
             plain = re.escape(answer.strip())
             found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", doc.content, re.IGNORECASE))
             for match in found or re.finditer(plain, doc.content, re.IGNORECASE):
@@ -4224,7 +4224,10 @@ def cosine_scores(inputs: GateInput) -> np.ndarray:
 
 
 def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
-    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) the terms' shares of their idf's sum)."""
+    """((L, Q) bool, which of the question's Q terms each chunk has; (Q,) each term's share of the sum of their idf).
+
+    hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
+    """
     question = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
     hits = np.asarray([[term in terms for term in question] for terms in chunks], dtype=bool)
@@ -4237,7 +4240,7 @@ def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
 
 
 def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The values (L, ..) of the chunks before and after in the same document, 0 where there is none.
+    """The values (L, ..) of the chunks before and after in the same document, 0 if there is none.
 
     Example: values [3, 1, 2], docs [0, 0, 1] -> [0, 3, 0], [1, 0, 0]
     """
@@ -4249,7 +4252,7 @@ def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def blend_scores(inputs: GateInput) -> np.ndarray:
-    """(L,) cosine plus idf overlap, each with half of its better neighbour's. Needs no training."""
+    """(L,) cosine plus idf coverage, each with half of the better neighbour's. Needs no training."""
     hits, shares = term_hits(inputs)
     parts = (cosine_scores(inputs), hits @ shares)
     return sum(part + NEIGHBOUR_SHARE * np.maximum(*beside(part, inputs.docs)) for part in parts)
@@ -4259,7 +4262,7 @@ def blend_scores(inputs: GateInput) -> np.ndarray:
 def ppl_scores(inputs: GateInput) -> np.ndarray:
     """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
 
-    It needs the decoder to read all of the context, so it can not make the first token faster; it is a baseline.
+    A baseline: the decoder reads the whole context for it, so it cannot make the first token faster.
     """
     scores = np.zeros(len(inputs.texts), dtype=np.float32)
     device = next(inputs.decoder.parameters()).device
@@ -4271,7 +4274,7 @@ def ppl_scores(inputs: GateInput) -> np.ndarray:
             continue
         logits = inputs.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
         nll = nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none").cpu().numpy()
-        losses = np.concatenate([[nll.mean()], nll])  # nothing precedes the first token: it counts as average
+        losses = np.concatenate([[nll.mean()], nll])  # the first token has no prediction: it gets the mean
         for number in numbers:
             chunk = inputs.prompt.chunks[number]
             scores[number] = losses[chunk.first - first : chunk.last - first].mean() if chunk.tokens else 0.0
@@ -4279,7 +4282,7 @@ def ppl_scores(inputs: GateInput) -> np.ndarray:
 
 
 def random_scores(inputs: GateInput) -> np.ndarray:
-    """(L,) uniform, the same for the same question and seed."""
+    """(L,) uniform, a function of question and seed."""
     key = int.from_bytes(hashlib.sha256(f"{inputs.seed}:{inputs.question}".encode()).digest()[:8], "little")
     return np.random.default_rng(key).random(len(inputs.texts))
 
@@ -4294,7 +4297,7 @@ KINDS = {name: re.compile(pattern) for name, pattern in {  # what a question ask
     "which": r"\bwhich\b", "what": r"\bwhat\b"}.items()}
 CAPITALS = "A-Z\u00c0-\u00d6\u00d8-\u00de"
 NAME_OR_NUMBER = re.compile(rf"(?<!\w)[{CAPITALS}]\w*|[0-9]+(?:[.,][0-9]+)*")
-FEATURES = {  # by what they tell; --explain shows each group's share
+FEATURES = {  # in groups, whose shares --explain shows
     "meaning": ("cosine", "cosine_neighbour", "cosine_z", "cosine_rank", "cosine_doc"),
     "words": ("overlap", "overlap_neighbour", "overlap_window", "overlap_z", "overlap_doc", "phrase"),
     "passage": ("rank", "first_rank", "passages"),
@@ -4305,24 +4308,24 @@ FEATURE_NAMES = [name for names in FEATURES.values() for name in names]
 
 
 def standard(values: np.ndarray) -> np.ndarray:
-    """Values less their mean, by their deviation; zeros where all are alike."""
+    """Standardised values; zeros if all are equal."""
     return (values - values.mean()) / (values.std() + 1e-6)
 
 
 def name_counts(inputs: GateInput) -> list[list[int]]:
-    """(4, L) names in each chunk, names that the question does not have, numbers, and numbers that it does not have."""
+    """(4, L) names in each chunk, names that are not in the question, and the same for numbers."""
     known = set(map(term_of, words(inputs.question)))
     counts = [[0] * len(inputs.texts) for _ in range(4)]
     for row, text in enumerate(inputs.texts):
         for found in NAME_OR_NUMBER.findall(text):
-            first = 2 if found < ":" else 0  # what follows 9
-            counts[first][row] += 1
-            counts[first + 1][row] += term_of(found.casefold().replace(",", "")) not in known
+            kind = 2 if found[0] in "0123456789" else 0
+            counts[kind][row] += 1
+            counts[kind + 1][row] += term_of(found.casefold().replace(",", "")) not in known
     return counts
 
 
 def chunk_features(inputs: GateInput) -> np.ndarray:
-    """(L, F) float32, the features of FEATURES in order. One number for all chunks: a fact of question or prompt."""
+    """(L, F) float32, the features in the order of FEATURES. Constants only bring them to similar ranges."""
     docs, L = inputs.docs, len(inputs.docs)
     _, starts, sizes = np.unique(docs, return_index=True, return_counts=True)
     place, count = np.arange(L) - np.repeat(starts, sizes), np.repeat(sizes, sizes)  # of each chunk in its document
@@ -4340,7 +4343,7 @@ def chunk_features(inputs: GateInput) -> np.ndarray:
         "overlap_window": (hits | before | after) @ shares,
         "overlap_z": standard(overlap),
         "overlap_doc": np.repeat(np.logical_or.reduceat(hits, starts), sizes, axis=0) @ shares,
-        "phrase": (hits[:, 1:] & hits[:, :-1]).sum(1),  # the question's neighbouring terms
+        "phrase": (hits[:, 1:] & hits[:, :-1]).sum(1),  # pairs of the question's neighbouring terms
         "rank": docs / 8,
         "first_rank": 1 / (1 + docs),
         "passages": (docs.max(initial=0) + 1) / 8,
@@ -4360,10 +4363,7 @@ def chunk_features(inputs: GateInput) -> np.ndarray:
 
 
 def with_neighbours(hidden: Tensor, docs: Tensor) -> Tensor:
-    """(B, L, 3 W) each chunk between those before and after it, zeros where these are of another document.
-
-    hidden: (B, L, W); docs: (B, L).
-    """
+    """(B, L, 3 W) each chunk with those before and after it, 0 across documents. hidden: (B, L, W); docs: (B, L)."""
     same = (docs[:, 1:] == docs[:, :-1]).unsqueeze(-1)
     before = nn.functional.pad(hidden[:, :-1] * same, (0, 0, 1, 0))
     after = nn.functional.pad(hidden[:, 1:] * same, (0, 0, 0, 1))
@@ -4371,24 +4371,16 @@ def with_neighbours(hidden: Tensor, docs: Tensor) -> Tensor:
 
 
 def padded_rows(rows: Sequence[np.ndarray], fill: float) -> Tensor:
-    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
+    """(B, L, ..) from rows (L_i, ..), padded to the longest."""
     return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
 
 
-def gate_batch(inputs: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """What `QueryGate` reads of several questions, padded to the most chunks. features: (L, F) of each."""
-    tensors = (padded_rows(features, 0), torch.from_numpy(np.stack([one.query for one in inputs])),
-               padded_rows([one.vectors for one in inputs], 0).float(), padded_rows([one.docs for one in inputs], -1))
-    return [tensor.to(device) for tensor in tensors]
-
-
 class QueryGate(nn.Module):
-    """A logit for every chunk of a question, all chunks of the question in view.
+    """A logit for every chunk of a question, given all of its chunks.
 
-    Features and the products of projected question and chunk vectors go through one layer; then every chunk sees those
-    beside it, the largest and the mean of all, and once more those beside it. Attention in their place finds no more
-    and takes twice as long. features False: vectors alone, as the paper's policy has them; blind: without the question,
-    too.
+    Features, projected chunk vectors and their products with the projected question go through one layer; then every
+    chunk sees its neighbours, maximum and mean over all chunks, and its neighbours again. Attention instead was no
+    better and twice as slow. features False: only vectors, as in the paper's policy; blind: without the question, too.
     """
 
     def __init__(self, dim: int, pairs: int = 64, width: int = 64, features: bool = True, blind: bool = False):
@@ -4423,25 +4415,27 @@ class QueryGate(nn.Module):
         hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, docs)))
         return self.leave(hidden).masked_fill(~real, -math.inf).squeeze(-1)
 
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        return self.leave.weight.device
+    def batch_logits(self, inputs: Sequence[GateInput], features: Sequence[np.ndarray]) -> Tensor:
+        """(B, L) logits of several questions, -inf where padded. features: (L_i, F) of each."""
+        queries, vectors = np.stack([one.query for one in inputs]), padded_rows([one.vectors for one in inputs], 0)
+        docs, device = padded_rows([one.docs for one in inputs], -1), self.mean.device
+        return self(padded_rows(features, 0).to(device), torch.from_numpy(queries).to(device),
+                    vectors.float().to(device), docs.to(device))
 
     @torch.inference_mode()
     def logits(self, inputs: GateInput, features: np.ndarray) -> np.ndarray:
         """(L,) of one question. features: (L, F)."""
-        return self(*gate_batch([inputs], [features], self.device))[0].float().cpu().numpy()
+        return self.batch_logits([inputs], [features])[0].float().cpu().numpy()
 
     def scores(self, inputs: GateInput) -> np.ndarray:
-        """(L,) logits of one question's chunks, which have vectors."""
+        """(L,) logits of one question, whose chunks have vectors."""
         features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
         scores = self.logits(inputs, features)
         check_finite(scores, "gate")
         return scores
 
     def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
-        """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
+        """What each group of features adds to the logits (L,): the change from the group's mean values."""
         features, shares, at = chunk_features(inputs), {}, 0
         logits = self.logits(inputs, features)
         for group, names in FEATURES.items():
@@ -4456,8 +4450,10 @@ SHIPPED_GATE = SHIPPED / "gate"
 
 
 def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
-    """What a checkpoint says of its gate or policy, or else of the shipped gate; None unless it reads the vectors of
-    this embedder. kind: "gate" or "policy"; fingerprint: the embedder's, None without one."""
+    """The facts of a checkpoint's gate or policy, else of the shipped gate; None if made for another embedder.
+
+    kind: "gate" or "policy"; fingerprint: the embedder's, None without one.
+    """
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
         facts = read_model_config(SHIPPED_GATE).gate
@@ -4466,10 +4462,7 @@ def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict
 
 
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
-    """The checkpoint's gate or policy, or the shipped gate; None where there is none for this embedder.
-
-    kind: "gate" or "policy". Raises MismatchError if the checkpoint's reads other vectors or features.
-    """
+    """The gate or policy of `known_gate`. Raises MismatchError if the checkpoint's reads other vectors or features."""
     facts, own = known_gate(model.config, kind, embedder and embedder.fingerprint), getattr(model.config, kind)
     if facts is None and own is not None and embedder is not None:
         raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index has "
@@ -4490,20 +4483,21 @@ def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> Query
 
 
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
-TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # by the name of their part in a checkpoint
+TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # --gate -> the part of a checkpoint
 GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
 
 
 def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
-    """Tokens of the context that may stay text: the fraction p of them, but `floor` at least while p > 0."""
+    """Tokens of the context that may stay text: the fraction p of them, but at least `floor` if p > 0."""
+    # 1e-9: .29 * 100 is 28.999999999999996
     return max(math.floor(p * int(tokens.sum()) + 1e-9), floor if p > 0 else 0)
 
 
 def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> np.ndarray:
     """(L,) bool, the chunks that stay text: in the order of their scores, up to the first that exceeds the budget.
 
-    tokens: (L,) decoder tokens of each chunk. The best chunk is never passed over for a worse one that fits, and with a
-    floor it stays text even if it is larger.
+    tokens: (L,) tokens of each chunk: the decoder's when answering, the encoder's when a gate is examined, which knows
+    no prompt. With a floor the best chunk stays text even if it exceeds the budget.
     Example: scores [.9, .5, .7], tokens [4, 1, 4], p = .6 -> [T, F, F]; with floor = 8 -> [T, F, T]
     """
     order = np.argsort(-scores, kind="stable")
@@ -4514,7 +4508,7 @@ def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int =
 
 
 def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> list[str]:
-    """(L,) why each chunk stays text or not, in words."""
+    """(L,) why each chunk stays text or not."""
     order, reasons = np.argsort(-scores, kind="stable"), [""] * len(scores)
     chosen, budget = select_chunks(scores, tokens, p, floor), text_budget(tokens, p, floor)
     for rank, (number, used) in enumerate(zip(order, np.cumsum(tokens[order]), strict=True), start=1):
@@ -4527,6 +4521,8 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 # 10. Training. Phases that build sequences, a curriculum, and one loop on
 #     accelerate that can be killed and continued. Knows no command line.
 # =============================================================================
+
+Random = np.random.Generator
 
 TOKEN_CACHE_VERSION = 2
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
@@ -4541,27 +4537,24 @@ PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as lon
 def curriculum_table(tasks: int) -> np.ndarray:
     """Samples of each text length in each stage: (tasks, 9) float; task i has texts of 2**i chunks.
 
-    Every row is a geometric sequence. Its first value is 1333 / 4**i, 1 at least, and its sum 2000 for the first
-    three, 4000 for the next three and 8000 for the rest, which settles its ratio. Rounded, these are the numbers of the
-    paper's table for 9 tasks. Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
+    Every row is a geometric sequence. It starts at 1333 / 4**i, at least 1, and sums to 2000 for the first three tasks,
+    4000 for the next three and 8000 for the rest. Rounded, these are the numbers of the paper's table for 9 tasks.
+    Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
     """
     rows = []
     for task in range(tasks):
         first, total = max(1333 // 4**task, 1), 2000 * 2 ** min(task // 3, 2)
-        low, high = 0.0, 10.0
-        while high - low > 1e-12:  # the sum grows with the ratio
-            ratio = (low + high) / 2
-            short = first * sum(ratio**n for n in range(CURRICULUM_STAGES)) < total
-            low, high = (ratio, high) if short else (low, ratio)
-        rows.append([first * low**n for n in range(CURRICULUM_STAGES)])
+        # the ratio r: r^8 + .. + r + 1 = total / first, which has one positive root (the signs change once)
+        roots = np.roots([1] * (CURRICULUM_STAGES - 1) + [1 - total / first])
+        rows.append(first * roots[np.isreal(roots)].real.max() ** np.arange(CURRICULUM_STAGES))
     return np.asarray(rows)
 
 
 def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     """(tasks,) probabilities of the text lengths at a point of the run. progress: range [0, 1).
 
-    kind: paper (stages as long as their sample counts), even (stages of equal length), none (the longest alone).
-    No length falls below a small share; the paper's table lets single chunks die out.
+    kind: paper (stages as long as their sample counts), even (stages of equal length), none (only the longest).
+    No length falls below LEAST_SHARE; in the paper's table single chunks die out.
     """
     if kind == "none" or tasks == 1:
         return np.eye(tasks)[-1]
@@ -4577,26 +4570,23 @@ def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
 
 
 def file_facts(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Name, size and digest of data files, for run.json and for the names of caches."""
+    """Name, size and digest of data files."""
     return [{"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256_file(Path(name))} for name in paths]
 
 
 def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`file_facts` for a checkpoint, which travels: where the files lay is nobody's business."""
+    """The same without local paths, for checkpoints, which are shared."""
     return [fact | {"file": Path(fact["file"]).name} for fact in facts]
 
 
 def nearest_cut(cuts: np.ndarray, at: int, least: int = 1) -> int:
-    """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `cut_allowed`.
-
-    Example: cuts [T, F, F, T, T] -> 3 for 4 and 3, 3 for 2
-    """
+    """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `cut_allowed`."""
     places = itertools.chain(range(at, least - 1, -1), range(at + 1, len(cuts)))
     return next((place for place in places if cuts[place]), at)
 
 
 def split_text(ids: np.ndarray, cuts: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A text parted after s tokens, or near there where no character is cut: (context, its cuts, what follows)."""
+    """A text split after s tokens, or near there if that is inside a character: (context, its cuts, what follows)."""
     s = nearest_cut(cuts[:-1], s)
     return ids[:s], np.append(cuts[:s], True), ids[s:]
 
@@ -4610,7 +4600,7 @@ class TokenCache:
         self.paths = paths
 
     def windows(self, size: int, least: int) -> np.ndarray:
-        """(W, 3) text, first and last token: texts in windows of `size` tokens, the last of each may have `least`."""
+        """(W, 3) text, first and last token of windows of `size` tokens; the last one of a text has `least` or more."""
         lengths = self.texts[:, 1] - self.texts[:, 0]
         counts = -(-lengths // size)
         text = np.repeat(np.arange(len(lengths)), counts)
@@ -4619,10 +4609,10 @@ class TokenCache:
         return windows[windows[:, 2] - windows[:, 1] >= least]
 
     def read(self, window: np.ndarray, tokens: int | None = None,
-             rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
-        """(ids (T,), cuts (T + 1,), file:line) of a window, or of a run of `tokens` at a random place in it.
+             rng: Random | None = None) -> tuple[np.ndarray, np.ndarray, str]:
+        """(ids (T,), cuts (T + 1,), file:line) of a window, or of `tokens` tokens at a random place in it.
 
-        The run is moved back to where no character is cut; it grows if nothing would be left. cuts: see `cut_allowed`.
+        Both ends move back to where no character is cut, the last one forward if nothing would be left.
         """
         text, first, last = window.tolist()
         if tokens is not None and tokens < last - first:
@@ -4637,10 +4627,10 @@ class TokenCache:
 
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
-    """The token cache of a set of files, made if it is not there or damaged. Its name tells all it depends on."""
+    """The token cache of a set of files, made if it is missing or damaged. Its name is a digest of its inputs."""
     special = tokenizer.special.pattern if tokenizer.special else ""
-    digests = [fact["sha256"] for fact in file_facts(paths)]
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special,
+                 [fact["sha256"] for fact in file_facts(paths)]])
     folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):  # several processes make it once
@@ -4656,12 +4646,21 @@ def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache
 
 
 def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
-    """Tokenise the texts of the files into arrays. texts: first and last token, tokens of context, file and line."""
+    """Tokenise the texts of the files into arrays. texts: first and last token, tokens of context, file and line.
+
+    Raises UserError for token ids that the decoder does not have.
+    """
+    vocabulary = len(tokenizer.decoder)
     with ColumnWriter(folder) as columns:
         for text in progress(read_training_texts(paths), "tokenising", unit="text"):
-            ids, can_cut = tokenize_text(text, tokenizer)
-            name, _, line = text.where.rpartition(":")
-            first = columns.rows["tokens"]
+            if isinstance(text.text, list):
+                ids, largest = np.asarray(text.text, dtype=np.int64), max(text.text, default=0)
+                require(largest < vocabulary, f"{text.where}: token {largest} is not one of the decoder's {vocabulary}")
+                can_cut = np.ones(len(ids), dtype=bool)
+            else:
+                [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
+                ids, can_cut = tokens.ids, cut_allowed(tokens)[:-1]
+            (name, _, line), first = text.where.rpartition(":"), columns.rows["tokens"]
             facts = first, first + len(ids), text.context, list(paths).index(name), int(line)
             columns.append("texts", np.asarray([facts], dtype=np.int64))
             columns.append("tokens", ids.astype(np.int32))
@@ -4669,28 +4668,17 @@ def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path)
         require(columns.rows["tokens"] > 0, f"{', '.join(paths)}: no text to train on")
 
 
-def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, whether a cut may be made before each), both (T,), of a text. Raises UserError for foreign ids."""
-    if isinstance(text.text, list):
-        ids = np.asarray(text.text, dtype=np.int64)
-        require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
-                f"the decoder's {len(tokenizer.decoder)}")
-        return ids, np.ones(len(ids), dtype=bool)
-    [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
-    return tokens.ids, cut_allowed(tokens)[:-1]
-
-
 class Item(NamedTuple):
-    """One draw of training data: what the model reads, what the teacher reads, and where it comes from."""
+    """One draw of training data."""
 
     sequence: TrainingSequence
-    teacher: TrainingSequence | None
-    where: str
-    rows: tuple[int, ...] = ()  # of the index, where passages are read
+    teacher: TrainingSequence | None  # what the teacher reads
+    where: str  # file:line, or the question
+    rows: tuple[int, ...] = ()  # of the index, if it reads passages
 
     @property
     def sources(self) -> frozenset[Any]:
-        """What its vectors tell of: passages, else the one text."""
+        """What its vectors stand for: passages, else the one text."""
         return frozenset(self.rows or [self.where])
 
     @property
@@ -4706,13 +4694,13 @@ class Item(NamedTuple):
 
 
 def opening(tokenizer: Any) -> np.ndarray:
-    """The token a sequence starts with, may be none. Position 0 draws attention: no vector should stand there."""
+    """BOS, else EOS, else nothing: (1,) or (0,). Position 0 is an attention sink, so no vector should stand there."""
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return np.asarray([] if token is None else [token], dtype=np.int64)
 
 
 def all_vectors(encoder: ChunkEncoder, content: Content) -> np.ndarray:
-    """A plan of a start and all vectors of a content; a chunk that none of the decoder's tokens starts in has none."""
+    """The plan of a start and all vectors of a content. A chunk in which no decoder token starts has none."""
     vectors = [-number - 1 for number, chunk in enumerate(content.chunks) if len(chunk)]
     return np.append(opening(encoder.tokenizer.decoder), np.asarray(vectors, dtype=np.int64))
 
@@ -4725,21 +4713,24 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
 
 
 class TextLessons:
-    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens."""
+    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens.
+
+    Subclasses make an item of a window with one of `ks`, at a `progress` in [0, 1); the evaluation passes 1.
+    """
 
     beyond = 0  # tokens that a window needs beyond one chunk
 
     def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
-        """options: the phase's own."""
         self.encoder, self.tokenizer, self.train, self.options = encoder, encoder.tokenizer, train, options
         self.cache, self.windows = self.load(texts.train_json)
         short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
         if short:
             notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
-        self.held_out = self.load(texts.eval_json) if texts.eval_json else None
+        self.held_out_cache, held_out = self.load(texts.eval_json) if texts.eval_json else (None, [])
+        self.held_out = spread(held_out, train.eval_limit)
 
     def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
-        """The texts of some files and their windows. Raises UserError if no text has a chunk's length."""
+        """The texts of some files and their windows. Raises UserError if every text is too short."""
         size, k = self.train.seq_tokens, min(self.train.k)
         least = k + self.beyond
         require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {k}: give {least} or more")
@@ -4752,29 +4743,25 @@ class TextLessons:
     def __len__(self) -> int:
         return len(self.windows)
 
-    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        """progress: range [0, 1), how far the run is."""
+    def draw(self, number: int, rng: Random, progress: float) -> Item:
+        """The training item of a number below len(self)."""
         return self.item(self.cache, self.windows[number], self.train.k, rng, progress)
 
     def exam(self) -> dict[str, list[Item]]:
-        """Items for the evaluation, by name; always the same."""
-        if self.held_out is None:
-            return {}
-        cache, windows = self.held_out
-        windows = spread(windows, self.train.eval_limit)
-        return {f"k{k}": [self.item(cache, window, (k,), np.random.default_rng([0, i]), 1.0)
-                          for i, window in enumerate(windows)] for k in self.train.k}
+        """The held-out items by name, always the same."""
+        return {f"k{k}": [self.item(self.held_out_cache, window, (k,), np.random.default_rng([0, i]), 1.0)
+                          for i, window in enumerate(self.held_out)] for k in self.train.k if len(self.held_out)}
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def anchor_ends(tokenizer: RefragTokenizer, text: str) -> list[int]:
-    """Characters of a text at which both tokenizers cut and agree well enough."""
+    """Characters of a text at which both tokenizers cut, with a cost of MAX_COST or less."""
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     return [encoder.ends[anchor.i] for anchor in cost_anchors(encoder, decoder) if anchor.cost <= MAX_COST]
 
 
 class AlignLessons(TextLessons):
-    """The teacher reads tokens, the model the vectors of the spans between anchors; both are read out at anchors."""
+    """The teacher reads tokens, the model the vectors of the spans between anchors; both predict at the anchors."""
 
     beyond = 1
 
@@ -4783,14 +4770,11 @@ class AlignLessons(TextLessons):
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
             return self.encoder.content_of_tokens(ids, cuts, k)
         text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        [cut] = self.tokenizer.cut([text], k)
-        anchors = np.asarray([0, *anchor_ends(self.tokenizer, text)])
+        [cut], anchors = self.tokenizer.cut([text], k), np.asarray([0, *anchor_ends(self.tokenizer, text)])
         snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
         return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
-    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
-             progress: float) -> Item:
-        """A window's item with one of ks."""
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: Random, progress: float) -> Item:
         ids, cuts, where = cache.read(window)
         several = [k for k in ks if k < len(ids)] or [min(ks)]  # one chunk alone has no next token
         content = self.content(ids, cuts, int(rng.choice(several)))
@@ -4805,12 +4789,10 @@ class ReconLessons(TextLessons):
     """Reconstruction: all vectors of a text, then the text; short texts first."""
 
     def lengths(self, k: int) -> list[int]:
-        """Text lengths in chunks that fit --seq_tokens: 1, 2, 4, .."""
+        """Text lengths, in chunks, that fit --seq_tokens: 1, 2, 4, .."""
         return [2**n for n in range(int(math.log2(self.train.seq_tokens // k)) + 1)]
 
-    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
-             progress: float) -> Item:
-        """A window's item with one of ks, of a length that the curriculum draws."""
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: Random, progress: float) -> Item:
         k, curriculum = int(rng.choice(ks)), self.options.curriculum
         lengths = self.lengths(k)
         chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), curriculum)))
@@ -4818,38 +4800,34 @@ class ReconLessons(TextLessons):
         return Item(reconstruction(self.encoder, ids, cuts, k), None, where)
 
     def exam(self) -> dict[str, list[Item]]:
-        """Each length apart."""
+        """The held-out texts at each length."""
         exam: dict[str, list[Item]] = {}
-        cache, windows = self.held_out or (None, [])
-        windows = spread(windows, self.train.eval_limit)
         for k in self.train.k:
             for chunks in self.lengths(k):
                 rng = np.random.default_rng([k, chunks])
-                for window in (w for w in windows if w[2] - w[1] >= chunks * k):
-                    ids, cuts, where = cache.read(window, chunks * k, rng)
+                for window in (w for w in self.held_out if w[2] - w[1] >= chunks * k):
+                    ids, cuts, where = self.held_out_cache.read(window, chunks * k, rng)
                     item = Item(reconstruction(self.encoder, ids, cuts, k), None, where)
                     exam.setdefault(f"k{k}/{chunks}", []).append(item)
         return exam
 
 
 class NextLessons(TextLessons):
-    """The next paragraph from compressed context, some texts reconstructed instead."""
+    """The next paragraph from compressed context; some texts are reconstructed instead, and some chunks stay text."""
 
     beyond = 1
 
-    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
-             progress: float) -> Item:
-        """A window's item with one of ks. The evaluation, at progress 1, asks for what follows all vectors alone."""
-        k, training = int(rng.choice(ks)), progress < 1
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: Random, progress: float) -> Item:
+        k, training = int(rng.choice(ks)), progress < 1  # the evaluation asks only for what follows all vectors
         ids, cuts, where = cache.read(window)
-        declared = int(cache.texts[window[0], 2]) if window[1] == 0 else 0  # what the file says, else half of the text
+        declared = int(cache.texts[window[0], 2]) if window[1] == 0 else 0  # by the file, else half of the text
         s = declared if 0 < declared < len(ids) else round(len(ids) / 2)
         context, cuts, following = split_text(ids, cuts, min(max(s, 1), len(ids) - 1))
         if rng.random() < self.options.recon_frac and training:
             sequence = reconstruction(self.encoder, context, cuts, k)
         else:
             content = self.encoder.content_of_tokens(context, cuts, k)
-            mean = self.options.expand_frac  # of a share that is different for every text
+            mean = self.options.expand_frac  # each text draws its own share, uniform around this mean
             share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if training else 0.0
             opened = rng.random(len(content.chunks)) < share
             parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
@@ -4860,44 +4838,40 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a file that have an answer, at most `limit`, evenly spread. Raises UserError."""
+    """At most `limit` of a file's questions that have an answer, evenly spread. Raises UserError."""
     return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
 
 
 def sentence_with(answer: str, text: str, question: str) -> str | None:
-    """The sentence of a text that holds an answer; of several, the one that has most of the question's words."""
+    """The sentence of a text that holds an answer; of several, the one with most of the question's words."""
     held = [sentence for sentence in SENTENCE_GAP.split(text) if answer.casefold() in sentence.casefold()]
     asked = set(index_terms(question))
     return max(held, key=lambda sentence: len(asked.intersection(index_terms(sentence))), default=None)
 
 
 class Asked(NamedTuple):
-    """A question with its passages, before it is settled which of their chunks stay text."""
+    """A question with its passages, before it is decided which of their chunks stay text."""
 
     context: Context
     content: Content
-    target: np.ndarray  # tokens to be said
+    target: np.ndarray  # (A,), the answer's tokens
 
     def answered(self, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
-        """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
+        """The sequence with these chunks (L,) as text; the others become vectors, or are left out."""
         return continue_plan(mixed_plan(self.context.prompt, expanded, feed), self.target, self.content)
 
 
 class AnswerPrompts:
-    """Asks questions over passages of an index, with the answer to be said."""
+    """Asks questions over passages of an index, which have at most seq_tokens tokens together."""
 
     def __init__(self, encoder: ChunkEncoder, index: Index, seq_tokens: int):
-        """seq_tokens: of all passages together, at most."""
         self.encoder, self.tokenizer, self.index, self.seq_tokens = encoder, encoder.tokenizer, index, seq_tokens
         end = self.tokenizer.decoder.eos_token_id
-        require(end is not None, "the decoder's tokenizer has no end token, so it can not learn to stop: set one")
+        require(end is not None, "the decoder's tokenizer has no end token, so it cannot learn to stop: set one")
         self.end = np.asarray([end])
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
-        """A question over the passages of some rows; the answer names the row `gold`.
-
-        The last passages that do not fit seq_tokens together are left out, the right one excepted.
-        """
+        """A question over the passages of some rows; the answer cites the row `gold`, which is never left out."""
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
         cuts = self.tokenizer.cut(contents, k)
         keep = list(range(len(shown)))
@@ -4914,11 +4888,10 @@ class AnswerPrompts:
 
 
 class AnswerLessons:
-    """What `sft` learns from: questions on retrieved passages; the answer alone is learned."""
+    """What `sft` learns from: questions on retrieved passages. Only the answer counts in the loss."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
                  search: SearchConfig, gate: QueryGate | None = None):
-        """gate: the learned one; without it the blend chooses."""
         self.train, self.sft, self.index, self.topk, self.gate = train, sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
         self.questions, self.held_out = (
@@ -4929,8 +4902,8 @@ class AnswerLessons:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        """progress: not used, questions do not change over a run."""
+    def draw(self, number: int, rng: Random, progress: float) -> Item:
+        """The training item of a number below len(self), the same at any progress."""
         return self.item(self.questions[number], rng, float(rng.choice(self.sft.p)), int(rng.choice(self.train.k)),
                          bool(rng.random() < self.sft.no_answer_frac), self.sft.quote_frac)
 
@@ -4940,9 +4913,9 @@ class AnswerLessons:
                                  for i, found in enumerate(self.held_out)]
                 for k in self.train.k for p in self.sft.p if self.held_out}
 
-    def item(self, found: Retrieved, rng: np.random.Generator, p: float, k: int, taken_away: bool = False,
+    def item(self, found: Retrieved, rng: Random, p: float, k: int, taken_away: bool = False,
              quote_frac: float = 0.0) -> Item:
-        """A question with its passages, which fit --seq_tokens together."""
+        """A question with its passages. taken_away: without those that hold an answer."""
         item, rows, _ = found
         question, right, most = item["question"], right_rows(self.index, item, rows), self.topk
         if self.sft.topk_min is not None:
@@ -4957,22 +4930,23 @@ class AnswerLessons:
             if gold not in shown:  # retrieval missed it, or few are shown: somewhere among the others
                 shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
-            if quote_frac and rng.random() < quote_frac:  # where nothing is quoted, nothing is drawn
+            if quote_frac and rng.random() < quote_frac:
                 sentence = sentence_with(answer, self.index.texts[gold], question)
                 question, answer = (question, answer) if sentence is None else (QUOTE + question, sentence)
         asked = self.prompts.ask(question, shown, gold, answer, k)
-        sequence = asked.answered(self.choose(found, asked.context, p, k, rng))
+        sequence = asked.answered(self.text_chunks(found, asked.context, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}",
                     tuple(doc.row for doc in asked.context.docs))
 
-    def choose(self, found: Retrieved, context: Context, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
-        """(L,) the chunks that stay text: those that the gate likes best, as in use, or some at random."""
+    def text_chunks(self, found: Retrieved, context: Context, p: float, k: int, rng: Random) -> np.ndarray:
+        """(L,) bool, the chunks that stay text: the gate's best ones, as in use, or random ones."""
         gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and context.docs
         scores = self.gate_scores(found, context.docs, k) if gated else rng.random(len(context.prompt.chunks))
         return select_chunks(scores, context.prompt.sizes, p)
 
     def gate_scores(self, found: Retrieved, docs: list[Doc], k: int) -> np.ndarray:
-        """(L,) the gate's. Where the index has longer chunks alone, a chunk has the score of the one it lies in."""
+        """(L,) scores of the learned gate, else the blend. If the index only has longer chunks, a chunk gets the score
+        of the one that its last character lies in."""
         stored = self.index.manifest["chunking"]["k"]
         tables = [self.index.chunk_table(doc.row, k) or self.index.chunk_table(doc.row, stored) for doc in docs]
         wide = [doc._replace(chunks=table) for doc, table in zip(docs, tables, strict=True)]
@@ -4986,20 +4960,20 @@ class AnswerLessons:
 
 
 def answers_in(index: Index, item: dict[str, Any], row: int) -> list[str]:
-    """A question's answers that stand in a passage."""
+    """A question's answers that a passage holds."""
     text = index.texts[row].casefold()
     return [answer for answer in item["answers"] if answer.casefold() in text]
 
 
 def right_rows(index: Index, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
-    """Of some rows the documents in positive_ids, those alone that hold an answer if any do; without ids, these."""
+    """The rows whose document is in positive_ids (all rows if there are no ids); if any hold an answer, only these."""
     wanted = set(item["positive_ids"])
     right = [row for row in rows if index.names(row) & wanted]
     return [row for row in (right if wanted else rows) if answers_in(index, item, row)] or right
 
 
 def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, list[int]]:
-    """The rows of each of the questions' positive_ids. Raises MismatchError if the index holds none of them."""
+    """The rows of each positive id. Raises MismatchError if the index has none of them."""
     wanted = {i for q in questions for i in q.get("positive_ids") or ()}
     places: dict[str, list[int]] = {}
     for row in range(len(index)):
@@ -5016,12 +4990,12 @@ class Retrieved(NamedTuple):
     """A question and what retrieval finds for it."""
 
     item: dict[str, Any]
-    rows: list[int]  # of passages, the best first, then right ones that were missed
+    rows: list[int]  # of passages by rank, then those of positive_ids that were missed
     query: np.ndarray | None  # (dim,), the embedder's vector of the question
 
 
 def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[Retrieved]:
-    """The passages of many questions, which are embedded together."""
+    """The passages of many questions, embedded in batches; `search` finds the vectors in the embedder's cache."""
     places, embedder, found = positive_rows(questions, searcher.index), searcher.embedder, []
     for number, item in enumerate(progress(questions, "retrieving", total=len(questions), unit="question")):
         if number % QUERY_BATCH == 0 and embedder is not None:
@@ -5039,11 +5013,11 @@ Lessons = TextLessons | AnswerLessons
 
 
 class Sampler:
-    """Draws the items of each step, in an order that depends on the seed alone, and groups them into passes.
+    """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
 
-    A step has about batch_size * seq_tokens positions for each process and each of grad_accum. Draw n is item
-    permutation(epoch)[n % len] with a random generator of its own: a run can go on from `drawn`, and two processes see
-    what one would.
+    A step is filled with about batch_size * seq_tokens positions for each process and each of grad_accum, since these
+    are what it costs; its loss is divided by its labels. Draw n is item permutation(epoch)[n % len] with a random
+    generator of its own: a run can go on from `drawn`, and two processes see what one would.
     """
 
     def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
@@ -5063,7 +5037,7 @@ class Sampler:
         return self.lessons.draw(int(self.order[place]), rng, step / self.steps)
 
     def step(self, step: int) -> list[list[Item]]:
-        """The items of each pass of a step, of all processes."""
+        """The items of each pass of a step, for all processes."""
         items: list[Item] = []
         empty, positions = 0, self.least * self.pass_positions
         while len(items) < self.least or sum(item.positions for item in items) < positions:
@@ -5071,29 +5045,30 @@ class Sampler:
             if item.sequence.asked:
                 items.append(item)
                 continue
-            empty += 1  # a text of one chunk has nothing to align within
+            empty += 1  # a text of one chunk has nothing to align
             require(empty <= 2 * len(self.lessons) + 100, f"{item.where} and the other texts leave nothing to predict: "
                     "give longer texts or a smaller --k")
         items.sort(key=lambda item: -item.positions)
         return group_by_length(items, self.processes, self.pass_positions, self.pass_cost)
 
     def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
-        """The passes of each step from `step` on, and the draws up to it; the next are made while these are used."""
+        """The passes of each step from `step` on, and the draws so far. A thread makes the next step meanwhile."""
+        def make(number: int) -> tuple[list[list[Item]], int]:
+            return self.step(number), self.drawn
+
         with ThreadPoolExecutor(1) as worker:
-            ahead = worker.submit(lambda: (self.step(step), self.drawn))
-            while step < self.steps:
+            ahead = worker.submit(make, step)
+            for number in range(step, self.steps):
                 ready = ahead.result()
-                step += 1
-                if step < self.steps:
-                    ahead = worker.submit(lambda now: (self.step(now), self.drawn), step)
+                ahead = worker.submit(make, number + 1) if number + 1 < self.steps else ahead
                 yield ready
 
 
 def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
-    """Items, the longest first, in passes of like length, of each of which process i takes [i::processes].
+    """Items, the longest first, in passes of similar length; process i takes [i::processes] of each.
 
-    What a process pads to the longest item ends a pass at `positions`, or where more padding would take longer than
-    another pass.
+    A pass ends when a process's items, padded to the longest, fill `positions`, or when its padding (in positions per
+    process) exceeds pass_cost, so that another pass is faster.
     """
     passes, at, last = [], 0, len(items) // processes * processes
     while at < last:
@@ -5110,15 +5085,6 @@ def group_by_length(items: list[Item], processes: int, positions: int, pass_cost
 
 
 # -- the loop -------------------------------------------------------------------
-
-
-class Weights(NamedTuple):
-    """What each term of the loss counts."""
-
-    text: float = 1.0  # cross entropy of the tokens that follow
-    kl: float = 0.0  # divergence from the teacher
-    argmax: float = 0.0  # cross entropy to the teacher's likeliest token
-    mse: float = 0.0  # vectors against mean token embeddings
 
 
 def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
@@ -5141,10 +5107,8 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def mark_trained(model: RefragModel, letters: str, rank: int) -> None:
-    """Freeze everything but what the letters name; with a rank, the decoder trains through adapters of it.
-
-    What is trained is float32, whatever the rest is.
-    """
+    """Freeze all but the parts that the letters name, which become float32; with a rank, the decoder trains through
+    adapters of it."""
     config = model.config
     model.requires_grad_(False)
     modules = {"p": model.projector, "e": model.encoder, "d": model.decoder}
@@ -5159,7 +5123,7 @@ def mark_trained(model: RefragModel, letters: str, rank: int) -> None:
         modules[letter].float().requires_grad_(True)
     for name in model.encoder.borrowed:
         model.encoder.get_parameter(name).requires_grad_(False)
-    pooler = getattr(model.encoder.backbone, "pooler", None)  # of BERT, say: nothing reads it, so nothing trains it
+    pooler = getattr(model.encoder.backbone, "pooler", None)  # BERT's, say: no gradient reaches it
     if isinstance(pooler, nn.Module):
         pooler.requires_grad_(False)
     config.training_model = "".join(x for x in "ped" if x in config.training_model or x in letters)
@@ -5175,24 +5139,25 @@ def parameter_groups(model: RefragModel, train: TrainConfig) -> list[dict[str, A
     return [{"params": params, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
-def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: Weights) -> dict[str, Tensor]:
-    """Sums over the asked positions (mse: means over the chunks, times the positions) of each weighted term.
+def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: dict[str, float]) -> dict[str, Tensor]:
+    """Each term that has a weight, before weighting, summed over the N asked positions.
 
     output.logits: (N, V); labels: (N,); teacher: (N, V) or None.
     """
     logits, cross_entropy = output.logits.float(), functools.partial(nn.functional.cross_entropy, reduction="sum")
-    terms = {"text": cross_entropy(logits, labels)} if weights.text else {}
-    if weights.kl:
+    terms = {"text": cross_entropy(logits, labels)} if weights.get("text") else {}
+    if weights.get("kl"):
         terms["kl"] = divergence(logits, teacher).sum()
-    if weights.argmax:
-        terms["argmax"] = cross_entropy(logits, teacher.argmax(-1))
-    if weights.mse and len(output.vectors):
+    if weights.get("argmax"):
+        terms["argmax"] = cross_entropy(logits, teacher.argmax(-1))  # the teacher's likeliest token
+    if weights.get("mse") and len(output.vectors):
+        # the mean over chunks times N: divided by the labels of a step, its passes count by their labels
         terms["mse"] = relative_error(output.vectors, output.means).mean() * len(labels)
     return terms
 
 
 def checked_batch(model: RefragModel, sequences: Sequence[TrainingSequence]) -> Batch:
-    """Sequences as a batch on the model's device. Raises UserError for one that the decoder was not built for."""
+    """Sequences as a batch on the model's device. Raises UserError for one longer than the decoder's window."""
     longest, window = max(len(sequence.plan) for sequence in sequences), model.window
     require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
             f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
@@ -5217,14 +5182,14 @@ def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], bat
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C, so that the loop can save before it leaves; a second one leaves at once."""
+    """Collects SIGTERM and Ctrl-C, so that the loop can save before it ends; a second one ends it at once."""
     received: list[int] = []
 
     def note(signum: int, frame: Any) -> None:
         if received:
             raise_exit(signum, frame)
         received.append(signum)
-        notice("saving a checkpoint after this step; once more to stop at once")
+        notice("saving a checkpoint after this step; press Ctrl-C again to stop at once")
 
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
@@ -5238,9 +5203,9 @@ def stop_signals() -> Iterator[list[int]]:
 class Trainer:
     """A model, its lessons, and everything between them and a checkpoint."""
 
-    def __init__(self, model: RefragModel, lessons: Lessons, weights: Weights, train: TrainConfig, accelerator: Any,
-                 teacher: nn.Module | None, facts: dict[str, Any], seed: int):
-        """facts: what the checkpoint's history tells of this phase beside steps and tokens."""
+    def __init__(self, model: RefragModel, lessons: Lessons, weights: dict[str, float], train: TrainConfig,
+                 accelerator: Any, teacher: nn.Module | None, facts: dict[str, Any], seed: int):
+        """weights: of `loss_terms`; facts: of this phase, for the checkpoint's history."""
         self.model, self.weights, self.train, self.teacher, self.facts = model, weights, train, teacher, facts
         self.accelerator, self.folder, self.earlier = accelerator, Path(train.out_dir), model.config.history
         cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
@@ -5258,36 +5223,36 @@ class Trainer:
     # -- one step --
 
     def teach(self, items: list[Item]) -> Tensor | None:
-        """What the teacher expects at the asked positions, (N, V); None where a phase has no teacher."""
+        """(N, V) the teacher's logits at the asked positions; None if the phase has no teacher."""
         if items[0].teacher is None:
             return None
         batch = checked_batch(self.model, [item.teacher for item in items])
-        with torch.no_grad(), self.accelerator.autocast():
-            reader = self.teacher if self.teacher is not None else self.model.decoder
-            return read_tokens(reader, batch)
+        decoder = self.teacher or self.model.decoder
+        with torch.no_grad(), self.accelerator.autocast(), head_reads(decoder, batch.asked):
+            return decoder(input_ids=batch.plan, use_cache=False).logits
 
     def run_pass(self, items: list[Item], asked: int) -> dict[str, float]:
-        """Forward and backward of one pass. asked: labels of the whole step, all processes. Returns its loss terms."""
+        """Forward and backward of one pass. asked: labels of the whole step, in all processes. Returns loss terms."""
         batch = checked_batch(self.model, [item.sequence for item in items])
         teacher = self.teach(items)
         with self.accelerator.autocast():
             output = self.wrapped(batch)
         terms = loss_terms(output, batch.labels, teacher, self.weights)
-        loss = sum(getattr(self.weights, name) * term for name, term in terms.items()) / asked
+        loss = sum(self.weights[name] * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
             raise self.diverged("loss", loss.item(), items)
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
 
     def diverged(self, what: str, value: float, items: list[Item]) -> UserError:
-        """The error for a loss or gradient that is no number; it names the texts."""
+        """The error for a loss or gradient that is not finite; it names the texts."""
         places = list(dict.fromkeys(item.where for item in items))
         named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-        return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or mend these texts; "
-                         "the last checkpoint stays")
+        return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or fix these texts; "
+                         "the last checkpoint is kept")
 
     def run_step(self, passes: list[list[Item]]) -> dict[str, float]:
-        """One optimizer step; passes: of all processes. Returns its loss terms and gradient norm."""
+        """One optimizer step over the passes, given for all processes. Returns loss terms and gradient norm."""
         items = [item for one in passes for item in one]
         asked = sum(item.sequence.asked for item in items)
         factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
@@ -5296,8 +5261,7 @@ class Trainer:
         terms: dict[str, float] = {}
         for number, one in enumerate(passes, start=1):
             own = one[self.accelerator.process_index :: self.accelerator.num_processes]
-            alone = self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext()
-            with alone:
+            with self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext():
                 for name, value in self.run_pass(own, asked).items():
                     terms[name] = terms.get(name, 0.0) + value
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
@@ -5348,12 +5312,16 @@ class Trainer:
         """Loss terms summed over the processes, each of which has its share."""
         if self.accelerator.num_processes == 1:
             return record
-        names = [name for name in (*Weights._fields, "loss") if name in record]
+        names = [name for name in (*self.weights, "loss") if name in record]
         values = torch.tensor([record[name] for name in names], device=self.accelerator.device)
         return record | dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
+        """Loss and token accuracy on the held-out items, with the controls.
+
+        Every process computes all of it: these are few items, and one summation order gives the same digits on any
+        number of processes.
+        """
         results: dict[str, Any] = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
             sequences, sources = [item.sequence for item in items], [item.sources for item in items]
@@ -5362,7 +5330,7 @@ class Trainer:
                 if changed:
                     measured = measure_sequences(self.model, changed, self.train.batch_size, self.accelerator)
                     require(math.isfinite(measured["loss"]), f"step {self.step}: the held-out loss is "
-                            f"{measured['loss']}: mend the models or lower --lr")
+                            f"{measured['loss']}: fix the models or lower --lr")
                     results.setdefault(name, {})[kind] = measured
         return results
 
@@ -5379,7 +5347,7 @@ class Trainer:
     # -- checkpoints --
 
     def optimizer_state(self, offload: bool) -> dict[str, Any]:
-        """AdamW's state by parameter name, gathered where FSDP split it; offloaded, only the first process has it."""
+        """AdamW's state by parameter name, gathered if FSDP split it; offloaded, only the first process has it."""
         options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=offload)
         return state_dict.get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
 
@@ -5387,13 +5355,12 @@ class Trainer:
         """Write a checkpoint, whole or not at all, and drop those before the last two."""
         moments = self.optimizer_state(offload=True).get("state", {})
         tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
-        tensors["rng/torch"] = torch.get_rng_state()
         values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
         config, parts = self.model.config, self.model.parts()
         config.history = [*self.earlier, {**self.facts, "steps": self.step, "tokens": self.tokens}]
         for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
-            require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
-                    "this checkpoint is not written: lower --lr; the last one stays")
+            require(bool(tensor.isfinite().all()), f"step {self.step}: {name} contains NaN or infinity, so this "
+                    "checkpoint is not written: lower --lr; the last one is kept")
         if self.accelerator.is_main_process:
             write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors},
                              {"trainer.json": dumps(values)}, model_card(config, log.records))
@@ -5403,30 +5370,23 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
-        """Continue where a checkpoint stands; the model itself is loaded already."""
-        tensors = load_file(folder / "trainer.safetensors")
+        """Continue from a checkpoint, whose model is loaded already. Only the optimizer has more state: nothing draws
+        from torch's generator, and the order of the data follows from `drawn`."""
         values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        torch.set_rng_state(tensors.pop("rng/torch"))
         self.earlier = self.earlier[:-1]  # the last entry is this run's own
-        moments = self.optimizer_state(offload=False)
-        moments["state"] = {}
-        for key, value in tensors.items():
+        moments = self.optimizer_state(offload=False) | {"state": collections.defaultdict(dict)}
+        for key, value in load_file(folder / "trainer.safetensors").items():
             kind, _, name = key.partition("/")
-            moments["state"].setdefault(name, {})[kind] = value
+            if kind != "rng":  # of torch, in older checkpoints
+                moments["state"][name][kind] = value
         state_dict.set_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, moments,
                                             options=state_dict.StateDictOptions(full_state_dict=True))
         self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
         self.drawn = self.sampler.drawn = values["drawn"]
 
 
-def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
-    """(N, V) logits at the asked positions of a batch that feeds tokens alone."""
-    with head_reads(decoder, batch.asked):
-        return decoder(input_ids=batch.plan, use_cache=False).logits
-
-
 def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
+    """The control without context: vectors are left out; a label on one moves to the last token before it."""
     plan, labels, content = sequence
     kept = plan >= 0
     before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
@@ -5436,17 +5396,17 @@ def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
 
 
 def with_text(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads everything: every vector is replaced by its chunk's tokens."""
+    """The control with full text: every vector is replaced by its chunk's tokens, a label on it moves to the last."""
     plan, labels, content = sequence
     parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
     ends = np.cumsum([len(part) for part in parts])
-    spread = np.full(ends[-1], -1, dtype=np.int64)
-    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
-    return TrainingSequence(np.concatenate(parts), spread, content)
+    moved = np.full(ends[-1], -1, dtype=np.int64)
+    moved[ends - 1] = labels
+    return TrainingSequence(np.concatenate(parts), moved, content)
 
 
 def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
-    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
+    """The control with another text's vectors, repeated from the first if they are fewer."""
     L = len(other.content.chunks)
     plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
     return TrainingSequence(plan, sequence.labels, other.content)
@@ -5456,15 +5416,17 @@ CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compare
 
 
 def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
-    """Sequences as they are, without vectors, with another's, or with the full text; none where that makes no sense.
+    """Sequences as they are ("vectors") or changed by one of CONTROLS; [] if that is impossible.
 
-    name: of CONTROLS. sources: (N,) the texts or passages that each sequence's vectors tell of.
+    sources: (N,) the texts or passages that each sequence's vectors stand for.
     """
-    if name == "none":  # not where the vectors themselves are asked
+    if name == "vectors":
+        return sequences
+    if name == "full":
+        return [with_text(s) for s in sequences]
+    if name == "none":  # impossible if vectors themselves have labels and nothing stands before them
         made = [without_vectors(s) for s in sequences]
         return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
-    if name != "wrong":
-        return [with_text(s) for s in sequences] if name == "full" else sequences
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
         return []
     others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
@@ -5473,21 +5435,21 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
-    """The numbers after one, round the end: first those whose source shares nothing with its own, then the others.
+    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others.
 
-    Two windows of one text, or two questions that find the same passage, tell much of each other; they often stand
-    together. source: looked up when its turn comes, since it may be a search.
+    Two windows of one text, or two questions that find the same passage, reveal much of each other, and are often
+    neighbours. source: called lazily, since it may be a search.
     """
-    own, following = source(number), (range(number + 1, count), range(number))
-    yield from (other for other in itertools.chain(*following) if own.isdisjoint(source(other)))
-    yield from (other for other in itertools.chain(*following) if not own.isdisjoint(source(other)))
+    own, following = source(number), [*range(number + 1, count), *range(number)]
+    for apart in (True, False):
+        yield from (other for other in following if own.isdisjoint(source(other)) == apart)
 
 
 def checkpoint_activations(model: RefragModel) -> None:
     """Compute the layers' activations again in the backward pass.
 
-    transformers does so only for layers in training mode; the flag is set on these layers alone, so that dropout
-    inside them stays off.
+    transformers does so only for layers in training mode, so only the layers themselves get that flag: dropout inside
+    them stays off, as everywhere in training here.
     """
     for module in (model.decoder, model.encoder.backbone):
         module.activation_checkpointing_enable()
@@ -5500,29 +5462,25 @@ class RunLog:
     """metrics.jsonl of a run, and the picture drawn from it."""
 
     def __init__(self, folder: Path, writes: bool, step: int):
-        self.path, self.picture, self.writes = folder / "metrics.jsonl", folder / "loss.png", writes
+        self.path, self.writes = folder / "metrics.jsonl", writes
         self.records: list[dict[str, Any]] = []
-        if self.path.is_file() and step:
-            for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
-                    record = json.loads(line)
-                    self.records += [record] if record["step"] <= step else []
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() and step else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
+                record = json.loads(line)
+                self.records += [record] if record["step"] <= step else []
         if writes:
             write_atomic(self.path, "".join(dumps(record) + "\n" for record in self.records))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record."""
         self.records.append(record)
         if self.writes:
-            with self.path.open("a", encoding="utf-8") as handle:
-                handle.write(dumps(record) + "\n")
+            append_line(self.path, record)
 
     def plot(self) -> None:
         """Draw the loss, and the evaluations with their controls."""
-        draw(self.picture, 2, (11, 4), self.paint)
+        draw(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
 
     def paint(self, left: Any, right: Any) -> None:
-        """The two panels of the picture."""
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
         left.plot(*np.asarray(losses).reshape(-1, 2).T)
         left.set(xlabel="step", ylabel="training loss")
@@ -5572,7 +5530,7 @@ FREE_TO_CHANGE = {"out_dir", "resume", "log_every", "save_every", "eval_every", 
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Any:
-    """accelerate's process group and precision; bfloat16 by autocast, the trained weights stay float32."""
+    """accelerate's process group and precision: bfloat16 by autocast; trained weights stay float32."""
     import accelerate
 
     device = pick_device(runtime.device)
@@ -5600,9 +5558,9 @@ def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
-    """Hold a run's folder; one that was made for a run that did not begin goes again. Raises UserError, LockedError.
+    """Lock a run's folder; remove it again if the run never started. Raises UserError, LockedError.
 
-    files: what such a folder may hold. first: the file that is there once the run has begun.
+    files: the names it may hold; first: the file that is there once the run has started.
     """
     require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
     foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
@@ -5613,11 +5571,8 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / ".lock", f"run {folder}"):
-        for left in folder.glob(".*.tmp"):  # of a checkpoint or a picture that was being written when it was killed
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+        for left in folder.glob(".*.tmp"):  # a checkpoint or a picture that a kill left unfinished
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -5626,17 +5581,14 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
 
 
 def run_identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same for a run to go on. facts: of run.json."""
+    """What must stay the same for a run to continue. facts: of run.json."""
     settings = {f"--{name}": value for name, value in facts["settings"].items() if name not in FREE_TO_CHANGE}
     data = {fact["file"]: f"sha256 {fact['sha256'][:12]}" for fact in facts["data"]}
     return settings | {"processes": facts["processes"]} | data
 
 
 def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to continue from, None for a new run.
-
-    Raises UserError without --resume, CorruptError, MismatchError that names what has changed since the run began.
-    """
+    """The checkpoint to continue from, None for a new run. Raises UserError, CorruptError, MismatchError."""
     path = folder / "run.json"
     if not step_folders(folder):  # no checkpoint yet, so nothing can be overwritten
         return None
@@ -5650,12 +5602,11 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     changed = [f"{name} was {before.get(name)}, now {value}" for name, value in run_identity(facts).items()
                if before.get(name) != value]
     if changed:
-        raise MismatchError(f"--resume with what has changed: {', '.join(changed)}: use the same, or name another "
-                            "--out_dir")
+        raise MismatchError(f"--resume: {', '.join(changed)}: use the same, or name another --out_dir")
     return newest_checkpoint(folder)
 
 
-def train_phase(phase: str, weights: Weights, configs: tuple[Any, ...],
+def train_phase(phase: str, weights: dict[str, float], configs: tuple[Any, ...],
                 make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> dict[str, Any]:
     """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
     train, models, runtime = configs[-3:]
@@ -5669,7 +5620,8 @@ def train_phase(phase: str, weights: Weights, configs: tuple[Any, ...],
         model = load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
         model.config.compression = max(train.k)
         lessons = make_lessons(model, train)
-        teacher = load_teacher(weights, train, models, runtime)
+        apart = (weights.get("kl") or weights.get("argmax")) and "d" in train.train  # else the decoder is the teacher
+        teacher = load_model(models, runtime).decoder.requires_grad_(False) if apart else None
         mark_trained(model, train.train, train.lora_r)
         trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
         entry = {"phase": phase, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
@@ -5683,13 +5635,6 @@ def train_phase(phase: str, weights: Weights, configs: tuple[Any, ...],
             return trainer.fit()
 
 
-def load_teacher(weights: Weights, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
-    """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
-    if not (weights.kl or weights.argmax) or "d" not in train.train:
-        return None
-    return load_model(models, runtime).decoder.requires_grad_(False)
-
-
 # -- the gate and the policy ------------------------------------------------------
 
 GATE_LR = 1e-3  # at its peak
@@ -5699,13 +5644,13 @@ REUSE = 2  # optimizer steps of the policy on what was drawn
 
 
 class GateExample(NamedTuple):
-    """A question for the gate to learn from, or to be examined on."""
+    """A question to train or examine a gate on."""
 
     number: int  # of the question
     inputs: GateInput  # without its texts
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
-    spans: list[list[int]]  # chunks of each place where an answer stands in a right passage
+    spans: list[list[int]]  # see `answer_chunks`
 
     @property
     def positive(self) -> np.ndarray:
@@ -5714,7 +5659,7 @@ class GateExample(NamedTuple):
 
 
 class GateData(NamedTuple):
-    """What gate and policy are trained on."""
+    """Questions and the examples made of them."""
 
     searcher: Searcher
     questions: list[Retrieved]
@@ -5723,7 +5668,7 @@ class GateData(NamedTuple):
 
 
 def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, topk: int) -> list[GateExample]:
-    """Examples of the questions of which a right passage with an answer in it was retrieved."""
+    """Examples of the questions for which a right passage with an answer was retrieved."""
     examples = []
     for number, (item, rows, query) in enumerate(progress(questions, "features", len(questions), "question")):
         rows = rows[:topk]
@@ -5765,12 +5710,12 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
 
 def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
     """(B, L) logits of examples, -inf where padded."""
-    return gate(*gate_batch([e.inputs for e in examples], [e.features for e in examples], gate.device))
+    return gate.batch_logits([e.inputs for e in examples], [e.features for e in examples])
 
 
 @torch.inference_mode()
 def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
-    """Share of the examples of which all chunks of one place of an answer stay text, by p; nothing without examples."""
+    """Share of the examples with at least one answer span kept as text, by p; empty without examples."""
     found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
     for part in batched(examples, 64):
         for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
@@ -5781,9 +5726,8 @@ def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequen
 
 
 def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Listwise and chunkwise cross entropy against the chunks that hold the answer, mean over questions.
-
-    logits: (B, L), -inf where padded; positive: (B, L) bool.
+    """-log of the softmax's mass on the positive chunks, plus CHUNKWISE times the summed binary cross entropy of all
+    chunks (which grows with L); mean over questions. logits: (B, L), -inf where padded; positive: (B, L) bool.
     """
     real = logits > -math.inf
     chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
@@ -5801,7 +5745,7 @@ def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> 
 
 def run_steps(label: str, steps: int, every: int, step: Callable[[int], float],
               recall: Callable[[], dict[str, float]]) -> list[tuple[int, float, dict[str, float]]]:
-    """Take steps, each of which returns a value. Returns (steps taken, mean value since the last, recall) at times."""
+    """Take steps, each with a value. Returns (steps taken, mean of the last values, recall) after `every` steps."""
     values, records = [], []
     with contextlib.closing(progress(None, label, steps, "step")) as bar:
         for number in range(1, steps + 1):
@@ -5815,7 +5759,7 @@ def run_steps(label: str, steps: int, every: int, step: Callable[[int], float],
 
 def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
              p: Sequence[float], seed: int) -> list[dict[str, Any]]:
-    """Train a gate in place. Returns a record per epoch: loss, and recall on the held-out examples at each p."""
+    """Train a gate in place. Returns a record per epoch with its loss and held-out recall at each p."""
     rng = np.random.default_rng(seed)
     stacked = np.concatenate([example.features for example in examples])
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
@@ -5826,8 +5770,9 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
 
     def step(number: int) -> float:
         optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
-        positive = padded_rows([example.positive for example in batches[number]], False).to(gate.device)
-        loss = gate_loss(example_logits(gate, batches[number]), positive)
+        logits = example_logits(gate, batches[number])
+        positive = padded_rows([example.positive for example in batches[number]], False).to(logits.device)
+        loss = gate_loss(logits, positive)
         descend(loss, gate, optimizer)
         return loss.item()
 
@@ -5947,7 +5892,7 @@ def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyC
     recall = gate_recall(gate, loaded.held_out, data.p)
     times.append(time.perf_counter())
     entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
-             "device": str(gate.device), "recall": recall}
+             "device": str(gate.mean.device), "recall": recall}
     save_gate(kind, gate, embedder, data, models, entry)
     return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
             "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
@@ -6814,7 +6759,7 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
          f"with a cost of {MAX_COST} or less")
 
 
-def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights]) -> Callable[..., None]:
+def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., dict[str, float]]) -> Callable[..., None]:
     """The handler of a phase that learns from texts. weights: of its losses, by the phase's own options."""
 
     def handler(texts: TextConfig, *configs: Options) -> None:
@@ -6826,9 +6771,9 @@ def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights
     return handler
 
 
-cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
-cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: Weights())
-cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=following.distill))
+cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: {"kl": 1.0, "argmax": 0.2, "mse": 1.0})
+cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: {"text": 1.0})
+cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: {"text": 1.0, "kl": following.distill})
 
 
 def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
@@ -6841,7 +6786,7 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
         return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
 
     configs = sft, index, search, train, models, runtime
-    summary = train_phase("sft", Weights(kl=sft.distill), configs, lessons)
+    summary = train_phase("sft", {"text": 1.0, "kl": sft.distill}, configs, lessons)
     emit(summary, runtime, training_text(summary))
 
 

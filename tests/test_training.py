@@ -1056,7 +1056,8 @@ def test_loss_terms_by_hand():
     """
     output = output_of([[0.75, 0.25], [0.5, 0.5]], [[1.0, 1.0]], [[0.0, 2.0]])
     teacher = torch.tensor([[0.5001, 0.4999], [0.4999, 0.5001]]).log()
-    terms = refrag.loss_terms(output, torch.tensor([1, 0]), teacher, refrag.Weights(1.0, 1.0, 1.0, 1.0))
+    weights = dict.fromkeys(("text", "kl", "argmax", "mse"), 1.0)
+    terms = refrag.loss_terms(output, torch.tensor([1, 0]), teacher, weights)
     assert set(terms) == {"text", "kl", "argmax", "mse"}
     assert terms["text"].item() == pytest.approx(math.log(8))
     assert terms["kl"].item() == pytest.approx(math.log(4 / 3) / 2, abs=1e-3)
@@ -1067,9 +1068,9 @@ def test_loss_terms_by_hand():
 def test_terms_without_weight_are_not_computed():
     """Nor is the error of vectors that are not there."""
     output = output_of([[0.75, 0.25]])
-    terms = refrag.loss_terms(output, torch.tensor([1]), None, refrag.Weights(mse=1.0))
+    terms = refrag.loss_terms(output, torch.tensor([1]), None, {"text": 1.0, "mse": 1.0})
     assert set(terms) == {"text"}
-    only = refrag.loss_terms(output, torch.tensor([1]), torch.zeros(1, 2), refrag.Weights(text=0.0, kl=0.5))
+    only = refrag.loss_terms(output, torch.tensor([1]), torch.zeros(1, 2), {"text": 0.0, "kl": 0.5})
     assert set(only) == {"kl"}
 
 
@@ -1470,8 +1471,9 @@ def test_the_teacher_is_the_decoder_before_the_phase(train, monkeypatch, tmp_pat
     """Its weights at the end are those of the checkpoint that the phase began with."""
     train("cpt_next", "first", "--lr", "1e-2", *VARIANTS[way])
     before = {name[8:]: value for name, value in tensors(tmp_path / "first").items() if name.startswith("decoder.")}
-    teachers, load = [], refrag.load_teacher
-    monkeypatch.setattr(refrag, "load_teacher", lambda *args: teachers.append(load(*args)) or teachers[0])
+    teachers, start = [], refrag.Trainer.__init__
+    monkeypatch.setattr(refrag.Trainer, "__init__",
+                        lambda self, *args: teachers.append(args[5]) or start(self, *args))
     train("sft", "second", "--distill", 1, "--load_dir", tmp_path / "first", "--lr", "1e-2", *VARIANTS[way])
     assert different(teachers[0].state_dict(), before) == set()
 
