@@ -5639,8 +5639,6 @@ def train_phase(phase: str, weights: dict[str, float], configs: tuple[Any, ...],
 
 GATE_LR = 1e-3  # at its peak
 CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
-CLIP = 0.2  # how far the policy's ratio of new to old probability counts
-REUSE = 2  # optimizer steps of the policy on what was drawn
 
 
 class GateExample(NamedTuple):
@@ -5743,20 +5741,6 @@ def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> 
     optimizer.zero_grad(set_to_none=True)
 
 
-def run_steps(label: str, steps: int, every: int, step: Callable[[int], float],
-              recall: Callable[[], dict[str, float]]) -> list[tuple[int, float, dict[str, float]]]:
-    """Take steps, each with a value. Returns (steps taken, mean of the last values, recall) after `every` steps."""
-    values, records = [], []
-    with contextlib.closing(progress(None, label, steps, "step")) as bar:
-        for number in range(1, steps + 1):
-            values.append(step(number - 1))
-            bar.update(1)
-            if number % every == 0 or number == steps:
-                records.append((number, round(float(np.mean(values[-every:])), 4), recall()))
-                bar.set_postfix_str(f"{records[-1][1]}, recall {records[-1][2]}")
-    return records
-
-
 def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
              p: Sequence[float], seed: int) -> list[dict[str, Any]]:
     """Train a gate in place. Returns a record per epoch with its loss and held-out recall at each p."""
@@ -5767,110 +5751,17 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
     epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
     batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
-
-    def step(number: int) -> float:
+    each, losses, records = len(batches) // settings.epochs, [], []
+    for number, batch in enumerate(progress(batches, "train_gate", unit="step")):
         optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
-        logits = example_logits(gate, batches[number])
-        positive = padded_rows([example.positive for example in batches[number]], False).to(logits.device)
-        loss = gate_loss(logits, positive)
+        logits = example_logits(gate, batch)
+        loss = gate_loss(logits, padded_rows([example.positive for example in batch], False).to(logits.device))
         descend(loss, gate, optimizer)
-        return loss.item()
-
-    each = len(batches) // settings.epochs
-    records = run_steps("train_gate", len(batches), each, step, lambda: gate_recall(gate, held_out, p))
-    return [{"epoch": number // each, "loss": loss, "recall": recall} for number, loss, recall in records]
-
-
-class AnswerReader:
-    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy."""
-
-    def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
-        self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
-        self.prompts = AnswerPrompts(model.encoder, data.searcher.index, model.window or PackConfig.ctx_max)
-
-    def ask(self, example: GateExample) -> Asked:
-        """An example's question over its retrieved passages, with the best right passage and an answer that it holds.
-
-        Raises UserError where the decoder's window does not hold them all: chunks are counted through all of them.
-        """
-        (item, rows, _), index = self.data.questions[example.number], self.data.searcher.index
-        rows = rows[: self.topk]
-        right = right_rows(index, item, rows)[0]
-        answer = [*answers_in(index, item, right), item["answers"][0]][0]
-        asked = self.prompts.ask(item["question"], rows, right, answer, self.k)
-        require(len(asked.context.docs) == len(rows), f"--topk {self.topk}: the passages for question {item['id']} "
-                f"take more than the decoder's window of {self.model.window}: lower it")
-        return asked
-
-    @torch.inference_mode()
-    def log_probabilities(self, asked: Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
-        """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
-        feed = self.model.trained  # an untrained projector's vectors only disturb
-        batch = checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
-        logs = -nn.functional.cross_entropy(self.model(batch).logits.float(), batch.labels, reduction="none")
-        return logs.cpu().numpy().reshape(len(masks), -1).mean(1)
-
-
-def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
-    """(n, picks) chunks drawn one after another without replacement, by their logits (L,): the Gumbel top-k draw."""
-    uniform = torch.rand(n, len(logits), generator=generator).clamp(1e-9, 1 - 1e-9)
-    return (logits.cpu() - (-uniform.log()).log()).topk(picks, dim=-1).indices
-
-
-def order_log_probability(logits: Tensor, orders: Tensor) -> Tensor:
-    """(n,) log-probability of drawing these chunks in this order without replacement (Plackett 1975, Luce 1959).
-
-    logits: (L,); orders: (n, picks). Example: logits [0, 0, 0], order [2, 0] -> log(1/3 * 1/2)
-    """
-    left = logits.expand(len(orders), -1)
-    total = logits.new_zeros(len(orders))
-    for picked in orders.T:
-        total = total + left.log_softmax(-1).gather(1, picked[:, None]).squeeze(1)
-        left = left.scatter(1, picked[:, None], -math.inf)
-    return total
-
-
-def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor) -> Tensor:
-    """The clipped ratio of proximal policy optimisation with the advantage over the group (Shao et al. 2024).
-
-    logits: (L,), now; before: (n,) log-probability of each order when it was drawn; rewards: (n,).
-    """
-    advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
-    ratio = (order_log_probability(logits, orders) - before).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
-
-
-def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExample], settings: PolicyConfig,
-               p: Sequence[float], seed: int) -> list[dict[str, Any]]:
-    """Train the paper's policy in place: which chunks stay text is drawn, the answer's log-probability is the reward.
-
-    Returns records of the mean reward, and of recall on the held-out examples at each p.
-    """
-    examples, rng, generator = reader.data.examples, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
-
-    def draw(example: GateExample) -> tuple[GateExample, Tensor, Tensor, Tensor]:
-        """An example with a group of orders, their log-probabilities and rewards."""
-        picks = max(1, math.floor(float(rng.choice(p)) * len(example.tokens)))
-        with torch.no_grad():
-            logits = example_logits(policy, [example])[0]
-            orders = sample_orders(logits, picks, settings.group, generator).to(logits.device)
-            before = order_log_probability(logits, orders)
-        masks = [np.isin(np.arange(len(example.tokens)), order) for order in orders.cpu().numpy()]
-        rewards = torch.from_numpy(reader.log_probabilities(reader.ask(example), masks)).to(logits.device)
-        return example, before, orders, rewards
-
-    def step(number: int) -> float:
-        """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
-        drawn = [draw(examples[i]) for i in rng.choice(len(examples), settings.batch_size).tolist()]
-        for _ in range(REUSE):
-            losses = [policy_loss(example_logits(policy, [example])[0], *group) for example, *group in drawn]
-            descend(torch.stack(losses).mean(), policy, optimizer)
-        return float(torch.stack([rewards.mean() for *_, rewards in drawn]).mean())
-
-    records = run_steps("train_policy", settings.steps, max(1, settings.steps // 8), step,
-                        lambda: gate_recall(policy, held_out, p))
-    return [{"step": number, "reward": reward, "recall": recall} for number, reward, recall in records]
+        losses.append(loss.item())
+        if len(losses) % each == 0:
+            records.append({"epoch": len(losses) // each, "loss": round(float(np.mean(losses[-each:])), 4),
+                            "recall": gate_recall(gate, held_out, p)})
+    return records
 
 
 def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
@@ -5878,15 +5769,17 @@ def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyC
     """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
     times = [time.perf_counter()]
     loaded = load_gate_data(data, index, search, models, runtime)
-    embedder, policy = loaded.searcher.embedder, kind == "policy"
-    if policy:
+    embedder, device = loaded.searcher.embedder, pick_device(runtime.device)
+    if kind == "policy":
+        from refrag_extras.policy import AnswerReader, fit_policy
+
         source = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
-        fit, steps = fit_policy, settings.steps
+        fit, steps, shape = fit_policy, settings.steps, {"features": False, "blind": settings.blind}
     else:
-        source, fit, steps = loaded.examples, fit_gate, settings.epochs
+        source, fit, steps, shape = loaded.examples, fit_gate, settings.epochs, {}
     times.append(time.perf_counter())
     torch.manual_seed(runtime.seed)
-    gate = QueryGate(embedder.dim, features=not policy, blind=policy and settings.blind).to(pick_device(runtime.device))
+    gate = QueryGate(embedder.dim, **shape).to(device)
     records = fit(gate, source, loaded.held_out, settings, data.p, runtime.seed)
     gate.half().float()  # examine the weights as they are stored
     recall = gate_recall(gate, loaded.held_out, data.p)
