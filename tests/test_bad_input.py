@@ -367,7 +367,7 @@ def test_vectors_of_ivfpq_can_not_be_had_back(refused, line, write, index_dir, t
     more = write("more.jsonl", [GOOD, {"id": "c", "text": "again"}])
     with unchanged(index):
         message = refused(5, *line("vectors", index, "--add", "--corpus", more))
-    assert "ivfpq index can't replace documents: build it anew" in message
+    assert "ivfpq index can't replace documents: build it again" in message
 
 
 @pytest.mark.parametrize(("flag", "value"), [
