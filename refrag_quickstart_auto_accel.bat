@@ -103,7 +103,6 @@ echo accelerator: %ACCEL%
 if not defined DRY_RUN goto install
 echo python: %BASE_PYTHON%
 echo torch: %TORCH_VERSION% from %CHANNEL%
-echo faiss: faiss-cpu
 
 rem ---- Installation. The stamps hold what it was made from and are written last. ----
 
@@ -161,17 +160,11 @@ echo     rem where %CHANNEL% has no such version: its newest torch; where it doe
 %RUN% %VENV_PY% -m pip install torch==%TORCH_VERSION%
 if not %ERRORLEVEL%==0 goto pip_failed
 :torch_installed
-if defined DRY_RUN goto install_faiss
-if not "%ACCEL%"=="cuda" goto install_faiss
+if defined DRY_RUN goto install_project
+if not "%ACCEL%"=="cuda" goto install_project
 %VENV_PY% -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
-if %ERRORLEVEL%==0 goto install_faiss
+if %ERRORLEVEL%==0 goto install_project
 >&2 echo note: torch is installed but does not see the GPU; refrag will use the CPU. Update the driver.
-
-:install_faiss
-rem FAISS for the GPU has no Windows build.
-echo [%TIME%] FAISS
-%RUN% %VENV_PY% -m pip install faiss-cpu
-if not %ERRORLEVEL%==0 goto pip_failed
 
 :install_project
 echo [%TIME%] refrag and its dependencies

@@ -134,7 +134,6 @@ run() {
 
 pip() { run "$VENV_PY" -m pip "$@" >&"$OUT"; }
 
-has_package() { "$VENV_PY" -c "import importlib.metadata as m; m.version('$1')" >/dev/null 2>&1; }
 
 # ---- What this machine has. -----------------------------------------------------------------------------------------
 
@@ -185,7 +184,7 @@ find_python() {
 # The installation's fingerprint. The folder is part of it: an editable installation points to where it was made.
 install_key() {
     {
-        printf '%s\n' "$ACCEL" "$TORCH_VERSION" "$CHANNEL" "$FAISS" "${MODEL_PACKAGES[@]}" "$PWD"
+        printf '%s\n' "$ACCEL" "$TORCH_VERSION" "$CHANNEL" "${MODEL_PACKAGES[@]}" "$PWD"
         cat pyproject.toml
     } | cksum
 }
@@ -211,11 +210,11 @@ make_venv() {
         "$BASE_PYTHON could not make .venv. On Debian and Ubuntu install python3-venv; else delete .venv; run again."
 }
 
-# torch and FAISS of another accelerator carry the same version, so pip would keep them.
+# The torch of another accelerator carries the same version, so pip would keep it.
 forget_other_accel() {
     if [[ -f $ACCEL_NOTE && $(cat "$ACCEL_NOTE") != "$ACCEL" ]]; then
         note "torch was installed for another accelerator ($(cat "$ACCEL_NOTE")); it is replaced."
-        pip uninstall -y torch faiss-cpu faiss-gpu-cu12 || die 3 \
+        pip uninstall -y torch || die 3 \
             "the old torch could not be removed. Delete the folder .venv and run this again."
     fi
     write_stamp "$ACCEL_NOTE" "$ACCEL"
@@ -260,36 +259,6 @@ check_torch() {
     fi
 }
 
-FAISS_SMOKE='import faiss, numpy as np
-assert faiss.get_num_gpus() > 0, "FAISS sees no GPU"
-x = np.eye(8, dtype="float32")
-index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), 8)
-index.add(x)
-assert (index.search(x, 1)[1][:, 0] == np.arange(8)).all(), "FAISS on the GPU finds the wrong rows"'
-
-# Both packages own the module faiss, so removing one breaks the other: when one must go, both go.
-install_faiss() {
-    local why
-    step "FAISS ($FAISS)"
-    if [[ $FAISS == faiss-gpu-cu12 ]]; then
-        if has_package faiss-cpu; then pip uninstall -y faiss-cpu faiss-gpu-cu12; fi
-        if [[ $DRY_RUN -eq 1 ]]; then
-            pip install faiss-gpu-cu12
-            printf '    # then a search on the GPU; if that fails: uninstall it and install faiss-cpu\n'
-            return
-        fi
-        if pip install faiss-gpu-cu12; then
-            if why=$("$VENV_PY" -c "$FAISS_SMOKE" 2>&1); then return; fi
-            note "faiss-gpu-cu12 does not work here (${why##*$'\n'}); using faiss-cpu."
-        else
-            note "faiss-gpu-cu12 could not be installed; using faiss-cpu."
-        fi
-    fi
-    if has_package faiss-gpu-cu12; then pip uninstall -y faiss-gpu-cu12 faiss-cpu; fi
-    pip install faiss-cpu || die 3 \
-        "faiss-cpu could not be installed. Check the network, or set PYTHON to another Python (3.11 to 3.13)."
-}
-
 install_project() {
     local target=.
     if [[ $RUN_TESTS -eq 1 ]]; then target='.[test]'; fi
@@ -316,7 +285,6 @@ install_everything() {
         make_venv
         install_torch
         check_torch
-        install_faiss
         install_project
         install_models
         write_stamp "$INSTALL_STAMP" "$KEY"
@@ -412,8 +380,6 @@ case ${ACCEL:=$(detect_accel)} in
     *) die 2 "ACCEL is '$ACCEL'. Set it to cuda, rocm, mps or cpu, or unset it." ;;
 esac
 CHANNEL=$(torch_channel "$ACCEL")
-FAISS=faiss-cpu
-if [[ $ACCEL == cuda ]]; then FAISS=faiss-gpu-cu12; fi
 
 if new_enough "$VENV_PY"; then
     BASE_PYTHON=$VENV_PY
@@ -432,7 +398,7 @@ if [[ ! -t 2 ]]; then export PIP_QUIET="${PIP_QUIET:-2}"; fi # errors only
 if [[ $DRY_RUN -eq 1 ]]; then
     OUT=1
     printf 'accelerator: %s\npython: %s (%s)\n' "$ACCEL" "$BASE_PYTHON" "$("$BASE_PYTHON" -V 2>&1)"
-    printf 'torch: %s from %s\nfaiss: %s\n' "$TORCH_VERSION" "${CHANNEL:-the plain registry}" "$FAISS"
+    printf 'torch: %s from %s\n' "$TORCH_VERSION" "${CHANNEL:-the plain registry}"
 else
     printf 'accelerator: %s\n' "$ACCEL" >&2
 fi

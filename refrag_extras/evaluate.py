@@ -132,8 +132,7 @@ def answer_spans(context: refrag.Context, item: dict[str, Any], index: refrag.In
     """`answer_chunks` of a context: in positive passages, without chunks that no token starts in."""
     docs, chunks = context.docs, context.prompt.chunks
     right = [bool(index.names(doc.row) & set(item["positive_ids"])) for doc in docs]
-    spans = refrag.answer_chunks([doc.content for doc in docs], [doc.chunks.ends for doc in docs], right,
-                                 [tokenizer.neutralize(answer) for answer in item["answers"]])
+    spans = refrag.answer_chunks(docs, right, [tokenizer.neutralize(answer) for answer in item["answers"]])
     filled = [[number for number in span if chunks[number].tokens] for span in spans]
     return [span for span in filled if span]
 
@@ -244,9 +243,10 @@ class Task:
 
     def model_sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
-        config = refrag.model_config(self.models)
+        checkpoint = refrag.find_checkpoint(self.models)
+        config = refrag.model_config(self.models, checkpoint)
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
-                "projector": config.projector, "load_dir": refrag.checkpoint_digest(self.models)}
+                "projector": config.projector, "load_dir": checkpoint and checkpoint.digest}
 
 
 class QuestionTask(Task):
