@@ -5820,7 +5820,7 @@ class Decoded(NamedTuple):
     ended: bool  # by an end-of-sequence token, which is not among the tokens
 
 
-class State(NamedTuple):
+class DecoderState(NamedTuple):
     """A decoder's cache, the attention mask over it (None for one unpadded sequence) and the next position."""
 
     cache: Any
@@ -5835,9 +5835,9 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
+def forward_step(decoder: nn.Module, state: DecoderState | None, mask: Tensor | None, position_ids: Tensor,
                  **inputs: Tensor) -> tuple[Tensor, Any]:
-    """One decoder call: (logits of the last position (B, V), cache). Hides what architectures do not take."""
+    """Call the decoder once: (logits of the last position (B, V), cache). Passes only what its architecture takes."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
     if takes(type(decoder), "logits_to_keep"):  # or the LM head would run over the whole prompt
         # By index, which copies: a slice has the prompt's strides, and for these torch's matmul, on CPUs in bfloat16,
@@ -5845,7 +5845,7 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
         arguments["logits_to_keep"] = position_ids.new_full((1,), -1)
     if mask is not None:
         arguments["attention_mask"] = mask
-    if takes(type(decoder), "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
+    if takes(type(decoder), "position_ids"):  # hybrids cannot infer them from a cache whose first layer is recurrent
         arguments["position_ids"] = position_ids
     if state is not None:
         arguments["cache"] = state.cache
@@ -5854,7 +5854,7 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
 
 
 @torch.inference_mode()
-def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State]:
+def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, DecoderState]:
     """Read prompts. inputs: (T_i, D) each, padded on the left. Returns the next token's logits (B, V) and the state."""
     lengths = torch.tensor([len(x) for x in inputs], device=inputs[0].device)
     embeds = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True, padding_side="left")  # (B, T, D)
@@ -5862,15 +5862,15 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
     positions = torch.arange(T, device=lengths.device) - (T - lengths[:, None])  # (B, T), below 0 where padded
     mask = (positions >= 0).long() if len(inputs) > 1 else None
     logits, cache = forward_step(decoder, None, mask, positions.clamp(min=0), inputs_embeds=embeds)
-    return logits, State(cache, mask, lengths)
+    return logits, DecoderState(cache, mask, lengths)
 
 
 CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 
 
 @torch.inference_mode()
-def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
-                     alive: Tensor | None = None) -> tuple[Tensor, State]:
+def decode_one_token(decoder: nn.Module, token: Tensor, state: DecoderState,
+                     alive: Tensor | None = None) -> tuple[Tensor, DecoderState]:
     """Feed one token per sequence. token: (B,); alive: (B,) bool, False for sequences that have ended, whose token
     is hidden from the rest. Returns the next logits (B, V) and the state."""
     mask, step = state.mask, 1
@@ -5881,7 +5881,7 @@ def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
         logits, cache = engine.step(token, state.cache, mask, state.position)
     else:
         logits, cache = forward_step(decoder, state, mask, state.position[:, None], input_ids=token[:, None])
-    return logits, State(cache, mask, state.position + step)
+    return logits, DecoderState(cache, mask, state.position + step)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -5893,13 +5893,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0  # keeps the first token that passes top_p
     picked = torch.multinomial(ordered, 1, generator=generator)  # renormalises
     return index.gather(-1, picked).squeeze(-1).to(logits.device)
-
-
-def make_stepper(decoder: nn.Module, engine: str) -> Any:
-    """What takes the steps of decoding by --engine, None for the decoder itself. Raises UserError."""
-    from refrag_extras import cpu_engine
-
-    return cpu_engine.make_stepper(decoder, engine)
 
 
 def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
@@ -5915,10 +5908,10 @@ def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
 
 
 @torch.inference_mode()
-def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, stops: frozenset[int],
+def decode(decoder: nn.Module, logits: Tensor, state: DecoderState, *, max_new: int, stops: frozenset[int],
            pick: Callable[[Tensor], Tensor], watch: Stopwatch,
            on_token: Callable[[int, list[int]], bool | None] | None = None,
-           stepper: Any = None) -> tuple[list[Decoded], State]:
+           stepper: Any = None) -> tuple[list[Decoded], DecoderState]:
     """Decode until every sequence has ended or has max_new tokens. Returns the tokens and the final state.
 
     pick: logits (B, V) -> tokens (B,). on_token(b, tokens of b so far) is called for each new token; True
@@ -5951,11 +5944,11 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
     return out, state
 
 
-LONGEST_MARK = 66  # characters of a citation in an answer, its brackets among them
+LONGEST_MARK = 66  # characters of a citation in an answer, its brackets included
 
 
 def settled_length(text: str) -> int:
-    """Characters of an answer before the citation at its end, begun or whole, and the blanks there."""
+    """Length of an answer without the citation at its end, begun or whole, and the blanks there."""
     body = text.rstrip()
     at = body.rfind("[")
     is_mark = 0 <= at >= len(body) - LONGEST_MARK and "]" not in body[at:-1]
@@ -5968,36 +5961,35 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
 
 
 class TextStream:
-    """Turns the growing tokens of an answer into text, shown as soon as it can not change any more.
+    """Turns the growing tokens of an answer into text, and shows it once it cannot change any more.
 
-    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may be the
-    beginning of a stop string. write: receives new text; True asks for no more.
+    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may begin a stop
+    string. write: receives new text; True ends the answer.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
-    def text(self, tokens: list[int]) -> str:
-        """The text of an answer up to the first stop string."""
+    def update(self, tokens: list[int]) -> str:
+        """The text of an answer up to the first stop string; `stopped` tells whether there is one."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         kept = before_stop(text, self.stops)
         self.stopped = len(kept) < len(text)
         return kept.lstrip()
 
     def __call__(self, tokens: list[int]) -> bool | None:
-        """Write what is new. Returns True when the answer is to end."""
-        text = self.text(tokens)
+        """Write what is new. Returns True if the answer is to end."""
+        text = self.update(tokens)
         if self.stopped or text.endswith("\ufffd"):
             return self.stopped
         settled, mark = settled_length(text), text.find("[")
         if mark >= 0 and holds_answer(text[:mark], [NO_ANSWER]):
             settled = min(settled, mark)  # a refusal cites nothing
-        begun = (len(text) - n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1))
-                 if text.endswith(stop[:n]))
-        return self.show(text[: min(settled, *begun, len(text))].rstrip())
+        begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return self.show(text[: min(settled, len(text) - max(begun, default=0))].rstrip())
 
     def show(self, text: str) -> bool | None:
-        """Write an answer's text beyond what was written."""
+        """Write what an answer has beyond the text written so far."""
         new, self.shown = text[len(self.shown) :], max(text, self.shown, key=len)
         return self.write(new) if self.write is not None else None
 
@@ -6024,93 +6016,85 @@ CITATION = re.compile(
     r"|\(\s{0,9}doc(?:ument)?\s{0,9}#?([^\[\]()]{1,200}?)\)", re.IGNORECASE)
 
 
-def citation_marks(answer: str, labels: Sequence[str]) -> list[tuple[re.Match, list[str]]]:
-    """Where an answer names documents, and the labels there.
+class Citations(NamedTuple):
+    """An answer's citations, and the answer without them."""
 
-    [2], [1, 3], (doc 2) and <doc id="2"> are citations. A name that was not given counts if it is a number of three
-    digits at most, as the instruction in the prompt shows; other words in brackets are no citation.
+    bare: str  # without any that is complete
+    plain: str  # without the one at the end
+    begun: str | None  # what stands of one that the end cuts off
+    labels: list[tuple[str, bool]]  # (label, whether it is forged), in order, each once
+
+
+def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
+    """Find the citations in an answer: [2], [1, 3], (doc 2) and <doc id="2">.
+
+    A label that was not given is a forged one if it is a number of three digits at most, as the instruction in the
+    prompt shows; other words in brackets are no citation. Examples, labels "1" and "2": "Ulm [1][9]" -> ("Ulm",
+    "Ulm [1]", None, [("1", False), ("9", True)]); "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
     """
-    known, marks = set(labels), []
-    for match in CITATION.finditer(answer):
+
+    def named(match: re.Match) -> list[str]:
         parts = re.split(r"\s*[,;]\s*", (match[1] or match[2] or match[3]).strip())
-        named = [part for part in parts if part in known or match[1]
-                 or (match[2] and part.isdigit() and len(part) < 4)]
-        marks += [(match, named)] if named else []
-    return marks
+        return [part for part in parts if part in labels or match[1]
+                or (match[2] and part.isdigit() and len(part) < 4)]
+
+    marks = [(match, found) for match in CITATION.finditer(answer) if (found := named(match))]
+    bare, at = answer, settled_length(answer)
+    for match, _ in reversed(marks):
+        rest = bare[match.end() :]
+        bare = bare[: match.start()].rstrip() + " " * rest[:1].isalnum() + rest
+    end = answer[at:].strip()
+    begun = end.removeprefix("[").strip() if end and not end.endswith("]") else None
+    if begun is None:
+        at = at if marks and marks[-1][0].start() >= at else len(answer)
+    elif not any(label.startswith(begun) for label in labels):
+        at, begun = len(answer), None
+    cited = dict.fromkeys(label for _, found in marks for label in found)
+    return Citations(bare, answer[:at], begun, [(label, label not in labels) for label in cited])
 
 
-def cited_labels(answer: str, labels: Sequence[str]) -> list[tuple[str, bool]]:
-    """(label, forged) of every document an answer names, in order, each once.
-
-    Example: "Ulm [1][9]", labels ["1"] -> [("1", False), ("9", True)]
-    """
-    named = dict.fromkeys(label for _, found in citation_marks(answer, labels) for label in found)
-    return [(label, label not in labels) for label in named]
-
-
-def without_citations(answer: str, labels: Sequence[str]) -> str:
-    """An answer without its citation marks. Example: "Ulm [1] (doc 2)." -> "Ulm." """
-    for match, _ in reversed(citation_marks(answer, labels)):
-        rest = answer[match.end() :]
-        answer = answer[: match.start()].rstrip() + " " * rest[:1].isalnum() + rest
-    return answer
-
-
-def split_citation(answer: str, labels: Sequence[str]) -> tuple[str, str | None]:
-    """(an answer without the citation at its end, what was begun of one that is not finished).
-
-    Examples with label "1": "Ulm [1]" -> ("Ulm", None); "Ulm [1" -> ("Ulm", "1"); "Ulm [sic]" -> ("Ulm [sic]", None)
-    """
-    at = settled_length(answer)
-    mark = answer[at:].strip()
-    if mark.endswith("]") or not mark:
-        return answer[:at] if citation_marks(mark, labels) else answer, None
-    begun = mark.removeprefix("[").strip()
-    return (answer[:at], begun) if any(label.startswith(begun) for label in labels) else (answer, None)
-
-
-def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, pending: Sequence[int],
-                    labels: Sequence[str]) -> tuple[str, State]:
+@torch.inference_mode()
+def choose_citation(decoder: nn.Module, tokenizer: Any, state: DecoderState, row: int, pending: Sequence[int],
+                    labels: Sequence[str]) -> tuple[str, DecoderState]:
     """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
 
     row: the sequence in the batch; the others are fed the same tokens, hidden from them. pending: tokens of its answer
-    that were sampled but not fed. Greedy among the given ids, so it can not be forged. The old state is used up.
+    that were sampled but not fed. Greedy among the given ids, so it cannot be forged. The old state is used up.
     """
     B = len(state.position)
     alive = torch.arange(B, device=state.position.device) == row
-
-    def feed(token: int) -> Tensor:
-        nonlocal state
-        logits, state = decode_one_token(decoder, state.position.new_full((B,), token), state, alive)
-        return logits[row]
-
     opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
-    logits = [feed(token) for token in (*pending, *opening)][-1]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
-    token = None
-    for depth in range(CITATION_TOKENS - len(opening) + 1):  # of ids that are alike for so long, the shortest
+    unread = [*pending, *opening]
+    for depth in range(CITATION_TOKENS - len(opening) + 1):
         if len(options) == 1 or min(map(len, options.values())) == depth:
-            break
-        logits = logits if token is None else feed(token)
+            break  # one label is left, or the shortest is used up
+        for token in unread:
+            logits, state = decode_one_token(decoder, state.position.new_full((B,), token), state, alive)
         allowed = sorted({ids[depth] for ids in options.values()})
-        token = allowed[int(logits[allowed].argmax())]
-        options = {label: ids for label, ids in options.items() if ids[depth] == token}
+        unread = [allowed[int(logits[row, allowed].argmax())]]
+        options = {label: ids for label, ids in options.items() if ids[depth] == unread[0]}
     return min(options, key=lambda label: len(options[label])), state
 
 
 def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Callable[[], str],
          stops: Sequence[str] = ()) -> tuple[str, str | None]:
-    """(an answer with its citation, the label if it was not the decoder's own).
+    """(the answer with its citation, the label if it was not the decoder's own).
 
     labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
-    A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
-    document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
+    Of these cases the first one counts:
+    - the answer is a refusal, or no document was read: nothing is cited
+    - one document alone holds the answer, which is not yes or no: that one is cited
+    - the answer ends within a citation of a document that was read: it is completed
+    - the answer names given documents: it stays as it is
+    - else the decoder chooses
     """
-    plain, begun = split_citation(answer, labels)
-    bare = without_citations(plain, labels)
+    found = parse_citations(answer, labels)
+    plain, begun = found.plain, found.begun
+    bare = parse_citations(plain, labels).bare
     if not seen or abstains(bare):
         return bare, None
-    named = [label for label, forged in cited_labels(answer, labels) if not forged]
+    named = [label for label, forged in found.labels if not forged]
     holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
     answer = answer if begun is None else plain
     if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
@@ -6125,12 +6109,21 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
     return (cited, chosen) if before_stop(cited, stops) == cited else (plain, None)
 
 
-class Choice(NamedTuple):
-    """What of a context the decoder is fed."""
+def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Choose the chunks that stay text and plan what is fed. scores: (L,).
 
-    expanded: np.ndarray  # (L,) bool, the chunks that stay text
-    kept: np.ndarray  # (T,) bool, the prompt's tokens that are fed as such
-    plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
+    Returns expanded: (L,) bool, the chunks that stay text; kept: (T,) bool, the prompt's tokens that are fed as such;
+    plan: (P,), v >= 0 is the token v, v < 0 the vector of chunk -v - 1.
+    """
+    expanded = np.ones(len(prompt.chunks), dtype=bool)
+    if pack.mode not in ("full", "none"):
+        expanded = select_chunks(scores, prompt.sizes, pack.p if pack.gate != "none" else 0.0, pack.floor)
+    kept, plan = text_mask(prompt, expanded), mixed_plan(prompt, expanded, pack.compressed == "feed")
+    if pack.mode == "truncate":  # to the positions that refrag would feed
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
+        plan = prompt.input_ids[kept]
+    return expanded, kept, plan
 
 
 @dataclass(frozen=True)
@@ -6176,7 +6169,9 @@ class Reading:
     context: Context
     given: GateInput | None  # what the gate looked at
     scores: np.ndarray  # (L,)
-    choice: Choice
+    expanded: np.ndarray  # these three as `feed_plan` gives them
+    kept: np.ndarray
+    plan: np.ndarray
     inputs: Tensor  # (P, D)
     seconds: dict[str, float]
 
@@ -6186,21 +6181,20 @@ class Reading:
         return [doc.label for doc in self.context.docs]
 
     @functools.cached_property
-    def read(self) -> list[str]:
-        """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
-        prompt, plan, count = self.context.prompt, self.choice.plan, len(self.context.docs)
-        vectors = {prompt.chunks[-v - 1].doc for v in plan[plan < 0].tolist()}
-        docs = np.asarray([chunk.doc for chunk in prompt.chunks], dtype=np.int64)
-        kept = [self.choice.kept[chunk.first : chunk.last].sum() for chunk in prompt.chunks]
-        sums = (np.bincount(docs, weights, minlength=count) for weights in (prompt.sizes, kept))
-        return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
-                for doc, (total, n) in enumerate(zip(*sums, strict=True))]
+    def how_read(self) -> dict[str, str]:
+        """How the decoder read each document, by label: "text", "partly" as text, "vectors", or "left out"."""
+        prompt, how = self.context.prompt, {}
+        compressed = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
+        for number, label in enumerate(self.labels):
+            kept = [self.kept[chunk.first : chunk.last].tolist() for chunk in prompt.chunks if chunk.doc == number]
+            how[label] = ("text" if all(map(all, kept)) else "partly" if any(map(any, kept))
+                          else "vectors" if number in compressed else "left out")
+        return how
 
     @property
     def seen(self) -> dict[str, str]:
         """The contents of the documents that were read, by label."""
-        pairs = zip(self.context.docs, self.read, strict=True)
-        return {doc.label: doc.content for doc, read in pairs if read != "left out"}
+        return {doc.label: doc.content for doc in self.context.docs if self.how_read[doc.label] != "left out"}
 
 
 class Pipeline:
@@ -6222,7 +6216,6 @@ class Pipeline:
         self.settings = Settings(search, pack, generate, stop_tokens(model.decoder, self.tokenizer.decoder),
                                  torch.Generator().manual_seed(seed))
         self.settings = self.settings_for()
-        self.batches = True  # `warm_up` finds out
 
     @functools.cached_property
     def trained_gates(self) -> dict[str, QueryGate]:
@@ -6286,34 +6279,19 @@ class Pipeline:
         given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
         return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
 
-    def choose(self, prompt: Prompt, scores: np.ndarray, settings: Settings) -> Choice:
-        """What the decoder is fed. scores: (L,)."""
-        pack, expanded = settings.pack, np.ones(len(prompt.chunks), dtype=bool)
-        if pack.mode not in ("full", "none"):
-            p = pack.p if pack.gate != "none" else 0.0
-            expanded = select_chunks(scores, prompt.sizes, p, pack.floor)
-        plan = mixed_plan(prompt, expanded, pack.compressed == "feed")
-        if pack.mode != "truncate":
-            return Choice(expanded, text_mask(prompt, expanded), plan)
-        kept = truncated_mask(prompt, len(plan))
-        expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
-        return Choice(expanded, kept, prompt.input_ids[kept])
-
-    def states(self, context: Context, plan: np.ndarray, k: int) -> np.ndarray:
-        """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
-        if (plan >= 0).all():
-            return np.zeros((0, self.model.encoder.width), dtype=np.float32)
-        docs = self.filled(context.docs, k, gate=False)
-        return np.concatenate([doc.chunks.states for doc in docs])[-plan[plan < 0] - 1]
-
     @torch.inference_mode()
-    def inputs(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
-        """(P, D) the decoder's inputs for a plan. states: (n, E), of the chunks that it feeds, in its order."""
-        chunks = [prompt.chunks[-v - 1] for v in plan[plan < 0].tolist()]
-        ids = [prompt.input_ids[chunk.first : chunk.last] for chunk in chunks]
-        plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # numbers only those chunks that are fed
-        parts = plan, np.concatenate([*ids, plan[:0]]), np.asarray([len(part) for part in ids], dtype=np.int64), states
-        return self.model.embed(*(torch.as_tensor(part, device=self.device) for part in parts))[0]
+    def inputs(self, context: Context, plan: np.ndarray, k: int) -> Tensor:
+        """(P, D) the decoder's inputs for a plan."""
+        prompt, numbers = context.prompt, -plan[plan < 0] - 1  # of the chunks that are fed as vectors
+        states = np.zeros((0, self.model.encoder.width), dtype=np.float32)
+        if len(numbers):
+            docs = self.filled(context.docs, k, gate=False)
+            states = np.concatenate([doc.chunks.states for doc in docs])[numbers]
+        ids = [prompt.input_ids[prompt.chunks[i].first : prompt.chunks[i].last] for i in numbers]
+        sizes, ids = np.asarray([len(part) for part in ids], dtype=np.int64), np.concatenate([*ids, plan[:0]])
+        plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # counts only the chunks that are fed, as states do
+        parts = (torch.as_tensor(part, device=self.device) for part in (plan, ids, sizes, states))
+        return self.model.embed(*parts)[0]
 
     def fits_window(self, positions: int, settings: Settings) -> bool:
         """Whether prompt, answer and a citation after it are within what the decoder was built for."""
@@ -6336,39 +6314,30 @@ class Pipeline:
         with watch.stage("gate_s"):
             scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
-            choice = self.choose(context.prompt, scores, settings)
-        if not self.fits_window(len(choice.plan), settings):
+            expanded, kept, plan = feed_plan(context.prompt, scores, settings.pack)
+        if not self.fits_window(len(plan), settings):
             citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
             raise TooLongError(
-                f"the prompt takes {len(choice.plan)} positions, --max_new {settings.generate.max_new}{citation}; the "
+                f"the prompt takes {len(plan)} positions, --max_new {settings.generate.max_new}{citation}; the "
                 f"decoder's window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
         with watch.stage("vectors_s"):
-            states = self.states(context, choice.plan, settings.pack.k)
-        with watch.stage("pack_s"):
-            inputs = self.inputs(context.prompt, choice.plan, states)
-        return Reading(item, passages, context, given, scores, choice, inputs, watch.seconds)
+            inputs = self.inputs(context, plan, settings.pack.k)
+        return Reading(item, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
 
     # -- answers ---------------------------------------------------------------
 
-    def warm_up(self, since: float) -> None:
-        """Run every part once, so that the first question pays for no lazy initialisation. since: loading began."""
-        if self.embedder is not None:
-            self.embedder.embed_query("warm up")
-        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.settings.pack.k)
-        embed = self.model.decoder.get_input_embeddings()
-        for _ in range(2):
-            logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
-            check_finite(logits, "decoder")
-            decode_one_token(self.model.decoder, logits.argmax(-1), state)
-        if self.stepper is not None:
-            decode_one_token(self.model.decoder, logits.argmax(-1), self.stepper.adopt(state, 1))
-        self.batches = all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
-        if self.settings.pack.gate in TRAINED_GATES:
-            gate = self.trained_gates[self.settings.pack.gate]
-            vectors = np.ones((8, gate.shape["dim"]), dtype=np.float32)
-            one = gate_input("warm up", [], vectors[0], None)
-            gate.scores(one._replace(vectors=vectors, texts=["warm"] * 8, docs=np.arange(8)))
-        self.load_s = time.perf_counter() - since
+    def warm_up(self) -> None:
+        """Answer a question, so that the first one pays for no lazy initialisation."""
+        question = "warm up <doc id='1'>warm up</doc>" if self.settings.generate.prompt else "warm up"
+        with contextlib.suppress(TooLongError):
+            self.answer(question, topk=1, max_new=2, temperature=0.0, cite=False, show_prompt=False,
+                        stop_tokens=frozenset())
+
+    @functools.cached_property
+    def batches(self) -> bool:
+        """Whether questions can be decoded together: recurrent layers, which keep no keys, would read the padding."""
+        _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
+        return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
 
     def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
                **changes: Any) -> dict[str, Any]:
@@ -6390,12 +6359,12 @@ class Pipeline:
         writers: for each question None, or what receives new text of its answer as it grows; True ends the answer.
         """
         settings, writers = settings or self.settings, writers or [None] * len(readings)
-        if len(readings) > 1 and not self.batches:  # recurrent layers would read the padding
+        if len(readings) > 1 and not self.batches:
             return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
         decoder, watch, options = self.model.decoder, Stopwatch(self.device), settings.generate
         if options.show_prompt:
             for reading in readings:
-                notice(show_plan(reading.context, reading.choice.plan, self.tokenizer))
+                notice(show_plan(reading.context, reading.plan, self.tokenizer))
         streams = [TextStream(self.tokenizer.decoder, options.stop, write) for write in writers]
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, [reading.inputs for reading in readings])
@@ -6405,7 +6374,7 @@ class Pipeline:
                              pick=settings.pick, watch=watch, stepper=self.stepper,
                              on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
 
-        def choose(row: int, pending: list[int], labels: list[str]) -> str:
+        def let_decoder_cite(row: int, pending: list[int], labels: list[str]) -> str:
             nonlocal state
             chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, labels)
             return chosen
@@ -6413,11 +6382,11 @@ class Pipeline:
         results = []
         for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
             reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
-            answer, chosen = stream.text(out.tokens).rstrip(), None
+            answer, chosen = stream.update(out.tokens).rstrip(), None
             if options.cite and reading.labels:
                 pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
-                answer, chosen = cite(answer, reading.labels, seen, functools.partial(choose, row, pending, list(seen)),
-                                      options.stop)
+                answer, chosen = cite(answer, reading.labels, seen,
+                                      functools.partial(let_decoder_cite, row, pending, list(seen)), options.stop)
             out = out._replace(ended=out.ended or stream.stopped)
             results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
             stream.show(answer)
@@ -6426,22 +6395,21 @@ class Pipeline:
     def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
                kv_bytes: int) -> dict[str, Any]:
         """The JSON object of one answer."""
-        context, labels, expanded = reading.context, reading.labels, reading.choice.expanded
+        context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
-        read = dict(zip(labels, reading.read, strict=True))
         citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
-                      "label": label, "read": read.get(label), "expanded": read.get(label) in ("text", "partly"),
-                      "forged": forged, "chosen": label == chosen}
-                     for label, forged in (cited_labels(answer, labels) if labels else ())]
+                      "label": label, "read": how_read.get(label), "forged": forged, "chosen": label == chosen,
+                      "expanded": how_read.get(label) in ("text", "partly")}
+                     for label, forged in (parse_citations(answer, labels).labels if labels else ())]
         chunks = [{"passage_id": ids[labels[chunk.doc]], "start": chunk.start, "end": chunk.end,
                    "score": round(score, 6), "expanded": stays}
-                  for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(), expanded.tolist(),
-                                                 strict=True)]
+                  for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),
+                                                 reading.expanded.tolist(), strict=True)]
         if settings.generate.explain:
             chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
         return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
-                "passages": [p.to_json() | {"read": read[label]} for label, p in source.items() if label in read],
+                "passages": [p.to_json() | {"read": how_read[label]} for label, p in source.items()],
                 "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
                 "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(settings)}
 
@@ -6449,7 +6417,7 @@ class Pipeline:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
         if settings.pack.mode != "refrag" or not settings.chooses:
             return [{"why": f"{'text' if stays else 'compressed'}: no choice to make", "shares": {}}
-                    for stays in reading.choice.expanded]
+                    for stays in reading.expanded]
         learned = settings.pack.gate == "learned" and reading.given is not None
         shares = self.trained_gates["learned"].shares(reading.given) if learned else {}
         reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.pack.p, settings.pack.floor)
@@ -6457,10 +6425,10 @@ class Pipeline:
                 for i, why in enumerate(reasons)]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
-        """Times and sizes as section 7 of the definitions has them; times in seconds."""
-        prompt, positions = reading.context.prompt, len(reading.choice.plan)
+        """Times of an answer, in seconds, and its sizes."""
+        prompt, positions = reading.context.prompt, len(reading.plan)
         later, steps = out.times[-1] - out.times[0], len(out.times) - 1
-        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.choice.expanded].sum())
+        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.expanded].sum())
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
                   for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")}
         return {"ttft_s": round(sum(reading.seconds.values()), 6), "ttit_s": round(later / steps, 6) if steps else None,
@@ -6472,14 +6440,12 @@ class Pipeline:
 
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
-        pack, search, generate, config = settings.pack, settings.search, settings.generate, self.model.config
-        index, stepper = self.searcher and self.index.manifest["digest"][:16], self.stepper
-        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": pack.gate,
-                "compressed": pack.compressed, "ctx_max": pack.ctx_max, "index_dir": index,
-                "retriever": self.searcher and self.searcher.retriever, "topk": search.topk, "hops": search.hops,
-                "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
-                "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite,
-                "seed": settings.sampler.initial_seed(), "enc": config.encoder_name_or_path,
+        config, generate, stepper = self.model.config, settings.generate, self.stepper
+        options = vars(settings.pack) | vars(settings.search) | {
+            name: getattr(generate, name) for name in ("max_new", "temperature", "top_p", "cite")}
+        return {**{name: value for name, value in options.items() if name != "heuristic"}, "stop": list(generate.stop),
+                "seed": settings.sampler.initial_seed(), "index_dir": self.index and self.index.manifest["digest"][:16],
+                "retriever": self.searcher and self.searcher.retriever, "enc": config.encoder_name_or_path,
                 "dec": config.decoder_name_or_path, "load_dir": self.model.checkpoint,
                 "projector_trained": self.model.trained, "engine": "model" if stepper is None else stepper.engine,
                 "device": str(self.device), "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
@@ -6495,14 +6461,16 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
     model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
-        stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
+        cpu_engine = importlib.import_module("refrag_extras.cpu_engine")
+        stepper = aside.submit(cpu_engine.make_stepper, model.decoder, runtime.engine)
         searcher = load_searcher(index, search, runtime) if needs_index else None
         embedder = searcher.embedder if searcher else None
         gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
     pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result())
-    pipeline.warm_up(start)
+    pipeline.warm_up()
+    pipeline.load_s = time.perf_counter() - start
     if not model.trained and pack.mode == "refrag":
         notice(UNTRAINED[pipeline.settings.pack.compressed] + for_others(models))
     if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:

@@ -652,7 +652,7 @@ def test_the_gate_chooses_the_text_as_in_use(lessons_on, index_dir, words, llama
         item = lessons.draw(number, rng(number), 0.0)
         reading = pipeline.prepare(question, pipeline.settings_for(gate=gate))
         if shown(full_text(lessons, item)) == [passage.row for passage in reading.passages]:
-            assert open_chunks(item) == set(np.flatnonzero(reading.choice.expanded).tolist()) != set()
+            assert open_chunks(item) == set(np.flatnonzero(reading.expanded).tolist()) != set()
             same += 1
     assert same >= 3
 
