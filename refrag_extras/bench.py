@@ -70,7 +70,7 @@ def peak_device_mb(device: torch.device) -> float | None:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Let both peaks begin anew. The resident memory's can not on other systems than Linux; there it stays."""
-    refrag.trim_memory()
+    refrag.glibc("malloc_trim", 0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.type == "cuda":
@@ -287,9 +287,9 @@ def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
 
 def draw_bench(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """ttft.png, and ratio.png where full context was timed too."""
-    refrag.draw(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
+    refrag.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
     if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
-        refrag.draw(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
+        refrag.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
 
 
 def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: str) -> Any:

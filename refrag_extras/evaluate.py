@@ -382,7 +382,7 @@ class QaTask(QuestionTask):
         return "\n\n".join(tables)
 
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
-        refrag.draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
+        refrag.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
         if rows := [(q, line) for q, line in rows if "prompt" in line]:
             refrag.write_atomic(folder / "sample.md", sample_text(refrag.spread(rows, SAMPLES), self.sample[1]))
