@@ -1345,24 +1345,6 @@ class TextFile:
         self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[typing.BinaryIO]:
-        """Its bytes, unzipped, and UTF-16 as UTF-8. Raises CorruptError for a damaged gzip file."""
-        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
-            handle = io.BufferedReader(raw)
-            try:
-                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
-                    handle = gzip.GzipFile(fileobj=handle)
-                head = handle.peek(8)
-                if head.startswith(BINARY):
-                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
-                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
-                yield handle
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
-                raise CorruptError(message) from None
-
     def decoded(self, raw: bytes, number: int, encoding: str) -> str:
         """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
         try:
@@ -1376,13 +1358,28 @@ class TextFile:
         return raw.decode(encoding, "replace")
 
     def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line."""
-        with self.opened() as handle:
-            for number, raw in enumerate([handle.read()] if as_one else handle, start=1):
-                text = ""
-                with skipping(self.errors, self.counts):
-                    text = self.decoded(raw, number, "utf-8-sig" if number == 1 else "utf-8")
-                yield number, text
+        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line.
+
+        Raises CorruptError for a damaged gzip file.
+        """
+        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
+            handle = io.BufferedReader(raw)
+            try:
+                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
+                    handle = gzip.GzipFile(fileobj=handle)
+                head = handle.peek(8)
+                if head.startswith(BINARY):
+                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
+                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+                for number, line in enumerate([handle.read()] if as_one else handle, start=1):
+                    text = ""
+                    with skipping(self.errors, self.counts):
+                        text = self.decoded(line, number, "utf-8-sig" if number == 1 else "utf-8")
+                    yield number, text
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
+                raise CorruptError(message) from None
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
         """(number, text without its line end) of each line that is not blank."""
@@ -1398,29 +1395,24 @@ class TextFile:
         lines = self.lines()
         first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
         delimiter = "\t" if self.suffix == ".tsv" else max(",;\t", key=header.count)
-        texts = itertools.chain([header], (text for _, text in lines))
-        rows = csv.reader(texts, delimiter=delimiter, strict=True)
-
-        def next_row() -> list[str] | None:
+        rows = csv.reader(itertools.chain([header], (text for _, text in lines)), delimiter=delimiter, strict=True)
+        known, names = {*ID_FIELDS, *fields, "title"}, []
+        while True:
             line = first + rows.line_num
-            try:
-                return next(rows, None)
-            except csv.Error as error:
-                raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
-
-        known = {*ID_FIELDS, *fields, "title"}
-        names = [name.lower() if name.lower() in known else name for name in map(str.strip, next_row() or [])]
-        row = names
-        if names:
-            field_in(names, fields, f"{self.name}:{first}")
-        while row is not None:
-            line = first + rows.line_num
-            with skipping(self.errors, self.counts):
-                row = next_row()
-                if len(row or []) > len(names):
+            with skipping(self.errors if names else "", self.counts):  # without its header no row can be read
+                try:
+                    row = next(rows, None)
+                except csv.Error as error:
+                    raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
+                if not names and row:
+                    names = [name.lower() if name.lower() in known else name for name in map(str.strip, row)]
+                    field_in(names, fields, f"{self.name}:{line}")
+                elif not names or row is None:
+                    return
+                elif len(row) > len(names):
                     raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
                                     "quote cells that contain the separator")
-                if any(row or []):
+                elif any(row):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
     def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
@@ -1510,12 +1502,7 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
         raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
-class CorpusFile(NamedTuple):
-    """A file of the corpus."""
-
-    path: Path
-    label: str  # what the ids of its records begin with
-    in_folder: bool  # found in a folder that was named, where a text file is one document
+CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
 
 
 def source_label(name: str, sources: dict[str, str]) -> str:
@@ -1564,25 +1551,25 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
             require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
         for file in inside:
             label = source_label(str(file), sources)
-            files.setdefault(label, CorpusFile(file, label, label not in sources))
+            files.setdefault(label, (file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
     """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document."""
-    source = TextFile(file.path, errors, counts)
-    of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
-    if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
-        for _, text in source.lines(as_one=True):
-            if text.strip():
-                yield Record(file.label, bare_name(file.path).stem, text, source.name)
+    path, label, in_folder = file
+    source = TextFile(path, errors, counts)
+    of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
+    if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
+        yield from (Record(label, bare_name(path).stem, text, source.name)
+                    for _, text in source.lines(as_one=True) if text.strip())
         return
     records, items = source.items(TEXT_FIELDS)
     for number, text in items:
         where = f"{source.name}:{number}"
         with skipping(errors, counts):
             item = parse_object(text, where) if records else {"text": text.strip()}
-            yield parse_passage(item, where, f"{file.label}:{number}")
+            yield parse_passage(item, where, f"{label}:{number}")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
@@ -1600,7 +1587,7 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
 
     def records() -> Iterator[Record]:
         for file in files:
-            errors = f"{corpus.errors} skip" if file.in_folder else corpus.errors
+            errors = f"{corpus.errors} skip" if file[-1] else corpus.errors
             with skipping(errors, counts, (RefragError, OSError)):
                 yield from read_file(file, counts, errors)
 
@@ -1615,29 +1602,24 @@ class TrainingText(NamedTuple):
     where: str
 
 
-def parse_training_text(line: str, where: str) -> TrainingText:
-    """A {text} or {tokens,split:{s,o}} line. Raises BadRecord."""
-    item = parse_object(line, where)
-    text = item.get("tokens", item.get("text"))
-    if isinstance(text, list):
-        if not all(type(token) is int and 0 <= token < 2**31 for token in text):
-            raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
-    else:
-        text = check_string(text, "text", where)
-    split = {} if item.get("split") is None else item["split"]
-    sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
-    if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
-        raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
-    if isinstance(text, list) and sizes[1]:
-        text = text[: sum(sizes)]
-    return TrainingText(text, sizes[0], where)
-
-
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """The training texts of the files, streamed. Raises UserError that names file and line."""
+    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError that names file and line."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
-            yield parse_training_text(line, f"{name}:{number}")
+            where = f"{name}:{number}"
+            item = parse_object(line, where)
+            text = item.get("tokens", item.get("text"))
+            if not isinstance(text, list):
+                text = check_string(text, "text", where)
+            elif not all(type(token) is int and 0 <= token < 2**31 for token in text):
+                raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
+            split = {} if item.get("split") is None else item["split"]
+            sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
+            if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
+                raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
+            if isinstance(text, list) and sizes[1]:
+                text = text[: sum(sizes)]
+            yield TrainingText(text, sizes[0], where)
 
 
 SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
@@ -1667,7 +1649,6 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
 
 
 def check_question(value: Any, where: str) -> str:
-    """A question's text. Raises UserError."""
     question = check_string(value, "question", where)
     require(bool(question.strip()), f"{where}: the question is empty")
     return question
@@ -1684,7 +1665,8 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    needs: see `check_labels`. Raises UserError.
+    needs: which of `answers` (empty: there is none) and `positive_ids`, which becomes a list, are checked and must be
+    there; a question without an answer needs no ids. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1698,24 +1680,16 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     require(bool(questions), f"{flag} {path}: the file holds no question")
     require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
     for number, item in enumerate(questions if needs else (), start=1):
-        check_labels(item, f"{flag} {path}: question {number}", needs)
+        where, answers, ids = f"{flag} {path}: question {number}", item.get("answers"), item.get("positive_ids") or []
+        if "answers" in needs:
+            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+            require(strings, f"{where} has no list of answers")
+            for answer in answers:
+                check_string(answer, "an answer", where)
+        require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
+        item["positive_ids"] = [check_id(value, where) for value in ids]
+        require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
     return questions
-
-
-def check_labels(item: dict[str, Any], where: str, needs: Collection[str]) -> None:
-    """Check a question's `answers` (empty: there is none) and `positive_ids`, which become a list. Raises UserError.
-
-    needs: those of the two that must be there; a question without an answer needs no ids.
-    """
-    answers, ids = item.get("answers"), item.get("positive_ids") or []
-    if "answers" in needs:
-        strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-        require(strings, f"{where} has no list of answers")
-        for answer in answers:
-            check_string(answer, "an answer", where)
-    require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
-    item["positive_ids"] = [check_id(value, where) for value in ids]
-    require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
 
 
 def spread(items: Sequence, limit: int | None) -> Sequence:
