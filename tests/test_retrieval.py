@@ -627,7 +627,7 @@ def test_what_is_replaced_is_said(tmp_path, run, bm25_index, llama):
     assert re.search(r"^this replaces the index in \S+ \(2 passages, embedder none, built 20\d\d-\S+ \d\d:\d\d\): "
                      r"--add would add to it$", err, re.MULTILINE)
     (index / "manifest.json").write_text("{")
-    assert "(which can not be read, built 20" in run(*corpus, "--retriever", "bm25")[2]
+    assert "(which cannot be read, built 20" in run(*corpus, "--retriever", "bm25")[2]
     corpus[4] = tmp_path / "new"
     assert "this replaces" not in run(*corpus, "--retriever", "bm25")[2]
 
@@ -826,7 +826,7 @@ def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monke
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False)
         one = refrag.load_embedder(str(embedder), refrag.RuntimeConfig(device="cpu"))
         assert next(one.model.parameters()).dtype == dtype and one.fingerprint == exact.fingerprint
-        vectors, states = one.embed_with_states(texts)
+        vectors, states, _ = one.embed_with_states(texts)
         for made, expected in ((one.embed_passages(texts), exact.embed_passages(texts)),
                                (vectors, exact.embed_with_states(texts)[0]),
                                (one.embed_query(texts[0]), exact.embed_query(texts[0]))):
@@ -891,7 +891,7 @@ def test_state_ends_are_places_in_the_text(embedder, prompt):
     the ends are those of words or of pieces of words, and the last is the end of the text."""
     model, text = refrag.load_embedder(str(embedder), RUNTIME), "The Rhone, in May"
     model.prompt = prompt
-    (ends,) = model.state_ends([text])
+    _, _, (ends,) = model.embed_with_states([text])
     places = [end for end in ends if end]
     assert places == sorted(set(places)) and places[-1] == len(text)
     assert {3, 9, 10, 13, 17} <= set(places)
@@ -905,9 +905,9 @@ def test_embedder_states_are_those_of_the_tokens(embedder, side):
     model = refrag.load_embedder(str(embedder), RUNTIME)
     model.tokenizer.padding_side = side
     texts = ["The Rhone floods.", "Bronze", "A longer text about the old city and the river."]
-    vectors, states = model.embed_with_states(texts)
+    vectors, states, ends_of = model.embed_with_states(texts)
     np.testing.assert_allclose(vectors, model.embed_passages(texts), atol=1e-6)
-    for vector, rows, ends in zip(vectors, states, model.state_ends(texts), strict=True):
+    for vector, rows, ends in zip(vectors, states, ends_of, strict=True):
         mean = rows[: len(ends)].mean(0)
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
 
