@@ -2298,8 +2298,8 @@ def index_manifest(index_dir: str | None) -> dict[str, Any]:
     """An index's manifest. Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
-    require(path.is_dir(), f"--index_dir {path}: no such folder: build it with `python refrag.py index`")
-    require((path / "manifest.json").is_file(), f"--index_dir {path}: no index in this folder: build it with `index`")
+    fault = "no index in this folder" if path.is_dir() else "no such folder"
+    require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `python refrag.py index`")
     manifest = read_manifest(path / "manifest.json")
     if manifest.get("words") != WORDS_FINGERPRINT:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
@@ -2313,7 +2313,7 @@ def open_index(index_dir: str | None, read_all: bool = False) -> Index:
     manifest = index_manifest(index_dir)
     try:
         return Index(Path(index_dir), manifest, read_all)
-    except (FileNotFoundError, CorruptError):
+    except (FileNotFoundError, KeyError, CorruptError):
         if index_manifest(index_dir)["segments"] == manifest["segments"]:
             raise
     return open_index(index_dir, read_all)  # a writer has replaced the segments between the two reads
@@ -2555,19 +2555,14 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
     """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
     With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is copied only when its segment at least doubles. ivfpq vectors cannot be reconstructed, so those segments
-    stay. Raises MismatchError if one has rows that are replaced.
+    passage is copied only when its segment at least doubles.
     """
-    segments = previous.manifest["segments"]
-    sizes, cut = [segment["passages"] for segment in segments], len(segments)
-    fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
-    if any(replaced[at] for at in fixed):
-        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it again, or add others")
-    if len(segments) >= MOST_SEGMENTS:
-        cut = next((at for at in range(len(sizes) - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
-        cut = max([cut, *(at + 1 for at in fixed)])
+    sizes = [segment["passages"] for segment in previous.manifest["segments"]]
+    cut = len(sizes)
+    if cut >= MOST_SEGMENTS:
+        cut = next((at for at in range(cut - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
     kept, taken = [at for at in range(cut) if not replaced[at]], []
-    for at in sorted({*range(len(segments))} - {*kept}):
+    for at in sorted({*range(len(sizes))} - {*kept}):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
         taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
     return kept, taken
@@ -2688,30 +2683,24 @@ class Searcher:
             rankings.append(rrf(list(found[-1].values())))
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
-    def distinct(self, ranked: Iterable[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-        """The first `most` rows with different contents: a passage that the corpus holds twice counts once."""
-        contents: dict[str, tuple[int, float]] = {}
-        for row, score in ranked:
-            contents.setdefault(self.index.content(row), (row, score))
-            if len(contents) == most:
-                break
-        return list(contents.values())
-
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
         """The best `topk` passages, without repeats; fewer when the corpus is smaller."""
         depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
+        index, passages = self.index, []
         while True:
             ranked, found = self.candidates(question, depth, hops)
-            kept = self.distinct(ranked, wanted)
+            kept: dict[str, tuple[int, float]] = {}  # by content: a passage that the corpus holds twice counts once
+            for row, score in ranked:
+                if len(kept) < wanted:
+                    kept.setdefault(index.content(row), (row, score))
             if len(kept) == wanted or len(ranked) < depth:
                 break
             depth *= 8  # copies of a passage took the places of others
+        best = list(kept.values())
         if self.reranker is not None:
-            rows = [row for row, _ in kept]
-            scores = self.reranker(question, [self.index.content(row) for row in rows])
-            kept = sorted(zip(rows, scores.tolist(), strict=True), key=lambda item: -item[1])
-        index, passages = self.index, []
-        for rank, (row, score) in enumerate(kept[:topk], start=1):
+            scores = self.reranker(question, list(kept)).tolist()
+            best = sorted(((row, score) for (row, _), score in zip(best, scores, strict=True)), key=lambda hit: -hit[1])
+        for rank, (row, score) in enumerate(best[:topk], start=1):
             hit = {}
             for retrievers in reversed(found):  # the scores of the first hop that found it count
                 hit |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
