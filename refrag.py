@@ -55,7 +55,6 @@ import bisect
 import codecs
 import collections
 import contextlib
-import copy
 import csv
 import ctypes
 import dataclasses
@@ -84,6 +83,7 @@ import threading
 import time
 import tomllib
 import traceback
+import types
 import typing
 import unicodedata
 import warnings
@@ -93,8 +93,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any, Literal, NamedTuple
 
 __version__ = "0.1.0"
 
@@ -834,6 +833,7 @@ try:
     import Stemmer
     import torch
     import transformers
+    from huggingface_hub.dataclasses import type_validator
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from tokenizers.decoders import DecodeStream
@@ -3288,76 +3288,89 @@ class RefragConfig(PreTrainedConfig):
     """What a checkpoint needs to be loaded anywhere: which models it stands on, and how they are joined."""
 
     model_type = "refrag"
+    encoder_name_or_path: str = "decoder:8"
+    decoder_name_or_path: str = "SmolLM2-135M-Instruct"
+    compression: int = 16  # the largest k it was trained at
+    pooling: Literal["mean", "cls"] = "mean"
+    projector: Literal["residual_mlp", "mlp"] = "residual_mlp"
+    training_model: str = ""  # letters of what the folder holds: projector, encoder, decoder
+    lora: dict[Literal["r"], int] | None = None  # rank of the decoder's adapters, None without
+    decoder_fingerprint: str | None = None  # of the models before any training
+    encoder_fingerprint: str | None = None  # None if the encoder is cut from the decoder
+    gate: dict[str, Any] | None = None  # shape of the gate and the embedder it reads; None without
+    policy: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry per training phase
 
-    def __init__(self, encoder_name_or_path: str = "decoder:8", decoder_name_or_path: str = "SmolLM2-135M-Instruct",
-                 compression: int = 16, pooling: str = "mean", projector: str = "residual_mlp",
-                 training_model: str = "", lora: dict[str, Any] | None = None,
-                 encoder_width: int | None = None, decoder_width: int | None = None,
-                 decoder_fingerprint: str | None = None, encoder_fingerprint: str | None = None,
-                 gate: dict[str, Any] | None = None, policy: dict[str, Any] | None = None,
-                 history: list[dict[str, Any]] | None = None, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.encoder_name_or_path, self.decoder_name_or_path = encoder_name_or_path, decoder_name_or_path
-        self.compression, self.pooling, self.projector = compression, pooling, projector
-        self.training_model = training_model  # letters of what the folder holds: projector, encoder, decoder
-        self.lora = lora  # rank and alpha of the decoder's adapters, None without
-        self.encoder_width, self.decoder_width = encoder_width, decoder_width
-        self.decoder_fingerprint = decoder_fingerprint  # of the models before any training
-        self.encoder_fingerprint = encoder_fingerprint  # None where the encoder is cut from the decoder
-        self.gate, self.policy = gate, policy  # shape of each and the embedder it reads; None without
-        self.history = history or []  # one entry per training phase
-
-
-def gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer inside a GGUF file, with the digit splitting that transformers' conversion leaves out."""
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    scheme = GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
-    if scheme is not None and scheme.contents() == "smollm":
-        parts = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    return tokenizer
+    @property
+    def scorers(self) -> list[str]:
+        """Those of gate and policy that the checkpoint holds. The model itself does not use them."""
+        return [name for name in ("gate", "policy") if getattr(self, name) is not None]
 
 
-def convert_gguf(path: Path) -> Path:
-    """A GGUF file as a Hugging Face folder in the cache, converted once.
+GGUF_NAMES = {"token_embd": "embed_tokens", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
+              "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+              "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+              "ffn_down": "mlp.down_proj", "output_norm": "norm"}
 
-    The folder's name holds the file's size and time, so that another file is converted anew.
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write the bundled GGUF file, a Llama with a byte-level BPE tokenizer, as a Hugging Face folder in float32.
+
+    Not by transformers, which parses the file four times (40 s instead of 10) and does not split numbers into digits.
     """
-    stat = path.stat()
-    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     import gguf
+    import tokenizers as tk
 
-    # transformers parses the file anew for each part of a model, and makes its table of names for each layer
-    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
-    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
-        if folder.is_dir():
-            return folder
-        notice(f"converting {path.name} once, into {folder} (about ten seconds)")
-        # transformers draws a bar of its own for this, terminal or not
-        with (new_folder(folder) as temporary, open(os.devnull, "w") as null, contextlib.redirect_stderr(null),
-              mock.patch.multiple(gguf, **once)):
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-            source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32,
-                                                          config=copy.deepcopy(config))
-            config.dtype = torch.float32
-            clean = AutoModelForCausalLM.from_config(config)  # carries no mark of quantisation, so it can be saved
-            clean.load_state_dict(source.state_dict())
-            clean.generation_config = source.generation_config
-            clean.save_pretrained(temporary)
-            gguf_tokenizer(path).save_pretrained(temporary)
-    return folder
+    reader = gguf.GGUFReader(str(path))
+    facts = {name.rpartition(".")[2]: value.contents() for name, value in reader.fields.items()}
+    config = transformers.LlamaConfig(
+        vocab_size=facts["vocab_size"], hidden_size=facts["embedding_length"], num_hidden_layers=facts["block_count"],
+        intermediate_size=facts["feed_forward_length"], num_attention_heads=facts["head_count"],
+        num_key_value_heads=facts["head_count_kv"], head_dim=facts["dimension_count"], tie_word_embeddings=True,
+        max_position_embeddings=facts["context_length"], rms_norm_eps=facts["layer_norm_rms_epsilon"],
+        rope_theta=facts["freq_base"], bos_token_id=facts["bos_token_id"], eos_token_id=facts["eos_token_id"],
+        pad_token_id=facts["padding_token_id"], architectures=["LlamaForCausalLM"], dtype="float32")
+    tensors = {}
+    for tensor in reader.tensors:
+        weights = gguf.dequantize(tensor.data, tensor.tensor_type)
+        layer, _, name = tensor.name.removesuffix(".weight").rpartition(".")
+        if name in ("attn_q", "attn_k"):  # GGUF alternates the two halves of a head, which rotary positions turn
+            pairs = weights.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
+            weights = pairs.swapaxes(1, 2).reshape(weights.shape)
+        where = f"model.{layer.replace('blk', 'layers')}.".replace("..", ".")
+        tensors[f"{where}{GGUF_NAMES[name]}.weight"] = torch.tensor(weights)
+    words = facts["tokens"]
+    bpe = tk.Tokenizer(tk.models.BPE({word: i for i, word in enumerate(words)},
+                                     [tuple(merge.split(" ")) for merge in facts["merges"]]))
+    bpe.pre_tokenizer = tk.pre_tokenizers.Sequence([tk.pre_tokenizers.Digits(individual_digits=True),
+                                                    tk.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = tk.decoders.ByteLevel()
+    bpe.add_special_tokens([word for word, kind in zip(words, facts["token_type"], strict=True)
+                            if kind == gguf.TokenType.CONTROL])
+    special = {f"{name}_token": words[facts[f"{key}_token_id"]] for name, key in
+               (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=facts["chat_template"],
+                                         **special).save_pretrained(folder)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def model_folder(name: str) -> str:
-    """Folder or hub id to load a model from: bundled models are resolved, GGUF files converted. Raises MissingError."""
-    path = model_path(name)
-    return str(convert_gguf(Path(path))) if path.endswith(".gguf") else path
+    """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
+    found = model_path(name)
+    path = Path(found)
+    if path.suffix != ".gguf" or path.is_dir():
+        return found
+    stat = path.stat()  # in the folder's name, so that another file is converted again
+    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
+            if not folder.is_dir():
+                notice(f"converting {path.name} once, into {folder} (about ten seconds)")
+                with new_folder(folder) as temporary:
+                    convert_gguf(path, temporary)
+    return str(folder)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -3413,26 +3426,16 @@ def takes(decoder_class: type, name: str) -> bool:
     return name in inspect.signature(decoder_class.forward).parameters
 
 
-def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of the states of each owner. states: (T, E); owners: (T,), range [-1, count), -1 for none.
+def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Mean of the states of each owner, zeros for an owner without any.
 
-    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
+    states: (T, E); owners: (T,), range [-1, count), -1 for none. Returns (count, E).
+    Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
-    owners = owners % (count + 1)  # none is one more, the last
+    owners = owners % (count + 1)  # -1 becomes an extra owner, the last, which is dropped
     sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
     sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
     return (sums / sizes.to(states.dtype))[:count]
-
-
-def pool_runs(states: Tensor, sizes: Tensor) -> Tensor:
-    """Mean of each run of token states.
-
-    states: (T, E); sizes: (L,) ints that add up to T; a run of size 0 gives zeros. Returns (L, E).
-
-    Example: states [[1], [3], [7]], sizes [2, 1] -> [[2], [7]]
-    """
-    run = torch.repeat_interleave(torch.arange(len(sizes), device=states.device), sizes)  # (T,), range [0, L)
-    return pool_owners(states, run, len(sizes))
 
 
 class ChunkEncoder(nn.Module):
@@ -3485,7 +3488,7 @@ class ChunkEncoder(nn.Module):
                 known = {"attention_mask": (torch.arange(padded.shape[1], device=device) < ends).long()}
             for i, row in zip(batch, self.backbone(input_ids=padded, **known).last_hidden_state, strict=True):
                 states[i] = row[: lengths[i]]
-        return pool_owners(torch.cat(states).float(), owners.to(device), count)
+        return segment_means(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
         """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
@@ -3696,11 +3699,11 @@ class RefragModel(PreTrainedModel):
         super().__init__(config)
         embeddings = decoder.get_input_embeddings().weight
         rms = embeddings.detach().float().pow(2).mean().sqrt().item()
-        config.encoder_width, config.decoder_width = encoder.width, embeddings.shape[1]
         self.encoder, self.decoder = encoder, decoder
         projector = Projector(encoder.width, embeddings.shape[1], rms, config.projector)
         self.projector = projector.to(embeddings.device)
-        self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, which the model hands on unread
+        self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, kept only so that they are saved again
+        self.checkpoint: str | None = None  # digest of the one it was loaded from
         self.eval()
 
     @property
@@ -3734,7 +3737,7 @@ class RefragModel(PreTrainedModel):
         inputs = table(plan.clamp(min=0))
         if not len(sizes):
             return inputs, *(inputs.new_zeros(0, inputs.shape[-1]) for _ in range(2))
-        means = pool_runs(table(chunk_ids).float(), sizes)
+        means = segment_means(table(chunk_ids).float(), torch.repeat_interleave(sizes), len(sizes))
         vectors = self.projector(states, means)
         at = plan < 0
         return inputs.masked_scatter(at.unsqueeze(-1), vectors[-plan[at] - 1].to(inputs.dtype)), vectors, means
@@ -3765,51 +3768,83 @@ class RefragModel(PreTrainedModel):
         write_checkpoint(Path(folder), self.config, self.parts())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0,
-                        **kwargs: Any) -> RefragModel:
+    def from_pretrained(cls, folder: str | Path | Checkpoint, *, device: torch.device | str = "cpu",
+                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
         train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
         weights, unless training goes on with them.
         """
-        path = checkpoint_folder(folder)
-        config = read_model_config(path)
-        verify_checkpoint(path)
+        checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
+        checkpoint.verify()
+        config, path = checkpoint.config, checkpoint.path
         saved, lora = config.training_model, config.lora
         model = build_model(config, torch.device(device), dtype, train)
-        model.carried = {name: read_tensors(path / f"{name}.safetensors") for name in carried_parts(config)}
-        parts = {} if holds_no_model(path, config) else {"projector": model.projector}
+        model.carried = {name: checkpoint.tensors(name) for name in config.scorers}
+        scorer_only = config.scorers and not saved and not lora and not (path / "projector.safetensors").exists()
+        parts = {} if scorer_only else {"projector": model.projector}
         parts |= {"encoder": model.encoder} if "e" in saved else {}
         parts |= {"decoder": model.decoder} if "d" in saved else {}
         for name, part in parts.items():
             load_part(part, path / f"{name}.safetensors", without=model.encoder.borrowed if name == "encoder" else (),
                       exactly=bool(train))
-        if lora is not None:
+        if lora:
             add_lora(model.decoder, lora["r"])
             base = part_tensors(model.decoder).keys() - lora_names(model.decoder)
             load_part(model.decoder, path / "lora.safetensors", without=base)
-        if lora is not None and (not train or ("d" in train and lora_r != lora["r"])):
-            if train:
+            if not train:
+                merge_lora(model)
+            elif "d" in train and lora_r != lora["r"]:
                 model.decoder.float()  # what adapters add to a weight is less than bfloat16 tells apart
-            merge_lora(model)
+                merge_lora(model)
         return model.eval()
 
 
 CHECKPOINT_MANIFEST = "manifest.json"
 CARD = "README.md"
-STEP_FOLDER = re.compile(r"step-(\d+)")
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
-def carried_parts(config: RefragConfig) -> list[str]:
-    """Parts of a checkpoint that the model itself does not use."""
-    return [name for name in ("gate", "policy") if getattr(config, name) is not None]
+class Checkpoint:
+    """A checkpoint folder, opened: config.json and manifest are read once, tensors on request.
 
+    Folders of other programs have no manifest; their tensors are checked one by one when they are loaded.
+    """
 
-def holds_no_model(folder: Path, config: RefragConfig) -> bool:
-    """Whether a checkpoint is a gate or a policy alone."""
-    alone = bool(carried_parts(config)) and not config.training_model and config.lora is None
-    return alone and not (folder / "projector.safetensors").exists()
+    def __init__(self, path: Path):
+        """Raises UserError, CorruptError, MismatchError."""
+        manifest, config = path / CHECKPOINT_MANIFEST, path / "config.json"
+        require(manifest.is_file() or config.is_file(), f"--load_dir {path}: no checkpoint in this folder")
+        self.path = path
+        self.manifest = read_manifest(manifest, CHECKPOINT_FORMAT) if manifest.is_file() else None
+        try:
+            content = config.read_bytes()
+            if self.manifest and hashlib.sha256(content).hexdigest() != self.manifest["files"][config.name]["sha256"]:
+                raise ValueError("another file than the manifest lists")
+            facts = json.loads(content)
+            require(facts.get("model_type") == RefragConfig.model_type, f"--load_dir {path}: no checkpoint in this "
+                    "folder, but a model of another kind")
+            self.config = RefragConfig.from_dict(facts)
+            fields = types.SimpleNamespace(__annotations__=RefragConfig.__annotations__)
+            for key, kind in typing.get_type_hints(fields, globals()).items():
+                type_validator(key, getattr(self.config, key), kind)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            raise CorruptError(f"{config} is damaged: save the checkpoint again") from None
+
+    @property
+    def digest(self) -> str:
+        """Identifier of what it holds; the path if there is no manifest."""
+        return self.manifest["digest"][:16] if self.manifest else str(self.path)
+
+    def verify(self) -> None:
+        """Check every file against the manifest, but not the card, which people edit. Raises CorruptError."""
+        if self.manifest:
+            files = {name: entry for name, entry in self.manifest["files"].items() if name != CARD}
+            verify_files(self.path, files, CHECKPOINT_FORMAT, read_all=True)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a part. Raises CorruptError."""
+        return read_tensors(self.path / f"{name}.safetensors")
 
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
@@ -3831,17 +3866,17 @@ def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[s
 
 def step_folders(run: Path) -> list[Path]:
     """The checkpoints of a training run, newest first."""
-    found = [path for path in run.glob("step-*") if path.is_dir() and STEP_FOLDER.fullmatch(path.name)]
+    found = [path for path in run.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def checkpoint_folder(name: str | Path) -> Path:
+def open_checkpoint(name: str | Path) -> Checkpoint:
     """The checkpoint that --load_dir means: the folder itself, or the newest complete one of a training run.
 
     Raises UserError. A pickle (.pt, .bin, .pth) is refused: reading one runs whatever code it holds.
     """
     path = Path(name)
-    require(path.suffix not in (".pt", ".pth", ".bin", ".pkl", ".ckpt"),
+    require(path.suffix not in PICKLES,
             f"--load_dir {path} is a pickle, which can run code when it is read: name a folder of safetensors files")
     require(not path.is_file(), f"--load_dir {path} is a file: name the checkpoint's folder")
     restore_folder(path)
@@ -3849,14 +3884,14 @@ def checkpoint_folder(name: str | Path) -> Path:
         newest = newest_checkpoint(path)
         require(newest is not None, f"--load_dir {path}: no checkpoint in this folder")
         return newest
-    pickles = [p.name for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
     require(bool(list(path.glob("*.safetensors"))) or not pickles,
             f"--load_dir {path} holds pickles ({', '.join(pickles)}), which can run code: convert them to safetensors")
-    return path
+    return Checkpoint(path)
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None if it has none; damaged ones are passed over with a notice.
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run, None if it has none; damaged ones are skipped with a notice.
 
     Raises CorruptError if all are damaged.
     """
@@ -3864,55 +3899,17 @@ def newest_checkpoint(run: Path) -> Path | None:
     for folder in step_folders(run):
         restore_folder(folder)
         try:
-            verify_checkpoint(folder, required=True)
-            return folder
+            if not (folder / CHECKPOINT_MANIFEST).is_file():
+                raise CorruptError(f"{folder / CHECKPOINT_MANIFEST} is missing: the checkpoint is incomplete")
+            checkpoint = Checkpoint(folder)
+            checkpoint.verify()
+            return checkpoint
         except (CorruptError, MismatchError) as error:
             damage = damage or error
             notice(f"{one_line(error)}; falling back to the checkpoint before it")
     if damage is not None:
         raise CorruptError(f"every checkpoint in {run} is damaged ({one_line(damage)[:200]})")
     return None
-
-
-def verify_checkpoint(folder: Path, required: bool = False) -> None:
-    """Check a checkpoint's files against its manifest. Raises CorruptError.
-
-    A folder without a manifest, made by another program, is only checked tensor by tensor, unless `required`. The card
-    is free to change, also where an older manifest lists it.
-    """
-    path = folder / CHECKPOINT_MANIFEST
-    if not path.is_file() and not required:
-        return
-    if not path.is_file():
-        raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
-    entries = read_manifest(path, CHECKPOINT_FORMAT)["files"]
-    verify_files(folder, {name: entry for name, entry in entries.items() if name != CARD}, CHECKPOINT_FORMAT,
-                 read_all=True)
-
-
-CONFIG_SHAPE = {**dict.fromkeys(("encoder_name_or_path", "decoder_name_or_path", "pooling", "projector"), str),
-                **dict.fromkeys(("lora", "gate", "policy"), dict | None), "training_model": str, "history": [dict]}
-
-
-def read_model_config(folder: Path) -> RefragConfig:
-    """A checkpoint's configuration, checked against its manifest. Raises UserError, CorruptError."""
-    path = folder / "config.json"
-    require(path.is_file(), f"--load_dir {folder}: no checkpoint in this folder")
-    damaged = CorruptError(f"{path} is damaged: save the checkpoint again")
-    if (folder / CHECKPOINT_MANIFEST).is_file():
-        entries = read_manifest(folder / CHECKPOINT_MANIFEST, CHECKPOINT_FORMAT)["files"]
-        if entries.get(path.name, {}).get("sha256") != sha256_file(path):
-            raise damaged
-    try:
-        facts = json.loads(path.read_bytes())
-        require(facts.get("model_type") == RefragConfig.model_type, f"--load_dir {folder}: no checkpoint in this "
-                "folder, but a model of another kind")
-        config = RefragConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise damaged from None
-    if not has_shape(vars(config), CONFIG_SHAPE):
-        raise damaged
-    return config
 
 
 def encoder_layers(name: str) -> int | None:
@@ -4017,68 +4014,56 @@ SHIPPED = HERE / "data" if (HERE / "data" / "gate").is_dir() else HERE / "refrag
 SHIPPED_READER = SHIPPED / "reader"
 
 
-def other_models(models: ModelConfig, config: RefragConfig) -> list[str]:
-    """The flags that name something else than a checkpoint was made with."""
-    return [flag for flag, key in MODEL_FLAGS.items() if getattr(models, flag) not in (None, getattr(config, key))]
+def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
+    """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-
-def chosen_checkpoint(models: ModelConfig) -> Path | None:
-    """The checkpoint that --load_dir means, None for none. Raises UserError, CorruptError."""
-    if models.load_dir in (None, "none"):
+    Raises UserError, CorruptError, MismatchError if the checkpoint was made with other models than those named.
+    """
+    shipped = models.load_dir == "auto"
+    if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
         return None
-    if models.load_dir != "auto":
-        return checkpoint_folder(models.load_dir)
-    shipped = (SHIPPED_READER / "config.json").is_file() and not other_models(models, read_model_config(SHIPPED_READER))
-    return SHIPPED_READER if shipped else None
+    checkpoint = open_checkpoint(SHIPPED_READER if shipped else models.load_dir)
+    for flag, key in MODEL_FLAGS.items():
+        named, own = getattr(models, flag), getattr(checkpoint.config, key)
+        if named not in (None, own) and shipped:
+            return None
+        if named not in (None, own):
+            raise MismatchError(f"--load_dir {checkpoint.path} was made with --{flag} {own}, not {named}: leave the "
+                                "flag out, or name another checkpoint")
+    return checkpoint
 
 
 def for_others(models: ModelConfig) -> str:
-    """What to add where the shipped checkpoint might have been expected, but is for other models."""
+    """Hint for the notice if the shipped checkpoint might have been expected, but is for other models."""
     if models.load_dir != "auto" or not (SHIPPED_READER / "config.json").is_file():
         return ""
-    config = read_model_config(SHIPPED_READER)
+    config = Checkpoint(SHIPPED_READER).config
     return (f"; the shipped checkpoint does not apply, it is for --dec {config.decoder_name_or_path} "
             f"--enc {config.encoder_name_or_path}")
 
 
-def model_config(models: ModelConfig) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models.
-
-    Raises MismatchError if the checkpoint was made with other models than those named.
-    """
-    folder = chosen_checkpoint(models)
-    if folder is None:
-        given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-        config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
-        if models.enc is None:
-            config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
-        return config
-    config = read_model_config(folder)
-    for flag in other_models(models, config):
-        raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
-                            f"{getattr(models, flag)}: leave the flag out, or name another checkpoint")
+def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> RefragConfig:
+    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`."""
+    checkpoint = checkpoint or find_checkpoint(models)
+    if checkpoint:
+        return checkpoint.config
+    given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
+    config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
+    if models.enc is None:
+        config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
     return config
-
-
-def checkpoint_digest(models: ModelConfig) -> str | None:
-    """What tells the checkpoint of --load_dir from every other; None for none. Raises UserError, CorruptError."""
-    folder = chosen_checkpoint(models)
-    if folder is None:
-        return None
-    manifest = folder / CHECKPOINT_MANIFEST
-    return read_manifest(manifest, CHECKPOINT_FORMAT)["digest"][:16] if manifest.is_file() else str(folder)
 
 
 def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
-    folder = chosen_checkpoint(models)  # of a run, the newest: looked for once, so that a damaged one is told once
-    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)))
-    if folder is None:
-        model = build_model(config, device, dtype, train)
+    checkpoint = find_checkpoint(models)
+    if checkpoint is None:
+        model = build_model(model_config(models), device, dtype, train)
     else:
-        model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model.checkpoint = checkpoint.digest
     model.encoder.precision = pick_dtype(runtime.dtype, device, encoding=True)
     return model
 
@@ -4406,7 +4391,7 @@ def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict
     this embedder. kind: "gate" or "policy"; fingerprint: the embedder's, None without one."""
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
-        facts = read_model_config(SHIPPED_GATE).gate
+        facts = Checkpoint(SHIPPED_GATE).config.gate
     known = facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
     return facts if known else None
 
@@ -4423,8 +4408,9 @@ def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> Query
     if facts is None:
         return None
     if own is None:
-        verify_checkpoint(SHIPPED_GATE)
-    tensors = read_tensors(SHIPPED_GATE / "gate.safetensors") if own is None else model.carried[kind]
+        shipped = Checkpoint(SHIPPED_GATE)
+        shipped.verify()
+    tensors = shipped.tensors("gate") if own is None else model.carried[kind]
     try:
         gate = QueryGate(**{name: facts[name] for name in ("dim", "pairs", "width", "features", "blind")})
         if facts["features"] and facts["feature_names"] != FEATURE_NAMES:
@@ -5482,7 +5468,7 @@ class RunLog:
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     """The text of a checkpoint's card."""
-    carried, final = carried_parts(config), [record for record in records if record.get("eval")][-1:]
+    carried, final = config.scorers, [record for record in records if record.get("eval")][-1:]
     made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
     if config.training_model or config.lora or not carried:
         made = [f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
@@ -5594,7 +5580,7 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     if changed:
         raise MismatchError(f"--resume with what has changed: {', '.join(changed)}: use the same, or name another "
                             "--out_dir")
-    return newest_checkpoint(folder)
+    return newest_checkpoint(folder).path
 
 
 def train_phase(phase: str, weights: Weights, own: Sequence[Options], train: TrainConfig, models: ModelConfig,
@@ -5901,11 +5887,13 @@ def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyC
 def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
               entry: dict[str, Any]) -> None:
     """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
-    config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
+    checkpoint, parts = find_checkpoint(models), {}
+    config = model_config(models, checkpoint)
     config.compression = data.k
-    if folder is not None:
-        verify_checkpoint(folder)
-        parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
+    if checkpoint is not None:
+        checkpoint.verify()
+        names = {path.stem for path in checkpoint.path.glob("*.safetensors")} - {"trainer"}
+        parts = {name: checkpoint.tensors(name) for name in names}
     setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
                            "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
@@ -6333,11 +6321,10 @@ class Pipeline:
     """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given."""
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
-                 pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None,
-                 checkpoint: str | None = None):
-        """stepper: takes the steps after the first token in the decoder's place; checkpoint: the digest to report."""
+                 pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
+        """stepper: takes the steps after the first token in the decoder's place."""
         self.model, self.searcher, self.embedder = model, searcher, embedder
-        self.seed, self.stepper, self.checkpoint, self.load_s = seed, stepper, checkpoint, 0.0
+        self.seed, self.stepper, self.load_s = seed, stepper, 0.0
         self.tokenizer = model.encoder.tokenizer
         self.device = next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
@@ -6607,7 +6594,7 @@ class Pipeline:
                 "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
                 "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite,
                 "seed": settings.sampler.initial_seed(), "enc": config.encoder_name_or_path,
-                "dec": config.decoder_name_or_path, "load_dir": self.checkpoint,
+                "dec": config.decoder_name_or_path, "load_dir": self.model.checkpoint,
                 "projector_trained": self.model.trained, "engine": "model" if stepper is None else stepper.engine,
                 "device": str(self.device), "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
@@ -6628,11 +6615,12 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
-    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result(),
-                        checkpoint_digest(models))
+    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result())
     pipeline.warm_up(start)
     if not model.trained and pack.mode == "refrag":
         notice(UNTRAINED[pipeline.settings.pack.compressed] + for_others(models))
+    if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
+        notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
 
 

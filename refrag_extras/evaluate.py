@@ -244,9 +244,10 @@ class Task:
 
     def model_sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
-        config = refrag.model_config(self.models)
+        checkpoint = refrag.find_checkpoint(self.models)
+        config = refrag.model_config(self.models, checkpoint)
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
-                "projector": config.projector, "load_dir": refrag.checkpoint_digest(self.models)}
+                "projector": config.projector, "load_dir": checkpoint and checkpoint.digest}
 
 
 class QuestionTask(Task):

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import TEXTS
-from writers import WRITERS, sign, unchanged
+from writers import WRITERS, unchanged
 
 import refrag
 

@@ -114,8 +114,8 @@ def test_random_scores_depend_on_question_and_seed_alone_and_favour_no_place():
 def test_ppl_is_the_cross_entropy_of_each_document_alone(llama):
     """Document by document, token by token: -log p(token | the document's tokens before it), averaged over the chunk.
     A document's first token, which nothing precedes, counts as the document's mean; a token alone scores 0."""
-    model = refrag.build_model(refrag.RefragConfig("decoder:1", str(llama), compression=4), torch.device("cpu"),
-                               torch.float32)
+    config = refrag.RefragConfig(encoder_name_or_path="decoder:1", decoder_name_or_path=str(llama))
+    model = refrag.build_model(config, torch.device("cpu"), torch.float32)
     tokenizer = model.encoder.tokenizer
     docs = refrag.make_docs(["The Rhone leaves Lake Geneva in May.", "长江 rises in Qinghai 🙂", "x"], [None] * 3, 4,
                             tokenizer)
