@@ -1209,7 +1209,7 @@ class Record(NamedTuple):
 
 
 class BadRecord(UserError):
-    """A record that --errors skip leaves out."""
+    """An error that --errors skip passes over."""
 
 
 NAMED = 10  # bad records and files that are named one by one
@@ -1300,8 +1300,7 @@ class TextFile:
     def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
         """(line, JSON object of the cells that are not empty) of each row below a header that has one of `fields`.
 
-        The separator is the tab in a .tsv, else the comma, semicolon or tab that the header has most of.
-        Raises BadRecord.
+        The separator is the tab in a .tsv, else what the header has most of: comma, semicolon or tab.
         """
         csv.field_size_limit(2**31 - 1)
         lines = self.lines()
@@ -1399,7 +1398,6 @@ def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
 
 
 def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
-    """A JSON object as a record. Raises BadRecord."""
     name = field_in(item, TEXT_FIELDS, where)
     body, title = check_string(item.pop(name), name, where), item.pop("title", None)
     if not body.strip():
@@ -1468,42 +1466,40 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document."""
+    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document.
+
+    In a folder, and with --errors skip anywhere, a bad record or unreadable file is skipped, counted and named.
+    """
     path, label, in_folder = file
+    errors += " skip" * in_folder
     source = TextFile(path, errors, counts)
-    of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
-    if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
-        yield from (Record(label, bare_name(path).stem, text, source.name)
-                    for _, text in source.lines(as_one=True) if text.strip())
-        return
-    records, items = source.items(TEXT_FIELDS)
-    for number, text in items:
-        where = f"{source.name}:{number}"
-        with skipping(errors, counts):
-            item = parse_object(text, where) if records else {"text": text.strip()}
-            yield parse_passage(item, where, f"{label}:{number}")
+    with skipping(errors, counts, (RefragError, OSError)):
+        of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
+        if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
+            yield from (Record(label, bare_name(path).stem, text, source.name)
+                        for _, text in source.lines(as_one=True) if text.strip())
+            return
+        records, items = source.items(TEXT_FIELDS)
+        for number, text in items:
+            where = f"{source.name}:{number}"
+            with skipping(errors, counts):
+                item = parse_object(text, where) if records else {"text": text.strip()}
+                yield parse_passage(item, where, f"{label}:{number}")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
-    """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
+    """The records of the corpus in order, streamed. counts receives skipped, replaced and ignored.
 
-    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record or unreadable file is
-    skipped, counted and named, and the rest is still read.
+    sources: see `source_label`.
     """
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
         shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
         notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
-
-    def records() -> Iterator[Record]:
-        for file in files:
-            errors = f"{corpus.errors} skip" if file[-1] else corpus.errors
-            with skipping(errors, counts, (RefragError, OSError)):
-                yield from read_file(file, counts, errors)
-
-    return itertools.islice(records(), corpus.limit)
+    records = itertools.chain.from_iterable(read_file(file, counts, corpus.errors) for file in files)
+    return itertools.islice(records, corpus.limit)
 
 
 class TrainingText(NamedTuple):
@@ -1852,7 +1848,7 @@ BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
-    """Index texts with bm25s and save it without pickle, with the length of each in terms."""
+    """Index texts with bm25s, and save that without pickle, with the length of each text in terms."""
     vocabulary, ids = {}, []
     for text in progress(texts, "BM25 terms", total=total, unit="passage"):
         found = [vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(text)]
@@ -1913,7 +1909,7 @@ class Bm25:
             postings = self.postings(term)
             idf = bm25_idf(len(scores), sum(len(rows) for rows, _ in postings))
             for segment, (rows, weights) in enumerate(postings):
-                if len(postings) > 1 and len(rows):
+                if len(postings) > 1:
                     weights = self.reweighted(segment, rows, weights, idf)
                 scores[self.starts[segment] + rows] += weights
         return scores
@@ -1943,18 +1939,16 @@ def faiss_kind(requested: str, total: int) -> str:
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
     """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
     N, dim = vectors.shape
-    if kind == "flat":
-        return faiss.IndexFlatIP(dim)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = 200
-        return index
     lists = int(4 * math.sqrt(N))
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
     # np: no polysemous codes, which would be trained for 80 seconds and never used
-    index = faiss.index_factory(dim, f"IVF{lists},PQ{pieces}np,Refine(SQ8)", faiss.METRIC_INNER_PRODUCT)
-    rows = np.sort(np.random.default_rng(0).choice(N, min(N, 64 * lists), replace=False))
-    index.train(np.ascontiguousarray(vectors[rows]))
+    kinds = {"flat": "Flat", "hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
+    index = faiss.index_factory(dim, kinds[kind], faiss.METRIC_INNER_PRODUCT)
+    if kind == "hnsw":
+        index.hnsw.efConstruction = 200
+    if kind == "ivfpq":
+        rows = np.sort(np.random.default_rng(0).choice(N, min(N, 64 * lists), replace=False))
+        index.train(np.ascontiguousarray(vectors[rows]))
     return index
 
 
@@ -2054,8 +2048,7 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
     states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
-    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context,
-    and it costs nothing: the passage was embedded anyway.
+    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2206,7 +2199,7 @@ def has_shape(value: Any, shape: Any) -> bool:
     return isinstance(value, shape)
 
 
-def index_manifest(index_dir: str | None) -> dict[str, Any]:
+def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     """An index's manifest. Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
@@ -2229,16 +2222,6 @@ def open_index(index_dir: str | None, read_all: bool = False) -> Index:
         if index_manifest(index_dir)["segments"] == manifest["segments"]:
             raise
     return open_index(index_dir, read_all)  # a writer has replaced the segments between the two reads
-
-
-def announce_replacement(path: Path) -> None:
-    """Notice of the index that a build from nothing replaces. path: of its manifest, which need not exist."""
-    if path.exists():
-        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which cannot be read"
-        with contextlib.suppress(RefragError):
-            manifest = read_manifest(path)
-            facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
-        notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
@@ -2419,7 +2402,7 @@ class Blocks:
             trim_memory()
 
     def make_together(self, folder: Path | None = None, count: int = 0) -> None:
-        """Have every launched process embed its share; the first one tells the others the folder and the count."""
+        """Have every launched process embed its share, of the folder and the count that the first one names."""
         from accelerate.utils import broadcast_object_list
 
         group = process_group()
@@ -2480,19 +2463,25 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]]) -> None:
+def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]] | None) -> None:
     """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
 
-    older: entries of files of older segments.
+    older: the files of the index that was added to; None: a notice names an index that is replaced.
     """
-    folders = {segment["folder"] for segment in manifest["segments"]}
-    known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+    final, folders = path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
+    if older is None and final.exists():
+        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime)), "which cannot be read"
+        with contextlib.suppress(RefragError):
+            old = index_manifest(path)
+            facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
+        notice(f"this replaces the index in {path} ({facts}, built {built}): --add would add to it")
+    known = {name: entry for name, entry in (older or {}).items() if name.partition("/")[0] in folders}
     try:
-        write_manifest(path / "manifest.json", new, manifest, known=known)
+        write_manifest(final, new, manifest, known=known)
     finally:
         current = {folder for folder in path.glob("gen-*") if folder != new}
         with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-            current = {path / segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]}
+            current = {path / segment["folder"] for segment in read_manifest(final)["segments"]}
         for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in path.glob(".manifest*.tmp"):
@@ -2504,7 +2493,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
                 chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
     """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
     path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
-    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": {}, "faiss": None}
+    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": None, "faiss": None}
     sources, uses = dict(old["sources"]), RETRIEVERS[retriever]
     if previous is not None and embedder is not None:
         check_embedder(old, embedder)
@@ -2529,8 +2518,6 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
         "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
         "chunking": chunking.facts()}
-    if previous is None:
-        announce_replacement(path / "manifest.json")
     replace_manifest(path, new, manifest, old["files"])
     return {**manifest["counts"], **counts, "dim": manifest["dim"]}
 
