@@ -316,7 +316,8 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     train = refrag.TrainConfig(out_dir=str(folder), k=(args.k,), seq_tokens=size, batch_size=args.batch_size,
                                steps=10**6, train=letters)
     texts = refrag.TextConfig(train_json=(args.texts,))
-    weights, train = refrag.Weights(kl=float(lessons == "align")), refrag.with_defaults(f"cpt_{lessons}", train)
+    train = refrag.with_defaults(f"cpt_{lessons}", train)
+    weights = {"text": 1.0} | ({"kl": 1.0} if lessons == "align" else {})
     model = refrag.load_model(refrag.ModelConfig(), RUNTIME, letters)
     kind, options = {"recon": (refrag.ReconLessons, refrag.ReconConfig()), "align": (refrag.AlignLessons, None),
                      "next": (refrag.NextLessons, refrag.NextConfig())}[lessons]

@@ -118,7 +118,8 @@ def save_decoder(kind: str, folder: Path, tokenizer: Path) -> Path:
 
 def build(enc: object, dec: object, **options: object) -> refrag.RefragModel:
     """An untrained model of an encoder and a decoder folder, on the CPU in float32."""
-    config = refrag.RefragConfig(str(enc), str(dec), **({"compression": 4} | options))
+    names = {"encoder_name_or_path": str(enc), "decoder_name_or_path": str(dec), "compression": 4}
+    config = refrag.RefragConfig(**names | options)
     return refrag.build_model(config, torch.device("cpu"), torch.float32)
 
 

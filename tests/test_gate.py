@@ -12,6 +12,7 @@ import torch
 from conftest import build
 
 import refrag
+from refrag_extras import policy
 
 
 def chunks_of(texts, docs=None, question="", vectors=None, query=None, idf=lambda term: 1.0, seed=1337):
@@ -336,10 +337,10 @@ def test_recall_asks_for_all_chunks_of_one_place():
 def test_draws_follow_the_probabilities_of_orders():
     """Each by the odds of those that are left: exactly; of 20,000 draws, within five standard errors."""
     logits, n = torch.tensor([0.5, -0.5, 1.0]), 20_000
-    drawn, odds = refrag.sample_orders(logits, 2, n, torch.Generator().manual_seed(0)), logits.exp()
+    drawn, odds = policy.sample_orders(logits, 2, n, torch.Generator().manual_seed(0)), logits.exp()
     for a, b in itertools.permutations(range(3), 2):
         order, expected = (a, b), (odds[a] / odds.sum() * odds[b] / (odds.sum() - odds[a])).item()
-        found = refrag.order_log_probability(logits, torch.tensor([order])).exp().item()
+        found = policy.order_log_probability(logits, torch.tensor([order])).exp().item()
         assert found == pytest.approx(expected, rel=1e-5)
         share = (drawn == torch.tensor(order)).all(1).float().mean().item()
         assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
@@ -349,10 +350,10 @@ def test_the_first_update_is_the_plain_policy_gradient():
     """At a ratio of 1 the gradient is that of the mean advantage times log-probability."""
     logits = torch.tensor([0.1, 0.7, -0.2], requires_grad=True)
     orders, rewards = torch.tensor([[0], [1], [2]]), torch.tensor([1.0, 2.0, 6.0])
-    logs = refrag.order_log_probability(logits, orders)
+    logs = policy.order_log_probability(logits, orders)
     advantage = (rewards - 3) / (rewards.std(correction=0) + 1e-6)
     [plain] = torch.autograd.grad(-(advantage * logs).mean(), logits, retain_graph=True)
-    [found] = torch.autograd.grad(refrag.policy_loss(logits, logs.detach(), orders, rewards), logits)
+    [found] = torch.autograd.grad(policy.policy_loss(logits, logs.detach(), orders, rewards), logits)
     torch.testing.assert_close(found, plain)
 
 
@@ -360,7 +361,7 @@ def test_beyond_the_clip_nothing_pulls():
     """The good order is far likelier than when it was drawn, the bad one far less likely: both are clipped."""
     logits = torch.tensor([2.0, -2.0], requires_grad=True)
     orders, before = torch.tensor([[0], [1]]), torch.log(torch.tensor([0.5, 0.5]))
-    refrag.policy_loss(logits, before, orders, torch.tensor([1.0, 0.0])).backward()
+    policy.policy_loss(logits, before, orders, torch.tensor([1.0, 0.0])).backward()
     assert logits.grad.abs().max() == 0
 
 
@@ -385,9 +386,9 @@ def test_a_policy_learns_what_is_rewarded_within_its_budget():
         inputs, columns = random_batch(10, [0] * 10, seed)
         inputs.vectors[seed % 10] = [5, 5, 5, 5, 5, 5]
         examples.append(example_of(inputs, columns, [[seed % 10]]))
-    reader, policy = Liking(examples), small_gate(features=False, blind=True)
+    reader, scorer = Liking(examples), small_gate(features=False, blind=True)
     settings = refrag.PolicyConfig(steps=60, batch_size=4, policy_lr=5e-3, group=6, blind=True)
-    records = refrag.fit_policy(policy, reader, examples, settings, (0.25,), seed=0)
+    records = policy.fit_policy(scorer, reader, examples, settings, (0.25,), seed=0)
     assert reader.sizes == {2}  # a quarter of ten, always exactly
     assert records[-1]["step"] == 60 and records[-1]["reward"] > 0.8 > 0.5 > records[0]["reward"]
     assert records[-1]["recall"]["0.25"] > 0.9
@@ -478,7 +479,7 @@ def test_rewards_are_the_answers_log_probability(llama, index_dir, files):
     models, index = refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.IndexConfig(index_dir=str(index_dir))
     options = refrag.GateDataConfig((str(files / "asked.jsonl"),), out_dir="unused", k=4)
     data = refrag.load_gate_data(options, index, refrag.SearchConfig(), models, runtime)
-    reader = refrag.AnswerReader(refrag.load_model(models, runtime), data, 8, 4)
+    reader = policy.AnswerReader(refrag.load_model(models, runtime), data, 8, 4)
     example = reader.ask(data.examples[1])
     mask = np.zeros(len(example.context.prompt.chunks), dtype=bool)
     mask[[0, 2]] = True

@@ -57,11 +57,11 @@ def rows(request, llama, bert):
 
 @given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=8), seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_pool_runs_is_the_mean_of_each_run(sizes, seed):
+def test_segment_means_of_runs(sizes, seed):
     """Zeros where a run has no states: a decoder's token may be longer than a chunk."""
     states = np.random.default_rng(seed).standard_normal((sum(sizes), 3)).astype(np.float32)
     expected = [part.mean(0) if len(part) else np.zeros(3) for part in np.split(states, np.cumsum(sizes)[:-1])]
-    pooled = refrag.pool_runs(torch.as_tensor(states), torch.tensor(sizes))
+    pooled = refrag.segment_means(torch.as_tensor(states), torch.repeat_interleave(torch.tensor(sizes)), len(sizes))
     np.testing.assert_allclose(pooled.numpy(), expected, atol=1e-6)
 
 
@@ -91,7 +91,6 @@ def test_projector_is_what_its_docstring_says(kind):
 def test_the_projectors_scale_is_the_rms_of_the_embeddings(whole):
     matrix = whole.decoder.get_input_embeddings().weight.detach().double().numpy()
     assert whole.projector.scale.item() == pytest.approx(np.sqrt((matrix**2).mean()), rel=1e-5)
-    assert (whole.config.encoder_width, whole.config.decoder_width) == (32, 32)
 
 
 # -- what the decoder is fed ----------------------------------------------------------
@@ -234,7 +233,7 @@ def test_fingerprints_tell_encoders_apart_and_last(llama, bert):
 
 def test_an_index_made_in_float32_serves_bfloat16(llama, whole):
     """The default is float32 on a CPU and bfloat16 on CUDA: the same encoder, so an index may move between them."""
-    config = refrag.RefragConfig("decoder:2", str(llama), compression=4)
+    config = refrag.RefragConfig(encoder_name_or_path="decoder:2", decoder_name_or_path=str(llama))
     assert refrag.build_model(config, CPU, torch.bfloat16).encoder.fingerprint == whole.encoder.fingerprint
 
 
@@ -388,12 +387,12 @@ def test_collate_golden():
 
 @given(owners=st.lists(st.integers(-1, 3), min_size=1, max_size=12), seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_pool_owners_is_the_mean_of_each_owners_states(owners, seed):
+def test_segment_means_of_each_owner(owners, seed):
     """Owner -1 is nobody; an owner without a state has zeros."""
     states = np.random.default_rng(seed).standard_normal((len(owners), 3)).astype(np.float32)
     mine = [states[np.asarray(owners) == c] for c in range(4)]
     expected = np.stack([part.mean(0) if len(part) else np.zeros(3) for part in mine])
-    pooled = refrag.pool_owners(torch.as_tensor(states), torch.tensor(owners), 4)
+    pooled = refrag.segment_means(torch.as_tensor(states), torch.tensor(owners), 4)
     np.testing.assert_allclose(pooled.numpy(), expected, atol=1e-6)
 
 
@@ -474,7 +473,8 @@ def test_forward_of_tokens_alone_does_not_run_the_encoder(whole, monkeypatch):
 def test_gradients_reach_what_is_trained_and_nothing_else(llama, bert, enc, letters):
     """Every weight of a trained part moves, but for BERT's pooler, which nothing reads, and unused rows of a table. An
     encoder that is not trained keeps no graph, whose activations would be held for nothing."""
-    config = refrag.RefragConfig(str(bert) if enc == "bert" else enc, str(llama), compression=4)
+    config = refrag.RefragConfig(encoder_name_or_path=str(bert) if enc == "bert" else enc,
+                                 decoder_name_or_path=str(llama))
     model = refrag.build_model(config, CPU, torch.float32, train=letters)
     disturb(model.projector)
     model.requires_grad_(False)
@@ -530,7 +530,8 @@ def test_what_an_architecture_does_to_its_logits_still_happens(config):
 
 def with_adapters(folder, enc="decoder:2", rank=2):
     """A model whose decoder has disturbed adapters."""
-    config = refrag.RefragConfig(str(enc), str(folder), compression=4, training_model="p", lora={"r": rank})
+    config = refrag.RefragConfig(encoder_name_or_path=str(enc), decoder_name_or_path=str(folder), training_model="p",
+                                 lora={"r": rank})
     model = refrag.build_model(config, CPU, torch.float32)
     refrag.add_lora(model.decoder, rank)
     for name, parameter in model.decoder.named_parameters():
@@ -664,7 +665,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, llama, bert, letters, files
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     names = ("encoder_name_or_path", "decoder_name_or_path", "compression", "pooling", "projector", "training_model",
-             "encoder_width", "decoder_width", "decoder_fingerprint", "encoder_fingerprint", "lora", "history")
+             "decoder_fingerprint", "encoder_fingerprint", "lora", "history")
     assert {n: getattr(again.config, n) for n in names} == {n: getattr(model.config, n) for n in names}
     assert (again.config.compression, again.encoder.pooling, again.projector.residual) == (8, "cls", False)
     named = refrag.weights_fingerprint(refrag.load_decoder(str(llama), CPU, torch.float32))
@@ -687,6 +688,27 @@ def test_a_trained_decoder_comes_back(tmp_path, any_decoder, bert, enc):
     assert len(names) == len(model.decoder.state_dict()) - tied
 
 
+@pytest.mark.parametrize("wrong", [
+    {"pooling": 4}, {"pooling": "max"}, {"projector": "linear"}, {"encoder_name_or_path": None}, {"history": [1]},
+    {"lora": {"r": "2"}}, {"gate": []}, {"training_model": None}, {"compression": "4"}, []], ids=str)
+def test_wrong_types_in_a_config_without_a_manifest_are_damage(checkpoint, wrong):
+    """Of another program's folder, which has no checksum."""
+    (checkpoint / "manifest.json").unlink()
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(wrong and json.loads(path.read_text()) | wrong))
+    with pytest.raises(refrag.CorruptError, match=r"config\.json is damaged"):
+        refrag.RefragModel.from_pretrained(checkpoint)
+
+
+def test_an_older_config_is_read(checkpoint, saved_checkpoint):
+    """Fields that this version no longer has are kept, and change nothing."""
+    (checkpoint / "manifest.json").unlink()
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_width": 32, "decoder_width": 32}))
+    again, before = map(refrag.RefragModel.from_pretrained, (checkpoint, saved_checkpoint))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before.parameters(), strict=True))
+
+
 def test_memory_that_runs_out_is_no_damage(checkpoint, monkeypatch):
     def fail(path):
         raise MemoryError("no room")
@@ -705,7 +727,7 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path, checkpoint, capsys):
         shutil.copytree(checkpoint, tmp_path / "run" / name)
     (tmp_path / "run" / "step-400").write_text("a file")
     assert [path.name for path in refrag.step_folders(tmp_path / "run")] == ["step-100", "step-80", "step-9"]
-    assert refrag.checkpoint_folder(tmp_path / "run") == tmp_path / "run" / "step-100"
+    assert refrag.open_checkpoint(tmp_path / "run").path == tmp_path / "run" / "step-100"
     (tmp_path / "run" / "step-100" / "manifest.json").unlink()
     assert capsys.readouterr().err == ""
     models = refrag.ModelConfig(load_dir=str(tmp_path / "run"))
@@ -856,7 +878,7 @@ def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
         raise AssertionError("converted again")
 
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path))
-    monkeypatch.setattr(refrag, "gguf_tokenizer", refuse)
+    monkeypatch.setattr(refrag, "convert_gguf", refuse)
     assert refrag.model_folder("SmolLM2-135M-Instruct") == str(folder)
     tokenizer = refrag.load_tokenizer("SmolLM2-135M-Instruct")
     for text in ("12345", "in 1896", "in  1896, 60,000", "x1y22\n333", "   7 77"):

@@ -111,7 +111,7 @@ def test_spans_of_a_100_kb_line(loaded, kind, text):
 def test_spans_golden(loaded, kind, text, k, spans):
     assert refrag.chunk_spans(text, loaded[kind], k) == spans
     with pytest.raises(ValueError, match="k >= 1"):
-        refrag.chunk_spans(text, loaded[kind], 0)
+        refrag.chunk_spans("a", loaded[kind], 0)
 
 
 @pytest.mark.parametrize("offsets", [[(0, 1), (1, 1), (1, 2)], [(0, 0), (0, 1), (1, 2)]])

@@ -749,7 +749,7 @@ def test_late_chunk_vectors_golden():
 @pytest.fixture(scope="module")
 def encoder(llama):
     """The tiny decoder's first two layers as an encoder."""
-    config = refrag.RefragConfig("decoder:2", str(llama))
+    config = refrag.RefragConfig(encoder_name_or_path="decoder:2", decoder_name_or_path=str(llama))
     return refrag.build_model(config, torch.device("cpu"), torch.float32).encoder
 
 
