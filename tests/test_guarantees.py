@@ -589,12 +589,22 @@ def test_tensors_that_do_not_fit_are_named(refused, read, name, kind, signed):
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "no manifest"])
-@pytest.mark.parametrize("content", ["", "[]", "\0", '{"model_type": "refrag"'], ids=str)
+@pytest.mark.parametrize("content", [
+    "", "[]", "\0", '{"model_type": "refrag"', '{"model_type": "refrag", "lora": "r"}'], ids=str)
 def test_a_configuration_that_can_not_be_is_damage(refused, read, content, signed):
     folder, argv = read("checkpoint")
     (folder / "config.json").write_text(content)
     not_listed(folder, "config.json", signed)
     assert f"{folder / 'config.json'} is damaged" in refused(4, *argv)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"segments": []}, {"segments": [3]}, {"uses": "dense"}, {"chunking": {"k": "4"}}, {"embedder": None},
+    {"counts": {}}], ids=str)
+def test_a_manifest_with_other_types_is_damage(refused, read, wrong):
+    folder, argv = read("index")
+    sign(folder, **wrong)
+    assert "manifest.json is damaged" in refused(4, *argv)
 
 
 class Malice:
