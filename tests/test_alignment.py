@@ -409,7 +409,7 @@ def test_align_of_a_decoder_with_its_own_layers(run, llama):
 
 def test_align_of_a_checkpoint(run, tmp_path, bert, llama):
     """Its config names the two models."""
-    config = refrag.RefragConfig(str(bert), str(llama), compression=4)
+    config = refrag.RefragConfig(encoder_name_or_path=str(bert), decoder_name_or_path=str(llama))
     refrag.build_model(config, torch.device("cpu"), torch.float32).save_pretrained(tmp_path / "c")
     rest = ("--text", TEXTS[0], "--json", "--quiet")
     named = run("align", "--enc", bert, "--dec", llama, *rest)
