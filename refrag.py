@@ -5949,38 +5949,21 @@ def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.
     return expanded, kept, plan
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(SearchConfig, PackConfig, GenerateConfig):
     """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
 
-    search: SearchConfig
-    pack: PackConfig
-    generate: GenerateConfig
-    stop_tokens: frozenset[int]
-    sampler: torch.Generator
-    system: str = ""  # a system message
-
-    def but(self, **changes: Any) -> Settings:
-        """The same with other values of some fields or of some options in them."""
-        for name in ("search", "pack", "generate"):
-            options = getattr(self, name)
-            own = {key: changes.pop(key) for key in options.__dataclass_fields__ if key in changes}
-            changes[name] = dataclasses.replace(changes.get(name, options), **own)
-        return dataclasses.replace(self, **changes)
+    stop_tokens: frozenset[int] = opt(frozenset(), "end an answer")
+    sampler: torch.Generator | None = opt(None, "draws the tokens at a temperature above 0")
+    system: str = opt("", "a system message")
 
     @property
     def chooses(self) -> bool:
         """Whether there are chunks to be chosen; not where all or none stay text."""
-        return self.pack.gate != "none" and self.pack.mode in ("refrag", "truncate") and 0 < self.pack.p < 1
+        return self.gate != "none" and self.mode in ("refrag", "truncate") and 0 < self.p < 1
 
     def pick(self, logits: Tensor) -> Tensor:
         """The next tokens (B,) from logits (B, V)."""
-        return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
-
-    @property
-    def citation_room(self) -> int:
-        """Positions that a citation chosen after the answer may take."""
-        return CITATION_TOKENS if self.generate.cite and self.pack.mode != "none" else 0
+        return sample(logits, self.temperature, self.top_p, self.sampler)
 
 
 @dataclass
@@ -6021,7 +6004,10 @@ class Reading:
 
 
 class Pipeline:
-    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given."""
+    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given.
+
+    Its stages in order: `retrieve`, `context`, `score`, `inputs`, which `prepare` runs, and `generate`.
+    """
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
@@ -6036,8 +6022,9 @@ class Pipeline:
         if built.get("encoder") not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
                                 "it was built with, or build it again")
-        self.settings = Settings(search, pack, generate, stop_tokens(model.decoder, self.tokenizer.decoder),
-                                 torch.Generator().manual_seed(seed))
+        self.settings = Settings(**vars(search), **vars(pack), **vars(generate),
+                                 sampler=torch.Generator().manual_seed(seed),
+                                 stop_tokens=stop_tokens(model.decoder, self.tokenizer.decoder))
         self.settings = self.settings_for()
 
     @functools.cached_property
@@ -6049,32 +6036,30 @@ class Pipeline:
     def settings_for(self, **changes: Any) -> Settings:
         """The pipeline's settings with others in place of some, --gate and --compressed settled. Raises UserError.
 
-        changes: options of SearchConfig, PackConfig and GenerateConfig by name, and fields of `Settings`.
+        changes: fields of `Settings`.
         """
-        settings = self.settings.but(**changes)
-        gate = "ppl" if settings.pack.heuristic else settings.pack.gate
+        settings = dataclasses.replace(self.settings, **changes)
+        gate = "ppl" if settings.heuristic else settings.gate
         gate = gate if gate != "auto" else "learned" if "learned" in self.trained_gates else "blend"
         require(gate not in TRAINED_GATES or gate in self.trained_gates, f"--gate {gate}: there is none trained for "
                 f"these models and this index: make one with train_{TRAINED_GATES.get(gate)}, or use --gate blend")
-        feed = settings.pack.compressed == "feed" or (settings.pack.compressed == "auto" and self.model.trained)
-        return settings.but(gate=gate, heuristic=False, compressed="feed" if feed else "drop")
-
-    # -- stages, in order ----------------------------------------------------
+        feed = settings.compressed == "feed" or (settings.compressed == "auto" and self.model.trained)
+        return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
         """Passages for a question; none without an index or in mode none."""
-        if self.searcher is None or settings.pack.mode == "none":
+        if self.searcher is None or settings.mode == "none":
             return []
-        return self.searcher.search(item["question"], settings.search.topk, settings.search.hops)
+        return self.searcher.search(item["question"], settings.topk, settings.hops)
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
         """A question over its passages, or over the documents that stand in --prompt."""
-        k, ctx_max = settings.pack.k, settings.pack.ctx_max
-        if settings.generate.prompt is not None:
-            return read_context(self.tokenizer, item["question"], k, ctx_max)
+        k = settings.k
+        if settings.prompt is not None:
+            return read_context(self.tokenizer, item["question"], k, settings.ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
-        return make_context(self.tokenizer, item["question"], docs, ctx_max=ctx_max, system=settings.system)
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max, system=settings.system)
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
@@ -6093,11 +6078,11 @@ class Pipeline:
 
     def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
         """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
-        docs, query, gate = context.docs, None, settings.pack.gate
+        docs, query, gate = context.docs, None, settings.gate
         if not settings.chooses or not docs:
             return np.zeros(len(context.prompt.chunks)), None
         if gate in VECTOR_GATES and self.embedder is not None:
-            docs = self.filled(docs, settings.pack.k, gate=True)
+            docs = self.filled(docs, settings.k, gate=True)
             query = self.embedder.embed_query(context.question)[0]
         given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
         return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
@@ -6116,10 +6101,14 @@ class Pipeline:
         parts = (torch.as_tensor(part, device=self.device) for part in (plan, ids, sizes, states))
         return self.model.embed(*parts)[0]
 
-    def fits_window(self, positions: int, settings: Settings) -> bool:
-        """Whether prompt, answer and a citation after it are within what the decoder was built for."""
-        needed = positions + settings.generate.max_new + settings.citation_room
-        return self.model.window is None or needed <= self.model.window
+    def check_window(self, positions: int, settings: Settings) -> None:
+        """Raise TooLongError unless prompt, answer and a citation after it fit what the decoder was built for."""
+        citation = CITATION_TOKENS if settings.cite and settings.mode != "none" else 0
+        if self.model.window is not None and positions + settings.max_new + citation > self.model.window:
+            more = f" and a citation {citation}" if citation else ""
+            raise TooLongError(
+                f"the prompt takes {positions} positions, --max_new {settings.max_new}{more}; the decoder's window is "
+                f"{self.model.window}: lower --topk, --p or --max_new, or shorten the question")
 
     def prepare(self, item: dict[str, Any], settings: Settings | None = None,
                 rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
@@ -6137,24 +6126,11 @@ class Pipeline:
         with watch.stage("gate_s"):
             scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
-            expanded, kept, plan = feed_plan(context.prompt, scores, settings.pack)
-        if not self.fits_window(len(plan), settings):
-            citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
-            raise TooLongError(
-                f"the prompt takes {len(plan)} positions, --max_new {settings.generate.max_new}{citation}; the "
-                f"decoder's window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+            expanded, kept, plan = feed_plan(context.prompt, scores, settings)
+        self.check_window(len(plan), settings)
         with watch.stage("vectors_s"):
-            inputs = self.inputs(context, plan, settings.pack.k)
+            inputs = self.inputs(context, plan, settings.k)
         return Reading(item, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
-
-    # -- answers ---------------------------------------------------------------
-
-    def warm_up(self) -> None:
-        """Answer a question, so that the first one pays for no lazy initialisation."""
-        question = "warm up <doc id='1'>warm up</doc>" if self.settings.generate.prompt else "warm up"
-        with contextlib.suppress(TooLongError):
-            self.answer(question, topk=1, max_new=2, temperature=0.0, cite=False, show_prompt=False,
-                        stop_tokens=frozenset())
 
     @functools.cached_property
     def batches(self) -> bool:
@@ -6184,16 +6160,16 @@ class Pipeline:
         settings, writers = settings or self.settings, writers or [None] * len(readings)
         if len(readings) > 1 and not self.batches:
             return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
-        decoder, watch, options = self.model.decoder, Stopwatch(self.device), settings.generate
-        if options.show_prompt:
+        decoder, watch = self.model.decoder, Stopwatch(self.device)
+        if settings.show_prompt:
             for reading in readings:
                 notice(show_plan(reading.context, reading.plan, self.tokenizer))
-        streams = [TextStream(self.tokenizer.decoder, options.stop, write) for write in writers]
+        streams = [TextStream(self.tokenizer.decoder, settings.stop, write) for write in writers]
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, [reading.inputs for reading in readings])
         kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
-        listens = any(writers) or options.stop
-        outs, state = decode(decoder, logits, state, max_new=options.max_new, stops=settings.stop_tokens,
+        listens = any(writers) or settings.stop
+        outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
                              pick=settings.pick, watch=watch, stepper=self.stepper,
                              on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
 
@@ -6206,10 +6182,10 @@ class Pipeline:
         for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
             reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
             answer, chosen = stream.update(out.tokens).rstrip(), None
-            if options.cite and reading.labels:
+            if settings.cite and reading.labels:
                 pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
                 answer, chosen = cite(answer, reading.labels, seen,
-                                      functools.partial(let_decoder_cite, row, pending, list(seen)), options.stop)
+                                      functools.partial(let_decoder_cite, row, pending, list(seen)), settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
             results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
             stream.show(answer)
@@ -6229,7 +6205,7 @@ class Pipeline:
                    "score": round(score, 6), "expanded": stays}
                   for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),
                                                  reading.expanded.tolist(), strict=True)]
-        if settings.generate.explain:
+        if settings.explain:
             chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
         return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": how_read[label]} for label, p in source.items()],
@@ -6238,12 +6214,11 @@ class Pipeline:
 
     def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        if settings.pack.mode != "refrag" or not settings.chooses:
-            return [{"why": f"{'text' if stays else 'compressed'}: no choice to make", "shares": {}}
-                    for stays in reading.expanded]
-        learned = settings.pack.gate == "learned" and reading.given is not None
-        shares = self.trained_gates["learned"].shares(reading.given) if learned else {}
-        reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.pack.p, settings.pack.floor)
+        shares, reasons = {}, [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
+        if settings.mode == "refrag" and settings.chooses:
+            reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
+            if settings.gate == "learned" and reading.given is not None:
+                shares = self.trained_gates["learned"].shares(reading.given)
         return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, why in enumerate(reasons)]
 
@@ -6263,15 +6238,16 @@ class Pipeline:
 
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
-        config, generate, stepper = self.model.config, settings.generate, self.stepper
-        options = vars(settings.pack) | vars(settings.search) | {
-            name: getattr(generate, name) for name in ("max_new", "temperature", "top_p", "cite")}
-        return {**{name: value for name, value in options.items() if name != "heuristic"}, "stop": list(generate.stop),
-                "seed": settings.sampler.initial_seed(), "index_dir": self.index and self.index.manifest["digest"][:16],
-                "retriever": self.searcher and self.searcher.retriever, "enc": config.encoder_name_or_path,
-                "dec": config.decoder_name_or_path, "load_dir": self.model.checkpoint,
-                "projector_trained": self.model.trained, "engine": "model" if stepper is None else stepper.engine,
-                "device": str(self.device), "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
+        config, stepper = self.model.config, self.stepper
+        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "hops", "rerank", "max_new",
+                 "temperature", "top_p", "cite")
+        return {**{name: getattr(settings, name) for name in named}, "stop": list(settings.stop),
+                "index_dir": self.index and self.index.manifest["digest"][:16],
+                "retriever": self.searcher and self.searcher.retriever, "seed": settings.sampler.initial_seed(),
+                "enc": config.encoder_name_or_path, "dec": config.decoder_name_or_path,
+                "load_dir": self.model.checkpoint, "projector_trained": self.model.trained,
+                "engine": "model" if stepper is None else stepper.engine, "device": str(self.device),
+                "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
@@ -6292,10 +6268,12 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
     pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result())
-    pipeline.warm_up()
+    with contextlib.suppress(TooLongError):  # a question, so that the first one pays for no lazy initialisation
+        pipeline.answer("warm up" if needs_index else "warm up <doc id='1'>warm up</doc>", topk=1, max_new=2,
+                        temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset())
     pipeline.load_s = time.perf_counter() - start
     if not model.trained and pack.mode == "refrag":
-        notice(UNTRAINED[pipeline.settings.pack.compressed] + for_others(models))
+        notice(UNTRAINED[pipeline.settings.compressed] + for_others(models))
     if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
         notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
@@ -6529,7 +6507,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
     """An answer, with the full-context answer beside it and the ratio of their times to first token."""
     [result] = pipeline.answer_batch([item], pipeline.settings, [write])
-    [full] = pipeline.answer_batch([item], pipeline.settings.but(mode="full"))
+    [full] = pipeline.answer_batch([item], dataclasses.replace(pipeline.settings, mode="full"))
     result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
     result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
     return result

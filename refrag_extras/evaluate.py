@@ -195,7 +195,7 @@ class Controls:
             other, pipeline = self.other_question(item), self.pipeline
             context = pipeline.context(other, pipeline.retrieve(other, settings), settings)
             plan = -1 - np.flatnonzero(context.prompt.sizes)
-            self.foreign[item["id"]] = pipeline.inputs(context, plan, settings.pack.k)
+            self.foreign[item["id"]] = pipeline.inputs(context, plan, settings.k)
         return self.foreign[item["id"]]
 
 
