@@ -139,7 +139,7 @@ def answer_spans(context: refrag.Context, item: dict[str, Any], index: refrag.In
 
 def texts_fed(reading: refrag.Reading, tokenizer: refrag.RefragTokenizer) -> list[str]:
     """The runs of the documents' text that the decoder was fed as tokens."""
-    prompt, kept, runs = reading.context.prompt, reading.choice.kept, []
+    prompt, kept, runs = reading.context.prompt, reading.kept, []
     for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
         chunks = list(group)
         inside = chunks[0].first + np.flatnonzero(kept[chunks[0].first : chunks[-1].last])
@@ -168,10 +168,10 @@ class Controls:
             return scores
 
         reading = self.pipeline.prepare(item, settings, answer_first if setup.oracle else None)
-        at = reading.choice.plan < 0
+        at = reading.plan < 0
         if setup.wrong and at.any():
             vectors = self.vectors(item, settings)
-            numbers = (-reading.choice.plan[at] - 1) % len(vectors)  # from the first again where there are fewer
+            numbers = (-reading.plan[at] - 1) % len(vectors)  # from the first again where there are fewer
             reading.inputs[torch.as_tensor(at)] = vectors[torch.as_tensor(numbers)]
         return reading
 
@@ -195,8 +195,7 @@ class Controls:
             other, pipeline = self.other_question(item), self.pipeline
             context = pipeline.context(other, pipeline.retrieve(other, settings), settings)
             plan = -1 - np.flatnonzero(context.prompt.sizes)
-            states = pipeline.states(context, plan, settings.pack.k)
-            self.foreign[item["id"]] = pipeline.inputs(context.prompt, plan, states)
+            self.foreign[item["id"]] = pipeline.inputs(context, plan, settings.k)
         return self.foreign[item["id"]]
 
 
@@ -346,7 +345,7 @@ class QaTask(QuestionTask):
         """The prompt as a person can read it, of some questions."""
         if item["id"] not in self.sampled:
             return {}
-        return {"prompt": refrag.show_plan(reading.context, reading.choice.plan, self.pipeline.tokenizer)}
+        return {"prompt": refrag.show_plan(reading.context, reading.plan, self.pipeline.tokenizer)}
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
         rows = {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
@@ -383,7 +382,7 @@ class QaTask(QuestionTask):
         return "\n\n".join(tables)
 
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
-        refrag.draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
+        refrag.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
         if rows := [(q, line) for q, line in rows if "prompt" in line]:
             refrag.write_atomic(folder / "sample.md", sample_text(refrag.spread(rows, SAMPLES), self.sample[1]))
@@ -393,7 +392,7 @@ def score_answer(result: dict[str, Any], reading: refrag.Reading, item: dict[str
                  tokenizer: refrag.RefragTokenizer) -> dict[str, Any]:
     """The metrics of one answer; what does not apply is None."""
     truths, fed = item["answers"], texts_fed(reading, tokenizer)
-    reply = refrag.without_citations(result["answer"], reading.labels)
+    reply = refrag.parse_citations(result["answer"], reading.labels).bare
     names = {p.id: {p.id, p.document_id} for p in reading.passages}
     cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
     passages = [refrag.passage_content(p["title"], p["text"]) for p in result["passages"]]
