@@ -5912,7 +5912,7 @@ class Settings(SearchConfig, PackConfig, GenerateConfig):
 
     stop_tokens: frozenset[int] = opt(frozenset(), "end an answer")
     sampler: torch.Generator | None = opt(None, "draws the tokens at a temperature above 0")
-    system: str = opt("", "a system message")
+    system: str | None = opt(None, "a system message")
 
     @property
     def chooses(self) -> bool:
@@ -6017,7 +6017,7 @@ class Pipeline:
             return read_context(self.tokenizer, item["question"], k, settings.ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
-        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max, system=settings.system)
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max, system=settings.system or "")
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
