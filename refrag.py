@@ -6018,7 +6018,8 @@ class Pipeline:
             return read_context(self.tokenizer, item["question"], k, settings.ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
-        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max, system=settings.system or "")
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max,
+                            system=settings.system or "")
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
