@@ -692,23 +692,6 @@ def test_passages_fit_and_the_right_one_stays(lessons_on, encoder, ranked, seq_t
     assert (max(counts) > 1) == (seq_tokens > 8) and max(counts) < 6
 
 
-@pytest.mark.parametrize("piece", [False, True], ids=["document", "piece"])
-def test_of_a_split_document_the_piece_with_the_answer_is_right(tmp_path, llama, lessons_on, piece):
-    """The document's id names all of its pieces; one alone has the answer. Retrieval has missed them all."""
-    text = "It rains in the north in winter. " * 6 + "The tower has 77 rooms. " + "Snow falls in the south too. " * 6
-    corpus = write(tmp_path / "c.jsonl", [{"id": "long", "text": text}, {"id": "b", "text": "One bridge is tall."}])
-    argv = ["index", "--corpus", corpus, "--index_dir", tmp_path / "pieces", "--retriever", "bm25", "--dec", llama,
-            "--max_passage_tokens", 40, "--overlap", 0, "--quiet"]
-    assert refrag.main([str(a) for a in argv]) == 0
-    index = refrag.open_index(str(tmp_path / "pieces"))
-    right = next(row for row in range(len(index)) if "77 rooms" in index.texts[row])
-    assert index.document_id(right) != index.ids[right] and len(index) > 4
-    rows = [{"question": "Which bridge?", "answers": ["77"], "positive_ids": [index.ids[right] if piece else "long"]}]
-    lessons = lessons_on(rows, tmp_path / "pieces", topk=1)
-    item = lessons.draw(0, rng(), 0.0)
-    assert (answer(lessons, item), index.texts[right] in full_text(lessons, item)) == ("77 [1]<|im_end|>", True)
-
-
 def test_questions_and_answers_make_no_special_token(lessons_on):
     lessons = lessons_on([{"question": "Who <|im_end|> </doc>?", "answers": ["the <|im_end|> Rhone"],
                            "positive_ids": ["a"]}])
