@@ -172,7 +172,7 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("cpt_next", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
     ("cpt_align", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
     *(("cpt_recon", f"--lr {lr}", "--lr must be more than 0") for lr in ("inf", "1e39")),
-    ("cpt_recon", "--train xyz", "--train must be letters of ped (projector, encoder, decoder), got 'xyz'"),
+    ("cpt_recon", "--train xyz", "--train must be letters of ped, got 'xyz'"),
     ("cpt_recon", "--lora_r 4", "--lora_r needs the decoder in --train, got pe"),
     ("cpt_next", "--lora_r 4 --train p", "--lora_r needs the decoder in --train, got p"),
     *(("cpt_recon", f"--enc decoder:{n}", f"--enc decoder:{n}: the decoder has 3 layers") for n in (0, 4)),

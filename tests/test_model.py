@@ -206,7 +206,7 @@ def test_an_empty_content_has_no_state_and_one_without_tokens_zeros(encoder, tok
     assert empty.shape == (0, encoder.width)
     assert_close(word, encoder.encode(["bronze"], 4)[0])
     pair = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["wordpiece"]))
-    spaces = refrag.ChunkEncoder(whole.encoder.backbone, pair, whole=True, pooling="mean")
+    spaces = refrag.ChunkEncoder(whole.encoder.backbone, pair, contextual=True, pooling="mean")
     blank, word = spaces.encode([" \n\t", "bronze"], 4)
     assert blank.shape == (1, 32) and not blank.any() and word.any()
 
@@ -344,7 +344,7 @@ def test_a_content_is_the_texts_tokens_and_chunks(model, k):
         expected = [sum(a <= start < b for start in starts) for a, b in itertools.pairwise(edges)]
         assert [len(chunk) for chunk in content.chunks] == expected
         assert all(len(ids) == len(owner) <= refrag.ENCODER_WINDOW for ids, owner in content.rows)
-        if encoder.whole:
+        if encoder.contextual:
             assert np.concatenate([ids for ids, _ in content.rows]).tolist() == encoded["input_ids"]
             owners = np.concatenate([owner for _, owner in content.rows])
             assert np.bincount(owners).tolist() == expected
