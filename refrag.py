@@ -193,7 +193,8 @@ class Options:
             flag, value = f"--{f.name}", getattr(self, f.name)
             require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['help']}")
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
-            for item in value if isinstance(value, tuple) else () if value is None else (value,):
+            single = () if value is None or value == f.default == "" else (value,)
+            for item in value if isinstance(value, tuple) else single:
                 check_value(flag, item, f.metadata)
         self.check()
 
