@@ -388,13 +388,8 @@ class QaTask(QuestionTask):
                        markdown_table(["p", *rivals], versus)]
         return "\n\n".join(tables)
 
-<<<<<<< Updated upstream
-    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
-        refrag.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
-=======
     def pictures(self, folder: Path, found: Lines, summary: dict[str, Any]) -> None:
-        refrag.draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
->>>>>>> Stashed changes
+        refrag.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
         if rows := [(q, line) for q, line in rows if "prompt" in line]:
             refrag.write_atomic(folder / "sample.md", sample_text(refrag.spread(rows, SAMPLES), self.sample[1]))
