@@ -4204,14 +4204,11 @@ def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
 
     hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
     """
-    question = list(dict.fromkeys(index_terms(inputs.question)))
+    asked = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
-    hits = np.asarray([[term in terms for term in question] for terms in chunks], dtype=bool)
-    hits = hits.reshape(len(chunks), len(question))
-    if inputs.idf is not None:
-        idf = np.asarray([inputs.idf(term) for term in question], dtype=np.float64)
-    else:
-        idf = np.asarray([math.log(1 + len(chunks) / (0.5 + n)) for n in hits.sum(0).tolist()])
+    hits = np.asarray([[term in terms for term in asked] for terms in chunks], bool).reshape(len(chunks), len(asked))
+    idf = np.asarray([inputs.idf(term) if inputs.idf else math.log(1 + len(chunks) / (0.5 + n))
+                      for term, n in zip(asked, hits.sum(0).tolist(), strict=True)])
     return hits, idf / (idf.sum() or 1.0)
 
 
@@ -4422,9 +4419,6 @@ class QueryGate(nn.Module):
         return shares
 
 
-SHIPPED_GATE = SHIPPED / "gate"
-
-
 def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
     """The facts of a checkpoint's "gate" or "policy", else of the shipped gate; None if made for another embedder."""
     facts = getattr(config, kind)
@@ -4456,6 +4450,7 @@ def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> Query
     return gate.eval()
 
 
+SHIPPED_GATE = SHIPPED / "gate"
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
 TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # --gate -> the part of a checkpoint
 GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
@@ -4463,8 +4458,7 @@ GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "ran
 
 def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
     """Tokens of the context that may stay text: the fraction p of them, but at least `floor` if p > 0."""
-    # 1e-9: .29 * 100 is 28.999999999999996
-    return max(math.floor(p * int(tokens.sum()) + 1e-9), floor if p > 0 else 0)
+    return max(math.floor(p * int(tokens.sum()) + 1e-9), floor if p > 0 else 0)  # .29 * 100 is 28.999999999999996
 
 
 def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> np.ndarray:
@@ -4502,9 +4496,9 @@ TOKEN_CACHE_VERSION = 3
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
 NO_ANSWER = "Not in the documents."
 QUOTE = "Quote the sentence that answers this question. "
+CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
-KEPT_CHECKPOINTS = 2
 PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as long as another pass
 
 
@@ -4545,7 +4539,7 @@ def file_facts(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same without local paths, for checkpoints, which are shared."""
+    """`file_facts` without local paths, for checkpoints, which are shared."""
     return [fact | {"file": Path(fact["file"]).name} for fact in facts]
 
 
@@ -4596,13 +4590,10 @@ class TokenCache:
 
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
-    """The tokens of a set of files, mapped from a file that is made if it is missing or damaged.
-
-    Its name is a digest of all that they depend on.
-    """
+    """The tokens of a set of files, mapped from a file in the cache that is made if it is missing or damaged."""
     special = tokenizer.special.pattern if tokenizer.special else ""
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special,
-                 [fact["sha256"] for fact in file_facts(paths)]])
+    digests = [sha256_file(Path(name)) for name in paths]
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
     path = cache_home() / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_suffix(".lock"), f"{path}", timeout=3600):  # several processes make it once
@@ -4627,18 +4618,16 @@ def tokenize_texts(paths: Sequence[str], tokenizer: RefragTokenizer) -> dict[str
             [pieces] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
             ids = pieces.ids
             cuts.append(cut_allowed(pieces)[:-1])
+        name, _, line = text.where.rpartition(":")
+        texts.append((first, first + len(ids), text.context, list(paths).index(name), int(line)))
         tokens.append(ids.astype(np.int32))
-        (name, _, line), last = text.where.rpartition(":"), first + len(ids)
-        texts.append((first, last, text.context, list(paths).index(name), int(line)))
-        first = last
+        first += len(ids)
     require(first > 0, f"{', '.join(paths)}: no text to train on")
     return {"tokens": torch.from_numpy(np.concatenate(tokens)), "cuts": torch.from_numpy(np.concatenate(cuts)),
             "texts": torch.as_tensor(texts)}
 
 
 class Item(NamedTuple):
-    """One draw of training data."""
-
     sequence: TrainingSequence
     teacher: TrainingSequence | None  # what the teacher reads
     where: str  # file:line, or the question
@@ -4765,9 +4754,8 @@ class ReconLessons(TextLessons):
         exam: dict[str, list[Item]] = {}
         for k in self.train.k:
             for chunks in self.lengths(k):
-                rng = np.random.default_rng([k, chunks])
-                for window in (w for w in self.held_out if w[2] - w[1] >= chunks * k):
-                    ids, cuts, where = self.held_out_cache.read(window, chunks * k, rng)
+                rng, long = np.random.default_rng([k, chunks]), [w for w in self.held_out if w[2] - w[1] >= chunks * k]
+                for ids, cuts, where in (self.held_out_cache.read(window, chunks * k, rng) for window in long):
                     item = Item(reconstruction(self.encoder, ids, cuts, k), None, where)
                     exam.setdefault(f"k{k}/{chunks}", []).append(item)
         return exam
@@ -4793,8 +4781,7 @@ class NextLessons(TextLessons):
             opened = rng.random(len(content.chunks)) < share
             parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
                      for c, chunk in enumerate(content.chunks)]
-            plan = np.concatenate([opening(self.tokenizer.decoder), *parts])
-            sequence = continue_plan(plan, following, content)
+            sequence = continue_plan(np.concatenate([opening(self.tokenizer.decoder), *parts]), following, content)
         return Item(sequence, with_text(sequence) if self.options.distill else None, where)
 
 
@@ -4962,6 +4949,7 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
 
 Lessons = TextLessons | AnswerLessons
 
+
 class Sampler:
     """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
 
@@ -4971,8 +4959,8 @@ class Sampler:
     """
 
     def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
-        self.lessons, self.steps, self.seed, self.processes, self.pass_cost = (
-            lessons, train.steps, seed, processes, pass_cost)
+        self.lessons, self.steps, self.seed = lessons, train.steps, seed
+        self.processes, self.pass_cost = processes, pass_cost
         self.least = train.grad_accum * processes  # items of a step
         self.pass_positions = train.batch_size * train.seq_tokens
         self.drawn, self.epoch, self.order = 0, -1, np.zeros(0)
@@ -5002,14 +4990,12 @@ class Sampler:
 
     def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
         """The passes of each step from `step` on, and the draws so far. A thread makes the next step meanwhile."""
-        def make(number: int) -> tuple[list[list[Item]], int]:
-            return self.step(number), self.drawn
-
         with ThreadPoolExecutor(1) as worker:
-            ahead = worker.submit(make, step)
-            for number in range(step, self.steps):
-                ready = ahead.result()
-                ahead = worker.submit(make, number + 1) if number + 1 < self.steps else ahead
+            ahead = worker.submit(self.step, step)
+            for number in range(step + 1, self.steps + 1):
+                ready = ahead.result(), self.drawn
+                if number < self.steps:
+                    ahead = worker.submit(self.step, number)
                 yield ready
 
 
@@ -5306,7 +5292,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors},
                              {"trainer.json": dumps(values)}, model_card(config, log.records))
-            for old in step_folders(self.folder)[KEPT_CHECKPOINTS:]:
+            for old in step_folders(self.folder)[2:]:
                 shutil.rmtree(old, ignore_errors=True)
             log.plot()
         self.accelerator.wait_for_everyone()
@@ -5351,9 +5337,6 @@ def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> Trai
     L = len(other.content.chunks)
     plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
     return TrainingSequence(plan, sequence.labels, other.content)
-
-
-CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
 
 
 def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
