@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import TEXTS
-from writers import WRITERS, sign, unchanged
+from writers import WRITERS, unchanged
 
 import refrag
 
@@ -44,8 +44,8 @@ CORPORA = [
     ("c.txt.gz", gzip.compress(b"good\n" * 500)[:-9], "not a complete gzip file"),
 ]
 TRAINING = [
-    (b"", "no text to train on"), (b"\n \r\n\t\n\n", "no text to train on"), ([{"text": ""}], "no text to train on"),
-    ([{"tokens": []}], "no text to train on"), (b'{"text": "good"}\n\n{"text": \n', "PATH:3: malformed JSON"),
+    (b"", "no text to train on"), (b"\n \r\n\t\n\n", "no text to train on"), ([{"tokens": []}], "no text to train on"),
+    ([{"text": ""}], "no text to train on"), (b'{"text": "good"}\n\n{"text": \n', "PATH:3: malformed JSON"),
     (b'{"text": "good"}\n' + b"[" * 100_000, "PATH:2: malformed JSON"),
     (b'{"text": "good"}\n["text"]\n', "PATH:2: expected a JSON object, got list"),
     ([{"title": "x"}], "PATH:1: text must be a string, got NoneType"),
@@ -159,9 +159,7 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("index", "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder"),
     ("add", "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder"),
     ("search", "--question q --topk 0", "--topk must be 1 or more, got 0"),
-    ("search", "--question= ", "question is empty"),
     ("search", "--question=", "question is empty"), ("search", "", "name one of --question and --questions"),
-    ("search", "--question q --hops 9", "--hops must lie between 1 and 8"),
     ("search", "--question q --index_dir nowhere", "no such folder"),
     ("search", "--question q --index_dir TMP", "no index in this folder"),
     ("doctor", "--index_dir nowhere", "no such folder"), ("doctor", "--index_dir TMP", "no index in this folder"),
@@ -169,36 +167,30 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("align", "--text=a\udcffb", "--text"),
     ("align", "--text a --load_dir nowhere", "--load_dir nowhere: "),
     *((phase, "--out_dir=", "--out_dir") for phase in ("cpt_recon", "sft", "eval")),
-    ("cpt_recon", "--k 0", "--k must lie between 1 and 64"), ("cpt_recon", "--k 4 65", "--k must lie between 1 and 64"),
-    ("cpt_recon", "--k x", "--k"), ("cpt_recon", "--k 64 --seq_tokens 32", "--k 64 is larger than --seq_tokens 32"),
+    ("cpt_recon", "--k 4 65", "--k must lie between 1 and 64"), ("cpt_recon", "--k x", "--k"),
     ("cpt_recon", "--k 64 --seq_tokens 64", "every text is shorter than 64 tokens, which --k 64 needs"),
     ("cpt_next", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
     ("cpt_align", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
-    *(("cpt_recon", f"--lr {lr}", "--lr must be more than 0") for lr in (0, -1, "nan", "inf", "1e39")),
-    ("cpt_recon", "--train xyz", "--train must be letters of ped (projector, encoder, decoder), got 'xyz'"),
-    ("cpt_recon", "--train=", "--train must be letters of ped"), ("cpt_recon", "--curriculum odd", "--curriculum"),
+    *(("cpt_recon", f"--lr {lr}", "--lr must be more than 0") for lr in ("inf", "1e39")),
+    ("cpt_recon", "--train xyz", "--train must be letters of ped, got 'xyz'"),
     ("cpt_recon", "--lora_r 4", "--lora_r needs the decoder in --train, got pe"),
     ("cpt_next", "--lora_r 4 --train p", "--lora_r needs the decoder in --train, got p"),
-    ("cpt_next", "--expand_frac 1.5", "--expand_frac must lie between 0 and 1, got 1.5"),
-    ("cpt_recon", "--enc decoder:99", "--enc decoder:99: the decoder has 3 layers"),
-    ("cpt_recon", "--enc decoder:x", "--enc decoder:x: write decoder:N"),
+    *(("cpt_recon", f"--enc decoder:{n}", f"--enc decoder:{n}: the decoder has 3 layers") for n in (0, 4)),
+    *(("cpt_recon", f"--enc {enc}", f"--enc {enc}: write decoder:N") for enc in ("decoder:x", "decoder:-1", "decoder")),
     ("cpt_recon", "--pooling cls", "--pooling cls needs a separate encoder"),
     *((command, f"{flag} {path}", f"{flag} {path}: no such file")
       for path in ("nowhere.jsonl", "/") for command, flag in (
           ("cpt_recon", "--train_json"), ("cpt_recon", "--eval_json"), ("sft", "--rag_json"), ("sft", "--eval_json"))),
-    ("sft", "--p 0 nan", "--p must lie between 0 and 1"), ("sft", "--topk 0", "--topk must be 1 or more, got 0"),
+    ("sft", "--p 0 nan", "--p must lie between 0 and 1"),
     ("sft", "--index_dir nowhere", "--index_dir"), ("sft", "--index_dir TMP", "no index in this folder"),
-    ("train_gate", "--p 0", "--p must"), ("train_gate", "--k 65", "--k must lie"),
-    ("train_gate", "--k 6", "chunks of 4 tokens do not make chunks of 6"),
-    ("train_gate", "--rag_json nowhere.jsonl", "no such file"), ("train_gate", "--epochs 0", "--epochs"),
-    ("train_policy", "--group 1", "--group"), ("train_policy", "--steps 0", "--steps"),
+    ("train_gate", "--p 0", "--p must"), ("train_gate", "--k 6", "chunks of 4 tokens do not make chunks of 6"),
+    ("train_gate", "--rag_json nowhere.jsonl", "no such file"), ("train_policy", "--group 1", "--group"),
     ("eval", "--task retrieval --modes bm25 --retriever bm25", "use --modes"),
     ("eval", "--qa nowhere.jsonl", "no such file"),
     ("eval", "--modes cosine_gate --retriever bm25", "cosine_gate needs an embedder"),
     ("eval", "--index_dir nowhere", "no such folder"),
     ("bench", "--contexts 512,0", "--contexts must be 1 or more"), ("bench", "--contexts many", "--contexts"),
-    ("bench", "--modes magic", "magic"),
-    ("bench", "--k 0", "--k must lie between 1 and 64"), ("bench", "--question= ", "the question is empty"),
+    ("bench", "--modes magic", "magic"), ("bench", "--question= ", "the question is empty"),
     ("bench", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
     ("generate", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
 ]
@@ -358,16 +350,6 @@ def test_an_index_of_other_models_does_not_fit(refused, command, line, other_emb
             assert again in refused(5, *argv, "--embed_model", other_embedder)
         for name in ("generate", "bench"):
             assert "another encoder" in refused(5, *command(name, "--enc", "decoder:1"))
-
-
-def test_vectors_of_ivfpq_can_not_be_had_back(refused, line, write, index_dir, tmp_path):
-    index = shutil.copytree(index_dir, tmp_path / "index")
-    facts = json.loads((index / "manifest.json").read_text())
-    sign(index, segments=[segment | {"faiss": "ivfpq"} for segment in facts["segments"]])
-    more = write("more.jsonl", [GOOD, {"id": "c", "text": "again"}])
-    with unchanged(index):
-        message = refused(5, *line("vectors", index, "--add", "--corpus", more))
-    assert "ivfpq index can't replace documents: build it again" in message
 
 
 @pytest.mark.parametrize(("flag", "value"), [
