@@ -681,20 +681,15 @@ class LastingStderr(io.TextIOWrapper):
         flush(super())
 
 
-def open_streams() -> None:
-    """Open standard streams that the caller closed; let stdout spell every text, and stderr outlast its reader."""
+def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """Parse, or show the help or the error and exit. Before: a stdout that spells every text, a stderr that lasts."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
+        if getattr(sys, name) is None:  # closed by the caller: files opened later must not take its number
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
         elif name == "stderr" and type(sys.stderr) is io.TextIOWrapper:
             sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
-    """Parse, or show the help or the error and exit. Also sets what libraries read from the environment at import."""
-    open_streams()
     try:
         invocation = parse(argv)
         os.getcwd()  # libraries need one at import
@@ -743,14 +738,7 @@ try:
     from torch import Tensor, nn
     from torch.distributed.checkpoint import state_dict
     from tqdm import tqdm
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        PreTrainedConfig,
-        PreTrainedModel,
-    )
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError as missing:
     if __name__ != "__main__":
@@ -890,11 +878,6 @@ def library_versions() -> dict[str, str]:
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
 
-def several_processes() -> bool:
-    """Whether a launcher started more than this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def process_group() -> Any:
     """The processes that were launched together; each with a GPU of its own, if there are GPUs."""
     from accelerate import PartialState
@@ -928,7 +911,6 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -1031,18 +1013,12 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         handle.write(dumps(line) + "\n")
 
 
-@contextlib.contextmanager
-def exclusive(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
-    lock = filelock.FileLock(path, timeout=timeout)
+def exclusive(path: Path, what: str, timeout: float = 0) -> contextlib.AbstractContextManager:
+    """Take a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
     try:
-        lock.acquire()
+        return filelock.FileLock(path, timeout=timeout).acquire()
     except filelock.Timeout:
         raise LockedError(f"{what} is being written by another process: wait for it to end") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 MANIFEST_VERSION = 1
@@ -2477,7 +2453,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     with new_folder(new) as folder:
         kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
         blocks = Blocks(path, chunking, embedder, build, runtime)
-        if blocks.kept and several_processes():
+        if blocks.kept and os.environ.get("WORLD_SIZE", "1") != "1":
             blocks.make_together(folder, counts["added"])
         embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
         built = build_retrievers(folder, uses, faiss_type)
@@ -3155,7 +3131,7 @@ ENCODER_WINDOW = 512  # tokens of a passage that see each other in the encoder
 ENCODER_BATCH_TOKENS = 4096  # tokens, padding included, in one encoder pass
 
 
-class RefragConfig(PreTrainedConfig):
+class RefragConfig(transformers.PreTrainedConfig):
     """What a checkpoint needs to be loaded anywhere: which models it stands on, and how they are joined."""
 
     model_type = "refrag"
@@ -6268,7 +6244,7 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
-    if several_processes() and not process_group().is_main_process:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
         return assist_build(index, build, models, runtime)
     start = time.perf_counter()
     with index_lock(index.index_dir):
@@ -6378,14 +6354,12 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    parts = list(split_docs(text))
-    for part, label in parts:
-        tag = DOC_TAG.search(part) if label is None else None
-        if tag:
+    labels = [label for _, label in split_docs(text) if label is not None]
+    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
+    for part, label in split_docs(text):
+        if label is None and (tag := DOC_TAG.search(part)):
             raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
                             "<doc id=\"ID\">..</doc>, not one inside another")
-    labels = [label for _, label in parts if label is not None]
-    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 
@@ -6504,14 +6478,14 @@ def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def all_reduce_check() -> dict[str, Any]:
     """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
-    state = process_group()
-    rank = torch.tensor([float(state.process_index)], device=state.device)
-    if state.num_processes > 1:
-        torch.distributed.all_reduce(rank)
-    expected = state.num_processes * (state.num_processes - 1) / 2
-    if rank.item() != expected:
-        raise RefragError(f"all-reduce gave {rank.item()}, not {expected}: check the launcher and the network")
-    return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
+    from accelerate.utils import reduce
+
+    group = process_group()
+    total = reduce(torch.tensor([float(group.process_index)], device=group.device)).item()
+    expected = group.num_processes * (group.num_processes - 1) / 2
+    if total != expected:
+        raise RefragError(f"all-reduce gave {total}, not {expected}: check the launcher and the network")
+    return {"processes": group.num_processes, "sum_of_ranks": total, "ok": True}
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
