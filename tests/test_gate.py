@@ -494,7 +494,7 @@ def test_rewards_are_the_answers_log_probability(llama, index_dir, files):
 def tensors(folder):
     """All tensors of a checkpoint but the optimizer's."""
     return {(p.stem, name): tensor for p in sorted(folder.glob("*.safetensors")) if p.stem != "trainer"
-            for name, tensor in refrag.read_tensors(p).items()}
+            for name, tensor in refrag.load_file(p).items()}
 
 
 @pytest.fixture

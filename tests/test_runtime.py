@@ -112,11 +112,11 @@ def test_a_mapped_array_can_not_be_written(tmp_path):
 
 
 def test_a_picture_is_replaced_whole(tmp_path):
-    refrag.draw(tmp_path / "a.png", 2, (2, 1), lambda left, right: (left.plot([1, 2]), right.plot([2, 1])))
+    refrag.save_figure(tmp_path / "a.png", 2, (2, 1), lambda left, right: (left.plot([1, 2]), right.plot([2, 1])))
     before = tree(tmp_path)
     assert before["a.png"].startswith(b"\x89PNG")
     with pytest.raises(ZeroDivisionError):
-        refrag.draw(tmp_path / "a.png", 1, (2, 1), lambda axes: 1 / 0)
+        refrag.save_figure(tmp_path / "a.png", 1, (2, 1), lambda axes: 1 / 0)
     assert tree(tmp_path) == before
 
 
