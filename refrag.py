@@ -193,7 +193,8 @@ class Options:
             flag, value = f"--{f.name}", getattr(self, f.name)
             require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['help']}")
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
-            for item in value if isinstance(value, tuple) else () if value is None else (value,):
+            single = () if value is None or value == f.default == "" else (value,)
+            for item in value if isinstance(value, tuple) else single:
                 check_value(flag, item, f.metadata)
         self.check()
 
@@ -1911,12 +1912,6 @@ def tune_faiss(index: faiss.Index) -> None:
         index.nprobe = 64
 
 
-def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Save an index through a Python file: FAISS itself only prints a warning if the disk is full at the last bytes."""
-    with path.open("wb") as handle:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
-
-
 def read_faiss(path: Path) -> faiss.Index:
     """A saved index, tuned. By a callback, since FAISS accepts only UTF-8 file names."""
     with path.open("rb") as handle:
@@ -1949,7 +1944,6 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
             ranks.setdefault(score, rank)
         for row, score in ranking.items():
             fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
-
     return sorted(fused.items(), key=lambda item: (
         -item[1], *(-ranking.get(item[0], -math.inf) for ranking in rankings), item[0]))
 
@@ -2195,18 +2189,6 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
-def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
-    """The pieces of each record, so that title and piece fit `limit` tokens. See `split_spans`."""
-    special = tokenizer.num_special_tokens_to_add()
-    titles = tokenize(tokenizer, [r.title or "." for r in records])
-    texts = tokenize(tokenizer, [r.text for r in records])
-    spans = []
-    for record, title, text in zip(records, titles, texts, strict=True):
-        room = max(limit - special - (len(title.ids) + 1 if record.title else 0), limit // 2)
-        spans.append(split_spans(record.text, text.ends.tolist(), room, min(overlap, room // 2)))
-    return spans
-
-
 class CorpusWriter:
     """Writes the text columns of a segment and remembers where each new document came from."""
 
@@ -2261,7 +2243,12 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
         writer = CorpusWriter(columns)
         records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
         while block := list(itertools.islice(records, EMBED_BLOCK)):
-            for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
+            titles = tokenize(tokenizer, [record.title or "." for record in block])
+            texts = tokenize(tokenizer, [record.text for record in block])
+            for record, title, text in zip(block, titles, texts, strict=True):
+                used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
+                room = max(limit - used, limit // 2)  # for a piece of the text beside the title
+                spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
@@ -2309,33 +2296,28 @@ class Blocks:
         if count := len(list(self.folder.glob("*.npz"))):
             notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
 
-    def columns(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """What an index stores of passages, and the number of chunks of each as "lengths".
-
-        vectors (N, dim) float32, of L chunks in all chunk_ends (L,) uint32, chunk_sizes (L,) uint16, gate (L, dim) int8
-        with gate_scales (L, 1) float32, and chunks (L, E) float16; those that no model makes are left out.
-        """
-        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
-        ends, sizes, embeddings, states = (
-            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
-        columns = {"lengths": np.asarray([len(table.ends) for table in tables]),
-                   "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
-        if embeddings is not None:
-            columns["vectors"] = vectors
-            columns["gate"], columns["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
-        if states is not None:
-            columns["chunks"] = states.astype(np.float16)
-        return columns
-
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of some passages: read, or computed and kept if they are missing or damaged."""
+        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+
+        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        """
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
             key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
         path = self.folder / f"{key.hexdigest()}.npz"
         with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
             return dict(file)
-        block = self.columns(contents)
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            block["vectors"] = vectors
+            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            block["chunks"] = states.astype(np.float16)
         if self.kept:
             data = io.BytesIO()
             np.savez(data, **block)
@@ -2361,8 +2343,8 @@ class Blocks:
         group.wait_for_everyone()
 
 
-def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
-                 taken: Sequence[Run]) -> None:
+def write_columns(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
+                  taken: Sequence[Run]) -> None:
     """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
     with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
         for block in blocks:
@@ -2386,7 +2368,8 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         index = new_faiss(built, vectors)
         for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
             index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
-        write_faiss(index, folder / "faiss.index")
+        with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing does not notice a disk that gets full
+            faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
         titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
@@ -2455,7 +2438,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         blocks = Blocks(path, chunking, embedder, build, runtime)
         if blocks.kept and os.environ.get("WORLD_SIZE", "1") != "1":
             blocks.make_together(folder, counts["added"])
-        embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
+        write_columns(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
         built = build_retrievers(folder, uses, faiss_type)
     columns = map_columns(new)
     segments = [*(old["segments"][at] for at in kept), {
