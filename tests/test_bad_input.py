@@ -259,11 +259,6 @@ def test_a_foreign_folder_is_refused(refused, command, write, tmp_path, name, fi
     assert (tmp_path / "out").read_text() == "precious"
 
 
-def test_a_bench_needs_a_folder(refused, command, write):
-    argv = command("bench", "--out_dir", write("file", "mine"), "--dec", NOWHERE)
-    assert "is a file: name a folder" in refused(2, *argv)
-
-
 @pytest.mark.parametrize("name", ["index", "cpt_recon"])
 def test_an_empty_folder_and_what_systems_leave_in_one_are_accepted(done, command, line, tmp_path, name):
     """A file manager's .DS_Store in an index is no reason to refuse an addition, and stays."""
@@ -317,12 +312,6 @@ def test_a_library_that_is_missing(refused, command, tmp_path, monkeypatch, libr
     monkeypatch.setitem(sys.modules, library, None)
     message = refused(3, *command("cpt_recon", "--train", "d", "--lora_r", 2))
     assert re.search(rf"library missing: .*{library}.*pip install", message) and not (tmp_path / "out").exists()
-
-
-def test_without_matplotlib_there_is_no_picture(done, command, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done(*command("cpt_recon", "--steps", 1))
-    assert not (tmp_path / "out" / "loss.png").exists()
 
 
 def test_a_decoder_with_too_few_positions(refused, command, tokenizers, tmp_path):
