@@ -450,7 +450,7 @@ GOLD = [0, 1, 5, 2]  # the text that answers each
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, corpus, llama) -> Path:
-    """An index of the six texts by their words alone."""
+    """An index of the six texts by their words only."""
     folder = tmp_path_factory.mktemp("words") / "index"
     argv = ["index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama, "--quiet"]
     assert refrag.main([str(a) for a in argv]) == 0
@@ -626,7 +626,7 @@ def open_chunks(item: refrag.Item) -> set[int]:
 
 @pytest.mark.parametrize("gate", ["learned", "blend"])
 def test_the_gate_chooses_the_text_as_in_use(lessons_on, index_dir, words, llama, gate):
-    """The chunks that `generate` opens over the same passages; by words alone where the index has no vectors."""
+    """The chunks that `generate` opens over the same passages; by words only if the index has no vectors."""
     index, same = index_dir if gate == "learned" else words, 0
     lessons = lessons_on(index=index, gate_frac=1.0, p=(0.9,), k=(16,))
     pipeline = refrag.load_pipeline(
@@ -670,7 +670,7 @@ def test_the_gate_chooses_for_a_share_of_the_questions(lessons_on):
 
 @pytest.mark.parametrize("seq_tokens", [8, 60, 100])
 def test_passages_fit_and_the_right_one_stays(lessons_on, encoder, ranked, seq_tokens):
-    """The last ones by rank go; the right one stays, whatever its rank, even if it alone is too long."""
+    """The last ones by rank are left out; the right one stays, whatever its rank, even if it alone is too long."""
     order, counts = [4, 1, 0, 5, 2, 3], []
     ranked(*order)
     lessons = lessons_on(encoder=encoder, seq_tokens=seq_tokens, p=(0.0,), topk=6)
@@ -822,7 +822,7 @@ def test_seeds_epochs_and_draws_differ():
 @pytest.mark.parametrize("cost", [0, 64, 10**6])
 def test_passes_hold_items_of_like_length(processes, cost):
     """Each process has a part in every pass, within --batch_size and one item more, and padding of no more than a pass
-    costs, but for what can not be dealt out evenly. Where a pass costs nothing there is none."""
+    costs, but for what cannot be dealt out evenly. Where a pass costs nothing there is none."""
     samples = sampler(batch_size=16, processes=processes, cost=cost)
     for step in range(30):
         passes = samples.step(step)
