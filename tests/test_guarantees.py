@@ -649,8 +649,8 @@ def test_no_pickle_is_ever_read(run, refused, read, write, llama, malice):
     model = shutil.copytree(llama, folder.parent / "model")
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(malice)
-    for flag in ("--dec", "--enc"):
-        assert f"model {model} could not be loaded" in refused(3, *argv[:-2], flag, model)
+    for flags in (["--dec", model], ["--dec", llama, "--enc", model]):
+        assert f"model {model} could not be loaded" in refused(3, *argv[:-2], *flags)
 
 
 @pytest.mark.parametrize("bare", [True, False], ids=["a pickle", "an array of objects"])

@@ -977,6 +977,12 @@ def test_adapters_move_instead_of_the_decoder(train, start, phase, letters):
         torch.testing.assert_close(merged[name], before[name] + 2 * b @ a)
 
 
+def test_the_projector_has_its_own_learning_rate(train, start):
+    """With one of almost nothing it stays where it was, up to rounding, and the rest moves."""
+    summary = train("cpt_next", "run", "--load_dir", start, "--projector_lr", "1e-30", "--lr", "1e-2")
+    assert {name[0] for name in different(tensors(start), tensors(summary["checkpoint"]))} == {"e", "d"}
+
+
 def test_only_matrices_decay(llama):
     """And every trained parameter is in one group, with its learning rate as the peak."""
     model = build("decoder:2", llama)
