@@ -682,20 +682,15 @@ class LastingStderr(io.TextIOWrapper):
         flush(super())
 
 
-def open_streams() -> None:
-    """Open standard streams that the caller closed; let stdout spell every text, and stderr outlast its reader."""
+def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """Parse, or show the help or the error and exit. Before: a stdout that spells every text, a stderr that lasts."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
+        if getattr(sys, name) is None:  # closed by the caller: files opened later must not take its number
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
         elif name == "stderr" and type(sys.stderr) is io.TextIOWrapper:
             sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
-    """Parse, or show the help or the error and exit. Also sets what libraries read from the environment at import."""
-    open_streams()
     try:
         invocation = parse(argv)
         os.getcwd()  # libraries need one at import
@@ -744,14 +739,7 @@ try:
     from torch import Tensor, nn
     from torch.distributed.checkpoint import state_dict
     from tqdm import tqdm
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        PreTrainedConfig,
-        PreTrainedModel,
-    )
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError as missing:
     if __name__ != "__main__":
@@ -891,11 +879,6 @@ def library_versions() -> dict[str, str]:
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
 
-def several_processes() -> bool:
-    """Whether a launcher started more than this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def process_group() -> Any:
     """The processes that were launched together; each with a GPU of its own, if there are GPUs."""
     from accelerate import PartialState
@@ -929,7 +912,6 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -1032,18 +1014,12 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         handle.write(dumps(line) + "\n")
 
 
-@contextlib.contextmanager
-def exclusive(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
-    lock = filelock.FileLock(path, timeout=timeout)
+def exclusive(path: Path, what: str, timeout: float = 0) -> contextlib.AbstractContextManager:
+    """Take a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
     try:
-        lock.acquire()
+        return filelock.FileLock(path, timeout=timeout).acquire()
     except filelock.Timeout:
         raise LockedError(f"{what} is being written by another process: wait for it to end") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 MANIFEST_VERSION = 1
@@ -1936,12 +1912,6 @@ def tune_faiss(index: faiss.Index) -> None:
         index.nprobe = 64
 
 
-def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Save an index through a Python file: FAISS itself only prints a warning if the disk is full at the last bytes."""
-    with path.open("wb") as handle:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
-
-
 def read_faiss(path: Path) -> faiss.Index:
     """A saved index, tuned. By a callback, since FAISS accepts only UTF-8 file names."""
     with path.open("rb") as handle:
@@ -1974,7 +1944,6 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
             ranks.setdefault(score, rank)
         for row, score in ranking.items():
             fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
-
     return sorted(fused.items(), key=lambda item: (
         -item[1], *(-ranking.get(item[0], -math.inf) for ranking in rankings), item[0]))
 
@@ -2220,18 +2189,6 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
-def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
-    """The pieces of each record, so that title and piece fit `limit` tokens. See `split_spans`."""
-    special = tokenizer.num_special_tokens_to_add()
-    titles = tokenize(tokenizer, [r.title or "." for r in records])
-    texts = tokenize(tokenizer, [r.text for r in records])
-    spans = []
-    for record, title, text in zip(records, titles, texts, strict=True):
-        room = max(limit - special - (len(title.ids) + 1 if record.title else 0), limit // 2)
-        spans.append(split_spans(record.text, text.ends.tolist(), room, min(overlap, room // 2)))
-    return spans
-
-
 class CorpusWriter:
     """Writes the text columns of a segment and remembers where each new document came from."""
 
@@ -2286,7 +2243,12 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
         writer = CorpusWriter(columns)
         records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
         while block := list(itertools.islice(records, EMBED_BLOCK)):
-            for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
+            titles = tokenize(tokenizer, [record.title or "." for record in block])
+            texts = tokenize(tokenizer, [record.text for record in block])
+            for record, title, text in zip(block, titles, texts, strict=True):
+                used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
+                room = max(limit - used, limit // 2)  # for a piece of the text beside the title
+                spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
@@ -2334,33 +2296,28 @@ class Blocks:
         if count := len(list(self.folder.glob("*.npz"))):
             notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
 
-    def columns(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """What an index stores of passages, and the number of chunks of each as "lengths".
-
-        vectors (N, dim) float32, of L chunks in all chunk_ends (L,) uint32, chunk_sizes (L,) uint16, gate (L, dim) int8
-        with gate_scales (L, 1) float32, and chunks (L, E) float16; those that no model makes are left out.
-        """
-        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
-        ends, sizes, embeddings, states = (
-            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
-        columns = {"lengths": np.asarray([len(table.ends) for table in tables]),
-                   "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
-        if embeddings is not None:
-            columns["vectors"] = vectors
-            columns["gate"], columns["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
-        if states is not None:
-            columns["chunks"] = states.astype(np.float16)
-        return columns
-
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of some passages: read, or computed and kept if they are missing or damaged."""
+        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+
+        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        """
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
             key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
         path = self.folder / f"{key.hexdigest()}.npz"
         with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
             return dict(file)
-        block = self.columns(contents)
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            block["vectors"] = vectors
+            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            block["chunks"] = states.astype(np.float16)
         if self.kept:
             data = io.BytesIO()
             np.savez(data, **block)
@@ -2386,8 +2343,8 @@ class Blocks:
         group.wait_for_everyone()
 
 
-def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
-                 taken: Sequence[Run]) -> None:
+def write_columns(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
+                  taken: Sequence[Run]) -> None:
     """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
     with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
         for block in blocks:
@@ -2411,7 +2368,8 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         index = new_faiss(built, vectors)
         for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
             index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
-        write_faiss(index, folder / "faiss.index")
+        with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing does not notice a disk that gets full
+            faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
         titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
@@ -2478,9 +2436,9 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     with new_folder(new) as folder:
         kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
         blocks = Blocks(path, chunking, embedder, build, runtime)
-        if blocks.kept and several_processes():
+        if blocks.kept and os.environ.get("WORLD_SIZE", "1") != "1":
             blocks.make_together(folder, counts["added"])
-        embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
+        write_columns(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
         built = build_retrievers(folder, uses, faiss_type)
     columns = map_columns(new)
     segments = [*(old["segments"][at] for at in kept), {
@@ -3156,7 +3114,7 @@ ENCODER_WINDOW = 512  # tokens of a passage that see each other in the encoder
 ENCODER_BATCH_TOKENS = 4096  # tokens, padding included, in one encoder pass
 
 
-class RefragConfig(PreTrainedConfig):
+class RefragConfig(transformers.PreTrainedConfig):
     """What a checkpoint needs to be loaded anywhere: which models it stands on, and how they are joined."""
 
     model_type = "refrag"
@@ -6269,7 +6227,7 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
-    if several_processes() and not process_group().is_main_process:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
         return assist_build(index, build, models, runtime)
     start = time.perf_counter()
     with index_lock(index.index_dir):
@@ -6379,14 +6337,12 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    parts = list(split_docs(text))
-    for part, label in parts:
-        tag = DOC_TAG.search(part) if label is None else None
-        if tag:
+    labels = [label for _, label in split_docs(text) if label is not None]
+    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
+    for part, label in split_docs(text):
+        if label is None and (tag := DOC_TAG.search(part)):
             raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
                             "<doc id=\"ID\">..</doc>, not one inside another")
-    labels = [label for _, label in parts if label is not None]
-    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 
@@ -6505,14 +6461,14 @@ def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def all_reduce_check() -> dict[str, Any]:
     """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
-    state = process_group()
-    rank = torch.tensor([float(state.process_index)], device=state.device)
-    if state.num_processes > 1:
-        torch.distributed.all_reduce(rank)
-    expected = state.num_processes * (state.num_processes - 1) / 2
-    if rank.item() != expected:
-        raise RefragError(f"all-reduce gave {rank.item()}, not {expected}: check the launcher and the network")
-    return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
+    from accelerate.utils import reduce
+
+    group = process_group()
+    total = reduce(torch.tensor([float(group.process_index)], device=group.device)).item()
+    expected = group.num_processes * (group.num_processes - 1) / 2
+    if total != expected:
+        raise RefragError(f"all-reduce gave {total}, not {expected}: check the launcher and the network")
+    return {"processes": group.num_processes, "sum_of_ranks": total, "ok": True}
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
