@@ -456,7 +456,7 @@ GOLD = [0, 1, 5, 2]  # the text that answers each
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, corpus, llama) -> Path:
-    """An index of the six texts by their words alone."""
+    """An index of the six texts by their words only."""
     folder = tmp_path_factory.mktemp("words") / "index"
     argv = ["index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama, "--quiet"]
     assert refrag.main([str(a) for a in argv]) == 0
@@ -632,7 +632,7 @@ def open_chunks(item: refrag.Item) -> set[int]:
 
 @pytest.mark.parametrize("gate", ["learned", "blend"])
 def test_the_gate_chooses_the_text_as_in_use(lessons_on, index_dir, words, llama, gate):
-    """The chunks that `generate` opens over the same passages; by words alone where the index has no vectors."""
+    """The chunks that `generate` opens over the same passages; by words only if the index has no vectors."""
     index, same = index_dir if gate == "learned" else words, 0
     lessons = lessons_on(index=index, gate_frac=1.0, p=(0.9,), k=(16,))
     pipeline = refrag.load_pipeline(
@@ -676,7 +676,7 @@ def test_the_gate_chooses_for_a_share_of_the_questions(lessons_on):
 
 @pytest.mark.parametrize("seq_tokens", [8, 60, 100])
 def test_passages_fit_and_the_right_one_stays(lessons_on, encoder, ranked, seq_tokens):
-    """The last ones by rank go; the right one stays, whatever its rank, even if it alone is too long."""
+    """The last ones by rank are left out; the right one stays, whatever its rank, even if it alone is too long."""
     order, counts = [4, 1, 0, 5, 2, 3], []
     ranked(*order)
     lessons = lessons_on(encoder=encoder, seq_tokens=seq_tokens, p=(0.0,), topk=6)
@@ -828,7 +828,7 @@ def test_seeds_epochs_and_draws_differ():
 @pytest.mark.parametrize("cost", [0, 64, 10**6])
 def test_passes_hold_items_of_like_length(processes, cost):
     """Each process has a part in every pass, within --batch_size and one item more, and padding of no more than a pass
-    costs, but for what can not be dealt out evenly. Where a pass costs nothing there is none."""
+    costs, but for what cannot be dealt out evenly. Where a pass costs nothing there is none."""
     samples = sampler(batch_size=16, processes=processes, cost=cost)
     for step in range(30):
         passes = samples.step(step)
@@ -981,6 +981,12 @@ def test_adapters_move_instead_of_the_decoder(train, start, phase, letters):
         a, b = (adapters[name.removeprefix("decoder.").replace(".weight", f".lora_{x}.default.weight")] for x in "AB")
         assert (a.shape[0], b.shape[1]) == (2, 2) and b.any()
         torch.testing.assert_close(merged[name], before[name] + 2 * b @ a)
+
+
+def test_the_projector_has_its_own_learning_rate(train, start):
+    """With one of almost nothing it stays where it was, up to rounding, and the rest moves."""
+    summary = train("cpt_next", "run", "--load_dir", start, "--projector_lr", "1e-30", "--lr", "1e-2")
+    assert {name[0] for name in different(tensors(start), tensors(summary["checkpoint"]))} == {"e", "d"}
 
 
 def test_only_matrices_decay(llama):
