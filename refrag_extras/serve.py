@@ -188,7 +188,7 @@ class ChatRequest(NamedTuple):
         question, system = asked_by(body.messages)
         counts = (body.max_completion_tokens, body.max_tokens, min(usual.max_new, MOST_TOKENS))
         settings = dataclasses.replace(
-            usual, system=system or None, stop=tuple(body.stop) or usual.stop,
+            usual, system=system, stop=tuple(body.stop) or usual.stop,
             max_new=next(n for n in counts if n is not None),
             **body.model_dump(include={"temperature", "top_p"}, exclude_unset=True),
             **body.refrag.model_dump(exclude_unset=True))
