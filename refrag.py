@@ -1563,8 +1563,8 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     for number, item in enumerate(questions if needs else (), start=1):
         where, answers, ids = f"{flag} {path}: question {number}", item.get("answers"), item.get("positive_ids") or []
         if "answers" in needs:
-            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-            require(strings, f"{where} has no list of answers")
+            require(isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers),
+                    f"{where} has no list of answers")
             for answer in answers:
                 check_string(answer, "an answer", where)
         require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
@@ -1573,7 +1573,7 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     return questions
 
 
-def spread(items: Sequence, limit: int | None) -> Sequence:
+def sample_evenly(items: Sequence, limit: int | None) -> Sequence:
     """At most `limit` items, evenly spread; 2 n - 1 hold those of n. Example: [1, 2, 3, 4, 5], 3 -> [1, 3, 5]"""
     if limit is None or limit >= len(items):
         return items
@@ -1586,7 +1586,7 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
     if len(found) < len(questions):
         notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
     require(bool(found), f"{source}: no question has an answer")
-    return list(spread(found, limit))
+    return list(sample_evenly(found, limit))
 
 
 # =============================================================================
@@ -1644,10 +1644,9 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
     """Short digest of a module's weights (names, shapes, 256 values of each) and some facts about their use."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 256)]
-        rounded = picked.bfloat16().float()  # the same for a model that was loaded in bfloat16
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + rounded.cpu().numpy().tobytes())
+        picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
+        picked = picked.bfloat16().float().cpu()  # the same for a model that was loaded in bfloat16
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1704,8 +1703,7 @@ class Embedder:
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
         if self.tokenizer.pad_token is None:  # any will do: the attention mask hides it
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
-        self.normalize = model.similarity_fn_name != "dot"
-        self.dim = model.get_embedding_dimension()
+        self.normalize, self.dim = model.similarity_fn_name != "dot", model.get_embedding_dimension()
         self.max_tokens = model.max_seq_length or 512
         self.prompt = (model.prompts or {}).get("document") or ""
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
@@ -1847,8 +1845,7 @@ class Bm25:
         self.lengths = [map_array(folder / "lengths.npy") for folder in folders]
         self.starts = list(itertools.accumulate(map(len, self.lengths), initial=0))
         self.means = [float(lengths.mean()) if len(lengths) else 0.0 for lengths in self.lengths]
-        total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
-        self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
+        self.mean = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths) / max(self.starts[-1], 1)
 
     def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """(the rows that hold a term, its stored weight in each) of each segment."""
@@ -2096,7 +2093,7 @@ class Index:
         return passage_content(self.titles[row], self.texts[row])
 
     def idf(self, term: str) -> float:
-        """Inverse document frequency of a stemmed term. Only where there is BM25."""
+        """The idf of a stemmed term for gates, which were trained with it: smoother than BM25's. Needs BM25."""
         return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
 
     def document_id(self, row: int) -> str:
@@ -2492,9 +2489,8 @@ class Passage:
     metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
-        names = ("id", "title", "text", "score", "scores", "rank")
-        more = {"metadata": json.loads(self.metadata)} if self.metadata else {}
-        return {name: getattr(self, name) for name in names} | more
+        fields = {name: getattr(self, name) for name in ("id", "title", "text", "score", "scores", "rank")}
+        return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
 class Searcher:
@@ -2512,12 +2508,12 @@ class Searcher:
 
         BM25 comes first: it settles equal sums of ranks better than the embedder.
         """
-        dense, sparse = {}, {}
+        found = {}
         if "dense" in self.uses:
-            dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
+            found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            sparse["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
-        return sparse | dense
+            found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
+        return found
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
@@ -4470,7 +4466,7 @@ class TextLessons:
         if short:
             notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
         self.held_out_cache, held_out = self.load(texts.eval_json) if texts.eval_json else (None, [])
-        self.held_out = spread(held_out, train.eval_limit)
+        self.held_out = sample_evenly(held_out, train.eval_limit)
 
     def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
         """The texts of some files and their windows. Raises UserError if every text is too short."""
