@@ -1909,7 +1909,7 @@ def faiss_kind(requested: str, total: int) -> str:
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
     """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
     N, dim = vectors.shape
-    lists = int(4 * math.sqrt(N))
+    lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
     # np: no polysemous codes, which would be trained for 80 seconds and never used
     kinds = {"flat": "Flat", "hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
@@ -2239,8 +2239,9 @@ class CorpusWriter:
     def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
         """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
         documents, rows = set(), [set() for _ in index.segments]
-        for row, identifier in enumerate(index.ids):
-            document = index.document_id(row)
+        parts = itertools.chain.from_iterable(segment["parts"].tolist() for segment in index.segments)
+        for row, (identifier, part) in enumerate(zip(index.ids, parts, strict=True)):
+            document = identifier.rpartition("#")[0] if part else identifier
             if document in self.documents:
                 documents.add(document)
                 number, inside = index.ids.place(row)
