@@ -89,7 +89,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,21 +166,6 @@ def like(cls: type, name: str, **changes: Any) -> Any:
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
-def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UserError unless a value is what its option takes."""
-    choices, limits = rule["choices"], rule["limits"]
-    require(value != "", f"{flag} is empty: give a value or leave it out")
-    require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
-    require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
-    require(not rule["fresh"] or not os.path.exists(value) or (os.path.isdir(value) and not os.listdir(value)),
-            f"{flag} {value} is there already: name a new folder")
-    valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
-    if limits.keys() == {"low", "high"}:
-        valid = "lie between {low} and {high}".format(**limits)
-    require(not limits or (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())),
-            f"{flag} must {valid}, got {value}")
-
-
 @typing.dataclass_transform(frozen_default=True)
 class Options:
     """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
@@ -190,12 +175,21 @@ class Options:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            flag, value = f"--{f.name}", getattr(self, f.name)
-            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['help']}")
+            flag, value, rule = f"--{f.name}", getattr(self, f.name), f.metadata
+            choices, limits = rule["choices"], rule["limits"]
+            require(not rule["needed"] or bool(value), f"{flag} is missing: {rule['help']}")
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
-            single = () if value is None or value == f.default == "" else (value,)
-            for item in value if isinstance(value, tuple) else single:
-                check_value(flag, item, f.metadata)
+            valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+            if limits.keys() == {"low", "high"}:
+                valid = "lie between {low} and {high}".format(**limits)
+            for v in value if isinstance(value, tuple) else () if value is None else (value,):
+                require(v != "" or f.default == "", f"{flag} is empty: give a value or leave it out")
+                require(not choices or v in choices, f"{flag} must be one of {', '.join(choices)}, got {v!r}")
+                require(not rule["exists"] or os.path.isfile(v), f"{flag} {v}: no such file")
+                require(not rule["fresh"] or not os.path.exists(v) or (os.path.isdir(v) and not os.listdir(v)),
+                        f"{flag} {v} is there already: name a new folder")
+                fits = not limits or (v < math.inf and all(LIMITS[key][0](v, limit) for key, limit in limits.items()))
+                require(fits, f"{flag} must {valid}, got {v}")
         self.check()
 
     def check(self) -> None:
@@ -206,8 +200,7 @@ class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
     dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
-    engine: str = opt("auto", "CPU decoding: the model as it is, 8 or 4 bits; auto: 4 bits if lossless, else 8",
-                      choices="auto model int8 int4")
+    engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -225,7 +218,6 @@ class CorpusConfig(Options):
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
     def check(self) -> None:
-        require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
                 f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
@@ -247,8 +239,8 @@ class ModelConfig(Options):
     dec: str | None = opt(None, "decoder: name, hub id or folder; default checkpoint's or SmolLM2-135M-Instruct")
     enc: str | None = opt(None, "encoder: name, folder, decoder:N (first N layers); default checkpoint's or decoder:8")
     pooling: str | None = opt(None, "how a chunk's states become one; default checkpoint's or mean", choices="mean cls")
-    projector: str | None = opt(None, "residual_mlp adds the mean of the chunk's token embeddings, mlp does not; "
-                                "default checkpoint's or residual_mlp", choices="residual_mlp mlp")
+    projector: str | None = opt(None, "default checkpoint's or residual_mlp, which adds the mean of token embeddings",
+                                choices="residual_mlp mlp")
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
@@ -272,8 +264,7 @@ class FormatConfig(Options):
 
 
 class PackConfig(Options):
-    mode: str = opt("refrag", "context as vectors and text, as text, left out, or as text cut to as many positions",
-                    choices="refrag full none truncate")
+    mode: str = opt("refrag", "vectors and text, all text, nothing, or cut text", choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
     floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
@@ -379,8 +370,7 @@ EVAL_MODES = {  # what --modes may name
     "retrieval": ("bm25", "dense", "hybrid"),
     "gate": ("learned", "policy", "blend", "cosine", "ppl", "random"),
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
-    "recon": (),
-}
+    "recon": ()}
 EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes names them
 TEXT_TASKS = ("ppl", "recon")
 
@@ -562,14 +552,13 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {one_line(error)}") from None
     known = {name: config_fields(command.configs).keys() for name, command in COMMANDS.items()}
     tables = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, options in (("", table), *tables.items()):
-        for key, value in options.items():
-            option, valid = key.replace("-", "_"), known[name] if name else set().union(*known.values())
-            require(option in valid, f"--config {path}: unknown option {key!r}{name and f' in [{name}]'}")
-            if name in ("", command) and option in known[command]:
-                settings[option] = value
-    return settings
+        values = {key.replace("-", "_"): value for key, value in options.items()}
+        unknown = sorted(values.keys() - (known[name] if name else set().union(*known.values())))
+        require(not unknown, f"--config {path}: unknown option {str(unknown)[1:-1]}{name and f' in [{name}]'}")
+        settings |= values if name in ("", command) else {}
+    return {key: value for key, value in settings.items() if key in known[command]}
 
 
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -771,11 +760,8 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
-    """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
-
-    done: what an earlier run did already. In a log, where nothing is erased, the bar is drawn rarely.
-    """
-    pace = 0.1 if sys.stderr.isatty() else 30.0
+    """A bar on stderr around items, or alone, once the work has taken a second. done: by an earlier run."""
+    pace = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a log, where nothing is erased, the bar is drawn rarely
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
                 leave=False, dynamic_ncols=True, file=sys.stderr)
 
@@ -898,14 +884,14 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
     By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # of mallopt in glibc's malloc.h
-    if device.type == "cpu":
-        glibc("mallopt", m_mmap_max, 0)
-        glibc("mallopt", m_trim_threshold, -1)  # never
+    m_trim_threshold, m_mmap_max, on_cpu = -1, -4, device.type == "cpu"  # of mallopt in glibc's malloc.h
     try:
+        if on_cpu:
+            glibc("mallopt", m_mmap_max, 0)
+            glibc("mallopt", m_trim_threshold, -1)  # never
         yield
     finally:
-        if device.type == "cpu":
+        if on_cpu:
             glibc("mallopt", m_mmap_max, 1 << 16)  # the default
             glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
             glibc("malloc_trim", 0)
@@ -1039,10 +1025,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = MANIFEST_FORMAT,
                    known: dict[str, dict[str, Any]] | None = None) -> None:
-    """Write a manifest that lists every file of `folder` with its size and sha256, by its path from the manifest's.
-
-    known: entries of further files.
-    """
+    """Write a manifest of the size and sha256 of every file in `folder`. known: entries of further files."""
     entries = {file.relative_to(path.parent).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
                for file in folder.rglob("*") if file.is_file()}
     manifest = {"format": form, "version": MANIFEST_VERSION, **facts, "files": (known or {}) | entries}
@@ -1067,10 +1050,7 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
 
 def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
                  read_all: bool = False) -> None:
-    """Check the size of every listed file, and with read_all, or where there is little to read, its digest.
-
-    Raises CorruptError that names the first bad one.
-    """
+    """Raise CorruptError for a file of another size, and with read_all, or if all are small, of another digest."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -6297,9 +6277,8 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
               "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
-         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {MAX_COST} or less")
+    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
+    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
 
 
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -6362,10 +6341,9 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
 
 
 def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that have no line in `out` yet; a question asked twice needs two lines.
+    """The questions without a line in `out`; one asked twice needs two lines. An id that is taken gets -2, -3, ..
 
-    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
-    has already gets -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes.
     """
     lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
