@@ -181,41 +181,29 @@ class EmbeddingsForm(Form):
     dimensions: int = None
 
 
-class Wish(NamedTuple):
-    """The settings of a request; those with the same may share a batch."""
-
-    search: refrag.SearchConfig
-    pack: refrag.PackConfig
-    generate: refrag.GenerateConfig
-    seed: int = 0
-    system: str = ""
-
-
 class ChatRequest(NamedTuple):
-    """A request for an answer, understood."""
+    """A request for an answer, understood. Those with the same settings and seed may share a batch."""
 
     question: str
-    wish: Wish
+    settings: refrag.Settings
+    seed: int = 0
     stream: bool = False
     usage: bool = False  # whether a stream ends with the counts of tokens
 
     @classmethod
     def read(cls, data: bytes, pipeline: refrag.Pipeline) -> ChatRequest:
         """Raises Refused and what `refusal` makes one of."""
-        body = ChatForm.model_validate_json(data)
+        body, usual = ChatForm.model_validate_json(data), pipeline.settings
         check_served(body.model, ["refrag"])
         question, system = asked_by(body.messages)
-        usual = pipeline.settings
-        counts = (body.max_completion_tokens, body.max_tokens, min(usual.generate.max_new, MOST_TOKENS))
-        how = body.model_dump(include={"temperature", "top_p"}, exclude_unset=True)
-        how |= {"stop": tuple(body.stop)} if body.stop else {}
-        generate = dataclasses.replace(usual.generate, **how, max_new=next(n for n in counts if n is not None))
-        own = body.refrag.model_dump(exclude_unset=True)
-        search = dataclasses.replace(usual.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
-        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.seed  # JavaScript keeps 53 bits
-        wish = Wish(search, dataclasses.replace(usual.pack, **own), generate,
-                    seed if body.seed is None else body.seed % 2**63, system)
-        return cls(question, wish, body.stream, body.stream_options.include_usage)
+        counts = (body.max_completion_tokens, body.max_tokens, min(usual.max_new, MOST_TOKENS))
+        settings = dataclasses.replace(
+            usual, system=system, stop=tuple(body.stop) or usual.stop, max_new=next(n for n in counts if n is not None),
+            **body.model_dump(include={"temperature", "top_p"}, exclude_unset=True),
+            **body.refrag.model_dump(exclude_unset=True))
+        seed = secrets.randbelow(2**53) if settings.temperature else pipeline.seed  # JavaScript keeps 53 bits
+        return cls(question, settings, seed if body.seed is None else body.seed % 2**63, body.stream,
+                   body.stream_options.include_usage)
 
 
 def asked_by(messages: Sequence[Any]) -> tuple[str, str]:
@@ -299,8 +287,8 @@ class Engine:
             if not self.ready:
                 return []
             first = self.jobs.popleft()
-            room = self.together - 1 if first.asked.wish.generate.temperature == 0 else 0
-            others = [job for job in self.jobs if job.asked.wish == first.asked.wish][:room]
+            room = self.together - 1 if first.asked.settings.temperature == 0 else 0
+            others = [job for job in self.jobs if job.asked[1:3] == first.asked[1:3]][:room]  # settings and seed
             for job in others:
                 self.jobs.remove(job)
         return [first, *others]
@@ -329,7 +317,7 @@ class Engine:
         try:
             with self.models:
                 writers = [functools.partial(self.spread_text, job) for job in batch]
-                settings = self.settings_for(batch[0].asked.wish)
+                settings = self.settings_for(batch[0].asked)
                 results = self.pipeline.answer_batch([job.item for job in batch], settings, writers)
         except Exception as error:
             return refusal(error)
@@ -348,13 +336,13 @@ class Engine:
             job.tell("text", text)
         return job.cancelled or job.late
 
-    def settings_for(self, wish: Wish) -> refrag.Settings:
+    def settings_for(self, asked: ChatRequest) -> refrag.Settings:
         """A request's settings. Raises RefragError."""
-        if wish.pack.mode != "none" and self.pipeline.searcher is None:
+        if asked.settings.mode != "none" and self.pipeline.searcher is None:
             raise Refused(400, "this server was started without an index: only the mode none is left", "invalid_value",
                           "refrag.mode")
-        return self.pipeline.settings_for(search=wish.search, pack=wish.pack, generate=wish.generate,
-                                          sampler=torch.Generator().manual_seed(wish.seed), system=wish.system)
+        sampler = torch.Generator().manual_seed(asked.seed)
+        return self.pipeline.settings_for(**vars(asked.settings) | {"sampler": sampler})
 
     def count(self, result: dict[str, Any]) -> None:
         """Add an answer to /metrics."""
@@ -542,7 +530,7 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
         asked = ChatRequest.read(await read_body(request, self.serve.timeout), self.engine.pipeline)
-        self.engine.settings_for(asked.wish)  # wrong settings are refused before they wait
+        self.engine.settings_for(asked)  # wrong settings are refused before they wait
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
         job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
         self.engine.submit(job)

@@ -44,8 +44,8 @@ CORPORA = [
     ("c.txt.gz", gzip.compress(b"good\n" * 500)[:-9], "not a complete gzip file"),
 ]
 TRAINING = [
-    (b"", "no text to train on"), (b"\n \r\n\t\n\n", "no text to train on"), ([{"text": ""}], "no text to train on"),
-    ([{"tokens": []}], "no text to train on"), (b'{"text": "good"}\n\n{"text": \n', "PATH:3: malformed JSON"),
+    (b"", "no text to train on"), (b"\n \r\n\t\n\n", "no text to train on"), ([{"tokens": []}], "no text to train on"),
+    ([{"text": ""}], "no text to train on"), (b'{"text": "good"}\n\n{"text": \n', "PATH:3: malformed JSON"),
     (b'{"text": "good"}\n' + b"[" * 100_000, "PATH:2: malformed JSON"),
     (b'{"text": "good"}\n["text"]\n', "PATH:2: expected a JSON object, got list"),
     ([{"title": "x"}], "PATH:1: text must be a string, got NoneType"),
@@ -141,7 +141,7 @@ def test_no_half_of_a_damaged_file_stays_in_the_cache(refused, done, line, write
     assert done(*argv)["steps"] == 1 and list((home / "tokens").glob(".*.tmp")) == []
 
 
-def test_a_cache_that_can_not_be_made(refused, line, write, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_made(refused, line, write, tmp_path, monkeypatch):
     monkeypatch.setenv("REFRAG_HOME", str(write("file", "precious")))
     assert "Not a directory" in refused(2, *line("cpt_recon", tmp_path / "out"))
 
@@ -159,9 +159,7 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("index", "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder"),
     ("add", "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder"),
     ("search", "--question q --topk 0", "--topk must be 1 or more, got 0"),
-    ("search", "--question= ", "question is empty"),
     ("search", "--question=", "question is empty"), ("search", "", "name one of --question and --questions"),
-    ("search", "--question q --hops 9", "--hops must lie between 1 and 8"),
     ("search", "--question q --index_dir nowhere", "no such folder"),
     ("search", "--question q --index_dir TMP", "no index in this folder"),
     ("doctor", "--index_dir nowhere", "no such folder"), ("doctor", "--index_dir TMP", "no index in this folder"),
@@ -169,36 +167,30 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("align", "--text=a\udcffb", "--text"),
     ("align", "--text a --load_dir nowhere", "--load_dir nowhere: "),
     *((phase, "--out_dir=", "--out_dir") for phase in ("cpt_recon", "sft", "eval")),
-    ("cpt_recon", "--k 0", "--k must lie between 1 and 64"), ("cpt_recon", "--k 4 65", "--k must lie between 1 and 64"),
-    ("cpt_recon", "--k x", "--k"), ("cpt_recon", "--k 64 --seq_tokens 32", "--k 64 is larger than --seq_tokens 32"),
+    ("cpt_recon", "--k 4 65", "--k must lie between 1 and 64"), ("cpt_recon", "--k x", "--k"),
     ("cpt_recon", "--k 64 --seq_tokens 64", "every text is shorter than 64 tokens, which --k 64 needs"),
     ("cpt_next", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
     ("cpt_align", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
-    *(("cpt_recon", f"--lr {lr}", "--lr must be more than 0") for lr in (0, -1, "nan", "inf", "1e39")),
-    ("cpt_recon", "--train xyz", "--train must be letters of ped (projector, encoder, decoder), got 'xyz'"),
-    ("cpt_recon", "--train=", "--train must be letters of ped"), ("cpt_recon", "--curriculum odd", "--curriculum"),
+    *(("cpt_recon", f"--lr {lr}", "--lr must be more than 0") for lr in ("inf", "1e39")),
+    ("cpt_recon", "--train xyz", "--train must be letters of ped, got 'xyz'"),
     ("cpt_recon", "--lora_r 4", "--lora_r needs the decoder in --train, got pe"),
     ("cpt_next", "--lora_r 4 --train p", "--lora_r needs the decoder in --train, got p"),
-    ("cpt_next", "--expand_frac 1.5", "--expand_frac must lie between 0 and 1, got 1.5"),
-    ("cpt_recon", "--enc decoder:99", "--enc decoder:99: the decoder has 3 layers"),
-    ("cpt_recon", "--enc decoder:x", "--enc decoder:x: write decoder:N"),
+    *(("cpt_recon", f"--enc decoder:{n}", f"--enc decoder:{n}: the decoder has 3 layers") for n in (0, 4)),
+    *(("cpt_recon", f"--enc {enc}", f"--enc {enc}: write decoder:N") for enc in ("decoder:x", "decoder:-1", "decoder")),
     ("cpt_recon", "--pooling cls", "--pooling cls needs a separate encoder"),
     *((command, f"{flag} {path}", f"{flag} {path}: no such file")
       for path in ("nowhere.jsonl", "/") for command, flag in (
           ("cpt_recon", "--train_json"), ("cpt_recon", "--eval_json"), ("sft", "--rag_json"), ("sft", "--eval_json"))),
-    ("sft", "--p 0 nan", "--p must lie between 0 and 1"), ("sft", "--topk 0", "--topk must be 1 or more, got 0"),
+    ("sft", "--p 0 nan", "--p must lie between 0 and 1"),
     ("sft", "--index_dir nowhere", "--index_dir"), ("sft", "--index_dir TMP", "no index in this folder"),
-    ("train_gate", "--p 0", "--p must"), ("train_gate", "--k 65", "--k must lie"),
-    ("train_gate", "--k 6", "chunks of 4 tokens do not make chunks of 6"),
-    ("train_gate", "--rag_json nowhere.jsonl", "no such file"), ("train_gate", "--epochs 0", "--epochs"),
-    ("train_policy", "--group 1", "--group"), ("train_policy", "--steps 0", "--steps"),
+    ("train_gate", "--p 0", "--p must"), ("train_gate", "--k 6", "chunks of 4 tokens do not make chunks of 6"),
+    ("train_gate", "--rag_json nowhere.jsonl", "no such file"), ("train_policy", "--group 1", "--group"),
     ("eval", "--task retrieval --modes bm25 --retriever bm25", "use --modes"),
     ("eval", "--qa nowhere.jsonl", "no such file"),
     ("eval", "--modes cosine_gate --retriever bm25", "cosine_gate needs an embedder"),
     ("eval", "--index_dir nowhere", "no such folder"),
     ("bench", "--contexts 512,0", "--contexts must be 1 or more"), ("bench", "--contexts many", "--contexts"),
-    ("bench", "--modes magic", "magic"),
-    ("bench", "--k 0", "--k must lie between 1 and 64"), ("bench", "--question= ", "the question is empty"),
+    ("bench", "--modes magic", "magic"), ("bench", "--question= ", "the question is empty"),
     ("bench", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
     ("generate", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
 ]
@@ -267,11 +259,6 @@ def test_a_foreign_folder_is_refused(refused, command, write, tmp_path, name, fi
     assert (tmp_path / "out").read_text() == "precious"
 
 
-def test_a_bench_needs_a_folder(refused, command, write):
-    argv = command("bench", "--out_dir", write("file", "mine"), "--dec", NOWHERE)
-    assert "is a file: name a folder" in refused(2, *argv)
-
-
 @pytest.mark.parametrize("name", ["index", "cpt_recon"])
 def test_an_empty_folder_and_what_systems_leave_in_one_are_accepted(done, command, line, tmp_path, name):
     """A file manager's .DS_Store in an index is no reason to refuse an addition, and stays."""
@@ -327,12 +314,6 @@ def test_a_library_that_is_missing(refused, command, tmp_path, monkeypatch, libr
     assert re.search(rf"library missing: .*{library}.*pip install", message) and not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_there_is_no_picture(done, command, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done(*command("cpt_recon", "--steps", 1))
-    assert not (tmp_path / "out" / "loss.png").exists()
-
-
 def test_a_decoder_with_too_few_positions(refused, command, tokenizers, tmp_path):
     config = transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=4, n_positions=32)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
@@ -341,7 +322,7 @@ def test_a_decoder_with_too_few_positions(refused, command, tokenizers, tmp_path
     assert "the decoder's window is 32: lower --seq_tokens" in refused(2, *argv)
 
 
-def test_a_tokenizer_without_an_end_token_can_not_learn_to_stop(refused, command, llama, tmp_path):
+def test_a_tokenizer_without_an_end_token_cannot_learn_to_stop(refused, command, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "endless")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None

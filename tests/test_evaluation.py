@@ -285,7 +285,7 @@ class TestControls:
         asked = []
         generate = task.pipeline.generate
         monkeypatch.setattr(task.pipeline, "generate", lambda readings, settings: (
-            asked.append((settings.pack.mode, settings.pack.p)), generate(readings, settings))[1])
+            asked.append((settings.mode, settings.p)), generate(readings, settings))[1])
         setups = {}
         for name, p in [("full", 1.0), ("refrag", 1.0), ("refrag", 0.0), ("random_gate", 0.0), ("none", 0.0)]:
             setups.setdefault(evaluate.setup_of(name, p, "random"), []).append((name, p))
