@@ -141,7 +141,7 @@ def test_no_half_of_a_damaged_file_stays_in_the_cache(refused, done, line, write
     assert done(*argv)["steps"] == 1 and list((home / "tokens").glob(".*.tmp")) == []
 
 
-def test_a_cache_that_can_not_be_made(refused, line, write, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_made(refused, line, write, tmp_path, monkeypatch):
     monkeypatch.setenv("REFRAG_HOME", str(write("file", "precious")))
     assert "Not a directory" in refused(2, *line("cpt_recon", tmp_path / "out"))
 
@@ -322,7 +322,7 @@ def test_a_decoder_with_too_few_positions(refused, command, tokenizers, tmp_path
     assert "the decoder's window is 32: lower --seq_tokens" in refused(2, *argv)
 
 
-def test_a_tokenizer_without_an_end_token_can_not_learn_to_stop(refused, command, llama, tmp_path):
+def test_a_tokenizer_without_an_end_token_cannot_learn_to_stop(refused, command, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "endless")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None

@@ -770,9 +770,10 @@ def test_the_shipped_checkpoint_is_used_unless_told_otherwise(run, shipped, llam
     models = ["--dec", llama, "--enc", bert] if named else []
     for argv, used in (([], True), (["--load_dir", "auto"], True), (["--load_dir", "none"], False)):
         code, out, err = run(*ASKED, *(models or ["--dec", llama, "--enc", bert] if not used else models), *argv)
-        made = json.loads(out)["settings"]
+        made, metrics, chunks = (json.loads(out)[key] for key in ("settings", "metrics", "chunks"))
         assert (code, made["projector_trained"], made["enc"]) == (0, used, str(bert)), err
-        assert "shipped" not in err
+        assert made["compressed"] == ("feed" if used else "drop") and "shipped" not in err
+        assert metrics["full_positions"] - metrics["positions"] == metrics["context_tokens"] - used * len(chunks)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--enc", "decoder:2"), ("--projector", "mlp")])

@@ -127,7 +127,7 @@ def test_learning_rate_by_hand():
 
 def caches(home: Path) -> list[str]:
     """Names of the token caches."""
-    return sorted(path.name for path in (home / "tokens").iterdir() if path.is_dir())
+    return sorted(path.name for path in (home / "tokens").glob("*.safetensors"))
 
 
 def cached_ids(cache: refrag.TokenCache, text: int = 0) -> list[int]:
@@ -165,14 +165,20 @@ def test_tokens_of_a_file_are_taken_as_they_are(tmp_path, whole):
 
 
 def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole):
+    """A damaged file is made again."""
     paths = [str(write(tmp_path / f"{n}.jsonl", [{"text": text}])) for n, text in enumerate(TEXTS[:2])]
     first = refrag.cache_tokens(paths, whole.tokenizer)
-    times = {path: path.stat().st_mtime_ns for path in home.rglob("*.npy")}
-    again = refrag.cache_tokens(paths, whole.tokenizer)
-    assert {path: path.stat().st_mtime_ns for path in home.rglob("*.npy")} == times
-    for name in ("tokens", "cuts", "texts"):
-        array = getattr(again, name)
-        assert isinstance(array.base, np.memmap) and np.array_equal(array, getattr(first, name))
+    [made] = (home / "tokens").glob("*.safetensors")
+    for damaged in (False, True):
+        if damaged:
+            made.write_bytes(made.read_bytes()[:-9])
+        time = made.stat().st_mtime_ns
+        again = refrag.cache_tokens(paths, whole.tokenizer)
+        assert (made.stat().st_mtime_ns > time) == damaged
+        assert all(np.array_equal(getattr(again, name), getattr(first, name)) for name in ("tokens", "cuts", "texts"))
+    if sys.platform == "linux":
+        again = refrag.cache_tokens(paths, whole.tokenizer)
+        assert str(made) in Path("/proc/self/maps").read_text() and len(again.tokens)
 
 
 def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, whole, separate):
@@ -450,7 +456,7 @@ GOLD = [0, 1, 5, 2]  # the text that answers each
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, corpus, llama) -> Path:
-    """An index of the six texts by their words alone."""
+    """An index of the six texts by their words only."""
     folder = tmp_path_factory.mktemp("words") / "index"
     argv = ["index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama, "--quiet"]
     assert refrag.main([str(a) for a in argv]) == 0
@@ -626,7 +632,7 @@ def open_chunks(item: refrag.Item) -> set[int]:
 
 @pytest.mark.parametrize("gate", ["learned", "blend"])
 def test_the_gate_chooses_the_text_as_in_use(lessons_on, index_dir, words, llama, gate):
-    """The chunks that `generate` opens over the same passages; by words alone where the index has no vectors."""
+    """The chunks that `generate` opens over the same passages; by words only if the index has no vectors."""
     index, same = index_dir if gate == "learned" else words, 0
     lessons = lessons_on(index=index, gate_frac=1.0, p=(0.9,), k=(16,))
     pipeline = refrag.load_pipeline(
@@ -670,7 +676,7 @@ def test_the_gate_chooses_for_a_share_of_the_questions(lessons_on):
 
 @pytest.mark.parametrize("seq_tokens", [8, 60, 100])
 def test_passages_fit_and_the_right_one_stays(lessons_on, encoder, ranked, seq_tokens):
-    """The last ones by rank go; the right one stays, whatever its rank, even if it alone is too long."""
+    """The last ones by rank are left out; the right one stays, whatever its rank, even if it alone is too long."""
     order, counts = [4, 1, 0, 5, 2, 3], []
     ranked(*order)
     lessons = lessons_on(encoder=encoder, seq_tokens=seq_tokens, p=(0.0,), topk=6)
@@ -737,7 +743,7 @@ def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_p
     assert set(exam) == {"k4/p0", "k4/p0.25", "k8/p0", "k8/p0.25"}
     for name, items in exam.items():
         assert len(items) == 4 and not any("Not in" in answer(lessons, item) for item in items)
-        assert all(item.sources and item.sources <= set(range(len(lessons.index))) for item in items)
+        assert all(item.rows and set(item.rows) <= set(range(len(lessons.index))) for item in items)
         assert not any("Quote the sentence" in full_text(lessons, item) for item in items)
         assert all(np.array_equal(a.sequence.plan, b.sequence.plan) for a, b in zip(items, again[name], strict=True))
 
@@ -822,7 +828,7 @@ def test_seeds_epochs_and_draws_differ():
 @pytest.mark.parametrize("cost", [0, 64, 10**6])
 def test_passes_hold_items_of_like_length(processes, cost):
     """Each process has a part in every pass, within --batch_size and one item more, and padding of no more than a pass
-    costs, but for what can not be dealt out evenly. Where a pass costs nothing there is none."""
+    costs, but for what cannot be dealt out evenly. Where a pass costs nothing there is none."""
     samples = sampler(batch_size=16, processes=processes, cost=cost)
     for step in range(30):
         passes = samples.step(step)
@@ -975,6 +981,12 @@ def test_adapters_move_instead_of_the_decoder(train, start, phase, letters):
         a, b = (adapters[name.removeprefix("decoder.").replace(".weight", f".lora_{x}.default.weight")] for x in "AB")
         assert (a.shape[0], b.shape[1]) == (2, 2) and b.any()
         torch.testing.assert_close(merged[name], before[name] + 2 * b @ a)
+
+
+def test_the_projector_has_its_own_learning_rate(train, start):
+    """With one of almost nothing it stays where it was, up to rounding, and the rest moves."""
+    summary = train("cpt_next", "run", "--load_dir", start, "--projector_lr", "1e-30", "--lr", "1e-2")
+    assert {name[0] for name in different(tensors(start), tensors(summary["checkpoint"]))} == {"e", "d"}
 
 
 def test_only_matrices_decay(llama):
