@@ -1730,8 +1730,7 @@ UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\
 # Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
 # 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-SHORT = (r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)"
-         r"|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)")
+SHORT = (r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)")
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
 WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|{SHORT}|[\w--{UNSPACED}]+{ENDING}")
 ASCII_WORD = re.compile(rf"{SHORT}|\w+{ENDING}", re.ASCII)  # finds the same in ASCII text, twice as fast
@@ -2035,8 +2034,7 @@ class Index:
         verify_files(path, manifest["files"], read_all=read_all)
         folders = [path / segment["folder"] for segment in manifest["segments"]]
         self.segments = [map_columns(folder) for folder in folders]
-        self.ids, self.titles, self.texts, self.metadata = (
-            StringColumn(self.segments, name) for name in STRING_COLUMNS)
+        self.ids, self.titles, self.texts, self.metadata = (StringColumn(self.segments, n) for n in STRING_COLUMNS)
         self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
         self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
@@ -2205,7 +2203,7 @@ class CorpusWriter:
         return documents, rows
 
 
-def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
+def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: float, previous: Index | None,
            counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
     """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
 
@@ -2249,8 +2247,8 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     if embedder is not None:
         vectors, token_states, token_ends = embedder.embed_with_states(contents, batch_size)
         embeddings = map(late_chunk_vectors, token_states, token_ends, [cut.ends for cut in cuts], vectors)
-    return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
-                     for cut, *item in zip(cuts, embeddings, states, strict=True)]
+    rows = zip(cuts, embeddings, states, strict=True)
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *own) for cut, *own in rows]
 
 
 class Blocks:
@@ -2406,8 +2404,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         check_embedder(old, embedder)
     # What is added to a flat index stays exact; else its type goes by its own number.
     faiss_type = build.faiss if previous is None else "flat" if old["faiss"] == "flat" else "auto"
-    cutter = ((embedder.tokenizer, embedder.room) if embedder else
-              (chunking.tokenizer.encoder, corpus.max_passage_tokens))
+    cutter = (embedder.tokenizer, embedder.room) if embedder else (chunking.tokenizer.encoder, math.inf)
     new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
     with new_folder(new) as folder:
         kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
