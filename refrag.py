@@ -3814,7 +3814,7 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
 
 
 def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> IndexBuild:
-    """Raises UserError, MismatchError, MissingError."""
+    """A build with what the options name, or what the index to add to has. Raises RefragError."""
     previous = open_index(index.index_dir) if build.add else None
     built = previous.manifest if previous is not None else {}
     if previous is not None:
