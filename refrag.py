@@ -89,7 +89,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,10 +98,9 @@ from typing import Any, Literal, NamedTuple
 __version__ = "0.1.0"
 
 # =============================================================================
-# 1. Options. Errors with exit codes; every option as one dataclass field with its
-#    default, its help and its range; the table of commands. Run as a program, the
-#    command line is parsed HERE, before the heavy imports, so that --help and a
-#    mistyped flag answer at once.
+# 1. Options. Errors with exit codes; every option as one dataclass field with its default, help
+#    and range; the table of commands. Run as a program, the command line is parsed HERE, before
+#    the heavy imports, so that --help and a mistyped flag answer at once.
 # =============================================================================
 
 
@@ -166,21 +165,6 @@ def like(cls: type, name: str, **changes: Any) -> Any:
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
-def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UserError unless a value is what its option takes."""
-    choices, limits = rule["choices"], rule["limits"]
-    require(value != "", f"{flag} is empty: give a value or leave it out")
-    require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
-    require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
-    require(not rule["fresh"] or not os.path.exists(value) or (os.path.isdir(value) and not os.listdir(value)),
-            f"{flag} {value} is there already: name a new folder")
-    valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
-    if limits.keys() == {"low", "high"}:
-        valid = "lie between {low} and {high}".format(**limits)
-    require(not limits or (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())),
-            f"{flag} must {valid}, got {value}")
-
-
 @typing.dataclass_transform(frozen_default=True)
 class Options:
     """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
@@ -190,12 +174,21 @@ class Options:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            flag, value = f"--{f.name}", getattr(self, f.name)
-            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['help']}")
+            flag, value, rule = f"--{f.name}", getattr(self, f.name), f.metadata
+            choices, limits = rule["choices"], rule["limits"]
+            require(not rule["needed"] or bool(value), f"{flag} is missing: {rule['help']}")
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
-            single = () if value is None or value == f.default == "" else (value,)
-            for item in value if isinstance(value, tuple) else single:
-                check_value(flag, item, f.metadata)
+            valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+            if limits.keys() == {"low", "high"}:
+                valid = "lie between {low} and {high}".format(**limits)
+            for v in value if isinstance(value, tuple) else () if value is None else (value,):
+                require(v != "" or f.default == "", f"{flag} is empty: give a value or leave it out")
+                require(not choices or v in choices, f"{flag} must be one of {', '.join(choices)}, got {v!r}")
+                require(not rule["exists"] or os.path.isfile(v), f"{flag} {v}: no such file")
+                require(not rule["fresh"] or not os.path.exists(v) or (os.path.isdir(v) and not os.listdir(v)),
+                        f"{flag} {v} is there already: name a new folder")
+                fits = not limits or (v < math.inf and all(LIMITS[key][0](v, limit) for key, limit in limits.items()))
+                require(fits, f"{flag} must {valid}, got {v}")
         self.check()
 
     def check(self) -> None:
@@ -206,8 +199,7 @@ class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
     dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
-    engine: str = opt("auto", "CPU decoding: the model as it is, 8 or 4 bits; auto: 4 bits if lossless, else 8",
-                      choices="auto model int8 int4")
+    engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -225,7 +217,6 @@ class CorpusConfig(Options):
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
     def check(self) -> None:
-        require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
                 f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
@@ -247,8 +238,8 @@ class ModelConfig(Options):
     dec: str | None = opt(None, "decoder: name, hub id or folder; default checkpoint's or SmolLM2-135M-Instruct")
     enc: str | None = opt(None, "encoder: name, folder, decoder:N (first N layers); default checkpoint's or decoder:8")
     pooling: str | None = opt(None, "how a chunk's states become one; default checkpoint's or mean", choices="mean cls")
-    projector: str | None = opt(None, "residual_mlp adds the mean of the chunk's token embeddings, mlp does not; "
-                                "default checkpoint's or residual_mlp", choices="residual_mlp mlp")
+    projector: str | None = opt(None, "default checkpoint's or residual_mlp, which adds the mean of token embeddings",
+                                choices="residual_mlp mlp")
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
@@ -272,8 +263,7 @@ class FormatConfig(Options):
 
 
 class PackConfig(Options):
-    mode: str = opt("refrag", "context as vectors and text, as text, left out, or as text cut to as many positions",
-                    choices="refrag full none truncate")
+    mode: str = opt("refrag", "vectors and text, all text, nothing, or cut text", choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
     floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
@@ -379,8 +369,7 @@ EVAL_MODES = {  # what --modes may name
     "retrieval": ("bm25", "dense", "hybrid"),
     "gate": ("learned", "policy", "blend", "cosine", "ppl", "random"),
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
-    "recon": (),
-}
+    "recon": ()}
 EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes names them
 TEXT_TASKS = ("ppl", "recon")
 
@@ -390,9 +379,7 @@ class EvalConfig(Options):
                     choices=" ".join(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
-    modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
-        f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
-        + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
+    modes: tuple[str, ...] = opt((), f"what is compared; default all of the task but {', '.join(EVAL_ONLY_NAMED)}")
     p: tuple[float, ...] = like(SftConfig, "p", help="shares of the context that stay text at most")
     k: tuple[int, ...] = like(PackConfig, "k", default=(PackConfig.k,))
     gate: str = like(PackConfig, "gate")
@@ -562,14 +549,13 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {one_line(error)}") from None
     known = {name: config_fields(command.configs).keys() for name, command in COMMANDS.items()}
     tables = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, options in (("", table), *tables.items()):
-        for key, value in options.items():
-            option, valid = key.replace("-", "_"), known[name] if name else set().union(*known.values())
-            require(option in valid, f"--config {path}: unknown option {key!r}{name and f' in [{name}]'}")
-            if name in ("", command) and option in known[command]:
-                settings[option] = value
-    return settings
+        values = {key.replace("-", "_"): value for key, value in options.items()}
+        unknown = sorted(values.keys() - (known[name] if name else set().union(*known.values())))
+        require(not unknown, f"--config {path}: unknown option {str(unknown)[1:-1]}{name and f' in [{name}]'}")
+        settings |= values if name in ("", command) else {}
+    return {key: value for key, value in settings.items() if key in known[command]}
 
 
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -727,6 +713,7 @@ try:
     import bm25s
     import faiss
     import filelock
+    import huggingface_hub.constants
     import numpy as np
     import regex
     import Stemmer
@@ -771,11 +758,8 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
-    """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
-
-    done: what an earlier run did already. In a log, where nothing is erased, the bar is drawn rarely.
-    """
-    pace = 0.1 if sys.stderr.isatty() else 30.0
+    """A bar on stderr around items, or alone, once the work has taken a second. done: by an earlier run."""
+    pace = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a log, where nothing is erased, the bar is drawn rarely
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
                 leave=False, dynamic_ncols=True, file=sys.stderr)
 
@@ -793,8 +777,6 @@ def prepare_runtime(runtime: RuntimeConfig) -> None:
         torch.set_num_threads(runtime.threads)
         faiss.omp_set_num_threads(runtime.threads)
     if runtime.offline:
-        import huggingface_hub.constants
-
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.manual_seed(runtime.seed)
     transformers.utils.logging.set_verbosity_error()
@@ -832,17 +814,14 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Adds up seconds per named stage, device synchronised on both sides.
-
-    Example: with watch.stage("gate_s"): ...; then watch.seconds == {"gate_s": 0.01}
-    """
+    """Adds up seconds per stage. Example: with watch.stage("gate_s"): ..; then watch.seconds == {"gate_s": 0.01}"""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
         self.device, self.clock, self.seconds = device, clock, {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block and add it to the stage."""
+        """Time the block, with the device synchronised on both sides."""
         synchronize(self.device)
         start = self.clock()
         yield
@@ -898,14 +877,14 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
     By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # of mallopt in glibc's malloc.h
-    if device.type == "cpu":
-        glibc("mallopt", m_mmap_max, 0)
-        glibc("mallopt", m_trim_threshold, -1)  # never
+    m_trim_threshold, m_mmap_max, on_cpu = -1, -4, device.type == "cpu"  # of mallopt in glibc's malloc.h
     try:
+        if on_cpu:
+            glibc("mallopt", m_mmap_max, 0)
+            glibc("mallopt", m_trim_threshold, -1)  # never
         yield
     finally:
-        if device.type == "cpu":
+        if on_cpu:
             glibc("mallopt", m_mmap_max, 1 << 16)  # the default
             glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
             glibc("malloc_trim", 0)
@@ -917,14 +896,13 @@ def sha256_file(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file or folder to disk; folders cannot be synced on Windows, where this does nothing for them."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Force a file or folder to disk; on Windows folders cannot be synced."""
+    if os.name != "nt" or path.is_file():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -1037,10 +1015,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = MANIFEST_FORMAT,
                    known: dict[str, dict[str, Any]] | None = None) -> None:
-    """Write a manifest that lists every file of `folder` with its size and sha256, by its path from the manifest's.
-
-    known: entries of further files.
-    """
+    """Write a manifest of the size and sha256 of every file in `folder`. known: entries of further files."""
     entries = {file.relative_to(path.parent).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
                for file in folder.rglob("*") if file.is_file()}
     manifest = {"format": form, "version": MANIFEST_VERSION, **facts, "files": (known or {}) | entries}
@@ -1065,10 +1040,7 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
 
 def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
                  read_all: bool = False) -> None:
-    """Check the size of every listed file, and with read_all, or where there is little to read, its digest.
-
-    Raises CorruptError that names the first bad one.
-    """
+    """Raise CorruptError for a file of another size, and with read_all, or if all are small, of another digest."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -1537,8 +1509,8 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     for number, item in enumerate(questions if needs else (), start=1):
         where, answers, ids = f"{flag} {path}: question {number}", item.get("answers"), item.get("positive_ids") or []
         if "answers" in needs:
-            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-            require(strings, f"{where} has no list of answers")
+            require(isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers),
+                    f"{where} has no list of answers")
             for answer in answers:
                 check_string(answer, "an answer", where)
         require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
@@ -1547,7 +1519,7 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     return questions
 
 
-def spread(items: Sequence, limit: int | None) -> Sequence:
+def sample_evenly(items: Sequence, limit: int | None) -> Sequence:
     """At most `limit` items, evenly spread; 2 n - 1 hold those of n. Example: [1, 2, 3, 4, 5], 3 -> [1, 3, 5]"""
     if limit is None or limit >= len(items):
         return items
@@ -1560,7 +1532,7 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
     if len(found) < len(questions):
         notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
     require(bool(found), f"{source}: no question has an answer")
-    return list(spread(found, limit))
+    return list(sample_evenly(found, limit))
 
 
 # =============================================================================
@@ -1618,10 +1590,9 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
     """Short digest of a module's weights (names, shapes, 256 values of each) and some facts about their use."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 256)]
-        rounded = picked.bfloat16().float()  # the same for a model that was loaded in bfloat16
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + rounded.cpu().numpy().tobytes())
+        picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
+        picked = picked.bfloat16().float().cpu()  # the same for a model that was loaded in bfloat16
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1678,8 +1649,7 @@ class Embedder:
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
         if self.tokenizer.pad_token is None:  # any will do: the attention mask hides it
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
-        self.normalize = model.similarity_fn_name != "dot"
-        self.dim = model.get_embedding_dimension()
+        self.normalize, self.dim = model.similarity_fn_name != "dot", model.get_embedding_dimension()
         self.max_tokens = model.max_seq_length or 512
         self.prompt = (model.prompts or {}).get("document") or ""
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
@@ -1821,8 +1791,7 @@ class Bm25:
         self.lengths = [map_array(folder / "lengths.npy") for folder in folders]
         self.starts = list(itertools.accumulate(map(len, self.lengths), initial=0))
         self.means = [float(lengths.mean()) if len(lengths) else 0.0 for lengths in self.lengths]
-        total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
-        self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
+        self.mean = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths) / max(self.starts[-1], 1)
 
     def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """(the rows that hold a term, its stored weight in each) of each segment."""
@@ -1886,7 +1855,7 @@ def faiss_kind(requested: str, total: int) -> str:
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
     """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
     N, dim = vectors.shape
-    lists = int(4 * math.sqrt(N))
+    lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
     # np: no polysemous codes, which would be trained for 80 seconds and never used
     kinds = {"flat": "Flat", "hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
@@ -2070,7 +2039,7 @@ class Index:
         return passage_content(self.titles[row], self.texts[row])
 
     def idf(self, term: str) -> float:
-        """Inverse document frequency of a stemmed term. Only where there is BM25."""
+        """The idf of a stemmed term for gates, which were trained with it: smoother than BM25's. Needs BM25."""
         return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
 
     def document_id(self, row: int) -> str:
@@ -2216,8 +2185,9 @@ class CorpusWriter:
     def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
         """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
         documents, rows = set(), [set() for _ in index.segments]
-        for row, identifier in enumerate(index.ids):
-            document = index.document_id(row)
+        parts = itertools.chain.from_iterable(segment["parts"].tolist() for segment in index.segments)
+        for row, (identifier, part) in enumerate(zip(index.ids, parts, strict=True)):
+            document = identifier.rpartition("#")[0] if part else identifier
             if document in self.documents:
                 documents.add(document)
                 number, inside = index.ids.place(row)
@@ -2466,9 +2436,8 @@ class Passage:
     metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
-        names = ("id", "title", "text", "score", "scores", "rank")
-        more = {"metadata": json.loads(self.metadata)} if self.metadata else {}
-        return {name: getattr(self, name) for name in names} | more
+        fields = {name: getattr(self, name) for name in ("id", "title", "text", "score", "scores", "rank")}
+        return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
 class Searcher:
@@ -2486,12 +2455,12 @@ class Searcher:
 
         BM25 comes first: it settles equal sums of ranks better than the embedder.
         """
-        dense, sparse = {}, {}
+        found = {}
         if "dense" in self.uses:
-            dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
+            found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            sparse["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
-        return sparse | dense
+            found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
+        return found
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
@@ -4419,7 +4388,7 @@ class TextLessons:
         if short:
             notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
         self.held_out_cache, held_out = self.load(texts.eval_json) if texts.eval_json else (None, [])
-        self.held_out = spread(held_out, train.eval_limit)
+        self.held_out = sample_evenly(held_out, train.eval_limit)
 
     def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
         """The texts of some files and their windows. Raises UserError if every text is too short."""
@@ -6222,9 +6191,8 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
               "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
-         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {MAX_COST} or less")
+    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
+    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
 
 
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -6287,10 +6255,9 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
 
 
 def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that have no line in `out` yet; a question asked twice needs two lines.
+    """The questions without a line in `out`; one asked twice needs two lines. An id that is taken gets -2, -3, ..
 
-    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
-    has already gets -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes.
     """
     lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
@@ -6303,13 +6270,12 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
     return waiting
 
 
-def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
+def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
     """A chunk of --explain for people."""
-    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
-    content = passage_content(passage["title"], passage["text"]) if passage else ""
-    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
+    [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
+    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
-    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
+    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares})  {chunk['passage_id']}: {text[:80]}"
 
 
 HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
@@ -6332,11 +6298,10 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     elif read and not read & {"text", "partly"}:
         lines.append("no passage was read as text")
     stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
-    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
-              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
-              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
-              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
+    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
+              f"{100 * m['p_realised']:.0f}% of the context as text",
+              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s"]
+    lines += [explain_line(chunk, result["passages"]) for chunk in result["chunks"] if "why" in chunk]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
