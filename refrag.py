@@ -98,10 +98,9 @@ from typing import Any, Literal, NamedTuple
 __version__ = "0.1.0"
 
 # =============================================================================
-# 1. Options. Errors with exit codes; every option as one dataclass field with its
-#    default, its help and its range; the table of commands. Run as a program, the
-#    command line is parsed HERE, before the heavy imports, so that --help and a
-#    mistyped flag answer at once.
+# 1. Options. Errors with exit codes; every option as one dataclass field with its default, help
+#    and range; the table of commands. Run as a program, the command line is parsed HERE, before
+#    the heavy imports, so that --help and a mistyped flag answer at once.
 # =============================================================================
 
 
@@ -380,9 +379,7 @@ class EvalConfig(Options):
                     choices=" ".join(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
-    modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
-        f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
-        + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
+    modes: tuple[str, ...] = opt((), f"what is compared; default all of the task but {', '.join(EVAL_ONLY_NAMED)}")
     p: tuple[float, ...] = like(SftConfig, "p", help="shares of the context that stay text at most")
     k: tuple[int, ...] = like(PackConfig, "k", default=(PackConfig.k,))
     gate: str = like(PackConfig, "gate")
@@ -716,6 +713,7 @@ try:
     import bm25s
     import faiss
     import filelock
+    import huggingface_hub.constants
     import numpy as np
     import regex
     import Stemmer
@@ -779,8 +777,6 @@ def prepare_runtime(runtime: RuntimeConfig) -> None:
         torch.set_num_threads(runtime.threads)
         faiss.omp_set_num_threads(runtime.threads)
     if runtime.offline:
-        import huggingface_hub.constants
-
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.manual_seed(runtime.seed)
     transformers.utils.logging.set_verbosity_error()
@@ -818,17 +814,14 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Adds up seconds per named stage, device synchronised on both sides.
-
-    Example: with watch.stage("gate_s"): ...; then watch.seconds == {"gate_s": 0.01}
-    """
+    """Adds up seconds per stage. Example: with watch.stage("gate_s"): ..; then watch.seconds == {"gate_s": 0.01}"""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
         self.device, self.clock, self.seconds = device, clock, {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block and add it to the stage."""
+        """Time the block, with the device synchronised on both sides."""
         synchronize(self.device)
         start = self.clock()
         yield
@@ -903,14 +896,13 @@ def sha256_file(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file or folder to disk; folders cannot be synced on Windows, where this does nothing for them."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Force a file or folder to disk; on Windows folders cannot be synced."""
+    if os.name != "nt" or path.is_file():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -6253,13 +6245,12 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
     return waiting
 
 
-def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
+def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
     """A chunk of --explain for people."""
-    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
-    content = passage_content(passage["title"], passage["text"]) if passage else ""
-    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
+    [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
+    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
-    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
+    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares})  {chunk['passage_id']}: {text[:80]}"
 
 
 HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
@@ -6282,11 +6273,10 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     elif read and not read & {"text", "partly"}:
         lines.append("no passage was read as text")
     stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
-    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
-              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
-              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
-              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
+    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
+              f"{100 * m['p_realised']:.0f}% of the context as text",
+              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s"]
+    lines += [explain_line(chunk, result["passages"]) for chunk in result["chunks"] if "why" in chunk]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
