@@ -1116,6 +1116,18 @@ def map_array(path: Path) -> np.ndarray:
 # 4. Data. Corpus and question files in, validated records out. Knows no models.
 # =============================================================================
 
+BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
+NAMED = 10  # bad records and files that are named one by one
+SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
+CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
+
 
 class Record(NamedTuple):
     """One document of a corpus, before splitting."""
@@ -1129,9 +1141,6 @@ class Record(NamedTuple):
 
 class BadRecord(UserError):
     """An error that --errors skip passes over."""
-
-
-NAMED = 10  # bad records and files that are named one by one
 
 
 @contextlib.contextmanager
@@ -1155,15 +1164,6 @@ def spelled(path: Path) -> str:
 def bare_name(path: Path) -> Path:
     """A file's name without .gz. Example: notes/v1.2 list.TXT.gz -> v1.2 list.TXT"""
     return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
-
-
-BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
-QUESTION_FIELDS = ("question", "query", "text")
 
 
 class TextFile:
@@ -1331,9 +1331,6 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
         raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
-CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
-
-
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
@@ -1449,10 +1446,6 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
             yield TrainingText(text, sizes[0], where)
 
 
-SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
-SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
-
-
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
@@ -1549,11 +1542,21 @@ BUNDLED = {
 }
 SAFE = {"use_safetensors": True}  # a pickle can run code when it is read
 RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
+BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
 QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
+STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
+INDEX_SHAPE = {
+    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
+    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
+    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def model_path(name: str) -> str:
@@ -1758,9 +1761,6 @@ def index_terms(text: str) -> list[str]:
     Example: "The rivers of Spain" -> ["river", "spain"]
     """
     return [term for term in map(term_of, words(text)) if term is not None]
-
-
-BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
@@ -1979,13 +1979,6 @@ def passage_content(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
-STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
-
-
 def map_columns(folder: Path) -> dict[str, np.ndarray]:
     """The .npy files of a segment, memory-mapped, by name."""
     return {path.stem: map_array(path) for path in folder.glob("*.npy")}
@@ -2089,12 +2082,6 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     return exclusive(path / ".lock", f"index {path}")
-
-
-INDEX_SHAPE = {
-    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
-    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
-    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def has_shape(value: Any, shape: Any) -> bool:
