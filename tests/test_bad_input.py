@@ -1,7 +1,5 @@
 """Bad input, command by command: one line that names what is wrong, the exit code, and nothing begun or changed."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re
