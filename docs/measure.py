@@ -316,15 +316,15 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     train = refrag.TrainConfig(out_dir=str(folder), k=(args.k,), seq_tokens=size, batch_size=args.batch_size,
                                steps=10**6, train=letters)
     texts = refrag.TextConfig(train_json=(args.texts,))
-    phase = refrag.Phase(f"cpt_{lessons}", refrag.Weights(kl=float(lessons == "align")))
-    settled = phase.settled(train)
+    train = refrag.with_defaults(f"cpt_{lessons}", train)
+    weights = {"text": 1.0} | ({"kl": 1.0} if lessons == "align" else {})
     model = refrag.load_model(refrag.ModelConfig(), RUNTIME, letters)
-    made = {"recon": lambda: refrag.ReconLessons(model.encoder, texts, settled, refrag.ReconConfig()),
-            "next": lambda: refrag.NextLessons(model.encoder, texts, settled, refrag.NextConfig()),
-            "align": lambda: refrag.AlignLessons(model.encoder, texts, settled)}[lessons]()
+    kind, options = {"recon": (refrag.ReconLessons, refrag.ReconConfig()), "align": (refrag.AlignLessons, None),
+                     "next": (refrag.NextLessons, refrag.NextConfig())}[lessons]
+    data = kind(model.encoder, texts, train, options)
     refrag.mark_trained(model, letters, 0)
-    facts = {"data": []}
-    return refrag.Trainer(model, made, phase, settled, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)
+    facts = {"phase": f"cpt_{lessons}", "data": []}
+    return refrag.Trainer(model, data, weights, train, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)
 
 
 def by_hand(trainer: refrag.Trainer, batches: list[refrag.Batch]) -> None:

@@ -221,7 +221,7 @@ def measure_kills(args: argparse.Namespace) -> dict:
     for first in (starts[i] for i in chosen):
         rows = range(first, min(first + refrag.EMBED_BLOCK, len(index)))
         vectors, tables = refrag.chunk_tables([index.content(row) for row in rows], chunking, embedder, 32)
-        gate = np.concatenate([table.gate for table in tables]).astype(np.float16)
+        gate = np.concatenate([table.embeddings for table in tables]).astype(np.float16)
         span = slice(segment["chunk_offsets"][rows.start], segment["chunk_offsets"][rows.stop])
         same = [np.array_equal(index.faiss[0].reconstruct_n(rows.start, len(rows)), vectors),
                 np.array_equal(segment["gate"][span], refrag.in_8_bits(gate)[0]),

@@ -48,13 +48,13 @@ def main() -> None:
     parser.add_argument("run", help="a training run's folder, or a checkpoint")
     parser.add_argument("out", help="the folder to write")
     args = parser.parse_args()
-    source = refrag.checkpoint_folder(args.run)
-    refrag.verify_checkpoint(source)
-    config = refrag.read_model_config(source)
+    source = refrag.open_checkpoint(args.run)
+    source.verify()
+    config = source.config
     for entry in config.history:
         entry["data"] = refrag.without_folders(entry["data"])
-    parts = {path.stem: {name: tensor.bfloat16() for name, tensor in refrag.read_tensors(path).items()}
-             for path in source.glob("*.safetensors") if path.stem != "trainer"}
+    parts = {path.stem: {name: tensor.bfloat16() for name, tensor in source.tensors(path.stem).items()}
+             for path in source.path.glob("*.safetensors") if path.stem != "trainer"}
     card = refrag.model_card(config, []) + LIMITS
     refrag.write_checkpoint(Path(args.out), config, parts, card=card)
     curves = Path(args.run) / "loss.png"

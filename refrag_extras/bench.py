@@ -166,7 +166,7 @@ class Benchmark:
         pipeline = self.pipeline
         context = pipeline.context(self.item, pipeline.retrieve(self.item, settings), settings)
         scores, _ = pipeline.score(context, settings)
-        return len(pipeline.choose(context.prompt, scores, settings).plan)
+        return len(refrag.feed_plan(context.prompt, scores, settings.pack)[2])
 
     def plan(self) -> list[Trial]:
         """The trials that fit the index and the decoder's window. Raises UserError if none does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib.util
 import re
 import sys
@@ -98,7 +99,7 @@ class Chat:
         if asked != question:
             refrag.notice(f"asked as: {asked}")
         item = {"id": str(len(self.turns) + 1), "question": refrag.check_question(asked, "question")}
-        live = refrag.write_text if self.settings.generate.stream and not self.as_json else None
+        live = functools.partial(refrag.say, end="") if self.settings.generate.stream and not self.as_json else None
         [result] = self.pipeline.answer_batch([item], self.settings, [live])
         self.turns.append(result | {"asked": question})
         if self.as_json:

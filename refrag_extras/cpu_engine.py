@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from refrag import State, require
+from refrag import DecoderState, require
 
 
 class Int8Matrix:
@@ -173,7 +173,7 @@ class Stepper:
             matrix(mlp.down_proj.weight),
         )
 
-    def adopt(self, state: State, room: int) -> State:
+    def adopt(self, state: DecoderState, room: int) -> DecoderState:
         """The state of a prompt that the decoder has read, with room for so many tokens more."""
         layers = state.cache.layers
         B, G, T, D = layers[0].keys.shape

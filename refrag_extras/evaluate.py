@@ -132,15 +132,14 @@ def answer_spans(context: refrag.Context, item: dict[str, Any], index: refrag.In
     """`answer_chunks` of a context: in positive passages, without chunks that no token starts in."""
     docs, chunks = context.docs, context.prompt.chunks
     right = [bool(index.names(doc.row) & set(item["positive_ids"])) for doc in docs]
-    spans = refrag.answer_chunks([doc.content for doc in docs], [doc.chunks.ends for doc in docs], right,
-                                 [tokenizer.neutralize(answer) for answer in item["answers"]])
+    spans = refrag.answer_chunks(docs, right, [tokenizer.neutralize(answer) for answer in item["answers"]])
     filled = [[number for number in span if chunks[number].tokens] for span in spans]
     return [span for span in filled if span]
 
 
 def texts_fed(reading: refrag.Reading, tokenizer: refrag.RefragTokenizer) -> list[str]:
     """The runs of the documents' text that the decoder was fed as tokens."""
-    prompt, kept, runs = reading.context.prompt, reading.choice.kept, []
+    prompt, kept, runs = reading.context.prompt, reading.kept, []
     for _, group in itertools.groupby(prompt.chunks, key=lambda c: c.doc):
         chunks = list(group)
         inside = chunks[0].first + np.flatnonzero(kept[chunks[0].first : chunks[-1].last])
@@ -169,10 +168,10 @@ class Controls:
             return scores
 
         reading = self.pipeline.prepare(item, settings, answer_first if setup.oracle else None)
-        at = reading.choice.plan < 0
+        at = reading.plan < 0
         if setup.wrong and at.any():
             vectors = self.vectors(item, settings)
-            numbers = (-reading.choice.plan[at] - 1) % len(vectors)  # from the first again where there are fewer
+            numbers = (-reading.plan[at] - 1) % len(vectors)  # from the first again where there are fewer
             reading.inputs[torch.as_tensor(at)] = vectors[torch.as_tensor(numbers)]
         return reading
 
@@ -196,8 +195,7 @@ class Controls:
             other, pipeline = self.other_question(item), self.pipeline
             context = pipeline.context(other, pipeline.retrieve(other, settings), settings)
             plan = -1 - np.flatnonzero(context.prompt.sizes)
-            states = pipeline.states(context, plan, settings.pack.k)
-            self.foreign[item["id"]] = pipeline.inputs(context.prompt, plan, states)
+            self.foreign[item["id"]] = pipeline.inputs(context, plan, settings.pack.k)
         return self.foreign[item["id"]]
 
 
@@ -245,9 +243,10 @@ class Task:
 
     def model_sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
-        config = refrag.model_config(self.models)
+        checkpoint = refrag.find_checkpoint(self.models)
+        config = refrag.model_config(self.models, checkpoint)
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
-                "projector": config.projector, "load_dir": refrag.checkpoint_digest(self.models)}
+                "projector": config.projector, "load_dir": checkpoint and checkpoint.digest}
 
 
 class QuestionTask(Task):
@@ -346,7 +345,7 @@ class QaTask(QuestionTask):
         """The prompt as a person can read it, of some questions."""
         if item["id"] not in self.sampled:
             return {}
-        return {"prompt": refrag.show_plan(reading.context, reading.choice.plan, self.pipeline.tokenizer)}
+        return {"prompt": refrag.show_plan(reading.context, reading.plan, self.pipeline.tokenizer)}
 
     def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
         rows = {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
@@ -393,7 +392,7 @@ def score_answer(result: dict[str, Any], reading: refrag.Reading, item: dict[str
                  tokenizer: refrag.RefragTokenizer) -> dict[str, Any]:
     """The metrics of one answer; what does not apply is None."""
     truths, fed = item["answers"], texts_fed(reading, tokenizer)
-    reply = refrag.without_citations(result["answer"], reading.labels)
+    reply = refrag.parse_citations(result["answer"], reading.labels).bare
     names = {p.id: {p.id, p.document_id} for p in reading.passages}
     cited = [set() if c["forged"] else names[c["id"]] for c in result["citations"]]
     passages = [refrag.passage_content(p["title"], p["text"]) for p in result["passages"]]

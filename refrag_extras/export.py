@@ -32,7 +32,7 @@ def export_prompt(pipeline: refrag.Pipeline, item: dict[str, Any], folder: Path,
     tensor (T, D) in base64 and adds no chat template of its own.
     """
     reading, settings, decoder = pipeline.prepare(item), pipeline.settings, pipeline.model.decoder
-    context, plan, inputs = reading.context, reading.choice.plan, reading.inputs.detach().contiguous().cpu()
+    context, plan, inputs = reading.context, reading.plan, reading.inputs.detach().contiguous().cpu()
     ids = dict(zip(reading.labels, (p.id for p in reading.passages), strict=False))
     facts = {
         "question": item["question"], "positions": len(plan), "full_positions": len(context.prompt.input_ids),

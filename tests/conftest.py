@@ -252,7 +252,7 @@ def write(tmp_path):
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
 

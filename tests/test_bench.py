@@ -399,9 +399,7 @@ def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
 
 def test_batches_of_a_decoder_that_takes_none_are_left_out_and_told(run_bench, monkeypatch):
     """It answers one question after another; its times would be those of no batch."""
-    warm_up = refrag.Pipeline.warm_up
-    monkeypatch.setattr(refrag.Pipeline, "warm_up", lambda self, since: (
-        warm_up(self, since), setattr(self, "batches", False)))
+    monkeypatch.setattr(refrag.Pipeline, "batches", False)
     result, err = run_bench("--contexts", 120, "--modes", "none", "--batch_size", "1,2", "--repeats", 1)
     assert [row["batch"] for row in result["rows"]] == [1]
     assert result["left_out"] and all(line.startswith("--batch_size 2 left out") for line in result["left_out"])

@@ -105,11 +105,19 @@ def test_a_number_keeps_its_limits_and_the_outermost_are_allowed(cls, f):
             assert message.endswith(f", got {bad}") and all(str(v) in message for v in f.metadata["limits"].values())
 
 
-def test_what_a_refused_number_is_told():
-    assert refused(refrag.PackConfig, k=65) == "--k must lie between 1 and 64, got 65"
-    assert refused(refrag.SearchConfig, topk=0) == "--topk must be 1 or more, got 0"
-    assert refused(refrag.GenerateConfig, top_p=0.0) == "--top_p must be more than 0 and at most 1, got 0.0"
-    assert refused(refrag.TrainConfig, warmup=1) == "--warmup must be 0 or more and less than 1, got 1"
+@pytest.mark.parametrize(("cls", "name", "bad", "told"), [
+    (refrag.PackConfig, "k", 65, "lie between 1 and 64"), (refrag.PackConfig, "k", 0, "lie between 1 and 64"),
+    (refrag.PackConfig, "p", 1.01, "lie between 0 and 1"), (refrag.PackConfig, "p", -0.1, "lie between 0 and 1"),
+    (refrag.SearchConfig, "topk", 0, "be 1 or more"), (refrag.SearchConfig, "hops", 9, "lie between 1 and 8"),
+    (refrag.GenerateConfig, "top_p", 0.0, "be more than 0 and at most 1"),
+    (refrag.GenerateConfig, "temperature", -1.0, "be 0 or more"), (refrag.TrainConfig, "lr", 0.0, "be more than 0"),
+    (refrag.TrainConfig, "warmup", 1, "be 0 or more and less than 1"),
+    (refrag.ServeConfig, "port", 65536, "lie between"),
+])
+def test_a_number_outside_of_its_range_is_refused(cls, name, bad, told):
+    """Ranges that matter, written out: the test above reads them from the options that it tests."""
+    message = refused(cls, **{name: bad})
+    assert message.startswith(f"--{name} must {told}") and message.endswith(f", got {bad}")
 
 
 @pytest.mark.parametrize(("cls", "f"), options(lambda f: f.metadata["choices"]))

@@ -34,7 +34,7 @@ class ExactMatrix:
 def step_both(decoder, stepper, inputs, steps, room, alive=None):
     """Logits (2, steps, B, V) by the decoder itself and by its stepper, fed the decoder's choices."""
     logits, state = refrag.prefill(decoder, inputs)
-    states = [stepper.adopt(state, room), refrag.State(copy.deepcopy(state.cache), state.mask, state.position)]
+    states = [stepper.adopt(state, room), refrag.DecoderState(copy.deepcopy(state.cache), state.mask, state.position)]
     rows = []
     for _ in range(steps):
         token = logits.argmax(-1)

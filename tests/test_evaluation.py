@@ -123,8 +123,8 @@ class TestMetrics:
         ("Ulm (doc 2)", "Ulm"), ("Ulm [77]", "Ulm"), ("Ulm [sic]", "Ulm [sic]"), ("in [1896]", "in [1896]"),
         ("f(1)", "f(1)")])
     def test_citation_marks_are_no_part_of_the_answer(self, reply, left):
-        assert refrag.without_citations(reply, ["1", "2", "3", "12"]).strip() == left
-        assert bool(refrag.cited_labels(reply, ["1", "2", "3", "12"])) == (reply != left)
+        assert refrag.parse_citations(reply, ["1", "2", "3", "12"]).bare.strip() == left
+        assert bool(refrag.parse_citations(reply, ["1", "2", "3", "12"]).labels) == (reply != left)
 
     @pytest.mark.parametrize(("text", "truths", "held"), [
         ("It was the Rhone, he said", ["The Rhone"], True), ("Rhoneland", ["Rhone"], False),
@@ -217,13 +217,13 @@ class TestControls:
 
     @pytest.mark.parametrize("p", [0.0, 0.3])
     def test_expanded_only_feeds_what_refrag_feeds_as_text(self, task, p):
-        fed, dropped = (self.prepare(task, mode, p).choice.plan for mode in ("refrag", "expanded_only"))
+        fed, dropped = (self.prepare(task, mode, p).plan for mode in ("refrag", "expanded_only"))
         assert (fed < 0).any() and (dropped >= 0).all()
         assert dropped.tolist() == fed[fed >= 0].tolist()
 
     @pytest.mark.parametrize("p", [0.0, 0.3])
     def test_truncate_feeds_text_alone_on_as_many_positions(self, task, p):
-        kept, cut = (self.prepare(task, mode, p).choice.plan for mode in ("refrag", "truncate"))
+        kept, cut = (self.prepare(task, mode, p).plan for mode in ("refrag", "truncate"))
         assert (cut >= 0).all()
         context = self.prepare(task, "truncate", p).context
         first, last = context.prompt.blocks[-1]
@@ -234,12 +234,12 @@ class TestControls:
     def test_wrong_vectors_are_anothers_and_all_else_is_the_same(self, task, p):
         """Against the other question's own prompt at p = 0, which holds its vectors in order."""
         right, wrong = (self.prepare(task, mode, p) for mode in ("refrag", "wrong_vectors"))
-        plan, inputs, swapped = right.choice.plan, right.inputs, wrong.inputs
-        assert plan.tolist() == wrong.choice.plan.tolist()
+        plan, inputs, swapped = right.plan, right.inputs, wrong.inputs
+        assert plan.tolist() == wrong.plan.tolist()
         at = torch.as_tensor(plan < 0)
         torch.testing.assert_close(inputs[~at], swapped[~at], rtol=0, atol=0)
         other = self.prepare(task, "refrag", 0.0, task.controls.other_question(QUESTIONS[0]))
-        vectors = other.inputs[torch.as_tensor(other.choice.plan < 0)]
+        vectors = other.inputs[torch.as_tensor(other.plan < 0)]
         for number, vector in zip((-plan[at] - 1).tolist(), swapped[at], strict=True):
             torch.testing.assert_close(vector, vectors[number % len(vectors)], rtol=0, atol=0)
         assert not any(torch.equal(a, b) for a, b in zip(inputs[at], swapped[at], strict=True))
@@ -260,7 +260,7 @@ class TestControls:
         spans = evaluate.answer_spans(reading.context, item, task.pipeline.index, task.pipeline.tokenizer)
         if not spans:
             pytest.skip("the passage was not retrieved")
-        assert any(all(reading.choice.expanded[i] for i in span) for span in spans)
+        assert any(all(reading.expanded[i] for i in span) for span in spans)
         right = {i for span in spans for i in span}
         rest = [i for i in range(len(reading.scores)) if i not in right]
         assert min(reading.scores[list(right)]) > max(reading.scores[rest])
@@ -293,11 +293,11 @@ class TestControls:
         assert evaluate.texts_fed(nothing, tokenizer) == []
         first, last = prompt.chunks[0].first, prompt.chunks[-1].last
         kept = np.arange(len(prompt.input_ids)) != first + 2
-        gap = dataclasses.replace(full, choice=full.choice._replace(kept=kept))
+        gap = dataclasses.replace(full, kept=kept)
         ids = prompt.input_ids[first:last]
         assert evaluate.texts_fed(gap, tokenizer)[0] == tokenizer.decoder.decode(ids[:2])  # now it is two runs
         runs = evaluate.texts_fed(some, tokenizer)
-        tokens = some.context.prompt.sizes[some.choice.expanded].sum()
+        tokens = some.context.prompt.sizes[some.expanded].sum()
         encoded = tokenizer.decoder(runs, add_special_tokens=False)["input_ids"]
         assert runs and abs(sum(map(len, encoded)) - tokens) <= 2 * len(runs)  # cut words may be cut anew
         assert all(any(run in d.content for d in some.context.docs) or "\ufffd" in run for run in runs)
@@ -596,10 +596,10 @@ class TestResuming:
         base = ["--qa", qa, "--json", "--modes", "refrag", "wrong_vectors", "--p", 0.3]
         run_eval(*base, "--out_dir", tmp_path / "part", "--limit", 2)
         measured, generate = [], refrag.Pipeline.generate
-        monkeypatch.setattr(refrag.Pipeline, "generate", lambda self, readings, settings: (
-            measured.extend(reading.item["id"] for reading in readings), generate(self, readings, settings))[1])
+        monkeypatch.setattr(refrag.Pipeline, "generate", lambda self, readings, *more: (
+            measured.extend(reading.item["question"] for reading in readings), generate(self, readings, *more))[1])
         grown = summary(run_eval(*base, "--out_dir", tmp_path / "part", "--limit", 3, "--resume"))
-        assert set(measured) == {five[2]["id"]} and grown["n"] == 3
+        assert set(measured) == {"warm up", five[2]["question"]} and grown["n"] == 3
         assert timeless(grown) == timeless(summary(run_eval(*base, "--out_dir", tmp_path / "whole", "--limit", 3)))
         assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
         part, whole = (tmp_path / folder / "sample.md" for folder in ("part", "whole"))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refrag
+from refrag_extras import policy
 
 few = settings(max_examples=60, deadline=None)
 
@@ -114,8 +115,8 @@ def test_random_scores_depend_on_question_and_seed_alone_and_favour_no_place():
 def test_ppl_is_the_cross_entropy_of_each_document_alone(llama):
     """Document by document, token by token: -log p(token | the document's tokens before it), averaged over the chunk.
     A document's first token, which nothing precedes, counts as the document's mean; a token alone scores 0."""
-    model = refrag.build_model(refrag.RefragConfig("decoder:1", str(llama), compression=4), torch.device("cpu"),
-                               torch.float32)
+    config = refrag.RefragConfig(encoder_name_or_path="decoder:1", decoder_name_or_path=str(llama))
+    model = refrag.build_model(config, torch.device("cpu"), torch.float32)
     tokenizer = model.encoder.tokenizer
     docs = refrag.make_docs(["The Rhone leaves Lake Geneva in May.", "长江 rises in Qinghai 🙂", "x"], [None] * 3, 4,
                             tokenizer)
@@ -157,7 +158,9 @@ def test_ppl_is_the_cross_entropy_of_each_document_alone(llama):
     ],
 )
 def test_answer_chunks_golden(contents, ends, right, answers, expected):
-    assert refrag.answer_chunks(contents, [np.asarray(e) for e in ends], right, answers) == expected
+    docs = [refrag.Doc("1", content, refrag.ChunkTable(np.asarray(edges), None, None, None))
+            for content, edges in zip(contents, ends, strict=True)]
+    assert refrag.answer_chunks(docs, right, answers) == expected
 
 
 # -- features -------------------------------------------------------------------------------------
@@ -364,23 +367,23 @@ def test_recall_asks_for_all_chunks_of_one_place():
 
 
 def test_order_probability_golden():
-    assert refrag.order_log_probability(torch.zeros(3), torch.tensor([[2, 0]])).item() == pytest.approx(math.log(1 / 6))
+    assert policy.order_log_probability(torch.zeros(3), torch.tensor([[2, 0]])).item() == pytest.approx(math.log(1 / 6))
 
 
 @pytest.mark.parametrize("picks", [1, 2, 3, 4])
 def test_probabilities_of_all_orders_add_up_to_one(picks):
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
     orders = torch.tensor(list(itertools.permutations(range(4), picks)))
-    assert refrag.order_log_probability(logits, orders).exp().sum().item() == pytest.approx(1, abs=1e-6)
+    assert policy.order_log_probability(logits, orders).exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_draws_follow_these_probabilities_without_repeats():
     """20,000 draws of two of three; each of the six orders within five standard errors of its probability."""
     logits, n = torch.tensor([0.5, -0.5, 1.0]), 20_000
-    drawn = refrag.sample_orders(logits, 2, n, torch.Generator().manual_seed(0))
+    drawn = policy.sample_orders(logits, 2, n, torch.Generator().manual_seed(0))
     assert (drawn[:, 0] != drawn[:, 1]).all()
     for order in itertools.permutations(range(3), 2):
-        expected = refrag.order_log_probability(logits, torch.tensor([order])).exp().item()
+        expected = policy.order_log_probability(logits, torch.tensor([order])).exp().item()
         share = (drawn == torch.tensor(order)).all(1).float().mean().item()
         assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
 
@@ -389,10 +392,10 @@ def test_the_first_update_is_the_plain_policy_gradient():
     """At a ratio of 1 the gradient is that of the mean advantage times log-probability."""
     logits = torch.tensor([0.1, 0.7, -0.2], requires_grad=True)
     orders, rewards = torch.tensor([[0], [1], [2]]), torch.tensor([1.0, 2.0, 6.0])
-    logs = refrag.order_log_probability(logits, orders)
+    logs = policy.order_log_probability(logits, orders)
     advantage = (rewards - 3) / (rewards.std(correction=0) + 1e-6)
     [plain] = torch.autograd.grad(-(advantage * logs).mean(), logits, retain_graph=True)
-    [found] = torch.autograd.grad(refrag.policy_loss(logits, logs.detach(), orders, rewards), logits)
+    [found] = torch.autograd.grad(policy.policy_loss(logits, logs.detach(), orders, rewards), logits)
     torch.testing.assert_close(found, plain)
 
 
@@ -400,7 +403,7 @@ def test_beyond_the_clip_nothing_pulls():
     """The good order is far likelier than when it was drawn, the bad one far less likely: both are clipped."""
     logits = torch.tensor([2.0, -2.0], requires_grad=True)
     orders, before = torch.tensor([[0], [1]]), torch.log(torch.tensor([0.5, 0.5]))
-    refrag.policy_loss(logits, before, orders, torch.tensor([1.0, 0.0])).backward()
+    policy.policy_loss(logits, before, orders, torch.tensor([1.0, 0.0])).backward()
     assert logits.grad.abs().max() == 0
 
 
@@ -426,9 +429,9 @@ def test_a_policy_learns_what_is_rewarded_within_its_budget(blind):
         inputs, columns = random_batch(10, [0] * 10, seed)
         inputs.vectors[seed % 10] = [5, 5, 5, 5, 5, 5]
         examples.append(example_of(inputs, columns, [[seed % 10]]))
-    reader, policy = Liking(examples), small_gate(features=False, blind=blind)
+    reader, scorer = Liking(examples), small_gate(features=False, blind=blind)
     settings = refrag.PolicyConfig(steps=60, batch_size=4, policy_lr=5e-3, group=6, blind=blind)
-    records = refrag.fit_policy(policy, reader, examples, settings, (0.25,), seed=0)
+    records = policy.fit_policy(scorer, reader, examples, settings, (0.25,), seed=0)
     assert reader.sizes == {2}  # a quarter of ten, always exactly
     assert records[-1]["step"] == 60 and records[-1]["reward"] > 0.8 > 0.5 > records[0]["reward"]
     assert records[-1]["recall"]["0.25"] > 0.9
@@ -536,7 +539,7 @@ def test_rewards_are_the_answers_log_probability(llama, index_dir, asked):
     models, index = refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.IndexConfig(index_dir=str(index_dir))
     options = refrag.GateDataConfig((str(asked),), out_dir="unused", k=4)
     data = refrag.load_gate_data(options, index, refrag.SearchConfig(), models, runtime)
-    reader = refrag.AnswerReader(refrag.load_model(models, runtime), data, 8, 4)
+    reader = policy.AnswerReader(refrag.load_model(models, runtime), data, 8, 4)
     example = reader.ask(data.examples[1])
     mask = np.zeros(len(example.context.prompt.chunks), dtype=bool)
     mask[[0, 2]] = True

@@ -67,7 +67,7 @@ class TestExactness:
             plain = plain["input_ids"] if not isinstance(plain, list) else plain
         else:
             plain = tokenizer(message + refrag.NO_TEMPLATE_SUFFIX)["input_ids"]
-        assert reading.choice.plan.tolist() == reading.context.prompt.input_ids.tolist() == plain
+        assert reading.plan.tolist() == reading.context.prompt.input_ids.tolist() == plain
         logits, _ = refrag.prefill(reader.model.decoder, [reading.inputs])
         torch.testing.assert_close(logits[0], plain_logits(reader.model.decoder, plain), rtol=1e-4, atol=1e-4)
 
@@ -75,14 +75,14 @@ class TestExactness:
         reading = read(reader, p=0.0)
         prompt = reading.context.prompt
         inside = [t for c in prompt.chunks for t in range(c.first, c.last)]
-        assert inside and not reading.choice.kept[inside].any()
+        assert inside and not reading.kept[inside].any()
         assert len(reading.inputs) == len(prompt.input_ids) - len(inside) + len(prompt.chunks)
 
     def test_vectors_stand_where_their_chunks_stood(self, tiny):
         """The inputs at vector positions are the means of the chunks' token embeddings, in order."""
         reading = read(tiny, p=0.0)
         embed, prompt = tiny.model.decoder.get_input_embeddings().weight, reading.context.prompt
-        for position, chunk in zip(np.flatnonzero(reading.choice.plan < 0), prompt.chunks, strict=True):
+        for position, chunk in zip(np.flatnonzero(reading.plan < 0), prompt.chunks, strict=True):
             mean = embed[prompt.input_ids[chunk.first : chunk.last]].mean(0)
             torch.testing.assert_close(reading.inputs[position], mean)
 
@@ -135,7 +135,7 @@ class TestExactness:
         stored = [pipeline.prepare(item, settings(k=k)) for k in (4, 8)]
         pipeline.stored = None
         for k, reading in zip((4, 8), stored, strict=True):
-            assert (reading.choice.plan < 0).any() and (reading.choice.plan >= 0).any()
+            assert (reading.plan < 0).any() and (reading.plan >= 0).any()
             made = pipeline.prepare(item, settings(k=k)).inputs
             torch.testing.assert_close(reading.inputs, made, rtol=5e-3, atol=5e-3)
 
@@ -219,7 +219,7 @@ def stream(tokenizers, text, stops=(), last=None):
     streamed = refrag.TextStream(tokenizer, stops, pieces.append)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     ended = [bool(streamed(ids[:n])) for n in range(1, len(ids) + 1)]
-    streamed.show(streamed.text(ids).rstrip() if last is None else last)
+    streamed.show(streamed.update(ids).rstrip() if last is None else last)
     return pieces, ended
 
 
@@ -279,7 +279,7 @@ class TestCitations:
         ("", ["1"], []),
     ])
     def test_cited_labels(self, answer, labels, expected):
-        assert refrag.cited_labels(answer, labels) == expected
+        assert refrag.parse_citations(answer, labels).labels == expected
 
     @pytest.mark.parametrize(("answer", "plain", "begun"), [
         ("Ulm [1]", "Ulm", None), ("Ulm [1] [2]", "Ulm [1]", None), ("Ulm [1, 2]", "Ulm", None),
@@ -288,7 +288,7 @@ class TestCitations:
         ("", "", None),
     ])
     def test_split_citation(self, answer, plain, begun):
-        assert refrag.split_citation(answer, ["1", "2"]) == (plain, begun)
+        assert refrag.parse_citations(answer, ["1", "2"])[1:3] == (plain, begun)
 
     @pytest.mark.parametrize(("said", "cited", "chosen"), [
         ("old city", "old city [a]", "a"),  # it stands in one document alone: there, whatever the decoder wrote
@@ -325,7 +325,7 @@ class TestCitations:
         """Blanks and brackets in any number: the work grows with their number, not with its cube."""
         for text in ("a" + " " * 50_000 + "x", "[" * 50_000, "a [" + " " * 50_000, "]" * 50_000):
             assert refrag.settled_length(text) <= len(text)
-            refrag.citation_marks(text, ["1"])
+            refrag.parse_citations(text, ["1"])
 
     def test_an_answer_without_documents_cites_nothing(self, tiny):
         result = tiny.answer("Which element?", cite=True)
@@ -363,7 +363,7 @@ class TestCitations:
     def test_the_window_has_room_for_a_citation_that_is_chosen(self, llama):
         """Prompt and answer end at the window's last position; a citation after them would go beyond it."""
         pipeline = load(llama)
-        pipeline.model.decoder.config.max_position_embeddings = len(read(pipeline).choice.plan) + 6
+        pipeline.model.decoder.config.max_position_embeddings = len(read(pipeline).plan) + 6
         assert len(pipeline.answer(PROMPT)["answer"]) > 0
         with pytest.raises(refrag.UserError, match=f"--max_new 6 and a citation {refrag.CITATION_TOKENS}; the"):
             pipeline.answer(PROMPT, cite=True)
@@ -377,8 +377,8 @@ class TestModes:
         assert metrics["compression"] == pytest.approx(metrics["full_positions"] / metrics["positions"], abs=1e-4)
 
     def test_truncate_feeds_no_more_positions_than_refrag(self, tiny):
-        cut = read(tiny, p=0.2, mode="truncate").choice.plan
-        assert (cut >= 0).all() and len(cut) <= len(read(tiny, p=0.2).choice.plan)
+        cut = read(tiny, p=0.2, mode="truncate").plan
+        assert (cut >= 0).all() and len(cut) <= len(read(tiny, p=0.2).plan)
 
     def test_drop_leaves_out_what_feed_would_compress(self, tiny):
         fed, dropped = (tiny.answer(PROMPT, p=0.3, compressed=how) for how in ("feed", "drop"))
@@ -394,21 +394,21 @@ class TestModes:
         """A document of several chunks, of which the first alone stays text, is partly read as text."""
         reading = read(tiny, p=0.0)
         prompt = reading.context.prompt
-        assert reading.read == ["vectors", "vectors"]
-        assert read(tiny, p=1.0).read == ["text", "text"]
+        assert list(reading.how_read.values()) == ["vectors", "vectors"]
+        assert read(tiny, p=1.0).how_read == {"a": "text", "b": "text"}
         some = np.arange(len(prompt.chunks)) == 0
 
         def read_as(kept, plan):
-            return dataclasses.replace(reading, choice=refrag.Choice(some, kept, plan))
+            return dataclasses.replace(reading, expanded=some, kept=kept, plan=plan)
 
-        assert read_as(refrag.text_mask(prompt, some), reading.choice.plan).read == ["partly", "vectors"]
+        assert read_as(refrag.text_mask(prompt, some), reading.plan).how_read == {"a": "partly", "b": "vectors"}
         kept = refrag.truncated_mask(prompt, len(prompt.input_ids) - 3)
         cut = read_as(kept, prompt.input_ids[kept])
-        assert cut.read[0] == "text", "the last document is cut first"
-        assert cut.read[1] in ("partly", "left out")
+        assert cut.how_read["a"] == "text", "the last document is cut first"
+        assert cut.how_read["b"] in ("partly", "left out")
         first = refrag.text_mask(prompt, np.asarray([chunk.doc == 0 for chunk in prompt.chunks]))
         alone = read_as(first, prompt.input_ids[first])
-        assert alone.read == ["text", "left out"] and list(alone.seen) == ["a"]
+        assert alone.how_read == {"a": "text", "b": "left out"} and list(alone.seen) == ["a"]
 
     def test_what_was_not_read_is_said(self, tmp_path, run, llama):
         """Nothing found: no citation, and a line that says so. Found but left out: a line that says that."""
@@ -612,7 +612,7 @@ class TestBundledModels:
         assert "".join(f'<doc id="{d.label}">\n{d.content}\n</doc>\n' for d in docs) in message
         plain = pipeline.tokenizer.decoder.apply_chat_template(
             [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert reading.choice.plan.tolist() == plain
+        assert reading.plan.tolist() == plain
         logits, _ = refrag.prefill(pipeline.model.decoder, [reading.inputs])
         torch.testing.assert_close(logits[0], plain_logits(pipeline.model.decoder, plain), rtol=1e-3, atol=1e-3)
 

@@ -652,10 +652,13 @@ def test_no_pickle_is_ever_read(run, refused, read, write, llama, malice):
         assert f"model {model} could not be loaded" in refused(3, *argv[:-2], flag, model)
 
 
-def test_no_pickle_in_an_index_is_read(refused, read, malice, tmp_path):
+@pytest.mark.parametrize("bare", [True, False], ids=["a pickle", "an array of objects"])
+def test_no_pickle_in_an_index_is_read(refused, read, malice, tmp_path, bare):
     folder, argv = read("index")
     for path in (folder / "gen-1").glob("*.npy"):
         np.save(path, np.array([Malice(tmp_path / "executed")], dtype=object), allow_pickle=True)
+        if bare:
+            path.write_bytes(malice)
     sign(folder)
     assert re.search("pickle|Python objects", refused(1, *argv))
 

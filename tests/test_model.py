@@ -36,7 +36,8 @@ CONTENTS = [
 
 def build(enc, dec, **options):
     """An untrained model of an encoder and a decoder folder, on the CPU in float32."""
-    config = refrag.RefragConfig(str(enc), str(dec), **({"compression": 4} | options))
+    names = {"encoder_name_or_path": str(enc), "decoder_name_or_path": str(dec)}
+    config = refrag.RefragConfig(**(names | {"compression": 4} | options))
     return refrag.build_model(config, CPU, torch.float32)
 
 
@@ -70,16 +71,16 @@ def disturb(module, seed=0):
 
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=8), seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_pool_runs_is_the_mean_of_each_run(sizes, seed):
+def test_segment_means_of_runs(sizes, seed):
     states = np.random.default_rng(seed).standard_normal((sum(sizes), 3)).astype(np.float32)
     expected = [part.mean(0) for part in np.split(states, np.cumsum(sizes)[:-1])]
-    pooled = refrag.pool_runs(torch.as_tensor(states), torch.tensor(sizes))
+    pooled = refrag.segment_means(torch.as_tensor(states), torch.repeat_interleave(torch.tensor(sizes)), len(sizes))
     np.testing.assert_allclose(pooled.numpy(), expected, atol=1e-6)
 
 
 def test_a_run_without_states_is_zeros():
     """A decoder's token may be longer than a chunk; the chunks after its first have none."""
-    pooled = refrag.pool_runs(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 2, 0]))
+    pooled = refrag.segment_means(torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1]), 3)
     assert pooled.tolist() == [[0.0], [2.0], [0.0]]
 
 
@@ -108,7 +109,6 @@ def test_projector_is_what_its_docstring_says():
 def test_the_projectors_scale_is_the_rms_of_the_embeddings(whole):
     matrix = whole.decoder.get_input_embeddings().weight.detach().double().numpy()
     assert whole.projector.scale.item() == pytest.approx(np.sqrt((matrix**2).mean()), rel=1e-5)
-    assert (whole.config.encoder_width, whole.config.decoder_width) == (32, 32)
 
 
 # -- what the decoder is fed ----------------------------------------------------------
@@ -274,7 +274,7 @@ def test_fingerprints_tell_encoders_apart_and_last(llama, bert):
 
 def test_an_index_made_in_float32_serves_bfloat16(llama, whole):
     """The default is float32 on a CPU and bfloat16 on CUDA: the same encoder, so an index may move between them."""
-    config = refrag.RefragConfig("decoder:2", str(llama), compression=4)
+    config = refrag.RefragConfig(encoder_name_or_path="decoder:2", decoder_name_or_path=str(llama))
     assert refrag.build_model(config, CPU, torch.bfloat16).encoder.fingerprint == whole.encoder.fingerprint
 
 
@@ -460,12 +460,12 @@ def test_collate_golden():
 
 @given(owners=st.lists(st.integers(-1, 3), min_size=1, max_size=12), seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_pool_owners_is_the_mean_of_each_owners_states(owners, seed):
+def test_segment_means_of_each_owner(owners, seed):
     """Owner -1 is nobody; an owner without a state has zeros."""
     states = np.random.default_rng(seed).standard_normal((len(owners), 3)).astype(np.float32)
     mine = [states[np.asarray(owners) == c] for c in range(4)]
     expected = np.stack([part.mean(0) if len(part) else np.zeros(3) for part in mine])
-    pooled = refrag.pool_owners(torch.as_tensor(states), torch.tensor(owners), 4)
+    pooled = refrag.segment_means(torch.as_tensor(states), torch.tensor(owners), 4)
     np.testing.assert_allclose(pooled.numpy(), expected, atol=1e-6)
 
 
@@ -554,7 +554,8 @@ def test_forward_gives_the_vectors_and_what_they_should_stand_for(model):
 @pytest.mark.parametrize("enc", ["decoder:2", "bert"])
 def test_gradients_reach_what_is_trained_and_nothing_else(llama, bert, enc, letters):
     """Every weight of a trained part moves, but for BERT's pooler, which nothing reads, and unused rows of a table."""
-    config = refrag.RefragConfig(str(bert) if enc == "bert" else enc, str(llama), compression=4)
+    config = refrag.RefragConfig(encoder_name_or_path=str(bert) if enc == "bert" else enc,
+                                 decoder_name_or_path=str(llama))
     model = refrag.build_model(config, CPU, torch.float32, train=letters)
     disturb(model.projector)
     model.requires_grad_(False)
@@ -618,7 +619,8 @@ def test_what_an_architecture_does_to_its_logits_still_happens(config):
 
 def with_adapters(folder, enc="decoder:2", rank=2):
     """A model whose decoder has disturbed adapters."""
-    config = refrag.RefragConfig(str(enc), str(folder), compression=4, training_model="p", lora={"r": rank})
+    config = refrag.RefragConfig(encoder_name_or_path=str(enc), decoder_name_or_path=str(folder), training_model="p",
+                                 lora={"r": rank})
     model = refrag.build_model(config, CPU, torch.float32)
     refrag.add_lora(model.decoder, rank)
     for name, parameter in model.decoder.named_parameters():
@@ -814,7 +816,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, llama, bert, letters, files
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     names = ("encoder_name_or_path", "decoder_name_or_path", "compression", "pooling", "projector", "training_model",
-             "encoder_width", "decoder_width", "decoder_fingerprint", "encoder_fingerprint", "lora", "history")
+             "decoder_fingerprint", "encoder_fingerprint", "lora", "history")
     assert {n: getattr(again.config, n) for n in names} == {n: getattr(model.config, n) for n in names}
     assert again.config.compression == 8 and again.encoder.pooling == "cls"
     again.save_pretrained(tmp_path / "d")
@@ -850,6 +852,29 @@ def test_a_trained_encoder_of_decoder_layers_leaves_the_decoder(tmp_path, llama)
     again = refrag.RefragModel.from_pretrained(tmp_path / "c")
     original = refrag.load_decoder(str(llama), CPU, torch.float32).state_dict()
     assert all(torch.equal(value, original[name]) for name, value in again.decoder.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [
+    {"pooling": 4}, {"pooling": "max"}, {"projector": "linear"}, {"encoder_name_or_path": None}, {"history": "x"},
+    {"history": [1]}, {"lora": 3}, {"lora": {"r": "2"}}, {"gate": []}, {"training_model": None},
+    {"compression": "4"}, [], {"id2label": 1}], ids=str)
+def test_wrong_types_in_a_config_without_a_manifest_are_damage(checkpoint, wrong):
+    """Of another program's folder, which has no checksum."""
+    (checkpoint / "manifest.json").unlink()
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(wrong and json.loads(path.read_text()) | wrong))
+    with pytest.raises(refrag.CorruptError, match=r"config\.json is damaged") as caught:
+        refrag.RefragModel.from_pretrained(checkpoint)
+    assert caught.value.code == 4 and "\n" not in str(caught.value)
+
+
+def test_an_older_config_is_read(checkpoint, saved_checkpoint):
+    """Fields that this version no longer has are kept, and change nothing."""
+    (checkpoint / "manifest.json").unlink()
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_width": 32, "decoder_width": 32}))
+    again, before = map(refrag.RefragModel.from_pretrained, (checkpoint, saved_checkpoint))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), PermissionError(errno.EACCES, "not yours")], ids=str)
@@ -903,7 +928,7 @@ def scale_of(folder):
 def test_a_run_stands_for_its_newest_checkpoint(run_folder, capsys):
     """By number, not by name; folders of other names do not count."""
     assert [path.name for path in refrag.step_folders(run_folder)] == ["step-100", "step-80", "step-9"]
-    assert refrag.checkpoint_folder(run_folder) == run_folder / "step-100"
+    assert refrag.open_checkpoint(run_folder).path == run_folder / "step-100"
     assert capsys.readouterr().err == ""
     assert scale_of(run_folder) == scale_of(run_folder / "step-100") != scale_of(run_folder / "step-80")
 
@@ -943,6 +968,12 @@ def test_generate_takes_the_folder_of_a_run(run, run_folder, bert):
     made, metrics = result["settings"], result["metrics"]
     assert (made["projector_trained"], made["compressed"], made["enc"]) == (True, "feed", str(bert))
     assert metrics["full_positions"] - metrics["positions"] == metrics["context_tokens"] - len(result["chunks"])
+
+
+@pytest.mark.parametrize(("k", "told"), [(4, False), (8, True)])
+def test_chunks_longer_than_those_of_training_are_told(run, checkpoint, k, told):
+    code, _, err = run(*ASKED, "--load_dir", checkpoint, "--k", k)
+    assert (code, "was trained with chunks of at most 4 tokens" in err) == (0, told), err
 
 
 def test_a_fall_back_is_told_once(run_folder, capsys):
@@ -1016,7 +1047,6 @@ def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch, name, 
         with pytest.raises(refrag.MissingError) as caught:
             refrag.bundled_path(name)
         assert str(caught.value).endswith(command) and caught.value.code == 3
-        assert refrag.describe_model(name).endswith(command)
 
 
 def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):
@@ -1080,7 +1110,7 @@ def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
         raise AssertionError("converted again")
 
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path))
-    monkeypatch.setattr(refrag, "gguf_tokenizer", refuse)
+    monkeypatch.setattr(refrag, "convert_gguf", refuse)
     assert refrag.model_folder("SmolLM2-135M-Instruct") == str(folder)
     tokenizer = refrag.load_tokenizer("SmolLM2-135M-Instruct")
     for text in ("12345", "in 1896", "in  1896, 60,000", "x1y22\n333", "   7 77"):

@@ -1,14 +1,13 @@
 """Packing: chunk spans, neutralised text, the <doc> blocks, the prompt and the plans over it."""
 
 import itertools
-import math
 import re
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import refrag
@@ -30,9 +29,6 @@ LOOKALIKES = "\u2039\u27e6"  # what < and [ become
 wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=6), max_size=20).map("".join)
 hostile = st.lists(st.sampled_from(TAGS + SPECIAL + NESTED + WORDS[:3] + [" ", "\n"]), max_size=12).map("".join)
 few = settings(max_examples=60, deadline=None)
-many = settings(max_examples=200, deadline=None)
-
-
 @pytest.fixture(scope="module")
 def loaded(tokenizers):
     """The tokenizers by kind, loaded."""
@@ -72,7 +68,7 @@ def special_ids(tokenizer):
 
 
 def check_spans(text, tokenizer, k):
-    """All that section 5 of the design promises of the spans of one text."""
+    """The spans of a text cover it and hold at most k tokens each, or one character of more tokens."""
     spans = refrag.chunk_spans(text, tokenizer, k)
     assert "".join(text[a:b] for a, b in spans) == text
     assert all(a < b for a, b in spans)
@@ -111,31 +107,21 @@ def test_spans_of_a_100_kb_line(loaded, kind, text):
     ("bpe", "xq🙂z", 4, [(0, 2), (2, 3), (3, 4)]),  # the face is 4 byte tokens: the first chunk ends before it
     ("bpe", "🙂🙂", 2, [(0, 1), (1, 2)]),
     *((kind, "", 8, []) for kind in KINDS),
-    ("wordpiece", " \n\t\x00 ", 4, [(0, 5)]),  # it drops these; the text must still be covered
-])
+    ("wordpiece", " \n\t\x00 ", 4, [(0, 5)])])  # it drops these; the text must still be covered
 def test_spans_golden(loaded, kind, text, k, spans):
     assert refrag.chunk_spans(text, loaded[kind], k) == spans
-
-
-def test_k_below_one_is_refused(loaded):
     with pytest.raises(ValueError, match="k >= 1"):
-        refrag.chunk_spans("a", loaded["bpe"], 0)
+        refrag.chunk_spans("a", loaded[kind], 0)
 
 
 @pytest.mark.parametrize("offsets", [[(0, 1), (1, 1), (1, 2)], [(0, 0), (0, 1), (1, 2)]])
 def test_tokens_without_characters_belong_to_the_chunk_before(offsets):
-    """Some tokenizers add marks that stand for no character; at k = 1 such a token would be an empty chunk.
-
-    The first one has none before it, and belongs to the first chunk.
-    """
+    """Some tokenizers add marks that stand for no character. The first one belongs to the first chunk."""
     _, ends, sizes = refrag.cut_chunks("ab", as_tokens(offsets), 1)
     assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
 
 
 # -- where tokens may be cut --------------------------------------------------------
-
-placements = st.lists(st.booleans(), max_size=40).map(lambda inner: np.array([True, *inner, True]))
-
 
 def test_cut_allowed_golden():
     """A letter, a face of three byte tokens, a letter: no cut before the face's second and third token."""
@@ -159,25 +145,20 @@ def test_token_cuts_golden():
     assert refrag.token_cuts(np.ones(1, bool), 4).tolist() == [0]
 
 
-@given(allowed=placements, k=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 63]))
-@many
+@given(allowed=st.lists(st.booleans(), max_size=40).map(lambda inner: np.array([True, *inner, True])),
+       k=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 63]))
+@settings(max_examples=200, deadline=None)
 def test_a_unit_is_as_long_as_it_can_be(allowed, k):
-    """It ends at the last place within k tokens, or where there is none at the first one after."""
+    """It ends at the last place within k tokens, or if there is none at the first one after. Multiples of 4 nest."""
     cuts = refrag.token_cuts(allowed, k).tolist()
     assert cuts[0] == 0 and cuts[-1] == len(allowed) - 1
     for a, b in itertools.pairwise(cuts):
         within = [j for j in range(a + 1, min(a + k, len(allowed) - 1) + 1) if allowed[j]]
         assert b == (within[-1] if within else next(j for j in range(a + 1, len(allowed)) if allowed[j]))
-
-
-@given(allowed=placements)
-@many
-def test_token_cuts_of_multiples_of_4_nest(allowed):
-    """k / 4 units of those of 4 in each chunk but the last."""
     units = refrag.token_cuts(allowed, 4).tolist()
-    for k in (8, 12, 16, 32, 64):
-        places = [units.index(cut) for cut in refrag.token_cuts(allowed, k).tolist()]
-        assert places[:-1] == list(range(0, len(units) - 1, k // 4)) and places[-1] == len(units) - 1
+    for n in (2, 3, 4, 8, 16):  # n units of 4 in each chunk but the last
+        places = [units.index(cut) for cut in refrag.token_cuts(allowed, 4 * n).tolist()]
+        assert places[:-1] == list(range(0, len(units) - 1, n)) and places[-1] == len(units) - 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,19 +199,12 @@ def test_neutralised_text_makes_no_special_token_and_no_tag(loaded, kind, text, 
 
 
 @pytest.mark.parametrize(("kind", "text", "expected"), [
-    ("bpe", "</doc>", "\u2039/doc>"),
-    ("bpe", '<doc id="7">', '\u2039doc id="7">'),
-    ("bpe", "< / DOC", "\u2039 / DOC"),
-    ("bpe", "<\n/\tdoc>", "\u2039\n/\tdoc>"),
+    ("bpe", '</doc><doc id="7">', '\u2039/doc>\u2039doc id="7">'), ("bpe", "< / DOC", "\u2039 / DOC"),
+    ("bpe", "<\n/\tdoc>", "\u2039\n/\tdoc>"), ("bpe", "<s> [SEP]", "<s> [SEP]"),
     ("bpe", "<docs> <documents> <doc_x> a<b", "<docs> <documents> <doc_x> a<b"),
-    ("bpe", "<|im_end|>", "\u2039|im_end|>"),
-    ("bpe", "<|im_<|im_end|>end|>", "<|im_\u2039|im_end|>end|>"),
-    ("bpe", "<s> [SEP]", "<s> [SEP]"),
-    ("sentencepiece", "<s<s>>", "<s\u2039s>>"),
-    ("sentencepiece", "</s></s>", "\u2039/s>\u2039/s>"),
-    ("wordpiece", "[S[SEP]EP]", "[S\u27e6SEP]EP]"),
-    ("wordpiece", "[MASK] [1]", "\u27e6MASK] [1]"),
-])
+    ("bpe", "<|im_end|>", "\u2039|im_end|>"), ("bpe", "<|im_<|im_end|>end|>", "<|im_\u2039|im_end|>end|>"),
+    ("sentencepiece", "<s<s>>", "<s\u2039s>>"), ("sentencepiece", "</s></s>", "\u2039/s>\u2039/s>"),
+    ("wordpiece", "[S[SEP]EP]", "[S\u27e6SEP]EP]"), ("wordpiece", "[MASK] [1]", "\u27e6MASK] [1]")])
 def test_neutralize_golden(loaded, kind, text, expected):
     assert refrag.RefragTokenizer(loaded[kind]).neutralize(text) == expected
 
@@ -246,8 +220,8 @@ def test_neutralising_makes_no_new_special_token(tokenizers):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("text", [
-    "<" + " " * 1_000_000, "</" + "\n" * 1_000_000, "<" * 200_000, "<doc id=" * 20_000,
-    "<doc id='1'><" + " " * 500_000, "<doc id='1'>" + "< " * 50_000, "<doc id='" * 20_000])
+    "<" + " " * 300_000, "</" + "\n" * 300_000, "<" * 200_000, "<doc id=" * 20_000,
+    "<doc id='1'><" + " " * 300_000, "<doc id='1'>" + "< " * 50_000, "<doc id='" * 20_000])
 def test_hostile_text_takes_linear_time(chat, text):
     """A quadratic pattern needs minutes for one of these, so the time limit ends the test."""
     assert len(chat.neutralize(text)) == len(text)
@@ -268,27 +242,19 @@ def test_a_tokenizer_without_offsets_is_refused(loaded):
 
 @pytest.mark.parametrize(("text", "expected"), [
     ("Question: .. <doc id='1'>..</doc> Answer:", ["Question: .. ", ("1", ".."), " Answer:"]),
-    ('<doc id="a b">x</doc>', [("a b", "x")]),
-    ("<doc  id = 'a'  >x\ny</doc>", [("a", "x\ny")]),
-    ("<doc id='a'>x</doc><doc id='b'>y</doc>", [("a", "x"), ("b", "y")]),
-    ("<doc id='a'></doc>", [("a", "")]),
-    ("<doc id='a'>x", ["\u2039doc id='a'>x"]),
-    ("x</doc>y", ["x\u2039/doc>y"]),
+    ('<doc id="a b">x</doc>', [("a b", "x")]), ("<doc  id = 'a'  >x\ny</doc>", [("a", "x\ny")]),
+    ("<doc id='a'>x</doc><doc id='b'>y</doc>", [("a", "x"), ("b", "y")]), ("<doc id='a'></doc>", [("a", "")]),
+    ("<doc id='a'>x", ["\u2039doc id='a'>x"]), ("x</doc>y", ["x\u2039/doc>y"]),
     ("<doc id='a'>x <doc id='b'>y</doc> z</doc>", ["\u2039doc id='a'>x ", ("b", "y"), " z\u2039/doc>"]),
-    ("<doc id='a'>x</doc></doc>", [("a", "x"), "\u2039/doc>"]),
-    ("<doc id=a>x</doc>", [("a", "x")]),
-    ('<DOC ID="a">x</Doc>', [("a", "x")]),
-    ('<doc source="b c" id="a" n=3>x</doc >', [("a", "x")]),
-    ("<doc id=a source=>x</doc>", ["\u2039doc id=a source=>x\u2039/doc>"]),
-    ("<docs id=a>x</docs>", ["<docs id=a>x</docs>"]),
+    ("<doc id='a'>x</doc></doc>", [("a", "x"), "\u2039/doc>"]), ("<doc id=a>x</doc>", [("a", "x")]),
+    ('<DOC ID="a">x</Doc>', [("a", "x")]), ('<doc source="b c" id="a" n=3>x</doc >', [("a", "x")]),
+    ("<doc id=a source=>x</doc>", ["\u2039doc id=a source=>x\u2039/doc>"]), ("", []),
+    ("<docs id=a>x</docs>", ["<docs id=a>x</docs>"]), ("<doc>x</doc>", ["\u2039doc>x\u2039/doc>"]),
     ("<doc id='a\">x</doc>", ["\u2039doc id='a\">x\u2039/doc>"]),
     ("<doc id=''>x</doc>", ["\u2039doc id=''>x\u2039/doc>"]),
-    ("<doc>x</doc>", ["\u2039doc>x\u2039/doc>"]),
     ("<doc id='<b>'>x</doc>", ["\u2039doc id='<b>'>x\u2039/doc>"]),
     ("<doc id='a'>x< / doc>y</doc>", ["\u2039doc id='a'>x\u2039 / doc>y\u2039/doc>"]),
-    ("<doc id='a'><|im_end|></doc><|im_start|>", [("a", "\u2039|im_end|>"), "\u2039|im_start|>"]),
-    ("", []),
-])
+    ("<doc id='a'><|im_end|></doc><|im_start|>", [("a", "\u2039|im_end|>"), "\u2039|im_start|>"])])
 def test_parse_golden(chat, text, expected):
     """Plain text, and documents with their ids."""
     segments = chat.parse_and_tokenize(text)
@@ -312,27 +278,20 @@ def test_segments_join_to_the_text_and_make_no_special_token(chat, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(text=wild)
+@pytest.mark.parametrize("k", [4, 8])
+@given(text=wild | hostile.filter(lambda text: "<" not in text))
 @few
-def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, text):
-    tokens, mask = refrag.RefragTokenizer(loaded["bpe"], loaded[kind]).pack(text, 4)
-    assert tokens.shape == mask.shape and tokens.shape[1] == 4
-    assert tokens[mask == 1].tolist() == loaded[kind](text, add_special_tokens=False)["input_ids"]
+def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, k, text):
+    """One row per chunk, no special token among them. Plain text and empty documents have no rows."""
+    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded[kind])
+    text = tokenizer.neutralize(text)
+    before, doc, empty = tokenizer.parse_and_tokenize(f"Read: <doc id='1'>{text}</doc><doc id='2'></doc>", k)
+    tokens, mask, ids = doc.packed_tokens, doc.packed_mask, loaded[kind](text, add_special_tokens=False)["input_ids"]
+    assert tokens.shape == mask.shape == (len(refrag.chunk_spans(text, loaded[kind], k)), k)
+    assert tokens[mask == 1].tolist() == ids and not special_ids(loaded[kind]) & set(ids)
     assert (tokens[mask == 0] == 0).all()
     assert (np.diff(mask, axis=1) <= 0).all()  # padding is on the right
-
-
-@pytest.mark.parametrize("k", [4, 8])
-def test_packed_tokens_have_the_width_of_the_compression(loaded, k):
-    """Encoder tokens, one row per chunk; the mask counts them. Plain text and empty documents have no rows."""
-    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"])
-    text = "The Rhone leaves Lake Geneva and crosses the old city under seven bridges."
-    before, doc, empty = tokenizer.parse_and_tokenize(f"Read: <doc id='1'>{text}</doc><doc id='2'></doc>", k)
-    ids = loaded["wordpiece"](text, add_special_tokens=False)["input_ids"]
     assert before.packed_tokens.shape == before.packed_mask.shape == empty.packed_tokens.shape == (0, k)
-    assert doc.packed_tokens.shape == doc.packed_mask.shape == (math.ceil(len(ids) / k), k)
-    assert doc.packed_mask.sum() == len(ids)
-    assert doc.packed_tokens.reshape(-1)[: len(ids)].tolist() == ids
     assert doc.input_ids == loaded["bpe"](text, add_special_tokens=False)["input_ids"]
 
 
@@ -377,18 +336,15 @@ def test_prompt_is_plain_prompting_token_for_token(chat, two):
         assert block.startswith("<doc id=") and block.rstrip().endswith("</doc>") and text in block
 
 
-def test_prompt_without_documents(chat):
-    prompt = context_of(chat, []).prompt
-    assert prompt.input_ids.tolist() == template_ids(chat.decoder, "Answer the question briefly.\n\nQuestion: Why?")
-    assert prompt.chunks == [] and prompt.blocks == [] and prompt.context_tokens == 0
-
-
 @pytest.mark.parametrize(("system", "before"), [("", ""), ("Be brief.", "Be brief.\n\n")])
-def test_prompt_of_a_decoder_without_a_template(loaded, system, before):
+def test_prompt_without_documents_and_of_a_decoder_without_a_template(chat, loaded, system, before):
     """The message, then "Answer:"; and the special tokens that the tokenizer itself would add."""
+    message = f"{before}Answer the question briefly.\n\nQuestion: Why?"
     prompt = context_of(refrag.RefragTokenizer(loaded["plain_bpe"]), [], system=system).prompt
-    text = f"{before}Answer the question briefly.\n\nQuestion: Why?\nAnswer:"
-    assert prompt.input_ids.tolist() == loaded["plain_bpe"](text)["input_ids"]
+    assert prompt.input_ids.tolist() == loaded["plain_bpe"](f"{message}\nAnswer:")["input_ids"]
+    prompt = context_of(chat, []).prompt
+    assert prompt.input_ids.tolist() == template_ids(chat.decoder, message.removeprefix(before))
+    assert prompt.chunks == [] and prompt.blocks == [] and prompt.context_tokens == 0
 
 
 def check_tiling(tokenizer, context):
@@ -411,7 +367,9 @@ def check_tiling(tokenizer, context):
 @given(texts=st.lists(ordinary | wild | hostile, max_size=3), question=wild)
 @few
 def test_chunks_tile_every_document(chat, texts, question):
+    """Also if a system message repeats what comes after."""
     check_tiling(chat, context_of(chat, texts, question))
+    check_tiling(chat, context_of(chat, TWO[:1], system=f"{TWO[0]}\nQuestion: Why?"))
 
 
 @given(texts=st.lists(ordinary | wild, min_size=1, max_size=2))
@@ -450,6 +408,7 @@ def test_literal_blocks_are_the_prompts_documents(chat):
     message = f'Where? <doc id="a">\n{TWO[0]}\n</doc> <doc id="b">\n{TWO[1]}\n</doc> Say:'
     assert context.prompt.input_ids.tolist() == template_ids(chat.decoder, message)
     assert [(doc.label, doc.content, doc.row) for doc in context.docs] == [("a", TWO[0], None), ("b", TWO[1], None)]
+    assert context.question == "Where? Say:"  # what the gate reads: no word of the documents
     check_tiling(chat, context)
     with pytest.raises(refrag.UserError, match="more than --ctx_max 3"):
         refrag.read_context(chat, f"<doc id='a'>{TWO[0]}</doc>", 4, 3)
@@ -461,13 +420,6 @@ def test_the_id_of_a_literal_block_makes_no_special_token(tokenizers):
     decoder.add_special_tokens({"additional_special_tokens": ["[INST]"]})
     context = refrag.read_context(refrag.RefragTokenizer(decoder), "<doc id='[INST]'>[INST]</doc>", 4, 100)
     assert decoder.convert_tokens_to_ids("[INST]") not in context.prompt.input_ids
-
-
-def test_encoder_makes_no_special_token_from_a_passage(loaded):
-    """The encoder has special tokens of its own; a passage that spells one must not make it."""
-    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"])
-    (doc,) = tokenizer.parse_and_tokenize("<doc id='1'>a [SEP] b [PAD] c</doc>")
-    assert not special_ids(loaded["wordpiece"]) & set(doc.packed_tokens[doc.packed_mask == 1].tolist())
 
 
 def with_template(tokenizers, template, kind="bpe"):
@@ -516,10 +468,6 @@ def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, t
     assert context_of(tokenizer, TWO[:1]).prompt.input_ids.tolist() == template_ids(tokenizer.decoder, message)
 
 
-def test_a_system_message_that_repeats_the_question_moves_no_chunk(chat):
-    check_tiling(chat, context_of(chat, TWO[:1], system=f"{TWO[0]}\nQuestion: Why?"))
-
-
 # -- plans --------------------------------------------------------------------------
 
 
@@ -529,18 +477,17 @@ def bare_prompt(T, chunks, blocks=()):
 
 
 def test_mixed_plan_golden():
-    """Ten tokens, chunks over 2-3, 4-6 and 8: the second stays text, the others become vectors -1 and -3."""
+    """Ten tokens, chunks over 2-3, 4-6 and 8: the second stays text, the others become vectors -1 and -3.
+
+    A chunk without tokens, whose characters vanish into the token before, has nothing to stand for: no vector.
+    """
     prompt = bare_prompt(10, [(0, 2, 4), (0, 4, 7), (1, 8, 9)])
     expanded = np.array([False, True, False])
     assert refrag.mixed_plan(prompt, expanded).tolist() == [50, 51, -1, 54, 55, 56, 57, -3, 59]
     assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [50, 51, 54, 55, 56, 57, 59]
     assert np.flatnonzero(~refrag.text_mask(prompt, expanded)).tolist() == [2, 3, 8]
-
-
-def test_a_chunk_without_tokens_has_no_vector():
-    """Characters that vanish into the token before leave nothing to stand for."""
-    prompt = bare_prompt(6, [(0, 1, 3), (0, 3, 3), (0, 3, 5)])
-    assert refrag.mixed_plan(prompt, np.zeros(3, bool)).tolist() == [50, -1, -3, 55]
+    without = bare_prompt(6, [(0, 1, 3), (0, 3, 3), (0, 3, 5)])
+    assert refrag.mixed_plan(without, np.zeros(3, bool)).tolist() == [50, -1, -3, 55]
 
 
 @given(st.data())
@@ -624,12 +571,9 @@ def test_continue_plan_golden():
     assert shown(sequence) == ([1, -1, 7], [-1, 7, 8])
     assert sequence.asked == 2 and sequence.content is content
     assert shown(refrag.continue_plan(np.array([1]), np.array([7]), content)) == ([1], [7])
-
-
-@pytest.mark.parametrize(("context", "answer"), [([], [7]), ([1], [])])
-def test_a_sequence_needs_a_context_and_an_answer(context, answer):
-    with pytest.raises(ValueError, match="one position each"):
-        refrag.continue_plan(np.array(context, dtype=int), np.array(answer, dtype=int), content_of())
+    for context, answer in (([], [7]), ([1], [])):
+        with pytest.raises(ValueError, match="one position each"):
+            refrag.continue_plan(np.array(context, dtype=int), np.array(answer, dtype=int), content_of())
 
 
 def test_the_controls_golden():
@@ -649,11 +593,8 @@ def test_the_controls_golden():
     for control in (refrag.without_vectors, refrag.with_text):
         assert control(sequence).content is content
     assert shown(sequence) == ([7, -1, -2, 8, -3, 9], [-1, -1, 5, -1, 4, 3])  # not changed by all this
-
-
-def test_a_label_on_a_vector_that_nothing_stands_before_is_not_asked():
-    sequence = refrag.TrainingSequence(np.array([-1, 7, 8]), np.array([5, 6, -1]), content_of([10]))
-    assert shown(refrag.without_vectors(sequence)) == ([7, 8], [6, -1])
+    first = refrag.TrainingSequence(np.array([-1, 7, 8]), np.array([5, 6, -1]), content)  # nothing stands before it
+    assert shown(refrag.without_vectors(first)) == ([7, 8], [6, -1])
 
 
 @st.composite
@@ -667,7 +608,7 @@ def answered(draw):
 
 
 @given(made=answered(), other=answered())
-@many
+@settings(max_examples=200, deadline=None)
 def test_the_controls_are_asked_the_same(made, other):
     """The whole answer, in order; only what is read before it differs."""
     sequence, answer = made
@@ -694,6 +635,9 @@ chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 16)), min_siz
 
 @given(chunks=chunk_lists, percent=st.integers(0, 100), floor=st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
+@example(chunks=[(0, 1)] * 100, percent=7, floor=0)  # .07 * 100 is 7.000000000000001
+@example(chunks=[(0, 1)] * 100, percent=29, floor=0)  # .29 * 100 is 28.999999999999996
+@example(chunks=[(0, 1)] * 100, percent=100, floor=0)
 def test_selection_is_a_prefix_of_the_ranking_exact_and_maximal(chunks, percent, floor):
     """The best chunks stay text up to the first that exceeds the budget, which is `floor` at least while p > 0."""
     scores, tokens = (np.array(column) for column in zip(*chunks, strict=True))
@@ -706,14 +650,6 @@ def test_selection_is_a_prefix_of_the_ranking_exact_and_maximal(chunks, percent,
         assert chosen[i] == (fits or (place == 0 and percent > 0 and floor > 0))
 
 
-@given(chunks=chunk_lists)
-@few
-def test_selection_takes_all_at_one_and_none_at_zero(chunks):
-    scores, tokens = (np.array(column) for column in zip(*chunks, strict=True))
-    assert refrag.select_chunks(scores, tokens, 1.0).all()
-    assert not refrag.select_chunks(scores, tokens, 0.0).any()
-
-
 def test_selection_golden():
     """Six of 10 tokens may stay: 4 by the best score; the second (5) does not fit, and ends it before the third."""
     scores, tokens = np.array([0.9, 0.5, 0.7]), np.array([4, 1, 5])
@@ -722,10 +658,3 @@ def test_selection_golden():
     assert refrag.select_chunks(scores, tokens, 0.01, 64).all(), "a short context is simply read"
     assert not refrag.select_chunks(scores, tokens, 0.0, 64).any(), "p = 0 expands nothing"
     assert refrag.select_chunks(np.array([1.0, 2.0]), np.array([65, 65]), 0.05, 64).tolist() == [False, True]
-
-
-@pytest.mark.parametrize("percent", [7, 29, 57, 58])
-def test_selection_loses_no_token_to_rounding(percent):
-    """.07 * 100 is 7.000000000000001 and .29 * 100 is 28.999999999999996; both are whole numbers of tokens."""
-    chosen = refrag.select_chunks(np.zeros(100), np.ones(100, int), percent / 100)
-    assert chosen.sum() == percent

@@ -41,46 +41,31 @@ TOWER = ("When was the Eiffel Tower in Paris finished?", "It was finished in 188
 
 class TestTopic:
     @pytest.mark.parametrize(("question", "asked"), [
-        ("Who designed it?", "Who designed it (Eiffel Tower, Paris)?"),
+        ("Who designed it?", "Who designed it (Eiffel Tower, Paris)?"), ("Why?", "Why (Eiffel Tower, Paris)?"),
         ("And in Lyon?", "And in Lyon (Eiffel Tower, Paris)?"),
-        ("Why?", "Why (Eiffel Tower, Paris)?"),
         ("how about 1950", "how about 1950 (Eiffel Tower, Paris)?"),
         ("So is the Eiffel Tower beautiful?", "So is the Eiffel Tower beautiful (Paris)?"),
-    ])
+        # one that stands alone, or names the topic itself
+        *((question, question) for question in ("Which river flows through the city of Geneva?", "Who was Marie Curie?",
+                                                "What do smiths cast in old towns?",
+                                                "Is that the Eiffel Tower in Paris?"))])
     def test_a_question_that_refers_back_is_given_the_names_of_the_last(self, question, asked):
         assert chat.with_topic(question, [TOWER]) == asked
+        assert chat.with_topic(question, []) == question
 
-    @pytest.mark.parametrize("question", ["Which river flows through the city of Geneva?", "Who was Marie Curie?",
-                                          "What do smiths cast in old towns?"])
-    def test_one_that_stands_alone_is_left_as_it_is(self, question):
-        assert chat.with_topic(question, [TOWER]) == question
-
-    def test_the_first_question_has_nothing_to_refer_to(self):
-        assert chat.with_topic("Who designed it?", []) == "Who designed it?"
-
-    def test_without_names_in_the_question_those_of_its_answer_count(self):
-        before = [("who built the tallest tower?", "The company of Gustave Eiffel [2]")]
-        assert chat.with_topic("When was he born?", before) == "When was he born (Gustave Eiffel)?"
-
-    @pytest.mark.parametrize(("answer", "topic"), [
-        ("Jonas Weber [1]", "Jonas Weber"), ("Paris [2]", "Paris"), ("The Rhone [1, 3]", "The Rhone"),
-        ("It was Ada [1]", "Ada"), ("1889 [12]", "1889")])
-    def test_an_answer_may_begin_with_a_name_and_its_citation_is_none(self, answer, topic):
-        asked = chat.with_topic("What is his phone extension?", [("Who repairs the printers?", answer)])
-        assert asked == f"What is his phone extension ({topic})?"
-
-    def test_without_any_names_the_question_itself_is_the_topic(self):
-        before = [("what do smiths cast?", "bells")]
-        assert chat.with_topic("Where is that done?", before) == "Where is that done (what do smiths cast)?"
+    @pytest.mark.parametrize(("before", "answer", "topic"), [
+        ("Who repairs the printers?", "Jonas Weber [1]", "Jonas Weber"), ("Who?", "The Rhone [1, 3]", "The Rhone"),
+        ("Who repairs the printers?", "Paris [2]", "Paris"), ("Who repairs the printers?", "It was Ada [1]", "Ada"),
+        ("Who repairs the printers?", "1889 [12]", "1889"), ("what do smiths cast?", "bells", "what do smiths cast"),
+        ("who built the tallest tower?", "The company of Gustave Eiffel [2]", "Gustave Eiffel")])
+    def test_without_names_in_the_question_those_of_its_answer_count(self, before, answer, topic):
+        """They may begin it, and its citation is none. Without any, the question itself is the topic."""
+        assert chat.with_topic("When was he born?", [(before, answer)]) == f"When was he born ({topic})?"
 
     def test_a_topic_is_carried_from_turn_to_turn(self):
         first = chat.with_topic("Who designed it?", [TOWER])
         second = chat.with_topic("Did she like it?", [TOWER, (first, "no one knows")])
         assert second == "Did she like it (Eiffel Tower, Paris)?"
-
-    def test_a_question_that_names_the_topic_itself_is_left(self):
-        question = "Is that the Eiffel Tower in Paris?"
-        assert chat.with_topic(question, [TOWER]) == question
 
     def test_names(self):
         assert chat.names_in("Did Charles de Gaulle meet Churchill in 1944, in London?") == [
@@ -95,10 +80,10 @@ def argv(index_dir, llama):
 
 
 @pytest.fixture
-def piped(run, monkeypatch):
+def piped(run, argv, monkeypatch):
     """Exit code, stdout and stderr of a conversation whose stdin is no terminal."""
 
-    def converse(argv, text, *more):
+    def converse(text, *more):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         return run(*argv, *more)
 
@@ -106,10 +91,10 @@ def piped(run, monkeypatch):
 
 
 class TestPiped:
-    def test_a_question_a_line_and_an_answer_an_object(self, piped, argv, tmp_path):
+    def test_a_question_a_line_and_an_answer_an_object(self, piped, tmp_path):
         saved = tmp_path / "talk.jsonl"
         text = f"Where do smiths cast bells?\n\n  And where is it?\n/save {saved}\n/quit\nnever asked\n"
-        code, out, err = piped(argv, text, "--json")
+        code, out, err = piped(text, "--json")
         assert code == 0, err
         turns = [json.loads(line) for line in out.splitlines()]
         assert [turn["asked"] for turn in turns] == ["Where do smiths cast bells?", "And where is it?"]
@@ -118,11 +103,11 @@ class TestPiped:
         assert f"asked as: {turns[1]['question']}" in err
         assert [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()] == turns
 
-    def test_commands_and_mistakes_end_nothing(self, piped, argv, tmp_path):
+    def test_commands_and_mistakes_end_nothing(self, piped, tmp_path):
         text = ("/docs\n/nothing\n/p much\n/p 2\n/mode magic\n/save\n/save /nowhere/at/all\n/help\n"
                 "Where do smiths cast bells?\n/docs\n/history\n/mode full\n/p 1\nWhere do smiths cast bells?\n"
                 "/clear\n/history\n")
-        code, out, err = piped(argv, text, "--json")
+        code, out, err = piped(text, "--json")
         first, second = (json.loads(line) for line in out.splitlines())
         assert code == 0
         assert first["answer"] and second["metrics"]["positions"] == second["metrics"]["full_positions"]
@@ -136,15 +121,15 @@ class TestPiped:
         shown = err[err.index("chunks read as text"):]
         assert 0 < opened < len(first["chunks"]) and shown.count("[[") == len(first["chunks"]) - opened
 
-    def test_text_for_people(self, program, argv):
-        done = program(*argv, input="Where do smiths cast bells?\n")
-        assert done.returncode == 0 and "positions of full context ->" in done.stdout
+    def test_text_for_people(self, piped):
+        code, out, _ = piped("Where do smiths cast bells?\n")
+        assert code == 0 and "positions of full context ->" in out
 
-    def test_options_that_are_not_for_a_conversation(self, piped, argv):
-        code, _, err = piped(argv, "", "--prompt", "x")
-        assert code == 2 and "--prompt goes with generate" in err
-        code, _, err = piped(argv, "", "--out", "x")
-        assert code == 2 and "--out goes with --questions" in err
+    @pytest.mark.parametrize(("option", "told"), [
+        ("--prompt", "--prompt goes with generate"), ("--out", "--out goes with --questions")])
+    def test_options_that_are_not_for_a_conversation(self, piped, option, told):
+        code, _, err = piped("", option, "x")
+        assert code == 2 and told in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
@@ -179,6 +164,7 @@ class TestTerminal:
         os.close(ours)
 
     def test_a_conversation(self, terminal, tmp_path):
+        """Two lines up in the history is the question again. Ctrl-C stops an answer and not the program."""
         write, wait_for, process = terminal
         wait_for("\n> ")
         write("Where do smiths cast bells?\n")
@@ -186,25 +172,15 @@ class TestTerminal:
         wait_for("\n> ")
         write("/history\n")
         wait_for("1. Where do smiths cast bells?")
-        write("\x1b[A\x1b[A\n")  # two lines up in the history: the question again
-        wait_for("positions of full context")
-        wait_for("\n> ")
-        write("\x04")
-        assert process.wait(timeout=30) == 0
-        assert "Where do smiths cast bells?" in (tmp_path / "home/chat_history").read_text(encoding="utf-8")
-
-    def test_ctrl_c_stops_the_answer_and_not_the_program(self, terminal):
-        write, wait_for, process = terminal
-        wait_for("\n> ")
-        write("Where do smiths cast bells?\n")
+        write("\x1b[A\x1b[A\n")
         wait_for("bells?")
         time.sleep(0.3)
         os.killpg(process.pid, signal.SIGINT)
         wait_for("(stopped; /quit leaves)")
         wait_for("\n> ")
-        write("/p 1\n/quit\n")
+        write("/p 1\n\x04")
         assert process.wait(timeout=30) == 0
-
+        assert "Where do smiths cast bells?" in (tmp_path / "home/chat_history").read_text(encoding="utf-8")
 
 # ---- The server -----------------------------------------------------------------------------------------------------
 
@@ -212,20 +188,19 @@ class TestTerminal:
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, *argv):
-        self.process = subprocess.Popen([sys.executable, refrag.__file__, "serve", "--port", "0", *map(str, argv)],
-                                        stderr=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := re.match(r"serving on (http://\S+) ", line):
-                self.url = found[1]
-                break
-        else:
-            pytest.fail("".join(self.lines))
-        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
-        self.reader.start()
+    def __init__(self, forks, folder, *argv):
+        self.forks, self.err = forks, folder / "server.err"
+        self.pid = forks.start(["serve", "--port", 0, *argv], log=folder / "server")
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"^serving on (http://\S+) ", self.said(), re.MULTILINE)):
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+        self.url = found[1]
         self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def said(self):
+        """What it has written to stderr."""
+        return self.err.read_text() if self.err.exists() else ""
 
     def ask(self, question="Where do smiths cast bells?", **more):
         body = {"model": "refrag", "messages": [{"role": "user", "content": question}]} | more
@@ -236,11 +211,10 @@ class Server:
         return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"refrag_{name} ")), 0.0)
 
     def end(self, sign=signal.SIGTERM):
+        """Its exit code."""
         self.http.close()
-        self.process.send_signal(sign)
-        code = self.process.wait(timeout=30)
-        self.reader.join(timeout=10)
-        return code, "".join(self.lines)
+        os.kill(self.pid, sign)
+        return self.forks.wait(self.pid)
 
 
 @pytest.fixture(scope="module")
@@ -250,11 +224,23 @@ def serve_argv(index_dir, llama):
 
 
 @pytest.fixture(scope="module")
-def server(serve_argv):
-    made = Server(*serve_argv, "--together", "4")
-    yield made
-    if made.process.poll() is None:
-        made.end()
+def start(forks, tmp_path_factory, serve_argv):
+    """Start a server with further options; the test ends it, or the last one does."""
+    servers = []
+
+    def call(*more):
+        servers.append(Server(forks, tmp_path_factory.mktemp("server"), *serve_argv, *more))
+        return servers[-1]
+
+    yield call
+    for server in servers:
+        if os.path.exists(f"/proc/{server.pid}"):
+            server.end()
+
+
+@pytest.fixture(scope="module")
+def server(start):
+    return start("--together", 4)
 
 
 @pytest.fixture
@@ -267,14 +253,15 @@ def say(*texts):
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
 
 
-PLAIN_BODY = {"model": "refrag", "messages": say("Where do smiths cast bells?")}
+ASKED = say("Where do smiths cast bells?")
+PLAIN_BODY = {"model": "refrag", "messages": ASKED}
 
 
 class TestOpenaiClient:
     """The official client, as it is."""
 
     def test_an_answer_in_one_piece(self, client):
-        made = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"))
+        made = client.chat.completions.create(model="refrag", messages=ASKED)
         assert made.object == "chat.completion" and made.choices[0].message.content
         assert made.choices[0].finish_reason in ("stop", "length")
         assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
@@ -283,9 +270,9 @@ class TestOpenaiClient:
         assert len(told["passages"]) == 2 and told["chunks"] and told["citations"]
 
     def test_a_stream_says_what_the_whole_says(self, client):
-        whole = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"))
-        parts = list(client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"),
-                                                    stream=True, stream_options={"include_usage": True}))
+        whole = client.chat.completions.create(model="refrag", messages=ASKED)
+        parts = list(client.chat.completions.create(model="refrag", messages=ASKED, stream=True,
+                                                    stream_options={"include_usage": True}))
         text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
         assert text.strip() == whole.choices[0].message.content
         assert len(parts) > 4, "it came in one piece"
@@ -325,8 +312,7 @@ class TestOpenaiClient:
     def test_stop_strings_end_an_answer_before_them(self, client):
         """Wherever they stand, across tokens too, and in a stream nothing of them is ever sent."""
         def ask(**more):
-            return client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"),
-                                                  max_tokens=12, **more)
+            return client.chat.completions.create(model="refrag", messages=ASKED, max_tokens=12, **more)
 
         whole = ask().choices[0].message.content
         own = whole.rpartition(" [")[0]  # what the decoder wrote, without the citation it chose then
@@ -344,8 +330,7 @@ class TestOpenaiClient:
 
     def test_settings_of_one_request(self, client, server):
         def positions(**settings):
-            made = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"),
-                                                  extra_body={"refrag": settings})
+            made = client.chat.completions.create(model="refrag", messages=ASKED, extra_body={"refrag": settings})
             return made.usage.prompt_tokens, made.refrag["settings"]
 
         full, none = positions(mode="full")[0], positions(mode="none")[0]
@@ -354,23 +339,17 @@ class TestOpenaiClient:
         assert positions(topk=1)[0] < positions(topk=2)[0]
 
     def test_a_seed_makes_a_sample_come_again(self, client):
+        """And the greedy answer draws none."""
         def sample(seed, **more):
-            made = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"),
-                                                  temperature=1.5, seed=seed, max_tokens=12, **more)
+            made = client.chat.completions.create(model="refrag", messages=ASKED, seed=seed, max_tokens=12, **more)
             return made.choices[0].message.content, made.refrag["settings"]["seed"]
 
-        assert sample(1) == sample(1) and sample(-1) == sample(2**63 - 1)
-        assert len({sample(seed) for seed in range(4)}) > 1
-        drawn = [sample(openai.omit) for _ in range(4)]
+        drawn = [sample(openai.omit, temperature=1.5) for _ in range(4)]
         assert len({text for text, _ in drawn}) > 1 and all(0 <= seed < 2**53 for _, seed in drawn)
-        assert [sample(seed) for _, seed in drawn] == drawn
-
-    def test_what_is_not_sampled_draws_no_seed(self, client):
-        made = [client.chat.completions.create(model="refrag", messages=say("Why?"), **more)
-                for more in ({}, {"seed": 5}, {})]
-        seed = refrag.RuntimeConfig().seed
-        assert [one.refrag["settings"]["seed"] for one in made] == [seed, 5, seed]
-        assert len({one.choices[0].message.content for one in made}) == 1
+        assert [sample(seed, temperature=1.5) for _, seed in drawn] == drawn
+        assert sample(-1, temperature=1.5) == sample(2**63 - 1, temperature=1.5)
+        greedy = [sample(seed) for seed in (openai.omit, 5)]
+        assert greedy[0][0] == greedy[1][0] and [seed for _, seed in greedy] == [refrag.RuntimeConfig().seed, 5]
 
     def test_models_and_embeddings(self, client, index_dir):
         names = [model.id for model in client.models.list()]
@@ -393,14 +372,11 @@ class TestOpenaiClient:
         by_text, by_ids = (client.embeddings.create(model=name, input=what, dimensions=24) for what in (texts, ids))
         np.testing.assert_allclose([item.embedding for item in by_ids.data], [item.embedding for item in by_text.data],
                                    atol=1e-6)
-        assert by_ids.usage == by_text.usage
+        assert by_ids.usage.prompt_tokens == by_text.usage.prompt_tokens == sum(map(len, tokenizer(texts)["input_ids"]))
         [one] = client.embeddings.create(model=name, input=ids[1]).data
         np.testing.assert_allclose(one.embedding, by_text.data[1].embedding, atol=1e-6)
-
-    def test_usage_counts_every_token_that_was_read(self, client):
-        name = list(client.models.list())[1].id
-        texts = ["bells " * 62, "bells"]  # 64 with the special tokens: just what it reads
-        assert client.embeddings.create(model=name, input=texts).usage.prompt_tokens == 64 + 3
+        longest = client.embeddings.create(model=name, input=["bells " * 62, "bells"])  # 64 tokens: all it reads
+        assert longest.usage.prompt_tokens == 64 + 3
 
     def test_a_model_that_is_not_there(self, client):
         with pytest.raises(openai.NotFoundError, match="gpt-4"):
@@ -412,8 +388,7 @@ class TestOpenaiClient:
 
     def test_a_stream_that_is_given_up_ends_its_generation(self, client, server):
         before = server.count("new_tokens_total")
-        stream = client.chat.completions.create(model="refrag", messages=say("Where do smiths cast bells?"),
-                                                stream=True, max_tokens=1024)
+        stream = client.chat.completions.create(model="refrag", messages=ASKED, stream=True, max_tokens=1024)
         next(iter(stream))
         stream.close()
         assert server.ask(max_tokens=2).status_code == 200, "it had to wait for this one's end"
@@ -477,6 +452,7 @@ class TestBadRequests:
     def test_too_long_a_body(self, server):
         reply = server.http.post("/v1/chat/completions", content=b" " * (serve.BODY_BYTES + 1))
         assert reply.status_code == 413 and "longer than 1048576 bytes" in reply.json()["error"]["message"]
+        assert server.ask("why " * 4000, stream=True, refrag={"mode": "none"}).status_code == 400  # before it begins
 
     @pytest.mark.parametrize("more", [
         {"tools": []}, {"tools": [], "tool_choice": "auto"}, {"tool_choice": "none", "parallel_tool_calls": True},
@@ -510,15 +486,16 @@ class TestBadRequests:
         error = reply.json()["error"]
         assert (reply.status_code, error["param"]) == (400, param) and told in error["message"]
 
-    def test_a_stream_that_can_not_begin_has_an_error_s_status(self, server):
-        assert server.ask("why " * 4000, stream=True, refrag={"mode": "none"}).status_code == 400
-
     def test_of_a_page_from_elsewhere(self, server):
-        ask = {"model": "refrag", "messages": say("Where do smiths cast bells?")}
-        replies = [server.http.post("/v1/chat/completions", json=ask, headers={"Origin": origin})
+        """A rebinding page's name resolves to this machine: Host and Origin agree."""
+        replies = [server.http.post("/v1/chat/completions", json=PLAIN_BODY, headers={"Origin": origin})
                    for origin in ("https://elsewhere.example", "null", server.url)]
         assert [reply.status_code for reply in replies] == [403, 403, 200]
         assert replies[0].json()["error"]["code"] == "foreign_origin"
+        for path, method in (("/v1/chat/completions", "POST"), ("/", "GET"), ("/v1/nothing", "GET")):
+            reply = server.http.request(method, path, json=PLAIN_BODY, headers={
+                "Host": "evil.example:8000", "Origin": "http://evil.example:8000"})
+            assert reply.status_code == 400 and "passages" not in reply.text
 
     def test_addresses_and_methods_that_are_not_there(self, server):
         for method, path, status in (("GET", "/v1/nothing", 404), ("POST", "/v1/completions", 404),
@@ -560,13 +537,6 @@ class TestHostsAndOrigins:
                "evil.example#localhost"]
         assert [self.ask(address, host).status_code for host in good] == [200] * len(good)
         assert [self.ask(address, host).status_code for host in bad] == [400] * len(bad)
-
-    def test_a_rebinding_page_reads_nothing(self, server):
-        """Its name resolves to this machine: Host and Origin agree."""
-        for path, method in (("/v1/chat/completions", "POST"), ("/", "GET"), ("/v1/nothing", "GET")):
-            reply = server.http.request(method, path, json=PLAIN_BODY, headers={
-                "Host": "evil.example:8000", "Origin": "http://evil.example:8000"})
-            assert reply.status_code == 400 and "passages" not in reply.text
 
     @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.0.7"])
     def test_elsewhere_any_name_is_answered_and_a_missing_key_is_said(self, address, capsys):
@@ -628,7 +598,7 @@ class TestPage:
         page.fill("#question", question)
         page.keyboard.press("Enter")
 
-    def test_an_answer_streams_and_its_citation_leads_to_the_passage(self, page):
+    def test_an_answer_streams_and_its_citation_leads_to_the_passage(self, page, server):
         page.evaluate("""() => { window.seen = new Set(); new MutationObserver(() => {
             const text = document.querySelector('.busy .text'); if (text) seen.add(text.textContent); }).observe(
             document.getElementById('answers'), {subtree: true, childList: true, characterData: true}); }""")
@@ -636,20 +606,15 @@ class TestPage:
         page.wait_for_selector(".cite")
         assert page.evaluate("seen.size") > 2, "it came in one piece"
         assert "positions of full context" in page.inner_text("article .small")
-        assert page.locator("#passages details").count() == 2
+        passages = server.ask().json()["refrag"]["passages"]
+        shown = [box.text_content() for box in page.locator("#passages details .passage").all()]
+        assert shown == [refrag.passage_content(p["title"], p["text"]) for p in passages]  # to the last character
         opened, all_chunks = page.locator(".chunk.opened").count(), page.locator(".chunk").count()
         assert 0 < opened < all_chunks
         page.click(".cite")
         found = page.locator("details.found")
         assert found.count() == 1 and found.get_attribute("open") is not None
         assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
-
-    def test_a_passage_is_shown_to_the_last_character(self, page, server):
-        self.ask(page)
-        page.wait_for_selector(".cite")
-        passages = server.ask().json()["refrag"]["passages"]
-        shown = [box.text_content() for box in page.locator(".passage").all()]
-        assert shown == [refrag.passage_content(p["title"], p["text"]) for p in passages]
 
     def test_the_comparison_and_the_next_question(self, page):
         page.check("#compare")
@@ -675,19 +640,15 @@ class TestPage:
         self.ask(page)
         page.wait_for_selector(".cite")
 
-    def test_a_key_is_asked_for(self, browser, serve_argv):
-        server = Server(*serve_argv, "--api_key", "secret")
-        try:
-            page = browser.new_page()
-            page.goto(server.url)
-            self.ask(page)
-            page.wait_for_selector("#key:visible")
-            page.fill("#key", "secret")
-            self.ask(page)
-            page.wait_for_selector(".cite")
-            page.close()
-        finally:
-            server.end()
+    def test_a_key_is_asked_for(self, browser, start):
+        page = browser.new_page()
+        page.goto(start("--api_key", "secret").url)
+        self.ask(page)
+        page.wait_for_selector("#key:visible")
+        page.fill("#key", "secret")
+        self.ask(page)
+        page.wait_for_selector(".cite")
+        page.close()
 
     def test_by_keyboard_alone_on_a_phone(self, browser, server):
         page = browser.new_page(viewport={"width": 360, "height": 700})
@@ -740,113 +701,91 @@ def test_connections_that_are_opened_and_left(server):
     assert server.ask().status_code == 200
 
 
-def test_a_key_a_full_queue_and_too_little_time(serve_argv):
+def test_a_key_a_full_queue_and_too_little_time(start):
     """One at a time, one may wait: of many at once most are told to come again, and none is lost."""
-    server = Server(*serve_argv, "--api_key", "secret", "--waiting", "1", "--together", "1", "--timeout", "3")
-    try:
-        assert server.ask().status_code == server.http.get("/metrics").status_code == 401
-        assert server.http.get("/healthz").status_code == 200
-        server.http.headers["Authorization"] = "Bearer secret"
-        with ThreadPoolExecutor(8) as pool:
-            replies = list(pool.map(lambda _: server.ask(max_tokens=200), range(8)))
-        codes = Counter(reply.status_code for reply in replies)
-        assert set(codes) <= {200, 429} and codes[429] >= 1 <= codes[200]
-        assert all(reply.headers["Retry-After"] == "1" for reply in replies if reply.status_code == 429)
-        with half_sent(server.url, "Authorization: Bearer secret\r\n") as slow:
-            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
-    finally:
-        code, err = server.end()
-    assert (code, "Traceback" in err) == (143, False)
+    server = start("--api_key", "secret", "--waiting", 1, "--together", 1, "--timeout", 5)
+    assert server.ask().status_code == server.http.get("/metrics").status_code == 401
+    assert server.http.get("/healthz").status_code == 200
+    server.http.headers["Authorization"] = "Bearer secret"
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda _: server.ask(max_tokens=100), range(8)))
+    codes = Counter(reply.status_code for reply in replies)
+    assert set(codes) <= {200, 429} and codes[429] >= 1 <= codes[200]
+    assert all(reply.headers["Retry-After"] == "1" for reply in replies if reply.status_code == 429)
+    with half_sent(server.url, "Authorization: Bearer secret\r\n") as slow:
+        assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+    assert server.end() == 143 and "Traceback" not in server.said()
 
 
-def test_requests_at_work_are_finished_before_it_ends(serve_argv):
-    server = Server(*serve_argv)
+def test_requests_at_work_are_finished_before_it_ends(start, serve_argv, run):
+    """And the address is taken until then."""
+    server = start()
+    port = server.url.rpartition(":")[2]
+    code, _, err = run("serve", *serve_argv, "--port", port)
+    assert code == 2 and f"--port {port}: Address already in use" in err.splitlines()[-1]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(server.ask, max_tokens=300)
         time.sleep(0.5)
-        server.process.send_signal(signal.SIGINT)
+        os.kill(server.pid, signal.SIGINT)
         assert waiting.result().status_code == 200
-    assert server.process.wait(timeout=30) == 130
-    server.reader.join(timeout=10)
-    assert "Traceback" not in "".join(server.lines)
-
-
-def test_an_address_that_is_taken_is_an_error(server, serve_argv):
-    port = server.url.rpartition(":")[2]
-    done = subprocess.run([sys.executable, refrag.__file__, "serve", *map(str, serve_argv), "--port", port],
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and f"--port {port}: Address already in use" in done.stderr.splitlines()[-1]
+    server.http.close()
+    assert server.forks.wait(server.pid) == 130 and "Traceback" not in server.said()
 
 
 PLAIN = serve.Wish(refrag.SearchConfig(), refrag.PackConfig(mode="none"), refrag.GenerateConfig())
+
+
+def job(hear=print, wish=PLAIN, seconds=60):
+    """A question, and who hears of it."""
+    return serve.Job(serve.ChatRequest("why?", wish), seconds, hear)
+
+
+def engine_of(kind=SimpleNamespace):
+    """An engine without models."""
+    return serve.Engine(kind(generate=refrag.GenerateConfig(), searcher=None, device=torch.device("cpu")),
+                        refrag.ServeConfig(together=3))
 
 
 class TestEngine:
     """Without a network: what happens to a job when models fail."""
 
     def test_a_fault_of_ours_is_told_as_one_and_ends_nothing(self, capsys):
-        class Broken:
-            generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
-
-        engine, told = serve.Engine(Broken(), refrag.ServeConfig()), []
+        """Jobs that are late are told so; those given up are not begun."""
+        engine, told = engine_of(), []
         engine.settings_for = lambda wish: (_ for _ in ()).throw(RuntimeError("a cable was pulled"))
-        jobs = [serve.Job(serve.ChatRequest("why?", PLAIN), 60, lambda *what: told.append(what))
-                for _ in range(2)]
-        engine.work(jobs)
-        assert [(kind, value.status, str(value)) for kind, value in told] == [
-            ("error", 500, "RuntimeError: a cable was pulled")] * 2
+        hear = lambda *what: told.append(what)  # noqa: E731
+        given_up = job(hear)
+        given_up.cancelled = True
+        engine.work([job(hear), job(hear, seconds=-1), given_up, job(hear)])
+        faults = [(500, "RuntimeError: a cable was pulled")] * 2
+        assert sorted((kind, value.status) for kind, value in told) == [("error", 500)] * 2 + [("error", 504)]
+        assert [(value.status, str(value)) for _, value in told if value.status == 500] == faults
 
-    def test_what_was_heard_of_a_failed_batch_is_not_said_again(self, capsys):
-        """One of two has been told a part: it gets the error; the other is asked again, alone."""
-        calls: list[int] = []
-
-        class Breaking:
-            generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
-
-            def answer_batch(self, items, settings, writers):
-                calls.append(len(items))
-                if len(items) == 2:
-                    writers[0]("Par")
-                    raise RuntimeError("a cable was pulled")
-                return [{"ended": True, "metrics": Counter()}]
-
-        engine = serve.Engine(Breaking(), refrag.ServeConfig(together=2))
-        engine.settings_for = lambda wish: None
-        told: tuple[list, list] = ([], [])
-        jobs = [serve.Job(serve.ChatRequest("why?", PLAIN), 60,
-                           lambda kind, _, n=n: told[n].append(kind))
-                for n in range(2)]
-        engine.work(jobs)
-        assert calls == [2, 1] and told == (["text", "error"], ["done"])
-
-    def test_a_failed_batch_keeps_no_memory_while_its_jobs_are_asked_again(self, capsys):
-        """On a GPU that ran out of memory, that is what lets them succeed."""
-        alive: list[bool] = []
+    def test_a_failed_batch_is_asked_again_one_by_one(self, capsys):
+        """Unless a job has been told a part: it gets the error. No memory is kept, so that they succeed on a GPU."""
+        alive, told = [], ([], [], [])
 
         class Batch:
             pass
 
-        class Heavy:
-            generate, searcher, device = refrag.GenerateConfig(), None, torch.device("cpu")
-
+        class Heavy(SimpleNamespace):
             def answer_batch(self, items, settings, writers):
-                if len(items) == 2:
+                if len(items) == 3:
+                    writers[0]("Par")
                     cache = Batch()
                     self.cache = weakref.ref(cache)
                     raise MemoryError("full")
-                alive.append(self.cache() is not None)
+                alive.append((len(items), self.cache() is not None))
                 return [{"ended": True, "metrics": Counter()}]
 
-        engine = serve.Engine(Heavy(), refrag.ServeConfig(together=2))
+        engine = engine_of(Heavy)
         engine.settings_for = lambda wish: None
-        engine.work([serve.Job(serve.ChatRequest("why?", PLAIN), 60, lambda *what: None)
-                     for _ in range(2)])
-        assert alive == [False, False]
+        engine.work([job(lambda kind, _, n=n: told[n].append(kind)) for n in range(3)])
+        assert alive == [(1, False)] * 2 and told == (["text", "error"], ["done"], ["done"])
 
     def test_who_has_gone_takes_no_place_in_the_queue(self):
         engine = serve.Engine(None, refrag.ServeConfig(together=1, waiting=2))
-        first, second, third, fourth = (serve.Job(serve.ChatRequest("why?", PLAIN), 60, print)
-                                        for _ in range(4))
+        first, second, third, fourth = (job() for _ in range(4))
         engine.submit(first)
         engine.submit(second)
         with pytest.raises(serve.Refused, match="too many requests"):
@@ -881,29 +820,18 @@ class TestEngine:
             assert [token for token in row if token not in outside] == expected
             assert (row[0], row[-1]) == ((whole[0], whole[-1]) if outside else (expected[0], expected[-1]))
 
-    def test_jobs_that_are_late_or_given_up_are_not_begun(self):
-        engine, told = serve.Engine(None, refrag.ServeConfig(together=1)), []
-        late, left = (serve.Job(serve.ChatRequest("why?", PLAIN), seconds,
-                                 lambda *what: told.append(what)) for seconds in (-1, 60))
-        left.cancelled = True
-        engine.work([late, left])
-        assert [(kind, value.status) for kind, value in told] == [("error", 504)]
-
     @pytest.mark.parametrize(("device", "together"), [("cpu", 1), ("cuda", 4)])
     def test_batches_are_for_gpus_unless_asked_for(self, device, together):
-        class Loaded:
-            device = None
-
-        Loaded.device = torch.device(device)
-        assert serve.Engine(Loaded(), refrag.ServeConfig()).together == together
-        assert serve.Engine(Loaded(), refrag.ServeConfig(together=3)).together == 3
+        loaded = SimpleNamespace(device=torch.device(device))
+        assert serve.Engine(loaded, refrag.ServeConfig()).together == together
+        assert serve.Engine(loaded, refrag.ServeConfig(together=3)).together == 3
 
     def test_only_equal_wishes_share_a_batch_and_samples_share_none(self):
         engine = serve.Engine(None, refrag.ServeConfig(together=3))
         wishes = [PLAIN, PLAIN._replace(system="Be brief."), PLAIN,
                   PLAIN._replace(generate=refrag.GenerateConfig(temperature=1.0)), PLAIN, PLAIN]
         for wish in wishes:
-            engine.submit(serve.Job(serve.ChatRequest("why?", wish), 60, print))
+            engine.submit(job(wish=wish))
         batches = [[job.asked.wish for job in engine.next_batch()] for _ in range(4)]
         assert batches == [[PLAIN] * 3, [wishes[1]], [wishes[3]], [PLAIN]]
         engine.stop()

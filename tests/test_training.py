@@ -20,8 +20,6 @@ import pytest
 import torch
 import transformers
 from conftest import TEXTS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import refrag
@@ -51,7 +49,8 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 def build(enc: object, dec: object, **options: object) -> refrag.RefragModel:
     """An untrained model of an encoder and a decoder folder, on the CPU in float32."""
-    config = refrag.RefragConfig(str(enc), str(dec), **({"compression": 4} | options))
+    names = {"encoder_name_or_path": str(enc), "decoder_name_or_path": str(dec)}
+    config = refrag.RefragConfig(**(names | {"compression": 4} | options))
     return refrag.build_model(config, CPU, torch.float32)
 
 
@@ -82,18 +81,13 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_the_curriculum_is_the_published_one():
-    """Rows of one chunk and of 256, as the paper prints them."""
-    table = np.round(refrag.curriculum_table(9)).astype(int)
-    assert table.shape == (9, 9)
-    assert table[0].tolist() == [1333, 445, 148, 49, 16, 6, 2, 1, 0]
-    assert table[8].tolist() == [1, 3, 9, 25, 73, 212, 618, 1802, 5259]
-
-
-def test_every_row_of_the_curriculum_is_geometric_and_has_its_sum():
-    """2000 samples for 1 to 4 chunks, 4000 for 8 to 32, 8000 for 64 to 256; each first value a quarter of the last."""
+    """Rows of one chunk and of 256, as the paper prints them. All are geometric and end with four times as many as they
+    begin: 2000 samples for 1 to 4 chunks, 4000 for 8 to 32, 8000 for 64 to 256."""
     table = refrag.curriculum_table(9)
-    assert table.sum(1) == pytest.approx([2000] * 3 + [4000] * 3 + [8000] * 3)
+    printed = np.round(table).astype(int).tolist()
+    assert printed[0] == [1333, 445, 148, 49, 16, 6, 2, 1, 0] and printed[8] == [1, 3, 9, 25, 73, 212, 618, 1802, 5259]
     assert table[:, 0].tolist() == [1333, 333, 83, 20, 5, 1, 1, 1, 1]
+    assert table.sum(1) == pytest.approx([2000] * 3 + [4000] * 3 + [8000] * 3)
     ratios = table[:, 1:] / table[:, :-1]
     assert np.ptp(ratios, axis=1).max() < 1e-9 and (np.diff(ratios[:, 0]) > -1e-9).all()
 
@@ -101,18 +95,14 @@ def test_every_row_of_the_curriculum_is_geometric_and_has_its_sum():
 @pytest.mark.parametrize("kind", ["paper", "even"])
 @pytest.mark.parametrize("tasks", [2, 5, 9])
 def test_the_mixture_moves_from_short_texts_to_long_ones(kind, tasks):
+    """In the end half of the samples are of the longest three of nine kinds, two in a hundred of the shortest."""
     weights = np.stack([refrag.curriculum_weights(p, tasks, kind) for p in np.linspace(0, 0.999, 50)])
     assert weights.sum(1) == pytest.approx(np.ones(50)) and (weights > 0.01).all()  # nothing learned is left out
     assert weights[0].argmax() == 0 and weights[0, 0] > 0.5
     assert weights[-1, -1] == weights[-1].max() > weights[-1, 0]
     lengths = weights @ 2 ** np.arange(tasks)
     assert (np.diff(lengths) > -1e-9).all() and lengths[-1] > 1.4 * lengths[0]
-
-
-def test_the_last_stage_is_mostly_the_longest_texts():
-    """Half of the samples at least are of the longest three kinds; the shortest have two in a hundred."""
-    weights = refrag.curriculum_weights(0.999, 9, "even")
-    assert weights[-3:].sum() > 0.5 and weights[0] == pytest.approx(0.02, abs=0.005)
+    assert tasks < 9 or (weights[-1, -3:].sum() > 0.5 and weights[-1, 0] == pytest.approx(0.02, abs=0.005))
 
 
 def test_stages_are_even_or_as_long_as_their_samples():
@@ -125,31 +115,18 @@ def test_stages_are_even_or_as_long_as_their_samples():
     assert changes("even") == pytest.approx([n / 9 for n in range(1, 9)], abs=2e-3)
     counts = refrag.curriculum_table(2).sum(0)
     assert changes("paper") == pytest.approx((np.cumsum(counts) / counts.sum())[:-1].tolist(), abs=2e-3)
-
-
-def test_without_a_curriculum_texts_are_as_long_as_can_be():
-    for progress in (0.0, 0.5, 1.0):
-        assert refrag.curriculum_weights(progress, 4, "none").tolist() == [0, 0, 0, 1]
-        assert refrag.curriculum_weights(progress, 1, "even").tolist() == [1]
+    assert refrag.curriculum_weights(0.5, 4, "none").tolist() == [0, 0, 0, 1]
+    assert refrag.curriculum_weights(0.5, 1, "even").tolist() == [1]
 
 
 def test_learning_rate_by_hand():
     """Ten steps, two of warm-up: 1/2, 1, then (1 + cos(pi n / 8)) / 2 for n = 0 .. 7."""
     factors = [refrag.learning_rate_factor(step, 10, 0.2) for step in range(10)]
     root = math.sqrt(0.5)  # cos(pi / 4)
-    assert factors[:3] == [0.5, 1, 1]
+    assert factors[:3] == [0.5, 1, 1] and min(factors) == factors[9] > 0
     assert factors[4:10:2] == pytest.approx([(1 + root) / 2, 0.5, (1 - root) / 2])
     assert [refrag.learning_rate_factor(step, 4, 0.0) for step in (0, 2)] == pytest.approx([1, 0.5])
     assert refrag.learning_rate_factor(0, 1, 0.04) == 1
-
-
-@given(steps=st.integers(1, 300), warmup=st.floats(0, 0.99))
-@settings(max_examples=60, deadline=None)
-def test_the_learning_rate_rises_then_falls_and_is_never_zero(steps, warmup):
-    factors = np.asarray([refrag.learning_rate_factor(step, steps, warmup) for step in range(steps)])
-    assert (factors > 0).all() and (factors <= 1).all()
-    peak = int(factors.argmax())
-    assert (np.diff(factors[: peak + 1]) > 0).all() and (np.diff(factors[peak:]) <= 1e-12).all()
 
 
 # -- the token cache ---------------------------------------------------------------------
@@ -166,27 +143,24 @@ def cached_ids(cache: refrag.TokenCache, text: int = 0) -> list[int]:
     return cache.tokens[start:end].tolist()
 
 
-@pytest.mark.parametrize("name", ["texts.jsonl", "texts.jsonl.gz"])
-def test_cached_texts_are_their_tokens(tmp_path, whole, name):
+def test_cached_texts_are_their_tokens(tmp_path, whole):
     """Against the tokenizer itself. A cut may stand where what comes before decodes without a broken character."""
-    decoder, path = whole.tokenizer.decoder, tmp_path / name
+    decoder, path = whole.tokenizer.decoder, tmp_path / "texts.jsonl.gz"
     texts = [*TEXTS, "\U0001f642 is four bytes."]
     cache = refrag.cache_tokens([str(write(path, [{"text": text} for text in texts]))], whole.tokenizer)
     assert len(cache.texts) == len(texts)
-    broken = 0
     for number, text in enumerate(texts):
         expected = decoder(text, add_special_tokens=False)["input_ids"]
         ids, cuts, where = cache.read(np.asarray([number, 0, len(expected)]))
         assert ids.tolist() == expected == cached_ids(cache, number) and ids.dtype == np.int64
         clean = [not decoder.decode(expected[:i]).endswith("\ufffd") for i in range(len(expected) + 1)]
         assert cuts.tolist() == clean and where == f"{path}:{number + 1}" and cache.texts[number, 2] == 0
-        broken += clean.count(False)
         for first, last in itertools.combinations(range(len(expected) + 1), 2):  # moved to where no character is cut
             ids, _, _ = cache.read(np.asarray([number, first, last]))
             start = max(i for i in range(first + 1) if clean[i])
             end = max((i for i in range(start + 1, last + 1) if clean[i]), default=None)
             assert ids.tolist() == expected[start : end or clean.index(True, start + 1)]
-    assert broken, "no character of several tokens: the test would show nothing"
+    assert not all(clean), "no character of several tokens: the test would show nothing"
 
 
 def test_tokens_of_a_file_are_taken_as_they_are(tmp_path, whole):
@@ -195,14 +169,6 @@ def test_tokens_of_a_file_are_taken_as_they_are(tmp_path, whole):
     rows = [{"tokens": ids}, {"tokens": ids, "split": {"s": 8, "o": 4}}, {"text": "The Rhone floods in May."}]
     cache = refrag.cache_tokens([str(write(tmp_path / "t.jsonl", rows))], whole.tokenizer)
     assert (cached_ids(cache, 0), cached_ids(cache, 1), cache.texts[:, 2].tolist()) == (ids, ids[:12], [0, 8, 0])
-
-
-def test_a_token_that_the_decoder_does_not_have_is_refused(tmp_path, whole):
-    last = len(whole.tokenizer.decoder) - 1
-    refrag.cache_tokens([str(write(tmp_path / "good.jsonl", [{"tokens": [last]}]))], whole.tokenizer)
-    path = write(tmp_path / "bad.jsonl", [{"tokens": [1]}, {"tokens": [1, last + 1]}])
-    with pytest.raises(refrag.UserError, match=rf"bad\.jsonl:2: token {last + 1} "):
-        refrag.cache_tokens([str(path)], whole.tokenizer)
 
 
 def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole):
@@ -241,30 +207,26 @@ def test_special_tokens_in_a_text_are_only_text(tmp_path, whole, separate):
     assert not set(separate.tokenizer.encoder(read, add_special_tokens=False)["input_ids"]) & {2, 3}, read
 
 
-def test_a_text_is_named_by_the_file_that_was_given(tmp_path, whole):
-    first, copy = (write(tmp_path / name, [{"text": TEXTS[0]}]) for name in ("first.jsonl", "copy.jsonl"))
-    refrag.cache_tokens([str(first)], whole.tokenizer)
-    assert refrag.cache_tokens([str(copy)], whole.tokenizer).read(np.asarray([0, 0, 5]))[2] == f"{copy}:1"
-
-
-@pytest.mark.parametrize("rows", [[], [{"tokens": []}]], ids=["no line", "no token"])
-def test_a_file_without_text_is_refused_and_leaves_no_cache(tmp_path, home, whole, rows):
-    with pytest.raises(refrag.UserError, match=r"t\.jsonl: no text"):
-        refrag.cache_tokens([str(write(tmp_path / "t.jsonl", rows))], whole.tokenizer)
-    assert caches(home) == []
-
-
 # -- what the text phases read ---------------------------------------------------------------
 
 SETTINGS = {refrag.ReconLessons: refrag.ReconConfig, refrag.NextLessons: refrag.NextConfig, refrag.AlignLessons: None}
+SPLIT = {"tokens": list(range(10, 30)), "split": {"s": 8, "o": 6}}
+NEXT = {"recon_frac": 0.0, "expand_frac": 0.0}
 
 
-def text_lessons(kind: type, encoder: refrag.ChunkEncoder, train: Path, *, k: tuple[int, ...] = (4,),
-                 seq_tokens: int = 32, held_out: Path | None = None, eval_limit: int = 32, **options: object):
-    """The lessons of a phase on a file of texts."""
-    texts = refrag.TextConfig((str(train),), (str(held_out),) if held_out else ())
-    config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens, eval_limit=eval_limit)
-    return kind(encoder, texts, config, SETTINGS[kind] and SETTINGS[kind](**options))
+@pytest.fixture
+def text_lessons(tmp_path, whole):
+    """The lessons of a phase on texts, of an encoder that reads contents whole unless another is named."""
+
+    def call(kind: type, rows: list[dict], encoder: refrag.ChunkEncoder = whole, held_out: list[dict] = (), *,
+             k: tuple[int, ...] = (4,), seq_tokens: int = 32, **options: object) -> refrag.TextLessons:
+        train, evaluation = ((str(write(tmp_path / name, content)),) if content else () for name, content in (
+            ("t.jsonl", rows), ("d.jsonl", held_out)))
+        config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens, eval_limit=options.pop("eval_limit", 32))
+        settings = SETTINGS[kind] and SETTINGS[kind](**options)
+        return kind(encoder, refrag.TextConfig(train, evaluation), config, settings)
+
+    return call
 
 
 def asked(sequence: refrag.TrainingSequence) -> list[int]:
@@ -277,12 +239,11 @@ def mark(encoder: refrag.ChunkEncoder) -> list[int]:
     return encoder.tokenizer.decoder("\n\nRepeat:\n", add_special_tokens=False)["input_ids"]
 
 
-def test_reconstruction_reads_all_vectors_then_the_mark_then_the_text(tmp_path, whole):
+def test_reconstruction_reads_all_vectors_then_the_mark_then_the_text(tmp_path, text_lessons, whole):
     """Ten tokens, k = 4: chunks of 4, 4 and 2. The last token is only said, never read."""
     ids = list(range(10, 20))
-    lessons = text_lessons(refrag.ReconLessons, whole, write(tmp_path / "t.jsonl", [{"tokens": ids}]),
-                           curriculum="none")
-    item, repeat = lessons.draw(0, rng(), 0.0), mark(whole)
+    item = text_lessons(refrag.ReconLessons, [{"tokens": ids}], curriculum="none").draw(0, rng(), 0.0)
+    repeat = mark(whole)
     plan, labels, content = item.sequence
     assert plan.tolist() == [START, -1, -2, -3, *repeat, *ids[:-1]]
     assert labels.tolist() == [-1] * (3 + len(repeat)) + ids
@@ -293,87 +254,72 @@ def test_reconstruction_reads_all_vectors_then_the_mark_then_the_text(tmp_path, 
     assert (item.positions, item.tokens) == (4 + len(repeat) + 9, 1 + len(repeat) + 9 + 10)
 
 
-def test_reconstruction_draws_runs_of_the_curriculums_lengths(tmp_path, whole):
-    """1, 2, 4 or 8 chunks of 4 tokens, from anywhere in the text; first short ones, then long ones."""
-    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(100, 140))}])
-    lessons = text_lessons(refrag.ReconLessons, whole, path, seq_tokens=40)
-    lengths, starts = {}, set()
+def test_reconstruction_draws_runs_of_the_curriculums_lengths(text_lessons):
+    """1, 2, 4 or 8 chunks of 4 tokens, from anywhere in the text; first short ones, then long ones. Of a text that is
+    shorter than the drawn length, all."""
+    lessons = text_lessons(refrag.ReconLessons, [{"tokens": list(range(100, 140))}, {"tokens": [7, 8, 9, 10, 11]}],
+                           seq_tokens=40)
+    lengths, starts, short = {}, set(), []
     for progress in (0.0, 0.99):
         drawn = [asked(lessons.draw(0, rng(n), progress).sequence) for n in range(60)]
         assert all(ids == list(range(ids[0], ids[0] + len(ids))) for ids in drawn)
         lengths[progress] = Counter(len(ids) for ids in drawn)
         starts |= {ids[0] for ids in drawn}
+        short += [asked(lessons.draw(1, rng(n), progress).sequence) for n in range(20)]
     assert set(lengths[0.0]) | set(lengths[0.99]) == {4, 8, 16, 32}
     assert lengths[0.0][4] > 30 and lengths[0.99][32] > lengths[0.99][4]
     assert min(starts) == 100 and max(starts) > 130
+    assert [7, 8, 9, 10, 11] in short and {len(ids) for ids in short} == {4, 5}
 
 
-def test_a_text_that_is_shorter_than_the_drawn_length_is_used_whole(tmp_path, whole):
-    path = write(tmp_path / "t.jsonl", [{"tokens": [7, 8, 9, 10, 11]}])
-    lessons = text_lessons(refrag.ReconLessons, whole, path, seq_tokens=64)
-    drawn = [asked(lessons.draw(0, rng(n), progress).sequence) for n in range(20) for progress in (0.0, 0.99)]
-    assert [7, 8, 9, 10, 11] in drawn and {len(ids) for ids in drawn} == {4, 5}
-
-
-def test_long_texts_become_several_windows_and_short_ones_are_told(tmp_path, whole, capsys):
+def test_long_texts_become_several_windows_and_short_ones_are_told(text_lessons, capsys):
     """54 tokens in windows of 24, 24 and 6, each read whole; 3 tokens are no chunk of 4."""
     rows = [{"tokens": list(range(100, 154))}, {"tokens": [5, 6, 7]}, {"tokens": list(range(30, 35))}]
-    lessons = text_lessons(refrag.ReconLessons, whole, write(tmp_path / "t.jsonl", rows), curriculum="none",
-                           seq_tokens=24)
+    lessons = text_lessons(refrag.ReconLessons, rows, curriculum="none", seq_tokens=24)
     said = [asked(lessons.draw(n, rng(), 0.0).sequence) for n in range(len(lessons))]
     assert said == [list(range(100, 124)), list(range(124, 148)), list(range(148, 154)), list(range(30, 35))]
     assert "1 texts of fewer than 4 tokens are left out" in capsys.readouterr().err
-    short = write(tmp_path / "short.jsonl", rows[1:])
-    with pytest.raises(refrag.UserError, match=r"short\.jsonl: every text is shorter than 16 tokens, which --k 16"):
-        text_lessons(refrag.ReconLessons, whole, short, k=(16,))
 
 
-NEXT = {"recon_frac": 0.0, "expand_frac": 0.0}
-
-
-def test_next_compresses_the_context_and_asks_for_what_follows(tmp_path, whole):
-    """s = 8 and o = 6 of 20 tokens: two vectors, six tokens asked, six never seen."""
-    ids = list(range(10, 30))
-    path = write(tmp_path / "t.jsonl", [{"tokens": ids, "split": {"s": 8, "o": 6}}])
-    item = text_lessons(refrag.NextLessons, whole, path, **NEXT).draw(0, rng(), 0.0)
+def test_next_compresses_the_context_and_asks_for_what_follows(text_lessons):
+    """s = 8 and o = 6 of 20 tokens: two vectors, six tokens asked, six never seen. A teacher reads it all as text."""
+    ids = SPLIT["tokens"]
+    item = text_lessons(refrag.NextLessons, [SPLIT], **NEXT).draw(0, rng(), 0.0)
     assert item.sequence.plan.tolist() == [START, -1, -2, *ids[8:13]]
     assert item.sequence.labels.tolist() == [-1, -1, *ids[8:14]]
     assert [chunk.tolist() for chunk in item.sequence.content.chunks] == [ids[:4], ids[4:8]]
     assert item.teacher is None
+    item = text_lessons(refrag.NextLessons, [SPLIT], distill=1.0, **NEXT).draw(0, rng(), 0.0)
+    assert item.teacher.plan.tolist() == [START, *ids[:13]]
+    assert item.teacher.labels.tolist() == [-1] * 8 + ids[8:14]
+    assert item.positions == 14
 
 
 @pytest.mark.parametrize(("tokens", "split", "context"), [
     (20, {}, 10), (21, {}, 10), (10, {"s": 8, "o": 6}, 8), (9, {"s": 8, "o": 6}, 8), (8, {"s": 8, "o": 6}, 4),
-    (5, {"s": 8, "o": 6}, 2), (20, {"s": 1, "o": 19}, 1), (20, {"s": 19, "o": 1}, 19),
+    (5, {"s": 8, "o": 6}, 2), (20, {"s": 1, "o": 19}, 1), (20, {"s": 19, "o": 1}, 19), (20, {"s": 8}, 8),
 ])
-def test_texts_shorter_than_their_split_are_used(tmp_path, whole, tokens, split, context):
-    """As far as the split goes; where nothing would be left to predict, half of the text is."""
-    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(10, 10 + tokens)), "split": split}])
-    sequence = text_lessons(refrag.NextLessons, whole, path, **NEXT).draw(0, rng(), 0.0).sequence
+def test_texts_shorter_than_their_split_are_used(text_lessons, tokens, split, context):
+    """As far as the split goes; where nothing would be left to predict, half of the text is. Without o, all is said."""
+    rows = [{"tokens": list(range(10, 10 + tokens)), "split": split}]
+    sequence = text_lessons(refrag.NextLessons, rows, **NEXT).draw(0, rng(), 0.0).sequence
     assert sum(map(len, sequence.content.chunks)) == context
     assert asked(sequence) == list(range(10 + context, 10 + tokens))
 
 
-def test_the_split_holds_for_the_first_window_alone(tmp_path, whole):
+def test_the_split_holds_for_the_first_window_alone(text_lessons):
     """40 tokens with a context of 6, windows of 16, 16 and 8: then halves."""
-    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(100, 140)), "split": {"s": 6, "o": 34}}])
-    lessons = text_lessons(refrag.NextLessons, whole, path, seq_tokens=16, **NEXT)
+    rows = [{"tokens": list(range(100, 140)), "split": {"s": 6, "o": 34}}]
+    lessons = text_lessons(refrag.NextLessons, rows, seq_tokens=16, **NEXT)
     assert [len(asked(lessons.draw(n, rng(), 0.0).sequence)) for n in range(3)] == [10, 8, 4]
 
 
-def test_a_split_without_o_means_the_rest_of_the_tokens(tmp_path, whole):
-    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(10, 30)), "split": {"s": 8}}])
-    sequence = text_lessons(refrag.NextLessons, whole, path, **NEXT).draw(0, rng(), 0.0).sequence
-    assert asked(sequence) == list(range(18, 30))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
-def test_a_share_of_the_chunks_stays_text_on_average(tmp_path, whole, share):
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_share_of_the_chunks_stays_text_on_average(text_lessons, share):
     """40 chunks, 120 draws: the mean is within .06 of the share; order and place stay as they were."""
-    ids = list(range(100, 300))
-    path = write(tmp_path / "t.jsonl", [{"tokens": ids, "split": {"s": 160, "o": 40}}])
-    lessons = text_lessons(refrag.NextLessons, whole, path, seq_tokens=200, recon_frac=0.0, expand_frac=share)
-    shares = []
+    ids, shares = list(range(100, 300)), []
+    lessons = text_lessons(refrag.NextLessons, [{"tokens": ids, "split": {"s": 160, "o": 40}}], seq_tokens=200,
+                           recon_frac=0.0, expand_frac=share)
     for n in range(120):
         sequence = lessons.draw(0, rng(n), 0.0).sequence
         assert refrag.with_text(sequence).plan.tolist() == [START, *ids[:-1]]
@@ -383,10 +329,9 @@ def test_a_share_of_the_chunks_stays_text_on_average(tmp_path, whole, share):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_share_of_the_contexts_is_reconstructed_instead(tmp_path, whole, share):
-    ids = list(range(10, 30))
-    path = write(tmp_path / "t.jsonl", [{"tokens": ids, "split": {"s": 8, "o": 6}}])
-    lessons = text_lessons(refrag.NextLessons, whole, path, recon_frac=share, expand_frac=0.0)
+def test_a_share_of_the_contexts_is_reconstructed_instead(text_lessons, whole, share):
+    ids = SPLIT["tokens"]
+    lessons = text_lessons(refrag.NextLessons, [SPLIT], recon_frac=share, expand_frac=0.0)
     drawn = [lessons.draw(0, rng(n), 0.0).sequence for n in range(200)]
     repeated = [s for s in drawn if asked(s) == ids[:8]]
     assert len(repeated) / 200 == pytest.approx(share, abs=0.1)
@@ -394,19 +339,10 @@ def test_a_share_of_the_contexts_is_reconstructed_instead(tmp_path, whole, share
     assert all(s.plan.tolist() == [START, -1, -2, *mark(whole), *ids[:7]] for s in repeated)
 
 
-def test_next_has_the_full_text_for_a_teacher(tmp_path, whole):
-    ids = list(range(10, 30))
-    path = write(tmp_path / "t.jsonl", [{"tokens": ids, "split": {"s": 8, "o": 6}}])
-    item = text_lessons(refrag.NextLessons, whole, path, distill=1.0, **NEXT).draw(0, rng(), 0.0)
-    assert item.teacher.plan.tolist() == [START, *ids[:13]]
-    assert item.teacher.labels.tolist() == [-1] * 8 + ids[8:14]
-    assert item.positions == 14
-
-
-def test_alignment_asks_teacher_and_student_the_same(tmp_path, whole):
+def test_alignment_asks_teacher_and_student_the_same(text_lessons):
     """Chunks of 4, 4 and 2 tokens: after the first two, what comes next; nothing is known after the last."""
     ids = list(range(10, 20))
-    item = text_lessons(refrag.AlignLessons, whole, write(tmp_path / "t.jsonl", [{"tokens": ids}])).draw(0, rng(), 0.0)
+    item = text_lessons(refrag.AlignLessons, [{"tokens": ids}]).draw(0, rng(), 0.0)
     assert item.sequence.plan.tolist() == [START, -1, -2, -3]
     assert item.sequence.labels.tolist() == [-1, 14, 18, -1]
     assert item.teacher.plan.tolist() == [START, *ids]
@@ -414,10 +350,9 @@ def test_alignment_asks_teacher_and_student_the_same(tmp_path, whole):
 
 
 @pytest.mark.parametrize("k", [2, 4, 8])
-def test_alignment_with_a_separate_encoder_cuts_at_anchors(tmp_path, separate, k):
+def test_alignment_with_a_separate_encoder_cuts_at_anchors(text_lessons, separate, k):
     """Each run of k tokens ends at the last place, at or before its end, where both tokenizers end a token."""
-    path = write(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS])
-    lessons = text_lessons(refrag.AlignLessons, separate, path, k=(k,), seq_tokens=512)
+    lessons = text_lessons(refrag.AlignLessons, [{"text": text} for text in TEXTS], separate, k=(k,), seq_tokens=512)
     encoder, decoder = separate.tokenizer.encoder, separate.tokenizer.decoder
     for number, text in enumerate(TEXTS):
         student, teacher, *_ = lessons.draw(number, rng(), 0.0)
@@ -437,24 +372,23 @@ def test_alignment_with_a_separate_encoder_cuts_at_anchors(tmp_path, separate, k
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_every_item_of_a_step_asks_for_something(tmp_path, encoder, kind):
+def test_every_item_of_a_step_asks_for_something(text_lessons, encoder, kind):
     """Short texts, and of two k the larger one makes a single chunk of them, with no place to align at."""
-    path = write(tmp_path / "t.jsonl", [{"text": text[:40]} for text in TEXTS[:3]])
-    lessons = text_lessons(kind, encoder, path, k=(4, 64), seq_tokens=64)
+    rows = [{"text": text[:40]} for text in TEXTS[:3]]
+    lessons = text_lessons(kind, rows, encoder, k=(4, 64), seq_tokens=64)
     samples = refrag.Sampler(lessons, lessons.train, 2, 64, 1)
-    steps = [samples.step(step) for step in range(10)]
+    steps = [samples.step(step) for step in range(3)]
     assert all(item.sequence.asked for passes in steps for items in passes for item in items)
     if kind is refrag.AlignLessons:
         with pytest.raises(refrag.UserError, match="longer texts or a smaller --k"):
-            lessons = text_lessons(kind, encoder, path, k=(40,), seq_tokens=64)
+            lessons = text_lessons(kind, rows, encoder, k=(40,), seq_tokens=64)
             refrag.Sampler(lessons, lessons.train, 2, 64, 1).step(0)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_of_several_k_one_is_drawn_for_each_text(tmp_path, whole, kind):
+def test_of_several_k_one_is_drawn_for_each_text(text_lessons, kind):
     """Chunks of a text are of one length, but for the last; over the draws both lengths come."""
-    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(100, 164))}])
-    lessons = text_lessons(kind, whole, path, k=(4, 8), seq_tokens=64)
+    lessons = text_lessons(kind, [{"tokens": list(range(100, 164))}], k=(4, 8), seq_tokens=64)
     lengths = Counter()
     for seed in range(30):
         chunks = lessons.draw(0, rng(seed), 0.99).sequence.content.chunks
@@ -463,25 +397,11 @@ def test_of_several_k_one_is_drawn_for_each_text(tmp_path, whole, kind):
     assert set(lengths) == {4, 8} and min(lengths.values()) > 5
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_a_token_longer_than_a_chunk_gives_no_nan(tmp_path, llama, bert, kind):
-    """Chunks of two Chinese characters, each a token of the encoder, where one token of the decoder has several."""
-    model = build(bert, llama)
-    text = "\u957f\u6c5f\u662f\u4e9a\u6d32\u6700\u957f\u7684\u6cb3\u6d41\u3002"
-    assert len(model.encoder.tokenizer.decoder(text, add_special_tokens=False)["input_ids"]) < len(text) / 2
-    path = write(tmp_path / "t.jsonl", [{"text": f"{TEXTS[1]} {text} {TEXTS[0]}"}])
-    lessons = text_lessons(kind, model.encoder, path, seq_tokens=512, k=(2,))
-    for seed in range(5):
-        output = model(refrag.collate([lessons.draw(0, rng(seed), 0.99).sequence]))
-        assert output.logits.isfinite().all() and output.vectors.isfinite().all()
-
-
-def test_next_feeds_no_vector_of_a_chunk_without_tokens_of_the_decoder(tmp_path, llama, bert):
+def test_next_feeds_no_vector_of_a_chunk_without_tokens_of_the_decoder(text_lessons, separate):
     """As everywhere else: such a chunk's vector would have nothing to add to."""
-    encoder = build(bert, llama).encoder
     text = "\u957f\u6c5f\u662f\u4e9a\u6d32\u6700\u957f\u7684\u6cb3\u6d41\u3002" * 2
-    path = write(tmp_path / "t.jsonl", [{"text": f"{text} {TEXTS[1]}"}])
-    lessons = text_lessons(refrag.NextLessons, encoder, path, seq_tokens=512, k=(1,), **NEXT)
+    lessons = text_lessons(refrag.NextLessons, [{"text": f"{text} {TEXTS[1]}"}], separate, seq_tokens=512, k=(1,),
+                           **NEXT)
     sequence = lessons.draw(0, rng(), 0.0).sequence
     fed = {-v - 1 for v in sequence.plan.tolist() if v < 0}
     empty = {n for n, chunk in enumerate(sequence.content.chunks) if not len(chunk)}
@@ -489,42 +409,41 @@ def test_next_feeds_no_vector_of_a_chunk_without_tokens_of_the_decoder(tmp_path,
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_separate_encoder_reads_no_half_characters(tmp_path, separate, kind):
+def test_a_separate_encoder_reads_no_half_characters(text_lessons, separate, kind):
     """Windows and runs may begin inside a character of several tokens; what is read as text may not."""
-    path = write(tmp_path / "t.jsonl", [{"text": "río más allá 🙂🙂 ñandú año " * 3}])
-    lessons = text_lessons(kind, separate, path, seq_tokens=21)
+    lessons = text_lessons(kind, [{"text": "río más allá 🙂🙂 ñandú año " * 3}], separate, seq_tokens=21)
     drawn = [lessons.draw(n, rng(seed), 0.0) for n in range(len(lessons)) for seed in range(9)]
     texts = [separate.tokenizer.decoder.decode(np.concatenate(i.sequence.content.chunks).tolist()) for i in drawn]
     assert [text for text in texts if "\ufffd" in text] == []
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_the_exam_is_always_the_same_and_has_each_k(tmp_path, encoder, kind):
-    train = write(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS])
-    dev = write(tmp_path / "d.jsonl", [{"tokens": list(range(n, n + 32))} for n in (100, 200, 300)])
-    assert text_lessons(kind, encoder, train).exam() == {}
-    exams = [text_lessons(kind, encoder, train, k=(4, 8), held_out=dev, eval_limit=2).exam() for _ in range(2)]
+def test_the_exam_is_always_the_same_and_has_each_k(tmp_path, text_lessons, encoder, kind):
+    rows = [{"text": text} for text in TEXTS]
+    held_out = [{"tokens": list(range(n, n + 32))} for n in (100, 200, 300)]
+    assert text_lessons(kind, rows, encoder).exam() == {}
+    exams = [text_lessons(kind, rows, encoder, held_out, k=(4, 8), eval_limit=2).exam() for _ in range(2)]
     names = {"k4", "k8"} if kind is not refrag.ReconLessons else {f"k4/{n}" for n in (1, 2, 4, 8)} | {
         f"k8/{n}" for n in (1, 2, 4)}
     assert set(exams[0]) == names
     for name in names:
         ours, theirs = (exam[name] for exam in exams)
-        assert [item.where for item in ours] == [f"{dev}:1", f"{dev}:3"]
+        assert [item.where for item in ours] == [f"{tmp_path / 'd.jsonl'}:{n}" for n in (1, 3)]
         for a, b in zip(ours, theirs, strict=True):
             assert np.array_equal(a.sequence.plan, b.sequence.plan) and asked(a.sequence) == asked(b.sequence)
 
 
-def test_the_exam_of_continuation_compresses_all_and_repeats_nothing(tmp_path, whole):
-    path = write(tmp_path / "t.jsonl", [{"tokens": list(range(n, n + 20))} for n in (100, 200, 300)])
-    lessons = text_lessons(refrag.NextLessons, whole, path, held_out=path, recon_frac=1.0, expand_frac=1.0)
-    for n, item in zip((100, 200, 300), lessons.exam()["k4"], strict=True):
+def test_the_exam_of_continuation_compresses_all_and_repeats_nothing(text_lessons):
+    rows = [{"tokens": list(range(n, n + 20))} for n in (100, 200, 300)]
+    exam = text_lessons(refrag.NextLessons, rows, held_out=rows, recon_frac=1.0, expand_frac=1.0).exam()
+    for n, item in zip((100, 200, 300), exam["k4"], strict=True):
         assert item.sequence.plan.tolist() == [START, -1, -2, -3, *range(n + 10, n + 19)]
         assert asked(item.sequence) == list(range(n + 10, n + 20))
 
 
-def test_the_exam_of_reconstruction_has_each_length(tmp_path, whole):
-    train = write(tmp_path / "t.jsonl", [{"tokens": list(range(100, 140))}, {"tokens": list(range(200, 210))}])
-    exam = text_lessons(refrag.ReconLessons, whole, train, held_out=train).exam()
+def test_the_exam_of_reconstruction_has_each_length(text_lessons):
+    rows = [{"tokens": list(range(100, 140))}, {"tokens": list(range(200, 210))}]
+    exam = text_lessons(refrag.ReconLessons, rows, held_out=rows).exam()
     assert {name: [len(asked(i.sequence)) for i in items] for name, items in exam.items()} == {
         "k4/1": [4, 4, 4], "k4/2": [8, 8, 8], "k4/4": [16], "k4/8": [32]}
 
@@ -537,6 +456,7 @@ QUESTIONS = [
     {"id": "q3", "question": "Where did the first modern games open?", "answers": ["Athens"], "positive_ids": ["f"]},
     {"id": "q4", "question": "Who wrote notes on the engine?", "answers": ["Ada Lovelace", "Lovelace"]},
 ]
+GOLD = [0, 1, 5, 2]  # the text that answers each
 
 
 @pytest.fixture(scope="module")
@@ -548,27 +468,27 @@ def words(tmp_path_factory, corpus, llama) -> Path:
     return folder
 
 
-def answer_lessons(encoder: refrag.ChunkEncoder, index: Path, questions: Path, *, topk: int = 3, k: tuple = (4,),
-                   seq_tokens: int = 512, **options: object) -> refrag.AnswerLessons:
-    """The lessons of question answering on an index."""
-    search = refrag.SearchConfig(topk=topk)
-    searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(index)), search, RUNTIME)
-    config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens)
-    return refrag.AnswerLessons(encoder, config, refrag.SftConfig(str(questions), **options), searcher, search)
-
-
 @pytest.fixture
-def lessons_on(tmp_path, encoder, words):
-    """Lessons on the four questions, or on others."""
-    return lambda rows=QUESTIONS, index=words, **options: answer_lessons(
-        encoder, index, write(tmp_path / "q.jsonl", rows), **options)
+def lessons_on(tmp_path, whole, words):
+    """Lessons on the four questions, or on others; each has an answer unless that is asked for."""
+
+    def call(rows: list[dict] = QUESTIONS, index: Path = words, encoder: refrag.ChunkEncoder = whole, *, topk: int = 3,
+             k: tuple = (4,), seq_tokens: int = 512, **options: object) -> refrag.AnswerLessons:
+        questions = str(write(tmp_path / "q.jsonl", rows))
+        search = refrag.SearchConfig(topk=topk)
+        searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(index)), search, RUNTIME)
+        config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens)
+        settings = refrag.SftConfig(questions, **{"no_answer_frac": 0.0} | options)
+        return refrag.AnswerLessons(encoder, config, settings, searcher, search)
+
+    return call
 
 
-def full_text(lessons: refrag.Lessons, item: refrag.Item) -> str:
+def full_text(lessons: refrag.AnswerLessons, item: refrag.Item) -> str:
     """All that an item's prompt holds, its vectors spelled out, up to where the answer begins."""
     sequence = refrag.with_text(item.sequence)
     first = int(np.flatnonzero(sequence.labels >= 0)[0])
-    return lessons.tokenizer.decoder.decode(sequence.plan[: first + 1].tolist())
+    return lessons.prompts.tokenizer.decoder.decode(sequence.plan[: first + 1].tolist())
 
 
 def shown(prompt: str) -> list[int]:
@@ -581,9 +501,12 @@ def shown(prompt: str) -> list[int]:
     return found
 
 
-def answer(lessons: refrag.Lessons, item: refrag.Item) -> str:
+def answer(lessons: refrag.AnswerLessons, item: refrag.Item) -> str:
     """What is to be said."""
-    return lessons.tokenizer.decoder.decode(asked(item.sequence))
+    return lessons.prompts.tokenizer.decoder.decode(asked(item.sequence))
+
+
+NONE = "Not in the documents.<|im_end|>"
 
 
 @pytest.fixture
@@ -593,22 +516,18 @@ def ranked(monkeypatch):
         types.SimpleNamespace(row=row) for row in rows[:topk]])
 
 
-GOLD = {"q1": (0, ("Rhone",)), "q2": (1, ("bells",)), "q3": (5, ("Athens",)), "q4": (2, ("Ada Lovelace", "Lovelace"))}
-
-
-@pytest.mark.parametrize("topk", [1, 3, 6])
-def test_the_right_passage_is_shown_and_cited(lessons_on, topk):
+@pytest.mark.parametrize("topk", [1, 6])
+def test_the_right_passage_is_shown_and_cited(lessons_on, encoder, topk):
     """The answer, the number in the passage's tag, the end token; only this is asked."""
-    lessons = lessons_on(topk=topk, no_answer_frac=0.0)
-    answers = Counter()
+    lessons, answers = lessons_on(encoder=encoder, topk=topk), Counter()
     for number, seed in itertools.product(range(4), range(8)):
         item, question = lessons.draw(number, rng(seed), 0.0), QUESTIONS[number]
-        prompt, (gold, wordings) = full_text(lessons, item), GOLD[question["id"]]
+        prompt = full_text(lessons, item)
         assert prompt.endswith(f"Question: {question['question']}<|im_end|>\n<|im_start|>assistant\n")
         passages = shown(prompt)
-        assert gold in passages and len(passages) <= topk
+        assert GOLD[number] in passages and len(passages) <= topk
         said = answer(lessons, item)
-        assert said in {f"{wording} [{passages.index(gold) + 1}]<|im_end|>" for wording in wordings}
+        assert said in {f"{one} [{passages.index(GOLD[number]) + 1}]<|im_end|>" for one in question["answers"]}
         asks = item.sequence.labels >= 0
         assert asks[int(asks.argmax()) :].all() and asked(item.sequence)[-1] == END
         assert item.where == f"question {question['id']}" and item.teacher is None
@@ -618,10 +537,8 @@ def test_the_right_passage_is_shown_and_cited(lessons_on, topk):
 
 def test_passages_come_by_rank_and_a_missed_one_somewhere(lessons_on, ranked):
     """The right one is not found at all: it is put among the others, which lose their last."""
-    rows = [{"id": "q", "question": "Which river crosses the old city?", "answers": ["Athens"], "positive_ids": ["f"]}]
-    places = Counter()
     ranked(3, 0, 4, 1)
-    lessons = lessons_on(rows, no_answer_frac=0.0)
+    lessons, places = lessons_on([QUESTIONS[2] | {"question": "Which river crosses the old city?"}]), Counter()
     for seed in range(30):
         passages = shown(full_text(lessons, lessons.draw(0, rng(seed), 0.0)))
         places[passages.index(5)] += 1
@@ -630,32 +547,38 @@ def test_passages_come_by_rank_and_a_missed_one_somewhere(lessons_on, ranked):
 
 
 def test_a_passage_taken_away_means_no_answer(lessons_on, ranked):
-    """Others are shown instead, as many as there would have been."""
+    """Others are shown instead, as many as there would have been; none that holds the answer, if it is not named."""
     ranked(0, 1, 5, 2, 3)
     lessons = lessons_on(no_answer_frac=1.0)
     for number, expected in enumerate([[1, 5, 2], [0, 5, 2], [0, 1, 2], [0, 1, 5]]):
         item = lessons.draw(number, rng(number), 0.0)
         assert shown(full_text(lessons, item)) == expected
-        assert answer(lessons, item) == "Not in the documents.<|im_end|>"
+        assert answer(lessons, item) == NONE
+    lessons = lessons_on([QUESTIONS[0] | {"positive_ids": ["f"]}], no_answer_frac=1.0)
+    assert "Rhone" not in full_text(lessons, lessons.draw(0, rng(), 0.0))
 
 
-def test_a_share_of_the_questions_has_no_answer(lessons_on):
+def test_a_share_of_the_questions_has_no_answer_and_those_without_a_right_passage(lessons_on):
+    """No text has the answer of one; that which another names is not in the index."""
     lessons = lessons_on(no_answer_frac=0.3)
     said = [answer(lessons, lessons.draw(0, rng(seed), 0.0)) for seed in range(100)]
-    assert 0.15 < said.count("Not in the documents.<|im_end|>") / 100 < 0.45
+    assert 0.15 < said.count(NONE) / 100 < 0.45
+    lessons = lessons_on([{"question": "Which is it?", "answers": ["Nobody at all"]}, QUESTIONS[0],
+                          {"question": "Which is it?", "answers": ["Rhone"], "positive_ids": ["elsewhere"]}])
+    assert [answer(lessons, lessons.draw(n, rng(), 0.0)) == NONE for n in range(3)] == [True, False, True]
 
 
 def test_how_many_passages_are_shown_may_vary(lessons_on, ranked):
     """Each number from topk_min to topk comes up, the right passage always among them."""
     ranked(3, 4, 5, 0, 1)
-    lessons = lessons_on(topk=4, topk_min=2, no_answer_frac=0.0)
+    lessons = lessons_on(topk=4, topk_min=2)
     seen = [shown(full_text(lessons, lessons.draw(0, rng(seed), 0.0))) for seed in range(40)]
-    assert {len(rows) for rows in seen} == {2, 3, 4} and all(GOLD["q1"][0] in rows for rows in seen)
+    assert {len(rows) for rows in seen} == {2, 3, 4} and all(GOLD[0] in rows for rows in seen)
 
 
 def test_a_share_of_the_questions_asks_for_the_sentence(lessons_on):
     """With an instruction of its own; the passage is named as after an answer."""
-    lessons, counts = lessons_on(quote_frac=0.4, no_answer_frac=0.0), Counter()
+    lessons, counts = lessons_on(quote_frac=0.4), Counter()
     for seed in range(100):
         item = lessons.draw(0, rng(seed), 0.0)
         told = full_text(lessons, item).rpartition("Question: ")[2].startswith("Quote the sentence that answers this ")
@@ -665,56 +588,44 @@ def test_a_share_of_the_questions_asks_for_the_sentence(lessons_on):
     assert 20 <= counts[True] <= 60
 
 
-@pytest.mark.parametrize(
-    ("answer", "text", "sentence"),
-    [
-        ("1896", "It is old. It was built in 1896! Nobody knows.", "It was built in 1896!"),
-        ("the RHONE", "The Rhone floods. We saw the Rhone at Lyon.", "The Rhone floods."),
-        ("Lyon", "Lyon lies low. Which river floods Lyon? The Rhone.", "Which river floods Lyon?"),
-        ("\u6cb3", "\u5c71\u3002\u6cb3\u6c34\u3002\u65e5\u3002", "\u6cb3\u6c34\u3002"),
-        ("absent", "It is old.", None),
-    ],
-)
+@pytest.mark.parametrize(("answer", "text", "sentence"), [
+    ("1896", "It is old. It was built in 1896! Nobody knows.", "It was built in 1896!"),
+    ("the RHONE", "The Rhone floods. We saw the Rhone at Lyon.", "The Rhone floods."),
+    ("Lyon", "Lyon lies low. Which river floods Lyon? The Rhone.", "Which river floods Lyon?"),
+    ("\u6cb3", "\u5c71\u3002\u6cb3\u6c34\u3002\u65e5\u3002", "\u6cb3\u6c34\u3002"),
+    ("absent", "It is old.", None),
+])
 def test_the_sentence_with_an_answer(answer, text, sentence):
     """Of several, the one that has most of the question's words; the first of equal ones."""
     assert refrag.sentence_with(answer, text, "Which river floods?") == sentence
 
 
-def test_a_question_without_a_right_passage_has_no_answer(lessons_on):
-    """No text has the answer; the named one is not in the index."""
-    rows = [{"question": "Which of the rivers is it?", "answers": ["Nobody at all"]},
-            {"question": "Which of the rivers is it?", "answers": ["Rhone"], "positive_ids": ["elsewhere"]},
-            QUESTIONS[0]]
-    lessons = lessons_on(rows, no_answer_frac=0.0)
-    assert {answer(lessons, lessons.draw(n, rng(), 0.0)) for n in range(2)} == {"Not in the documents.<|im_end|>"}
-
-
 def test_everything_as_text_is_the_plain_prompt(lessons_on):
-    """p = 1: token for token what `build_prompt` makes of the same passages, then the answer."""
-    lessons = lessons_on(no_answer_frac=0.0, p=(1.0,))
+    """p = 1: token for token what `build_prompt` makes of the same passages, then the answer; so a teacher reads."""
+    lessons = lessons_on(p=(1.0,))
     for number in range(4):
         item = lessons.draw(number, rng(number), 0.0)
         plan, said = item.sequence.plan, asked(item.sequence)
         contents = [f"Title {n}\n{TEXTS[n]}" for n in shown(full_text(lessons, item))]
-        docs = refrag.make_docs(contents, [None] * len(contents), 4, lessons.tokenizer)
-        prompt = refrag.make_context(lessons.tokenizer, QUESTIONS[number]["question"], docs).prompt
+        docs = refrag.make_docs(contents, [None] * len(contents), 4, lessons.prompts.tokenizer)
+        prompt = refrag.make_context(lessons.prompts.tokenizer, QUESTIONS[number]["question"], docs).prompt
         assert plan.tolist() == [*prompt.input_ids.tolist(), *said[:-1]]
+        teacher = lessons_on(distill=1.0, p=(0.1,)).draw(number, rng(number), 0.0).teacher
+        assert teacher.plan.tolist() == plan.tolist() and asked(teacher) == said
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.25, 0.6])
-def test_no_more_than_a_share_of_the_context_stays_text(lessons_on, p):
-    lessons = lessons_on(no_answer_frac=0.0, p=(p,))
-    realised = []
+def test_no_more_than_a_share_of_the_context_stays_text(lessons_on, encoder, p):
+    lessons = lessons_on(encoder=encoder, p=(p,))
     for number, seed in itertools.product(range(4), range(4)):
-        sequence = lessons.draw(number, rng(seed), 0.0).sequence
-        vectors = {-v - 1 for v in sequence.plan.tolist() if v < 0}
-        sizes = [len(chunk) for chunk in sequence.content.chunks]
-        realised.append(sum(size for n, size in enumerate(sizes) if n not in vectors) / sum(sizes))
-        assert p - (max(sizes) + 1) / sum(sizes) < realised[-1] <= p  # what is left does not hold the next chunk
+        item = lessons.draw(number, rng(seed), 0.0)
+        sizes = [len(chunk) for chunk in item.sequence.content.chunks]
+        realised = sum(sizes[n] for n in open_chunks(item)) / sum(sizes)
+        assert p - (max(sizes) + 1) / sum(sizes) < realised <= p  # what is left does not hold the next chunk
 
 
 def test_the_shares_are_drawn_by_question(lessons_on):
-    lessons = lessons_on(no_answer_frac=0.0, p=(0.0, 1.0))
+    lessons = lessons_on(p=(0.0, 1.0))
     vectors = [int((lessons.draw(0, rng(seed), 0.0).sequence.plan < 0).sum()) for seed in range(20)]
     assert vectors.count(0) in range(4, 17) and set(vectors) - {0}
 
@@ -725,11 +636,10 @@ def open_chunks(item: refrag.Item) -> set[int]:
 
 
 @pytest.mark.parametrize("gate", ["learned", "blend"])
-def test_the_gate_chooses_the_text_as_in_use(tmp_path, whole, index_dir, words, llama, gate):
+def test_the_gate_chooses_the_text_as_in_use(lessons_on, index_dir, words, llama, gate):
     """The chunks that `generate` opens over the same passages; by words alone where the index has no vectors."""
     index, same = index_dir if gate == "learned" else words, 0
-    lessons = answer_lessons(whole, index, write(tmp_path / "q.jsonl", QUESTIONS), gate_frac=1.0, no_answer_frac=0.0,
-                             p=(0.9,), k=(16,))
+    lessons = lessons_on(index=index, gate_frac=1.0, p=(0.9,), k=(16,))
     pipeline = refrag.load_pipeline(
         refrag.IndexConfig(index_dir=str(index)), refrag.SearchConfig(topk=3),
         refrag.PackConfig(k=16, p=0.9, floor=0, gate="blend"), refrag.GenerateConfig(),
@@ -742,7 +652,7 @@ def test_the_gate_chooses_the_text_as_in_use(tmp_path, whole, index_dir, words, 
         item = lessons.draw(number, rng(number), 0.0)
         reading = pipeline.prepare(question, pipeline.settings_for(gate=gate))
         if shown(full_text(lessons, item)) == [passage.row for passage in reading.passages]:
-            assert open_chunks(item) == set(np.flatnonzero(reading.choice.expanded).tolist()) != set()
+            assert open_chunks(item) == set(np.flatnonzero(reading.expanded).tolist()) != set()
             same += 1
     assert same >= 3
 
@@ -751,7 +661,7 @@ def test_shorter_chunks_have_the_score_of_the_one_they_lie_in(lessons_on, words)
     """The index has chunks of 16; at k = 4 the same text is opened, four chunks for one."""
     assert refrag.open_index(str(words)).manifest["chunking"]["k"] == 16
     for number in range(4):
-        long, short = (lessons_on(gate_frac=1.0, no_answer_frac=0.0, k=(k,)) for k in (16, 4))
+        long, short = (lessons_on(gate_frac=1.0, k=(k,)) for k in (16, 4))
         asked = [lessons.prompts.ask(QUESTIONS[number]["question"], [2, 5, 1], 5, "x", k)
                  for lessons, k in ((long, 16), (short, 4))]
         asked = [one.context for one in asked]
@@ -766,37 +676,25 @@ def test_shorter_chunks_have_the_score_of_the_one_they_lie_in(lessons_on, words)
         assert len(set(scores[0].tolist())) > 2
 
 
-def test_without_the_gate_the_text_is_drawn(lessons_on):
-    """At a quarter of the context, the chunk with the answer is text about a quarter of the time."""
-    lessons = lessons_on(gate_frac=0.0, no_answer_frac=0.0, p=(0.25,))
-    kept = 0
-    for seed in range(100):
-        item = lessons.draw(0, rng(seed), 0.0)
-        text = lessons.tokenizer.decoder.decode([max(v, 0) for v in item.sequence.plan.tolist()])
-        kept += "Rhone" in text.rpartition("<|im_start|>")[0]
-    assert 8 <= kept <= 45
-
-
 def test_the_gate_chooses_for_a_share_of_the_questions(lessons_on):
     """The chosen are always the same; what is drawn differs from draw to draw."""
-    lessons = lessons_on(gate_frac=0.5, no_answer_frac=0.0, p=(0.25,))
-    chosen = lessons_on(gate_frac=1.0, no_answer_frac=0.0, p=(0.25,)).draw(0, rng(), 0.0)
-    same = sum(open_chunks(lessons.draw(0, rng(seed), 0.0)) == open_chunks(chosen) for seed in range(100))
-    assert 35 <= same <= 65
+    lessons, chosen = (lessons_on(gate_frac=share, p=(0.25,)) for share in (0.5, 1.0))
+    first = open_chunks(chosen.draw(0, rng(), 0.0))
+    assert 35 <= sum(open_chunks(lessons.draw(0, rng(seed), 0.0)) == first for seed in range(100)) <= 65
 
 
 @pytest.mark.parametrize("seq_tokens", [8, 60, 100])
-def test_passages_fit_and_the_right_one_stays(lessons_on, ranked, seq_tokens):
+def test_passages_fit_and_the_right_one_stays(lessons_on, encoder, ranked, seq_tokens):
     """The last ones by rank go; the right one stays, whatever its rank, even if it alone is too long."""
     order, counts = [4, 1, 0, 5, 2, 3], []
     ranked(*order)
-    lessons = lessons_on(no_answer_frac=0.0, seq_tokens=seq_tokens, p=(0.0,), topk=6)
-    for number in range(4):
-        item, gold = lessons.draw(number, rng(), 0.0), GOLD[QUESTIONS[number]["id"]][0]
+    lessons = lessons_on(encoder=encoder, seq_tokens=seq_tokens, p=(0.0,), topk=6)
+    contents = [f"Title {n}\n{TEXTS[n]}" for n in order]
+    lengths = [len(ids) for ids in lessons.prompts.tokenizer.encoder(contents, add_special_tokens=False)["input_ids"]]
+    for number, gold in enumerate(GOLD):
+        item = lessons.draw(number, rng(), 0.0)
         passages = shown(full_text(lessons, item))
         assert f"[{passages.index(gold) + 1}]" in answer(lessons, item)
-        lengths = [len(ids) for ids in lessons.tokenizer.encoder(
-            [f"Title {n}\n{TEXTS[n]}" for n in order], add_special_tokens=False)["input_ids"]]
         kept = list(range(6))
         while len(kept) > 1 and sum(lengths[n] for n in kept) > seq_tokens:
             kept.remove([n for n in kept if order[n] != gold][-1])
@@ -817,44 +715,25 @@ def test_of_a_split_document_the_piece_with_the_answer_is_right(tmp_path, llama,
     right = next(row for row in range(len(index)) if "77 rooms" in index.texts[row])
     assert index.document_id(right) != index.ids[right] and len(index) > 4
     rows = [{"question": "Which bridge?", "answers": ["77"], "positive_ids": [index.ids[right] if piece else "long"]}]
-    lessons = lessons_on(rows, index=tmp_path / "pieces", topk=1, no_answer_frac=0.0)
+    lessons = lessons_on(rows, tmp_path / "pieces", topk=1)
     item = lessons.draw(0, rng(), 0.0)
     assert (answer(lessons, item), index.texts[right] in full_text(lessons, item)) == ("77 [1]<|im_end|>", True)
 
 
-def test_what_is_taken_away_does_not_leave_the_answer_behind(lessons_on, ranked):
-    """A text that is not among the named ones holds the answer: "not in the documents" would be wrong."""
-    rows = [{"question": "Which river crosses the city?", "answers": ["Rhone"], "positive_ids": ["f"]}]
-    ranked(0, 1, 5, 2)
-    lessons = lessons_on(rows, no_answer_frac=1.0)
-    item = lessons.draw(0, rng(), 0.0)
-    assert "Rhone" not in full_text(lessons, item)
-
-
 def test_questions_and_answers_make_no_special_token(lessons_on):
-    rows = [{"question": "Who <|im_end|> </doc>?", "answers": ["the <|im_end|> Rhone"], "positive_ids": ["a"]}]
-    lessons = lessons_on(rows, no_answer_frac=0.0)
-    item = lessons.draw(0, rng(), 0.0)
-    ids = [*refrag.with_text(item.sequence).plan.tolist(), END]
-    assert [i for i in ids if i in lessons.tokenizer.decoder.all_special_ids] == [START, END, START, END]
+    lessons = lessons_on([{"question": "Who <|im_end|> </doc>?", "answers": ["the <|im_end|> Rhone"],
+                           "positive_ids": ["a"]}])
+    ids = [*refrag.with_text(lessons.draw(0, rng(), 0.0).sequence).plan.tolist(), END]
+    assert [i for i in ids if i in lessons.prompts.tokenizer.decoder.all_special_ids] == [START, END, START, END]
 
 
-def test_answers_have_the_full_text_for_a_teacher(lessons_on):
-    lessons = lessons_on(no_answer_frac=0.0, distill=1.0, p=(0.1,))
-    item = lessons.draw(0, rng(), 0.0)
-    assert (item.teacher.plan >= 0).all() and asked(item.teacher) == asked(item.sequence)
-    plain = lessons_on(no_answer_frac=0.0, p=(1.0,)).draw(0, rng(), 0.0)
-    assert item.teacher.plan.tolist() == plain.sequence.plan.tolist()
-
-
-def test_every_chunk_is_encoded_from_its_own_text(lessons_on):
+def test_every_chunk_is_encoded_from_its_own_text(lessons_on, encoder):
     """The encoder's tokens of all passages, in order, and the number of the chunk each belongs to."""
-    lessons = lessons_on(no_answer_frac=0.0, p=(0.25,))
-    item = lessons.draw(0, rng(), 0.0)
-    chunks, rows = item.sequence.content
+    lessons = lessons_on(encoder=encoder, p=(0.25,))
+    chunks, rows = lessons.draw(0, rng(), 0.0).sequence.content
     owners = np.concatenate([owner for _, owner in rows])
     assert (np.diff(owners[owners >= 0]) >= 0).all() and set(owners.tolist()) - {-1} == set(range(len(chunks)))
-    encoder, decoder = lessons.tokenizer.encoder, lessons.tokenizer.decoder
+    encoder, decoder = lessons.prompts.tokenizer.encoder, lessons.prompts.tokenizer.decoder
     lower = encoder.backend_tokenizer.normalizer or types.SimpleNamespace(normalize_str=str)
     ids, read, spelled = np.concatenate([ids for ids, _ in rows]), "", ""
     for number, chunk in enumerate(chunks):
@@ -865,12 +744,10 @@ def test_every_chunk_is_encoded_from_its_own_text(lessons_on):
     assert ours == theirs
 
 
-def test_questions_are_embedded_together(tmp_path, corpus, embedder, llama, monkeypatch):
+def test_questions_are_embedded_together(index_dir, monkeypatch):
     """As many as a batch holds, and each finds what it finds alone."""
-    argv = ["index", "--corpus", corpus, "--index_dir", tmp_path, "--embed_model", embedder, "--dec", llama, "--quiet"]
-    assert refrag.main([str(a) for a in argv]) == 0
     search = refrag.SearchConfig(topk=2)
-    searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(tmp_path)), search, RUNTIME)
+    searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(index_dir)), search, RUNTIME)
     questions = [{"question": q["question"]} for q in QUESTIONS]
     alone = [[passage.row for passage in searcher.search(q["question"], 3, search.hops)] for q in questions]
     encode, sizes = searcher.embedder.model.encode_query, []
@@ -885,10 +762,9 @@ def test_questions_are_embedded_together(tmp_path, corpus, embedder, llama, monk
     np.testing.assert_allclose([one.query for one in found], single, atol=0.02)  # bfloat16: padding shows
 
 
-def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_path, words, whole):
-    path = write(tmp_path / "q.jsonl", QUESTIONS)
-    lessons = answer_lessons(whole, words, path, k=(4, 8), p=(0.0, 0.25), no_answer_frac=1.0, quote_frac=1.0,
-                             eval_json=str(path))
+def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_path, lessons_on):
+    path = write(tmp_path / "held_out.jsonl", QUESTIONS)
+    lessons = lessons_on(k=(4, 8), p=(0.0, 0.25), no_answer_frac=1.0, quote_frac=1.0, eval_json=str(path))
     exam, again = lessons.exam(), lessons.exam()
     assert set(exam) == {"k4/p0", "k4/p0.25", "k8/p0", "k8/p0.25"}
     for name, items in exam.items():
@@ -898,18 +774,9 @@ def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_p
         assert all(np.array_equal(a.sequence.plan, b.sequence.plan) for a, b in zip(items, again[name], strict=True))
 
 
-@pytest.mark.parametrize("answers", [None, {}, "Rhone", [1], [" "]])
-def test_questions_need_answers(lessons_on, answers):
-    with pytest.raises(refrag.UserError, match="question 2 has no list of answers"):
-        lessons_on([QUESTIONS[0], {"question": "Who?", "answers": answers}])
-
-
 def test_questions_without_an_answer_are_left_out_and_counted(lessons_on, capsys):
-    unanswerable = [{"question": "Who?", "answers": []}, {"question": "Why?", "answers": [], "positive_ids": ["a"]}]
-    assert len(lessons_on([QUESTIONS[0], *unanswerable])) == 1
+    assert len(lessons_on([QUESTIONS[0], *({"question": q, "answers": []} for q in ("Who?", "Why?"))])) == 1
     assert ": left out 2, which have no answer\n" in capsys.readouterr().err
-    with pytest.raises(refrag.UserError, match="no question has an answer"):
-        lessons_on(unanswerable)
 
 
 # -- the order of the data -------------------------------------------------------------------
@@ -921,7 +788,7 @@ def sized(number: int, positions: int, tag: object = "") -> refrag.Item:
     return refrag.Item(refrag.TrainingSequence(plan, plan, refrag.Content([], [])), None, f"{number}{tag}")
 
 
-class Sizes(refrag.Lessons):
+class Sizes:
     """Items of given numbers of positions; each draw also shows its random generator and the progress."""
 
     def __init__(self, sizes: list[int], seq_tokens: int = 64):
@@ -997,18 +864,14 @@ def test_an_error_in_what_is_made_ahead_arrives():
 
 
 def test_seeds_epochs_and_draws_differ():
-    orders = {tuple(sampler(seed=seed).order(epoch).tolist()) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-    samples = sampler([8] * 4, batch_size=1)
-    seen = [where.split()[1] for step in range(30) for where in drawn(samples.step(step))]
-    assert len(set(seen)) == len(seen) > 100
-    samples = sampler(batch_size=1)
-    seen = [int(where.split()[0]) for step in range(9) for where in drawn(samples.step(step))]
-    assert set(seen) != set(range(len(seen)))  # not as they stand in the file
-
-
-def test_progress_is_the_share_of_the_steps():
-    assert {where.split()[2] for where in drawn(sampler(steps=8).step(6))} == {"0.7500"}
+    orders = set()
+    for seed in range(3):
+        samples = sampler(seed=seed)
+        draws = [samples.draw(0).where.split() for _ in range(120)]
+        orders |= {tuple(number for number, *_ in draws[at : at + 40]) for at in (0, 40, 80)}
+        assert len({chance for _, chance, _ in draws}) == 120
+    assert len(orders) == 9 and tuple(map(str, range(40))) not in orders
+    assert {where.split()[2] for where in drawn(sampler(steps=8).step(6))} == {"0.7500"}  # the share of the steps
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -1028,14 +891,10 @@ def test_passes_hold_items_of_like_length(processes, cost):
         assert cost < 10**6 or len(passes) <= 3
 
 
-def test_an_item_longer_than_a_pass_is_used():
+def test_an_item_longer_than_all_passes_together_is_used():
+    """And leaves no pass empty."""
     samples = sampler([*MIXED, 500], batch_size=1)
-    seen = {where.split()[0] for step in range(60) for where in drawn(samples.step(step))}
-    assert seen == {str(n) for n in range(41)}
-
-
-def test_a_pass_is_never_empty():
-    """Even if one item is as long as all passes together."""
+    assert len({where.split()[0] for step in range(60) for where in drawn(samples.step(step))}) == 41
     for processes in (1, 4):
         samples = sampler([900, 3], batch_size=1, grad_accum=4 // processes, processes=processes)
         for step in range(8):
@@ -1057,21 +916,16 @@ def test_loss_terms_by_hand():
     """
     output = output_of([[0.75, 0.25], [0.5, 0.5]], [[1.0, 1.0]], [[0.0, 2.0]])
     teacher = torch.tensor([[0.5001, 0.4999], [0.4999, 0.5001]]).log()
-    terms = refrag.loss_terms(output, torch.tensor([1, 0]), teacher, refrag.Weights(1.0, 1.0, 1.0, 1.0))
+    labels, weights = torch.tensor([1, 0]), dict.fromkeys(("text", "kl", "argmax", "mse"), 1.0)
+    terms = refrag.loss_terms(output, labels, teacher, weights)
     assert set(terms) == {"text", "kl", "argmax", "mse"}
     assert terms["text"].item() == pytest.approx(math.log(8))
     assert terms["kl"].item() == pytest.approx(math.log(4 / 3) / 2, abs=1e-3)
     assert terms["argmax"].item() == pytest.approx(math.log(4 / 3) + math.log(2))
     assert terms["mse"].item() == pytest.approx(1.0)
-
-
-def test_terms_without_weight_are_not_computed():
-    """Nor is the error of vectors that are not there."""
-    output = output_of([[0.75, 0.25]])
-    terms = refrag.loss_terms(output, torch.tensor([1]), None, refrag.Weights(mse=1.0))
-    assert set(terms) == {"text"}
-    only = refrag.loss_terms(output, torch.tensor([1]), torch.zeros(1, 2), refrag.Weights(text=0.0, kl=0.5))
-    assert set(only) == {"kl"}
+    without = output_of([[0.75, 0.25], [0.5, 0.5]])  # vectors: then there is no error of theirs
+    assert set(refrag.loss_terms(without, labels, None, {"text": 1.0, "mse": 1.0})) == {"text"}
+    assert set(refrag.loss_terms(without, labels, teacher, {"text": 0.0, "kl": 0.5})) == {"kl"}
 
 
 # -- runs ---------------------------------------------------------------------------------------
@@ -1138,7 +992,7 @@ def start(tmp_path_factory, llama) -> Path:
 PARTS = {"p": "projector", "e": "encoder", "d": "decoder"}
 
 
-@pytest.mark.parametrize("letters", ["p", "e", "d", "pe", "pd", "ed", "ped", "dep"])
+@pytest.mark.parametrize("letters", ["p", "e", "d", "pe", "dep"])
 def test_exactly_the_named_parts_move(train, start, tmp_path, letters):
     """Every tensor of theirs, and not a bit of the others; only they are saved, beside the projector.
 
@@ -1153,21 +1007,19 @@ def test_exactly_the_named_parts_move(train, start, tmp_path, letters):
     saved = {path.stem for path in Path(summary["checkpoint"]).glob("*.safetensors")}
     assert saved == {"projector", "trainer", *(PARTS[letter] for letter in letters)}
     assert summary["trained_parameters"] == sum(before[name].numel() for name in named)
-    config = refrag.read_model_config(Path(summary["checkpoint"]))
+    config = refrag.Checkpoint(Path(summary["checkpoint"])).config
     assert config.training_model == "".join(x for x in "ped" if x in {"p", *letters})
     assert config.history[0]["train"] == letters
 
 
-@pytest.mark.parametrize(("phase", "letters"), [("cpt_align", "p"), ("cpt_recon", "pe"), ("cpt_next", "ped"),
-                                                ("sft", "ped")])
+@pytest.mark.parametrize(("phase", "letters"), zip(PHASES, ("p", "pe", "ped", "ped"), strict=True))
 def test_each_phase_trains_its_own_parts(train, start, phase, letters):
     summary = train(phase, "run", "--load_dir", start, "--steps", 3, "--projector_lr", "1e-2")
     before, after = tensors(start), tensors(summary["checkpoint"])
     assert {name[0] for name in different(before, after)} == set(letters)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("letters", ["d", "ped"])
+@pytest.mark.parametrize(("phase", "letters"), zip(PHASES, ("d", "ped", "d", "ped"), strict=True))
 def test_adapters_move_instead_of_the_decoder(train, start, phase, letters):
     """Its weights stay bit for bit; loading adds B A times alpha / r = 2 to each of the matrices."""
     summary = train(phase, "run", "--load_dir", start, "--train", letters, "--lora_r", 2, "--steps", 3, "--lr", "1e-2")
@@ -1188,13 +1040,6 @@ def test_adapters_move_instead_of_the_decoder(train, start, phase, letters):
         torch.testing.assert_close(merged[name], before[name] + 2 * b @ a)
 
 
-def test_the_projector_has_its_own_learning_rate(train, start):
-    """With one of almost nothing it stays where it was, up to rounding, and the rest moves."""
-    summary = train("cpt_next", "run", "--load_dir", start, "--projector_lr", "1e-30", "--lr", "1e-2")
-    before, after = tensors(start), tensors(summary["checkpoint"])
-    assert {name[0] for name in different(before, after)} == {"e", "d"}
-
-
 def test_only_matrices_decay(llama):
     """And every trained parameter is in one group, with its learning rate as the peak."""
     model = build("decoder:2", llama)
@@ -1208,11 +1053,6 @@ def test_only_matrices_decay(llama):
         group = placed[id(parameter)]
         assert group["weight_decay"] == (0.125 if parameter.ndim == 2 else 0.0), name
         assert group["lr"] == group["peak"] == (0.25 if name.startswith("projector.") else 0.5), name
-
-
-def test_lora_needs_the_decoder(run, sources, tmp_path, llama):
-    code, _, err = run("cpt_recon", *sources["cpt_recon"], *SHORT, "--dec", llama, "--lora_r", 2, "--out_dir", tmp_path)
-    assert code == 2 and "--lora_r needs the decoder in --train, got pe" in err
 
 
 # -- phases one after the other -------------------------------------------------------------------
@@ -1240,7 +1080,7 @@ def test_every_phase_goes_on_from_every_other(train, run, firsts, tmp_path_facto
         check_answers(run, folder)
     summary = train(second, "second", "--load_dir", firsts[first, ways[0]], *VARIANTS[ways[1]])
     folder = Path(summary["checkpoint"])
-    config = refrag.read_model_config(folder)
+    config = refrag.Checkpoint(folder).config
     assert [entry["phase"] for entry in config.history] == [first, second]
     assert [entry["steps"] for entry in config.history] == [2, 2]
     assert config.lora == ({"r": 2} if ways[1] == "lora" else None)
@@ -1260,8 +1100,8 @@ def check_answers(run: object, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [
-    ("--lora_r 2", "--lora_r 2"), ("--lora_r 2", "--lora_r 4"), ("--lora_r 2", ""), ("", "--lora_r 2"), ("", ""),
-    ("--lora_r 2", "--train pe"), ("", "--train pe"), ("--train p", "--lora_r 2 --train d"),
+    ("--lora_r 2", "--lora_r 2"), ("--lora_r 2", ""), ("", "--lora_r 2"), ("--lora_r 2", "--train pe"),
+    ("--train p", "--lora_r 2 --train d"),
 ])
 def test_the_next_phase_begins_where_the_last_one_ended(train, sources, tmp_path, first, second):
     """The held-out losses before the first step are those after the last; twice, so that nothing is lost later on."""
@@ -1278,16 +1118,7 @@ def test_the_next_phase_begins_where_the_last_one_ended(train, sources, tmp_path
         assert before[-1]["vectors"] != before[0]["vectors"]
 
 
-def test_a_decoder_trained_whole_then_by_adapters_keeps_both(train, tmp_path):
-    """The whole one is bit for bit that of the first phase."""
-    train("cpt_next", "first", "--lr", "1e-2")
-    train("sft", "second", "--load_dir", tmp_path / "first", "--lora_r", 2, "--train", "d", "--lr", "1e-2")
-    ours, theirs = (load_file(tmp_path / run / "step-000002" / "decoder.safetensors") for run in ("first", "second"))
-    assert different(ours, theirs) == set()
-
-
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("options", ["", "--lora_r 4 --train ped --lr 2e-2"], ids=["full", "lora"])
+@pytest.mark.parametrize(("phase", "options"), [*((phase, "") for phase in PHASES), ("sft", "--lora_r 4 --lr 2e-2")])
 def test_a_few_steps_learn_a_small_text(train, tmp_path, llama, phase, options):
     """One text, or one question: the loss of the last steps is well below that of the first."""
     one = write(tmp_path / "one.jsonl", [{"text": "The Rhone floods in May. The bells ring."}] if phase != "sft" else [
@@ -1316,13 +1147,6 @@ def test_a_run_says_what_it_takes_to_make_it_again(train, sources, tmp_path, lla
     assert facts["command"] == ["refrag.py", "cpt_next", "--and_so_on"]
 
 
-def test_a_run_on_an_index_names_its_digest(train, sources, words, tmp_path):
-    train("sft", "run")
-    questions, index = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
-    assert questions["sha256"] == refrag.sha256_file(Path(sources["sft"][1]))
-    assert index == {"file": str(words), "sha256": json.loads((words / "manifest.json").read_text())["digest"]}
-
-
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_the_gate_is_loaded_only_to_choose(train, monkeypatch, share):
     """A gate that would be refused hinders no training in which it chooses nothing."""
@@ -1342,7 +1166,7 @@ def test_a_run_keeps_its_last_two_checkpoints(train, tmp_path):
         files = {path.name for path in (folder / f"step-00000{step}").iterdir()}
         assert files == {"config.json", "encoder.safetensors", "manifest.json", "projector.safetensors", "README.md",
                          "trainer.json", "trainer.safetensors"}
-        refrag.verify_checkpoint(folder / f"step-00000{step}", required=True)
+        refrag.Checkpoint(folder / f"step-00000{step}").verify()
 
 
 def test_steps_are_logged_at_the_intervals_asked_for(train, sources, tmp_path):
@@ -1359,13 +1183,6 @@ def test_steps_are_logged_at_the_intervals_asked_for(train, sources, tmp_path):
         [5e-5 * refrag.learning_rate_factor(step, 8, 0.04) for step in (2, 5, 7)])
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(train, start, tmp_path):
-    train("cpt_align", "run", "--load_dir", start, "--log_every", 1)
-    for record in logged(tmp_path / "run"):
-        expected = record["mse"] + record["kl"] + 0.2 * record["argmax"]
-        assert record["loss"] == pytest.approx(expected, rel=1e-4) and min(record["mse"], record["kl"]) > 0
-
-
 def test_a_picture_is_drawn(train, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(refrag.RunLog, "plot", PLOT)
     train("cpt_next", "run", "--eval_json", sources["cpt_next"][1], "--eval_limit", 1)
@@ -1373,29 +1190,8 @@ def test_a_picture_is_drawn(train, sources, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
-def log_of(folder: Path, *lines: str) -> refrag.RunLog:
-    """A log that goes on after step 4, over a file of these lines."""
-    (folder / "metrics.jsonl").write_text("".join(lines))
-    return refrag.RunLog(folder, True, 4)
-
-
-LINES = ('{"step": 0, "eval": {}}\n', '{"step": 2, "loss": 1.5}\n', '{"step": 4, "loss": 1.25}\n')
-
-
-def test_a_log_that_goes_on_forgets_what_came_after_the_checkpoint(tmp_path):
-    log = log_of(tmp_path, *LINES, '{"step": 6, "loss": 1.0}\n', '{"step": 6, "eval": {}}\n')
-    assert [record["step"] for record in log.records] == [0, 2, 4] and metrics(tmp_path) == log.records
-    log.write({"step": 6, "loss": 0.5})
-    assert metrics(tmp_path) == log.records == [*(json.loads(line) for line in LINES), {"step": 6, "loss": 0.5}]
-
-
-@pytest.mark.parametrize("half", ['{"step": 5, "lo', '{"step": 3, "eval": {"k4": {"vectors": {"loss": 1.0}', '{"st\n'])
-def test_a_line_that_was_not_finished_is_forgotten(tmp_path, half):
-    assert [record["step"] for record in log_of(tmp_path, *LINES, half).records] == [0, 2, 4]
-
-
 def test_a_new_log_forgets_everything_and_a_reader_changes_nothing(tmp_path):
-    log_of(tmp_path, *LINES)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n{"step": 4}\n')
     watcher = refrag.RunLog(tmp_path, False, 2)
     watcher.write({"step": 9})
     assert [record["step"] for record in watcher.records] == [0, 2, 9] and len(metrics(tmp_path)) == 3
@@ -1405,8 +1201,8 @@ def test_a_new_log_forgets_everything_and_a_reader_changes_nothing(tmp_path):
 def test_the_model_card_tells_models_phases_and_results():
     entry = {"phase": "cpt_recon", "steps": 1200, "tokens": 3456789, "train": "pe", "device": "cuda", "run": "runs/a",
              "data": [{"file": "/data/a.jsonl"}, {"file": "b.jsonl.gz"}]}
-    config = refrag.RefragConfig("decoder:3", "some/decoder", history=[entry, entry | {
-        "phase": "sft", "train": "ped (LoRA 8)", "data": [{"file": "q.jsonl"}]}])
+    history = [entry, entry | {"phase": "sft", "train": "ped (LoRA 8)", "data": [{"file": "q.jsonl"}]}]
+    config = refrag.RefragConfig(encoder_name_or_path="decoder:3", decoder_name_or_path="some/decoder", history=history)
     measured = {kind: {"loss": 1.0, "accuracy": value} for kind, value in zip(
         ("vectors", "none", "wrong", "full"), (0.5, 0.25, 0.125, 0.75), strict=True)}
     records = [{"step": 0, "eval": {"k4": {}}}, {"step": 7, "eval": {"k8": measured}}, {"step": 8}]
@@ -1422,22 +1218,19 @@ def test_the_model_card_tells_models_phases_and_results():
 
 @posix
 def test_a_first_signal_is_noted_and_a_second_one_leaves(capsys):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = signal.getsignal(signal.SIGINT)
     with refrag.stop_signals() as received:
-        assert received == []
         os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGINT]
-        assert "saving a checkpoint after this step" in capsys.readouterr().err
-        with pytest.raises(SystemExit) as left:
+        assert received == [signal.SIGINT] and "saving a checkpoint after this step" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="143"):
             os.kill(os.getpid(), signal.SIGTERM)
-    assert left.value.code == 143
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # -- options --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [[], ["--lora_r", "2"], ["--train", "pe"]], ids=["full", "lora", "frozen"])
+@pytest.mark.parametrize("options", [["--lora_r", "2"], ["--train", "pe"]], ids=["lora", "frozen"])
 def test_activations_computed_again_change_nothing(train, start, tmp_path, monkeypatch, options):
     """The same weights up to rounding; the decoder's layers run twice a pass instead of once."""
     marked, calls = refrag.mark_trained, Counter()
@@ -1457,30 +1250,29 @@ def test_activations_computed_again_change_nothing(train, start, tmp_path, monke
     assert calls["again"] == 2 * calls["plain"] >= 6
 
 
-@pytest.mark.parametrize(("phase", "options"), [
-    ("sft", ""), ("cpt_next", "--recon_frac 0"), ("cpt_next", "--recon_frac 0.5")])
-def test_distillation_adds_the_divergence(train, tmp_path, phase, options):
-    """The loss is the text's and half of the divergence, also where some texts are reconstructed."""
-    train(phase, "run", "--distill", 0.5, "--log_every", 1, "--batch_size", 4, *options.split())
+@pytest.mark.parametrize(("phase", "options", "weights"), [
+    ("sft", "--distill 0.5", {"text": 1, "kl": 0.5}), ("cpt_align", "", {"mse": 1, "kl": 1, "argmax": 0.2}),
+    ("cpt_next", "--distill 0.5 --recon_frac 0.5", {"text": 1, "kl": 0.5})])
+def test_the_loss_is_the_weighted_sum_of_its_terms(train, start, tmp_path, phase, options, weights):
+    train(phase, "run", "--load_dir", start, "--log_every", 1, "--batch_size", 4, *options.split())
     for record in logged(tmp_path / "run"):
-        assert record["loss"] == pytest.approx(record["text"] + 0.5 * record["kl"], rel=1e-4) and record["kl"] > 0
+        expected = sum(weight * record[name] for name, weight in weights.items())
+        assert record["loss"] == pytest.approx(expected, rel=1e-4) and min(record[name] for name in weights) > 0
 
 
 @pytest.mark.parametrize("way", ["full", "lora"])
 def test_the_teacher_is_the_decoder_before_the_phase(train, monkeypatch, tmp_path, way):
-    """Its weights at the end are those of the checkpoint that the phase began with."""
+    """Its weights at the end are those of the checkpoint that the phase began with. At p = 1 both read the same, so
+    before the first step there is no divergence; then there is."""
     train("cpt_next", "first", "--lr", "1e-2", *VARIANTS[way])
     before = {name[8:]: value for name, value in tensors(tmp_path / "first").items() if name.startswith("decoder.")}
-    teachers, load = [], refrag.load_teacher
-    monkeypatch.setattr(refrag, "load_teacher", lambda *args: teachers.append(load(*args)) or teachers[0])
-    train("sft", "second", "--distill", 1, "--load_dir", tmp_path / "first", "--lr", "1e-2", *VARIANTS[way])
+    teachers, start = [], refrag.Trainer.__init__
+    monkeypatch.setattr(refrag.Trainer, "__init__",
+                        lambda self, *args: teachers.append(args[5]) or start(self, *args))
+    train("sft", "second", "--distill", 1, "--load_dir", tmp_path / "first", "--lr", "1e-2", "--p", 1, "--steps", 3,
+          "--log_every", 1, *VARIANTS[way])
     assert different(teachers[0].state_dict(), before) == set()
-
-
-def test_a_reader_of_the_whole_text_starts_with_its_teacher(train, tmp_path):
-    """p = 1: both read the same, so before the first step there is no divergence; then there is."""
-    train("sft", "run", "--distill", 1, "--p", 1, "--log_every", 1, "--lr", "1e-2", "--steps", 3)
-    first, *_, last = [record["kl"] for record in logged(tmp_path / "run")]
+    first, *_, last = [record["kl"] for record in logged(tmp_path / "second")]
     assert first == pytest.approx(0, abs=1e-5) and last > 1e-3
 
 
@@ -1490,7 +1282,7 @@ def test_each_phase_with_a_separate_encoder(train, run, llama, bert, tmp_path, p
     models = ["--dec", llama, "--enc", bert, "--projector", "mlp", "--pooling", "cls"]
     data = [] if phase == "sft" else ["--train_json", write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS[:3]])]
     summary = train(phase, "run", *models, *data, "--train", "ped")
-    config = refrag.read_model_config(Path(summary["checkpoint"]))
+    config = refrag.Checkpoint(Path(summary["checkpoint"])).config
     assert (config.projector, config.pooling, config.encoder_name_or_path) == ("mlp", "cls", str(bert))
     check_answers(run, tmp_path / "run")
 
@@ -1500,11 +1292,10 @@ def test_each_phase_with_several_k(train, sources, tmp_path, phase):
     held_out = ["--eval_json", sources[phase][1], "--eval_limit", 2]
     summary = train(phase, "run", "--k", 2, 4, 8, *held_out)
     assert {name.partition("/")[0] for name in summary["eval"]} == {"k2", "k4", "k8"}
-    assert refrag.read_model_config(Path(summary["checkpoint"])).compression == 8
+    assert refrag.Checkpoint(Path(summary["checkpoint"])).config.compression == 8
 
 
-@pytest.mark.parametrize("phase", ["cpt_next", "sft"])
-@pytest.mark.parametrize("options", ["", "--train ped --lora_r 2"], ids=["full", "lora"])
+@pytest.mark.parametrize(("phase", "options"), [("cpt_next", ""), ("sft", "--train ped --lora_r 2")])
 def test_every_architecture_trains_and_answers(train, run, any_decoder, tmp_path, phase, options):
     """But for adapters in a decoder of nothing but recurrent layers, which peft refuses."""
     if options and any_decoder.name.startswith("mamba2"):
@@ -1527,15 +1318,10 @@ def sequence(first: int, chunks: int) -> refrag.TrainingSequence:
     return refrag.continue_plan(context, np.asarray([first + 90, first + 91]), refrag.Content(parts, rows))
 
 
-def named(*names):
-    """A set of one-letter names for each sequence; from one string, one name each."""
-    return [frozenset(each) for each in (names if len(names) > 1 else names[0])]
-
-
 def test_the_controls_read_vectors_none_anothers_and_the_text():
     """Three texts of 3, 0 and 1 chunks. The first gets the vector of the last three times over, not its own."""
     made = [sequence(100, 3), sequence(200, 0), sequence(300, 1)]
-    kinds = {name: refrag.control(name, made, named("abc")) for name in refrag.CONTROLS}
+    kinds = {name: refrag.control(name, made, [frozenset(name) for name in "abc"]) for name in refrag.CONTROLS}
     assert all(kinds["vectors"][n] is made[n] for n in range(3))
     assert [s.plan.tolist() for s in kinds["none"]] == [[1, 190], [1, 290], [1, 390]]
     assert kinds["full"][0].plan.tolist() == [1, 100, 101, 102, 103, 104, 105, 190]
@@ -1545,36 +1331,32 @@ def test_the_controls_read_vectors_none_anothers_and_the_text():
     assert {tuple(asked(s)) for kind in kinds.values() for s in kind} == {(190, 191), (290, 291), (390, 391)}
 
 
-def test_the_wrong_vectors_are_of_another_text():
-    """Windows stand by text: the one after another of the same text would tell what comes next."""
+@pytest.mark.parametrize(("names", "others"), [
+    ("a a b b b", [3, 3, 0, 0, 0]), ("ab ab e cd bc", [3, 3, 3, 0, 0]), ("a a a a a", [])])
+def test_the_wrong_vectors_are_of_another_text(names, others):
+    """The next window of the same text would tell what comes next; so would a passage that both questions find, which
+    only the last of five must take. The third has no vectors to lend."""
     made = [sequence(100 * n, chunks) for n, chunks in enumerate((2, 2, 0, 2, 2))]
-    wrong = refrag.control("wrong", made, named("aabbb"))
-    assert [s.content is made[n].content for s, n in zip(wrong, (3, 3, 0, 0, 0), strict=True)] == [True] * 5
-    assert refrag.control("wrong", made, named("aaaaa")) == []
-
-
-def test_the_wrong_vectors_are_of_no_passage_that_the_question_finds():
-    """The fourth finds one of every other's: it takes the next that has not quite the same."""
-    made = [sequence(100 * n, 2) for n in range(4)]
-    wrong = refrag.control("wrong", made, named("ab", "ab", "cd", "bc"))
-    assert [s.content is made[n].content for s, n in zip(wrong, (2, 2, 0, 0), strict=True)] == [True] * 4
+    wrong = refrag.control("wrong", made, [frozenset(name) for name in names.split()])
+    assert [s.content is made[n].content for s, n in zip(wrong, others, strict=True)] == [True] * len(others)
 
 
 def test_without_another_text_there_is_no_wrong_one():
     """Its own vectors would pass for another's. The model card has a gap."""
     made = [sequence(100, 3)]
-    assert [name for name in refrag.CONTROLS if not refrag.control(name, made, named("a"))] == ["wrong"]
+    assert [name for name in refrag.CONTROLS if not refrag.control(name, made, [frozenset("a")])] == ["wrong"]
     measured = {kind: {"loss": 1.0, "accuracy": 0.5} for kind in ("vectors", "none", "full")}
     card = refrag.model_card(refrag.RefragConfig(), [{"step": 0, "eval": {"k4": measured}}])
     assert "| k4 | 0.500 | 0.500 | - | 0.500 |" in card
 
 
-def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path, whole):
+def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path, text_lessons):
     """The losses by hand: the decoder's own forward over embeddings laid by a loop, one text at a time."""
     summary = train("cpt_next", "run", "--load_dir", start, "--eval_json", sources["cpt_next"][1])
     model = refrag.RefragModel.from_pretrained(tmp_path / "run")
-    lessons = text_lessons(refrag.NextLessons, whole, Path(sources["cpt_next"][1]), held_out=sources["cpt_next"][1])
-    sequences = [item.sequence for item in lessons.exam()["k4"]]
+    rows = [{"text": text} for text in TEXTS]
+    exam = text_lessons(refrag.NextLessons, rows, held_out=rows).exam()
+    sequences = [item.sequence for item in exam["k4"]]
     assert len(sequences) == 6
     embed, measured = model.decoder.get_input_embeddings(), {}
     with torch.no_grad():
@@ -1590,7 +1372,8 @@ def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path,
             for n, s in enumerate(sequences):
                 said, other = torch.tensor(asked(s)), vectors[(n + 1) % len(sequences)]
                 L = len(vectors[n])
-                context = {"vectors": vectors[n], "none": vectors[n][:0], "full": embed(ids_of(s)),
+                context = {"vectors": vectors[n], "none": vectors[n][:0],
+                           "full": embed(torch.from_numpy(np.concatenate(s.content.chunks))),
                            "wrong": torch.cat([other] * (L // len(other) + 1))[:L]}[kind]
                 inputs = torch.cat([embed(torch.tensor([START])), context, embed(said[:-1])])
                 logits = model.decoder(inputs_embeds=inputs[None]).logits[0, -len(said) :]
@@ -1600,11 +1383,6 @@ def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path,
     for kind, values in measured.items():
         assert summary["eval"]["k4"][kind] == pytest.approx(values, abs=2e-4), kind
     assert len({round(values["loss"], 3) for values in measured.values()}) == 4
-
-
-def ids_of(s: refrag.TrainingSequence) -> torch.Tensor:
-    """The tokens of a sequence's chunks."""
-    return torch.from_numpy(np.concatenate(s.content.chunks))
 
 
 # -- several processes ------------------------------------------------------------------------------

@@ -155,13 +155,13 @@ class Forks:
     """
 
     def __init__(self, folder: Path):
-        self.log = folder / "log"
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       env=environment, text=True)
+        self.log, self.server = folder / "log", None
 
     def ask(self, **job: object) -> object:
-        """Send a job and read its answer."""
+        """Send a job to the server, which starts with the first, and read its answer."""
+        self.server = self.server or subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)})
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
@@ -209,19 +209,14 @@ class Forks:
         """What the last process, which has ended by itself, did to files: [what, path, ..], in order."""
         return json.loads(self.log.read_text())
 
-    def close(self) -> None:
-        """End the server."""
-        self.server.stdin.close()
-        self.server.wait(timeout=30)
-        self.server.stdout.close()
-
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
-    """The one server of commands in processes of their own."""
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
+    """Commands in processes of their own."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    if forks.server:
+        forks.server.communicate(timeout=30)
 
 
 # ---- Commands that write --------------------------------------------------------------------------------------------
