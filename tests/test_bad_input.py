@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import TEXTS
-from writers import WRITERS, sign, unchanged
+from writers import WRITERS, unchanged
 
 import refrag
 
@@ -358,16 +358,6 @@ def test_an_index_of_other_models_does_not_fit(refused, command, line, other_emb
             assert again in refused(5, *argv, "--embed_model", other_embedder)
         for name in ("generate", "bench"):
             assert "another encoder" in refused(5, *command(name, "--enc", "decoder:1"))
-
-
-def test_vectors_of_ivfpq_can_not_be_had_back(refused, line, write, index_dir, tmp_path):
-    index = shutil.copytree(index_dir, tmp_path / "index")
-    facts = json.loads((index / "manifest.json").read_text())
-    sign(index, segments=[segment | {"faiss": "ivfpq"} for segment in facts["segments"]])
-    more = write("more.jsonl", [GOOD, {"id": "c", "text": "again"}])
-    with unchanged(index):
-        message = refused(5, *line("vectors", index, "--add", "--corpus", more))
-    assert "ivfpq index can't replace documents: build it again" in message
 
 
 @pytest.mark.parametrize(("flag", "value"), [

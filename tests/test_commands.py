@@ -221,15 +221,16 @@ def test_flags_take_dashes_and_values_stay_as_they_are(argv, name, value):
     (["index", "notes"], "notes (write --corpus before it)"),
     (["doctor", "all"], "all (write a flag before it)"),
     (["search", "--topk"], "--topk: expected one argument"),
-    (["search", "--topk", "many"], "--topk: invalid int value: 'many'"),
+    (["search", "--topk", "many"], "--topk: 'many' is not a whole number"),
     (["search", "--retriever", "magic"], "--retriever must be one of hybrid, dense, bm25, got 'magic'"),
     (["search", "--topk", "0"], "--topk must be 1 or more, got 0"),
-    *((["bench", "--k", words], f"--k: invalid int value: '{words}'") for words in ("8,x", "8,,16", "1.5")),
-    (["bench", "--p", ".1,many"], "--p: invalid float value: '.1,many'"),
+    *((["bench", "--k", words], f"--k: ['{words}'] is not a whole number") for words in ("8,x", "8,,16", "1.5")),
+    (["bench", "--p", ".1,many"], "--p: ['.1,many'] is not a number"),
     (["bench", "--k"], "--k is empty"),
     (["bench", "--modes", "full,magic"], "--modes must be one of full, refrag, none, got 'magic'"),
     (["sft", "--rag_json", __file__, "--out_dir", "run", "--topk", "2", "--topk_min", "3"],
      "--topk_min 3 is more than --topk 2"),
+    (["align", "--text", "a\udcffb"], "half of a surrogate pair"),
     (["serch"], "invalid choice: 'serch' (choose from 'index', 'search'"),
     (["serch"], ": see python refrag.py --help\n"),
     (["--json", "search", "--question", "x"], "the following arguments are required: COMMAND: see python refrag.py"),
@@ -322,14 +323,14 @@ def test_numbers_stand_between_spaces_or_commas_everywhere(words, monkeypatch, t
     ("[search]\nmax_new = 3", "unknown option 'max_new' in [search]"),
     ("[generate]\ntokp = 3", "unknown option 'tokp' in [generate]"),
     *((f"topk = {value}", f"argument --topk: {told}") for value, told in [
-        ("'many'", "invalid int value: 'many'"), ("3.7", "invalid int value: '3.7'"),
-        ("true", "invalid int value: 'True'"), ("[1, 2]", "[1, 2] is not one value"),
-        ("{a = 1}", "{'a': 1} is not one value")]),
+        ("'many'", "'many' is not a whole number"), ("3.7", "3.7 is not a whole number"),
+        ("true", "True is not a whole number"), ("[1, 2]", "[1, 2] is not a whole number"),
+        ("{a = 1}", "{'a': 1} is not a whole number")]),
     ("quiet = 'perhaps'", "argument --quiet: 'perhaps' is not true or false"),
     ("question = ['a', 'b']", "argument --question: ['a', 'b'] is not one value"),
     ("topk = ", "Invalid value"),
-    ({"REFRAG_TOPK": "many"}, "argument --topk: invalid int value: 'many'"),
-    ({"REFRAG_TOPK": ""}, "argument --topk: invalid int value: ''"),
+    ({"REFRAG_TOPK": "many"}, "argument --topk: 'many' is not a whole number"),
+    ({"REFRAG_TOPK": ""}, "argument --topk: '' is not a whole number"),
     ({"REFRAG_QUIET": "perhaps"}, "argument --quiet: 'perhaps' is not true or false"),
 ], ids=str)
 def test_a_bad_stored_value_is_refused_with_the_place_where_it_stands(run, toml, monkeypatch, stored, told):
@@ -464,7 +465,7 @@ def test_an_index_is_built_though_nobody_reads_stderr(tmp_path, corpus, embedder
 def test_bars_and_notices_for_a_stderr_that_nobody_reads(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setattr(sys, "stderr", refrag.LastingStderr(os.fdopen(writing, "wb"), "utf-8", line_buffering=True))
+    monkeypatch.setattr(sys, "stderr", refrag.LastingStderr(os.fdopen(writing, "wb"), "utf-8"))
     refrag.notice("a notice")
     with refrag.progress(None, "work", 2, "step") as bar:
         bar.delay = 0
@@ -516,15 +517,6 @@ def test_what_is_written_to_a_closed_stdout_goes_to_no_file(tmp_path, index_dir)
     (tmp_path / "q.jsonl").write_text('{"question": "bridges"}\n')
     done = in_shell(">&- 2>&-", "search", "--index_dir", str(index_dir), "--questions", str(tmp_path / "q.jsonl"))
     assert done.returncode == 0 and (tmp_path / "q.jsonl").read_text() == '{"question": "bridges"}\n'
-
-
-def test_docstrings_that_are_stripped_are_named(program):
-    """The libraries need theirs; our own are but the texts of --help."""
-    environment = os.environ | {"PYTHONOPTIMIZE": "2"}
-    assert "--index_dir" in program("search", "--help", env=environment).stdout
-    done = program("doctor", "--json", env=environment)
-    assert done.returncode == 2 and "PYTHONOPTIMIZE=2" in json.loads(done.stdout)["error"]["message"]
-    assert done.stderr.count("\n") == 1
 
 
 @posix

@@ -594,7 +594,9 @@ def test_tensors_that_do_not_fit_are_named(refused, read, name, kind, signed):
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "no manifest"])
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\0", '{"model_type": "refrag"'], ids=str)
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "null", "\0", '{"model_type": "refrag"', '{"model_type": "refrag", "encoder_name_or_path": 5}',
+    '{"model_type": "refrag", "lora": "r"}', '{"model_type": "refrag", "history": [3]}'], ids=str)
 def test_a_configuration_that_can_not_be_is_damage(refused, read, content, signed):
     folder, argv = read("checkpoint")
     path = folder / "config.json"
@@ -604,6 +606,15 @@ def test_a_configuration_that_can_not_be_is_damage(refused, read, content, signe
     else:
         (folder / "manifest.json").unlink()
     assert f"{path} is damaged" in refused(4, *argv)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"segments": []}, {"segments": [3]}, {"uses": "dense"}, {"chunking": {"k": "4"}}, {"embedder": None},
+    {"counts": {}}], ids=str)
+def test_a_manifest_with_other_types_is_damage(refused, read, wrong):
+    folder, argv = read("index")
+    sign(folder, **wrong)
+    assert "manifest.json is damaged" in refused(4, *argv)
 
 
 class Malice:

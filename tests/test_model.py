@@ -1045,7 +1045,7 @@ def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch, name, 
     for spec in (None, empty):  # the package is not there, or it is and its file is not
         monkeypatch.setattr(importlib.util, "find_spec", lambda module, spec=spec: spec)
         with pytest.raises(refrag.MissingError) as caught:
-            refrag.bundled_path(name)
+            refrag.model_path(name)
         assert str(caught.value).endswith(command) and caught.value.code == 3
 
 
@@ -1053,11 +1053,11 @@ def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert refrag.check_local(str(tmp_path / "model")) == str(tmp_path / "model")
-    assert refrag.check_local("model") == "model"
-    assert refrag.check_local("~/model") == str(tmp_path / "model")
-    assert refrag.check_local("roberta-base") == "roberta-base"
-    assert refrag.check_local("meta-llama/Llama-3.2-3B") == "meta-llama/Llama-3.2-3B"
+    assert refrag.model_path(str(tmp_path / "model")) == str(tmp_path / "model")
+    assert refrag.model_path("model") == "model"
+    assert refrag.model_path("~/model") == str(tmp_path / "model")
+    assert refrag.model_path("roberta-base") == "roberta-base"
+    assert refrag.model_path("meta-llama/Llama-3.2-3B") == "meta-llama/Llama-3.2-3B"
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/nowhere", "a/b/c", "C:\\models\\x", "file.bin"])
@@ -1065,7 +1065,7 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.bin").write_bytes(b"")
     with pytest.raises(refrag.MissingError, match="is not there"):
-        refrag.check_local(name)
+        refrag.model_path(name)
 
 
 def test_a_folder_without_a_model_is_missing(tmp_path):

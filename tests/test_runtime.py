@@ -47,7 +47,7 @@ def test_strings_come_back_as_they_were_written(blocks):
         with refrag.ColumnWriter(Path(name)) as columns:
             for block in [[], *blocks]:
                 columns.append_texts("texts", block)
-        column = refrag.StringColumn([Path(name)] * 2, "texts")
+        column = refrag.StringColumn([refrag.map_columns(Path(name))] * 2, "texts")
         assert list(column) == texts * 2 and len(column) == 2 * len(texts)
         assert np.load(Path(name) / "texts.npy").tobytes() == "".join(texts).encode()
 
@@ -56,7 +56,7 @@ def test_a_column_has_no_rows_outside_of_its_range(tmp_path):
     """FAISS pads its answers with -1; that must not mean the last row."""
     with refrag.ColumnWriter(tmp_path) as columns:
         columns.append_texts("ids", ["a", "", "c"])
-    column = refrag.StringColumn([tmp_path], "ids")
+    column = refrag.StringColumn([refrag.map_columns(tmp_path)], "ids")
     for row in (-1, 3, -3):
         with pytest.raises(IndexError, match=f"row {row} of 3"):
             column[row]
