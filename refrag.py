@@ -461,7 +461,6 @@ class ServeConfig(Options):
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
-    together: int = opt(0, "requests in one batch; 0: 4 on a GPU, 1 on a CPU, where batches change answers", low=0)
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
