@@ -298,9 +298,6 @@ class GenerateConfig(Options):
     resume: bool = opt(False, "with --out: skip the questions already answered there")
     batch_size: int = opt(1, "questions decoded together", low=1)
 
-    def check(self) -> None:
-        require(not self.resume or self.out is not None, "--resume needs --out FILE, the file to continue")
-
 
 class BenchConfig(Options):
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "tokens; whole passages, as many as fit", low=1)
@@ -411,8 +408,7 @@ class EvalConfig(Options):
 
     def check(self) -> None:
         textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
-        require(textual or self.qa is not None, "--qa is missing: name a file of questions")
-        require(not textual or bool(self.texts), "--texts is missing: name a file of JSON lines with a text each")
+        require(bool(self.texts if textual else self.qa), f"--{'texts' if textual else 'qa'} is missing: name a file")
         unknown = ", ".join(name for name in self.named if name not in valid)
         require(not unknown, f"--modes {unknown}: --task {self.task} knows {', '.join(valid) or 'none'}")
         require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
@@ -479,13 +475,7 @@ class DoctorConfig(Options):
     dist: bool = opt(False, "run an all-reduce across the processes of accelerate launch")
 
 
-class Command(NamedTuple):
-    """What --help says of a command, and its options: classes in the order of its handler's parameters."""
-
-    help: str
-    configs: tuple[type[Options], ...]
-
-
+Command = collections.namedtuple("Command", ["help", "configs"])  # classes in the order of the handler's parameters
 RETRIEVAL, TRAINING = (IndexConfig, SearchConfig), (TrainConfig, ModelConfig)
 ANSWERING = (*RETRIEVAL, PackConfig, GenerateConfig, ReaderConfig)
 COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *configs in (
@@ -633,7 +623,8 @@ def classify(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ImportError):
         return MissingError.code, f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install ."
     full = isinstance(error, MemoryError) or number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-    if full or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text:
+    told = "DefaultCPUAllocator: can't allocate" in text or "(os error 28)" in text  # the second by safetensors
+    if full or told or type(error).__name__ == "OutOfMemoryError":
         return ExhaustedError.code, f"disk or memory ran out: {text}: free some and run again"
     if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR,
                                                  errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
@@ -792,7 +783,7 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
     """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
 
-    done: what an earlier process has done of it. In a log, where nothing is erased, the bar is drawn rarely.
+    done: what an earlier run did already. In a log, where nothing is erased, the bar is drawn rarely.
     """
     pace = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
@@ -845,7 +836,7 @@ def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything that was queued, so that a clock read after it is honest."""
+    """Wait until the device has done everything that was queued, so that timings are correct."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -911,36 +902,28 @@ def process_group() -> Any:
 
 
 def glibc(function: str, *args: int) -> None:
-    """Call one of glibc's functions about memory; other C libraries have none of them."""
+    """Call one of glibc's functions about memory. malloc_trim gives back what is free. Does nothing elsewhere."""
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), function, lambda *_: None)(*args)
 
 
-def trim_memory() -> None:
-    """Give freed memory back to the system. Arrays of many sizes fragment glibc's heap, which then only grows."""
-    glibc("malloc_trim", 0)
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
-
-
 @contextlib.contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let glibc keep what a training step on a CPU frees: the next step wants the same sizes again.
+    """Let glibc keep what a training step on a CPU frees: the next step wants the same sizes. 1.16 times as fast.
 
-    By default every large tensor is mapped anew, and each page of it is a fault that costs more than filling it.
+    By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
     """
-    if device.type != "cpu":
-        yield
-        return
-    glibc("mallopt", M_MMAP_MAX, 0)
-    glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never: the largest number there is
+    m_trim_threshold, m_mmap_max = -1, -4  # of mallopt in glibc's malloc.h
+    if device.type == "cpu":
+        glibc("mallopt", m_mmap_max, 0)
+        glibc("mallopt", m_trim_threshold, -1)  # never
     try:
         yield
     finally:
-        glibc("mallopt", M_MMAP_MAX, 1 << 16)  # the default
-        glibc("mallopt", M_TRIM_THRESHOLD, 1 << 26)  # the most that glibc's own adjusting, which ends here, comes to
-        trim_memory()
+        if device.type == "cpu":
+            glibc("mallopt", m_mmap_max, 1 << 16)  # the default
+            glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
+            glibc("malloc_trim", 0)
 
 
 def sha256_file(path: Path) -> str:
@@ -960,14 +943,9 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def hidden_name(path: Path, ending: str) -> Path:
-    """A hidden name for what takes a path's place, or made room for it, in the same folder."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
-
-
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace a file: readers see the old one or the new one, never a part."""
-    temporary = hidden_name(path, "tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         fsync_path(temporary)
@@ -977,8 +955,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     fsync_path(path.parent)
 
 
-def draw(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
-    """Replace a picture, whole. paint is given the axes of its panels. Without matplotlib, a notice says so instead."""
+def save_figure(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
+    """Replace a picture by what `paint` draws on the axes of its panels. Without matplotlib, a notice says so."""
     try:
         from matplotlib import figure
     except ImportError as error:
@@ -1005,7 +983,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(final)
-    temporary = hidden_name(final, "tmp")
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -1013,7 +991,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         for path in [*temporary.rglob("*"), temporary]:
             fsync_path(path)
         if final.exists():
-            final.rename(hidden_name(final, "old"))
+            final.rename(temporary.with_suffix(".old"))
         try:
             temporary.rename(final)
         finally:
@@ -1026,10 +1004,9 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
-    """The results in a JSON lines file that is to be continued. Cuts off a last line that a kill left unfinished.
+    """Results of a JSON lines file to resume. Cuts off a last line that a kill left unfinished.
 
-    flag: the option that names the file. Raises MismatchError if the file was made with other settings, CorruptError
-    if a line in it is no result.
+    flag: the option that names the file. Raises MismatchError for other settings, CorruptError for what is no result.
     """
     data, found = path.read_bytes(), []
     intact = data[: data.rfind(b"\n") + 1]
@@ -1134,26 +1111,24 @@ def cache_home() -> Path:
         raise UserError("there is no home folder: set REFRAG_HOME to a folder for converted models") from None
 
 
-class ColumnWriter:
-    """Appends rows to the .npy files of a folder, whose number is not known before. Finished where its block ends.
+class ColumnWriter(contextlib.ExitStack):
+    """Appends rows to .npy files of a folder; their headers get the numbers of rows when the block ends well.
 
     Not writable memory maps: on a full disk those end the process with SIGBUS instead of an error.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.handles, self.kinds, self.rows = folder, {}, {}, collections.Counter()
-        self.ends: dict[str, int] = collections.Counter()
-
-    def __enter__(self) -> ColumnWriter:
-        return self
+        super().__init__()
+        self.folder, self.handles, self.kinds = folder, {}, {}
+        self.rows, self.ends = collections.Counter(), collections.Counter()
 
     def append(self, name: str, rows: np.ndarray) -> None:
         """Append rows (n, ..) to `name`.npy, all of one type and width."""
-        if name not in self.handles:
-            self.handles[name], self.kinds[name] = (self.folder / f"{name}.npy").open("wb"), rows[:0]
-            self.write_header(name)
-        kind = self.kinds[name]
+        kind = self.kinds.setdefault(name, rows[:0])
         assert rows.dtype == kind.dtype and rows.shape[1:] == kind.shape[1:], (name, rows.dtype, rows.shape)
+        if name not in self.handles:
+            self.handles[name] = self.enter_context((self.folder / f"{name}.npy").open("wb"))
+            self.write_header(name)
         self.handles[name].write(np.ascontiguousarray(rows).data)
         self.rows[name] += len(rows)
 
@@ -1175,16 +1150,13 @@ class ColumnWriter:
         np.lib.format.write_array_header_1_0(self.handles[name], {
             "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *rest: Any) -> None:
         try:
             for name, handle in self.handles.items() if kind is None else ():
                 handle.seek(0)
                 self.write_header(name)
-                handle.flush()
         finally:
-            for handle in self.handles.values():
-                with contextlib.suppress(OSError):  # on a full disk even closing can fail
-                    handle.close()
+            super().__exit__(kind, *rest)
 
 
 def map_array(path: Path) -> np.ndarray:
@@ -1208,7 +1180,7 @@ class Record(NamedTuple):
 
 
 class BadRecord(UserError):
-    """A record that --errors skip leaves out."""
+    """An error that --errors skip passes over."""
 
 
 NAMED = 10  # bad records and files that are named one by one
@@ -1299,8 +1271,7 @@ class TextFile:
     def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
         """(line, JSON object of the cells that are not empty) of each row below a header that has one of `fields`.
 
-        The separator is the tab in a .tsv, else the comma, semicolon or tab that the header has most of.
-        Raises BadRecord.
+        The separator is the tab in a .tsv, else what the header has most of: comma, semicolon or tab.
         """
         csv.field_size_limit(2**31 - 1)
         lines = self.lines()
@@ -1398,7 +1369,6 @@ def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
 
 
 def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
-    """A JSON object as a record. Raises BadRecord."""
     name = field_in(item, TEXT_FIELDS, where)
     body, title = check_string(item.pop(name), name, where), item.pop("title", None)
     if not body.strip():
@@ -1467,42 +1437,40 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document."""
+    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document.
+
+    In a folder, and with --errors skip anywhere, a bad record or unreadable file is skipped, counted and named.
+    """
     path, label, in_folder = file
+    errors += " skip" * in_folder
     source = TextFile(path, errors, counts)
-    of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
-    if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
-        yield from (Record(label, bare_name(path).stem, text, source.name)
-                    for _, text in source.lines(as_one=True) if text.strip())
-        return
-    records, items = source.items(TEXT_FIELDS)
-    for number, text in items:
-        where = f"{source.name}:{number}"
-        with skipping(errors, counts):
-            item = parse_object(text, where) if records else {"text": text.strip()}
-            yield parse_passage(item, where, f"{label}:{number}")
+    with skipping(errors, counts, (RefragError, OSError)):
+        of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
+        if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
+            yield from (Record(label, bare_name(path).stem, text, source.name)
+                        for _, text in source.lines(as_one=True) if text.strip())
+            return
+        records, items = source.items(TEXT_FIELDS)
+        for number, text in items:
+            where = f"{source.name}:{number}"
+            with skipping(errors, counts):
+                item = parse_object(text, where) if records else {"text": text.strip()}
+                yield parse_passage(item, where, f"{label}:{number}")
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
-    """Every record of the corpus in order, streamed. `counts` receives skipped, replaced and ignored.
+    """The records of the corpus in order, streamed. counts receives skipped, replaced and ignored.
 
-    sources: see `source_label`. In a folder, and with --errors skip anywhere, a bad record or unreadable file is
-    skipped, counted and named, and the rest is still read.
+    sources: see `source_label`.
     """
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
         shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
         notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
-
-    def records() -> Iterator[Record]:
-        for file in files:
-            errors = f"{corpus.errors} skip" if file[-1] else corpus.errors
-            with skipping(errors, counts, (RefragError, OSError)):
-                yield from read_file(file, counts, errors)
-
-    return itertools.islice(records(), corpus.limit)
+    records = itertools.chain.from_iterable(read_file(file, counts, corpus.errors) for file in files)
+    return itertools.islice(records, corpus.limit)
 
 
 class TrainingText(NamedTuple):
@@ -1851,7 +1819,7 @@ BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
-    """Index texts with bm25s and save it without pickle, with the length of each in terms."""
+    """Index texts with bm25s, and save that without pickle, with the length of each text in terms."""
     vocabulary, ids = {}, []
     for text in progress(texts, "BM25 terms", total=total, unit="passage"):
         found = [vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(text)]
@@ -1912,7 +1880,7 @@ class Bm25:
             postings = self.postings(term)
             idf = bm25_idf(len(scores), sum(len(rows) for rows, _ in postings))
             for segment, (rows, weights) in enumerate(postings):
-                if len(postings) > 1 and len(rows):
+                if len(postings) > 1:
                     weights = self.reweighted(segment, rows, weights, idf)
                 scores[self.starts[segment] + rows] += weights
         return scores
@@ -1942,18 +1910,16 @@ def faiss_kind(requested: str, total: int) -> str:
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
     """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
     N, dim = vectors.shape
-    if kind == "flat":
-        return faiss.IndexFlatIP(dim)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = 200
-        return index
     lists = int(4 * math.sqrt(N))
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
     # np: no polysemous codes, which would be trained for 80 seconds and never used
-    index = faiss.index_factory(dim, f"IVF{lists},PQ{pieces}np,Refine(SQ8)", faiss.METRIC_INNER_PRODUCT)
-    rows = np.sort(np.random.default_rng(0).choice(N, min(N, 64 * lists), replace=False))
-    index.train(np.ascontiguousarray(vectors[rows]))
+    kinds = {"flat": "Flat", "hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
+    index = faiss.index_factory(dim, kinds[kind], faiss.METRIC_INNER_PRODUCT)
+    if kind == "hnsw":
+        index.hnsw.efConstruction = 200
+    if kind == "ivfpq":
+        rows = np.sort(np.random.default_rng(0).choice(N, min(N, 64 * lists), replace=False))
+        index.train(np.ascontiguousarray(vectors[rows]))
     return index
 
 
@@ -2053,8 +2019,7 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
     states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
-    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context,
-    and it costs nothing: the passage was embedded anyway.
+    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2205,7 +2170,7 @@ def has_shape(value: Any, shape: Any) -> bool:
     return isinstance(value, shape)
 
 
-def index_manifest(index_dir: str | None) -> dict[str, Any]:
+def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     """An index's manifest. Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
@@ -2228,16 +2193,6 @@ def open_index(index_dir: str | None, read_all: bool = False) -> Index:
         if index_manifest(index_dir)["segments"] == manifest["segments"]:
             raise
     return open_index(index_dir, read_all)  # a writer has replaced the segments between the two reads
-
-
-def announce_replacement(path: Path) -> None:
-    """Notice of the index that a build from nothing replaces. path: of its manifest, which need not exist."""
-    if path.exists():
-        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), "which cannot be read"
-        with contextlib.suppress(RefragError):
-            manifest = read_manifest(path)
-            facts = f"{manifest['counts']['passages']:,} passages, embedder {manifest['embedder'].get('name', 'none')}"
-        notice(f"this replaces the index in {path.parent} ({facts}, built {built}): --add would add to it")
 
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
@@ -2415,10 +2370,10 @@ class Blocks:
         titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
         for rows in batched(range(count), EMBED_BLOCK)[share]:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
-            trim_memory()
+            glibc("malloc_trim", 0)  # arrays of many sizes fragment the heap, which would only grow
 
     def make_together(self, folder: Path | None = None, count: int = 0) -> None:
-        """Have every launched process embed its share; the first one tells the others the folder and the count."""
+        """Have every launched process embed its share, of the folder and the count that the first one names."""
         from accelerate.utils import broadcast_object_list
 
         group = process_group()
@@ -2479,19 +2434,25 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]]) -> None:
+def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]] | None) -> None:
     """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
 
-    older: entries of files of older segments.
+    older: the files of the index that was added to; None: a notice names an index that is replaced.
     """
-    folders = {segment["folder"] for segment in manifest["segments"]}
-    known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+    final, folders = path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
+    if older is None and final.exists():
+        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime)), "which cannot be read"
+        with contextlib.suppress(RefragError):
+            old = index_manifest(path)
+            facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
+        notice(f"this replaces the index in {path} ({facts}, built {built}): --add would add to it")
+    known = {name: entry for name, entry in (older or {}).items() if name.partition("/")[0] in folders}
     try:
-        write_manifest(path / "manifest.json", new, manifest, known=known)
+        write_manifest(final, new, manifest, known=known)
     finally:
         current = {folder for folder in path.glob("gen-*") if folder != new}
         with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-            current = {path / segment["folder"] for segment in read_manifest(path / "manifest.json")["segments"]}
+            current = {path / segment["folder"] for segment in read_manifest(final)["segments"]}
         for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in path.glob(".manifest*.tmp"):
@@ -2503,7 +2464,7 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
                 chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
     """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
     path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
-    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": {}, "faiss": None}
+    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": None, "faiss": None}
     sources, uses = dict(old["sources"]), RETRIEVERS[retriever]
     if previous is not None and embedder is not None:
         check_embedder(old, embedder)
@@ -2528,8 +2489,6 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
         "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
         "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
         "chunking": chunking.facts()}
-    if previous is None:
-        announce_replacement(path / "manifest.json")
     replace_manifest(path, new, manifest, old["files"])
     return {**manifest["counts"], **counts, "dim": manifest["dim"]}
 
@@ -2946,9 +2905,9 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
-                 system: str = "") -> Context:
+                 system: str | None = None) -> Context:
     """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
-    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system or ""))
     while True:
         prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
         if prompt.context_tokens <= ctx_max:
@@ -3285,7 +3244,6 @@ def model_folder(name: str) -> str:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A model's tokenizer. Raises MissingError."""
     folder = model_folder(name)
     with hub_errors(name):
         return AutoTokenizer.from_pretrained(folder)
@@ -3304,23 +3262,20 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
     same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
-    facts, total = decoder.config.to_dict(), decoder.config.num_hidden_layers
+    facts, total, body = decoder.config.to_dict(), decoder.config.num_hidden_layers, decoder.base_model
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
     for name in ("layer_types", "layers_block_type"):
         if isinstance(facts.get(name), list):
             facts[name] = facts[name][:layers]
-    facts["num_hidden_layers"] = layers
-    body = decoder.base_model
     try:
-        config = type(decoder.config).from_dict(facts)
-        with torch.device("meta"):
-            model = AutoModel.from_config(config)
+        with torch.device("meta"):  # without memory: its weights are assigned below
+            model = AutoModel.from_config(type(decoder.config).from_dict(facts | {"num_hidden_layers": layers}))
         weights, table = body.state_dict(), decoder.get_input_embeddings().weight.data_ptr()
         shared = {name: share_embeddings if weight.data_ptr() == table else share for name, weight in weights.items()}
         picked = {name: weights[name] if shared[name] else weights[name].clone() for name in model.state_dict()}
         model.load_state_dict(picked, assign=True)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"--enc decoder:{layers}: this decoder can not be cut after a layer ({one_line(error)[:100]}): "
+        raise UserError(f"--enc decoder:{layers}: this decoder cannot be cut after a layer ({one_line(error)[:100]}): "
                         "name an encoder") from None
     for name, _ in list(model.named_buffers()):  # rotary tables are not in the state dict; the cut model has the same
         parent, _, leaf = name.rpartition(".")
@@ -3352,37 +3307,40 @@ def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
 class ChunkEncoder(nn.Module):
     """Contents to one state per chunk.
 
-    whole True (`decoder:N`): a content is read whole, up to a window of 512 tokens, and runs of states are pooled, so
-    that a state knows its context. whole False: each chunk is a row of its own, as in the paper.
+    contextual (`decoder:N`): a content is read in windows of 512 tokens and the states of each chunk's tokens are
+    averaged, so that a state knows its context. Not contextual: each chunk is read by itself, as in the paper.
+
+    Windows begin at the same tokens for every k, and a mean of means (weighted by tokens) is the mean of all. Therefore
+    contextual states stored at one k give those of its multiples: see `serves` and `merge_chunks`.
     """
 
-    def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, whole: bool, pooling: str):
+    def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, contextual: bool, pooling: str):
         super().__init__()
-        require(not (whole and pooling == "cls"), "--pooling cls needs a separate encoder, not decoder:N")
-        self.backbone, self.tokenizer, self.whole, self.pooling = backbone, tokenizer, whole, pooling
+        require(not (contextual and pooling == "cls"), "--pooling cls needs a separate encoder, not decoder:N")
+        self.backbone, self.tokenizer, self.contextual, self.pooling = backbone, tokenizer, contextual, pooling
         self.width, self.precision = backbone.config.hidden_size, backbone.dtype  # of `encode`, not of training
 
     @property
     def fingerprint(self) -> str:
         """Digest of weights and of how they are used; stored states carry it."""
-        return weights_fingerprint(self.backbone, self.whole, self.pooling, self.tokenizer.fingerprint)
+        return weights_fingerprint(self.backbone, self.contextual, self.pooling, self.tokenizer.fingerprint)
 
     @property
     def borrowed(self) -> set[str]:
-        """Names of the tensors that are the untrained decoder's: of `decoder:N` the token embeddings. They are neither
-        trained nor kept in checkpoints, of which they would be two thirds; to train them gained nothing."""
-        table = self.backbone.get_input_embeddings().weight if self.whole else None
+        """Names of the tensors that are the untrained decoder's: the token embeddings of `decoder:N`. They are neither
+        trained (it did not help) nor kept in checkpoints, where they would be two thirds of the bytes."""
+        table = self.backbone.get_input_embeddings().weight if self.contextual else None
         return {name for name, parameter in self.named_parameters() if parameter is table}
 
     def serves(self, k: int, stored: int) -> bool:
-        """Whether the mean of its states of `stored` tokens each is that of k: not where it reads chunks one by one."""
-        return self.whole or k == stored
+        """Whether means of its states of `stored` tokens each are its states of k tokens."""
+        return self.contextual or k == stored
 
     def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int) -> Tensor:
         """One state per chunk: (count, E) float32, the mean of the states of its tokens.
 
-        ids: (S,), rows of tokens one after the other; lengths: tokens of each row; owners: (S,), the chunk each token
-        is pooled into, range [-1, count), -1 for none. Rows of like length share a pass.
+        ids: (S,), the tokens of all rows; lengths: tokens of each row; owners: (S,), the chunk each token is pooled
+        into, range [-1, count), -1 for none. Rows of similar length share a pass.
         """
         rows, device = ids.split(lengths), next(self.parameters()).device
         states: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -3394,36 +3352,35 @@ class ChunkEncoder(nn.Module):
             batch, order = order[:size], order[size:]
             padded = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True).to(device)  # (B, T)
             known: dict[str, Any] = {"use_cache": False}  # causal: no token sees the padding after it
-            if not self.whole:
+            if not self.contextual:
                 ends = torch.tensor([lengths[i] for i in batch], device=device)[:, None]
                 known = {"attention_mask": (torch.arange(padded.shape[1], device=device) < ends).long()}
             for i, row in zip(batch, self.backbone(input_ids=padded, **known).last_hidden_state, strict=True):
                 states[i] = row[: lengths[i]]
         return segment_means(torch.cat(states).float(), owners.to(device), count)
 
-    def content_of_tokens(self, ids: np.ndarray, whole: np.ndarray, k: int) -> Content:
-        """A run of the decoder's tokens, cut and made ready for training. whole: (T + 1,), see `cut_allowed`.
+    def content_of_tokens(self, ids: np.ndarray, allowed: np.ndarray, k: int) -> Content:
+        """Cut some of the decoder's tokens into chunks for training; a separate encoder reads the text they decode to.
 
-        A separate encoder reads the text the tokens decode to.
+        allowed: (T + 1,), see `cut_allowed`.
         """
-        if not self.whole:
+        if not self.contextual:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
             return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
-        bounds = token_cuts(whole, k)
+        bounds = token_cuts(allowed, k)
         return Content(np.split(ids, bounds[1:-1]), self.inputs([""], [Cut(ids, bounds[1:], np.diff(bounds))]))
 
     def content_of_text(self, text: str, cut: Cut) -> Content:
-        """A text that has been cut, made ready for training."""
         [tokens] = tokenize(self.tokenizer.decoder, [text])
         chunks = np.split(tokens.ids, first_tokens(tokens, cut.ends[:-1])) if len(cut.ends) else []
         return Content(chunks, self.inputs([text], [cut]))
 
     def inputs(self, texts: Sequence[str], cuts: Sequence[Cut]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the encoder reads for some texts, their chunks numbered through: see `Content.rows`."""
+        """The rows that the encoder reads for some texts, their chunks numbered through: see `Content.rows`."""
         rows, first = [], 0
         for text, cut in zip(texts, cuts, strict=True):
             L, W = len(cut.ends), ENCODER_WINDOW
-            if self.whole:  # windows at the same tokens for every k, so that stored states can be merged
+            if self.contextual:
                 owners = np.repeat(np.arange(first, first + L), cut.sizes)
                 rows += [(cut.ids[at : at + W], owners[at : at + W]) for at in range(0, len(cut.ids), W)]
             elif L:
@@ -3453,11 +3410,11 @@ class ChunkEncoder(nn.Module):
 
 
 class Projector(nn.Module):
-    """Encoder states to decoder embeddings: mean of the chunk's token embeddings, plus a learned correction.
+    """Encoder state h of a chunk to a decoder embedding: v = mean(token embeddings) + s W2 gelu(W1 norm(h)).
 
-    The last layer starts at zero, so an untrained projector gives the mean of the token embeddings: the decoder reads
-    something from the first step. The correction is scaled to the RMS of the decoder's embedding matrix. Without the
-    residual (kind "mlp", the paper's) the last layer starts at random.
+    W2 starts at zero, so that an untrained projector gives the mean, which the decoder can read from the first step.
+    s starts as the RMS of the decoder's embedding matrix and is trained. Without the residual (kind "mlp", the
+    paper's) the mean is left out and W2 starts at random.
     """
 
     def __init__(self, encoder_width: int, decoder_width: int, embedding_rms: float, kind: str = "residual_mlp"):
@@ -3491,7 +3448,6 @@ class Batch(NamedTuple):
     labels: Tensor  # (N,), what should follow them
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
         return Batch(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
 
 
@@ -3501,11 +3457,6 @@ class Output(NamedTuple):
     logits: Tensor  # (N, V)
     vectors: Tensor  # (C, D), what was fed for the chunks
     means: Tensor  # (C, D), means of their token embeddings
-
-
-def joined(parts: Iterable[np.ndarray]) -> Tensor:
-    """Arrays one after the other, as a tensor of whole numbers."""
-    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
 
 
 def collate(sequences: Sequence[TrainingSequence]) -> Batch:
@@ -3520,15 +3471,17 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
     pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
     labels = pad([torch.from_numpy(s.labels) for s in sequences], padding_value=-1).flatten()
     asked = (labels >= 0).nonzero().squeeze(1)
-    return Batch(joined(rows), [len(row) for row in rows], joined(owners), joined(chunks),
-                 torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long), pad(plans), asked, labels[asked])
+    none = np.zeros(0, dtype=np.int64)  # there may be no chunks
+    ids, owners, chunk_ids = (torch.from_numpy(np.concatenate([none, *part])) for part in (rows, owners, chunks))
+    sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long)
+    return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
 
 
 @contextlib.contextmanager
 def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
-    """Within the block, the LM head sees the asked positions alone. asked: (N,), numbers b * T + t.
+    """Within the block, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
 
-    A hook on the head instead of a call of its own, so that what an architecture does to its logits still happens.
+    A hook, so that whatever an architecture does to its logits still happens.
     """
     def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].flatten(0, 1)[asked], *args[1:])
@@ -3548,16 +3501,6 @@ def part_tensors(part: nn.Module) -> dict[str, Tensor]:
     return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for name, t in tensors.values()}
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file; a full disk is an OSError that says so."""
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # which names the system's error in its text alone
-        if "(os error " not in str(error):
-            raise
-        raise OSError(int(str(error).rpartition("os error ")[2].strip(")")), one_line(error), str(path)) from None
-
-
 def lora_names(decoder: nn.Module) -> set[str]:
     """Names of the tensors of a decoder's adapters."""
     return {name for name, _ in decoder.named_parameters() if ".lora_" in name}
@@ -3566,7 +3509,7 @@ def lora_names(decoder: nn.Module) -> set[str]:
 def add_lora(decoder: nn.Module, rank: int) -> None:
     """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place.
 
-    Raises UserError for architectures whose layers can not have them, MissingError without the library.
+    Raises UserError for architectures whose layers cannot have them, MissingError without the library.
     """
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
@@ -3574,19 +3517,17 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
     try:
-        with warnings.catch_warnings():  # that GPT-2's layers are transposed, which the library sees to
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):  # that GPT-2's layers are transposed, which peft handles
             peft.inject_adapter_in_model(config, decoder)
     except ValueError as error:
         reason = one_line(error)[:200]
         raise UserError(f"--lora_r: this decoder takes no adapters ({reason}): train all of it") from None
-    for name, parameter in decoder.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
+    for name in lora_names(decoder):
+        decoder.get_parameter(name).data = decoder.get_parameter(name).data.float()
 
 
 def merge_lora(model: RefragModel) -> None:
-    """Add the adapters to the decoder's weights, for good: it is then as fast as one that never had any."""
+    """Add the adapters to the decoder's weights: it is then as fast as one that never had any."""
     layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
     for name, module in list(model.decoder.named_modules()):
         if isinstance(module, layer):
@@ -3624,11 +3565,10 @@ class RefragModel(PreTrainedModel):
 
     @property
     def window(self) -> int | None:
-        """Positions the decoder can take, None where the architecture sets no limit."""
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if isinstance(getattr(self.decoder.config, name, None), int):
-                return getattr(self.decoder.config, name)
-        return None
+        """Positions the decoder can take, None if the architecture sets no limit."""
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        limits = (getattr(self.decoder.config, name, None) for name in names)
+        return next((limit for limit in limits if isinstance(limit, int)), None)
 
     def chunk_states(self, batch: Batch) -> Tensor:
         """Encoder states of all chunks of a batch: (C, E) float32."""
@@ -3662,20 +3602,20 @@ class RefragModel(PreTrainedModel):
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of the trained parts by file name. Under FSDP a collective call: every process must make it."""
-        letters, lora = self.config.training_model, lora_names(self.decoder)
-        modules = {"projector": self.projector} | ({"encoder": self.encoder} if "e" in letters else {})
-        parts = {name: part_tensors(module) for name, module in modules.items()}
-        for name in self.encoder.borrowed if "encoder" in parts else ():
-            del parts["encoder"][name]
+        letters, lora, parts = self.config.training_model, lora_names(self.decoder), {}
+        parts["projector"] = part_tensors(self.projector)
+        if "e" in letters:
+            tensors, borrowed = part_tensors(self.encoder), self.encoder.borrowed
+            parts["encoder"] = {name: tensor for name, tensor in tensors.items() if name not in borrowed}
+        tensors = part_tensors(self.decoder) if "d" in letters or lora else {}
         if "d" in letters:
-            parts["decoder"] = {name.replace(".base_layer.", "."): tensor
-                                for name, tensor in part_tensors(self.decoder).items() if name not in lora}
+            parts["decoder"] = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()
+                                if name not in lora}
         if lora:
-            parts["lora"] = {name: tensor for name, tensor in part_tensors(self.decoder).items() if name in lora}
+            parts["lora"] = {name: tensors[name] for name in tensors if name in lora}
         return parts | self.carried
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write the checkpoint folder, whole or not at all."""
         write_checkpoint(Path(folder), self.config, self.parts())
 
     @classmethod
@@ -3688,25 +3628,24 @@ class RefragModel(PreTrainedModel):
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
-        config, path = checkpoint.config, checkpoint.path
+        config = checkpoint.config
         saved, lora = config.training_model, config.lora
         model = build_model(config, torch.device(device), dtype, train)
         model.carried = {name: checkpoint.tensors(name) for name in config.scorers}
-        scorer_only = config.scorers and not saved and not lora and not (path / "projector.safetensors").exists()
-        parts = {} if scorer_only else {"projector": model.projector}
-        parts |= {"encoder": model.encoder} if "e" in saved else {}
-        parts |= {"decoder": model.decoder} if "d" in saved else {}
-        for name, part in parts.items():
-            load_part(part, path / f"{name}.safetensors", without=model.encoder.borrowed if name == "encoder" else (),
-                      exactly=bool(train))
+        if saved or lora or not config.scorers or (checkpoint.path / "projector.safetensors").exists():
+            checkpoint.load("projector", model.projector, exactly=bool(train))
+        if "e" in saved:
+            checkpoint.load("encoder", model.encoder, without=model.encoder.borrowed, exactly=bool(train))
+        if "d" in saved:
+            checkpoint.load("decoder", model.decoder, exactly=bool(train))
         if lora:
             add_lora(model.decoder, lora["r"])
             base = part_tensors(model.decoder).keys() - lora_names(model.decoder)
-            load_part(model.decoder, path / "lora.safetensors", without=base)
-            if not train:
-                merge_lora(model)
-            elif "d" in train and lora_r != lora["r"]:
+            checkpoint.load("lora", model.decoder, without=base)
+            rank_changes = "d" in train and lora_r != lora["r"]
+            if rank_changes:
                 model.decoder.float()  # what adapters add to a weight is less than bfloat16 tells apart
+            if rank_changes or not train:
                 merge_lora(model)
         return model.eval()
 
@@ -3754,8 +3693,33 @@ class Checkpoint:
             verify_files(self.path, files, CHECKPOINT_FORMAT, read_all=True)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a part. Raises CorruptError."""
-        return read_tensors(self.path / f"{name}.safetensors")
+        """The tensors of a part's file. Raises CorruptError."""
+        path = self.path / f"{name}.safetensors"
+        if not path.is_file():
+            raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
+
+    def load(self, name: str, part: nn.Module, without: Collection[str] = (), exactly: bool = False) -> None:
+        """Load a part's weights except some. Raises CorruptError, or MismatchError that names the tensor.
+
+        exactly: in float32 if the file is, to train on from there: bfloat16 would round away what it has learned.
+        """
+        tensors = self.tensors(name)
+        if exactly and any(tensor.dtype == torch.float32 for tensor in tensors.values()):
+            part.float()
+        own = {key: tensor for key, tensor in part_tensors(part).items() if key not in without}
+        found, expected = ({key: tuple(t.shape) for key, t in side.items()} for side in (tensors, own))
+        for key in sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                raise MismatchError(f"{self.path / name}.safetensors: tensor {key} has shape {found.get(key, 'none')}, "
+                                    f"the model has {expected.get(key, 'none')}: use the models of the checkpoint's "
+                                    "config.json")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
 
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
@@ -3767,7 +3731,8 @@ def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[s
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
-            write_tensors(temporary / f"{name}.safetensors", tensors)
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         write_manifest(temporary / CHECKPOINT_MANIFEST, temporary, {}, CHECKPOINT_FORMAT)
@@ -3784,30 +3749,19 @@ def step_folders(run: Path) -> list[Path]:
 def open_checkpoint(name: str | Path) -> Checkpoint:
     """The checkpoint that --load_dir means: the folder itself, or the newest complete one of a training run.
 
-    Raises UserError. A pickle (.pt, .bin, .pth) is refused: reading one runs whatever code it holds.
+    Damaged checkpoints of a run are skipped with a notice. Raises UserError, or CorruptError if all are damaged.
     """
     path = Path(name)
-    require(path.suffix not in PICKLES,
-            f"--load_dir {path} is a pickle, which can run code when it is read: name a folder of safetensors files")
-    require(not path.is_file(), f"--load_dir {path} is a file: name the checkpoint's folder")
+    require(not path.is_file() and path.suffix not in PICKLES, f"--load_dir {path} is a file, and a pickle can run "
+            "code when it is read: name a checkpoint's folder of safetensors files")
     restore_folder(path)
-    if not (path / "config.json").is_file():
-        newest = newest_checkpoint(path)
-        require(newest is not None, f"--load_dir {path}: no checkpoint in this folder")
-        return newest
-    pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
-    require(bool(list(path.glob("*.safetensors"))) or not pickles,
-            f"--load_dir {path} holds pickles ({', '.join(pickles)}), which can run code: convert them to safetensors")
-    return Checkpoint(path)
-
-
-def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, None if it has none; damaged ones are skipped with a notice.
-
-    Raises CorruptError if all are damaged.
-    """
+    if (path / "config.json").is_file():
+        pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
+        require(any(path.glob("*.safetensors")) or not pickles, f"--load_dir {path} holds pickles "
+                f"({', '.join(pickles)}), which can run code: convert them to safetensors")
+        return Checkpoint(path)
     damage = None
-    for folder in step_folders(run):
+    for folder in step_folders(path):
         restore_folder(folder)
         try:
             if not (folder / CHECKPOINT_MANIFEST).is_file():
@@ -3818,63 +3772,21 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
         except (CorruptError, MismatchError) as error:
             damage = damage or error
             notice(f"{one_line(error)}; falling back to the checkpoint before it")
-    if damage is not None:
-        raise CorruptError(f"every checkpoint in {run} is damaged ({one_line(damage)[:200]})")
-    return None
+    require(damage is not None, f"--load_dir {path}: no checkpoint in this folder")
+    raise CorruptError(f"every checkpoint in {path} is damaged ({one_line(damage)[:200]})")
 
 
 def encoder_layers(name: str) -> int | None:
     """N of `decoder:N`, None for the name of a separate encoder. Raises UserError."""
     kind, _, number = name.partition(":")
-    if kind != "decoder":
-        return None
-    require(number.isdigit(), f"--enc {name}: write decoder:N, N a number of layers")
-    return int(number)
-
-
-def default_encoder(decoder: str) -> str:
-    """`decoder:8`, or all layers of a decoder that has fewer. Raises MissingError."""
-    folder, name = model_folder(decoder), RefragConfig().encoder_name_or_path
-    with hub_errors(decoder):
-        config = AutoConfig.from_pretrained(folder)
-    return f"decoder:{min(encoder_layers(name), getattr(config, 'num_hidden_layers', math.inf))}"
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises CorruptError."""
-    if not path.is_file():
-        raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
-
-
-def load_part(part: nn.Module, path: Path, without: Collection[str] = (), exactly: bool = False) -> None:
-    """Load one part's weights but for some. Raises CorruptError, or MismatchError that names the tensor.
-
-    exactly: in float32 where the file is, for training to go on from there: bfloat16 would round away what it learned.
-    """
-    tensors = read_tensors(path)
-    if exactly and any(tensor.dtype == torch.float32 for tensor in tensors.values()):
-        part.float()
-    own = {name: tensor for name, tensor in part_tensors(part).items() if name not in without}
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise MismatchError(f"{path}: tensor {name} has shape {found.get(name, 'none')}, the model has "
-                                f"{expected.get(name, 'none')}: use the models of the checkpoint's config.json")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    require(kind != "decoder" or number.isdigit(), f"--enc {name}: write decoder:N, N a number of layers")
+    return int(number) if kind == "decoder" else None
 
 
 def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
-    """The pair of tokenizers of a configuration."""
-    decoder = load_tokenizer(config.decoder_name_or_path)
     separate = encoder_layers(config.encoder_name_or_path) is None
-    return RefragTokenizer(decoder, load_tokenizer(config.encoder_name_or_path) if separate else None)
+    return RefragTokenizer(load_tokenizer(config.decoder_name_or_path),
+                           load_tokenizer(config.encoder_name_or_path) if separate else None)
 
 
 def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "") -> RefragModel:
@@ -3892,29 +3804,27 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
     if layers is not None:
         backbone = first_layers(decoder, layers, share=not letters & {"e", "d"},
                                 share_embeddings="d" not in {*config.training_model, *train})
-        encoder = ChunkEncoder(backbone, tokenizer, whole=True, pooling=config.pooling)
+        encoder = ChunkEncoder(backbone, tokenizer, contextual=True, pooling=config.pooling)
     else:
         with hub_errors(config.encoder_name_or_path):
             folder = model_folder(config.encoder_name_or_path)
             backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
-        encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, whole=False, pooling=config.pooling)
+        encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=False,
+                               pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
 
 
 def check_base(config: RefragConfig, kind: str, model: nn.Module) -> None:
-    """Raise MismatchError if a checkpoint's base model has changed under its name; note it in a new configuration.
-
-    kind: "decoder" or "encoder".
-    """
+    """Note the fingerprint of the "decoder" or "encoder" in a new configuration; raise MismatchError if it is not that
+    of an old one: a checkpoint's base model has changed under its name."""
     noted, found = getattr(config, f"{kind}_fingerprint"), weights_fingerprint(model)
-    name = getattr(config, f"{kind}_name_or_path")
     if noted not in (None, found):
-        raise MismatchError(f"the checkpoint was trained on another {name} than the one here (fingerprint {noted}, "
-                            f"here {found}): use the same weights")
+        raise MismatchError(f"the checkpoint was trained on another {getattr(config, f'{kind}_name_or_path')} than the "
+                            f"one here (fingerprint {noted}, here {found}): use the same weights")
     setattr(config, f"{kind}_fingerprint", found)
 
 
@@ -3954,14 +3864,20 @@ def for_others(models: ModelConfig) -> str:
 
 
 def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`."""
+    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`.
+
+    By default the encoder is `decoder:8`, or all layers of a decoder that has fewer.
+    """
     checkpoint = checkpoint or find_checkpoint(models)
     if checkpoint:
         return checkpoint.config
-    given = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
-    config = RefragConfig(**{key: value for key, value in given.items() if value is not None})
+    named = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
+    config = RefragConfig(**{key: value for key, value in named.items() if value is not None})
     if models.enc is None:
-        config.encoder_name_or_path = default_encoder(config.decoder_name_or_path)
+        folder, most = model_folder(config.decoder_name_or_path), encoder_layers(config.encoder_name_or_path)
+        with hub_errors(config.decoder_name_or_path):
+            layers = getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", math.inf)
+        config.encoder_name_or_path = f"decoder:{min(most, layers)}"
     return config
 
 
@@ -5317,7 +5233,7 @@ class RunLog:
 
     def plot(self) -> None:
         """Draw the loss, and the evaluations with their controls."""
-        draw(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
+        save_figure(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
 
     def paint(self, left: Any, right: Any) -> None:
         losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
@@ -5442,7 +5358,7 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
                if before.get(name) != value]
     if changed:
         raise MismatchError(f"--resume: {', '.join(changed)}: use the same, or name another --out_dir")
-    return newest_checkpoint(folder).path
+    return open_checkpoint(folder).path
 
 
 def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], train: TrainConfig,
@@ -5990,38 +5906,21 @@ def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.
     return expanded, kept, plan
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(SearchConfig, PackConfig, GenerateConfig):
     """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
 
-    search: SearchConfig
-    pack: PackConfig
-    generate: GenerateConfig
-    stop_tokens: frozenset[int]
-    sampler: torch.Generator
-    system: str = ""  # a system message
-
-    def but(self, **changes: Any) -> Settings:
-        """The same with other values of some fields or of some options in them."""
-        for name in ("search", "pack", "generate"):
-            options = getattr(self, name)
-            own = {key: changes.pop(key) for key in options.__dataclass_fields__ if key in changes}
-            changes[name] = dataclasses.replace(changes.get(name, options), **own)
-        return dataclasses.replace(self, **changes)
+    stop_tokens: frozenset[int] = opt(frozenset(), "end an answer")
+    sampler: torch.Generator | None = opt(None, "draws the tokens at a temperature above 0")
+    system: str | None = opt(None, "a system message")
 
     @property
     def chooses(self) -> bool:
         """Whether there are chunks to be chosen; not where all or none stay text."""
-        return self.pack.gate != "none" and self.pack.mode in ("refrag", "truncate") and 0 < self.pack.p < 1
+        return self.gate != "none" and self.mode in ("refrag", "truncate") and 0 < self.p < 1
 
     def pick(self, logits: Tensor) -> Tensor:
         """The next tokens (B,) from logits (B, V)."""
-        return sample(logits, self.generate.temperature, self.generate.top_p, self.sampler)
-
-    @property
-    def citation_room(self) -> int:
-        """Positions that a citation chosen after the answer may take."""
-        return CITATION_TOKENS if self.generate.cite and self.pack.mode != "none" else 0
+        return sample(logits, self.temperature, self.top_p, self.sampler)
 
 
 @dataclass
@@ -6062,7 +5961,10 @@ class Reading:
 
 
 class Pipeline:
-    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given."""
+    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given.
+
+    Its stages in order: `retrieve`, `context`, `score`, `inputs`, which `prepare` runs, and `generate`.
+    """
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
@@ -6077,8 +5979,9 @@ class Pipeline:
         if built.get("encoder") not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
                                 "it was built with, or build it again")
-        self.settings = Settings(search, pack, generate, stop_tokens(model.decoder, self.tokenizer.decoder),
-                                 torch.Generator().manual_seed(seed))
+        self.settings = Settings(**vars(search), **vars(pack), **vars(generate),
+                                 sampler=torch.Generator().manual_seed(seed),
+                                 stop_tokens=stop_tokens(model.decoder, self.tokenizer.decoder))
         self.settings = self.settings_for()
 
     @functools.cached_property
@@ -6090,32 +5993,30 @@ class Pipeline:
     def settings_for(self, **changes: Any) -> Settings:
         """The pipeline's settings with others in place of some, --gate and --compressed settled. Raises UserError.
 
-        changes: options of SearchConfig, PackConfig and GenerateConfig by name, and fields of `Settings`.
+        changes: fields of `Settings`.
         """
-        settings = self.settings.but(**changes)
-        gate = "ppl" if settings.pack.heuristic else settings.pack.gate
+        settings = dataclasses.replace(self.settings, **changes)
+        gate = "ppl" if settings.heuristic else settings.gate
         gate = gate if gate != "auto" else "learned" if "learned" in self.trained_gates else "blend"
         require(gate not in TRAINED_GATES or gate in self.trained_gates, f"--gate {gate}: there is none trained for "
                 f"these models and this index: make one with train_{TRAINED_GATES.get(gate)}, or use --gate blend")
-        feed = settings.pack.compressed == "feed" or (settings.pack.compressed == "auto" and self.model.trained)
-        return settings.but(gate=gate, heuristic=False, compressed="feed" if feed else "drop")
-
-    # -- stages, in order ----------------------------------------------------
+        feed = settings.compressed == "feed" or (settings.compressed == "auto" and self.model.trained)
+        return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
         """Passages for a question; none without an index or in mode none."""
-        if self.searcher is None or settings.pack.mode == "none":
+        if self.searcher is None or settings.mode == "none":
             return []
-        return self.searcher.search(item["question"], settings.search.topk, settings.search.hops)
+        return self.searcher.search(item["question"], settings.topk, settings.hops)
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
         """A question over its passages, or over the documents that stand in --prompt."""
-        k, ctx_max = settings.pack.k, settings.pack.ctx_max
-        if settings.generate.prompt is not None:
-            return read_context(self.tokenizer, item["question"], k, ctx_max)
+        k = settings.k
+        if settings.prompt is not None:
+            return read_context(self.tokenizer, item["question"], k, settings.ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
-        return make_context(self.tokenizer, item["question"], docs, ctx_max=ctx_max, system=settings.system)
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max, system=settings.system)
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
@@ -6134,11 +6035,11 @@ class Pipeline:
 
     def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
         """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
-        docs, query, gate = context.docs, None, settings.pack.gate
+        docs, query, gate = context.docs, None, settings.gate
         if not settings.chooses or not docs:
             return np.zeros(len(context.prompt.chunks)), None
         if gate in VECTOR_GATES and self.embedder is not None:
-            docs = self.filled(docs, settings.pack.k, gate=True)
+            docs = self.filled(docs, settings.k, gate=True)
             query = self.embedder.embed_query(context.question)[0]
         given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
         return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
@@ -6157,10 +6058,14 @@ class Pipeline:
         parts = (torch.as_tensor(part, device=self.device) for part in (plan, ids, sizes, states))
         return self.model.embed(*parts)[0]
 
-    def fits_window(self, positions: int, settings: Settings) -> bool:
-        """Whether prompt, answer and a citation after it are within what the decoder was built for."""
-        needed = positions + settings.generate.max_new + settings.citation_room
-        return self.model.window is None or needed <= self.model.window
+    def check_window(self, positions: int, settings: Settings) -> None:
+        """Raise TooLongError unless prompt, answer and a citation after it fit what the decoder was built for."""
+        citation = CITATION_TOKENS if settings.cite and settings.mode != "none" else 0
+        if self.model.window is not None and positions + settings.max_new + citation > self.model.window:
+            more = f" and a citation {citation}" if citation else ""
+            raise TooLongError(
+                f"the prompt takes {positions} positions, --max_new {settings.max_new}{more}; the decoder's window is "
+                f"{self.model.window}: lower --topk, --p or --max_new, or shorten the question")
 
     def prepare(self, item: dict[str, Any], settings: Settings | None = None,
                 rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
@@ -6178,24 +6083,11 @@ class Pipeline:
         with watch.stage("gate_s"):
             scores, given = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
-            expanded, kept, plan = feed_plan(context.prompt, scores, settings.pack)
-        if not self.fits_window(len(plan), settings):
-            citation = f" and a citation {settings.citation_room}" if settings.citation_room else ""
-            raise TooLongError(
-                f"the prompt takes {len(plan)} positions, --max_new {settings.generate.max_new}{citation}; the "
-                f"decoder's window is {self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+            expanded, kept, plan = feed_plan(context.prompt, scores, settings)
+        self.check_window(len(plan), settings)
         with watch.stage("vectors_s"):
-            inputs = self.inputs(context, plan, settings.pack.k)
+            inputs = self.inputs(context, plan, settings.k)
         return Reading(item, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
-
-    # -- answers ---------------------------------------------------------------
-
-    def warm_up(self) -> None:
-        """Answer a question, so that the first one pays for no lazy initialisation."""
-        question = "warm up <doc id='1'>warm up</doc>" if self.settings.generate.prompt else "warm up"
-        with contextlib.suppress(TooLongError):
-            self.answer(question, topk=1, max_new=2, temperature=0.0, cite=False, show_prompt=False,
-                        stop_tokens=frozenset())
 
     @functools.cached_property
     def batches(self) -> bool:
@@ -6225,16 +6117,16 @@ class Pipeline:
         settings, writers = settings or self.settings, writers or [None] * len(readings)
         if len(readings) > 1 and not self.batches:
             return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
-        decoder, watch, options = self.model.decoder, Stopwatch(self.device), settings.generate
-        if options.show_prompt:
+        decoder, watch = self.model.decoder, Stopwatch(self.device)
+        if settings.show_prompt:
             for reading in readings:
                 notice(show_plan(reading.context, reading.plan, self.tokenizer))
-        streams = [TextStream(self.tokenizer.decoder, options.stop, write) for write in writers]
+        streams = [TextStream(self.tokenizer.decoder, settings.stop, write) for write in writers]
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, [reading.inputs for reading in readings])
         kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
-        listens = any(writers) or options.stop
-        outs, state = decode(decoder, logits, state, max_new=options.max_new, stops=settings.stop_tokens,
+        listens = any(writers) or settings.stop
+        outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
                              pick=settings.pick, watch=watch, stepper=self.stepper,
                              on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
 
@@ -6247,10 +6139,10 @@ class Pipeline:
         for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
             reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
             answer, chosen = stream.update(out.tokens).rstrip(), None
-            if options.cite and reading.labels:
+            if settings.cite and reading.labels:
                 pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
                 answer, chosen = cite(answer, reading.labels, seen,
-                                      functools.partial(let_decoder_cite, row, pending, list(seen)), options.stop)
+                                      functools.partial(let_decoder_cite, row, pending, list(seen)), settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
             results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
             stream.show(answer)
@@ -6270,7 +6162,7 @@ class Pipeline:
                    "score": round(score, 6), "expanded": stays}
                   for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),
                                                  reading.expanded.tolist(), strict=True)]
-        if settings.generate.explain:
+        if settings.explain:
             chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
         return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": how_read[label]} for label, p in source.items()],
@@ -6279,12 +6171,11 @@ class Pipeline:
 
     def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        if settings.pack.mode != "refrag" or not settings.chooses:
-            return [{"why": f"{'text' if stays else 'compressed'}: no choice to make", "shares": {}}
-                    for stays in reading.expanded]
-        learned = settings.pack.gate == "learned" and reading.given is not None
-        shares = self.trained_gates["learned"].shares(reading.given) if learned else {}
-        reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.pack.p, settings.pack.floor)
+        shares, reasons = {}, [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
+        if settings.mode == "refrag" and settings.chooses:
+            reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
+            if settings.gate == "learned" and reading.given is not None:
+                shares = self.trained_gates["learned"].shares(reading.given)
         return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, why in enumerate(reasons)]
 
@@ -6304,15 +6195,16 @@ class Pipeline:
 
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What the answer depends on: a file of results that is continued must share all of it."""
-        config, generate, stepper = self.model.config, settings.generate, self.stepper
-        options = vars(settings.pack) | vars(settings.search) | {
-            name: getattr(generate, name) for name in ("max_new", "temperature", "top_p", "cite")}
-        return {**{name: value for name, value in options.items() if name != "heuristic"}, "stop": list(generate.stop),
-                "seed": settings.sampler.initial_seed(), "index_dir": self.index and self.index.manifest["digest"][:16],
-                "retriever": self.searcher and self.searcher.retriever, "enc": config.encoder_name_or_path,
-                "dec": config.decoder_name_or_path, "load_dir": self.model.checkpoint,
-                "projector_trained": self.model.trained, "engine": "model" if stepper is None else stepper.engine,
-                "device": str(self.device), "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
+        config, stepper = self.model.config, self.stepper
+        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "hops", "rerank", "max_new",
+                 "temperature", "top_p", "cite")
+        return {**{name: getattr(settings, name) for name in named}, "stop": list(settings.stop),
+                "index_dir": self.index and self.index.manifest["digest"][:16],
+                "retriever": self.searcher and self.searcher.retriever, "seed": settings.sampler.initial_seed(),
+                "enc": config.encoder_name_or_path, "dec": config.decoder_name_or_path,
+                "load_dir": self.model.checkpoint, "projector_trained": self.model.trained,
+                "engine": "model" if stepper is None else stepper.engine, "device": str(self.device),
+                "dtype": str(self.model.decoder.dtype).removeprefix("torch.")}
 
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
@@ -6333,10 +6225,12 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
     pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result())
-    pipeline.warm_up()
+    with contextlib.suppress(TooLongError):  # a question, so that the first one pays for no lazy initialisation
+        pipeline.answer("warm up" if needs_index else "warm up <doc id='1'>warm up</doc>", topk=1, max_new=2,
+                        temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset())
     pipeline.load_s = time.perf_counter() - start
     if not model.trained and pack.mode == "refrag":
-        notice(UNTRAINED[pipeline.settings.pack.compressed] + for_others(models))
+        notice(UNTRAINED[pipeline.settings.compressed] + for_others(models))
     if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
         notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
@@ -6435,8 +6329,9 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
 
 
 def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    text = check_string(anchor.text, "text", "--text")
     tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(check_string(anchor.text, "text", "--text"))
+    text = tokenizer.neutralize(text)
     encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
     spans = anchor_rows(encoder, decoder)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
@@ -6498,6 +6393,7 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
     """The pipeline of a command that answers, its options checked. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
+    require(not generate.resume or generate.out is not None, "--resume needs --out FILE, the file to continue")
     if generate.out is not None:
         out, folder = Path(generate.out), Path(generate.out).resolve().parent
         require(ask is not None and ask.questions is not None, "--out goes with --questions")
@@ -6568,7 +6464,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
     """An answer, with the full-context answer beside it and the ratio of their times to first token."""
     [result] = pipeline.answer_batch([item], pipeline.settings, [write])
-    [full] = pipeline.answer_batch([item], pipeline.settings.but(mode="full"))
+    [full] = pipeline.answer_batch([item], dataclasses.replace(pipeline.settings, mode="full"))
     result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
     result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
     return result

@@ -70,7 +70,7 @@ def peak_device_mb(device: torch.device) -> float | None:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Let both peaks begin anew. The resident memory's can not on other systems than Linux; there it stays."""
-    refrag.trim_memory()
+    refrag.glibc("malloc_trim", 0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.type == "cuda":
@@ -132,10 +132,10 @@ class Benchmark:
         self.left_out.append(text)
         refrag.notice(text)
 
-    def fill(self, context: int) -> refrag.SearchConfig | None:
-        """The search for as many passages as `context` tokens hold; None, and told, where they can not be filled."""
+    def fill(self, context: int) -> int | None:
+        """The number of passages that `context` tokens hold; None, and reported, if they cannot be filled."""
         for topk in (refrag.SearchConfig.topk * 2**doubled for doubled in itertools.count()):
-            settings = self.pipeline.settings_for(mode="full", ctx_max=context, search=refrag.SearchConfig(topk=topk))
+            settings = self.pipeline.settings_for(mode="full", ctx_max=context, topk=topk)
             found = self.pipeline.retrieve(self.item, settings)
             packed = self.pipeline.context(self.item, found, settings)
             if packed.left_out or len(found) < topk:
@@ -147,44 +147,43 @@ class Benchmark:
             self.leave_out(f"--contexts {context} left out: all {len(found)} passages that the question finds hold "
                            f"{tokens} tokens")
         else:
-            return refrag.SearchConfig(topk=len(packed.docs))
+            return len(packed.docs)
         return None
 
-    def make_trial(self, setting: Setting, search: refrag.SearchConfig | None) -> Trial:
+    def make_trial(self, setting: Setting, topk: int | None) -> Trial:
         """A setting, ready to be timed. Its answers have all of --new tokens: nothing stops them."""
-        pipeline, stored = self.pipeline, self.pipeline.stored
-        usual = pipeline.settings
-        k = setting.k or (stored.manifest["chunking"]["k"] if stored else usual.pack.k)  # full text: no recount
+        pipeline, stored, usual = self.pipeline, self.pipeline.stored, self.pipeline.settings
+        k = setting.k or (stored.manifest["chunking"]["k"] if stored else usual.k)  # full text: no recount
         settings = pipeline.settings_for(
-            search=search or usual.search, mode=setting.mode, k=k, p=usual.pack.p if setting.p is None else setting.p,
-            ctx_max=setting.context or usual.pack.ctx_max, stop_tokens=frozenset())
+            topk=topk or usual.topk, mode=setting.mode, k=k, p=usual.p if setting.p is None else setting.p,
+            ctx_max=setting.context or usual.ctx_max, stop_tokens=frozenset())
         reads_vectors = setting.mode == "refrag" and setting.p < 1
         return Trial(setting, pipeline, settings, reads_stored(pipeline, k) if reads_vectors else None)
 
-    def positions(self, settings: refrag.Settings) -> int:
-        """Positions the question will take: all that comes before vectors and prefill."""
-        pipeline = self.pipeline
+    def fits(self, trial: Trial) -> bool:
+        """Whether a trial can be timed as it says; if not, that is reported."""
+        pipeline, settings, setting = self.pipeline, trial.settings, trial.setting
+        if setting.batch > 1 and not pipeline.batches:
+            self.leave_out(f"--batch_size {setting.batch} left out: this decoder's layers carry a state, so that it "
+                           "answers one question after another")
+            return False
         context = pipeline.context(self.item, pipeline.retrieve(self.item, settings), settings)
         scores, _ = pipeline.score(context, settings)
-        return len(refrag.feed_plan(context.prompt, scores, settings.pack)[2])
+        positions = len(refrag.feed_plan(context.prompt, scores, settings)[2])
+        try:
+            pipeline.check_window(positions, settings)
+        except refrag.TooLongError:
+            self.leave_out(f"{setting.curve} at --contexts {setting.context} left out: {positions} positions and --new "
+                           f"{self.bench.new} exceed the decoder's window {pipeline.model.window}")
+            return False
+        return True
 
     def plan(self) -> list[Trial]:
         """The trials that fit the index and the decoder's window. Raises UserError if none does."""
         settings = bench_settings(self.bench)
-        searches = {context: self.fill(context) for context in dict.fromkeys(s.context for s in settings) if context}
-        trials = [self.make_trial(s, searches.get(s.context)) for s in settings if not s.context or searches[s.context]]
-        kept = []
-        for trial in trials:
-            positions = self.positions(trial.settings)
-            if trial.setting.batch > 1 and not self.pipeline.batches:
-                self.leave_out(f"--batch_size {trial.setting.batch} left out: this decoder's layers carry a state, so "
-                               "that it answers one question after another")
-            elif self.pipeline.fits_window(positions, trial.settings):
-                kept.append(trial)
-            else:
-                self.leave_out(f"{trial.setting.curve} at --contexts {trial.setting.context} left out: {positions} "
-                               f"positions and --new {self.bench.new} exceed the decoder's window "
-                               f"{self.pipeline.model.window}")
+        depths = {context: self.fill(context) for context in dict.fromkeys(s.context for s in settings) if context}
+        trials = [self.make_trial(s, depths.get(s.context)) for s in settings if not s.context or depths[s.context]]
+        kept = [trial for trial in trials if self.fits(trial)]
         refrag.require(bool(kept), f"nothing to time: {self.left_out[-1] if self.left_out else 'no combination'}")
         for k in dict.fromkeys(trial.setting.k for trial in kept if trial.stored_vectors is False):
             refrag.notice(f"--k {k}: the index holds no vectors that serve it: they are computed while the clock runs")
@@ -287,9 +286,9 @@ def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
 
 def draw_bench(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """ttft.png, and ratio.png where full context was timed too."""
-    refrag.draw(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
+    refrag.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
     if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
-        refrag.draw(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
+        refrag.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
 
 
 def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -99,7 +100,7 @@ class Chat:
         if asked != question:
             refrag.notice(f"asked as: {asked}")
         item = {"id": str(len(self.turns) + 1), "question": refrag.check_question(asked, "question")}
-        live = functools.partial(refrag.say, end="") if self.settings.generate.stream and not self.as_json else None
+        live = functools.partial(refrag.say, end="") if self.settings.stream and not self.as_json else None
         [result] = self.pipeline.answer_batch([item], self.settings, [live])
         self.turns.append(result | {"asked": question})
         if self.as_json:
@@ -142,7 +143,7 @@ class Chat:
         refrag.require(rest in MODES, f"/mode: one of {', '.join(MODES)}, got {rest!r}")
         indexed = self.pipeline.searcher is not None
         refrag.require(rest == "none" or indexed, "/mode: this chat was begun without an index")
-        self.settings = self.settings.but(mode=rest)
+        self.settings = dataclasses.replace(self.settings, mode=rest)
 
     def share(self, rest: str) -> None:
         """Change --p."""
@@ -150,7 +151,7 @@ class Chat:
             p = float(rest)
         except ValueError:
             raise refrag.UserError(f"/p: a share between 0 and 1, got {rest!r}") from None
-        self.settings = self.settings.but(p=p)
+        self.settings = dataclasses.replace(self.settings, p=p)
 
     def save(self, rest: str) -> None:
         """Write the conversation."""

@@ -195,7 +195,7 @@ class Controls:
             other, pipeline = self.other_question(item), self.pipeline
             context = pipeline.context(other, pipeline.retrieve(other, settings), settings)
             plan = -1 - np.flatnonzero(context.prompt.sizes)
-            self.foreign[item["id"]] = pipeline.inputs(context, plan, settings.pack.k)
+            self.foreign[item["id"]] = pipeline.inputs(context, plan, settings.k)
         return self.foreign[item["id"]]
 
 
@@ -382,7 +382,7 @@ class QaTask(QuestionTask):
         return "\n\n".join(tables)
 
     def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
-        refrag.draw(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
+        refrag.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
         if rows := [(q, line) for q, line in rows if "prompt" in line]:
             refrag.write_atomic(folder / "sample.md", sample_text(refrag.spread(rows, SAMPLES), self.sample[1]))

@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 import refrag
 
 
-def run(export: refrag.ExportConfig, ask: refrag.QuestionConfig, *configs: Any) -> None:
+def run(export: refrag.ExportConfig, ask: refrag.QuestionConfig, index: refrag.IndexConfig, search: refrag.SearchConfig,
+        pack: refrag.PackConfig, generate: refrag.GenerateConfig, models: refrag.ReaderConfig,
+        runtime: refrag.RuntimeConfig) -> None:
     """Write the prompt of one question."""
-    _, _, _, generate, _, runtime = configs
     questions = refrag.read_prompt(generate.prompt, ask) or refrag.read_questions(ask)
     refrag.require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
-    facts = export_prompt(refrag.answering(ask, *configs), questions[0], Path(export.out_dir), export.decoder)
+    pipeline = refrag.answering(ask, index, search, pack, generate, models, runtime)
+    facts = export_prompt(pipeline, questions[0], Path(export.out_dir), export.decoder)
     files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
     refrag.emit(facts | {"out_dir": export.out_dir}, runtime,
                 f"{facts['positions']:,} positions in {export.out_dir}: {files}")
@@ -38,13 +40,13 @@ def export_prompt(pipeline: refrag.Pipeline, item: dict[str, Any], folder: Path,
         "question": item["question"], "positions": len(plan), "full_positions": len(context.prompt.input_ids),
         "documents": [{"label": label, "id": ids.get(label, label)} for label in reading.labels],
         "prompt": refrag.show_plan(context, plan, pipeline.tokenizer),
-        "stop_token_ids": sorted(settings.stop_tokens), "max_tokens": settings.generate.max_new,
+        "stop_token_ids": sorted(settings.stop_tokens), "max_tokens": settings.max_new,
         "dtype": str(inputs.dtype).removeprefix("torch."), "settings": pipeline.describe(settings)}
     data = io.BytesIO()
     torch.save(inputs, data)
     request = {"model": "DECODER", "prompt_embeds": base64.b64encode(data.getvalue()).decode(), "stream": False,
                **{name: facts[name] for name in ("max_tokens", "stop_token_ids")},
-               "temperature": settings.generate.temperature, "top_p": settings.generate.top_p}
+               "temperature": settings.temperature, "top_p": settings.top_p}
     with refrag.new_folder(folder) as temporary:
         save_file({"inputs_embeds": inputs}, temporary / "prompt.safetensors",
                   {"positions": str(len(inputs)), "question": item["question"]})

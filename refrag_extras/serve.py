@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import collections
-import dataclasses
 import hmac
 import ipaddress
 import itertools
@@ -177,7 +176,7 @@ class EmbeddingsForm(Form):
 
 
 class ChatRequest(NamedTuple):
-    """A request for an answer, understood."""
+    """A request for an answer, understood. Those with the same settings and seed may share a batch."""
 
     question: str
     settings: refrag.Settings
@@ -187,24 +186,24 @@ class ChatRequest(NamedTuple):
     @classmethod
     def read(cls, data: bytes, pipeline: refrag.Pipeline) -> ChatRequest:
         """Raises Refused and what `refusal` makes one of."""
-        body = ChatForm.model_validate_json(data)
+        body, usual = ChatForm.model_validate_json(data), pipeline.settings
         check_served(body.model, ["refrag"])
         question, system = asked_by(body.messages)
-        usual = pipeline.settings
-        counts = (body.max_completion_tokens, body.max_tokens, min(usual.generate.max_new, MOST_TOKENS))
-        how = body.model_dump(include={"temperature", "top_p"}, exclude_unset=True)
-        how |= {"stop": tuple(body.stop)} if body.stop else {}
-        generate = dataclasses.replace(usual.generate, **how, max_new=next(n for n in counts if n is not None))
-        own = body.refrag.model_dump(exclude_unset=True)
-        search = dataclasses.replace(usual.search, **{n: own.pop(n) for n in ("topk", "hops") if n in own})
-        pack = dataclasses.replace(usual.pack, **own)
-        if pack.mode != "none" and pipeline.searcher is None:
+        counts = (body.max_completion_tokens, body.max_tokens, min(usual.max_new, MOST_TOKENS))
+        changes = {"system": system or None, "stop": tuple(body.stop) or usual.stop,
+                   "max_new": next(count for count in counts if count is not None),
+                   **body.model_dump(include={"temperature", "top_p"}, exclude_unset=True),
+                   **body.refrag.model_dump(exclude_unset=True)}
+        if changes.get("mode", usual.mode) != "none" and pipeline.searcher is None:
             raise Refused(400, "this server was started without an index: only the mode none is left", "invalid_value",
                           "refrag.mode")
-        seed = secrets.randbelow(2**53) if generate.temperature else pipeline.seed  # JavaScript keeps 53 bits
-        sampler = torch.Generator().manual_seed(seed if body.seed is None else body.seed % 2**63)
-        settings = pipeline.settings_for(search=search, pack=pack, generate=generate, sampler=sampler, system=system)
-        return cls(question, settings, body.stream, body.stream_options.include_usage)
+        seed = body.seed
+        if seed is None:
+            sampled = changes.get("temperature", usual.temperature) > 0
+            seed = secrets.randbelow(2**53) if sampled else pipeline.seed  # JavaScript keeps 53 bits
+        sampler = torch.Generator().manual_seed(seed % 2**63)
+        return cls(question, pipeline.settings_for(**changes, sampler=sampler), body.stream,
+                   body.stream_options.include_usage)
 
 
 def asked_by(messages: Sequence[Any]) -> tuple[str, str]:

@@ -116,6 +116,21 @@ def save_decoder(kind: str, folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
+def build(enc: object, dec: object, **options: object) -> refrag.RefragModel:
+    """An untrained model of an encoder and a decoder folder, on the CPU in float32."""
+    names = {"encoder_name_or_path": str(enc), "decoder_name_or_path": str(dec), "compression": 4}
+    config = refrag.RefragConfig(**names | options)
+    return refrag.build_model(config, torch.device("cpu"), torch.float32)
+
+
+def disturb(module: torch.nn.Module, seed: int = 0) -> None:
+    """Add noise to all weights, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
 def pytest_configure(config) -> None:
     """What a library is going to take away is not used anywhere."""
     config.addinivalue_line("filterwarnings", "error::FutureWarning")

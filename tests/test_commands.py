@@ -230,6 +230,7 @@ def test_flags_take_dashes_and_values_stay_as_they_are(argv, name, value):
     (["bench", "--modes", "full,magic"], "--modes must be one of full, refrag, none, got 'magic'"),
     (["sft", "--rag_json", __file__, "--out_dir", "run", "--topk", "2", "--topk_min", "3"],
      "--topk_min 3 is more than --topk 2"),
+    (["generate", "--resume", "--question", "q"], "--resume needs --out FILE"),
     (["align", "--text", "a\udcffb"], "half of a surrogate pair"),
     (["serch"], "invalid choice: 'serch' (choose from 'index', 'search'"),
     (["serch"], ": see python refrag.py --help\n"),

