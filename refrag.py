@@ -89,7 +89,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,10 +98,9 @@ from typing import Any, Literal, NamedTuple
 __version__ = "0.1.0"
 
 # =============================================================================
-# 1. Options. Errors with exit codes; every option as one dataclass field with its
-#    default, its help and its range; the table of commands. Run as a program, the
-#    command line is parsed HERE, before the heavy imports, so that --help and a
-#    mistyped flag answer at once.
+# 1. Options. Errors with exit codes; every option as one dataclass field with its default, help
+#    and range; the table of commands. Run as a program, the command line is parsed HERE, before
+#    the heavy imports, so that --help and a mistyped flag answer at once.
 # =============================================================================
 
 
@@ -166,21 +165,6 @@ def like(cls: type, name: str, **changes: Any) -> Any:
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
-def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UserError unless a value is what its option takes."""
-    choices, limits = rule["choices"], rule["limits"]
-    require(value != "", f"{flag} is empty: give a value or leave it out")
-    require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
-    require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
-    require(not rule["fresh"] or not os.path.exists(value) or (os.path.isdir(value) and not os.listdir(value)),
-            f"{flag} {value} is there already: name a new folder")
-    valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
-    if limits.keys() == {"low", "high"}:
-        valid = "lie between {low} and {high}".format(**limits)
-    require(not limits or (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())),
-            f"{flag} must {valid}, got {value}")
-
-
 @typing.dataclass_transform(frozen_default=True)
 class Options:
     """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
@@ -190,11 +174,21 @@ class Options:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            flag, value = f"--{f.name}", getattr(self, f.name)
-            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['help']}")
+            flag, value, rule = f"--{f.name}", getattr(self, f.name), f.metadata
+            choices, limits = rule["choices"], rule["limits"]
+            require(not rule["needed"] or bool(value), f"{flag} is missing: {rule['help']}")
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
-            for item in value if isinstance(value, tuple) else () if value is None else (value,):
-                check_value(flag, item, f.metadata)
+            valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+            if limits.keys() == {"low", "high"}:
+                valid = "lie between {low} and {high}".format(**limits)
+            for v in value if isinstance(value, tuple) else () if value is None else (value,):
+                require(v != "" or f.default == "", f"{flag} is empty: give a value or leave it out")
+                require(not choices or v in choices, f"{flag} must be one of {', '.join(choices)}, got {v!r}")
+                require(not rule["exists"] or os.path.isfile(v), f"{flag} {v}: no such file")
+                require(not rule["fresh"] or not os.path.exists(v) or (os.path.isdir(v) and not os.listdir(v)),
+                        f"{flag} {v} is there already: name a new folder")
+                fits = not limits or (v < math.inf and all(LIMITS[key][0](v, limit) for key, limit in limits.items()))
+                require(fits, f"{flag} must {valid}, got {v}")
         self.check()
 
     def check(self) -> None:
@@ -205,8 +199,7 @@ class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
     dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
-    engine: str = opt("auto", "CPU decoding: the model as it is, 8 or 4 bits; auto: 4 bits if lossless, else 8",
-                      choices="auto model int8 int4")
+    engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -224,7 +217,6 @@ class CorpusConfig(Options):
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
     def check(self) -> None:
-        require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
                 f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
@@ -246,8 +238,8 @@ class ModelConfig(Options):
     dec: str | None = opt(None, "decoder: name, hub id or folder; default checkpoint's or SmolLM2-135M-Instruct")
     enc: str | None = opt(None, "encoder: name, folder, decoder:N (first N layers); default checkpoint's or decoder:8")
     pooling: str | None = opt(None, "how a chunk's states become one; default checkpoint's or mean", choices="mean cls")
-    projector: str | None = opt(None, "residual_mlp adds the mean of the chunk's token embeddings, mlp does not; "
-                                "default checkpoint's or residual_mlp", choices="residual_mlp mlp")
+    projector: str | None = opt(None, "default checkpoint's or residual_mlp, which adds the mean of token embeddings",
+                                choices="residual_mlp mlp")
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
@@ -271,8 +263,7 @@ class FormatConfig(Options):
 
 
 class PackConfig(Options):
-    mode: str = opt("refrag", "context as vectors and text, as text, left out, or as text cut to as many positions",
-                    choices="refrag full none truncate")
+    mode: str = opt("refrag", "vectors and text, all text, nothing, or cut text", choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
     floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
@@ -378,8 +369,7 @@ EVAL_MODES = {  # what --modes may name
     "retrieval": ("bm25", "dense", "hybrid"),
     "gate": ("learned", "policy", "blend", "cosine", "ppl", "random"),
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
-    "recon": (),
-}
+    "recon": ()}
 EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes names them
 TEXT_TASKS = ("ppl", "recon")
 
@@ -389,9 +379,7 @@ class EvalConfig(Options):
                     choices=" ".join(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
-    modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
-        f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
-        + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
+    modes: tuple[str, ...] = opt((), f"what is compared; default all of the task but {', '.join(EVAL_ONLY_NAMED)}")
     p: tuple[float, ...] = like(SftConfig, "p", help="shares of the context that stay text at most")
     k: tuple[int, ...] = like(PackConfig, "k", default=(PackConfig.k,))
     gate: str = like(PackConfig, "gate")
@@ -560,14 +548,13 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {one_line(error)}") from None
     known = {name: config_fields(command.configs).keys() for name, command in COMMANDS.items()}
     tables = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, options in (("", table), *tables.items()):
-        for key, value in options.items():
-            option, valid = key.replace("-", "_"), known[name] if name else set().union(*known.values())
-            require(option in valid, f"--config {path}: unknown option {key!r}{name and f' in [{name}]'}")
-            if name in ("", command) and option in known[command]:
-                settings[option] = value
-    return settings
+        values = {key.replace("-", "_"): value for key, value in options.items()}
+        unknown = sorted(values.keys() - (known[name] if name else set().union(*known.values())))
+        require(not unknown, f"--config {path}: unknown option {str(unknown)[1:-1]}{name and f' in [{name}]'}")
+        settings |= values if name in ("", command) else {}
+    return {key: value for key, value in settings.items() if key in known[command]}
 
 
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -680,20 +667,15 @@ class LastingStderr(io.TextIOWrapper):
         flush(super())
 
 
-def open_streams() -> None:
-    """Open standard streams that the caller closed; let stdout spell every text, and stderr outlast its reader."""
+def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """Parse, or show the help or the error and exit. Before: a stdout that spells every text, a stderr that lasts."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
+        if getattr(sys, name) is None:  # closed by the caller: files opened later must not take its number
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
         elif name == "stderr" and type(sys.stderr) is io.TextIOWrapper:
             sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
-    """Parse, or show the help or the error and exit. Also sets what libraries read from the environment at import."""
-    open_streams()
     try:
         invocation = parse(argv)
         os.getcwd()  # libraries need one at import
@@ -730,6 +712,7 @@ try:
     import bm25s
     import faiss
     import filelock
+    import huggingface_hub.constants
     import numpy as np
     import regex
     import Stemmer
@@ -737,19 +720,12 @@ try:
     import transformers
     from huggingface_hub.dataclasses import type_validator
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save, save_file
     from tokenizers.decoders import DecodeStream
     from torch import Tensor, nn
     from torch.distributed.checkpoint import state_dict
     from tqdm import tqdm
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        PreTrainedConfig,
-        PreTrainedModel,
-    )
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError as missing:
     if __name__ != "__main__":
@@ -781,11 +757,8 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
-    """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
-
-    done: what an earlier run did already. In a log, where nothing is erased, the bar is drawn rarely.
-    """
-    pace = 0.1 if sys.stderr.isatty() else 30.0
+    """A bar on stderr around items, or alone, once the work has taken a second. done: by an earlier run."""
+    pace = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a log, where nothing is erased, the bar is drawn rarely
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
                 leave=False, dynamic_ncols=True, file=sys.stderr)
 
@@ -803,8 +776,6 @@ def prepare_runtime(runtime: RuntimeConfig) -> None:
         torch.set_num_threads(runtime.threads)
         faiss.omp_set_num_threads(runtime.threads)
     if runtime.offline:
-        import huggingface_hub.constants
-
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.manual_seed(runtime.seed)
     transformers.utils.logging.set_verbosity_error()
@@ -842,17 +813,14 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Adds up seconds per named stage, device synchronised on both sides.
-
-    Example: with watch.stage("gate_s"): ...; then watch.seconds == {"gate_s": 0.01}
-    """
+    """Adds up seconds per stage. Example: with watch.stage("gate_s"): ..; then watch.seconds == {"gate_s": 0.01}"""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
         self.device, self.clock, self.seconds = device, clock, {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block and add it to the stage."""
+        """Time the block, with the device synchronised on both sides."""
         synchronize(self.device)
         start = self.clock()
         yield
@@ -889,11 +857,6 @@ def library_versions() -> dict[str, str]:
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
 
-def several_processes() -> bool:
-    """Whether a launcher started more than this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def process_group() -> Any:
     """The processes that were launched together; each with a GPU of its own, if there are GPUs."""
     from accelerate import PartialState
@@ -913,34 +876,32 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
     By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # of mallopt in glibc's malloc.h
-    if device.type == "cpu":
-        glibc("mallopt", m_mmap_max, 0)
-        glibc("mallopt", m_trim_threshold, -1)  # never
+    m_trim_threshold, m_mmap_max, on_cpu = -1, -4, device.type == "cpu"  # of mallopt in glibc's malloc.h
     try:
+        if on_cpu:
+            glibc("mallopt", m_mmap_max, 0)
+            glibc("mallopt", m_trim_threshold, -1)  # never
         yield
     finally:
-        if device.type == "cpu":
+        if on_cpu:
             glibc("mallopt", m_mmap_max, 1 << 16)  # the default
             glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
             glibc("malloc_trim", 0)
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file or folder to disk; folders cannot be synced on Windows, where this does nothing for them."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Force a file or folder to disk; on Windows folders cannot be synced."""
+    if os.name != "nt" or path.is_file():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -1030,26 +991,18 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         handle.write(dumps(line) + "\n")
 
 
-@contextlib.contextmanager
-def exclusive(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
-    lock = filelock.FileLock(path, timeout=timeout)
+def exclusive(path: Path, what: str, timeout: float = 0) -> contextlib.AbstractContextManager:
+    """Take a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
     try:
-        lock.acquire()
+        return filelock.FileLock(path, timeout=timeout).acquire()
     except filelock.Timeout:
         raise LockedError(f"{what} is being written by another process: wait for it to end") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 MANIFEST_VERSION = 1
 MANIFEST_FORMAT = "refrag-index"
 CHECKPOINT_FORMAT = "refrag-checkpoint"
-TOKENS_FORMAT = "refrag-tokens"
-REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again",
-            TOKENS_FORMAT: "it is made again"}
+REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again"}
 READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
 
 
@@ -1061,10 +1014,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = MANIFEST_FORMAT,
                    known: dict[str, dict[str, Any]] | None = None) -> None:
-    """Write a manifest that lists every file of `folder` with its size and sha256, by its path from the manifest's.
-
-    known: entries of further files.
-    """
+    """Write a manifest of the size and sha256 of every file in `folder`. known: entries of further files."""
     entries = {file.relative_to(path.parent).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
                for file in folder.rglob("*") if file.is_file()}
     manifest = {"format": form, "version": MANIFEST_VERSION, **facts, "files": (known or {}) | entries}
@@ -1089,10 +1039,7 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
 
 def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
                  read_all: bool = False) -> None:
-    """Check the size of every listed file, and with read_all, or where there is little to read, its digest.
-
-    Raises CorruptError that names the first bad one.
-    """
+    """Raise CorruptError for a file of another size, and with read_all, or if all are small, of another digest."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -1561,8 +1508,8 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     for number, item in enumerate(questions if needs else (), start=1):
         where, answers, ids = f"{flag} {path}: question {number}", item.get("answers"), item.get("positive_ids") or []
         if "answers" in needs:
-            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-            require(strings, f"{where} has no list of answers")
+            require(isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers),
+                    f"{where} has no list of answers")
             for answer in answers:
                 check_string(answer, "an answer", where)
         require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
@@ -1571,7 +1518,7 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     return questions
 
 
-def spread(items: Sequence, limit: int | None) -> Sequence:
+def sample_evenly(items: Sequence, limit: int | None) -> Sequence:
     """At most `limit` items, evenly spread; 2 n - 1 hold those of n. Example: [1, 2, 3, 4, 5], 3 -> [1, 3, 5]"""
     if limit is None or limit >= len(items):
         return items
@@ -1584,7 +1531,7 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
     if len(found) < len(questions):
         notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
     require(bool(found), f"{source}: no question has an answer")
-    return list(spread(found, limit))
+    return list(sample_evenly(found, limit))
 
 
 # =============================================================================
@@ -1642,10 +1589,9 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
     """Short digest of a module's weights (names, shapes, 256 values of each) and some facts about their use."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 256)]
-        rounded = picked.bfloat16().float()  # the same for a model that was loaded in bfloat16
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + rounded.cpu().numpy().tobytes())
+        picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
+        picked = picked.bfloat16().float().cpu()  # the same for a model that was loaded in bfloat16
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1702,8 +1648,7 @@ class Embedder:
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
         if self.tokenizer.pad_token is None:  # any will do: the attention mask hides it
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
-        self.normalize = model.similarity_fn_name != "dot"
-        self.dim = model.get_embedding_dimension()
+        self.normalize, self.dim = model.similarity_fn_name != "dot", model.get_embedding_dimension()
         self.max_tokens = model.max_seq_length or 512
         self.prompt = (model.prompts or {}).get("document") or ""
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
@@ -1845,8 +1790,7 @@ class Bm25:
         self.lengths = [map_array(folder / "lengths.npy") for folder in folders]
         self.starts = list(itertools.accumulate(map(len, self.lengths), initial=0))
         self.means = [float(lengths.mean()) if len(lengths) else 0.0 for lengths in self.lengths]
-        total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
-        self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
+        self.mean = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths) / max(self.starts[-1], 1)
 
     def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """(the rows that hold a term, its stored weight in each) of each segment."""
@@ -1910,7 +1854,7 @@ def faiss_kind(requested: str, total: int) -> str:
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
     """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
     N, dim = vectors.shape
-    lists = int(4 * math.sqrt(N))
+    lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
     # np: no polysemous codes, which would be trained for 80 seconds and never used
     kinds = {"flat": "Flat", "hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
@@ -1932,12 +1876,6 @@ def tune_faiss(index: faiss.Index) -> None:
         index = faiss.downcast_index(index.base_index)
     if hasattr(index, "nprobe"):
         index.nprobe = 64
-
-
-def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Save an index through a Python file: FAISS itself only prints a warning if the disk is full at the last bytes."""
-    with path.open("wb") as handle:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
 
 
 def read_faiss(path: Path) -> faiss.Index:
@@ -1972,7 +1910,6 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
             ranks.setdefault(score, rank)
         for row, score in ranking.items():
             fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
-
     return sorted(fused.items(), key=lambda item: (
         -item[1], *(-ranking.get(item[0], -math.inf) for ranking in rankings), item[0]))
 
@@ -2101,7 +2038,7 @@ class Index:
         return passage_content(self.titles[row], self.texts[row])
 
     def idf(self, term: str) -> float:
-        """Inverse document frequency of a stemmed term. Only where there is BM25."""
+        """The idf of a stemmed term for gates, which were trained with it: smoother than BM25's. Needs BM25."""
         return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
 
     def document_id(self, row: int) -> str:
@@ -2218,18 +2155,6 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
-def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
-    """The pieces of each record, so that title and piece fit `limit` tokens. See `split_spans`."""
-    special = tokenizer.num_special_tokens_to_add()
-    titles = tokenize(tokenizer, [r.title or "." for r in records])
-    texts = tokenize(tokenizer, [r.text for r in records])
-    spans = []
-    for record, title, text in zip(records, titles, texts, strict=True):
-        room = max(limit - special - (len(title.ids) + 1 if record.title else 0), limit // 2)
-        spans.append(split_spans(record.text, text.ends.tolist(), room, min(overlap, room // 2)))
-    return spans
-
-
 class CorpusWriter:
     """Writes the text columns of a segment and remembers where each new document came from."""
 
@@ -2259,8 +2184,9 @@ class CorpusWriter:
     def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
         """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
         documents, rows = set(), [set() for _ in index.segments]
-        for row, identifier in enumerate(index.ids):
-            document = index.document_id(row)
+        parts = itertools.chain.from_iterable(segment["parts"].tolist() for segment in index.segments)
+        for row, (identifier, part) in enumerate(zip(index.ids, parts, strict=True)):
+            document = identifier.rpartition("#")[0] if part else identifier
             if document in self.documents:
                 documents.add(document)
                 number, inside = index.ids.place(row)
@@ -2284,7 +2210,12 @@ def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previo
         writer = CorpusWriter(columns)
         records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
         while block := list(itertools.islice(records, EMBED_BLOCK)):
-            for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
+            titles = tokenize(tokenizer, [record.title or "." for record in block])
+            texts = tokenize(tokenizer, [record.text for record in block])
+            for record, title, text in zip(block, titles, texts, strict=True):
+                used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
+                room = max(limit - used, limit // 2)  # for a piece of the text beside the title
+                spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
                 with skipping(corpus.errors, counts):
                     writer.add(record, spans)
         require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
@@ -2332,33 +2263,28 @@ class Blocks:
         if count := len(list(self.folder.glob("*.npz"))):
             notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
 
-    def columns(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """What an index stores of passages, and the number of chunks of each as "lengths".
-
-        vectors (N, dim) float32, of L chunks in all chunk_ends (L,) uint32, chunk_sizes (L,) uint16, gate (L, dim) int8
-        with gate_scales (L, 1) float32, and chunks (L, E) float16; those that no model makes are left out.
-        """
-        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
-        ends, sizes, embeddings, states = (
-            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
-        columns = {"lengths": np.asarray([len(table.ends) for table in tables]),
-                   "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
-        if embeddings is not None:
-            columns["vectors"] = vectors
-            columns["gate"], columns["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
-        if states is not None:
-            columns["chunks"] = states.astype(np.float16)
-        return columns
-
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of some passages: read, or computed and kept if they are missing or damaged."""
+        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+
+        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        """
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
             key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
         path = self.folder / f"{key.hexdigest()}.npz"
         with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
             return dict(file)
-        block = self.columns(contents)
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            block["vectors"] = vectors
+            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            block["chunks"] = states.astype(np.float16)
         if self.kept:
             data = io.BytesIO()
             np.savez(data, **block)
@@ -2384,8 +2310,8 @@ class Blocks:
         group.wait_for_everyone()
 
 
-def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
-                 taken: Sequence[Run]) -> None:
+def write_columns(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
+                  taken: Sequence[Run]) -> None:
     """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
     with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
         for block in blocks:
@@ -2409,7 +2335,8 @@ def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None
         index = new_faiss(built, vectors)
         for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
             index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
-        write_faiss(index, folder / "faiss.index")
+        with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing does not notice a disk that gets full
+            faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
         (folder / "vectors.npy").unlink()
     if "bm25" in uses:
         titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
@@ -2476,9 +2403,9 @@ def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retrie
     with new_folder(new) as folder:
         kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
         blocks = Blocks(path, chunking, embedder, build, runtime)
-        if blocks.kept and several_processes():
+        if blocks.kept and os.environ.get("WORLD_SIZE", "1") != "1":
             blocks.make_together(folder, counts["added"])
-        embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
+        write_columns(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
         built = build_retrievers(folder, uses, faiss_type)
     columns = map_columns(new)
     segments = [*(old["segments"][at] for at in kept), {
@@ -2508,9 +2435,8 @@ class Passage:
     metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
-        names = ("id", "title", "text", "score", "scores", "rank")
-        more = {"metadata": json.loads(self.metadata)} if self.metadata else {}
-        return {name: getattr(self, name) for name in names} | more
+        fields = {name: getattr(self, name) for name in ("id", "title", "text", "score", "scores", "rank")}
+        return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
 class Searcher:
@@ -2528,12 +2454,12 @@ class Searcher:
 
         BM25 comes first: it settles equal sums of ranks better than the embedder.
         """
-        dense, sparse = {}, {}
+        found = {}
         if "dense" in self.uses:
-            dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
+            found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            sparse["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
-        return sparse | dense
+            found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
+        return found
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
@@ -3154,7 +3080,7 @@ ENCODER_WINDOW = 512  # tokens of a passage that see each other in the encoder
 ENCODER_BATCH_TOKENS = 4096  # tokens, padding included, in one encoder pass
 
 
-class RefragConfig(PreTrainedConfig):
+class RefragConfig(transformers.PreTrainedConfig):
     """What a checkpoint needs to be loaded anywhere: which models it stands on, and how they are joined."""
 
     model_type = "refrag"
@@ -3986,14 +3912,11 @@ def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
 
     hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
     """
-    question = list(dict.fromkeys(index_terms(inputs.question)))
+    asked = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
-    hits = np.asarray([[term in terms for term in question] for terms in chunks], dtype=bool)
-    hits = hits.reshape(len(chunks), len(question))
-    if inputs.idf is not None:
-        idf = np.asarray([inputs.idf(term) for term in question], dtype=np.float64)
-    else:
-        idf = np.asarray([math.log(1 + len(chunks) / (0.5 + n)) for n in hits.sum(0).tolist()])
+    hits = np.asarray([[term in terms for term in asked] for terms in chunks], bool).reshape(len(chunks), len(asked))
+    idf = np.asarray([inputs.idf(term) if inputs.idf else math.log(1 + len(chunks) / (0.5 + n))
+                      for term, n in zip(asked, hits.sum(0).tolist(), strict=True)])
     return hits, idf / (idf.sum() or 1.0)
 
 
@@ -4204,14 +4127,8 @@ class QueryGate(nn.Module):
         return shares
 
 
-SHIPPED_GATE = SHIPPED / "gate"
-
-
 def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
-    """The facts of a checkpoint's gate or policy, else of the shipped gate; None if made for another embedder.
-
-    kind: "gate" or "policy"; fingerprint: the embedder's, None without one.
-    """
+    """The facts of a checkpoint's "gate" or "policy", else of the shipped gate; None if made for another embedder."""
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
         facts = Checkpoint(SHIPPED_GATE).config.gate
@@ -4222,10 +4139,10 @@ def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
     """The gate or policy of `known_gate`. Raises MismatchError if the checkpoint's reads other vectors or features."""
     facts, own = known_gate(model.config, kind, embedder and embedder.fingerprint), getattr(model.config, kind)
-    if facts is None and own is not None and embedder is not None:
-        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index has "
-                            f"those of {embedder.name}: use --gate blend, or train it on this index")
     if facts is None:
+        if own is not None and embedder is not None:
+            raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index "
+                                f"has those of {embedder.name}: use --gate blend, or train it on this index")
         return None
     if own is None:
         shipped = Checkpoint(SHIPPED_GATE)
@@ -4241,6 +4158,7 @@ def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> Query
     return gate.eval()
 
 
+SHIPPED_GATE = SHIPPED / "gate"
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
 TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # --gate -> the part of a checkpoint
 GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
@@ -4248,8 +4166,7 @@ GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "ran
 
 def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
     """Tokens of the context that may stay text: the fraction p of them, but at least `floor` if p > 0."""
-    # 1e-9: .29 * 100 is 28.999999999999996
-    return max(math.floor(p * int(tokens.sum()) + 1e-9), floor if p > 0 else 0)
+    return max(math.floor(p * int(tokens.sum()) + 1e-9), floor if p > 0 else 0)  # .29 * 100 is 28.999999999999996
 
 
 def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> np.ndarray:
@@ -4283,13 +4200,13 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 
 Random = np.random.Generator
 
-TOKEN_CACHE_VERSION = 2
+TOKEN_CACHE_VERSION = 3
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
 NO_ANSWER = "Not in the documents."
 QUOTE = "Quote the sentence that answers this question. "
+CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
-KEPT_CHECKPOINTS = 2
 PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as long as another pass
 
 
@@ -4325,16 +4242,12 @@ def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     return shares / shares.sum()
 
 
-# -- data ---------------------------------------------------------------------
-
-
 def file_facts(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Name, size and digest of data files."""
     return [{"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256_file(Path(name))} for name in paths]
 
 
 def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same without local paths, for checkpoints, which are shared."""
+    """`file_facts` without local paths, for checkpoints, which are shared."""
     return [fact | {"file": Path(fact["file"]).name} for fact in facts]
 
 
@@ -4351,11 +4264,10 @@ def split_text(ids: np.ndarray, cuts: np.ndarray, s: int) -> tuple[np.ndarray, n
 
 
 class TokenCache:
-    """Training texts as the decoder's tokens, on disk and memory-mapped, made once for a set of files."""
+    """Training texts as the decoder's tokens, in arrays that may be memory-mapped: see `tokenize_texts`."""
 
-    def __init__(self, folder: Path, paths: Sequence[str]):
-        verify_files(folder, read_manifest(folder / "manifest.json", TOKENS_FORMAT)["files"], TOKENS_FORMAT)
-        self.tokens, self.cuts, self.texts = (map_array(folder / f"{name}.npy") for name in ("tokens", "cuts", "texts"))
+    def __init__(self, columns: dict[str, Tensor], paths: Sequence[str]):
+        self.tokens, self.cuts, self.texts = (columns[name].numpy() for name in ("tokens", "cuts", "texts"))
         self.paths = paths
 
     def windows(self, size: int, least: int) -> np.ndarray:
@@ -4378,7 +4290,7 @@ class TokenCache:
             first += int(rng.integers(0, last - first - tokens + 1))
             last = first + tokens
         start, end, _, file, line = self.texts[text].tolist()
-        cuts = np.append(self.cuts[start:end], True).astype(bool)
+        cuts = np.append(self.cuts[start:end], True)
         first = nearest_cut(cuts, first, 0)
         last = nearest_cut(cuts, last, first + 1)
         ids = np.asarray(self.tokens[start + first : start + last], dtype=np.int64)
@@ -4386,59 +4298,48 @@ class TokenCache:
 
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
-    """The token cache of a set of files, made if it is missing or damaged. Its name is a digest of its inputs."""
+    """The tokens of a set of files, mapped from a file in the cache that is made if it is missing or damaged."""
     special = tokenizer.special.pattern if tokenizer.special else ""
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special,
-                 [fact["sha256"] for fact in file_facts(paths)]])
-    folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):  # several processes make it once
+    digests = [sha256_file(Path(name)) for name in paths]
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
+    path = cache_home() / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_suffix(".lock"), f"{path}", timeout=3600):  # several processes make it once
         try:
-            return TokenCache(folder, paths)
-        except (RefragError, OSError) as error:
-            if folder.exists():
-                notice(one_line(error))
-        with new_folder(folder) as temporary:
-            write_tokens(paths, tokenizer, temporary)
-            write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
-        return TokenCache(folder, paths)
+            columns = load_file(path)
+        except (OSError, SafetensorError):
+            columns = tokenize_texts(paths, tokenizer)
+            write_atomic(path, save(columns))
+    return TokenCache(columns, paths)
 
 
-def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
-    """Tokenise the texts of the files into arrays. texts: first and last token, tokens of context, file and line.
-
-    Raises UserError for token ids that the decoder does not have.
-    """
-    vocabulary = len(tokenizer.decoder)
-    with ColumnWriter(folder) as columns:
-        for text in progress(read_training_texts(paths), "tokenising", unit="text"):
-            if isinstance(text.text, list):
-                ids, largest = np.asarray(text.text, dtype=np.int64), max(text.text, default=0)
-                require(largest < vocabulary, f"{text.where}: token {largest} is not one of the decoder's {vocabulary}")
-                can_cut = np.ones(len(ids), dtype=bool)
-            else:
-                [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
-                ids, can_cut = tokens.ids, cut_allowed(tokens)[:-1]
-            (name, _, line), first = text.where.rpartition(":"), columns.rows["tokens"]
-            facts = first, first + len(ids), text.context, list(paths).index(name), int(line)
-            columns.append("texts", np.asarray([facts], dtype=np.int64))
-            columns.append("tokens", ids.astype(np.int32))
-            columns.append("cuts", can_cut.astype(np.uint8))
-        require(columns.rows["tokens"] > 0, f"{', '.join(paths)}: no text to train on")
+def tokenize_texts(paths: Sequence[str], tokenizer: RefragTokenizer) -> dict[str, Tensor]:
+    """tokens (T,); cuts (T,), whether a cut may be made before each; texts (n, 5): first and last token, tokens of
+    context, file and line. Raises UserError for token ids that the decoder does not have."""
+    tokens, cuts, texts, first, vocabulary = [], [], [], 0, len(tokenizer.decoder)
+    for text in progress(read_training_texts(paths), "tokenising", unit="text"):
+        if isinstance(text.text, list):
+            ids, largest = np.asarray(text.text, dtype=np.int64), max(text.text, default=0)
+            require(largest < vocabulary, f"{text.where}: token {largest} is not one of the decoder's {vocabulary}")
+            cuts.append(np.ones(len(ids), dtype=bool))
+        else:
+            [pieces] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
+            ids = pieces.ids
+            cuts.append(cut_allowed(pieces)[:-1])
+        name, _, line = text.where.rpartition(":")
+        texts.append((first, first + len(ids), text.context, list(paths).index(name), int(line)))
+        tokens.append(ids.astype(np.int32))
+        first += len(ids)
+    require(first > 0, f"{', '.join(paths)}: no text to train on")
+    return {"tokens": torch.from_numpy(np.concatenate(tokens)), "cuts": torch.from_numpy(np.concatenate(cuts)),
+            "texts": torch.as_tensor(texts)}
 
 
 class Item(NamedTuple):
-    """One draw of training data."""
-
     sequence: TrainingSequence
     teacher: TrainingSequence | None  # what the teacher reads
     where: str  # file:line, or the question
     rows: tuple[int, ...] = ()  # of the index, if it reads passages
-
-    @property
-    def sources(self) -> frozenset[Any]:
-        """What its vectors stand for: passages, else the one text."""
-        return frozenset(self.rows or [self.where])
 
     @property
     def positions(self) -> int:
@@ -4486,7 +4387,7 @@ class TextLessons:
         if short:
             notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
         self.held_out_cache, held_out = self.load(texts.eval_json) if texts.eval_json else (None, [])
-        self.held_out = spread(held_out, train.eval_limit)
+        self.held_out = sample_evenly(held_out, train.eval_limit)
 
     def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
         """The texts of some files and their windows. Raises UserError if every text is too short."""
@@ -4503,7 +4404,6 @@ class TextLessons:
         return len(self.windows)
 
     def draw(self, number: int, rng: Random, progress: float) -> Item:
-        """The training item of a number below len(self)."""
         return self.item(self.cache, self.windows[number], self.train.k, rng, progress)
 
     def exam(self) -> dict[str, list[Item]]:
@@ -4559,13 +4459,11 @@ class ReconLessons(TextLessons):
         return Item(reconstruction(self.encoder, ids, cuts, k), None, where)
 
     def exam(self) -> dict[str, list[Item]]:
-        """The held-out texts at each length."""
         exam: dict[str, list[Item]] = {}
         for k in self.train.k:
             for chunks in self.lengths(k):
-                rng = np.random.default_rng([k, chunks])
-                for window in (w for w in self.held_out if w[2] - w[1] >= chunks * k):
-                    ids, cuts, where = self.held_out_cache.read(window, chunks * k, rng)
+                rng, long = np.random.default_rng([k, chunks]), [w for w in self.held_out if w[2] - w[1] >= chunks * k]
+                for ids, cuts, where in (self.held_out_cache.read(window, chunks * k, rng) for window in long):
                     item = Item(reconstruction(self.encoder, ids, cuts, k), None, where)
                     exam.setdefault(f"k{k}/{chunks}", []).append(item)
         return exam
@@ -4591,8 +4489,7 @@ class NextLessons(TextLessons):
             opened = rng.random(len(content.chunks)) < share
             parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
                      for c, chunk in enumerate(content.chunks)]
-            plan = np.concatenate([opening(self.tokenizer.decoder), *parts])
-            sequence = continue_plan(plan, following, content)
+            sequence = continue_plan(np.concatenate([opening(self.tokenizer.decoder), *parts]), following, content)
         return Item(sequence, with_text(sequence) if self.options.distill else None, where)
 
 
@@ -4649,21 +4546,18 @@ class AnswerLessons:
                  search: SearchConfig, gate: QueryGate | None = None):
         self.train, self.sft, self.index, self.topk, self.gate = train, sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
+        files = (sft.rag_json, "--rag_json", sft.limit), (sft.eval_json, "--eval_json", train.eval_limit)
         self.questions, self.held_out = (
-            retrieve_all(read_answered_questions(name, flag, limit), searcher, search) if name else []
-            for name, flag, limit in ((sft.rag_json, "--rag_json", sft.limit),
-                                      (sft.eval_json, "--eval_json", train.eval_limit)))
+            retrieve_all(read_answered_questions(*file), searcher, search) if file[0] else [] for file in files)
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def draw(self, number: int, rng: Random, progress: float) -> Item:
-        """The training item of a number below len(self), the same at any progress."""
         return self.item(self.questions[number], rng, float(rng.choice(self.sft.p)), int(rng.choice(self.train.k)),
                          bool(rng.random() < self.sft.no_answer_frac), self.sft.quote_frac)
 
     def exam(self) -> dict[str, list[Item]]:
-        """The held-out questions at each k and p."""
         return {f"k{k}/p{p:g}": [self.item(found, np.random.default_rng([0, i]), p, k)
                                  for i, found in enumerate(self.held_out)]
                 for k in self.train.k for p in self.sft.p if self.held_out}
@@ -4715,7 +4609,6 @@ class AnswerLessons:
 
 
 def answers_in(index: Index, item: dict[str, Any], row: int) -> list[str]:
-    """A question's answers that a passage holds."""
     text = index.texts[row].casefold()
     return [answer for answer in item["answers"] if answer.casefold() in text]
 
@@ -4764,8 +4657,6 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
 
 Lessons = TextLessons | AnswerLessons
 
-# -- the order of the data ------------------------------------------------------
-
 
 class Sampler:
     """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
@@ -4776,14 +4667,13 @@ class Sampler:
     """
 
     def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
-        self.lessons, self.steps, self.seed, self.processes, self.pass_cost = (
-            lessons, train.steps, seed, processes, pass_cost)
+        self.lessons, self.steps, self.seed = lessons, train.steps, seed
+        self.processes, self.pass_cost = processes, pass_cost
         self.least = train.grad_accum * processes  # items of a step
         self.pass_positions = train.batch_size * train.seq_tokens
         self.drawn, self.epoch, self.order = 0, -1, np.zeros(0)
 
     def draw(self, step: int) -> Item:
-        """The next item, in the order of its epoch."""
         epoch, place = divmod(self.drawn, len(self.lessons))
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
@@ -4808,14 +4698,12 @@ class Sampler:
 
     def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
         """The passes of each step from `step` on, and the draws so far. A thread makes the next step meanwhile."""
-        def make(number: int) -> tuple[list[list[Item]], int]:
-            return self.step(number), self.drawn
-
         with ThreadPoolExecutor(1) as worker:
-            ahead = worker.submit(make, step)
-            for number in range(step, self.steps):
-                ready = ahead.result()
-                ahead = worker.submit(make, number + 1) if number + 1 < self.steps else ahead
+            ahead = worker.submit(self.step, step)
+            for number in range(step + 1, self.steps + 1):
+                ready = ahead.result(), self.drawn
+                if number < self.steps:
+                    ahead = worker.submit(self.step, number)
                 yield ready
 
 
@@ -4966,16 +4854,17 @@ class Trainer:
         cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
         self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
-        if train.activation_checkpointing:
-            checkpoint_activations(model)
-        if train.torch_compile:
-            model.decoder.compile(dynamic=True)
-            model.encoder.backbone.compile(dynamic=True)
+        for part in (model.decoder, model.encoder.backbone):
+            if train.activation_checkpointing:
+                part.activation_checkpointing_enable()
+            for layer in part.modules() if train.activation_checkpointing else ():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # it asks for that; not its parts, whose dropout stays off as everywhere here
+            if train.torch_compile:
+                part.compile(dynamic=True)
         self.wrapped, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.step, self.tokens, self.seconds, self.drawn = 0, 0, 0.0, 0
         self.exam = lessons.exam()
-
-    # -- one step --
 
     def teach(self, items: list[Item]) -> Tensor | None:
         """(N, V) the teacher's logits at the asked positions; None if the phase has no teacher."""
@@ -5030,10 +4919,7 @@ class Trainer:
         padding = round(1 - sum(item.positions for item in items) / padded, 4)
         return terms | {"grad_norm": float(norm), "lr": self.train.lr * factor, "padding": padding}
 
-    # -- the run --
-
     def fit(self) -> dict[str, Any]:
-        """Train up to --steps. Returns the summary."""
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
@@ -5072,14 +4958,12 @@ class Trainer:
         return record | dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss and token accuracy on the held-out items, with the controls.
-
-        Every process computes all of it: these are few items, and one summation order gives the same digits on any
-        number of processes.
-        """
+        """Loss and token accuracy on the held-out items, with the controls. Every process computes all of these few
+        items, so that their digits do not depend on the number of processes."""
         results: dict[str, Any] = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
-            sequences, sources = [item.sequence for item in items], [item.sources for item in items]
+            sequences = [item.sequence for item in items]
+            sources = [frozenset(item.rows or [item.where]) for item in items]  # what the vectors stand for
             for kind in CONTROLS:
                 changed = control(kind, sequences, sources)
                 if changed:
@@ -5090,7 +4974,6 @@ class Trainer:
         return results
 
     def summary(self, log: RunLog) -> dict[str, Any]:
-        """What the command prints at the end."""
         final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
         losses = [r["loss"] for r in log.records if "loss" in r]
         return {"phase": self.facts["phase"], "steps": self.step, "loss": losses[-1] if losses else None,
@@ -5098,8 +4981,6 @@ class Trainer:
                 "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "eval": final,
                 "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                 "checkpoint": str(self.folder / f"step-{self.step:06d}"), "peak_rss_mb": round(peak_rss_mb(), 1)}
-
-    # -- checkpoints --
 
     def optimizer_state(self, offload: bool) -> dict[str, Any]:
         """AdamW's state by parameter name, gathered if FSDP split it; offloaded, only the first process has it."""
@@ -5119,14 +5000,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors},
                              {"trainer.json": dumps(values)}, model_card(config, log.records))
-            for old in step_folders(self.folder)[KEPT_CHECKPOINTS:]:
+            for old in step_folders(self.folder)[2:]:
                 shutil.rmtree(old, ignore_errors=True)
             log.plot()
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint, whose model is loaded already. Only the optimizer has more state: nothing draws
-        from torch's generator, and the order of the data follows from `drawn`."""
+        """Continue from a checkpoint whose model is loaded. Nothing draws from torch's generator: it is not saved."""
         values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         self.earlier = self.earlier[:-1]  # the last entry is this run's own
         moments = self.optimizer_state(offload=False) | {"state": collections.defaultdict(dict)}
@@ -5167,9 +5047,6 @@ def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> Trai
     return TrainingSequence(plan, sequence.labels, other.content)
 
 
-CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
-
-
 def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
     """Sequences as they are ("vectors") or changed by one of CONTROLS; [] if that is impossible.
 
@@ -5200,25 +5077,11 @@ def others_apart_first(number: int, count: int, source: Callable[[int], frozense
         yield from (other for other in following if own.isdisjoint(source(other)) == apart)
 
 
-def checkpoint_activations(model: RefragModel) -> None:
-    """Compute the layers' activations again in the backward pass.
-
-    transformers does so only for layers in training mode, so only the layers themselves get that flag: dropout inside
-    them stays off, as everywhere in training here.
-    """
-    for module in (model.decoder, model.encoder.backbone):
-        module.activation_checkpointing_enable()
-        for layer in module.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = True
-
-
 class RunLog:
     """metrics.jsonl of a run, and the picture drawn from it."""
 
     def __init__(self, folder: Path, writes: bool, step: int):
-        self.path, self.writes = folder / "metrics.jsonl", writes
-        self.records: list[dict[str, Any]] = []
+        self.path, self.writes, self.records = folder / "metrics.jsonl", writes, []
         for line in self.path.read_bytes().splitlines() if self.path.is_file() and step else ():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
                 record = json.loads(line)
@@ -5232,7 +5095,6 @@ class RunLog:
             append_line(self.path, record)
 
     def plot(self) -> None:
-        """Draw the loss, and the evaluations with their controls."""
         save_figure(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
 
     def paint(self, left: Any, right: Any) -> None:
@@ -5252,7 +5114,6 @@ class RunLog:
 
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
-    """The text of a checkpoint's card."""
     carried, final = config.scorers, [record for record in records if record.get("eval")][-1:]
     made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
     if config.training_model or config.lora or not carried:
@@ -5297,13 +5158,12 @@ def make_accelerator(runtime: RuntimeConfig) -> Any:
 
 def run_settings(configs: Sequence[Any], **more: Any) -> dict[str, Any]:
     """Every option of a run by name, as JSON gives it back."""
-    merged = {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
-    return json.loads(json.dumps({**more, **merged}))
+    options = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
+    return json.loads(json.dumps(more | options))
 
 
 def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a run learns from: the files and the index that its settings name."""
-    named = [settings.get(name) or [] for name in ("train_json", "rag_json", "eval_json")]
+    named = [settings.get(flag) or [] for flag in ("train_json", "rag_json", "eval_json")]  # sft's are one name each
     facts = file_facts([name for names in named for name in ([names] if isinstance(names, str) else names)])
     if "index_dir" in settings:
         digest = index_manifest(settings["index_dir"])["digest"]
@@ -5398,8 +5258,6 @@ CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
 
 
 class GateExample(NamedTuple):
-    """A question to train or examine a gate on."""
-
     number: int  # of the question
     inputs: GateInput  # without its texts
     features: np.ndarray  # (L, F)
@@ -5413,8 +5271,6 @@ class GateExample(NamedTuple):
 
 
 class GateData(NamedTuple):
-    """Questions and the examples made of them."""
-
     searcher: Searcher
     questions: list[Retrieved]
     examples: list[GateExample]
@@ -5452,14 +5308,13 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     stored = opened.manifest["chunking"]["k"]
     require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
             f"{data.k}: give --k {stored}, or build the index with another")
-    questions = []
-    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
-                               (data.eval_json, "--eval_json", data.eval_limit)):
-        answered = [item for name in names for item in read_answered_questions(name, flag, limit)]
-        questions.append(retrieve_all(answered, searcher, search))
-    examples, held_out = (gate_examples(part, opened, chunking, search.topk) for part in questions)
+    files = (data.rag_json, "--rag_json", data.limit), (data.eval_json, "--eval_json", data.eval_limit)
+    answered = [[item for name in names for item in read_answered_questions(name, flag, limit)]
+                for names, flag, limit in files]
+    questions, other = (retrieve_all(items, searcher, search) for items in answered)
+    examples, held_out = (gate_examples(part, opened, chunking, search.topk) for part in (questions, other))
     require(bool(examples), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
-    return GateData(searcher, questions[0], examples, held_out)
+    return GateData(searcher, questions, examples, held_out)
 
 
 def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
@@ -5490,7 +5345,6 @@ def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
-    """One optimizer step."""
     loss.backward()
     nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
     optimizer.step()
@@ -5569,7 +5423,6 @@ def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConf
 
 
 def gate_text(summary: dict[str, Any]) -> str:
-    """The summary of a gate's or policy's training for people."""
     shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in summary["recall"].items())
     return (f"{summary['examples']:,} of {summary['questions']:,} questions, {summary['parameters']:,} parameters, "
             f"prepared in {summary['prepare_s']:.0f} s, trained in {summary['train_s']:.0f} s -> "
@@ -5577,7 +5430,6 @@ def gate_text(summary: dict[str, Any]) -> str:
 
 
 def training_text(summary: dict[str, Any]) -> str:
-    """A run's summary for people."""
     lines = [f"{summary['phase']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens in "
              f"{summary['seconds']:.0f} s ({summary['tokens_per_s']:,.0f} tokens/s), loss "
              f"{summary['loss'] or math.nan:.4f} -> {summary['checkpoint']}"]
@@ -6016,7 +5868,8 @@ class Pipeline:
             return read_context(self.tokenizer, item["question"], k, settings.ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
-        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max, system=settings.system)
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max,
+                            system=settings.system or "")
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
@@ -6267,7 +6120,7 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
-    if several_processes() and not process_group().is_main_process:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
         return assist_build(index, build, models, runtime)
     start = time.perf_counter()
     with index_lock(index.index_dir):
@@ -6337,9 +6190,8 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
               "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
-         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {MAX_COST} or less")
+    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
+    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
 
 
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -6377,14 +6229,12 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    parts = list(split_docs(text))
-    for part, label in parts:
-        tag = DOC_TAG.search(part) if label is None else None
-        if tag:
+    labels = [label for _, label in split_docs(text) if label is not None]
+    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
+    for part, label in split_docs(text):
+        if label is None and (tag := DOC_TAG.search(part)):
             raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
                             "<doc id=\"ID\">..</doc>, not one inside another")
-    labels = [label for _, label in parts if label is not None]
-    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 
@@ -6404,10 +6254,9 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
 
 
 def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that have no line in `out` yet; a question asked twice needs two lines.
+    """The questions without a line in `out`; one asked twice needs two lines. An id that is taken gets -2, -3, ..
 
-    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
-    has already gets -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes.
     """
     lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
@@ -6420,13 +6269,12 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
     return waiting
 
 
-def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
+def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
     """A chunk of --explain for people."""
-    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
-    content = passage_content(passage["title"], passage["text"]) if passage else ""
-    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
+    [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
+    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
-    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
+    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares})  {chunk['passage_id']}: {text[:80]}"
 
 
 HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
@@ -6449,11 +6297,10 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     elif read and not read & {"text", "partly"}:
         lines.append("no passage was read as text")
     stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
-    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
-              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
-              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
-              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
+    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
+              f"{100 * m['p_realised']:.0f}% of the context as text",
+              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s"]
+    lines += [explain_line(chunk, result["passages"]) for chunk in result["chunks"] if "why" in chunk]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
@@ -6503,14 +6350,14 @@ def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def all_reduce_check() -> dict[str, Any]:
     """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
-    state = process_group()
-    rank = torch.tensor([float(state.process_index)], device=state.device)
-    if state.num_processes > 1:
-        torch.distributed.all_reduce(rank)
-    expected = state.num_processes * (state.num_processes - 1) / 2
-    if rank.item() != expected:
-        raise RefragError(f"all-reduce gave {rank.item()}, not {expected}: check the launcher and the network")
-    return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
+    from accelerate.utils import reduce
+
+    group = process_group()
+    total = reduce(torch.tensor([float(group.process_index)], device=group.device)).item()
+    expected = group.num_processes * (group.num_processes - 1) / 2
+    if total != expected:
+        raise RefragError(f"all-reduce gave {total}, not {expected}: check the launcher and the network")
+    return {"processes": group.num_processes, "sum_of_ranks": total, "ok": True}
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:

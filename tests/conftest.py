@@ -254,7 +254,7 @@ def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """Caches of this test alone."""
+    """Caches of this test only."""
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 

@@ -94,7 +94,7 @@ def test_hnsw_finds_nearly_what_flat_finds():
 def test_ivfpq_gives_rows_that_exist(tmp_path, dim):
     """Product quantisation needs a divisor of the dimension. With one list probed, FAISS pads with -1."""
     vectors = unit_vectors(10_000, dim)
-    refrag.write_faiss(filled("ivfpq", vectors), tmp_path / "index")
+    faiss.write_index(filled("ivfpq", vectors), str(tmp_path / "index"))
     index = faiss.read_index(str(tmp_path / "index"))
     refrag.tune_faiss(index)
     assert (index.k_factor, faiss.downcast_index(index.base_index).nprobe) == (16, 64)

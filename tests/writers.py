@@ -52,7 +52,7 @@ def damage(path: Path, kind: str) -> None:
 
 
 def sign(folder: Path, **changes: object) -> None:
-    """Write a manifest anew, as if its files had always been what they are now."""
+    """Write a manifest again, as if its files had always been what they are now."""
     path = folder / "manifest.json"
     facts = json.loads(path.read_text()) | changes
     for name in facts["files"]:
