@@ -3942,7 +3942,8 @@ def cosine_scores(inputs: GateInput) -> np.ndarray:
 def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
     """((L, Q) bool, which of the question's Q terms each chunk has; (Q,) each term's share of the sum of their idf).
 
-    hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
+    hits @ shares is the question's coverage, in [0, 1]. The idf, log(1 + N / (n + .5)), is not BM25's: trained gates
+    rely on it.
     """
     asked = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
