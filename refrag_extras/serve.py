@@ -131,15 +131,11 @@ class Form(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Message(Form):
-    """A message of the conversation."""
-
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(joined_parts)]
 
 
 class RefragFields(Form):
-    """What a request may say beyond OpenAI's fields."""
-
     mode: Literal[MODES] = ""
     k: int = 0
     p: float = 0
@@ -149,15 +145,11 @@ class RefragFields(Form):
 
 
 class StreamOptions(Form):
-    """Options of a stream."""
-
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class ChatForm(Form):
-    """A request for an answer."""
-
     model: str
     messages: Annotated[list[Message], Field(min_length=1), AfterValidator(ends_with_question)]
     stream: bool = False
@@ -173,8 +165,6 @@ class ChatForm(Form):
 
 
 class EmbeddingsForm(Form):
-    """A request for vectors."""
-
     model: str
     input: Annotated[list, BeforeValidator(listed_inputs)]
     encoding_format: Literal["float", "base64"] = "float"
@@ -198,7 +188,8 @@ class ChatRequest(NamedTuple):
         question, system = asked_by(body.messages)
         counts = (body.max_completion_tokens, body.max_tokens, min(usual.max_new, MOST_TOKENS))
         settings = dataclasses.replace(
-            usual, system=system, stop=tuple(body.stop) or usual.stop, max_new=next(n for n in counts if n is not None),
+            usual, system=system or None, stop=tuple(body.stop) or usual.stop,
+            max_new=next(n for n in counts if n is not None),
             **body.model_dump(include={"temperature", "top_p"}, exclude_unset=True),
             **body.refrag.model_dump(exclude_unset=True))
         seed = secrets.randbelow(2**53) if settings.temperature else pipeline.seed  # JavaScript keeps 53 bits
@@ -255,7 +246,7 @@ class Engine:
     def __init__(self, pipeline: refrag.Pipeline, serve: refrag.ServeConfig):
         self.pipeline, self.serve, self.ready = pipeline, serve, True
         self.together = serve.together or (1 if pipeline.device.type == "cpu" else 4)
-        self.jobs: collections.deque[Job] = collections.deque()
+        self.jobs: list[Job] = []
         self.changed = threading.Condition()
         self.models = threading.Lock()  # one thread computes at a time
         self.counts: collections.Counter = collections.Counter()
@@ -264,8 +255,7 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Put a job in the queue. Raises Refused when it is full."""
         with self.changed:
-            for gone in [job for job in self.jobs if job.cancelled]:
-                self.jobs.remove(gone)
+            self.jobs = [job for job in self.jobs if not job.cancelled]
             if len(self.jobs) >= self.serve.waiting:
                 raise Refused(429, "too many requests are waiting: come again later", "queue_full")
             self.jobs.append(job)
@@ -286,15 +276,13 @@ class Engine:
             self.changed.wait_for(lambda: self.jobs or not self.ready)
             if not self.ready:
                 return []
-            first = self.jobs.popleft()
-            room = self.together - 1 if first.asked.settings.temperature == 0 else 0
-            others = [job for job in self.jobs if job.asked[1:3] == first.asked[1:3]][:room]  # settings and seed
-            for job in others:
-                self.jobs.remove(job)
-        return [first, *others]
+            first, *others = self.jobs
+            room = self.together if first.asked.settings.temperature == 0 else 1
+            batch = [first, *(job for job in others if job.asked[1:3] == first.asked[1:3])][:room]  # settings, seed
+            self.jobs = [job for job in self.jobs if job not in batch]
+        return batch
 
     def work_on(self) -> None:
-        """The thread."""
         while batch := self.next_batch():
             self.work(batch)
 
@@ -322,7 +310,9 @@ class Engine:
         except Exception as error:
             return refusal(error)
         for job, result in zip(batch, results, strict=True):
-            self.count(result)
+            made = result["metrics"]
+            self.counts.update(answers_total=1, new_tokens_total=made["new_tokens"], positions_total=made["positions"],
+                               full_positions_total=made["full_positions"], ttft_seconds_total=made["ttft_s"])
             if job.late and not result["ended"]:
                 job.refuse_late()
             else:
@@ -343,15 +333,6 @@ class Engine:
                           "refrag.mode")
         sampler = torch.Generator().manual_seed(asked.seed)
         return self.pipeline.settings_for(**vars(asked.settings) | {"sampler": sampler})
-
-    def count(self, result: dict[str, Any]) -> None:
-        """Add an answer to /metrics."""
-        metrics = result["metrics"]
-        self.counts["answers_total"] += 1
-        self.counts["new_tokens_total"] += metrics["new_tokens"]
-        self.counts["positions_total"] += metrics["positions"]
-        self.counts["full_positions_total"] += metrics["full_positions"]
-        self.counts["ttft_seconds_total"] += metrics["ttft_s"]
 
     def metrics_text(self) -> str:
         """/metrics, in Prometheus' text form."""
@@ -408,9 +389,15 @@ def embed_ids(embedder: refrag.Embedder, rows: list[list[int]]) -> np.ndarray:
 # -- HTTP ---------------------------------------------------------------
 
 
-def reply_head(job: Job, kind: str, model: str) -> dict[str, Any]:
-    """The fields that every object of a reply has."""
-    return {"id": job.id, "object": kind, "created": int(time.time()), "model": model}
+def reply(job: Job, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """An object of a reply."""
+    return {"id": job.id, "object": kind, "created": int(time.time()), "model": "refrag", "choices": choices, **more}
+
+
+def choice(said: dict[str, Any], ended: bool | None) -> dict[str, Any]:
+    """The choice of a reply. said: its message or delta; ended: whether the answer ended itself, None if it goes on."""
+    return {"index": 0, **said, "logprobs": None,
+            "finish_reason": None if ended is None else "stop" if ended else "length"}
 
 
 def usage_of(result: dict[str, Any]) -> dict[str, int]:
@@ -425,32 +412,22 @@ def refrag_fields(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names}
 
 
-def whole_reply(job: Job, result: dict[str, Any], model: str) -> dict[str, Any]:
-    """A reply in one piece."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": result["answer"], "refusal": None},
-              "logprobs": None, "finish_reason": "stop" if result["ended"] else "length"}
-    return {**reply_head(job, "chat.completion", model), "choices": [choice], "usage": usage_of(result),
-            "refrag": refrag_fields(result)}
-
-
 def event(data: Any) -> str:
     """A server-sent event."""
     return f"data: {data if isinstance(data, str) else refrag.dumps(data)}\n\n"
 
 
-def stream_events(job: Job, kind: str, value: Any, model: str) -> Iterator[str]:
+def stream_events(job: Job, kind: str, value: Any) -> Iterator[str]:
     """The events of one thing that a job told."""
+    chunk = functools.partial(reply, job, "chat.completion.chunk")
     if kind == "error":
         yield event(value.body())
-        return
-    ended = kind == "done"
-    choice = {"index": 0, "delta": {} if ended else {"content": value}, "logprobs": None,
-              "finish_reason": None if not ended else "stop" if value["ended"] else "length"}
-    more = {"refrag": refrag_fields(value)} if ended else {}
-    yield event({**reply_head(job, "chat.completion.chunk", model), "choices": [choice], **more})
-    if ended:
+    elif kind == "text":
+        yield event(chunk([choice({"delta": {"content": value}}, None)]))
+    else:
+        yield event(chunk([choice({"delta": {}}, value["ended"])], refrag=refrag_fields(value)))
         if job.asked.usage:
-            yield event({**reply_head(job, "chat.completion.chunk", model), "choices": [], "usage": usage_of(value)})
+            yield event(chunk([], usage=usage_of(value)))
         yield event("[DONE]")
 
 
@@ -487,7 +464,7 @@ class Service:
     def guarded(self, answer: Callable) -> Callable:
         """An address behind the key, whose refusals become replies. What is none is a fault of ours: 500."""
 
-        async def reply(request: Request) -> Any:
+        async def respond(request: Request) -> Any:
             try:
                 self.check_origin(request)
                 if answer not in (self.health, self.page, self.docs):
@@ -498,7 +475,7 @@ class Service:
             self.engine.counts[f'responses_total{{status="{response.status_code}"}}'] += 1
             return response
 
-        return reply
+        return respond
 
     def refuse(self, error: Refused) -> Any:
         """An error as a reply."""
@@ -528,21 +505,24 @@ class Service:
             raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
 
     async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions"""
         asked = ChatRequest.read(await read_body(request, self.serve.timeout), self.engine.pipeline)
         self.engine.settings_for(asked)  # wrong settings are refused before they wait
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
         job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
         self.engine.submit(job)
         try:
-            if not asked.stream:
-                return await self.in_one_piece(request, job, told)
-            first = await self.next_told(request, job, told)  # an error has its own status still
+            kind, value = await self.next_told(request, job, told)  # an error has its own status still
+            while kind == "text" and not asked.stream:
+                kind, value = await self.next_told(request, job, told)
         except BaseException:
             job.cancelled = True
             raise
-        return StreamingResponse(self.in_pieces(job, told, first), media_type="text/event-stream",
-                                           headers={"Cache-Control": "no-cache"})
+        if asked.stream:
+            return StreamingResponse(self.in_pieces(job, told, kind, value), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-cache"})
+        message = {"role": "assistant", "content": value["answer"], "refusal": None}
+        return JSONResponse(reply(job, "chat.completion", [choice({"message": message}, value["ended"])],
+                                  usage=usage_of(value), refrag=refrag_fields(value)))
 
     async def next_told(self, request: Request, job: Job, told: asyncio.Queue) -> tuple[str, Any]:
         """What a job tells next. Raises Refused for an error, and when the client has gone."""
@@ -559,21 +539,13 @@ class Service:
             raise value
         return kind, value
 
-    async def in_one_piece(self, request: Request, job: Job, told: asyncio.Queue) -> Response:
-        """The reply when all is said."""
-        while True:
-            kind, value = await self.next_told(request, job, told)
-            if kind == "done":
-                return JSONResponse(whole_reply(job, value, "refrag"))
-
-    async def in_pieces(self, job: Job, told: asyncio.Queue, first: tuple[str, Any]) -> Any:
+    async def in_pieces(self, job: Job, told: asyncio.Queue, kind: str, value: Any) -> Any:
         """The reply as events. When the client goes, Starlette ends this, and that ends the job."""
         try:
-            role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-            yield event({**reply_head(job, "chat.completion.chunk", "refrag"), "choices": [role]})
-            kind, value = first
+            role = choice({"delta": {"role": "assistant", "content": ""}}, None)
+            yield event(reply(job, "chat.completion.chunk", [role]))
             while True:
-                for part in stream_events(job, kind, value, "refrag"):
+                for part in stream_events(job, kind, value):
                     yield part
                 if kind != "text":
                     return
@@ -582,7 +554,6 @@ class Service:
             job.cancelled = True
 
     async def embeddings(self, request: Request) -> Response:
-        """POST /v1/embeddings"""
         form = EmbeddingsForm.model_validate_json(await read_body(request, self.serve.timeout))
         check_served(form.model, [model for model, use in self.models.items() if use == "embeddings"])
         dim = self.engine.pipeline.embedder.dim
@@ -600,29 +571,23 @@ class Service:
         return {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
 
     async def list_models(self, request: Request) -> Response:
-        """GET /v1/models"""
         return JSONResponse({"object": "list", "data": [self.model_facts(name) for name in self.models]})
 
     async def one_model(self, request: Request) -> Response:
-        """GET /v1/models/NAME"""
         check_served(request.path_params["name"], list(self.models))
         return JSONResponse(self.model_facts(request.path_params["name"]))
 
     async def health(self, request: Request) -> Response:
-        """GET /healthz"""
         alive = self.engine.thread.is_alive()
         return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """GET /metrics"""
         return PlainTextResponse(self.engine.metrics_text(), media_type="text/plain; version=0.0.4")
 
     async def docs(self, request: Request) -> Response:
-        """GET /docs"""
         return PlainTextResponse((PAGES / "docs.txt").read_text(encoding="utf-8"))
 
     async def page(self, request: Request) -> Response:
-        """GET /"""
         return HTMLResponse((PAGES / "index.html").read_text(encoding="utf-8"))
 
 
