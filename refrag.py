@@ -445,7 +445,6 @@ class ServeConfig(Options):
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
-    together: int = opt(0, "requests in one batch; 0: 4 on a GPU, 1 on a CPU, where batches change answers", low=0)
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
@@ -1722,8 +1721,7 @@ UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\
 # Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
 # 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-SHORT = (r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)"
-         r"|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)")
+SHORT = r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
 WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|{SHORT}|[\w--{UNSPACED}]+{ENDING}")
 ASCII_WORD = re.compile(rf"{SHORT}|\w+{ENDING}", re.ASCII)  # finds the same in ASCII text, twice as fast
@@ -2027,8 +2025,7 @@ class Index:
         verify_files(path, manifest["files"], read_all=read_all)
         folders = [path / segment["folder"] for segment in manifest["segments"]]
         self.segments = [map_columns(folder) for folder in folders]
-        self.ids, self.titles, self.texts, self.metadata = (
-            StringColumn(self.segments, name) for name in STRING_COLUMNS)
+        self.ids, self.titles, self.texts, self.metadata = (StringColumn(self.segments, n) for n in STRING_COLUMNS)
         self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
         self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
@@ -2156,80 +2153,6 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
-class CorpusWriter:
-    """Writes the text columns of a segment and remembers where each new document came from."""
-
-    def __init__(self, columns: ColumnWriter):
-        self.columns, self.documents = columns, set()
-        self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
-
-    def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
-        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
-        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
-        for identifier in {record.id, *ids}:
-            self.check_free(identifier, record.where)
-        self.documents.add(record.id)
-        self.places |= dict.fromkeys({record.id, *ids}, record.where)
-        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
-        for name, texts in zip(STRING_COLUMNS, values, strict=True):
-            self.columns.append_texts(name, texts)
-        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
-
-    def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a document or piece has this id already. where: the place of the one to be added."""
-        if first := self.places.get(identifier):
-            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
-
-    def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
-        """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
-        documents, rows = set(), [set() for _ in index.segments]
-        parts = itertools.chain.from_iterable(segment["parts"].tolist() for segment in index.segments)
-        for row, (identifier, part) in enumerate(zip(index.ids, parts, strict=True)):
-            document = identifier.rpartition("#")[0] if part else identifier
-            if document in self.documents:
-                documents.add(document)
-                number, inside = index.ids.place(row)
-                rows[number].add(inside)
-            else:
-                self.check_free(identifier, "the index")
-        return documents, rows
-
-
-def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
-           counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
-    """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
-
-    room: tokens the embedder reads; sources: see `source_label`. counts receives the passages that were added and the
-    documents that they replaced. Returns what `plan_compaction` does.
-    """
-    limit = min(corpus.max_passage_tokens, room)
-    if limit < corpus.max_passage_tokens:
-        notice(f"passages are cut at {limit} tokens, the most this embedder reads")
-    with ColumnWriter(folder) as columns:
-        writer = CorpusWriter(columns)
-        records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
-        while block := list(itertools.islice(records, EMBED_BLOCK)):
-            titles = tokenize(tokenizer, [record.title or "." for record in block])
-            texts = tokenize(tokenizer, [record.text for record in block])
-            for record, title, text in zip(block, titles, texts, strict=True):
-                used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
-                room = max(limit - used, limit // 2)  # for a piece of the text beside the title
-                spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
-                with skipping(corpus.errors, counts):
-                    writer.add(record, spans)
-        require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        documents, rows = writer.replaced(previous) if previous is not None else ((), ())
-        counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
-        kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
-        for number, start, stop in taken:
-            for name in STRING_COLUMNS:
-                copy_runs(columns, previous.segments[number], f"{name}_offsets", [name], start, stop)
-            columns.append("parts", previous.segments[number]["parts"][start:stop])
-    return kept, taken
-
-
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
     """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
@@ -2241,108 +2164,8 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     if embedder is not None:
         vectors, token_states, token_ends = embedder.embed_with_states(contents, batch_size)
         embeddings = map(late_chunk_vectors, token_states, token_ends, [cut.ends for cut in cuts], vectors)
-    return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
-                     for cut, *item in zip(cuts, embeddings, states, strict=True)]
-
-
-class Blocks:
-    """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
-
-    A block's name is a digest of its contents, models and precision, so that no other block is taken for it.
-    """
-
-    def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
-                 runtime: RuntimeConfig):
-        self.chunking, self.embedder, self.batch_size = chunking, embedder, build.batch_size
-        self.kept = embedder is not None or chunking.encoder is not None  # whether a model computes anything
-        self.folder = path / FINISHED_BLOCKS
-        self.made_by = dumps({
-            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size, "form": "columns"}).encode()
-        if self.kept:
-            self.folder.mkdir(exist_ok=True)
-        if count := len(list(self.folder.glob("*.npz"))):
-            notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
-
-    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
-
-        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
-        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
-        """
-        key = hashlib.blake2b(self.made_by, digest_size=16)
-        for content in contents:
-            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
-        path = self.folder / f"{key.hexdigest()}.npz"
-        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
-            return dict(file)
-        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
-        ends, sizes, embeddings, states = (
-            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
-        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
-                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
-        if embeddings is not None:
-            block["vectors"] = vectors
-            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
-        if states is not None:
-            block["chunks"] = states.astype(np.float16)
-        if self.kept:
-            data = io.BytesIO()
-            np.savez(data, **block)
-            write_atomic(path, data.getvalue())
-        return block
-
-    def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
-        """The blocks of the first `count` passages of a segment, or every n-th of them."""
-        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
-        for rows in batched(range(count), EMBED_BLOCK)[share]:
-            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
-            glibc("malloc_trim", 0)  # arrays of many sizes fragment the heap, which would only grow
-
-    def make_together(self, folder: Path | None = None, count: int = 0) -> None:
-        """Have every launched process embed its share, of the folder and the count that the first one names."""
-        from accelerate.utils import broadcast_object_list
-
-        group = process_group()
-        folder, count = broadcast_object_list([folder and str(folder), count])
-        own = self.of(Path(folder), count, slice(group.process_index, None, group.num_processes))
-        for _ in progress(own, "embedding a share", unit="block"):
-            pass
-        group.wait_for_everyone()
-
-
-def write_columns(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
-                  taken: Sequence[Run]) -> None:
-    """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
-    with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
-        for block in blocks:
-            bar.update(len(block["lengths"]))
-            columns.append_lengths("chunk_offsets", block.pop("lengths"))
-            for name, rows in block.items():
-                columns.append(name, rows)
-        for number, start, stop in taken:
-            segment = previous.segments[number]
-            copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
-            if previous.faiss:
-                columns.append("vectors", previous.faiss[number].reconstruct_n(start, stop - start))
-
-
-def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
-    """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    columns, built = [map_columns(folder)], None
-    if "dense" in uses:
-        vectors = columns[0]["vectors"]
-        built = faiss_kind(kind, len(vectors))
-        index = new_faiss(built, vectors)
-        for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
-            index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
-        with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing does not notice a disk that gets full
-            faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
-        (folder / "vectors.npy").unlink()
-    if "bm25" in uses:
-        titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
-        build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
-    return built
+    rows = zip(cuts, embeddings, states, strict=True)
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *own) for cut, *own in rows]
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
@@ -2362,63 +2185,222 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]] | None) -> None:
-    """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
+class IndexBuild:
+    """Builds a segment of an index beside the current ones, in three passes, and makes it current.
 
-    older: the files of the index that was added to; None: a notice names an index that is replaced.
+    What the models compute is kept on disk block by block, so that a killed build goes on where it stood. A block is
+    named by a digest of its contents, models and precision, so that no other is taken for it.
     """
-    final, folders = path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
-    if older is None and final.exists():
-        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime)), "which cannot be read"
-        with contextlib.suppress(RefragError):
-            old = index_manifest(path)
-            facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
-        notice(f"this replaces the index in {path} ({facts}, built {built}): --add would add to it")
-    known = {name: entry for name, entry in (older or {}).items() if name.partition("/")[0] in folders}
-    try:
-        write_manifest(final, new, manifest, known=known)
-    finally:
-        current = {folder for folder in path.glob("gen-*") if folder != new}
-        with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-            current = {path / segment["folder"] for segment in read_manifest(final)["segments"]}
-        for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
-            shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in path.glob(".manifest*.tmp"):
-            leftover.unlink(missing_ok=True)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
 
+    def __init__(self, path: Path, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
+                 previous: Index | None, runtime: RuntimeConfig):
+        self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
+        self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
+        if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
+            self.faiss = "flat" if previous.manifest["faiss"] == "flat" else "auto"
+        self.documents: set[str] = set()  # the new ones
+        self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
+        self.computes = embedder is not None or chunking.encoder is not None
+        self.finished = path / FINISHED_BLOCKS
+        self.made_by = dumps({
+            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
+            "device": str(pick_device(runtime.device)), "batch_size": self.batch_size, "form": "columns"}).encode()
 
-def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
-                chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
-    """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
-    path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
-    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": None, "faiss": None}
-    sources, uses = dict(old["sources"]), RETRIEVERS[retriever]
-    if previous is not None and embedder is not None:
-        check_embedder(old, embedder)
-    # What is added to a flat index stays exact; else its type goes by its own number.
-    faiss_type = build.faiss if previous is None else "flat" if old["faiss"] == "flat" else "auto"
-    cutter = ((embedder.tokenizer, embedder.room) if embedder else
-              (chunking.tokenizer.encoder, corpus.max_passage_tokens))
-    new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
-    with new_folder(new) as folder:
-        kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
-        blocks = Blocks(path, chunking, embedder, build, runtime)
-        if blocks.kept and os.environ.get("WORLD_SIZE", "1") != "1":
-            blocks.make_together(folder, counts["added"])
-        write_columns(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
-        built = build_retrievers(folder, uses, faiss_type)
-    columns = map_columns(new)
-    segments = [*(old["segments"][at] for at in kept), {
-        "folder": new.name, "faiss": built, "passages": len(columns["parts"]), "chunks": len(columns["chunk_ends"])}]
-    manifest = {
-        "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
-        "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-        "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
-        "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-        "chunking": chunking.facts()}
-    replace_manifest(path, new, manifest, old["files"])
-    return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+    def run(self, corpus: CorpusConfig) -> dict[str, Any]:
+        """Build the segment and make it current. Returns counts. The caller holds the lock."""
+        old = {"sources": {}, "segments": [], "faiss": None} if self.previous is None else self.previous.manifest
+        counts, sources, embedder = {"skipped": 0, "replaced": 0}, dict(old["sources"]), self.embedder
+        new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
+        with new_folder(new) as folder:
+            kept, taken = self.read(folder, corpus, counts, sources)
+            self.compute(folder, counts["added"], taken)
+            built = self.build_retrievers(folder)
+        sizes = {name: len(column) for name, column in map_columns(new).items()}
+        segments = [*(old["segments"][at] for at in kept), {
+            "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
+        manifest = {
+            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": sources,
+            "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
+            "uses": RETRIEVERS[self.retriever], "faiss": old["faiss"] or built, "dim": embedder and embedder.dim,
+            "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
+            "chunking": self.chunking.facts()}
+        self.replace_manifest(new, manifest)
+        return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+
+    def read(self, folder: Path, corpus: CorpusConfig, counts: dict[str, int],
+             sources: dict[str, str]) -> tuple[list[int], list[Run]]:
+        """First pass: read, split and write the texts, block by block; the rows of older segments last.
+
+        counts receives the passages that were added and the documents that they replaced; sources: see `source_label`.
+        Returns what `plan_compaction` does.
+        """
+        tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
+        if self.embedder:
+            tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
+        if limit < corpus.max_passage_tokens:
+            notice(f"passages are cut at {limit} tokens, the most this embedder reads")
+        with ColumnWriter(folder) as columns:
+            records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
+            while block := list(itertools.islice(records, EMBED_BLOCK)):
+                titles = tokenize(tokenizer, [record.title or "." for record in block])
+                texts = tokenize(tokenizer, [record.text for record in block])
+                for record, title, text in zip(block, titles, texts, strict=True):
+                    used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
+                    room = max(limit - used, limit // 2)  # for a piece of the text beside the title
+                    spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
+                    with skipping(corpus.errors, counts):
+                        self.add(columns, record, spans)
+            require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
+            documents, rows = self.replaced()
+            counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+            kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
+            for number, start, stop in taken:
+                segment = self.previous.segments[number]
+                for name in STRING_COLUMNS:
+                    copy_runs(columns, segment, f"{name}_offsets", [name], start, stop)
+                columns.append("parts", segment["parts"][start:stop])
+        return kept, taken
+
+    def add(self, columns: ColumnWriter, record: Record, spans: list[tuple[int, int]]) -> None:
+        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
+        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
+        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
+        for identifier in {record.id, *ids}:
+            self.check_free(identifier, record.where)
+        self.documents.add(record.id)
+        self.places |= dict.fromkeys({record.id, *ids}, record.where)
+        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
+        for name, texts in zip(STRING_COLUMNS, values, strict=True):
+            columns.append_texts(name, texts)
+        columns.append("parts", np.asarray(parts, dtype=np.uint32))
+
+    def check_free(self, identifier: str, where: str) -> None:
+        """Raise BadRecord if a new document or piece has this id already. where: the place of another."""
+        if first := self.places.get(identifier):
+            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
+
+    def replaced(self) -> tuple[set[str], list[set[int]]]:
+        """(older documents that new ones replace, their rows in each segment). Raises BadRecord."""
+        segments = self.previous.segments if self.previous is not None else []
+        documents, rows = set(), [set() for _ in segments]
+        for segment, found in zip(segments, rows, strict=True):
+            for row, (identifier, part) in enumerate(zip(StringColumn([segment], "ids"), segment["parts"].tolist(),
+                                                         strict=True)):
+                document = identifier.rpartition("#")[0] if part else identifier
+                if document in self.documents:
+                    documents.add(document)
+                    found.add(row)
+                else:
+                    self.check_free(identifier, "the index")
+        return documents, rows
+
+    def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
+        """Second pass: write chunks and vectors (a temporary file) of the first `count` passages and of those taken."""
+        if finished := len(list(self.finished.glob("*.npz"))):
+            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages need not be embedded again")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            self.embed_share(folder, count)
+        with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
+            for block in self.blocks(folder, count):
+                bar.update(len(block["lengths"]))
+                columns.append_lengths("chunk_offsets", block.pop("lengths"))
+                for name, rows in block.items():
+                    columns.append(name, rows)
+            for number, start, stop in taken:
+                segment = self.previous.segments[number]
+                copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
+                if self.previous.faiss:
+                    columns.append("vectors", self.previous.faiss[number].reconstruct_n(start, stop - start))
+
+    def embed_share(self, folder: Path | None = None, count: int = 0) -> None:
+        """What each launched process does: embed its share, of the folder and the count that the first one names."""
+        from accelerate.utils import broadcast_object_list
+
+        if not self.computes:
+            return
+        group = process_group()
+        folder, count = broadcast_object_list([folder and str(folder), count])
+        own = self.blocks(Path(folder), count, slice(group.process_index, None, group.num_processes))
+        for _ in progress(own, "embedding a share", unit="block"):
+            pass
+        group.wait_for_everyone()
+
+    def blocks(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
+        """The blocks of the first `count` passages of a segment, or every n-th of them."""
+        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
+        for rows in batched(range(count), EMBED_BLOCK)[share]:
+            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
+
+    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+
+        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        """
+        key = hashlib.blake2b(self.made_by, digest_size=16)
+        for content in contents:
+            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
+        path = self.finished / f"{key.hexdigest()}.npz"
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
+            return dict(file)
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            block["vectors"] = vectors
+            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            block["chunks"] = states.astype(np.float16)
+        if self.computes:
+            self.finished.mkdir(exist_ok=True)
+            data = io.BytesIO()
+            np.savez(data, **block)
+            write_atomic(path, data.getvalue())
+        return block
+
+    def build_retrievers(self, folder: Path) -> str | None:
+        """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
+        columns, built, uses = [map_columns(folder)], None, RETRIEVERS[self.retriever]
+        if "dense" in uses:
+            vectors = columns[0]["vectors"]
+            built = faiss_kind(self.faiss, len(vectors))
+            index = new_faiss(built, vectors)
+            for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
+                index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
+            with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing misses a disk that gets full
+                faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
+            (folder / "vectors.npy").unlink()
+        if "bm25" in uses:
+            titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
+            build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
+        return built
+
+    def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
+        """Make a manifest's segments the index in one step; remove all other segments and what killed writers left."""
+        final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
+        if self.previous is None and final.exists():
+            built = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime))
+            facts = "which cannot be read"
+            with contextlib.suppress(RefragError):
+                old = index_manifest(self.path)
+                facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
+            notice(f"this replaces the index in {self.path} ({facts}, built {built}): --add would add to it")
+        older = self.previous.manifest["files"] if self.previous is not None else {}
+        known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+        try:
+            write_manifest(final, new, manifest, known=known)
+        finally:
+            current = {folder for folder in self.path.glob("gen-*") if folder != new}
+            with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and was not replaced
+                current = {self.path / segment["folder"] for segment in read_manifest(final)["segments"]}
+            for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - current:
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self.path.glob(".manifest*.tmp"):
+                leftover.unlink(missing_ok=True)
+        shutil.rmtree(self.finished, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -2832,9 +2814,9 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
-                 system: str = "") -> Context:
+                 system: str | None = None) -> Context:
     """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
-    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system or ""))
     while True:
         prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
         if prompt.context_tokens <= ctx_max:
@@ -3822,9 +3804,8 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     return model
 
 
-def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
-               runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
-    """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
+def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> IndexBuild:
+    """A build with what the options name, or what the index to add to has. Raises RefragError."""
     previous = open_index(index.index_dir) if build.add else None
     built = previous.manifest if previous is not None else {}
     if previous is not None:
@@ -3832,21 +3813,15 @@ def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
     retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
     name = index.embed_model or built.get("embedder", {}).get("name")
     embedder = None if retriever == "bm25" else load_embedder(name, runtime)
+    if previous is not None and embedder is not None:
+        check_embedder(built, embedder)
     with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
     encoder = load_model(models, runtime).encoder if with_states else None
     tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
     chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
     if chunks and chunks != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
-    return previous, retriever, embedder, chunking
-
-
-def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """What every launched process but the first does of `index`: embed its share of the blocks."""
-    _, _, embedder, chunking = load_build(index, build, models, runtime)
-    blocks = Blocks(Path(index.index_dir), chunking, embedder, build, runtime)
-    if blocks.kept:
-        blocks.make_together()
+        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build again")
+    return IndexBuild(Path(index.index_dir), build, retriever, embedder, chunking, previous, runtime)
 
 # =============================================================================
 # 9. Gate. A score for every chunk of the context, and the choice of those
@@ -3911,7 +3886,8 @@ def cosine_scores(inputs: GateInput) -> np.ndarray:
 def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
     """((L, Q) bool, which of the question's Q terms each chunk has; (Q,) each term's share of the sum of their idf).
 
-    hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
+    hits @ shares is the question's coverage, in [0, 1]. The idf, log(1 + N / (n + .5)), is not BM25's: trained gates
+    rely on it.
     """
     asked = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
@@ -3942,10 +3918,8 @@ def blend_scores(inputs: GateInput) -> np.ndarray:
 
 @torch.inference_mode()
 def ppl_scores(inputs: GateInput) -> np.ndarray:
-    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
-
-    A baseline: the decoder reads the whole context for it, so it cannot make the first token faster.
-    """
+    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic, a
+    baseline, since for it the decoder reads the whole context."""
     scores = np.zeros(len(inputs.texts), dtype=np.float32)
     device = next(inputs.decoder.parameters()).device
     for doc in np.unique(inputs.docs):
@@ -4061,8 +4035,8 @@ class QueryGate(nn.Module):
     """A logit for every chunk of a question, given all of its chunks.
 
     Features, projected chunk vectors and their products with the projected question go through one layer; then every
-    chunk sees its neighbours, maximum and mean over all chunks, and its neighbours again. Attention instead was no
-    better and twice as slow. features False: only vectors, as in the paper's policy; blind: without the question, too.
+    chunk sees its neighbours, the maximum and mean of all chunks, and its neighbours again (attention was no better and
+    twice as slow). features False: only vectors, as in the paper's policy; blind: not even the question.
     """
 
     def __init__(self, dim: int, pairs: int = 64, width: int = 64, features: bool = True, blind: bool = False):
@@ -4215,8 +4189,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
     """Samples of each text length in each stage: (tasks, 9) float; task i has texts of 2**i chunks.
 
     Every row is a geometric sequence. It starts at 1333 / 4**i, at least 1, and sums to 2000 for the first three tasks,
-    4000 for the next three and 8000 for the rest. Rounded, these are the numbers of the paper's table for 9 tasks.
-    Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
+    4000 for the next three and 8000 for the rest. Rounded, this is the paper's table. Row 0: 1333, 444.6, 148.3, ..
     """
     rows = []
     for task in range(tasks):
@@ -4230,8 +4203,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
 def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     """(tasks,) probabilities of the text lengths at a point of the run. progress: range [0, 1).
 
-    kind: paper (stages as long as their sample counts), even (stages of equal length), none (only the longest).
-    No length falls below LEAST_SHARE; in the paper's table single chunks die out.
+    kind: paper (stages as long as their sample counts), even (equal stages), none (only the longest length).
     """
     if kind == "none" or tasks == 1:
         return np.eye(tasks)[-1]
@@ -4316,7 +4288,7 @@ def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache
 
 def tokenize_texts(paths: Sequence[str], tokenizer: RefragTokenizer) -> dict[str, Tensor]:
     """tokens (T,); cuts (T,), whether a cut may be made before each; texts (n, 5): first and last token, tokens of
-    context, file and line. Raises UserError for token ids that the decoder does not have."""
+    context, file, line. Raises UserError for ids beyond the decoder's vocabulary."""
     tokens, cuts, texts, first, vocabulary = [], [], [], 0, len(tokenizer.decoder)
     for text in progress(read_training_texts(paths), "tokenising", unit="text"):
         if isinstance(text.text, list):
@@ -4374,7 +4346,7 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
 
 
 class TextLessons:
-    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens.
+    """What a phase learns from windows of at most --seq_tokens tokens of texts.
 
     Subclasses make an item of a window with one of `ks`, at a `progress` in [0, 1); the evaluation passes 1.
     """
@@ -4662,9 +4634,9 @@ Lessons = TextLessons | AnswerLessons
 class Sampler:
     """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
 
-    A step is filled with about batch_size * seq_tokens positions for each process and each of grad_accum, since these
-    are what it costs; its loss is divided by its labels. Draw n is item permutation(epoch)[n % len] with a random
-    generator of its own: a run can go on from `drawn`, and two processes see what one would.
+    A step has about batch_size * seq_tokens positions (its cost) for each process and each of grad_accum. Draw n is
+    item permutation(epoch)[n % len] with a generator of its own: a run continues from `drawn`, and several processes
+    see what one would.
     """
 
     def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
@@ -4711,8 +4683,8 @@ class Sampler:
 def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
     """Items, the longest first, in passes of similar length; process i takes [i::processes] of each.
 
-    A pass ends when a process's items, padded to the longest, fill `positions`, or when its padding (in positions per
-    process) exceeds pass_cost, so that another pass is faster.
+    A pass ends when its items, padded to the longest, fill `positions`, or its padding exceeds pass_cost, so that
+    another pass is faster; both are positions per process.
     """
     passes, at, last = [], 0, len(items) // processes * processes
     while at < last:
@@ -5051,13 +5023,13 @@ def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> Trai
 def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
     """Sequences as they are ("vectors") or changed by one of CONTROLS; [] if that is impossible.
 
-    sources: (N,) the texts or passages that each sequence's vectors stand for.
+    sources: (N,) what each sequence's vectors stand for: texts, or rows of the index.
     """
     if name == "vectors":
         return sequences
     if name == "full":
         return [with_text(s) for s in sequences]
-    if name == "none":  # impossible if vectors themselves have labels and nothing stands before them
+    if name == "none":  # impossible if a vector with a label has no token before it
         made = [without_vectors(s) for s in sequences]
         return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
@@ -5068,11 +5040,8 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
-    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others.
-
-    Two windows of one text, or two questions that find the same passage, reveal much of each other, and are often
-    neighbours. source: called lazily, since it may be a search.
-    """
+    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others, which
+    would reveal much of it. source: called lazily, since it may be a search."""
     own, following = source(number), [*range(number + 1, count), *range(number)]
     for apart in (True, False):
         yield from (other for other in following if own.isdisjoint(source(other)) == apart)
@@ -5174,10 +5143,8 @@ def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
-    """Lock a run's folder; remove it again if the run never started. Raises UserError, LockedError.
-
-    files: the names it may hold; first: the file that is there once the run has started.
-    """
+    """Lock a run's folder; remove it again if the run never started (has no file `first`). files: the names it may
+    hold. Raises UserError, LockedError."""
     require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
     foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
     require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
@@ -6122,11 +6089,10 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
-        return assist_build(index, build, models, runtime)
+        return load_build(index, build, models, runtime).embed_share()
     start = time.perf_counter()
     with index_lock(index.index_dir):
-        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
-        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
+        summary = load_build(index, build, models, runtime).run(corpus)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
