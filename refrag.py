@@ -445,7 +445,6 @@ class ServeConfig(Options):
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
-    together: int = opt(0, "requests in one batch; 0: 4 on a GPU, 1 on a CPU, where batches change answers", low=0)
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
@@ -2802,9 +2801,9 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
-                 system: str = "") -> Context:
+                 system: str | None = None) -> Context:
     """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
-    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system or ""))
     while True:
         prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
         if prompt.context_tokens <= ctx_max:
@@ -3874,7 +3873,8 @@ def cosine_scores(inputs: GateInput) -> np.ndarray:
 def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
     """((L, Q) bool, which of the question's Q terms each chunk has; (Q,) each term's share of the sum of their idf).
 
-    hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
+    hits @ shares is the question's coverage, in [0, 1]. The idf, log(1 + N / (n + .5)), is not BM25's: trained gates
+    rely on it.
     """
     asked = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
@@ -3905,10 +3905,8 @@ def blend_scores(inputs: GateInput) -> np.ndarray:
 
 @torch.inference_mode()
 def ppl_scores(inputs: GateInput) -> np.ndarray:
-    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
-
-    A baseline: the decoder reads the whole context for it, so it cannot make the first token faster.
-    """
+    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic, a
+    baseline, since for it the decoder reads the whole context."""
     scores = np.zeros(len(inputs.texts), dtype=np.float32)
     device = next(inputs.decoder.parameters()).device
     for doc in np.unique(inputs.docs):
@@ -4024,8 +4022,8 @@ class QueryGate(nn.Module):
     """A logit for every chunk of a question, given all of its chunks.
 
     Features, projected chunk vectors and their products with the projected question go through one layer; then every
-    chunk sees its neighbours, maximum and mean over all chunks, and its neighbours again. Attention instead was no
-    better and twice as slow. features False: only vectors, as in the paper's policy; blind: without the question, too.
+    chunk sees its neighbours, the maximum and mean of all chunks, and its neighbours again (attention was no better and
+    twice as slow). features False: only vectors, as in the paper's policy; blind: not even the question.
     """
 
     def __init__(self, dim: int, pairs: int = 64, width: int = 64, features: bool = True, blind: bool = False):
@@ -4178,8 +4176,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
     """Samples of each text length in each stage: (tasks, 9) float; task i has texts of 2**i chunks.
 
     Every row is a geometric sequence. It starts at 1333 / 4**i, at least 1, and sums to 2000 for the first three tasks,
-    4000 for the next three and 8000 for the rest. Rounded, these are the numbers of the paper's table for 9 tasks.
-    Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
+    4000 for the next three and 8000 for the rest. Rounded, this is the paper's table. Row 0: 1333, 444.6, 148.3, ..
     """
     rows = []
     for task in range(tasks):
@@ -4193,8 +4190,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
 def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     """(tasks,) probabilities of the text lengths at a point of the run. progress: range [0, 1).
 
-    kind: paper (stages as long as their sample counts), even (stages of equal length), none (only the longest).
-    No length falls below LEAST_SHARE; in the paper's table single chunks die out.
+    kind: paper (stages as long as their sample counts), even (equal stages), none (only the longest length).
     """
     if kind == "none" or tasks == 1:
         return np.eye(tasks)[-1]
@@ -4279,7 +4275,7 @@ def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache
 
 def tokenize_texts(paths: Sequence[str], tokenizer: RefragTokenizer) -> dict[str, Tensor]:
     """tokens (T,); cuts (T,), whether a cut may be made before each; texts (n, 5): first and last token, tokens of
-    context, file and line. Raises UserError for token ids that the decoder does not have."""
+    context, file, line. Raises UserError for ids beyond the decoder's vocabulary."""
     tokens, cuts, texts, first, vocabulary = [], [], [], 0, len(tokenizer.decoder)
     for text in progress(read_training_texts(paths), "tokenising", unit="text"):
         if isinstance(text.text, list):
@@ -4337,7 +4333,7 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
 
 
 class TextLessons:
-    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens.
+    """What a phase learns from windows of at most --seq_tokens tokens of texts.
 
     Subclasses make an item of a window with one of `ks`, at a `progress` in [0, 1); the evaluation passes 1.
     """
@@ -4625,9 +4621,9 @@ Lessons = TextLessons | AnswerLessons
 class Sampler:
     """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
 
-    A step is filled with about batch_size * seq_tokens positions for each process and each of grad_accum, since these
-    are what it costs; its loss is divided by its labels. Draw n is item permutation(epoch)[n % len] with a random
-    generator of its own: a run can go on from `drawn`, and two processes see what one would.
+    A step has about batch_size * seq_tokens positions (its cost) for each process and each of grad_accum. Draw n is
+    item permutation(epoch)[n % len] with a generator of its own: a run continues from `drawn`, and several processes
+    see what one would.
     """
 
     def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
@@ -4674,8 +4670,8 @@ class Sampler:
 def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
     """Items, the longest first, in passes of similar length; process i takes [i::processes] of each.
 
-    A pass ends when a process's items, padded to the longest, fill `positions`, or when its padding (in positions per
-    process) exceeds pass_cost, so that another pass is faster.
+    A pass ends when its items, padded to the longest, fill `positions`, or its padding exceeds pass_cost, so that
+    another pass is faster; both are positions per process.
     """
     passes, at, last = [], 0, len(items) // processes * processes
     while at < last:
@@ -5014,13 +5010,13 @@ def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> Trai
 def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
     """Sequences as they are ("vectors") or changed by one of CONTROLS; [] if that is impossible.
 
-    sources: (N,) the texts or passages that each sequence's vectors stand for.
+    sources: (N,) what each sequence's vectors stand for: texts, or rows of the index.
     """
     if name == "vectors":
         return sequences
     if name == "full":
         return [with_text(s) for s in sequences]
-    if name == "none":  # impossible if vectors themselves have labels and nothing stands before them
+    if name == "none":  # impossible if a vector with a label has no token before it
         made = [without_vectors(s) for s in sequences]
         return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
@@ -5031,11 +5027,8 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
-    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others.
-
-    Two windows of one text, or two questions that find the same passage, reveal much of each other, and are often
-    neighbours. source: called lazily, since it may be a search.
-    """
+    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others, which
+    would reveal much of it. source: called lazily, since it may be a search."""
     own, following = source(number), [*range(number + 1, count), *range(number)]
     for apart in (True, False):
         yield from (other for other in following if own.isdisjoint(source(other)) == apart)
@@ -5137,10 +5130,8 @@ def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
-    """Lock a run's folder; remove it again if the run never started. Raises UserError, LockedError.
-
-    files: the names it may hold; first: the file that is there once the run has started.
-    """
+    """Lock a run's folder; remove it again if the run never started (has no file `first`). files: the names it may
+    hold. Raises UserError, LockedError."""
     require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
     foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
     require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
