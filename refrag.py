@@ -89,7 +89,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,10 +98,9 @@ from typing import Any, Literal, NamedTuple
 __version__ = "0.1.0"
 
 # =============================================================================
-# 1. Options. Errors with exit codes; every option as one dataclass field with its
-#    default, its help and its range; the table of commands. Run as a program, the
-#    command line is parsed HERE, before the heavy imports, so that --help and a
-#    mistyped flag answer at once.
+# 1. Options. Errors with exit codes; every option as one dataclass field with its default, help
+#    and range; the table of commands. Run as a program, the command line is parsed HERE, before
+#    the heavy imports, so that --help and a mistyped flag answer at once.
 # =============================================================================
 
 
@@ -166,21 +165,6 @@ def like(cls: type, name: str, **changes: Any) -> Any:
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
-def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UserError unless a value is what its option takes."""
-    choices, limits = rule["choices"], rule["limits"]
-    require(value != "", f"{flag} is empty: give a value or leave it out")
-    require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
-    require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
-    require(not rule["fresh"] or not os.path.exists(value) or (os.path.isdir(value) and not os.listdir(value)),
-            f"{flag} {value} is there already: name a new folder")
-    valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
-    if limits.keys() == {"low", "high"}:
-        valid = "lie between {low} and {high}".format(**limits)
-    require(not limits or (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())),
-            f"{flag} must {valid}, got {value}")
-
-
 @typing.dataclass_transform(frozen_default=True)
 class Options:
     """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
@@ -190,12 +174,21 @@ class Options:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            flag, value = f"--{f.name}", getattr(self, f.name)
-            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['help']}")
+            flag, value, rule = f"--{f.name}", getattr(self, f.name), f.metadata
+            choices, limits = rule["choices"], rule["limits"]
+            require(not rule["needed"] or bool(value), f"{flag} is missing: {rule['help']}")
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
-            single = () if value is None or value == f.default == "" else (value,)
-            for item in value if isinstance(value, tuple) else single:
-                check_value(flag, item, f.metadata)
+            valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+            if limits.keys() == {"low", "high"}:
+                valid = "lie between {low} and {high}".format(**limits)
+            for v in value if isinstance(value, tuple) else () if value is None else (value,):
+                require(v != "" or f.default == "", f"{flag} is empty: give a value or leave it out")
+                require(not choices or v in choices, f"{flag} must be one of {', '.join(choices)}, got {v!r}")
+                require(not rule["exists"] or os.path.isfile(v), f"{flag} {v}: no such file")
+                require(not rule["fresh"] or not os.path.exists(v) or (os.path.isdir(v) and not os.listdir(v)),
+                        f"{flag} {v} is there already: name a new folder")
+                fits = not limits or (v < math.inf and all(LIMITS[key][0](v, limit) for key, limit in limits.items()))
+                require(fits, f"{flag} must {valid}, got {v}")
         self.check()
 
     def check(self) -> None:
@@ -206,8 +199,7 @@ class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
     dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
-    engine: str = opt("auto", "CPU decoding: the model as it is, 8 or 4 bits; auto: 4 bits if lossless, else 8",
-                      choices="auto model int8 int4")
+    engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -225,7 +217,6 @@ class CorpusConfig(Options):
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
     def check(self) -> None:
-        require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
                 f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
@@ -247,8 +238,8 @@ class ModelConfig(Options):
     dec: str | None = opt(None, "decoder: name, hub id or folder; default checkpoint's or SmolLM2-135M-Instruct")
     enc: str | None = opt(None, "encoder: name, folder, decoder:N (first N layers); default checkpoint's or decoder:8")
     pooling: str | None = opt(None, "how a chunk's states become one; default checkpoint's or mean", choices="mean cls")
-    projector: str | None = opt(None, "residual_mlp adds the mean of the chunk's token embeddings, mlp does not; "
-                                "default checkpoint's or residual_mlp", choices="residual_mlp mlp")
+    projector: str | None = opt(None, "default checkpoint's or residual_mlp, which adds the mean of token embeddings",
+                                choices="residual_mlp mlp")
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
@@ -272,8 +263,7 @@ class FormatConfig(Options):
 
 
 class PackConfig(Options):
-    mode: str = opt("refrag", "context as vectors and text, as text, left out, or as text cut to as many positions",
-                    choices="refrag full none truncate")
+    mode: str = opt("refrag", "vectors and text, all text, nothing, or cut text", choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
     floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
@@ -379,8 +369,7 @@ EVAL_MODES = {  # what --modes may name
     "retrieval": ("bm25", "dense", "hybrid"),
     "gate": ("learned", "policy", "blend", "cosine", "ppl", "random"),
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
-    "recon": (),
-}
+    "recon": ()}
 EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes names them
 TEXT_TASKS = ("ppl", "recon")
 
@@ -390,9 +379,7 @@ class EvalConfig(Options):
                     choices=" ".join(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
-    modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
-        f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
-        + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
+    modes: tuple[str, ...] = opt((), f"what is compared; default all of the task but {', '.join(EVAL_ONLY_NAMED)}")
     p: tuple[float, ...] = like(SftConfig, "p", help="shares of the context that stay text at most")
     k: tuple[int, ...] = like(PackConfig, "k", default=(PackConfig.k,))
     gate: str = like(PackConfig, "gate")
@@ -458,7 +445,6 @@ class ServeConfig(Options):
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
-    together: int = opt(0, "requests in one batch; 0: 4 on a GPU, 1 on a CPU, where batches change answers", low=0)
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
@@ -562,14 +548,13 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {one_line(error)}") from None
     known = {name: config_fields(command.configs).keys() for name, command in COMMANDS.items()}
     tables = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, options in (("", table), *tables.items()):
-        for key, value in options.items():
-            option, valid = key.replace("-", "_"), known[name] if name else set().union(*known.values())
-            require(option in valid, f"--config {path}: unknown option {key!r}{name and f' in [{name}]'}")
-            if name in ("", command) and option in known[command]:
-                settings[option] = value
-    return settings
+        values = {key.replace("-", "_"): value for key, value in options.items()}
+        unknown = sorted(values.keys() - (known[name] if name else set().union(*known.values())))
+        require(not unknown, f"--config {path}: unknown option {str(unknown)[1:-1]}{name and f' in [{name}]'}")
+        settings |= values if name in ("", command) else {}
+    return {key: value for key, value in settings.items() if key in known[command]}
 
 
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -727,6 +712,7 @@ try:
     import bm25s
     import faiss
     import filelock
+    import huggingface_hub.constants
     import numpy as np
     import regex
     import Stemmer
@@ -771,11 +757,8 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
-    """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
-
-    done: what an earlier run did already. In a log, where nothing is erased, the bar is drawn rarely.
-    """
-    pace = 0.1 if sys.stderr.isatty() else 30.0
+    """A bar on stderr around items, or alone, once the work has taken a second. done: by an earlier run."""
+    pace = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a log, where nothing is erased, the bar is drawn rarely
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
                 leave=False, dynamic_ncols=True, file=sys.stderr)
 
@@ -793,8 +776,6 @@ def prepare_runtime(runtime: RuntimeConfig) -> None:
         torch.set_num_threads(runtime.threads)
         faiss.omp_set_num_threads(runtime.threads)
     if runtime.offline:
-        import huggingface_hub.constants
-
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.manual_seed(runtime.seed)
     transformers.utils.logging.set_verbosity_error()
@@ -832,17 +813,14 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Adds up seconds per named stage, device synchronised on both sides.
-
-    Example: with watch.stage("gate_s"): ...; then watch.seconds == {"gate_s": 0.01}
-    """
+    """Adds up seconds per stage. Example: with watch.stage("gate_s"): ..; then watch.seconds == {"gate_s": 0.01}"""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
         self.device, self.clock, self.seconds = device, clock, {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block and add it to the stage."""
+        """Time the block, with the device synchronised on both sides."""
         synchronize(self.device)
         start = self.clock()
         yield
@@ -898,14 +876,14 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
     By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # of mallopt in glibc's malloc.h
-    if device.type == "cpu":
-        glibc("mallopt", m_mmap_max, 0)
-        glibc("mallopt", m_trim_threshold, -1)  # never
+    m_trim_threshold, m_mmap_max, on_cpu = -1, -4, device.type == "cpu"  # of mallopt in glibc's malloc.h
     try:
+        if on_cpu:
+            glibc("mallopt", m_mmap_max, 0)
+            glibc("mallopt", m_trim_threshold, -1)  # never
         yield
     finally:
-        if device.type == "cpu":
+        if on_cpu:
             glibc("mallopt", m_mmap_max, 1 << 16)  # the default
             glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
             glibc("malloc_trim", 0)
@@ -917,14 +895,13 @@ def sha256_file(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file or folder to disk; folders cannot be synced on Windows, where this does nothing for them."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Force a file or folder to disk; on Windows folders cannot be synced."""
+    if os.name != "nt" or path.is_file():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -1037,10 +1014,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = MANIFEST_FORMAT,
                    known: dict[str, dict[str, Any]] | None = None) -> None:
-    """Write a manifest that lists every file of `folder` with its size and sha256, by its path from the manifest's.
-
-    known: entries of further files.
-    """
+    """Write a manifest of the size and sha256 of every file in `folder`. known: entries of further files."""
     entries = {file.relative_to(path.parent).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
                for file in folder.rglob("*") if file.is_file()}
     manifest = {"format": form, "version": MANIFEST_VERSION, **facts, "files": (known or {}) | entries}
@@ -1065,10 +1039,7 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
 
 def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
                  read_all: bool = False) -> None:
-    """Check the size of every listed file, and with read_all, or where there is little to read, its digest.
-
-    Raises CorruptError that names the first bad one.
-    """
+    """Raise CorruptError for a file of another size, and with read_all, or if all are small, of another digest."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -1144,6 +1115,18 @@ def map_array(path: Path) -> np.ndarray:
 # 4. Data. Corpus and question files in, validated records out. Knows no models.
 # =============================================================================
 
+BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
+NAMED = 10  # bad records and files that are named one by one
+SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
+CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
+
 
 class Record(NamedTuple):
     """One document of a corpus, before splitting."""
@@ -1157,9 +1140,6 @@ class Record(NamedTuple):
 
 class BadRecord(UserError):
     """An error that --errors skip passes over."""
-
-
-NAMED = 10  # bad records and files that are named one by one
 
 
 @contextlib.contextmanager
@@ -1183,15 +1163,6 @@ def spelled(path: Path) -> str:
 def bare_name(path: Path) -> Path:
     """A file's name without .gz. Example: notes/v1.2 list.TXT.gz -> v1.2 list.TXT"""
     return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
-
-
-BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
-QUESTION_FIELDS = ("question", "query", "text")
 
 
 class TextFile:
@@ -1359,9 +1330,6 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
         raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
-CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
-
-
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
@@ -1477,10 +1445,6 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
             yield TrainingText(text, sizes[0], where)
 
 
-SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
-SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
-
-
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
@@ -1537,8 +1501,8 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     for number, item in enumerate(questions if needs else (), start=1):
         where, answers, ids = f"{flag} {path}: question {number}", item.get("answers"), item.get("positive_ids") or []
         if "answers" in needs:
-            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-            require(strings, f"{where} has no list of answers")
+            require(isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers),
+                    f"{where} has no list of answers")
             for answer in answers:
                 check_string(answer, "an answer", where)
         require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
@@ -1547,7 +1511,7 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     return questions
 
 
-def spread(items: Sequence, limit: int | None) -> Sequence:
+def sample_evenly(items: Sequence, limit: int | None) -> Sequence:
     """At most `limit` items, evenly spread; 2 n - 1 hold those of n. Example: [1, 2, 3, 4, 5], 3 -> [1, 3, 5]"""
     if limit is None or limit >= len(items):
         return items
@@ -1560,7 +1524,7 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
     if len(found) < len(questions):
         notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
     require(bool(found), f"{source}: no question has an answer")
-    return list(spread(found, limit))
+    return list(sample_evenly(found, limit))
 
 
 # =============================================================================
@@ -1577,11 +1541,21 @@ BUNDLED = {
 }
 SAFE = {"use_safetensors": True}  # a pickle can run code when it is read
 RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
+BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
 QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
+STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
+INDEX_SHAPE = {
+    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
+    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
+    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def model_path(name: str) -> str:
@@ -1618,10 +1592,9 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
     """Short digest of a module's weights (names, shapes, 256 values of each) and some facts about their use."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 256)]
-        rounded = picked.bfloat16().float()  # the same for a model that was loaded in bfloat16
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + rounded.cpu().numpy().tobytes())
+        picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
+        picked = picked.bfloat16().float().cpu()  # the same for a model that was loaded in bfloat16
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1678,8 +1651,7 @@ class Embedder:
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
         if self.tokenizer.pad_token is None:  # any will do: the attention mask hides it
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
-        self.normalize = model.similarity_fn_name != "dot"
-        self.dim = model.get_embedding_dimension()
+        self.normalize, self.dim = model.similarity_fn_name != "dot", model.get_embedding_dimension()
         self.max_tokens = model.max_seq_length or 512
         self.prompt = (model.prompts or {}).get("document") or ""
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
@@ -1752,8 +1724,7 @@ UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\
 # Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
 # 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-SHORT = (r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)"
-         r"|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)")
+SHORT = r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
 WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|{SHORT}|[\w--{UNSPACED}]+{ENDING}")
 ASCII_WORD = re.compile(rf"{SHORT}|\w+{ENDING}", re.ASCII)  # finds the same in ASCII text, twice as fast
@@ -1791,9 +1762,6 @@ def index_terms(text: str) -> list[str]:
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
-BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
-
-
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
     """Index texts with bm25s, and save that without pickle, with the length of each text in terms."""
     vocabulary, ids = {}, []
@@ -1821,8 +1789,7 @@ class Bm25:
         self.lengths = [map_array(folder / "lengths.npy") for folder in folders]
         self.starts = list(itertools.accumulate(map(len, self.lengths), initial=0))
         self.means = [float(lengths.mean()) if len(lengths) else 0.0 for lengths in self.lengths]
-        total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
-        self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
+        self.mean = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths) / max(self.starts[-1], 1)
 
     def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """(the rows that hold a term, its stored weight in each) of each segment."""
@@ -1886,7 +1853,7 @@ def faiss_kind(requested: str, total: int) -> str:
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
     """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
     N, dim = vectors.shape
-    lists = int(4 * math.sqrt(N))
+    lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
     # np: no polysemous codes, which would be trained for 80 seconds and never used
     kinds = {"flat": "Flat", "hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
@@ -2011,13 +1978,6 @@ def passage_content(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
-STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
-
-
 def map_columns(folder: Path) -> dict[str, np.ndarray]:
     """The .npy files of a segment, memory-mapped, by name."""
     return {path.stem: map_array(path) for path in folder.glob("*.npy")}
@@ -2058,8 +2018,7 @@ class Index:
         verify_files(path, manifest["files"], read_all=read_all)
         folders = [path / segment["folder"] for segment in manifest["segments"]]
         self.segments = [map_columns(folder) for folder in folders]
-        self.ids, self.titles, self.texts, self.metadata = (
-            StringColumn(self.segments, name) for name in STRING_COLUMNS)
+        self.ids, self.titles, self.texts, self.metadata = (StringColumn(self.segments, n) for n in STRING_COLUMNS)
         self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
         self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
@@ -2070,7 +2029,7 @@ class Index:
         return passage_content(self.titles[row], self.texts[row])
 
     def idf(self, term: str) -> float:
-        """Inverse document frequency of a stemmed term. Only where there is BM25."""
+        """The idf of a stemmed term for gates, which were trained with it: smoother than BM25's. Needs BM25."""
         return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
 
     def document_id(self, row: int) -> str:
@@ -2122,12 +2081,6 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     return exclusive(path / ".lock", f"index {path}")
-
-
-INDEX_SHAPE = {
-    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
-    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
-    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def has_shape(value: Any, shape: Any) -> bool:
@@ -2187,79 +2140,6 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
-class CorpusWriter:
-    """Writes the text columns of a segment and remembers where each new document came from."""
-
-    def __init__(self, columns: ColumnWriter):
-        self.columns, self.documents = columns, set()
-        self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
-
-    def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
-        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
-        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
-        for identifier in {record.id, *ids}:
-            self.check_free(identifier, record.where)
-        self.documents.add(record.id)
-        self.places |= dict.fromkeys({record.id, *ids}, record.where)
-        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
-        for name, texts in zip(STRING_COLUMNS, values, strict=True):
-            self.columns.append_texts(name, texts)
-        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
-
-    def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a document or piece has this id already. where: the place of the one to be added."""
-        if first := self.places.get(identifier):
-            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
-
-    def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
-        """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
-        documents, rows = set(), [set() for _ in index.segments]
-        for row, identifier in enumerate(index.ids):
-            document = index.document_id(row)
-            if document in self.documents:
-                documents.add(document)
-                number, inside = index.ids.place(row)
-                rows[number].add(inside)
-            else:
-                self.check_free(identifier, "the index")
-        return documents, rows
-
-
-def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
-           counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
-    """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
-
-    room: tokens the embedder reads; sources: see `source_label`. counts receives the passages that were added and the
-    documents that they replaced. Returns what `plan_compaction` does.
-    """
-    limit = min(corpus.max_passage_tokens, room)
-    if limit < corpus.max_passage_tokens:
-        notice(f"passages are cut at {limit} tokens, the most this embedder reads")
-    with ColumnWriter(folder) as columns:
-        writer = CorpusWriter(columns)
-        records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
-        while block := list(itertools.islice(records, EMBED_BLOCK)):
-            titles = tokenize(tokenizer, [record.title or "." for record in block])
-            texts = tokenize(tokenizer, [record.text for record in block])
-            for record, title, text in zip(block, titles, texts, strict=True):
-                used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
-                room = max(limit - used, limit // 2)  # for a piece of the text beside the title
-                spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
-                with skipping(corpus.errors, counts):
-                    writer.add(record, spans)
-        require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        documents, rows = writer.replaced(previous) if previous is not None else ((), ())
-        counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
-        kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
-        for number, start, stop in taken:
-            for name in STRING_COLUMNS:
-                copy_runs(columns, previous.segments[number], f"{name}_offsets", [name], start, stop)
-            columns.append("parts", previous.segments[number]["parts"][start:stop])
-    return kept, taken
-
-
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
     """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
@@ -2271,108 +2151,8 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     if embedder is not None:
         vectors, token_states, token_ends = embedder.embed_with_states(contents, batch_size)
         embeddings = map(late_chunk_vectors, token_states, token_ends, [cut.ends for cut in cuts], vectors)
-    return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
-                     for cut, *item in zip(cuts, embeddings, states, strict=True)]
-
-
-class Blocks:
-    """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
-
-    A block's name is a digest of its contents, models and precision, so that no other block is taken for it.
-    """
-
-    def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
-                 runtime: RuntimeConfig):
-        self.chunking, self.embedder, self.batch_size = chunking, embedder, build.batch_size
-        self.kept = embedder is not None or chunking.encoder is not None  # whether a model computes anything
-        self.folder = path / FINISHED_BLOCKS
-        self.made_by = dumps({
-            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size, "form": "columns"}).encode()
-        if self.kept:
-            self.folder.mkdir(exist_ok=True)
-        if count := len(list(self.folder.glob("*.npz"))):
-            notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
-
-    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
-
-        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
-        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
-        """
-        key = hashlib.blake2b(self.made_by, digest_size=16)
-        for content in contents:
-            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
-        path = self.folder / f"{key.hexdigest()}.npz"
-        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
-            return dict(file)
-        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
-        ends, sizes, embeddings, states = (
-            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
-        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
-                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
-        if embeddings is not None:
-            block["vectors"] = vectors
-            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
-        if states is not None:
-            block["chunks"] = states.astype(np.float16)
-        if self.kept:
-            data = io.BytesIO()
-            np.savez(data, **block)
-            write_atomic(path, data.getvalue())
-        return block
-
-    def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
-        """The blocks of the first `count` passages of a segment, or every n-th of them."""
-        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
-        for rows in batched(range(count), EMBED_BLOCK)[share]:
-            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
-            glibc("malloc_trim", 0)  # arrays of many sizes fragment the heap, which would only grow
-
-    def make_together(self, folder: Path | None = None, count: int = 0) -> None:
-        """Have every launched process embed its share, of the folder and the count that the first one names."""
-        from accelerate.utils import broadcast_object_list
-
-        group = process_group()
-        folder, count = broadcast_object_list([folder and str(folder), count])
-        own = self.of(Path(folder), count, slice(group.process_index, None, group.num_processes))
-        for _ in progress(own, "embedding a share", unit="block"):
-            pass
-        group.wait_for_everyone()
-
-
-def write_columns(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
-                  taken: Sequence[Run]) -> None:
-    """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
-    with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
-        for block in blocks:
-            bar.update(len(block["lengths"]))
-            columns.append_lengths("chunk_offsets", block.pop("lengths"))
-            for name, rows in block.items():
-                columns.append(name, rows)
-        for number, start, stop in taken:
-            segment = previous.segments[number]
-            copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
-            if previous.faiss:
-                columns.append("vectors", previous.faiss[number].reconstruct_n(start, stop - start))
-
-
-def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
-    """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    columns, built = [map_columns(folder)], None
-    if "dense" in uses:
-        vectors = columns[0]["vectors"]
-        built = faiss_kind(kind, len(vectors))
-        index = new_faiss(built, vectors)
-        for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
-            index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
-        with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing does not notice a disk that gets full
-            faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
-        (folder / "vectors.npy").unlink()
-    if "bm25" in uses:
-        titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
-        build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
-    return built
+    rows = zip(cuts, embeddings, states, strict=True)
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *own) for cut, *own in rows]
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
@@ -2392,63 +2172,222 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]] | None) -> None:
-    """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
+class IndexBuild:
+    """Builds a segment of an index beside the current ones, in three passes, and makes it current.
 
-    older: the files of the index that was added to; None: a notice names an index that is replaced.
+    What the models compute is kept on disk block by block, so that a killed build goes on where it stood. A block is
+    named by a digest of its contents, models and precision, so that no other is taken for it.
     """
-    final, folders = path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
-    if older is None and final.exists():
-        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime)), "which cannot be read"
-        with contextlib.suppress(RefragError):
-            old = index_manifest(path)
-            facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
-        notice(f"this replaces the index in {path} ({facts}, built {built}): --add would add to it")
-    known = {name: entry for name, entry in (older or {}).items() if name.partition("/")[0] in folders}
-    try:
-        write_manifest(final, new, manifest, known=known)
-    finally:
-        current = {folder for folder in path.glob("gen-*") if folder != new}
-        with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-            current = {path / segment["folder"] for segment in read_manifest(final)["segments"]}
-        for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
-            shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in path.glob(".manifest*.tmp"):
-            leftover.unlink(missing_ok=True)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
 
+    def __init__(self, path: Path, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
+                 previous: Index | None, runtime: RuntimeConfig):
+        self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
+        self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
+        if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
+            self.faiss = "flat" if previous.manifest["faiss"] == "flat" else "auto"
+        self.documents: set[str] = set()  # the new ones
+        self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
+        self.computes = embedder is not None or chunking.encoder is not None
+        self.finished = path / FINISHED_BLOCKS
+        self.made_by = dumps({
+            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
+            "device": str(pick_device(runtime.device)), "batch_size": self.batch_size, "form": "columns"}).encode()
 
-def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
-                chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
-    """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
-    path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
-    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": None, "faiss": None}
-    sources, uses = dict(old["sources"]), RETRIEVERS[retriever]
-    if previous is not None and embedder is not None:
-        check_embedder(old, embedder)
-    # What is added to a flat index stays exact; else its type goes by its own number.
-    faiss_type = build.faiss if previous is None else "flat" if old["faiss"] == "flat" else "auto"
-    cutter = ((embedder.tokenizer, embedder.room) if embedder else
-              (chunking.tokenizer.encoder, corpus.max_passage_tokens))
-    new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
-    with new_folder(new) as folder:
-        kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
-        blocks = Blocks(path, chunking, embedder, build, runtime)
-        if blocks.kept and os.environ.get("WORLD_SIZE", "1") != "1":
-            blocks.make_together(folder, counts["added"])
-        write_columns(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
-        built = build_retrievers(folder, uses, faiss_type)
-    columns = map_columns(new)
-    segments = [*(old["segments"][at] for at in kept), {
-        "folder": new.name, "faiss": built, "passages": len(columns["parts"]), "chunks": len(columns["chunk_ends"])}]
-    manifest = {
-        "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
-        "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-        "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
-        "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-        "chunking": chunking.facts()}
-    replace_manifest(path, new, manifest, old["files"])
-    return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+    def run(self, corpus: CorpusConfig) -> dict[str, Any]:
+        """Build the segment and make it current. Returns counts. The caller holds the lock."""
+        old = {"sources": {}, "segments": [], "faiss": None} if self.previous is None else self.previous.manifest
+        counts, sources, embedder = {"skipped": 0, "replaced": 0}, dict(old["sources"]), self.embedder
+        new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
+        with new_folder(new) as folder:
+            kept, taken = self.read(folder, corpus, counts, sources)
+            self.compute(folder, counts["added"], taken)
+            built = self.build_retrievers(folder)
+        sizes = {name: len(column) for name, column in map_columns(new).items()}
+        segments = [*(old["segments"][at] for at in kept), {
+            "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
+        manifest = {
+            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": sources,
+            "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
+            "uses": RETRIEVERS[self.retriever], "faiss": old["faiss"] or built, "dim": embedder and embedder.dim,
+            "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
+            "chunking": self.chunking.facts()}
+        self.replace_manifest(new, manifest)
+        return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+
+    def read(self, folder: Path, corpus: CorpusConfig, counts: dict[str, int],
+             sources: dict[str, str]) -> tuple[list[int], list[Run]]:
+        """First pass: read, split and write the texts, block by block; the rows of older segments last.
+
+        counts receives the passages that were added and the documents that they replaced; sources: see `source_label`.
+        Returns what `plan_compaction` does.
+        """
+        tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
+        if self.embedder:
+            tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
+        if limit < corpus.max_passage_tokens:
+            notice(f"passages are cut at {limit} tokens, the most this embedder reads")
+        with ColumnWriter(folder) as columns:
+            records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
+            while block := list(itertools.islice(records, EMBED_BLOCK)):
+                titles = tokenize(tokenizer, [record.title or "." for record in block])
+                texts = tokenize(tokenizer, [record.text for record in block])
+                for record, title, text in zip(block, titles, texts, strict=True):
+                    used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
+                    room = max(limit - used, limit // 2)  # for a piece of the text beside the title
+                    spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
+                    with skipping(corpus.errors, counts):
+                        self.add(columns, record, spans)
+            require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
+            documents, rows = self.replaced()
+            counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+            kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
+            for number, start, stop in taken:
+                segment = self.previous.segments[number]
+                for name in STRING_COLUMNS:
+                    copy_runs(columns, segment, f"{name}_offsets", [name], start, stop)
+                columns.append("parts", segment["parts"][start:stop])
+        return kept, taken
+
+    def add(self, columns: ColumnWriter, record: Record, spans: list[tuple[int, int]]) -> None:
+        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
+        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
+        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
+        for identifier in {record.id, *ids}:
+            self.check_free(identifier, record.where)
+        self.documents.add(record.id)
+        self.places |= dict.fromkeys({record.id, *ids}, record.where)
+        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
+        for name, texts in zip(STRING_COLUMNS, values, strict=True):
+            columns.append_texts(name, texts)
+        columns.append("parts", np.asarray(parts, dtype=np.uint32))
+
+    def check_free(self, identifier: str, where: str) -> None:
+        """Raise BadRecord if a new document or piece has this id already. where: the place of another."""
+        if first := self.places.get(identifier):
+            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
+
+    def replaced(self) -> tuple[set[str], list[set[int]]]:
+        """(older documents that new ones replace, their rows in each segment). Raises BadRecord."""
+        segments = self.previous.segments if self.previous is not None else []
+        documents, rows = set(), [set() for _ in segments]
+        for segment, found in zip(segments, rows, strict=True):
+            for row, (identifier, part) in enumerate(zip(StringColumn([segment], "ids"), segment["parts"].tolist(),
+                                                         strict=True)):
+                document = identifier.rpartition("#")[0] if part else identifier
+                if document in self.documents:
+                    documents.add(document)
+                    found.add(row)
+                else:
+                    self.check_free(identifier, "the index")
+        return documents, rows
+
+    def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
+        """Second pass: write chunks and vectors (a temporary file) of the first `count` passages and of those taken."""
+        if finished := len(list(self.finished.glob("*.npz"))):
+            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages need not be embedded again")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            self.embed_share(folder, count)
+        with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
+            for block in self.blocks(folder, count):
+                bar.update(len(block["lengths"]))
+                columns.append_lengths("chunk_offsets", block.pop("lengths"))
+                for name, rows in block.items():
+                    columns.append(name, rows)
+            for number, start, stop in taken:
+                segment = self.previous.segments[number]
+                copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
+                if self.previous.faiss:
+                    columns.append("vectors", self.previous.faiss[number].reconstruct_n(start, stop - start))
+
+    def embed_share(self, folder: Path | None = None, count: int = 0) -> None:
+        """What each launched process does: embed its share, of the folder and the count that the first one names."""
+        from accelerate.utils import broadcast_object_list
+
+        if not self.computes:
+            return
+        group = process_group()
+        folder, count = broadcast_object_list([folder and str(folder), count])
+        own = self.blocks(Path(folder), count, slice(group.process_index, None, group.num_processes))
+        for _ in progress(own, "embedding a share", unit="block"):
+            pass
+        group.wait_for_everyone()
+
+    def blocks(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
+        """The blocks of the first `count` passages of a segment, or every n-th of them."""
+        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
+        for rows in batched(range(count), EMBED_BLOCK)[share]:
+            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
+
+    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+
+        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        """
+        key = hashlib.blake2b(self.made_by, digest_size=16)
+        for content in contents:
+            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
+        path = self.finished / f"{key.hexdigest()}.npz"
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
+            return dict(file)
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            block["vectors"] = vectors
+            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            block["chunks"] = states.astype(np.float16)
+        if self.computes:
+            self.finished.mkdir(exist_ok=True)
+            data = io.BytesIO()
+            np.savez(data, **block)
+            write_atomic(path, data.getvalue())
+        return block
+
+    def build_retrievers(self, folder: Path) -> str | None:
+        """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
+        columns, built, uses = [map_columns(folder)], None, RETRIEVERS[self.retriever]
+        if "dense" in uses:
+            vectors = columns[0]["vectors"]
+            built = faiss_kind(self.faiss, len(vectors))
+            index = new_faiss(built, vectors)
+            for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
+                index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
+            with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing misses a disk that gets full
+                faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
+            (folder / "vectors.npy").unlink()
+        if "bm25" in uses:
+            titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
+            build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
+        return built
+
+    def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
+        """Make a manifest's segments the index in one step; remove all other segments and what killed writers left."""
+        final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
+        if self.previous is None and final.exists():
+            built = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime))
+            facts = "which cannot be read"
+            with contextlib.suppress(RefragError):
+                old = index_manifest(self.path)
+                facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
+            notice(f"this replaces the index in {self.path} ({facts}, built {built}): --add would add to it")
+        older = self.previous.manifest["files"] if self.previous is not None else {}
+        known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+        try:
+            write_manifest(final, new, manifest, known=known)
+        finally:
+            current = {folder for folder in self.path.glob("gen-*") if folder != new}
+            with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and was not replaced
+                current = {self.path / segment["folder"] for segment in read_manifest(final)["segments"]}
+            for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - current:
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self.path.glob(".manifest*.tmp"):
+                leftover.unlink(missing_ok=True)
+        shutil.rmtree(self.finished, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -2466,9 +2405,8 @@ class Passage:
     metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
-        names = ("id", "title", "text", "score", "scores", "rank")
-        more = {"metadata": json.loads(self.metadata)} if self.metadata else {}
-        return {name: getattr(self, name) for name in names} | more
+        fields = {name: getattr(self, name) for name in ("id", "title", "text", "score", "scores", "rank")}
+        return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
 class Searcher:
@@ -2486,12 +2424,12 @@ class Searcher:
 
         BM25 comes first: it settles equal sums of ranks better than the embedder.
         """
-        dense, sparse = {}, {}
+        found = {}
         if "dense" in self.uses:
-            dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
+            found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            sparse["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
-        return sparse | dense
+            found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
+        return found
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
@@ -2863,9 +2801,9 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
-                 system: str = "") -> Context:
+                 system: str | None = None) -> Context:
     """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
-    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system or ""))
     while True:
         prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
         if prompt.context_tokens <= ctx_max:
@@ -3853,9 +3791,8 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     return model
 
 
-def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
-               runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
-    """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
+def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> IndexBuild:
+    """A build with what the options name, or what the index to add to has. Raises RefragError."""
     previous = open_index(index.index_dir) if build.add else None
     built = previous.manifest if previous is not None else {}
     if previous is not None:
@@ -3863,21 +3800,15 @@ def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
     retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
     name = index.embed_model or built.get("embedder", {}).get("name")
     embedder = None if retriever == "bm25" else load_embedder(name, runtime)
+    if previous is not None and embedder is not None:
+        check_embedder(built, embedder)
     with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
     encoder = load_model(models, runtime).encoder if with_states else None
     tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
     chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
     if chunks and chunks != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
-    return previous, retriever, embedder, chunking
-
-
-def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """What every launched process but the first does of `index`: embed its share of the blocks."""
-    _, _, embedder, chunking = load_build(index, build, models, runtime)
-    blocks = Blocks(Path(index.index_dir), chunking, embedder, build, runtime)
-    if blocks.kept:
-        blocks.make_together()
+        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build again")
+    return IndexBuild(Path(index.index_dir), build, retriever, embedder, chunking, previous, runtime)
 
 # =============================================================================
 # 9. Gate. A score for every chunk of the context, and the choice of those
@@ -3942,7 +3873,8 @@ def cosine_scores(inputs: GateInput) -> np.ndarray:
 def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
     """((L, Q) bool, which of the question's Q terms each chunk has; (Q,) each term's share of the sum of their idf).
 
-    hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
+    hits @ shares is the question's coverage, in [0, 1]. The idf, log(1 + N / (n + .5)), is not BM25's: trained gates
+    rely on it.
     """
     asked = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
@@ -3973,10 +3905,8 @@ def blend_scores(inputs: GateInput) -> np.ndarray:
 
 @torch.inference_mode()
 def ppl_scores(inputs: GateInput) -> np.ndarray:
-    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
-
-    A baseline: the decoder reads the whole context for it, so it cannot make the first token faster.
-    """
+    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic, a
+    baseline, since for it the decoder reads the whole context."""
     scores = np.zeros(len(inputs.texts), dtype=np.float32)
     device = next(inputs.decoder.parameters()).device
     for doc in np.unique(inputs.docs):
@@ -4092,8 +4022,8 @@ class QueryGate(nn.Module):
     """A logit for every chunk of a question, given all of its chunks.
 
     Features, projected chunk vectors and their products with the projected question go through one layer; then every
-    chunk sees its neighbours, maximum and mean over all chunks, and its neighbours again. Attention instead was no
-    better and twice as slow. features False: only vectors, as in the paper's policy; blind: without the question, too.
+    chunk sees its neighbours, the maximum and mean of all chunks, and its neighbours again (attention was no better and
+    twice as slow). features False: only vectors, as in the paper's policy; blind: not even the question.
     """
 
     def __init__(self, dim: int, pairs: int = 64, width: int = 64, features: bool = True, blind: bool = False):
@@ -4246,8 +4176,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
     """Samples of each text length in each stage: (tasks, 9) float; task i has texts of 2**i chunks.
 
     Every row is a geometric sequence. It starts at 1333 / 4**i, at least 1, and sums to 2000 for the first three tasks,
-    4000 for the next three and 8000 for the rest. Rounded, these are the numbers of the paper's table for 9 tasks.
-    Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
+    4000 for the next three and 8000 for the rest. Rounded, this is the paper's table. Row 0: 1333, 444.6, 148.3, ..
     """
     rows = []
     for task in range(tasks):
@@ -4261,8 +4190,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
 def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     """(tasks,) probabilities of the text lengths at a point of the run. progress: range [0, 1).
 
-    kind: paper (stages as long as their sample counts), even (stages of equal length), none (only the longest).
-    No length falls below LEAST_SHARE; in the paper's table single chunks die out.
+    kind: paper (stages as long as their sample counts), even (equal stages), none (only the longest length).
     """
     if kind == "none" or tasks == 1:
         return np.eye(tasks)[-1]
@@ -4347,7 +4275,7 @@ def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache
 
 def tokenize_texts(paths: Sequence[str], tokenizer: RefragTokenizer) -> dict[str, Tensor]:
     """tokens (T,); cuts (T,), whether a cut may be made before each; texts (n, 5): first and last token, tokens of
-    context, file and line. Raises UserError for token ids that the decoder does not have."""
+    context, file, line. Raises UserError for ids beyond the decoder's vocabulary."""
     tokens, cuts, texts, first, vocabulary = [], [], [], 0, len(tokenizer.decoder)
     for text in progress(read_training_texts(paths), "tokenising", unit="text"):
         if isinstance(text.text, list):
@@ -4405,7 +4333,7 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
 
 
 class TextLessons:
-    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens.
+    """What a phase learns from windows of at most --seq_tokens tokens of texts.
 
     Subclasses make an item of a window with one of `ks`, at a `progress` in [0, 1); the evaluation passes 1.
     """
@@ -4419,7 +4347,7 @@ class TextLessons:
         if short:
             notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
         self.held_out_cache, held_out = self.load(texts.eval_json) if texts.eval_json else (None, [])
-        self.held_out = spread(held_out, train.eval_limit)
+        self.held_out = sample_evenly(held_out, train.eval_limit)
 
     def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
         """The texts of some files and their windows. Raises UserError if every text is too short."""
@@ -4693,9 +4621,9 @@ Lessons = TextLessons | AnswerLessons
 class Sampler:
     """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
 
-    A step is filled with about batch_size * seq_tokens positions for each process and each of grad_accum, since these
-    are what it costs; its loss is divided by its labels. Draw n is item permutation(epoch)[n % len] with a random
-    generator of its own: a run can go on from `drawn`, and two processes see what one would.
+    A step has about batch_size * seq_tokens positions (its cost) for each process and each of grad_accum. Draw n is
+    item permutation(epoch)[n % len] with a generator of its own: a run continues from `drawn`, and several processes
+    see what one would.
     """
 
     def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
@@ -4742,8 +4670,8 @@ class Sampler:
 def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
     """Items, the longest first, in passes of similar length; process i takes [i::processes] of each.
 
-    A pass ends when a process's items, padded to the longest, fill `positions`, or when its padding (in positions per
-    process) exceeds pass_cost, so that another pass is faster.
+    A pass ends when its items, padded to the longest, fill `positions`, or its padding exceeds pass_cost, so that
+    another pass is faster; both are positions per process.
     """
     passes, at, last = [], 0, len(items) // processes * processes
     while at < last:
@@ -5082,13 +5010,13 @@ def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> Trai
 def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
     """Sequences as they are ("vectors") or changed by one of CONTROLS; [] if that is impossible.
 
-    sources: (N,) the texts or passages that each sequence's vectors stand for.
+    sources: (N,) what each sequence's vectors stand for: texts, or rows of the index.
     """
     if name == "vectors":
         return sequences
     if name == "full":
         return [with_text(s) for s in sequences]
-    if name == "none":  # impossible if vectors themselves have labels and nothing stands before them
+    if name == "none":  # impossible if a vector with a label has no token before it
         made = [without_vectors(s) for s in sequences]
         return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
@@ -5099,11 +5027,8 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
-    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others.
-
-    Two windows of one text, or two questions that find the same passage, reveal much of each other, and are often
-    neighbours. source: called lazily, since it may be a search.
-    """
+    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others, which
+    would reveal much of it. source: called lazily, since it may be a search."""
     own, following = source(number), [*range(number + 1, count), *range(number)]
     for apart in (True, False):
         yield from (other for other in following if own.isdisjoint(source(other)) == apart)
@@ -5205,10 +5130,8 @@ def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
-    """Lock a run's folder; remove it again if the run never started. Raises UserError, LockedError.
-
-    files: the names it may hold; first: the file that is there once the run has started.
-    """
+    """Lock a run's folder; remove it again if the run never started (has no file `first`). files: the names it may
+    hold. Raises UserError, LockedError."""
     require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
     foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
     require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
@@ -6102,11 +6025,10 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
-        return assist_build(index, build, models, runtime)
+        return load_build(index, build, models, runtime).embed_share()
     start = time.perf_counter()
     with index_lock(index.index_dir):
-        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
-        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
+        summary = load_build(index, build, models, runtime).run(corpus)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
@@ -6171,9 +6093,8 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
               "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
-         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {MAX_COST} or less")
+    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
+    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
 
 
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -6236,10 +6157,9 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
 
 
 def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that have no line in `out` yet; a question asked twice needs two lines.
+    """The questions without a line in `out`; one asked twice needs two lines. An id that is taken gets -2, -3, ..
 
-    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
-    has already gets -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes.
     """
     lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
@@ -6252,13 +6172,12 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
     return waiting
 
 
-def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
+def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
     """A chunk of --explain for people."""
-    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
-    content = passage_content(passage["title"], passage["text"]) if passage else ""
-    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
+    [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
+    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
-    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
+    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares})  {chunk['passage_id']}: {text[:80]}"
 
 
 HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
@@ -6281,11 +6200,10 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     elif read and not read & {"text", "partly"}:
         lines.append("no passage was read as text")
     stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
-    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
-              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
-              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
-              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
+    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
+              f"{100 * m['p_realised']:.0f}% of the context as text",
+              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s"]
+    lines += [explain_line(chunk, result["passages"]) for chunk in result["chunks"] if "why" in chunk]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "

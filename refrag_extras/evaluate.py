@@ -269,7 +269,7 @@ class QuestionTask(Task):
         name = self.options.qa
         self.file = refrag.read_question_file(name, "--qa", self.needs)
         limit = self.options.limit
-        self.questions = (list(refrag.spread(self.file, limit)) if self.options.task == "qa" else
+        self.questions = (list(refrag.sample_evenly(self.file, limit)) if self.options.task == "qa" else
                           refrag.labelled(self.file, "positive_ids", limit, f"--qa {name}"))
         self.manifest = refrag.index_manifest(self.index.index_dir)
 
@@ -326,7 +326,7 @@ class QaTask(QuestionTask):
             self.setups.setdefault(setup_of(name, p, options.gate), []).append((name, p))
         shares = sorted(set(options.p))
         self.sample = ("refrag", shares[len(shares) // 2])
-        self.sampled = {q["id"] for q in refrag.spread(self.questions, SAMPLES)}
+        self.sampled = {q["id"] for q in refrag.sample_evenly(self.questions, SAMPLES)}
 
     def load(self) -> None:
         self.pipeline = self.load_pipeline()
@@ -392,7 +392,7 @@ class QaTask(QuestionTask):
         refrag.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
         if rows := [(q, line) for q, line in rows if "prompt" in line]:
-            refrag.write_atomic(folder / "sample.md", sample_text(refrag.spread(rows, SAMPLES), self.sample[1]))
+            refrag.write_atomic(folder / "sample.md", sample_text(refrag.sample_evenly(rows, SAMPLES), self.sample[1]))
 
 
 def score_answer(result: dict[str, Any], reading: refrag.Reading, item: dict[str, Any],
@@ -567,7 +567,7 @@ class TextTask(Task):
         windows = self.cache.windows(self.size, self.size)
         refrag.require(len(windows) > 1, f"--texts {files}: needs two pieces of {self.size} tokens at least: lower "
                 "--context_tokens or --next_tokens")
-        self.windows = np.asarray(refrag.spread(windows, options.limit))
+        self.windows = np.asarray(refrag.sample_evenly(windows, options.limit))
         refrag.require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
                 f"--texts {files}: one text alone has pieces of {self.size} tokens, and "
                 "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
@@ -674,7 +674,7 @@ class ReconTask(TextTask):
     def write_freely(self, mode: str, k: int) -> dict[str, Any]:
         """What the decoder makes of some texts' vectors by itself, and how much of them that is."""
         texts, shares = [], []
-        for sequence in refrag.spread(self.sequences(mode, k), SAMPLES):
+        for sequence in refrag.sample_evenly(self.sequences(mode, k), SAMPLES):
             truth, made = sequence.labels[sequence.labels >= 0].tolist(), self.continue_freely(sequence)
             shares.append(kept_in_order(truth, made))
             texts.append([self.model.encoder.tokenizer.decoder.decode(ids) for ids in (truth, made)])

@@ -1,7 +1,5 @@
 """Section 7: anchors between two tokenizers, what their spans cost, the losses read out at them, and `align`."""
 
-from __future__ import annotations
-
 import cProfile
 import functools
 import itertools
@@ -353,8 +351,8 @@ def test_align_shows_where_the_tokens_end_together(run, bert, llama, tokenizers)
     *table, last = out.splitlines()
     assert (code, err) == (0, "")
     assert "\n".join(table) == refrag.anchor_text(result["spans"])
-    assert last == (f"{result['encoder_tokens']} encoder tokens, {result['decoder_tokens']} decoder tokens, "
-                    f"{result['exact_anchors']} exact anchors, {result['anchors']} with a cost of 0.5 or less")
+    assert last == (f"encoder tokens: {result['encoder_tokens']}, decoder tokens: {result['decoder_tokens']}, exact "
+                    f"anchors: {result['exact_anchors']}, anchors: {result['anchors']} (cost 0.5 or less)")
 
 
 def test_align_of_a_decoder_with_its_own_layers(run, llama):

@@ -1,7 +1,5 @@
 """Section 1: options, their defaults and checks, and the exit codes of errors."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import errno
@@ -145,7 +143,6 @@ def test_what_is_needed_is_given(cls, f):
 
 PPL = {"task": "ppl", "texts": (__file__,)}
 BAD = [  # class, values that break a check, what the message tells
-    (refrag.CorpusConfig, {"corpus": ("-", "a.txt", "-")}, "standard input twice"),
     (refrag.CorpusConfig, {"overlap": 11, "max_passage_tokens": 20}, "half of --max_passage_tokens 20, got 11"),
     (refrag.GenerateConfig, {"stop": ("x", "")}, "empty"),
     *((refrag.TrainConfig, {"train": letters}, "letters of ped") for letters in ("x", "pd e", "P")),
