@@ -878,7 +878,7 @@ def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
         raise AssertionError("converted again")
 
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path))
-    monkeypatch.setattr(refrag, "convert_gguf", refuse)
+    monkeypatch.setattr("refrag_extras.convert_gguf.convert_gguf", refuse)
     assert refrag.model_folder("SmolLM2-135M-Instruct") == str(folder)
     tokenizer = refrag.load_tokenizer("SmolLM2-135M-Instruct")
     for text in ("12345", "in 1896", "in  1896, 60,000", "x1y22\n333", "   7 77"):
