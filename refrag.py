@@ -55,6 +55,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -3198,16 +3199,14 @@ def model_folder(name: str) -> str:
 
 
 def load_tokenizer(name: str) -> Any:
-    folder = model_folder(name)
     with hub_errors(name):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(model_folder(name))
 
 
 def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A causal LM in evaluation mode. Raises MissingError."""
-    folder = model_folder(name)
     with hub_errors(name):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **SAFE).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype, **SAFE).to(device).eval()
 
 
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
@@ -3216,24 +3215,19 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
     same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
-    facts, total, body = decoder.config.to_dict(), decoder.config.num_hidden_layers, decoder.base_model
+    body, table, total = decoder.base_model, decoder.get_input_embeddings().weight, decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
+    stacks = [name for name, part in body.named_modules() if isinstance(part, nn.ModuleList) and len(part) == total]
+    require(len(stacks) == 1, f"--enc decoder:{layers}: this decoder cannot be cut after a layer: name an encoder")
+    shared = [weight for weight in body.parameters() if (share_embeddings if weight is table else share)]
+    kept = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in shared}
+    left_out = {id(layer): nn.Identity() for layer in body.get_submodule(stacks[0])[layers:]}
+    model = copy.deepcopy(body, kept | left_out)
+    model.set_submodule(stacks[0], model.get_submodule(stacks[0])[:layers])
+    model.config.num_hidden_layers = layers
     for name in ("layer_types", "layers_block_type"):
-        if isinstance(facts.get(name), list):
-            facts[name] = facts[name][:layers]
-    try:
-        with torch.device("meta"):  # without memory: its weights are assigned below
-            model = AutoModel.from_config(type(decoder.config).from_dict(facts | {"num_hidden_layers": layers}))
-        weights, table = body.state_dict(), decoder.get_input_embeddings().weight.data_ptr()
-        shared = {name: share_embeddings if weight.data_ptr() == table else share for name, weight in weights.items()}
-        picked = {name: weights[name] if shared[name] else weights[name].clone() for name in model.state_dict()}
-        model.load_state_dict(picked, assign=True)
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"--enc decoder:{layers}: this decoder cannot be cut after a layer ({one_line(error)[:100]}): "
-                        "name an encoder") from None
-    for name, _ in list(model.named_buffers()):  # rotary tables are not in the state dict; the cut model has the same
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = body.get_buffer(name)
+        if vars(model.config).get(name):
+            setattr(model.config, name, getattr(model.config, name)[:layers])
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())  # it was trained for the last layer's states
@@ -3828,10 +3822,10 @@ def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> R
     named = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
     config = RefragConfig(**{key: value for key, value in named.items() if value is not None})
     if models.enc is None:
-        folder, most = model_folder(config.decoder_name_or_path), encoder_layers(config.encoder_name_or_path)
         with hub_errors(config.decoder_name_or_path):
-            layers = getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", math.inf)
-        config.encoder_name_or_path = f"decoder:{min(most, layers)}"
+            decoder = AutoConfig.from_pretrained(model_folder(config.decoder_name_or_path))
+        most = getattr(decoder, "num_hidden_layers", math.inf)
+        config.encoder_name_or_path = f"decoder:{min(encoder_layers(config.encoder_name_or_path), most)}"
     return config
 
 

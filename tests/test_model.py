@@ -291,11 +291,9 @@ def test_first_layers_share_the_decoders_memory_or_nothing(any_decoder):
 
 
 def test_a_decoder_that_is_no_stack_is_refused():
-    """A model whose cut version has weights of other names."""
     decoder = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(
         vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16))
-    decoder.transformer.h[0].attn.extra = torch.nn.Linear(2, 2)
-    decoder.transformer.h[0].attn.c_attn = torch.nn.Linear(8, 8)
+    decoder.transformer.h = torch.nn.Sequential(*decoder.transformer.h)
     with pytest.raises(refrag.UserError, match="name an encoder"):
         refrag.first_layers(decoder, 1)
 
