@@ -90,7 +90,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,10 +99,9 @@ from typing import Any, Literal, NamedTuple
 __version__ = "0.1.0"
 
 # =============================================================================
-# 1. Options. Errors with exit codes; every option as one dataclass field with its
-#    default, its help and its range; the table of commands. Run as a program, the
-#    command line is parsed HERE, before the heavy imports, so that --help and a
-#    mistyped flag answer at once.
+# 1. Options. Errors with exit codes; every option as one dataclass field with its default, help
+#    and range; the table of commands. Run as a program, the command line is parsed HERE, before
+#    the heavy imports, so that --help and a mistyped flag answer at once.
 # =============================================================================
 
 
@@ -167,21 +166,6 @@ def like(cls: type, name: str, **changes: Any) -> Any:
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
-def check_value(flag: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UserError unless a value is what its option takes."""
-    choices, limits = rule["choices"], rule["limits"]
-    require(value != "", f"{flag} is empty: give a value or leave it out")
-    require(not choices or value in choices, f"{flag} must be one of {', '.join(choices)}, got {value!r}")
-    require(not rule["exists"] or os.path.isfile(value), f"{flag} {value}: no such file")
-    require(not rule["fresh"] or not os.path.exists(value) or (os.path.isdir(value) and not os.listdir(value)),
-            f"{flag} {value} is there already: name a new folder")
-    valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
-    if limits.keys() == {"low", "high"}:
-        valid = "lie between {low} and {high}".format(**limits)
-    require(not limits or (value < math.inf and all(LIMITS[key][0](value, limit) for key, limit in limits.items())),
-            f"{flag} must {valid}, got {value}")
-
-
 @typing.dataclass_transform(frozen_default=True)
 class Options:
     """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
@@ -191,12 +175,21 @@ class Options:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            flag, value = f"--{f.name}", getattr(self, f.name)
-            require(not f.metadata["needed"] or bool(value), f"{flag} is missing: {f.metadata['help']}")
+            flag, value, rule = f"--{f.name}", getattr(self, f.name), f.metadata
+            choices, limits = rule["choices"], rule["limits"]
+            require(not rule["needed"] or bool(value), f"{flag} is missing: {rule['help']}")
             require(value != () or not f.default, f"{flag} is empty: give it one value or more")
-            single = () if value is None or value == f.default == "" else (value,)
-            for item in value if isinstance(value, tuple) else single:
-                check_value(flag, item, f.metadata)
+            valid = "be " + " and ".join(LIMITS[key][1].format(limit) for key, limit in limits.items())
+            if limits.keys() == {"low", "high"}:
+                valid = "lie between {low} and {high}".format(**limits)
+            for v in value if isinstance(value, tuple) else () if value is None else (value,):
+                require(v != "" or f.default == "", f"{flag} is empty: give a value or leave it out")
+                require(not choices or v in choices, f"{flag} must be one of {', '.join(choices)}, got {v!r}")
+                require(not rule["exists"] or os.path.isfile(v), f"{flag} {v}: no such file")
+                require(not rule["fresh"] or not os.path.exists(v) or (os.path.isdir(v) and not os.listdir(v)),
+                        f"{flag} {v} is there already: name a new folder")
+                fits = not limits or (v < math.inf and all(LIMITS[key][0](v, limit) for key, limit in limits.items()))
+                require(fits, f"{flag} must {valid}, got {v}")
         self.check()
 
     def check(self) -> None:
@@ -207,8 +200,7 @@ class RuntimeConfig(Options):
     """Where and how to run; every command has these."""
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
     dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
-    engine: str = opt("auto", "CPU decoding: the model as it is, 8 or 4 bits; auto: 4 bits if lossless, else 8",
-                      choices="auto model int8 int4")
+    engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
@@ -226,7 +218,6 @@ class CorpusConfig(Options):
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
 
     def check(self) -> None:
-        require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
                 f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
 
@@ -248,8 +239,8 @@ class ModelConfig(Options):
     dec: str | None = opt(None, "decoder: name, hub id or folder; default checkpoint's or SmolLM2-135M-Instruct")
     enc: str | None = opt(None, "encoder: name, folder, decoder:N (first N layers); default checkpoint's or decoder:8")
     pooling: str | None = opt(None, "how a chunk's states become one; default checkpoint's or mean", choices="mean cls")
-    projector: str | None = opt(None, "residual_mlp adds the mean of the chunk's token embeddings, mlp does not; "
-                                "default checkpoint's or residual_mlp", choices="residual_mlp mlp")
+    projector: str | None = opt(None, "default checkpoint's or residual_mlp, which adds the mean of token embeddings",
+                                choices="residual_mlp mlp")
     load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
 
 
@@ -273,8 +264,7 @@ class FormatConfig(Options):
 
 
 class PackConfig(Options):
-    mode: str = opt("refrag", "context as vectors and text, as text, left out, or as text cut to as many positions",
-                    choices="refrag full none truncate")
+    mode: str = opt("refrag", "vectors and text, all text, nothing, or cut text", choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
     floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
@@ -380,8 +370,7 @@ EVAL_MODES = {  # what --modes may name
     "retrieval": ("bm25", "dense", "hybrid"),
     "gate": ("learned", "policy", "blend", "cosine", "ppl", "random"),
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
-    "recon": (),
-}
+    "recon": ()}
 EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes names them
 TEXT_TASKS = ("ppl", "recon")
 
@@ -391,9 +380,7 @@ class EvalConfig(Options):
                     choices=" ".join(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
-    modes: tuple[str, ...] = opt((), "what is compared; " + "; ".join(
-        f"{task}: {', '.join(names)}" for task, names in EVAL_MODES.items() if names)
-        + f"; default all but {', '.join(EVAL_ONLY_NAMED)}")
+    modes: tuple[str, ...] = opt((), f"what is compared; default all of the task but {', '.join(EVAL_ONLY_NAMED)}")
     p: tuple[float, ...] = like(SftConfig, "p", help="shares of the context that stay text at most")
     k: tuple[int, ...] = like(PackConfig, "k", default=(PackConfig.k,))
     gate: str = like(PackConfig, "gate")
@@ -459,7 +446,6 @@ class ServeConfig(Options):
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
-    together: int = opt(0, "requests in one batch; 0: 4 on a GPU, 1 on a CPU, where batches change answers", low=0)
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
@@ -563,14 +549,13 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {one_line(error)}") from None
     known = {name: config_fields(command.configs).keys() for name, command in COMMANDS.items()}
     tables = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, options in (("", table), *tables.items()):
-        for key, value in options.items():
-            option, valid = key.replace("-", "_"), known[name] if name else set().union(*known.values())
-            require(option in valid, f"--config {path}: unknown option {key!r}{name and f' in [{name}]'}")
-            if name in ("", command) and option in known[command]:
-                settings[option] = value
-    return settings
+        values = {key.replace("-", "_"): value for key, value in options.items()}
+        unknown = sorted(values.keys() - (known[name] if name else set().union(*known.values())))
+        require(not unknown, f"--config {path}: unknown option {str(unknown)[1:-1]}{name and f' in [{name}]'}")
+        settings |= values if name in ("", command) else {}
+    return {key: value for key, value in settings.items() if key in known[command]}
 
 
 TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -683,20 +668,15 @@ class LastingStderr(io.TextIOWrapper):
         flush(super())
 
 
-def open_streams() -> None:
-    """Open standard streams that the caller closed; let stdout spell every text, and stderr outlast its reader."""
+def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
+    """Parse, or show the help or the error and exit. Before: a stdout that spells every text, a stderr that lasts."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
+        if getattr(sys, name) is None:  # closed by the caller: files opened later must not take its number
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
         elif name == "stderr" and type(sys.stderr) is io.TextIOWrapper:
             sys.stderr = LastingStderr(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
-    """Parse, or show the help or the error and exit. Also sets what libraries read from the environment at import."""
-    open_streams()
     try:
         invocation = parse(argv)
         os.getcwd()  # libraries need one at import
@@ -733,6 +713,7 @@ try:
     import bm25s
     import faiss
     import filelock
+    import huggingface_hub.constants
     import numpy as np
     import regex
     import Stemmer
@@ -740,19 +721,12 @@ try:
     import transformers
     from huggingface_hub.dataclasses import type_validator
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save, save_file
     from tokenizers.decoders import DecodeStream
     from torch import Tensor, nn
     from torch.distributed.checkpoint import state_dict
     from tqdm import tqdm
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        PreTrainedConfig,
-        PreTrainedModel,
-    )
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError as missing:
     if __name__ != "__main__":
@@ -784,11 +758,8 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
-    """Iterate with a bar on stderr that appears once the work has taken a second; without items, the bar alone.
-
-    done: what an earlier run did already. In a log, where nothing is erased, the bar is drawn rarely.
-    """
-    pace = 0.1 if sys.stderr.isatty() else 30.0
+    """A bar on stderr around items, or alone, once the work has taken a second. done: by an earlier run."""
+    pace = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a log, where nothing is erased, the bar is drawn rarely
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
                 leave=False, dynamic_ncols=True, file=sys.stderr)
 
@@ -806,8 +777,6 @@ def prepare_runtime(runtime: RuntimeConfig) -> None:
         torch.set_num_threads(runtime.threads)
         faiss.omp_set_num_threads(runtime.threads)
     if runtime.offline:
-        import huggingface_hub.constants
-
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.manual_seed(runtime.seed)
     transformers.utils.logging.set_verbosity_error()
@@ -845,17 +814,14 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Adds up seconds per named stage, device synchronised on both sides.
-
-    Example: with watch.stage("gate_s"): ...; then watch.seconds == {"gate_s": 0.01}
-    """
+    """Adds up seconds per stage. Example: with watch.stage("gate_s"): ..; then watch.seconds == {"gate_s": 0.01}"""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
         self.device, self.clock, self.seconds = device, clock, {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block and add it to the stage."""
+        """Time the block, with the device synchronised on both sides."""
         synchronize(self.device)
         start = self.clock()
         yield
@@ -892,11 +858,6 @@ def library_versions() -> dict[str, str]:
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
 
-def several_processes() -> bool:
-    """Whether a launcher started more than this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def process_group() -> Any:
     """The processes that were launched together; each with a GPU of its own, if there are GPUs."""
     from accelerate import PartialState
@@ -916,34 +877,32 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
     By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # of mallopt in glibc's malloc.h
-    if device.type == "cpu":
-        glibc("mallopt", m_mmap_max, 0)
-        glibc("mallopt", m_trim_threshold, -1)  # never
+    m_trim_threshold, m_mmap_max, on_cpu = -1, -4, device.type == "cpu"  # of mallopt in glibc's malloc.h
     try:
+        if on_cpu:
+            glibc("mallopt", m_mmap_max, 0)
+            glibc("mallopt", m_trim_threshold, -1)  # never
         yield
     finally:
-        if device.type == "cpu":
+        if on_cpu:
             glibc("mallopt", m_mmap_max, 1 << 16)  # the default
             glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
             glibc("malloc_trim", 0)
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file or folder to disk; folders cannot be synced on Windows, where this does nothing for them."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Force a file or folder to disk; on Windows folders cannot be synced."""
+    if os.name != "nt" or path.is_file():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -1033,26 +992,18 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         handle.write(dumps(line) + "\n")
 
 
-@contextlib.contextmanager
-def exclusive(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
-    lock = filelock.FileLock(path, timeout=timeout)
+def exclusive(path: Path, what: str, timeout: float = 0) -> contextlib.AbstractContextManager:
+    """Take a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
     try:
-        lock.acquire()
+        return filelock.FileLock(path, timeout=timeout).acquire()
     except filelock.Timeout:
         raise LockedError(f"{what} is being written by another process: wait for it to end") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 MANIFEST_VERSION = 1
 MANIFEST_FORMAT = "refrag-index"
 CHECKPOINT_FORMAT = "refrag-checkpoint"
-TOKENS_FORMAT = "refrag-tokens"
-REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again",
-            TOKENS_FORMAT: "it is made again"}
+REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again"}
 READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
 
 
@@ -1064,10 +1015,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = MANIFEST_FORMAT,
                    known: dict[str, dict[str, Any]] | None = None) -> None:
-    """Write a manifest that lists every file of `folder` with its size and sha256, by its path from the manifest's.
-
-    known: entries of further files.
-    """
+    """Write a manifest of the size and sha256 of every file in `folder`. known: entries of further files."""
     entries = {file.relative_to(path.parent).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
                for file in folder.rglob("*") if file.is_file()}
     manifest = {"format": form, "version": MANIFEST_VERSION, **facts, "files": (known or {}) | entries}
@@ -1092,10 +1040,7 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
 
 def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
                  read_all: bool = False) -> None:
-    """Check the size of every listed file, and with read_all, or where there is little to read, its digest.
-
-    Raises CorruptError that names the first bad one.
-    """
+    """Raise CorruptError for a file of another size, and with read_all, or if all are small, of another digest."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -1171,6 +1116,18 @@ def map_array(path: Path) -> np.ndarray:
 # 4. Data. Corpus and question files in, validated records out. Knows no models.
 # =============================================================================
 
+BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
+NAMED = 10  # bad records and files that are named one by one
+SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
+CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
+
 
 class Record(NamedTuple):
     """One document of a corpus, before splitting."""
@@ -1184,9 +1141,6 @@ class Record(NamedTuple):
 
 class BadRecord(UserError):
     """An error that --errors skip passes over."""
-
-
-NAMED = 10  # bad records and files that are named one by one
 
 
 @contextlib.contextmanager
@@ -1210,15 +1164,6 @@ def spelled(path: Path) -> str:
 def bare_name(path: Path) -> Path:
     """A file's name without .gz. Example: notes/v1.2 list.TXT.gz -> v1.2 list.TXT"""
     return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
-
-
-BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
-QUESTION_FIELDS = ("question", "query", "text")
 
 
 class TextFile:
@@ -1386,9 +1331,6 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
         raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
-CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
-
-
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
@@ -1504,10 +1446,6 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
             yield TrainingText(text, sizes[0], where)
 
 
-SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
-SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
-
-
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
@@ -1564,8 +1502,8 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     for number, item in enumerate(questions if needs else (), start=1):
         where, answers, ids = f"{flag} {path}: question {number}", item.get("answers"), item.get("positive_ids") or []
         if "answers" in needs:
-            strings = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
-            require(strings, f"{where} has no list of answers")
+            require(isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers),
+                    f"{where} has no list of answers")
             for answer in answers:
                 check_string(answer, "an answer", where)
         require(isinstance(ids, list), f"{where}: positive_ids must be a list of ids")
@@ -1574,7 +1512,7 @@ def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> lis
     return questions
 
 
-def spread(items: Sequence, limit: int | None) -> Sequence:
+def sample_evenly(items: Sequence, limit: int | None) -> Sequence:
     """At most `limit` items, evenly spread; 2 n - 1 hold those of n. Example: [1, 2, 3, 4, 5], 3 -> [1, 3, 5]"""
     if limit is None or limit >= len(items):
         return items
@@ -1587,7 +1525,7 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
     if len(found) < len(questions):
         notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
     require(bool(found), f"{source}: no question has an answer")
-    return list(spread(found, limit))
+    return list(sample_evenly(found, limit))
 
 
 # =============================================================================
@@ -1604,11 +1542,21 @@ BUNDLED = {
 }
 SAFE = {"use_safetensors": True}  # a pickle can run code when it is read
 RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
+BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
 QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
+STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
+INDEX_SHAPE = {
+    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
+    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
+    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def model_path(name: str) -> str:
@@ -1645,10 +1593,9 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
     """Short digest of a module's weights (names, shapes, 256 values of each) and some facts about their use."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 256)]
-        rounded = picked.bfloat16().float()  # the same for a model that was loaded in bfloat16
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + rounded.cpu().numpy().tobytes())
+        picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
+        picked = picked.bfloat16().float().cpu()  # the same for a model that was loaded in bfloat16
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1705,8 +1652,7 @@ class Embedder:
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
         if self.tokenizer.pad_token is None:  # any will do: the attention mask hides it
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
-        self.normalize = model.similarity_fn_name != "dot"
-        self.dim = model.get_embedding_dimension()
+        self.normalize, self.dim = model.similarity_fn_name != "dot", model.get_embedding_dimension()
         self.max_tokens = model.max_seq_length or 512
         self.prompt = (model.prompts or {}).get("document") or ""
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
@@ -1779,8 +1725,7 @@ UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\
 # Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
 # 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-SHORT = (r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)"
-         r"|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)")
+SHORT = r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
 WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|{SHORT}|[\w--{UNSPACED}]+{ENDING}")
 ASCII_WORD = re.compile(rf"{SHORT}|\w+{ENDING}", re.ASCII)  # finds the same in ASCII text, twice as fast
@@ -1818,9 +1763,6 @@ def index_terms(text: str) -> list[str]:
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
-BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
-
-
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
     """Index texts with bm25s, and save that without pickle, with the length of each text in terms."""
     vocabulary, ids = {}, []
@@ -1848,8 +1790,7 @@ class Bm25:
         self.lengths = [map_array(folder / "lengths.npy") for folder in folders]
         self.starts = list(itertools.accumulate(map(len, self.lengths), initial=0))
         self.means = [float(lengths.mean()) if len(lengths) else 0.0 for lengths in self.lengths]
-        total = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths)
-        self.mean = total / self.starts[-1] if self.starts[-1] else 0.0
+        self.mean = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths) / max(self.starts[-1], 1)
 
     def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """(the rows that hold a term, its stored weight in each) of each segment."""
@@ -1913,7 +1854,7 @@ def faiss_kind(requested: str, total: int) -> str:
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
     """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
     N, dim = vectors.shape
-    lists = int(4 * math.sqrt(N))
+    lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
     # np: no polysemous codes, which would be trained for 80 seconds and never used
     kinds = {"flat": "Flat", "hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
@@ -1935,12 +1876,6 @@ def tune_faiss(index: faiss.Index) -> None:
         index = faiss.downcast_index(index.base_index)
     if hasattr(index, "nprobe"):
         index.nprobe = 64
-
-
-def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Save an index through a Python file: FAISS itself only prints a warning if the disk is full at the last bytes."""
-    with path.open("wb") as handle:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
 
 
 def read_faiss(path: Path) -> faiss.Index:
@@ -1975,7 +1910,6 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
             ranks.setdefault(score, rank)
         for row, score in ranking.items():
             fused[row] = fused.get(row, 0.0) + 1.0 / (RRF_CONSTANT + ranks[score])
-
     return sorted(fused.items(), key=lambda item: (
         -item[1], *(-ranking.get(item[0], -math.inf) for ranking in rankings), item[0]))
 
@@ -2045,13 +1979,6 @@ def passage_content(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
-STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
-
-
 def map_columns(folder: Path) -> dict[str, np.ndarray]:
     """The .npy files of a segment, memory-mapped, by name."""
     return {path.stem: map_array(path) for path in folder.glob("*.npy")}
@@ -2092,8 +2019,7 @@ class Index:
         verify_files(path, manifest["files"], read_all=read_all)
         folders = [path / segment["folder"] for segment in manifest["segments"]]
         self.segments = [map_columns(folder) for folder in folders]
-        self.ids, self.titles, self.texts, self.metadata = (
-            StringColumn(self.segments, name) for name in STRING_COLUMNS)
+        self.ids, self.titles, self.texts, self.metadata = (StringColumn(self.segments, n) for n in STRING_COLUMNS)
         self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
         self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
@@ -2104,7 +2030,7 @@ class Index:
         return passage_content(self.titles[row], self.texts[row])
 
     def idf(self, term: str) -> float:
-        """Inverse document frequency of a stemmed term. Only where there is BM25."""
+        """The idf of a stemmed term for gates, which were trained with it: smoother than BM25's. Needs BM25."""
         return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
 
     def document_id(self, row: int) -> str:
@@ -2156,12 +2082,6 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     return exclusive(path / ".lock", f"index {path}")
-
-
-INDEX_SHAPE = {
-    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
-    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
-    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def has_shape(value: Any, shape: Any) -> bool:
@@ -2221,86 +2141,6 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
-def piece_spans(records: list[Record], tokenizer: Any, limit: int, overlap: int) -> list[list[tuple[int, int]]]:
-    """The pieces of each record, so that title and piece fit `limit` tokens. See `split_spans`."""
-    special = tokenizer.num_special_tokens_to_add()
-    titles = tokenize(tokenizer, [r.title or "." for r in records])
-    texts = tokenize(tokenizer, [r.text for r in records])
-    spans = []
-    for record, title, text in zip(records, titles, texts, strict=True):
-        room = max(limit - special - (len(title.ids) + 1 if record.title else 0), limit // 2)
-        spans.append(split_spans(record.text, text.ends.tolist(), room, min(overlap, room // 2)))
-    return spans
-
-
-class CorpusWriter:
-    """Writes the text columns of a segment and remembers where each new document came from."""
-
-    def __init__(self, columns: ColumnWriter):
-        self.columns, self.documents = columns, set()
-        self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
-
-    def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
-        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
-        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
-        for identifier in {record.id, *ids}:
-            self.check_free(identifier, record.where)
-        self.documents.add(record.id)
-        self.places |= dict.fromkeys({record.id, *ids}, record.where)
-        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
-        for name, texts in zip(STRING_COLUMNS, values, strict=True):
-            self.columns.append_texts(name, texts)
-        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
-
-    def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a document or piece has this id already. where: the place of the one to be added."""
-        if first := self.places.get(identifier):
-            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
-
-    def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
-        """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
-        documents, rows = set(), [set() for _ in index.segments]
-        for row, identifier in enumerate(index.ids):
-            document = index.document_id(row)
-            if document in self.documents:
-                documents.add(document)
-                number, inside = index.ids.place(row)
-                rows[number].add(inside)
-            else:
-                self.check_free(identifier, "the index")
-        return documents, rows
-
-
-def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
-           counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
-    """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
-
-    room: tokens the embedder reads; sources: see `source_label`. counts receives the passages that were added and the
-    documents that they replaced. Returns what `plan_compaction` does.
-    """
-    limit = min(corpus.max_passage_tokens, room)
-    if limit < corpus.max_passage_tokens:
-        notice(f"passages are cut at {limit} tokens, the most this embedder reads")
-    with ColumnWriter(folder) as columns:
-        writer = CorpusWriter(columns)
-        records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
-        while block := list(itertools.islice(records, EMBED_BLOCK)):
-            for record, spans in zip(block, piece_spans(block, tokenizer, limit, corpus.overlap), strict=True):
-                with skipping(corpus.errors, counts):
-                    writer.add(record, spans)
-        require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        documents, rows = writer.replaced(previous) if previous is not None else ((), ())
-        counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
-        kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
-        for number, start, stop in taken:
-            for name in STRING_COLUMNS:
-                copy_runs(columns, previous.segments[number], f"{name}_offsets", [name], start, stop)
-            columns.append("parts", previous.segments[number]["parts"][start:stop])
-    return kept, taken
-
-
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
     """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
@@ -2312,112 +2152,8 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     if embedder is not None:
         vectors, token_states, token_ends = embedder.embed_with_states(contents, batch_size)
         embeddings = map(late_chunk_vectors, token_states, token_ends, [cut.ends for cut in cuts], vectors)
-    return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
-                     for cut, *item in zip(cuts, embeddings, states, strict=True)]
-
-
-class Blocks:
-    """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
-
-    A block's name is a digest of its contents, models and precision, so that no other block is taken for it.
-    """
-
-    def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
-                 runtime: RuntimeConfig):
-        self.chunking, self.embedder, self.batch_size = chunking, embedder, build.batch_size
-        self.kept = embedder is not None or chunking.encoder is not None  # whether a model computes anything
-        self.folder = path / FINISHED_BLOCKS
-        self.made_by = dumps({
-            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size, "form": "columns"}).encode()
-        if self.kept:
-            self.folder.mkdir(exist_ok=True)
-        if count := len(list(self.folder.glob("*.npz"))):
-            notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
-
-    def columns(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """What an index stores of passages, and the number of chunks of each as "lengths".
-
-        vectors (N, dim) float32, of L chunks in all chunk_ends (L,) uint32, chunk_sizes (L,) uint16, gate (L, dim) int8
-        with gate_scales (L, 1) float32, and chunks (L, E) float16; those that no model makes are left out.
-        """
-        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
-        ends, sizes, embeddings, states = (
-            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
-        columns = {"lengths": np.asarray([len(table.ends) for table in tables]),
-                   "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
-        if embeddings is not None:
-            columns["vectors"] = vectors
-            columns["gate"], columns["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
-        if states is not None:
-            columns["chunks"] = states.astype(np.float16)
-        return columns
-
-    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of some passages: read, or computed and kept if they are missing or damaged."""
-        key = hashlib.blake2b(self.made_by, digest_size=16)
-        for content in contents:
-            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
-        path = self.folder / f"{key.hexdigest()}.npz"
-        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
-            return dict(file)
-        block = self.columns(contents)
-        if self.kept:
-            data = io.BytesIO()
-            np.savez(data, **block)
-            write_atomic(path, data.getvalue())
-        return block
-
-    def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
-        """The blocks of the first `count` passages of a segment, or every n-th of them."""
-        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
-        for rows in batched(range(count), EMBED_BLOCK)[share]:
-            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
-            glibc("malloc_trim", 0)  # arrays of many sizes fragment the heap, which would only grow
-
-    def make_together(self, folder: Path | None = None, count: int = 0) -> None:
-        """Have every launched process embed its share, of the folder and the count that the first one names."""
-        from accelerate.utils import broadcast_object_list
-
-        group = process_group()
-        folder, count = broadcast_object_list([folder and str(folder), count])
-        own = self.of(Path(folder), count, slice(group.process_index, None, group.num_processes))
-        for _ in progress(own, "embedding a share", unit="block"):
-            pass
-        group.wait_for_everyone()
-
-
-def embed_corpus(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
-                 taken: Sequence[Run]) -> None:
-    """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
-    with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
-        for block in blocks:
-            bar.update(len(block["lengths"]))
-            columns.append_lengths("chunk_offsets", block.pop("lengths"))
-            for name, rows in block.items():
-                columns.append(name, rows)
-        for number, start, stop in taken:
-            segment = previous.segments[number]
-            copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
-            if previous.faiss:
-                columns.append("vectors", previous.faiss[number].reconstruct_n(start, stop - start))
-
-
-def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
-    """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    columns, built = [map_columns(folder)], None
-    if "dense" in uses:
-        vectors = columns[0]["vectors"]
-        built = faiss_kind(kind, len(vectors))
-        index = new_faiss(built, vectors)
-        for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
-            index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
-        write_faiss(index, folder / "faiss.index")
-        (folder / "vectors.npy").unlink()
-    if "bm25" in uses:
-        titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
-        build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
-    return built
+    rows = zip(cuts, embeddings, states, strict=True)
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *own) for cut, *own in rows]
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
@@ -2437,63 +2173,222 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]] | None) -> None:
-    """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
+class IndexBuild:
+    """Builds a segment of an index beside the current ones, in three passes, and makes it current.
 
-    older: the files of the index that was added to; None: a notice names an index that is replaced.
+    What the models compute is kept on disk block by block, so that a killed build goes on where it stood. A block is
+    named by a digest of its contents, models and precision, so that no other is taken for it.
     """
-    final, folders = path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
-    if older is None and final.exists():
-        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime)), "which cannot be read"
-        with contextlib.suppress(RefragError):
-            old = index_manifest(path)
-            facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
-        notice(f"this replaces the index in {path} ({facts}, built {built}): --add would add to it")
-    known = {name: entry for name, entry in (older or {}).items() if name.partition("/")[0] in folders}
-    try:
-        write_manifest(final, new, manifest, known=known)
-    finally:
-        current = {folder for folder in path.glob("gen-*") if folder != new}
-        with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-            current = {path / segment["folder"] for segment in read_manifest(final)["segments"]}
-        for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
-            shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in path.glob(".manifest*.tmp"):
-            leftover.unlink(missing_ok=True)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
 
+    def __init__(self, path: Path, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
+                 previous: Index | None, runtime: RuntimeConfig):
+        self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
+        self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
+        if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
+            self.faiss = "flat" if previous.manifest["faiss"] == "flat" else "auto"
+        self.documents: set[str] = set()  # the new ones
+        self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
+        self.computes = embedder is not None or chunking.encoder is not None
+        self.finished = path / FINISHED_BLOCKS
+        self.made_by = dumps({
+            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
+            "device": str(pick_device(runtime.device)), "batch_size": self.batch_size, "form": "columns"}).encode()
 
-def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
-                chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
-    """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
-    path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
-    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": None, "faiss": None}
-    sources, uses = dict(old["sources"]), RETRIEVERS[retriever]
-    if previous is not None and embedder is not None:
-        check_embedder(old, embedder)
-    # What is added to a flat index stays exact; else its type goes by its own number.
-    faiss_type = build.faiss if previous is None else "flat" if old["faiss"] == "flat" else "auto"
-    cutter = ((embedder.tokenizer, embedder.room) if embedder else
-              (chunking.tokenizer.encoder, corpus.max_passage_tokens))
-    new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
-    with new_folder(new) as folder:
-        kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
-        blocks = Blocks(path, chunking, embedder, build, runtime)
-        if blocks.kept and several_processes():
-            blocks.make_together(folder, counts["added"])
-        embed_corpus(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
-        built = build_retrievers(folder, uses, faiss_type)
-    columns = map_columns(new)
-    segments = [*(old["segments"][at] for at in kept), {
-        "folder": new.name, "faiss": built, "passages": len(columns["parts"]), "chunks": len(columns["chunk_ends"])}]
-    manifest = {
-        "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
-        "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-        "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
-        "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-        "chunking": chunking.facts()}
-    replace_manifest(path, new, manifest, old["files"])
-    return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+    def run(self, corpus: CorpusConfig) -> dict[str, Any]:
+        """Build the segment and make it current. Returns counts. The caller holds the lock."""
+        old = {"sources": {}, "segments": [], "faiss": None} if self.previous is None else self.previous.manifest
+        counts, sources, embedder = {"skipped": 0, "replaced": 0}, dict(old["sources"]), self.embedder
+        new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
+        with new_folder(new) as folder:
+            kept, taken = self.read(folder, corpus, counts, sources)
+            self.compute(folder, counts["added"], taken)
+            built = self.build_retrievers(folder)
+        sizes = {name: len(column) for name, column in map_columns(new).items()}
+        segments = [*(old["segments"][at] for at in kept), {
+            "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
+        manifest = {
+            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": sources,
+            "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
+            "uses": RETRIEVERS[self.retriever], "faiss": old["faiss"] or built, "dim": embedder and embedder.dim,
+            "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
+            "chunking": self.chunking.facts()}
+        self.replace_manifest(new, manifest)
+        return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+
+    def read(self, folder: Path, corpus: CorpusConfig, counts: dict[str, int],
+             sources: dict[str, str]) -> tuple[list[int], list[Run]]:
+        """First pass: read, split and write the texts, block by block; the rows of older segments last.
+
+        counts receives the passages that were added and the documents that they replaced; sources: see `source_label`.
+        Returns what `plan_compaction` does.
+        """
+        tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
+        if self.embedder:
+            tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
+        if limit < corpus.max_passage_tokens:
+            notice(f"passages are cut at {limit} tokens, the most this embedder reads")
+        with ColumnWriter(folder) as columns:
+            records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
+            while block := list(itertools.islice(records, EMBED_BLOCK)):
+                titles = tokenize(tokenizer, [record.title or "." for record in block])
+                texts = tokenize(tokenizer, [record.text for record in block])
+                for record, title, text in zip(block, titles, texts, strict=True):
+                    used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
+                    room = max(limit - used, limit // 2)  # for a piece of the text beside the title
+                    spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
+                    with skipping(corpus.errors, counts):
+                        self.add(columns, record, spans)
+            require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
+            documents, rows = self.replaced()
+            counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+            kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
+            for number, start, stop in taken:
+                segment = self.previous.segments[number]
+                for name in STRING_COLUMNS:
+                    copy_runs(columns, segment, f"{name}_offsets", [name], start, stop)
+                columns.append("parts", segment["parts"][start:stop])
+        return kept, taken
+
+    def add(self, columns: ColumnWriter, record: Record, spans: list[tuple[int, int]]) -> None:
+        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
+        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
+        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
+        for identifier in {record.id, *ids}:
+            self.check_free(identifier, record.where)
+        self.documents.add(record.id)
+        self.places |= dict.fromkeys({record.id, *ids}, record.where)
+        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
+        for name, texts in zip(STRING_COLUMNS, values, strict=True):
+            columns.append_texts(name, texts)
+        columns.append("parts", np.asarray(parts, dtype=np.uint32))
+
+    def check_free(self, identifier: str, where: str) -> None:
+        """Raise BadRecord if a new document or piece has this id already. where: the place of another."""
+        if first := self.places.get(identifier):
+            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
+
+    def replaced(self) -> tuple[set[str], list[set[int]]]:
+        """(older documents that new ones replace, their rows in each segment). Raises BadRecord."""
+        segments = self.previous.segments if self.previous is not None else []
+        documents, rows = set(), [set() for _ in segments]
+        for segment, found in zip(segments, rows, strict=True):
+            for row, (identifier, part) in enumerate(zip(StringColumn([segment], "ids"), segment["parts"].tolist(),
+                                                         strict=True)):
+                document = identifier.rpartition("#")[0] if part else identifier
+                if document in self.documents:
+                    documents.add(document)
+                    found.add(row)
+                else:
+                    self.check_free(identifier, "the index")
+        return documents, rows
+
+    def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
+        """Second pass: write chunks and vectors (a temporary file) of the first `count` passages and of those taken."""
+        if finished := len(list(self.finished.glob("*.npz"))):
+            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages need not be embedded again")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            self.embed_share(folder, count)
+        with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
+            for block in self.blocks(folder, count):
+                bar.update(len(block["lengths"]))
+                columns.append_lengths("chunk_offsets", block.pop("lengths"))
+                for name, rows in block.items():
+                    columns.append(name, rows)
+            for number, start, stop in taken:
+                segment = self.previous.segments[number]
+                copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
+                if self.previous.faiss:
+                    columns.append("vectors", self.previous.faiss[number].reconstruct_n(start, stop - start))
+
+    def embed_share(self, folder: Path | None = None, count: int = 0) -> None:
+        """What each launched process does: embed its share, of the folder and the count that the first one names."""
+        from accelerate.utils import broadcast_object_list
+
+        if not self.computes:
+            return
+        group = process_group()
+        folder, count = broadcast_object_list([folder and str(folder), count])
+        own = self.blocks(Path(folder), count, slice(group.process_index, None, group.num_processes))
+        for _ in progress(own, "embedding a share", unit="block"):
+            pass
+        group.wait_for_everyone()
+
+    def blocks(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
+        """The blocks of the first `count` passages of a segment, or every n-th of them."""
+        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
+        for rows in batched(range(count), EMBED_BLOCK)[share]:
+            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
+
+    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+
+        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        """
+        key = hashlib.blake2b(self.made_by, digest_size=16)
+        for content in contents:
+            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
+        path = self.finished / f"{key.hexdigest()}.npz"
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
+            return dict(file)
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            block["vectors"] = vectors
+            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            block["chunks"] = states.astype(np.float16)
+        if self.computes:
+            self.finished.mkdir(exist_ok=True)
+            data = io.BytesIO()
+            np.savez(data, **block)
+            write_atomic(path, data.getvalue())
+        return block
+
+    def build_retrievers(self, folder: Path) -> str | None:
+        """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
+        columns, built, uses = [map_columns(folder)], None, RETRIEVERS[self.retriever]
+        if "dense" in uses:
+            vectors = columns[0]["vectors"]
+            built = faiss_kind(self.faiss, len(vectors))
+            index = new_faiss(built, vectors)
+            for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
+                index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
+            with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing misses a disk that gets full
+                faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
+            (folder / "vectors.npy").unlink()
+        if "bm25" in uses:
+            titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
+            build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
+        return built
+
+    def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
+        """Make a manifest's segments the index in one step; remove all other segments and what killed writers left."""
+        final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
+        if self.previous is None and final.exists():
+            built = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime))
+            facts = "which cannot be read"
+            with contextlib.suppress(RefragError):
+                old = index_manifest(self.path)
+                facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
+            notice(f"this replaces the index in {self.path} ({facts}, built {built}): --add would add to it")
+        older = self.previous.manifest["files"] if self.previous is not None else {}
+        known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+        try:
+            write_manifest(final, new, manifest, known=known)
+        finally:
+            current = {folder for folder in self.path.glob("gen-*") if folder != new}
+            with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and was not replaced
+                current = {self.path / segment["folder"] for segment in read_manifest(final)["segments"]}
+            for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - current:
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self.path.glob(".manifest*.tmp"):
+                leftover.unlink(missing_ok=True)
+        shutil.rmtree(self.finished, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -2511,9 +2406,8 @@ class Passage:
     metadata: str = ""  # a JSON object, empty without any
 
     def to_json(self) -> dict[str, Any]:
-        names = ("id", "title", "text", "score", "scores", "rank")
-        more = {"metadata": json.loads(self.metadata)} if self.metadata else {}
-        return {name: getattr(self, name) for name in names} | more
+        fields = {name: getattr(self, name) for name in ("id", "title", "text", "score", "scores", "rank")}
+        return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
 class Searcher:
@@ -2531,12 +2425,12 @@ class Searcher:
 
         BM25 comes first: it settles equal sums of ranks better than the embedder.
         """
-        dense, sparse = {}, {}
+        found = {}
         if "dense" in self.uses:
-            dense["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
+            found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
-            sparse["bm25"] = self.index.bm25.search(query, depth, dense.get("dense", ()))
-        return sparse | dense
+            found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
+        return found
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
@@ -2889,9 +2783,9 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
-                 system: str = "") -> Context:
+                 system: str | None = None) -> Context:
     """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
-    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system or ""))
     while True:
         prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
         if prompt.context_tokens <= ctx_max:
@@ -3128,7 +3022,7 @@ ENCODER_WINDOW = 512  # tokens of a passage that see each other in the encoder
 ENCODER_BATCH_TOKENS = 4096  # tokens, padding included, in one encoder pass
 
 
-class RefragConfig(PreTrainedConfig):
+class RefragConfig(transformers.PreTrainedConfig):
     """What a checkpoint needs to be loaded anywhere: which models it stands on, and how they are joined."""
 
     model_type = "refrag"
@@ -3802,9 +3696,8 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     return model
 
 
-def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
-               runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
-    """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
+def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> IndexBuild:
+    """A build with what the options name, or what the index to add to has. Raises RefragError."""
     previous = open_index(index.index_dir) if build.add else None
     built = previous.manifest if previous is not None else {}
     if previous is not None:
@@ -3812,14 +3705,15 @@ def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
     retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
     name = index.embed_model or built.get("embedder", {}).get("name")
     embedder = None if retriever == "bm25" else load_embedder(name, runtime)
+    if previous is not None and embedder is not None:
+        check_embedder(built, embedder)
     with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
     encoder = load_model(models, runtime).encoder if with_states else None
     tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
     chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
     if chunks and chunks != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
-    return previous, retriever, embedder, chunking
-
+        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build again")
+    return IndexBuild(Path(index.index_dir), build, retriever, embedder, chunking, previous, runtime)
 
 # =============================================================================
 # 9. Gate. A score for every chunk of the context, and the choice of those
@@ -3884,16 +3778,14 @@ def cosine_scores(inputs: GateInput) -> np.ndarray:
 def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
     """((L, Q) bool, which of the question's Q terms each chunk has; (Q,) each term's share of the sum of their idf).
 
-    hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
+    hits @ shares is the question's coverage, in [0, 1]. The idf, log(1 + N / (n + .5)), is not BM25's: trained gates
+    rely on it.
     """
-    question = list(dict.fromkeys(index_terms(inputs.question)))
+    asked = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
-    hits = np.asarray([[term in terms for term in question] for terms in chunks], dtype=bool)
-    hits = hits.reshape(len(chunks), len(question))
-    if inputs.idf is not None:
-        idf = np.asarray([inputs.idf(term) for term in question], dtype=np.float64)
-    else:
-        idf = np.asarray([math.log(1 + len(chunks) / (0.5 + n)) for n in hits.sum(0).tolist()])
+    hits = np.asarray([[term in terms for term in asked] for terms in chunks], bool).reshape(len(chunks), len(asked))
+    idf = np.asarray([inputs.idf(term) if inputs.idf else math.log(1 + len(chunks) / (0.5 + n))
+                      for term, n in zip(asked, hits.sum(0).tolist(), strict=True)])
     return hits, idf / (idf.sum() or 1.0)
 
 
@@ -3918,10 +3810,8 @@ def blend_scores(inputs: GateInput) -> np.ndarray:
 
 @torch.inference_mode()
 def ppl_scores(inputs: GateInput) -> np.ndarray:
-    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
-
-    A baseline: the decoder reads the whole context for it, so it cannot make the first token faster.
-    """
+    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic, a
+    baseline, since for it the decoder reads the whole context."""
     scores = np.zeros(len(inputs.texts), dtype=np.float32)
     device = next(inputs.decoder.parameters()).device
     for doc in np.unique(inputs.docs):
@@ -4037,8 +3927,8 @@ class QueryGate(nn.Module):
     """A logit for every chunk of a question, given all of its chunks.
 
     Features, projected chunk vectors and their products with the projected question go through one layer; then every
-    chunk sees its neighbours, maximum and mean over all chunks, and its neighbours again. Attention instead was no
-    better and twice as slow. features False: only vectors, as in the paper's policy; blind: without the question, too.
+    chunk sees its neighbours, the maximum and mean of all chunks, and its neighbours again (attention was no better and
+    twice as slow). features False: only vectors, as in the paper's policy; blind: not even the question.
     """
 
     def __init__(self, dim: int, pairs: int = 64, width: int = 64, features: bool = True, blind: bool = False):
@@ -4104,14 +3994,8 @@ class QueryGate(nn.Module):
         return shares
 
 
-SHIPPED_GATE = SHIPPED / "gate"
-
-
 def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
-    """The facts of a checkpoint's gate or policy, else of the shipped gate; None if made for another embedder.
-
-    kind: "gate" or "policy"; fingerprint: the embedder's, None without one.
-    """
+    """The facts of a checkpoint's "gate" or "policy", else of the shipped gate; None if made for another embedder."""
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
         facts = Checkpoint(SHIPPED_GATE).config.gate
@@ -4122,10 +4006,10 @@ def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
     """The gate or policy of `known_gate`. Raises MismatchError if the checkpoint's reads other vectors or features."""
     facts, own = known_gate(model.config, kind, embedder and embedder.fingerprint), getattr(model.config, kind)
-    if facts is None and own is not None and embedder is not None:
-        raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index has "
-                            f"those of {embedder.name}: use --gate blend, or train it on this index")
     if facts is None:
+        if own is not None and embedder is not None:
+            raise MismatchError(f"the checkpoint's {kind} was trained on vectors of {own.get('embedder')}, the index "
+                                f"has those of {embedder.name}: use --gate blend, or train it on this index")
         return None
     if own is None:
         shipped = Checkpoint(SHIPPED_GATE)
@@ -4141,6 +4025,7 @@ def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> Query
     return gate.eval()
 
 
+SHIPPED_GATE = SHIPPED / "gate"
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
 TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # --gate -> the part of a checkpoint
 GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
@@ -4148,8 +4033,7 @@ GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "ran
 
 def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
     """Tokens of the context that may stay text: the fraction p of them, but at least `floor` if p > 0."""
-    # 1e-9: .29 * 100 is 28.999999999999996
-    return max(math.floor(p * int(tokens.sum()) + 1e-9), floor if p > 0 else 0)
+    return max(math.floor(p * int(tokens.sum()) + 1e-9), floor if p > 0 else 0)  # .29 * 100 is 28.999999999999996
 
 
 def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> np.ndarray:
@@ -4183,13 +4067,13 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 
 Random = np.random.Generator
 
-TOKEN_CACHE_VERSION = 2
+TOKEN_CACHE_VERSION = 3
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
 NO_ANSWER = "Not in the documents."
 QUOTE = "Quote the sentence that answers this question. "
+CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
-KEPT_CHECKPOINTS = 2
 PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as long as another pass
 
 
@@ -4197,8 +4081,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
     """Samples of each text length in each stage: (tasks, 9) float; task i has texts of 2**i chunks.
 
     Every row is a geometric sequence. It starts at 1333 / 4**i, at least 1, and sums to 2000 for the first three tasks,
-    4000 for the next three and 8000 for the rest. Rounded, these are the numbers of the paper's table for 9 tasks.
-    Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
+    4000 for the next three and 8000 for the rest. Rounded, this is the paper's table. Row 0: 1333, 444.6, 148.3, ..
     """
     rows = []
     for task in range(tasks):
@@ -4212,8 +4095,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
 def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     """(tasks,) probabilities of the text lengths at a point of the run. progress: range [0, 1).
 
-    kind: paper (stages as long as their sample counts), even (stages of equal length), none (only the longest).
-    No length falls below LEAST_SHARE; in the paper's table single chunks die out.
+    kind: paper (stages as long as their sample counts), even (equal stages), none (only the longest length).
     """
     if kind == "none" or tasks == 1:
         return np.eye(tasks)[-1]
@@ -4225,16 +4107,12 @@ def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     return shares / shares.sum()
 
 
-# -- data ---------------------------------------------------------------------
-
-
 def file_facts(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Name, size and digest of data files."""
     return [{"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256_file(Path(name))} for name in paths]
 
 
 def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same without local paths, for checkpoints, which are shared."""
+    """`file_facts` without local paths, for checkpoints, which are shared."""
     return [fact | {"file": Path(fact["file"]).name} for fact in facts]
 
 
@@ -4251,11 +4129,10 @@ def split_text(ids: np.ndarray, cuts: np.ndarray, s: int) -> tuple[np.ndarray, n
 
 
 class TokenCache:
-    """Training texts as the decoder's tokens, on disk and memory-mapped, made once for a set of files."""
+    """Training texts as the decoder's tokens, in arrays that may be memory-mapped: see `tokenize_texts`."""
 
-    def __init__(self, folder: Path, paths: Sequence[str]):
-        verify_files(folder, read_manifest(folder / "manifest.json", TOKENS_FORMAT)["files"], TOKENS_FORMAT)
-        self.tokens, self.cuts, self.texts = (map_array(folder / f"{name}.npy") for name in ("tokens", "cuts", "texts"))
+    def __init__(self, columns: dict[str, Tensor], paths: Sequence[str]):
+        self.tokens, self.cuts, self.texts = (columns[name].numpy() for name in ("tokens", "cuts", "texts"))
         self.paths = paths
 
     def windows(self, size: int, least: int) -> np.ndarray:
@@ -4278,7 +4155,7 @@ class TokenCache:
             first += int(rng.integers(0, last - first - tokens + 1))
             last = first + tokens
         start, end, _, file, line = self.texts[text].tolist()
-        cuts = np.append(self.cuts[start:end], True).astype(bool)
+        cuts = np.append(self.cuts[start:end], True)
         first = nearest_cut(cuts, first, 0)
         last = nearest_cut(cuts, last, first + 1)
         ids = np.asarray(self.tokens[start + first : start + last], dtype=np.int64)
@@ -4286,59 +4163,48 @@ class TokenCache:
 
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
-    """The token cache of a set of files, made if it is missing or damaged. Its name is a digest of its inputs."""
+    """The tokens of a set of files, mapped from a file in the cache that is made if it is missing or damaged."""
     special = tokenizer.special.pattern if tokenizer.special else ""
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special,
-                 [fact["sha256"] for fact in file_facts(paths)]])
-    folder = cache_home() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=3600):  # several processes make it once
+    digests = [sha256_file(Path(name)) for name in paths]
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
+    path = cache_home() / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_suffix(".lock"), f"{path}", timeout=3600):  # several processes make it once
         try:
-            return TokenCache(folder, paths)
-        except (RefragError, OSError) as error:
-            if folder.exists():
-                notice(one_line(error))
-        with new_folder(folder) as temporary:
-            write_tokens(paths, tokenizer, temporary)
-            write_manifest(temporary / "manifest.json", temporary, {}, TOKENS_FORMAT)
-        return TokenCache(folder, paths)
+            columns = load_file(path)
+        except (OSError, SafetensorError):
+            columns = tokenize_texts(paths, tokenizer)
+            write_atomic(path, save(columns))
+    return TokenCache(columns, paths)
 
 
-def write_tokens(paths: Sequence[str], tokenizer: RefragTokenizer, folder: Path) -> None:
-    """Tokenise the texts of the files into arrays. texts: first and last token, tokens of context, file and line.
-
-    Raises UserError for token ids that the decoder does not have.
-    """
-    vocabulary = len(tokenizer.decoder)
-    with ColumnWriter(folder) as columns:
-        for text in progress(read_training_texts(paths), "tokenising", unit="text"):
-            if isinstance(text.text, list):
-                ids, largest = np.asarray(text.text, dtype=np.int64), max(text.text, default=0)
-                require(largest < vocabulary, f"{text.where}: token {largest} is not one of the decoder's {vocabulary}")
-                can_cut = np.ones(len(ids), dtype=bool)
-            else:
-                [tokens] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
-                ids, can_cut = tokens.ids, cut_allowed(tokens)[:-1]
-            (name, _, line), first = text.where.rpartition(":"), columns.rows["tokens"]
-            facts = first, first + len(ids), text.context, list(paths).index(name), int(line)
-            columns.append("texts", np.asarray([facts], dtype=np.int64))
-            columns.append("tokens", ids.astype(np.int32))
-            columns.append("cuts", can_cut.astype(np.uint8))
-        require(columns.rows["tokens"] > 0, f"{', '.join(paths)}: no text to train on")
+def tokenize_texts(paths: Sequence[str], tokenizer: RefragTokenizer) -> dict[str, Tensor]:
+    """tokens (T,); cuts (T,), whether a cut may be made before each; texts (n, 5): first and last token, tokens of
+    context, file, line. Raises UserError for ids beyond the decoder's vocabulary."""
+    tokens, cuts, texts, first, vocabulary = [], [], [], 0, len(tokenizer.decoder)
+    for text in progress(read_training_texts(paths), "tokenising", unit="text"):
+        if isinstance(text.text, list):
+            ids, largest = np.asarray(text.text, dtype=np.int64), max(text.text, default=0)
+            require(largest < vocabulary, f"{text.where}: token {largest} is not one of the decoder's {vocabulary}")
+            cuts.append(np.ones(len(ids), dtype=bool))
+        else:
+            [pieces] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
+            ids = pieces.ids
+            cuts.append(cut_allowed(pieces)[:-1])
+        name, _, line = text.where.rpartition(":")
+        texts.append((first, first + len(ids), text.context, list(paths).index(name), int(line)))
+        tokens.append(ids.astype(np.int32))
+        first += len(ids)
+    require(first > 0, f"{', '.join(paths)}: no text to train on")
+    return {"tokens": torch.from_numpy(np.concatenate(tokens)), "cuts": torch.from_numpy(np.concatenate(cuts)),
+            "texts": torch.as_tensor(texts)}
 
 
 class Item(NamedTuple):
-    """One draw of training data."""
-
     sequence: TrainingSequence
     teacher: TrainingSequence | None  # what the teacher reads
     where: str  # file:line, or the question
     rows: tuple[int, ...] = ()  # of the index, if it reads passages
-
-    @property
-    def sources(self) -> frozenset[Any]:
-        """What its vectors stand for: passages, else the one text."""
-        return frozenset(self.rows or [self.where])
 
     @property
     def positions(self) -> int:
@@ -4372,7 +4238,7 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
 
 
 class TextLessons:
-    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens.
+    """What a phase learns from windows of at most --seq_tokens tokens of texts.
 
     Subclasses make an item of a window with one of `ks`, at a `progress` in [0, 1); the evaluation passes 1.
     """
@@ -4386,7 +4252,7 @@ class TextLessons:
         if short:
             notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
         self.held_out_cache, held_out = self.load(texts.eval_json) if texts.eval_json else (None, [])
-        self.held_out = spread(held_out, train.eval_limit)
+        self.held_out = sample_evenly(held_out, train.eval_limit)
 
     def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
         """The texts of some files and their windows. Raises UserError if every text is too short."""
@@ -4403,7 +4269,6 @@ class TextLessons:
         return len(self.windows)
 
     def draw(self, number: int, rng: Random, progress: float) -> Item:
-        """The training item of a number below len(self)."""
         return self.item(self.cache, self.windows[number], self.train.k, rng, progress)
 
     def exam(self) -> dict[str, list[Item]]:
@@ -4459,13 +4324,11 @@ class ReconLessons(TextLessons):
         return Item(reconstruction(self.encoder, ids, cuts, k), None, where)
 
     def exam(self) -> dict[str, list[Item]]:
-        """The held-out texts at each length."""
         exam: dict[str, list[Item]] = {}
         for k in self.train.k:
             for chunks in self.lengths(k):
-                rng = np.random.default_rng([k, chunks])
-                for window in (w for w in self.held_out if w[2] - w[1] >= chunks * k):
-                    ids, cuts, where = self.held_out_cache.read(window, chunks * k, rng)
+                rng, long = np.random.default_rng([k, chunks]), [w for w in self.held_out if w[2] - w[1] >= chunks * k]
+                for ids, cuts, where in (self.held_out_cache.read(window, chunks * k, rng) for window in long):
                     item = Item(reconstruction(self.encoder, ids, cuts, k), None, where)
                     exam.setdefault(f"k{k}/{chunks}", []).append(item)
         return exam
@@ -4491,8 +4354,7 @@ class NextLessons(TextLessons):
             opened = rng.random(len(content.chunks)) < share
             parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
                      for c, chunk in enumerate(content.chunks)]
-            plan = np.concatenate([opening(self.tokenizer.decoder), *parts])
-            sequence = continue_plan(plan, following, content)
+            sequence = continue_plan(np.concatenate([opening(self.tokenizer.decoder), *parts]), following, content)
         return Item(sequence, with_text(sequence) if self.options.distill else None, where)
 
 
@@ -4549,21 +4411,18 @@ class AnswerLessons:
                  search: SearchConfig, gate: QueryGate | None = None):
         self.train, self.sft, self.index, self.topk, self.gate = train, sft, searcher.index, search.topk, gate
         self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
+        files = (sft.rag_json, "--rag_json", sft.limit), (sft.eval_json, "--eval_json", train.eval_limit)
         self.questions, self.held_out = (
-            retrieve_all(read_answered_questions(name, flag, limit), searcher, search) if name else []
-            for name, flag, limit in ((sft.rag_json, "--rag_json", sft.limit),
-                                      (sft.eval_json, "--eval_json", train.eval_limit)))
+            retrieve_all(read_answered_questions(*file), searcher, search) if file[0] else [] for file in files)
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def draw(self, number: int, rng: Random, progress: float) -> Item:
-        """The training item of a number below len(self), the same at any progress."""
         return self.item(self.questions[number], rng, float(rng.choice(self.sft.p)), int(rng.choice(self.train.k)),
                          bool(rng.random() < self.sft.no_answer_frac), self.sft.quote_frac)
 
     def exam(self) -> dict[str, list[Item]]:
-        """The held-out questions at each k and p."""
         return {f"k{k}/p{p:g}": [self.item(found, np.random.default_rng([0, i]), p, k)
                                  for i, found in enumerate(self.held_out)]
                 for k in self.train.k for p in self.sft.p if self.held_out}
@@ -4615,7 +4474,6 @@ class AnswerLessons:
 
 
 def answers_in(index: Index, item: dict[str, Any], row: int) -> list[str]:
-    """A question's answers that a passage holds."""
     text = index.texts[row].casefold()
     return [answer for answer in item["answers"] if answer.casefold() in text]
 
@@ -4664,26 +4522,23 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
 
 Lessons = TextLessons | AnswerLessons
 
-# -- the order of the data ------------------------------------------------------
-
 
 class Sampler:
     """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
 
-    A step is filled with about batch_size * seq_tokens positions for each process and each of grad_accum, since these
-    are what it costs; its loss is divided by its labels. Draw n is item permutation(epoch)[n % len] with a random
-    generator of its own: a run can go on from `drawn`, and two processes see what one would.
+    A step has about batch_size * seq_tokens positions (its cost) for each process and each of grad_accum. Draw n is
+    item permutation(epoch)[n % len] with a generator of its own: a run continues from `drawn`, and several processes
+    see what one would.
     """
 
     def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
-        self.lessons, self.steps, self.seed, self.processes, self.pass_cost = (
-            lessons, train.steps, seed, processes, pass_cost)
+        self.lessons, self.steps, self.seed = lessons, train.steps, seed
+        self.processes, self.pass_cost = processes, pass_cost
         self.least = train.grad_accum * processes  # items of a step
         self.pass_positions = train.batch_size * train.seq_tokens
         self.drawn, self.epoch, self.order = 0, -1, np.zeros(0)
 
     def draw(self, step: int) -> Item:
-        """The next item, in the order of its epoch."""
         epoch, place = divmod(self.drawn, len(self.lessons))
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
@@ -4708,22 +4563,20 @@ class Sampler:
 
     def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
         """The passes of each step from `step` on, and the draws so far. A thread makes the next step meanwhile."""
-        def make(number: int) -> tuple[list[list[Item]], int]:
-            return self.step(number), self.drawn
-
         with ThreadPoolExecutor(1) as worker:
-            ahead = worker.submit(make, step)
-            for number in range(step, self.steps):
-                ready = ahead.result()
-                ahead = worker.submit(make, number + 1) if number + 1 < self.steps else ahead
+            ahead = worker.submit(self.step, step)
+            for number in range(step + 1, self.steps + 1):
+                ready = ahead.result(), self.drawn
+                if number < self.steps:
+                    ahead = worker.submit(self.step, number)
                 yield ready
 
 
 def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
     """Items, the longest first, in passes of similar length; process i takes [i::processes] of each.
 
-    A pass ends when a process's items, padded to the longest, fill `positions`, or when its padding (in positions per
-    process) exceeds pass_cost, so that another pass is faster.
+    A pass ends when its items, padded to the longest, fill `positions`, or its padding exceeds pass_cost, so that
+    another pass is faster; both are positions per process.
     """
     passes, at, last = [], 0, len(items) // processes * processes
     while at < last:
@@ -4866,16 +4719,17 @@ class Trainer:
         cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
         self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
-        if train.activation_checkpointing:
-            checkpoint_activations(model)
-        if train.torch_compile:
-            model.decoder.compile(dynamic=True)
-            model.encoder.backbone.compile(dynamic=True)
+        for part in (model.decoder, model.encoder.backbone):
+            if train.activation_checkpointing:
+                part.activation_checkpointing_enable()
+            for layer in part.modules() if train.activation_checkpointing else ():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # it asks for that; not its parts, whose dropout stays off as everywhere here
+            if train.torch_compile:
+                part.compile(dynamic=True)
         self.wrapped, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.step, self.tokens, self.seconds, self.drawn = 0, 0, 0.0, 0
         self.exam = lessons.exam()
-
-    # -- one step --
 
     def teach(self, items: list[Item]) -> Tensor | None:
         """(N, V) the teacher's logits at the asked positions; None if the phase has no teacher."""
@@ -4930,10 +4784,7 @@ class Trainer:
         padding = round(1 - sum(item.positions for item in items) / padded, 4)
         return terms | {"grad_norm": float(norm), "lr": self.train.lr * factor, "padding": padding}
 
-    # -- the run --
-
     def fit(self) -> dict[str, Any]:
-        """Train up to --steps. Returns the summary."""
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
@@ -4972,14 +4823,12 @@ class Trainer:
         return record | dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss and token accuracy on the held-out items, with the controls.
-
-        Every process computes all of it: these are few items, and one summation order gives the same digits on any
-        number of processes.
-        """
+        """Loss and token accuracy on the held-out items, with the controls. Every process computes all of these few
+        items, so that their digits do not depend on the number of processes."""
         results: dict[str, Any] = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
-            sequences, sources = [item.sequence for item in items], [item.sources for item in items]
+            sequences = [item.sequence for item in items]
+            sources = [frozenset(item.rows or [item.where]) for item in items]  # what the vectors stand for
             for kind in CONTROLS:
                 changed = control(kind, sequences, sources)
                 if changed:
@@ -4990,7 +4839,6 @@ class Trainer:
         return results
 
     def summary(self, log: RunLog) -> dict[str, Any]:
-        """What the command prints at the end."""
         final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
         losses = [r["loss"] for r in log.records if "loss" in r]
         return {"phase": self.facts["phase"], "steps": self.step, "loss": losses[-1] if losses else None,
@@ -4998,8 +4846,6 @@ class Trainer:
                 "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "eval": final,
                 "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                 "checkpoint": str(self.folder / f"step-{self.step:06d}"), "peak_rss_mb": round(peak_rss_mb(), 1)}
-
-    # -- checkpoints --
 
     def optimizer_state(self, offload: bool) -> dict[str, Any]:
         """AdamW's state by parameter name, gathered if FSDP split it; offloaded, only the first process has it."""
@@ -5019,14 +4865,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors},
                              {"trainer.json": dumps(values)}, model_card(config, log.records))
-            for old in step_folders(self.folder)[KEPT_CHECKPOINTS:]:
+            for old in step_folders(self.folder)[2:]:
                 shutil.rmtree(old, ignore_errors=True)
             log.plot()
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint, whose model is loaded already. Only the optimizer has more state: nothing draws
-        from torch's generator, and the order of the data follows from `drawn`."""
+        """Continue from a checkpoint whose model is loaded. Nothing draws from torch's generator: it is not saved."""
         values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         self.earlier = self.earlier[:-1]  # the last entry is this run's own
         moments = self.optimizer_state(offload=False) | {"state": collections.defaultdict(dict)}
@@ -5067,19 +4912,16 @@ def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> Trai
     return TrainingSequence(plan, sequence.labels, other.content)
 
 
-CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
-
-
 def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
     """Sequences as they are ("vectors") or changed by one of CONTROLS; [] if that is impossible.
 
-    sources: (N,) the texts or passages that each sequence's vectors stand for.
+    sources: (N,) what each sequence's vectors stand for: texts, or rows of the index.
     """
     if name == "vectors":
         return sequences
     if name == "full":
         return [with_text(s) for s in sequences]
-    if name == "none":  # impossible if vectors themselves have labels and nothing stands before them
+    if name == "none":  # impossible if a vector with a label has no token before it
         made = [without_vectors(s) for s in sequences]
         return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
@@ -5090,35 +4932,18 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
-    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others.
-
-    Two windows of one text, or two questions that find the same passage, reveal much of each other, and are often
-    neighbours. source: called lazily, since it may be a search.
-    """
+    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others, which
+    would reveal much of it. source: called lazily, since it may be a search."""
     own, following = source(number), [*range(number + 1, count), *range(number)]
     for apart in (True, False):
         yield from (other for other in following if own.isdisjoint(source(other)) == apart)
-
-
-def checkpoint_activations(model: RefragModel) -> None:
-    """Compute the layers' activations again in the backward pass.
-
-    transformers does so only for layers in training mode, so only the layers themselves get that flag: dropout inside
-    them stays off, as everywhere in training here.
-    """
-    for module in (model.decoder, model.encoder.backbone):
-        module.activation_checkpointing_enable()
-        for layer in module.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = True
 
 
 class RunLog:
     """metrics.jsonl of a run, and the picture drawn from it."""
 
     def __init__(self, folder: Path, writes: bool, step: int):
-        self.path, self.writes = folder / "metrics.jsonl", writes
-        self.records: list[dict[str, Any]] = []
+        self.path, self.writes, self.records = folder / "metrics.jsonl", writes, []
         for line in self.path.read_bytes().splitlines() if self.path.is_file() and step else ():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
                 record = json.loads(line)
@@ -5132,7 +4957,6 @@ class RunLog:
             append_line(self.path, record)
 
     def plot(self) -> None:
-        """Draw the loss, and the evaluations with their controls."""
         save_figure(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
 
     def paint(self, left: Any, right: Any) -> None:
@@ -5152,7 +4976,6 @@ class RunLog:
 
 
 def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
-    """The text of a checkpoint's card."""
     carried, final = config.scorers, [record for record in records if record.get("eval")][-1:]
     made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
     if config.training_model or config.lora or not carried:
@@ -5197,13 +5020,12 @@ def make_accelerator(runtime: RuntimeConfig) -> Any:
 
 def run_settings(configs: Sequence[Any], **more: Any) -> dict[str, Any]:
     """Every option of a run by name, as JSON gives it back."""
-    merged = {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config)}
-    return json.loads(json.dumps({**more, **merged}))
+    options = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
+    return json.loads(json.dumps(more | options))
 
 
 def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a run learns from: the files and the index that its settings name."""
-    named = [settings.get(name) or [] for name in ("train_json", "rag_json", "eval_json")]
+    named = [settings.get(flag) or [] for flag in ("train_json", "rag_json", "eval_json")]  # sft's are one name each
     facts = file_facts([name for names in named for name in ([names] if isinstance(names, str) else names)])
     if "index_dir" in settings:
         digest = index_manifest(settings["index_dir"])["digest"]
@@ -5213,10 +5035,8 @@ def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
-    """Lock a run's folder; remove it again if the run never started. Raises UserError, LockedError.
-
-    files: the names it may hold; first: the file that is there once the run has started.
-    """
+    """Lock a run's folder; remove it again if the run never started (has no file `first`). files: the names it may
+    hold. Raises UserError, LockedError."""
     require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
     foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
     require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
@@ -5298,8 +5118,6 @@ CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
 
 
 class GateExample(NamedTuple):
-    """A question to train or examine a gate on."""
-
     number: int  # of the question
     inputs: GateInput  # without its texts
     features: np.ndarray  # (L, F)
@@ -5313,8 +5131,6 @@ class GateExample(NamedTuple):
 
 
 class GateData(NamedTuple):
-    """Questions and the examples made of them."""
-
     searcher: Searcher
     questions: list[Retrieved]
     examples: list[GateExample]
@@ -5352,14 +5168,13 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
     stored = opened.manifest["chunking"]["k"]
     require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
             f"{data.k}: give --k {stored}, or build the index with another")
-    questions = []
-    for names, flag, limit in ((data.rag_json, "--rag_json", data.limit),
-                               (data.eval_json, "--eval_json", data.eval_limit)):
-        answered = [item for name in names for item in read_answered_questions(name, flag, limit)]
-        questions.append(retrieve_all(answered, searcher, search))
-    examples, held_out = (gate_examples(part, opened, chunking, search.topk) for part in questions)
+    files = (data.rag_json, "--rag_json", data.limit), (data.eval_json, "--eval_json", data.eval_limit)
+    answered = [[item for name in names for item in read_answered_questions(name, flag, limit)]
+                for names, flag, limit in files]
+    questions, other = (retrieve_all(items, searcher, search) for items in answered)
+    examples, held_out = (gate_examples(part, opened, chunking, search.topk) for part in (questions, other))
     require(bool(examples), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
-    return GateData(searcher, questions[0], examples, held_out)
+    return GateData(searcher, questions, examples, held_out)
 
 
 def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
@@ -5390,7 +5205,6 @@ def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
-    """One optimizer step."""
     loss.backward()
     nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
     optimizer.step()
@@ -5469,7 +5283,6 @@ def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConf
 
 
 def gate_text(summary: dict[str, Any]) -> str:
-    """The summary of a gate's or policy's training for people."""
     shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in summary["recall"].items())
     return (f"{summary['examples']:,} of {summary['questions']:,} questions, {summary['parameters']:,} parameters, "
             f"prepared in {summary['prepare_s']:.0f} s, trained in {summary['train_s']:.0f} s -> "
@@ -5477,7 +5290,6 @@ def gate_text(summary: dict[str, Any]) -> str:
 
 
 def training_text(summary: dict[str, Any]) -> str:
-    """A run's summary for people."""
     lines = [f"{summary['phase']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens in "
              f"{summary['seconds']:.0f} s ({summary['tokens_per_s']:,.0f} tokens/s), loss "
              f"{summary['loss'] or math.nan:.4f} -> {summary['checkpoint']}"]
@@ -5811,7 +5623,7 @@ class Settings(SearchConfig, PackConfig, GenerateConfig):
 
     stop_tokens: frozenset[int] = opt(frozenset(), "end an answer")
     sampler: torch.Generator | None = opt(None, "draws the tokens at a temperature above 0")
-    system: str = opt("", "a system message")
+    system: str | None = opt(None, "a system message")
 
     @property
     def chooses(self) -> bool:
@@ -5916,7 +5728,8 @@ class Pipeline:
             return read_context(self.tokenizer, item["question"], k, settings.ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
-        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max, system=settings.system)
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max,
+                            system=settings.system or "")
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
@@ -6167,14 +5980,11 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
-    if several_processes() and not process_group().is_main_process:
-        *_, embedder, chunking = load_build(index, build, models, runtime)
-        blocks = Blocks(Path(index.index_dir), chunking, embedder, build, runtime)  # of these, it embeds its share
-        return blocks.make_together() if blocks.kept else None
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
+        return load_build(index, build, models, runtime).embed_share()
     start = time.perf_counter()
     with index_lock(index.index_dir):
-        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
-        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
+        summary = load_build(index, build, models, runtime).run(corpus)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
@@ -6239,9 +6049,8 @@ def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig)
     result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
               "exact_anchors": sum(span["exact"] for span in spans),
               "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{result['encoder_tokens']} encoder tokens, "
-         f"{result['decoder_tokens']} decoder tokens, {result['exact_anchors']} exact anchors, {result['anchors']} "
-         f"with a cost of {MAX_COST} or less")
+    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
+    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
 
 
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -6279,14 +6088,12 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
         return None
     require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
     require(bool(text.strip()), "--prompt is empty")
-    parts = list(split_docs(text))
-    for part, label in parts:
-        tag = DOC_TAG.search(part) if label is None else None
-        if tag:
+    labels = [label for _, label in split_docs(text) if label is not None]
+    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
+    for part, label in split_docs(text):
+        if label is None and (tag := DOC_TAG.search(part)):
             raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
                             "<doc id=\"ID\">..</doc>, not one inside another")
-    labels = [label for _, label in parts if label is not None]
-    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
     return [{"id": "1", "question": text}]
 
 
@@ -6306,10 +6113,9 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
 
 
 def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions that have no line in `out` yet; a question asked twice needs two lines.
+    """The questions without a line in `out`; one asked twice needs two lines. An id that is taken gets -2, -3, ..
 
-    Ids do not count: by default they are line numbers, which another question before them changes. An id that a line
-    has already gets -2, -3, ..
+    Ids do not count: by default they are line numbers, which another question before them changes.
     """
     lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
@@ -6322,13 +6128,12 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
     return waiting
 
 
-def explain_line(chunk: dict[str, Any], result: dict[str, Any]) -> str:
+def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
     """A chunk of --explain for people."""
-    passage = next((p for p in result["passages"] if p["id"] == chunk["passage_id"]), None)
-    content = passage_content(passage["title"], passage["text"]) if passage else ""
-    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items())
+    [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
+    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
-    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares or 'no shares'})  {chunk['passage_id']}: {text[:80]}"
+    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares})  {chunk['passage_id']}: {text[:80]}"
 
 
 HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
@@ -6351,11 +6156,10 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     elif read and not read & {"text", "partly"}:
         lines.append("no passage was read as text")
     stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
-    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed "
-              f"({m['compression']:.1f}x), {100 * m['p_realised']:.0f}% of the context as text",
-              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); "
-              f"then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result) for chunk in result["chunks"] if "why" in chunk]
+    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
+              f"{100 * m['p_realised']:.0f}% of the context as text",
+              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s"]
+    lines += [explain_line(chunk, result["passages"]) for chunk in result["chunks"] if "why" in chunk]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
@@ -6405,14 +6209,14 @@ def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def all_reduce_check() -> dict[str, Any]:
     """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
-    state = process_group()
-    rank = torch.tensor([float(state.process_index)], device=state.device)
-    if state.num_processes > 1:
-        torch.distributed.all_reduce(rank)
-    expected = state.num_processes * (state.num_processes - 1) / 2
-    if rank.item() != expected:
-        raise RefragError(f"all-reduce gave {rank.item()}, not {expected}: check the launcher and the network")
-    return {"processes": state.num_processes, "sum_of_ranks": rank.item(), "ok": True}
+    from accelerate.utils import reduce
+
+    group = process_group()
+    total = reduce(torch.tensor([float(group.process_index)], device=group.device)).item()
+    expected = group.num_processes * (group.num_processes - 1) / 2
+    if total != expected:
+        raise RefragError(f"all-reduce gave {total}, not {expected}: check the launcher and the network")
+    return {"processes": group.num_processes, "sum_of_ranks": total, "ok": True}
 
 
 def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:

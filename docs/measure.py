@@ -244,8 +244,8 @@ def measure_kernels(args: argparse.Namespace) -> dict:
     times, peaks = collections.defaultdict(list), collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder) / "questions.jsonl"
-        questions = refrag.read_question_file(args.qa, "--qa")
-        asked.write_text("".join(json.dumps(q) + "\n" for q in refrag.spread(questions, args.limit)), encoding="utf-8")
+        questions = refrag.sample_evenly(refrag.read_question_file(args.qa, "--qa"), args.limit)
+        asked.write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
         for turn, kept in itertools.product(range(args.repeats), ("1024", "256", "64")):
             answers = Path(folder) / f"answers-{turn}-{kept}.jsonl"
             child = subprocess.Popen(

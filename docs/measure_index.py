@@ -86,7 +86,7 @@ def measure_faiss(args: argparse.Namespace) -> dict:
             times.append(time.perf_counter() - start)
         exact = exact or found
         with tempfile.TemporaryDirectory() as folder:
-            refrag.write_faiss(index, Path(folder) / "index")
+            refrag.faiss.write_index(index, f"{folder}/index")
             size = (Path(folder) / "index").stat().st_size
         recall = np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, exact, strict=True)])
         rows.append({"faiss": kind, "build_s": round(built, 1), "bytes_per_passage": round(size / len(vectors), 1),

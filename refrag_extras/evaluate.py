@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -202,11 +203,21 @@ class Controls:
 # -- tasks --------------------------------------------------------------------------
 
 Key = tuple[str, str, Any]  # of a line: question, mode, and p or k
+Cell = tuple[str, Any]  # mode, and p or k
+Lines = dict[Key, dict[str, Any]]
 
 
 def key_of(line: dict[str, Any]) -> Key:
     """What a line of questions.jsonl is about."""
     return line["id"], line["mode"], line.get("p", line.get("k"))
+
+
+def pivot(cells: dict[Cell, Any]) -> dict[str, dict[str, Any]]:
+    """A table of a summary: {mode: {p or k: value}}."""
+    table: dict[str, dict[str, Any]] = {}
+    for (mode, number), value in cells.items():
+        table.setdefault(mode, {})[f"{number:g}"] = value
+    return table
 
 
 class Task:
@@ -226,11 +237,7 @@ class Task:
                  models: refrag.ModelConfig, runtime: refrag.RuntimeConfig):
         self.options, self.index, self.search, self.models, self.runtime = options, index, search, models, runtime
 
-    def wanted(self) -> list[Key]:
-        """Of all lines, in the order of the report."""
-        return [key for unit in self.units() for key in self.keys(unit)]
-
-    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+    def pictures(self, folder: Path, found: Lines, summary: dict[str, Any]) -> None:
         """Files beside the report."""
 
     def settings(self) -> dict[str, Any]:
@@ -241,7 +248,7 @@ class Task:
         device = refrag.describe_device(self.runtime)
         return kept | {"device": device["device"], "dtype": device["dtype"]} | self.sources()
 
-    def model_sources(self) -> dict[str, Any]:
+    def sources(self) -> dict[str, Any]:
         """The models, with a checkpoint's digest."""
         checkpoint = refrag.find_checkpoint(self.models)
         config = refrag.model_config(self.models, checkpoint)
@@ -252,20 +259,33 @@ class Task:
 class QuestionTask(Task):
     """A task over the questions of --qa and an index."""
 
-    needs = ("answers", "positive_ids")
+    needs: tuple[str, ...] = ("answers", "positive_ids")
     unused = frozenset({"context_tokens", "next_tokens", "limit"})
+    batch_size = 1
+    cells: list[Cell]
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)
         name = self.options.qa
         self.file = refrag.read_question_file(name, "--qa", self.needs)
         limit = self.options.limit
-        self.questions = (list(refrag.spread(self.file, limit)) if self.options.task == "qa" else
+        self.questions = (list(refrag.sample_evenly(self.file, limit)) if self.options.task == "qa" else
                           refrag.labelled(self.file, "positive_ids", limit, f"--qa {name}"))
         self.manifest = refrag.index_manifest(self.index.index_dir)
 
     def sources(self) -> dict[str, Any]:
-        return {"qa": refrag.sha256_file(Path(self.options.qa))[:16], "index_dir": self.manifest["digest"][:16]}
+        files = {"qa": refrag.sha256_file(Path(self.options.qa))[:16], "index_dir": self.manifest["digest"][:16]}
+        return files if self.options.task == "retrieval" else files | super().sources()
+
+    def units(self) -> list[Any]:
+        return refrag.batched(self.questions, self.batch_size)
+
+    def keys(self, unit: Any) -> list[Key]:
+        return [(q["id"], *cell) for q in unit for cell in self.cells]
+
+    def rows(self, found: Lines) -> dict[Cell, list[dict[str, Any]]]:
+        """The lines of all questions, by cell."""
+        return {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
 
     def load_pipeline(self) -> refrag.Pipeline:
         """The pipeline that `generate` has, for the controls too."""
@@ -299,28 +319,20 @@ class QaTask(QuestionTask):
         super().__init__(*configs)
         refrag.require("wrong_vectors" not in options.named or len(self.file) > 1,
                        "--modes wrong_vectors needs two questions at least: leave it out")
+        self.batch_size = options.batch_size
         self.cells = [(name, p) for name in options.named for p in ONE_P.get(name, dict.fromkeys(options.p))]
         self.setups: dict[Setup, list[tuple[str, float]]] = {}
         for name, p in self.cells:
             self.setups.setdefault(setup_of(name, p, options.gate), []).append((name, p))
         shares = sorted(set(options.p))
         self.sample = ("refrag", shares[len(shares) // 2])
-        self.sampled = {q["id"] for q in refrag.spread(self.questions, SAMPLES)}
-
-    def sources(self) -> dict[str, Any]:
-        return super().sources() | self.model_sources()
+        self.sampled = {q["id"] for q in refrag.sample_evenly(self.questions, SAMPLES)}
 
     def load(self) -> None:
         self.pipeline = self.load_pipeline()
         refrag.require(self.pipeline.embedder is not None or "cosine_gate" not in self.options.named,
                        "--modes cosine_gate needs an embedder, and retrieval here is by words alone: leave it out")
         self.controls = Controls(self.pipeline, self.file)
-
-    def units(self) -> list[Any]:
-        return refrag.batched(self.questions, self.options.batch_size)
-
-    def keys(self, unit: Any) -> list[Key]:
-        return [(q["id"], *cell) for q in unit for cell in self.cells]
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         self.controls.foreign.clear()
@@ -334,27 +346,22 @@ class QaTask(QuestionTask):
                 scored = score_answer(result, reading, item, self.pipeline.tokenizer)
                 for name, p in cells:
                     if (item["id"], name, p) not in done:
-                        shown = self.shown(item, reading) if (name, p) == self.sample else {}
-                        yield {"id": item["id"], "mode": name, "p": p, **scored, **shown}
+                        line = {"id": item["id"], "mode": name, "p": p, **scored}
+                        if (name, p) == self.sample and item["id"] in self.sampled:
+                            line["prompt"] = refrag.show_plan(reading.context, reading.plan, self.pipeline.tokenizer)
+                        yield line
 
     def settings_of(self, setup: Setup) -> refrag.Settings:
         """How the pipeline answers in a setup."""
         return self.pipeline.settings_for(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
 
-    def shown(self, item: dict[str, Any], reading: refrag.Reading) -> dict[str, str]:
-        """The prompt as a person can read it, of some questions."""
-        if item["id"] not in self.sampled:
-            return {}
-        return {"prompt": refrag.show_plan(reading.context, reading.plan, self.pipeline.tokenizer)}
-
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        rows = {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
-        results: dict[str, Any] = {}
+    def results(self, found: Lines) -> dict[str, Any]:
+        rows, cells = self.rows(found), {}
         for (name, p), mine in rows.items():
             rivals = self.options.named if name == "refrag" else ("full", "expanded_only")
             theirs = {rival: rows.get((rival, *ONE_P.get(rival, (p,)))) for rival in rivals if rival != name}
-            results.setdefault(name, {})[f"{p:g}"] = self.summarise(mine, {r: t for r, t in theirs.items() if t})
-        return {"n": len(self.questions), "results": results}
+            cells[name, p] = self.summarise(mine, {rival: other for rival, other in theirs.items() if other})
+        return {"n": len(self.questions), "results": pivot(cells)}
 
     def summarise(self, rows: list[dict[str, Any]], rivals: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """Means, medians of times, and intervals of one mode at one p."""
@@ -381,11 +388,11 @@ class QaTask(QuestionTask):
                        markdown_table(["p", *rivals], versus)]
         return "\n\n".join(tables)
 
-    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+    def pictures(self, folder: Path, found: Lines, summary: dict[str, Any]) -> None:
         refrag.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
         if rows := [(q, line) for q, line in rows if "prompt" in line]:
-            refrag.write_atomic(folder / "sample.md", sample_text(refrag.spread(rows, SAMPLES), self.sample[1]))
+            refrag.write_atomic(folder / "sample.md", sample_text(refrag.sample_evenly(rows, SAMPLES), self.sample[1]))
 
 
 def score_answer(result: dict[str, Any], reading: refrag.Reading, item: dict[str, Any],
@@ -399,22 +406,16 @@ def score_answer(result: dict[str, Any], reading: refrag.Reading, item: dict[str
     precision, recall = citation_scores(cited, set(item["positive_ids"]) if passages and truths else set())
     metrics = ("positions", "full_positions", "compression", "p_realised", "new_tokens", "ttft_s", "ttit_s")
     return {
-        "reply": result["answer"],
-        "gate": result["settings"]["gate"],
-        "em": exact_match(reply, truths),
+        "reply": result["answer"], "gate": result["settings"]["gate"], "em": exact_match(reply, truths),
         "f1": round(token_f1(reply, truths), 6),
         "answer_in_passages": any(refrag.holds_answer(text, truths) for text in passages) if truths else None,
         "answer_in_text": any(refrag.holds_answer(text, truths) for text in fed) if truths else None,
         "answer_in_reply": refrag.holds_answer(reply, truths) if truths else None,
-        "cited": [c["id"] for c in result["citations"]],
-        "citation_precision": precision,
-        "citation_recall": recall,
+        "cited": [c["id"] for c in result["citations"]], "citation_precision": precision, "citation_recall": recall,
         "citations_forged": sum(c["forged"] for c in result["citations"]),
         "citation_chosen": any(c["chosen"] for c in result["citations"]),
         "grounding": grounding(reply, passages) if truths or not refrag.abstains(reply) else None,
-        "abstention": refrag.abstains(reply),
-        **{name: result["metrics"][name] for name in metrics},
-    }
+        "abstention": refrag.abstains(reply), **{name: result["metrics"][name] for name in metrics}}
 
 
 class RetrievalTask(QuestionTask):
@@ -435,38 +436,33 @@ class RetrievalTask(QuestionTask):
         lacking = [name for name in self.options.named if name not in there]
         refrag.require(not (self.options.modes and lacking), f"--modes {', '.join(lacking)}: the index at --index_dir "
                        f"holds only {', '.join(there)}")
-        self.retrievers = [name for name in self.options.named if name in there]
+        self.cells = [(name, None) for name in self.options.named if name in there]
 
     def load(self) -> None:
         whole = refrag.load_searcher(self.index, self.search, self.runtime)
         refrag.positive_rows(self.questions, whole.index)
         self.searchers = {name: refrag.Searcher(whole.index, name, whole.embedder, whole.reranker)
-                          for name in self.retrievers}
-
-    def units(self) -> list[Any]:
-        return self.questions
-
-    def keys(self, unit: Any) -> list[Key]:
-        return [(unit["id"], name, None) for name in self.retrievers]
+                          for name, _ in self.cells}
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        [item] = unit
         for name, searcher in self.searchers.items():
-            if (unit["id"], name, None) in done:
+            if (item["id"], name, None) in done:
                 continue
             if searcher.embedder is not None:
                 searcher.embedder.queries.clear()  # each retriever embeds the question itself
             start = time.perf_counter()
-            found = searcher.search(unit["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops)
+            found = searcher.search(item["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops)
             seconds = time.perf_counter() - start
-            scores = ranking_scores(ranked_ids(found, set(unit["positive_ids"])), set(unit["positive_ids"]))
-            yield {"id": unit["id"], "mode": name, **scores, "ms_per_question": round(1000 * seconds, 3)}
+            positives = set(item["positive_ids"])
+            scores = ranking_scores(ranked_ids(found, positives), positives)
+            yield {"id": item["id"], "mode": name, **scores, "ms_per_question": round(1000 * seconds, 3)}
 
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        results = {}
-        for name in self.retrievers:
-            rows = [found[q["id"], name, None] for q in self.questions]
-            results[name] = {column: average(rows, column) for column in self.columns[:-1]}
-            results[name]["ms_per_question"] = average(rows, "ms_per_question", statistics.median)
+    def results(self, found: Lines) -> dict[str, Any]:
+        *scores, seconds = self.columns
+        results = {name: {**{column: average(rows, column) for column in scores},
+                          seconds: average(rows, seconds, statistics.median)}
+                   for (name, _), rows in self.rows(found).items()}
         return {"n": len(self.questions), "results": results, "passages": self.manifest["counts"]["passages"]}
 
     @classmethod
@@ -484,6 +480,7 @@ class GateTask(QuestionTask):
     """Whether each gate opens the chunks that hold an answer."""
 
     unused = QuestionTask.unused | {"gate", "max_new", "cite", "batch_size"}
+    columns = ("recall", "partial", "all_positives")
     notes = ("Recall: all chunks of one place where an answer stands in a positive passage are opened, over the "
              "questions for which such a passage was retrieved. Partial: any such chunk. All positives: of questions "
              "with several positive passages, those where a chunk of each that was retrieved is opened.")
@@ -493,52 +490,43 @@ class GateTask(QuestionTask):
         config, built = refrag.model_config(self.models), self.manifest["embedder"].get("fingerprint")
         known = {name for name, kind in refrag.TRAINED_GATES.items() if refrag.known_gate(config, kind, built)}
         untrained = refrag.TRAINED_GATES.keys() - known
-        self.gates = [name for name in self.options.named if self.options.modes or name not in untrained]
+        gates = [name for name in self.options.named if self.options.modes or name not in untrained]
         self.shares = list(dict.fromkeys(self.options.p))
-
-    def sources(self) -> dict[str, Any]:
-        return super().sources() | self.model_sources()
+        self.cells = list(itertools.product(gates, self.shares))
 
     def load(self) -> None:
         self.pipeline = self.load_pipeline()
         # between 0 and 1 the scores do not depend on p
-        self.settings = {name: self.pipeline.settings_for(gate=name, p=0.5) for name in self.gates}
-
-    def units(self) -> list[Any]:
-        return self.questions
-
-    def keys(self, unit: Any) -> list[Key]:
-        return [(unit["id"], gate, p) for gate in self.gates for p in self.shares]
+        self.settings = {name: self.pipeline.settings_for(gate=name, p=0.5) for name, _ in self.cells}
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
+        [item] = unit
         pipeline, settings = self.pipeline, self.pipeline.settings
-        context = pipeline.context(unit, pipeline.retrieve(unit, settings), settings)
+        context = pipeline.context(item, pipeline.retrieve(item, settings), settings)
         watch = refrag.Stopwatch(pipeline.device)
-        spans = answer_spans(context, unit, pipeline.index, pipeline.tokenizer)
+        spans = answer_spans(context, item, pipeline.index, pipeline.tokenizer)
         right = [{number for number, doc in enumerate(context.docs) if name in pipeline.index.names(doc.row)}
-                 for name in dict.fromkeys(unit["positive_ids"])]
+                 for name in dict.fromkeys(item["positive_ids"])]
         for gate, settings in self.settings.items():
             with watch.stage(gate):
                 scores, _ = pipeline.score(context, settings)
             for p in self.shares:
-                if (unit["id"], gate, p) not in done:
+                if (item["id"], gate, p) not in done:
                     opened = refrag.select_chunks(scores, context.prompt.sizes, p, self.options.floor)
-                    yield {"id": unit["id"], "mode": gate, "p": p, "retrieved": any(right),
+                    yield {"id": item["id"], "mode": gate, "p": p, "retrieved": any(right),
                            **gate_scores(opened, spans, right, context.prompt.chunks),
                            "gate_ms": round(1000 * watch.seconds[gate], 4)}
 
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        tables: dict[str, Any] = {name: {} for name in ("recall", "partial", "all_positives", "gate_ms")}
-        for gate, p in itertools.product(self.gates, self.shares):
-            rows = [found[q["id"], gate, p] for q in self.questions]
-            for name in ("recall", "partial", "all_positives"):
-                tables[name].setdefault(gate, {})[f"{p:g}"] = average(rows, name)
-            tables["gate_ms"][gate] = average(rows, "gate_ms", statistics.median)
+    def results(self, found: Lines) -> dict[str, Any]:
+        cells = self.rows(found)
+        tables = {name: pivot({cell: average(rows, name) for cell, rows in cells.items()}) for name in self.columns}
+        times = {gate: average(rows, "gate_ms", statistics.median) for (gate, _), rows in cells.items()}
+        *_, rows = cells.values()  # what is counted below is the same in all cells
         asked = [row for row in rows if row["recall"] is not None]
         left_out = {"not_retrieved": sum(not row["retrieved"] for row in rows),
                     "no_answer_in_passage": sum(row["retrieved"] and row["recall"] is None for row in rows)}
         return {"n": len(self.questions), "results": tables.pop("recall"), "asked": len(asked), "left_out": left_out,
-                "several_positives": sum(row["all_positives"] is not None for row in rows), **tables}
+                "several_positives": sum(row["all_positives"] is not None for row in rows), **tables, "gate_ms": times}
 
     @classmethod
     def table(cls, summary: dict[str, Any]) -> str:
@@ -570,7 +558,7 @@ class TextTask(Task):
 
     def sources(self) -> dict[str, Any]:
         files = [fact["sha256"][:16] for fact in refrag.file_facts(self.options.texts)]
-        return {"texts": files} | self.model_sources()
+        return {"texts": files} | super().sources()
 
     def load(self) -> None:
         options, files = self.options, ", ".join(self.options.texts)
@@ -579,7 +567,7 @@ class TextTask(Task):
         windows = self.cache.windows(self.size, self.size)
         refrag.require(len(windows) > 1, f"--texts {files}: needs two pieces of {self.size} tokens at least: lower "
                 "--context_tokens or --next_tokens")
-        self.windows = np.asarray(refrag.spread(windows, options.limit))
+        self.windows = np.asarray(refrag.sample_evenly(windows, options.limit))
         refrag.require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
                 f"--texts {files}: one text alone has pieces of {self.size} tokens, and "
                 "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
@@ -612,11 +600,6 @@ class TextTask(Task):
                 yield {"id": "texts", "mode": mode, "k": k, **measured, "texts": len(sequences),
                        "tokens": sum(s.asked for s in sequences),
                        "positions": round(statistics.fmean(len(s.plan) for s in sequences), 2)}
-
-    def tables(self, found: dict[Key, dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
-        """{mode: {k: value}}"""
-        return {mode: {str(k): found["texts", mode, k][name] for k in dict.fromkeys(self.options.k)}
-                for mode in self.modes}
 
 
 class PplTask(TextTask):
@@ -651,10 +634,10 @@ class PplTask(TextTask):
         vectors = len(plan) - len(start)
         return refrag.continue_plan(np.append(start, context[-vectors:]), following, refrag.Content([], []))
 
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-        texts = next(iter(found.values()))["texts"]
-        return {"n": texts, "results": self.tables(found, "loss"), "accuracy": self.tables(found, "accuracy"),
-                "positions": self.tables(found, "positions")}
+    def results(self, found: Lines) -> dict[str, Any]:
+        tables = {name: pivot({(mode, k): found["texts", mode, k][name] for mode in self.modes for k in self.options.k})
+                  for name in ("loss", "accuracy", "positions")}
+        return {"n": next(iter(found.values()))["texts"], "results": tables.pop("loss"), **tables}
 
     @classmethod
     def table(cls, summary: dict[str, Any]) -> str:
@@ -691,7 +674,7 @@ class ReconTask(TextTask):
     def write_freely(self, mode: str, k: int) -> dict[str, Any]:
         """What the decoder makes of some texts' vectors by itself, and how much of them that is."""
         texts, shares = [], []
-        for sequence in refrag.spread(self.sequences(mode, k), SAMPLES):
+        for sequence in refrag.sample_evenly(self.sequences(mode, k), SAMPLES):
             truth, made = sequence.labels[sequence.labels >= 0].tolist(), self.continue_freely(sequence)
             shares.append(kept_in_order(truth, made))
             texts.append([self.model.encoder.tokenizer.decoder.decode(ids) for ids in (truth, made)])
@@ -712,7 +695,7 @@ class ReconTask(TextTask):
                               pick=lambda logits: logits.argmax(-1))
         return out.tokens
 
-    def results(self, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+    def results(self, found: Lines) -> dict[str, Any]:
         results = {str(k): {name: found["texts", mode, k][measure]
                             for name, (measure, mode) in zip(self.columns, self.asked, strict=True)}
                    for k in self.options.k}
@@ -723,7 +706,7 @@ class ReconTask(TextTask):
         return markdown_table(["k", *cls.columns], [[k, *map(cell.get, cls.columns)]
                                                     for k, cell in summary["results"].items()])
 
-    def pictures(self, folder: Path, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+    def pictures(self, folder: Path, found: Lines, summary: dict[str, Any]) -> None:
         written = {k: found["texts", "refrag", k]["written"] for k in self.options.k}
         refrag.write_atomic(folder / "sample.md", written_text(written))
 
@@ -740,20 +723,21 @@ EVAL_FILES = re.compile(
 
 def evaluate(task: Task) -> dict[str, Any]:
     """Measure what is not measured yet, and write the report. Returns the summary that the command prints."""
-    accelerator = task.accelerator = refrag.make_accelerator(task.runtime)
-    if task.options.out_dir is None:
-        return summary_of(task, measure_lines(task, {}, lambda line: None))
-    folder = Path(task.options.out_dir)
-    with refrag.run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"):
-        with accelerator.main_process_first():  # which mends what a kill left
-            settings = task.settings()
-            done = measured_lines(folder, settings, task.options.resume)
-        accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
-        rank = accelerator.process_index
-        path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
-        found = measure_lines(task, done, lambda line: refrag.append_line(path, line | {"settings": settings}))
-        summary = summary_of(task, found)
-        if accelerator.is_main_process:
+    accelerator, folder = refrag.make_accelerator(task.runtime), task.options.out_dir and Path(task.options.out_dir)
+    task.accelerator, rank = accelerator, accelerator.process_index
+    with contextlib.ExitStack() as held:
+        done, write = {}, lambda line: None
+        if folder:
+            held.enter_context(refrag.run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"))
+            with accelerator.main_process_first():  # which fixes what a kill left
+                settings = task.settings()
+                done = measured_lines(folder, settings, task.options.resume)
+            accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
+            path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
+            write = lambda line: refrag.append_line(path, line | {"settings": settings})  # noqa: E731
+        found = measure_lines(task, done, write)
+        summary = {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
+        if folder and accelerator.is_main_process:
             write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
         accelerator.wait_for_everyone()
         return summary
@@ -783,11 +767,6 @@ def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
     return done | {key_of(line): line for line in gathered}
 
 
-def summary_of(task: Task, found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-    """The JSON object of the command."""
-    return {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
-
-
 def source_commit() -> str | None:
     """The commit of this checkout, "+" after it where refrag.py was changed since; None outside a checkout."""
     path = Path(refrag.__file__).resolve()
@@ -802,9 +781,9 @@ def source_commit() -> str | None:
         return None
 
 
-def write_report(folder: Path, task: Task, found: dict[Key, dict[str, Any]], summary: dict[str, Any]) -> None:
+def write_report(folder: Path, task: Task, found: Lines, summary: dict[str, Any]) -> None:
     """All files of --out_dir: the lines in order, and what they come to."""
-    wanted = dict.fromkeys(task.wanted())
+    wanted = dict.fromkeys(key for unit in task.units() for key in task.keys(unit))
     lines = [*(found[key] for key in wanted), *(line for key, line in found.items() if key not in wanted)]
     refrag.write_atomic(folder / "questions.jsonl", "".join(refrag.dumps(line) + "\n" for line in lines))
     for part in folder.glob("questions-*.jsonl"):

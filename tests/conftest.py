@@ -1,7 +1,5 @@
 """Tiny random models and tokenizers, made here, so that the tests need no network and no installed model."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -254,7 +252,7 @@ def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """Caches of this test alone."""
+    """Caches of this test only."""
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 

@@ -18,7 +18,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import refrag
@@ -104,22 +104,6 @@ def test_a_handler_is_thin_and_takes_the_options_of_its_command(name):
     assert spread or [hints[p] for p in inspect.signature(handler).parameters] == [*refrag.COMMANDS[name].configs]
 
 
-def test_importing_does_nothing(tmp_path):
-    """No output, no seeding, no thread setting, no signal handler, no file."""
-    code = """
-import os, signal, sys, torch
-before = torch.initial_seed(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM), dict(os.environ)
-sys.argv = ["refrag.py", "no such command"]
-import refrag
-after = torch.initial_seed(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM), dict(os.environ)
-assert before == after, (before, after)
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(refrag.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---- Before the heavy imports ---------------------------------------------------------------------------------------
 
 
@@ -193,47 +177,39 @@ BENCH = ["bench", "--index_dir", "i"]
 
 @pytest.mark.parametrize(("argv", "name", "value"), [
     *((["generate", flag, "7"], "max_new", 7) for flag in ("--max_new", "--max-new")),
-    *((["generate", f"{flag}=7"], "max_new", 7) for flag in ("--max_new", "--max-new")),
-    (["generate"], "stream", True),
+    (["generate", "--max-new=7"], "max_new", 7), (["generate"], "stream", True),
     *((["generate", flag], "stream", False) for flag in ("--no_stream", "--no-stream")),
-    (["search", "--index_dir", "my-own-folder"], "index_dir", "my-own-folder"),
     (["search", "--index-dir=my-own--folder"], "index_dir", "my-own--folder"),
-    (["search", "--question", "what is a well-known --flag-name for?"], "question",
-     "what is a well-known --flag-name for?"),
-    (["search", "--question", "--who-is that?"], "question", "--who-is that?"),
+    *((["search", "--question", words], "question", words) for words in (
+        "what is a well-known --flag-name for?", "--who-is that?", "-5 degrees")),
     (["search", "--question=--a-b"], "question", "--a-b"),
-    (["search", "--question", "-5 degrees"], "question", "-5 degrees"),
     ([*BENCH, "--p", "0,.1", "1e-2"], "p", (0.0, 0.1, 0.01)),
     *(([*BENCH, "--modes", *words], "modes", ("full", "none")) for words in (["full,none"], ["full", "none"])),
     ([*BENCH, "--k", "4,8", "--k", "16"], "k", (16,)),
-    (["index", "--corpus", "a,b.txt", "c d.txt"], "corpus", ("a,b.txt", "c d.txt")),
-], ids=str)
+    (["index", "--corpus", "a,b.txt", "c d.txt"], "corpus", ("a,b.txt", "c d.txt"))], ids=str)
 def test_flags_take_dashes_and_values_stay_as_they_are(argv, name, value):
     assert value_of(name, argv) == value
 
 
 @pytest.mark.parametrize(("argv", "told"), [
     *(([*SEARCH, short, "1"], f"unrecognized arguments: {short} 1") for short in ("--top", "--index", "--que")),
-    (["search", "--tpk=3"], "did you mean --topk?"),
-    (["generate", "--no-steam"], "did you mean --no_stream?"),
+    (["search", "--tpk=3"], "did you mean --topk?"), (["generate", "--no-steam"], "did you mean --no_stream?"),
     (["search", "--zzzzzz"], "unrecognized arguments: --zzzzzz: see python refrag.py search --help"),
     (["generate", "Who built it?", "--index_dir", "i"], "Who built it? (write --question before it)"),
-    (["index", "notes"], "notes (write --corpus before it)"),
-    (["doctor", "all"], "all (write a flag before it)"),
+    (["index", "notes"], "notes (write --corpus before it)"), (["doctor", "all"], "all (write a flag before it)"),
     (["search", "--topk"], "--topk: expected one argument"),
     (["search", "--topk", "many"], "--topk: 'many' is not a whole number"),
     (["search", "--retriever", "magic"], "--retriever must be one of hybrid, dense, bm25, got 'magic'"),
     (["search", "--topk", "0"], "--topk must be 1 or more, got 0"),
     *((["bench", "--k", words], f"--k: ['{words}'] is not a whole number") for words in ("8,x", "8,,16", "1.5")),
-    (["bench", "--p", ".1,many"], "--p: ['.1,many'] is not a number"),
-    (["bench", "--k"], "--k is empty"),
+    (["bench", "--p", ".1,many"], "--p: ['.1,many'] is not a number"), (["bench", "--k"], "--k is empty"),
     (["bench", "--modes", "full,magic"], "--modes must be one of full, refrag, none, got 'magic'"),
     (["sft", "--rag_json", __file__, "--out_dir", "run", "--topk", "2", "--topk_min", "3"],
      "--topk_min 3 is more than --topk 2"),
     (["generate", "--resume", "--question", "q"], "--resume needs --out FILE"),
     (["align", "--text", "a\udcffb"], "half of a surrogate pair"),
-    (["serch"], "invalid choice: 'serch' (choose from 'index', 'search'"),
-    (["serch"], ": see python refrag.py --help\n"),
+    *((["serch"], told) for told in ("invalid choice: 'serch' (choose from 'index', 'search'",
+                                     ": see python refrag.py --help\n")),
     (["--json", "search", "--question", "x"], "the following arguments are required: COMMAND: see python refrag.py"),
 ], ids=str)
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, argv, told):
@@ -260,15 +236,9 @@ def no_settings(monkeypatch):
 
 
 @pytest.fixture
-def toml(tmp_path):
+def toml(write):
     """Write a TOML file; returns its path."""
-
-    def write(text: str) -> str:
-        path = tmp_path / "refrag.toml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
+    return lambda text: str(write("refrag.toml", text))
 
 
 def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(toml, monkeypatch):
@@ -292,15 +262,13 @@ def test_one_file_serves_all_commands_and_a_table_of_the_command_beats_the_top_l
 
 
 @pytest.mark.parametrize(("stored", "name", "value"), [
-    ("corpus = ['a b.txt', 'c,d.txt']", "corpus", ("a b.txt", "c,d.txt")),
-    ("corpus = 'a.txt'", "corpus", ("a.txt",)),
+    ("corpus = ['a b.txt', 'c,d.txt']", "corpus", ("a b.txt", "c,d.txt")), ("corpus = 'a.txt'", "corpus", ("a.txt",)),
     ("corpus = ['a.txt']\nlimit = 3", "limit", 3),
     *((f"corpus = ['a.txt']\nadd = {text}", "add", text == "true") for text in ("true", "false")),
     ({"REFRAG_CORPUS": "a,b.txt c.txt"}, "corpus", ("a,b.txt", "c.txt")),
     ({"REFRAG_CORPUS": "a.txt", "REFRAG_LIMIT": "5"}, "limit", 5),
     *(({"REFRAG_CORPUS": "a.txt", "REFRAG_ADD": text}, "add", text in ("1", "true", "YES"))
-      for text in ("1", "true", "YES", "0", "False", "no")),
-], ids=str)
+      for text in ("1", "true", "YES", "0", "False", "no"))], ids=str)
 def test_stored_values_have_the_type_of_the_option(toml, monkeypatch, stored, name, value):
     for variable, text in stored.items() if isinstance(stored, dict) else ():
         monkeypatch.setenv(variable, text)
@@ -318,36 +286,26 @@ def test_numbers_stand_between_spaces_or_commas_everywhere(words, monkeypatch, t
 
 
 @pytest.mark.parametrize(("stored", "told"), [
-    ("tokp = 3", "unknown option 'tokp'"),
-    ("[serch]\ntopk = 3", "unknown option 'serch'"),
-    ("search = 3", "unknown option 'search'"),
-    ("[search]\nmax_new = 3", "unknown option 'max_new' in [search]"),
+    ("tokp = 3", "unknown option 'tokp'"), ("[serch]\ntopk = 3", "unknown option 'serch'"),
+    ("search = 3", "unknown option 'search'"), ("[search]\nmax_new = 3", "unknown option 'max_new' in [search]"),
     ("[generate]\ntokp = 3", "unknown option 'tokp' in [generate]"),
     *((f"topk = {value}", f"argument --topk: {told}") for value, told in [
         ("'many'", "'many' is not a whole number"), ("3.7", "3.7 is not a whole number"),
         ("true", "True is not a whole number"), ("[1, 2]", "[1, 2] is not a whole number"),
         ("{a = 1}", "{'a': 1} is not a whole number")]),
     ("quiet = 'perhaps'", "argument --quiet: 'perhaps' is not true or false"),
-    ("question = ['a', 'b']", "argument --question: ['a', 'b'] is not one value"),
-    ("topk = ", "Invalid value"),
-    ({"REFRAG_TOPK": "many"}, "argument --topk: 'many' is not a whole number"),
+    ("question = ['a', 'b']", "argument --question: ['a', 'b'] is not one value"), ("topk = ", "Invalid value"),
+    (b"topk = \xff", ""), (None, ""), ({"REFRAG_TOPK": "many"}, "argument --topk: 'many' is not a whole number"),
     ({"REFRAG_TOPK": ""}, "argument --topk: '' is not a whole number"),
-    ({"REFRAG_QUIET": "perhaps"}, "argument --quiet: 'perhaps' is not true or false"),
-], ids=str)
+    ({"REFRAG_QUIET": "perhaps"}, "argument --quiet: 'perhaps' is not true or false")], ids=str)
 def test_a_bad_stored_value_is_refused_with_the_place_where_it_stands(run, toml, monkeypatch, stored, told):
+    """A file that is missing, or that is no text, as well."""
     for variable, text in stored.items() if isinstance(stored, dict) else ():
         monkeypatch.setenv(variable, text)
-    path = toml(stored) if isinstance(stored, str) else None
+    path = toml(stored) if isinstance(stored, str | bytes) else None if stored else "missing.toml"
     code, out, err = run(*SEARCH, *(("--config", path) if path else ()))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"error: --config {path}: {told}" if path else f"error: {next(iter(stored))}: {told}")
-
-
-def test_a_config_file_that_can_not_be_read_is_refused(run, tmp_path):
-    (tmp_path / "a.toml").write_bytes(b"topk = \xff")
-    for name in ("missing.toml", ".", "a.toml"):
-        code, _, err = run("search", "--config", tmp_path / name)
-        assert code == 2 and err.startswith(f"error: --config {tmp_path / name}: ")
 
 
 # Options without a default that stands by itself; training files must be there, and this is one.
@@ -370,27 +328,18 @@ def test_every_option_can_be_set_in_a_file(toml, name):
 
 
 @pytest.mark.parametrize(("argv", "code"), [
-    (["search", "--topk", "0", "--json"], 2),
-    (["search", "--tpk", "3", "--json"], 2),
-    (["--json"], 2),
-    (["search", "--json", "--index_dir", "nowhere", "--question", "q"], 2),
-    (["search", "--json", "--question", ""], 2),
-    (["doctor", "--json", "--index_dir", "nowhere"], 2),
-    (["index", "--json", "--corpus", "nowhere.txt"], 2),
-    (["export", "--json", "--out_dir", "x" * 300, "--question", "q"], 2),  # can not even be looked at
-    (["search", "--json", "--index_dir", "INDEX", "--question", "q", "--embed_model", "./nowhere"], 3),
+    (["search", "--topk", "0"], 2), (["search", "--tpk", "3"], 2), ([], 2), (["search", "--question", ""], 2),
+    (["search", "--index_dir", "nowhere", "--question", "q"], 2), (["doctor", "--index_dir", "nowhere"], 2),
+    (["index", "--corpus", "nowhere.txt"], 2),
+    (["export", "--out_dir", "x" * 300, "--question", "q"], 2),  # it cannot even be looked at
+    (["search", "--index_dir", "INDEX", "--question", "q", "--embed_model", "./nowhere"], 3),
 ], ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else str(v))
-def test_json_errors_are_one_object_on_stdout_and_one_line_on_stderr(run, index_dir, argv, code):
-    got, out, err = run(*(index_dir if a == "INDEX" else a for a in argv))
-    body = json.loads(out)
-    assert got == code and out.count("\n") == 1
-    assert body == {"error": {"code": code, "message": body["error"]["message"]}}
-    assert err == f"error: {body['error']['message']}\n"
-
-
-def test_json_set_in_the_environment_holds_for_wrong_options_too(run, monkeypatch):
+def test_json_errors_are_one_object_on_stdout_and_one_line_on_stderr(refused, run, monkeypatch, index_dir, argv, code):
+    """Also if --json stands in the environment."""
+    argv = [index_dir if a == "INDEX" else a for a in argv]
+    message = refused(code, *argv)
     monkeypatch.setenv("REFRAG_JSON", "1")
-    assert json.loads(run("search", "--topk", "0")[1])["error"]["code"] == 2
+    assert json.loads(run(*argv)[1]) == {"error": {"code": code, "message": message}}
 
 
 @posix
@@ -414,29 +363,33 @@ def test_a_traceback_is_shown_with_debug_only(run):
     assert debug[2].startswith("Traceback") and debug[2].endswith(plain[2])
 
 
-def test_a_result_that_is_not_a_number_is_refused():
+@given(st.text(st.characters(), max_size=20))
+def test_json_keeps_every_text_and_can_always_be_written(text):
+    """Halves of surrogate pairs too, which names of files may hold. Only what is no number is refused."""
+    line = refrag.dumps({"text": text})
+    assert json.loads(line.encode("utf-8")) == {"text": text}
     with pytest.raises(ValueError, match="JSON compliant"):
         refrag.dumps({"score": float("nan")})
 
 
-@given(st.text(st.characters(), max_size=20))
-def test_json_keeps_every_text_and_can_always_be_written(text):
-    """Halves of surrogate pairs too, which names of files may hold."""
-    line = refrag.dumps({"text": text})
-    assert json.loads(line.encode("utf-8")) == {"text": text}
-
-
-def test_leaving_flushes_runs_what_was_registered_and_keeps_the_code(tmp_path):
-    """The interpreter's tidying up is left out, these are not."""
-    code = ("import atexit, pathlib, sys, refrag\n"
-            f"atexit.register(pathlib.Path({str(tmp_path / 'mark')!r}).touch)\n"
-            "sys.stdout.write('half a line'); sys.stderr.write('and here')\n"
-            "refrag.leave(7)\n")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120,
-                          cwd=os.path.dirname(refrag.__file__))
+def test_importing_does_nothing_and_leaving_flushes(tmp_path):
+    """No output, no seeding, no thread setting, no signal handler, no file. Leaving runs what was registered."""
+    code = """
+import atexit, os, pathlib, signal, sys, torch
+state = lambda: (torch.initial_seed(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM), dict(os.environ))
+before, sys.argv = state(), ["refrag.py", "no such command"]
+import refrag
+assert state() == before and os.listdir() == []
+atexit.register(pathlib.Path("mark").touch)
+sys.stdout.write('half a line')
+sys.stderr.write('and here')
+refrag.leave(7)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {
+        "PYTHONPATH": str(Path(refrag.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (7, "half a line", "and here")
-    assert (tmp_path / "mark").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["mark"]
 
 
 # ---- Streams whose reader has gone, or that were closed, and odd surroundings ---------------------------------------
@@ -458,8 +411,6 @@ def test_an_index_is_built_though_nobody_reads_stderr(tmp_path, corpus, embedder
     code, out = unread("stderr", "index", "--corpus", corpus, "--index_dir", tmp_path / "index", "--embed_model",
                        embedder, "--dec", llama, "--max_passage_tokens", 300, "--json")
     assert code == 0 and json.loads(out)["passages"] >= 6 and (tmp_path / "index" / "manifest.json").is_file()
-    code, out = unread("stderr", "search", "--index_dir", "nowhere", "--question", "q", "--json", "--debug")
-    assert code == json.loads(out)["error"]["code"] == 2
 
 
 @posix
@@ -479,22 +430,20 @@ def test_bars_and_notices_for_a_stderr_that_nobody_reads(monkeypatch):
 @pytest.mark.parametrize("buffered", [True, False])
 def test_help_results_and_errors_for_a_reader_that_has_gone(index_dir, buffered):
     assert unread("stdout", "--help", buffered=buffered) == (0, "")
-    assert unread("stdout", "search", "--help", buffered=buffered) == (0, "")
     assert unread("stdout", "search", "--json", "--topk", "0", buffered=buffered) == (
         2, "error: --topk must be 1 or more, got 0\n")
-    found = ["search", "--index_dir", index_dir, "--question", "bridges", "--retriever", "bm25"]
-    assert unread("stdout", *found, buffered=buffered) == (0, "")
+    if buffered:
+        found = ["search", "--index_dir", index_dir, "--question", "bridges", "--retriever", "bm25"]
+        assert unread("stdout", *found) == (0, "")
 
 
-def test_what_stdout_can_not_spell_does_not_end_the_work(program, tmp_path):
+def test_what_stdout_can_not_spell_does_not_end_the_work(program, done, write, tmp_path, llama):
     """Redirected on Windows, say, stdout is of a code page."""
-    corpus = tmp_path / "c.jsonl"
-    corpus.write_text(json.dumps({"id": "a", "text": "\u6771\u4eac towers"}) + "\n", encoding="utf-8")
-    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    argv = ["--index_dir", tmp_path / "index", "--retriever", "bm25"]
-    assert program("index", "--corpus", corpus, *argv, env=environment).returncode == 0
-    done = program("search", "--question", "towers", *argv, env=environment, encoding="utf-8")
-    assert done.returncode == 0 and "\u6771\u4eac towers" in done.stdout
+    corpus = write("c.jsonl", [{"id": "a", "text": "\u6771\u4eac towers"}])
+    done("index", "--corpus", corpus, "--index_dir", tmp_path / "i", "--retriever", "bm25", "--dec", llama)
+    shown = program("search", "--question", "towers", "--index_dir", tmp_path / "i", encoding="utf-8",
+                    env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert shown.returncode == 0 and "\u6771\u4eac towers" in shown.stdout
 
 
 def in_shell(words: str, *argv: str) -> subprocess.CompletedProcess:
@@ -557,13 +506,8 @@ HOSTILE = "\x1b[2Jred\x07 \u202eevil\u2066 \x9b31m\r\u200f\u2028end\x00"
 SHOWN = "\\x1b[2Jred\\x07 \\u202eevil\\u2066 \\x9b31m\\r\\u200f\\u2028end\\x00"
 
 
-def test_what_moves_the_cursor_or_turns_words_round_is_escaped():
-    assert refrag.visible(HOSTILE) == SHOWN
-    plain = "Ebro\u2013r\u00edo\t\u957f\u6c5f\n\u0644\u0627 \u200d"
-    assert refrag.visible(plain) == plain
-
-
 @given(st.text())
+@example("Ebro\u2013r\u00edo\t\u957f\u6c5f\n\u0644\u0627 \u200d")
 def test_nothing_visible_controls_a_terminal(text):
     """By the Unicode database instead of a list: no control characters, and no class of embeddings and isolates."""
     shown = refrag.visible(text)
@@ -571,16 +515,15 @@ def test_nothing_visible_controls_a_terminal(text):
     turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
     assert not any(unicodedata.bidirectional(c) in turning for c in shown)
     assert refrag.visible(shown) == shown
+    assert text.isprintable() <= (shown == text) and refrag.visible(HOSTILE) == SHOWN
 
 
 @pytest.fixture
-def hostile(tmp_path, run, llama):
+def hostile(write, tmp_path, done, llama):
     """An index of words alone whose passage, title and id hold what a terminal obeys."""
-    corpus, folder = tmp_path / "c.jsonl", tmp_path / "index"
-    passage = {"id": f"id{HOSTILE}", "title": f"title{HOSTILE}", "text": f"bridges {HOSTILE}"}
-    corpus.write_text(json.dumps(passage) + "\n")
-    assert run("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)[0] == 0
-    return ["--index_dir", folder, "--question", f"bridges{HOSTILE}"]
+    corpus = write("c.jsonl", [{name: f"{name} bridges {HOSTILE}" for name in ("id", "title", "text")}])
+    done("index", "--corpus", corpus, "--index_dir", tmp_path / "index", "--retriever", "bm25", "--dec", llama)
+    return ["--index_dir", tmp_path / "index", "--question", f"bridges{HOSTILE}"]
 
 
 def obeyed(text: str) -> set[str]:
@@ -592,7 +535,7 @@ def test_search_and_errors_show_control_characters_and_json_keeps_them(run, host
     _, out, err = run("search", *hostile)
     assert obeyed(out + err) == set() and out.count("\\x1b[2J") == 4 and "\\u202eevil" in out
     passage = json.loads(run("search", *hostile, "--json")[1])["passages"][0]
-    assert passage["title"] == f"title{HOSTILE}" and passage["id"] == f"id{HOSTILE}"
+    assert [passage[name] for name in ("id", "title")] == [f"{name} bridges {HOSTILE}" for name in ("id", "title")]
     code, out, err = run("search", "--index_dir", f"no{HOSTILE[:-1]}", "--question", "q", "--json")
     assert code == 2 and obeyed(err) == set() and err.count("\n") == 1
     assert "\u202e" in json.loads(out)["error"]["message"]
@@ -603,33 +546,30 @@ def test_an_answer_its_prompt_and_a_conversation_show_control_characters(run, ho
     common = ["generate", *hostile, "--dec", llama, "--max_new", 2, "--show_prompt", "--explain"]
     for more in ([], ["--no_stream"], ["--p", "1"]):
         code, out, err = run(*common, *more)
-        assert code == 0 and obeyed(out + err) == set() and "bridges\\x1b[2J" in err
+        assert code == 0 and obeyed(out + err) == set() and "bridges \\x1b[2J" in err
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"bridges{HOSTILE}\n/docs\n/history\n/x\x1b[2J\n"))
     code, out, err = run("chat", *hostile[:2], "--dec", llama, "--max_new", 2)
-    assert code == 0 and obeyed(out + err) == set() and "title\\x1b[2J" in err and "/x\\x1b[2J: no such" in err
+    assert code == 0 and obeyed(out + err) == set()
+    assert "title bridges \\x1b[2J" in err and "/x\\x1b[2J: no such" in err
 
 
 # ---- TREC -----------------------------------------------------------------------------------------------------------
 
 
-def found(*ids: str) -> list[refrag.Passage]:
-    """Passages of documents with these ids, best first."""
-    return [refrag.Passage(n, i, "", "text", 1 / n, n, i) for n, i in enumerate(ids, start=1)]
-
-
-def test_trec_ids_are_columns_of_their_own():
-    results = [{"id": "q 1", "passages": found("a b", "c")}, {"id": "q2", "passages": found("c", "a b")}]
-    assert [line.split()[:4] for line in refrag.trec_text(results).splitlines()] == [
-        ["q_1", "Q0", "a_b", "1"], ["q_1", "Q0", "c", "2"], ["q2", "Q0", "c", "1"], ["q2", "Q0", "a_b", "2"]]
+def trec(*results: tuple[str, list[str]]) -> str:
+    """The TREC run of questions, each with the ids of its documents, best first."""
+    return refrag.trec_text([
+        {"id": question, "passages": [refrag.Passage(n, i, "", "text", 1 / n, n, i) for n, i in enumerate(ids, 1)]}
+        for question, ids in results])
 
 
 @pytest.mark.parametrize(("results", "told"), [
-    ([("1", ["a b", "a_b"])], "document"),
-    ([("1", ["a b"]), ("2", ["a\tb"])], "document"),
-    ([("q 1", ["a"]), ("q_1", ["a"])], "question"),
-    ([("1", ["a", ""])], "document"),
-    ([("", ["a"])], "question"),
+    ([("1", ["a b", "a_b"])], "document"), ([("1", ["a b"]), ("2", ["a\tb"])], "document"),
+    ([("q 1", ["a"]), ("q_1", ["a"])], "question"), ([("1", ["a", ""])], "document"), ([("", ["a"])], "question"),
 ], ids=str)
-def test_trec_ids_that_collide_or_are_empty_are_refused(results, told):
+def test_trec_ids_are_columns_of_their_own_or_refused(results, told):
+    lines = trec(("q 1", ["a b", "c"]), ("q2", ["c", "a b"])).splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["q_1", "Q0", "a_b", "1"], ["q_1", "Q0", "c", "2"], ["q2", "Q0", "c", "1"], ["q2", "Q0", "a_b", "2"]]
     with pytest.raises(refrag.UserError, match=f"--format trec: {told} ids that are empty, or alike"):
-        refrag.trec_text([{"id": name, "passages": found(*ids)} for name, ids in results])
+        trec(*results)

@@ -513,11 +513,20 @@ def ask(question: str | None = None, questions: object = None) -> list[dict]:
     return refrag.read_questions(refrag.QuestionConfig(question, None if questions is None else str(questions)))
 
 
+def misasked(**options: object) -> str:
+    """What is said of questions that are refused."""
+    with pytest.raises(refrag.UserError) as caught:
+        ask(**options)
+    return str(caught.value)
+
+
 def test_one_question():
     assert ask("Who?") == [{"id": "1", "question": "Who?"}]
     for both_or_none in ({}, {"question": "Who?", "questions": "q.jsonl"}):
-        with pytest.raises(refrag.UserError, match="name one of --question and --questions"):
-            ask(**both_or_none)
+        assert misasked(**both_or_none).startswith("name one of --question and --questions")
+    for question, told in (("", "empty"), (" \n", "empty"), ("\udcff", "half of a surrogate")):
+        message = misasked(question=question)
+        assert "--question" in message and told in message
 
 
 @pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])
@@ -536,21 +545,13 @@ QUERY_FILES = [
 
 
 @pytest.mark.parametrize(("name", "text"), [*zip(["q.jsonl", "q.json", "q.csv"], QUERY_FILES, strict=True)])
-def test_questions_of_other_forms(write, name, text):
-    """Those of BEIR as they are; the second id is the number of the question where there is none."""
-    assert [(q["id"], q["question"]) for q in ask(questions=write(name, text))] == [("q1", "Who?"), ("2", "When?")]
-
-
-@pytest.mark.parametrize("text", QUERY_FILES[:2])
-def test_questions_on_standard_input(stdin, text):
-    stdin(utf16(text)[0])
-    assert [(q["id"], q["question"]) for q in ask(questions="-")] == [("q1", "Who?"), ("2", "When?")]
-
-
-def test_a_bad_question_on_standard_input_is_named(stdin):
-    stdin(b'{"question": "good"}\n{"id": 3}\n')
-    with pytest.raises(refrag.UserError, match=r"stdin:2: no question \(nor query, text\) among its keys: id"):
-        ask(questions="-")
+def test_questions_of_other_forms(write, stdin, name, text):
+    """Those of BEIR as they are; the second id is the number of the question if it has none. Also on stdin."""
+    expected = [("q1", "Who?"), ("2", "When?")]
+    assert [(q["id"], q["question"]) for q in ask(questions=write(name, text))] == expected
+    if name != "q.csv":
+        stdin(utf16(text)[0])
+        assert [(q["id"], q["question"]) for q in ask(questions="-")] == expected
 
 
 @pytest.mark.parametrize(("line", "told"), [
@@ -560,30 +561,21 @@ def test_a_bad_question_on_standard_input_is_named(stdin):
     ('{"question": 3}', ":2: question must be a string, got int"), ('{"question": " "}', ":2: the question is empty"),
     ('{"question": "\\ud800"}', ":2: question holds half of a surrogate pair"),
     ('{"id": "\\ud800", "question": "q"}', ":2: id holds half"), ('{"id": null, "question": "q"}', ":2: id must be"),
-    ('{"id": [1], "question": "q"}', ":2: id must be")])
-def test_a_bad_question_is_refused_with_its_place(write, line, told):
-    path = write("q.jsonl", f'{{"question": "good"}}\n{line}\n')
-    with pytest.raises(refrag.UserError) as caught:
-        ask(questions=path)
-    assert f"{path}{told}" in str(caught.value)
-
-
-@pytest.mark.parametrize(("question", "told"), [("", "empty"), (" \n", "empty"), ("\udcff", "half of a surrogate")])
-def test_a_bad_question_of_the_command_line_is_refused(question, told):
-    with pytest.raises(refrag.UserError, match=f"(?=.*--question)(?=.*{told})"):
-        ask(question)
-
-
-@pytest.mark.parametrize(("content", "told"), [
-    (b"", "the file holds no question"), (b"\n \n", "the file holds no question"),
-    (b'{"question": "a"}\n{"question": "\xff"}\n', "2: invalid UTF-8: fix it")])
-def test_a_file_without_questions_or_with_bad_bytes_is_refused(write, tmp_path, content, told):
+    ('{"id": [1], "question": "q"}', ":2: id must be"), (b'{"question": "\xff"}', ":2: invalid UTF-8: fix it")])
+def test_a_bad_question_is_refused_with_its_place(write, stdin, line, told):
+    content = b'{"question": "good"}\n%s\n' % (line.encode() if isinstance(line, str) else line)
     path = write("q.jsonl", content)
-    with pytest.raises(refrag.UserError, match=f"{path}: ?{told}$"):
-        ask(questions=path)
+    assert f"{path}{told}" in misasked(questions=path)
+    stdin(content)
+    assert told[:2] == ": " or f"stdin{told}" in misasked(questions="-")
+
+
+def test_files_without_questions_are_refused(write, tmp_path):
+    for content in ("", "\n \n"):
+        path = write("q.jsonl", content)
+        assert misasked(questions=path).endswith(f"{path}: the file holds no question")
     for path in (tmp_path / "nowhere.jsonl", tmp_path):
-        with pytest.raises(refrag.UserError, match=f"--questions {path}: no such file"):
-            ask(questions=path)
+        assert misasked(questions=path).startswith(f"--questions {path}: no such file")
 
 
 def test_a_line_of_text_is_a_question(write, stdin):
@@ -629,9 +621,8 @@ def test_a_long_line_of_utf16_is_read_in_linear_time(write):
 
 
 def test_markdown_is_one_document_also_by_itself(write):
-    got = read(write("plan.v2.md", "# Plan\n\n- paint\n"))
-    assert (got.ids, got.texts) == (["plan.v2.md"], ["# Plan\n\n- paint\n"])
-    assert [record.title for record in got.records] == ["plan.v2"]
+    [got] = read(write("plan.v2.md", "# Plan\n\n- paint\n")).records
+    assert got[:3] == ("plan.v2.md", "plan.v2", "# Plan\n\n- paint\n")
 
 
 @pytest.mark.parametrize("head", [b"%PDF-1.7\n", b"PK\x03\x04", b"\x89PNG\r\n", b"\xff\xd8\xff\xe0"])

@@ -60,9 +60,7 @@ def world():
     return make_corpus.make_world(1337)
 
 
-# =============================================================================
-# 1. The generated files
-# =============================================================================
+# ---- The generated files ---------------------------------------------------------------------------------------------
 
 
 def test_generating_again_gives_the_same_bytes(tmp_path):
@@ -73,63 +71,43 @@ def test_generating_again_gives_the_same_bytes(tmp_path):
 
 
 def test_corpora_have_their_sizes_are_prefixes_and_repeat_nothing(corpora):
+    """And the promised lengths and languages."""
+    lines = corpora["large"]
     assert {name: len(lines) for name, lines in corpora.items()} == SIZES
-    assert (corpora["large"][:500], corpora["large"][:2000]) == (corpora["small"], corpora["medium"])
-    assert len(set(corpora["large"])) == SIZES["large"]
-    assert not [line for line in corpora["large"] if "{" in line or "}" in line]  # no placeholder is left
-
-
-def test_passages_have_the_promised_shape(corpora):
-    words = [len(line.split()) for line in corpora["large"]]
-    assert min(words) >= 40 and max(words) <= 110
-    chinese = sum(bool(re.search("[\u4e00-\u9fff]", line)) for line in corpora["large"]) / SIZES["large"]
-    assert 0.03 <= chinese <= 0.07
-    spanish = sum(bool(re.search(r" (se|de la|El|estudió) ", line)) for line in corpora["large"]) / SIZES["large"]
-    assert 0.07 <= spanish <= 0.13
-
-
-def test_questions_have_unique_ids_and_texts():
-    questions = read_jsonl(DATA / "rag_train.jsonl")
-    assert len(questions) == len({q["id"] for q in questions}) == len({q["question"] for q in questions}) == 1200
-
-
-def line_asked_about(question):
-    """The line of the large corpus that a question's one positive id names."""
-    (id_,) = question["positive_ids"]
-    return int(id_.removeprefix("corpus_large.txt:"))
+    assert (lines[:500], lines[:2000]) == (corpora["small"], corpora["medium"])
+    assert len(set(lines)) == SIZES["large"]
+    assert not [line for line in lines if "{" in line or "}" in line]  # no placeholder is left
+    assert all(40 <= len(line.split()) <= 110 for line in lines)
+    chinese, spanish = (sum(bool(re.search(pattern, line)) for line in lines) / SIZES["large"]
+                        for pattern in ("[\u4e00-\u9fff]", r" (se|de la|El|estudió) "))
+    assert 0.03 <= chinese <= 0.07 and 0.07 <= spanish <= 0.13
 
 
 def test_every_answer_occurs_in_its_passage(corpora):
-    """And the passage is known to the index by the id that the question names."""
+    """Which the index knows by the id that the question names. They begin with the small corpus and spread evenly."""
     config, counts = refrag.CorpusConfig((str(DATA / "corpus_large.txt"),)), {"skipped": 0, "replaced": 0}
-    known = {record.id for record in refrag.read_corpus(config, counts)}
-    for question in read_jsonl(DATA / "rag_train.jsonl"):
-        passage = corpora["large"][line_asked_about(question) - 1]
-        assert set(question["positive_ids"]) <= known and question["answers"]
-        assert all(answer in passage for answer in question["answers"]), question["id"]
-
-
-def test_questions_begin_with_the_small_corpus_and_spread_evenly():
-    lines = [line_asked_about(question) for question in read_jsonl(DATA / "rag_train.jsonl")]
+    known = {record.id: record.text for record in refrag.read_corpus(config, counts)}
+    questions = read_jsonl(DATA / "rag_train.jsonl")
+    assert len(questions) == len({q["id"] for q in questions}) == len({q["question"] for q in questions}) == 1200
+    lines = []
+    for question in questions:
+        (positive,) = question["positive_ids"]
+        assert question["answers"] and all(answer in known[positive] for answer in question["answers"]), question["id"]
+        lines.append(int(positive.removeprefix("corpus_large.txt:")))
+        assert known[positive] == corpora["large"][lines[-1] - 1]
     assert max(lines[:400]) <= 500 < min(lines[400:])
     assert max(lines[400:800]) <= 2000 < min(lines[800:])
 
 
-def test_articles_are_long_and_unique():
+def test_articles_are_long_unique_and_about_things_in_no_corpus(world):
     articles = read_jsonl(DATA / "cpt_train.jsonl")
     assert len(articles) == len({a["id"] for a in articles}) == len({a["text"] for a in articles}) == 400
     assert all(380 <= len(article["text"].split()) <= 900 for article in articles)
-
-
-def test_articles_are_about_things_in_no_corpus(corpora, world):
     known = {name for index in range(3000) for name in proper_names(make_corpus.make_passage(world, index).facts)}
-    words = {word for article in read_jsonl(DATA / "cpt_train.jsonl") for word in re.findall(r"\w+", article["text"])}
-    assert not known & words
+    assert not known & {word for article in articles for word in re.findall(r"\w+", article["text"])}
 
 
-# =============================================================================
-# 2. The generator at other sizes
-# =============================================================================
+# ---- The generator at other sizes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [10, 20_000])
@@ -151,28 +129,19 @@ def test_every_question_of_every_passage_is_answered_in_it(world):
         assert all(answer in text for turn in turns for answer in turn["answers"])
 
 
-def test_a_tiny_corpus(tmp_path):
-    make_corpus.main(["--out_dir", str(tmp_path), "--sizes", "tiny=10", "--qa", "30", "--cpt", "0", "--seed", "7"])
-    assert len(read_lines(tmp_path / "corpus_tiny.txt")) == 10
-    assert len({question["question"] for question in read_jsonl(tmp_path / "rag_train.jsonl")}) == 30
-    assert (tmp_path / "cpt_train.jsonl").read_bytes() == b""
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (["--sizes", "tiny=10", "--qa", "31"], "--qa 31 is too many"),
-        (["--sizes", "a=1,a=2"], "--sizes"),
-        (["--sizes", "a=0"], "--sizes"),
-        (["--sizes", "../a=1"], "--sizes"),
-        (["--seed", "-1"], "--seed"),
-    ],
-)
+@pytest.mark.parametrize(("option", "message"), [
+    (["--sizes", "tiny=10", "--qa", "31"], "--qa 31 is too many"), (["--seed", "-1"], "--seed"),
+    *((["--sizes", sizes], "--sizes") for sizes in ("a=1,a=2", "a=0", "../a=1"))])
 def test_a_bad_option_is_named_and_nothing_is_written(tmp_path, capsys, option, message):
+    """With good ones, a tiny corpus has what it was asked for."""
     with pytest.raises(SystemExit):
         make_corpus.main(["--out_dir", str(tmp_path), *option])
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    make_corpus.main(["--out_dir", str(tmp_path), "--sizes", "tiny=10", "--qa", "30", "--cpt", "0", "--seed", "7"])
+    assert len(read_lines(tmp_path / "corpus_tiny.txt")) == 10
+    assert len({question["question"] for question in read_jsonl(tmp_path / "rag_train.jsonl")}) == 30
+    assert (tmp_path / "cpt_train.jsonl").read_bytes() == b""
 
 
 def test_a_broken_write_leaves_the_old_file(tmp_path):
@@ -190,20 +159,14 @@ def test_a_broken_write_leaves_the_old_file(tmp_path):
 def test_spelling_by_hand():
     """Firsts change fastest; after all pairs (55 * 29 of them) a second middle syllable joins, with digit 1 first."""
     firsts, middles = len(make_corpus.FIRSTS), len(make_corpus.MIDDLES)
-    assert (firsts, middles) == (55, 29)
-    assert make_corpus.spell(0, "ton") == "Babiton"
-    assert make_corpus.spell(1, "ton") == "Bebiton"
-    assert make_corpus.spell(firsts, "ton") == "Badaton"
-    assert make_corpus.spell(firsts * middles, "ton") == "Badabiton"
+    assert (firsts, middles) == (55, 29) and len(set(ENDINGS)) == len(ENDINGS)
+    assert [make_corpus.spell(n, "ton") for n in (0, 1, firsts, firsts * middles)] == [
+        "Babiton", "Bebiton", "Badaton", "Badabiton"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), st.sampled_from(ENDINGS))))
 def test_different_numbers_or_endings_spell_different_names(pairs):
     assert len({make_corpus.spell(*pair) for pair in pairs}) == len(set(pairs))
-
-
-def test_no_ending_serves_twice():
-    assert len(set(ENDINGS)) == len(ENDINGS)
 
 
 @settings(max_examples=30)
@@ -223,9 +186,7 @@ def test_shares_add_up_and_fit(data):
     assert all(0 <= share <= make_corpus.MIN_QUESTIONS * len(indices) for indices, share in shares)
 
 
-# =============================================================================
-# 3. The real sample
-# =============================================================================
+# ---- The real sample -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -234,45 +195,34 @@ def wiki():
 
 
 def test_wiki_files_have_their_counts_fields_and_lengths(wiki):
+    """Answers stand in their passages, and questions are spread over all articles."""
     passages, questions = wiki
     assert len(passages) == len({p["id"] for p in passages}) == len({p["text"] for p in passages}) == 300
     assert len(questions) == len({q["id"] for q in questions}) == len({q["question"] for q in questions}) == 100
     assert all(list(passage) == ["id", "title", "text"] for passage in passages)
     assert all(list(question) == ["id", "question", "answers", "positive_ids"] for question in questions)
     assert all(40 <= len(passage["text"].split()) <= 200 for passage in passages)
-
-
-def test_wiki_answers_occur_in_their_passages(wiki):
-    texts = {passage["id"]: passage["text"] for passage in wiki[0]}
-    for question in wiki[1]:
+    by_id = {passage["id"]: passage for passage in passages}
+    for question in questions:
         assert question["answers"] and question["positive_ids"]
         for id_ in question["positive_ids"]:
-            assert all(answer in texts[id_] for answer in question["answers"]), question["id"]
-
-
-def test_wiki_questions_are_spread_over_all_articles(wiki):
-    passages, questions = wiki
-    titles = {passage["id"]: passage["title"] for passage in passages}
-    asked = Counter(titles[question["positive_ids"][0]] for question in questions)
-    assert set(asked) == set(titles.values()) and min(asked.values()) >= 8
+            assert all(answer in by_id[id_]["text"] for answer in question["answers"]), question["id"]
+    asked = Counter(by_id[question["positive_ids"][0]]["title"] for question in questions)
+    assert set(asked) == {passage["title"] for passage in passages} and min(asked.values()) >= 8
 
 
 def test_wiki_sample_is_what_its_script_picks(wiki, tmp_path):
     """A source of the sample itself and a record that must be left out gives the sample again, byte for byte."""
+    argv = ["--source", str(tmp_path), "--out_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"--source must hold passages\.jsonl\.gz"):
+        make_wiki_sample.main(argv)
     passages, questions = wiki
-    source = {
-        "passages.jsonl.gz": [{**passage, "split": "dev"} for passage in reversed(passages)]
-        + [{**passages[0], "split": "train", "text": ""}],
-        "qa.dev.jsonl.gz": [{**questions[0], "id": "squad:Other:0:0"}, *reversed(questions)],
-    }
+    source = {"passages.jsonl.gz": [*({**passage, "split": "dev"} for passage in reversed(passages)),
+                                    {**passages[0], "split": "train", "text": ""}],
+              "qa.dev.jsonl.gz": [{**questions[0], "id": "squad:Other:0:0"}, *reversed(questions)]}
     for name, records in source.items():
         with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-    make_wiki_sample.main(["--source", str(tmp_path), "--out_dir", str(tmp_path / "out")])
+    make_wiki_sample.main(argv)
     for name in ("wiki_passages.jsonl", "wiki_questions.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (DATA / name).read_bytes()
-
-
-def test_a_missing_source_is_named(tmp_path):
-    with pytest.raises(SystemExit, match=r"--source must hold passages\.jsonl\.gz"):
-        make_wiki_sample.main(["--source", str(tmp_path), "--out_dir", str(tmp_path)])

@@ -650,7 +650,7 @@ class TestBadInput:
         task = evaluate.RetrievalTask(
             refrag.EvalConfig(task="retrieval", qa=str(qa)), refrag.IndexConfig(index_dir=str(folder)),
             refrag.SearchConfig(), refrag.ModelConfig(), refrag.RuntimeConfig())
-        assert task.retrievers == ["bm25"]
+        assert task.cells == [("bm25", None)]
 
     def test_texts_that_are_too_short(self, refused, probe, monkeypatch):
         monkeypatch.undo()  # texts are cut by the models' tokenizers

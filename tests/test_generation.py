@@ -267,26 +267,20 @@ def cite(said, labels="ab", seen=SEEN, **more):
 
 class TestCitations:
     @pytest.mark.parametrize(("answer", "labels", "expected"), [
-        ("Ulm [1].", ["1", "2"], [("1", False)]),
-        ("Ulm [2][9]", ["1", "2"], [("2", False), ("9", True)]),
-        ("Both [1, 2] and [1]", ["1", "2"], [("1", False), ("2", False)]),
-        ("See (doc 2) or [document 1]", ["1", "2"], [("2", False), ("1", False)]),
-        ('It says so <doc id="3">', ["1"], [("3", True)]),
-        ("He [sic] left in [1896]", ["1", "2"], []),
-        ("Nothing (1900) here, f(1) there", ["1"], []),
-        ("Ulm [1] [a]", ["a"], [("1", True), ("a", False)]),
-        ("Named [intro]", ["intro", "end"], [("intro", False)]),
-        ("", ["1"], []),
-    ])
+        ("Ulm [1].", "12", [("1", False)]), ("Ulm [2][9]", "12", [("2", False), ("9", True)]),
+        ("Both [1, 2] and [1]", "12", [("1", False), ("2", False)]),
+        ("See (doc 2) or [document 1]", "12", [("2", False), ("1", False)]),
+        ('It says so <doc id="3">', "1", [("3", True)]), ("He [sic] left in [1896]", "12", []),
+        ("Nothing (1900) here, f(1) there", "1", []), ("Ulm [1] [a]", "a", [("1", True), ("a", False)]),
+        ("Named [intro]", ["intro", "end"], [("intro", False)]), ("", "1", [])])
     def test_cited_labels(self, answer, labels, expected):
-        assert refrag.parse_citations(answer, labels).labels == expected
+        assert refrag.parse_citations(answer, list(labels)).labels == expected
 
     @pytest.mark.parametrize(("answer", "plain", "begun"), [
         ("Ulm [1]", "Ulm", None), ("Ulm [1] [2]", "Ulm [1]", None), ("Ulm [1, 2]", "Ulm", None),
         ("Ulm", "Ulm", None), ("Ulm [1", "Ulm", "1"), ("Ulm [", "Ulm", ""), ("Ulm [12]", "Ulm", None),
         ("Ulm [sic]", "Ulm [sic]", None), ("f(x) [unfinished", "f(x) [unfinished", None), ("[1]", "", None),
-        ("", "", None),
-    ])
+        ("", "", None)])
     def test_split_citation(self, answer, plain, begun):
         assert refrag.parse_citations(answer, ["1", "2"])[1:3] == (plain, begun)
 
@@ -306,9 +300,7 @@ class TestCitations:
         """Nothing of b was read: it is not where the answer stands. Nothing was read at all: nothing is cited."""
         assert cite("old city", seen={"b": SEEN["b"]}) == ("old city [b]", "b")
         assert cite("old city", seen={}) == cite("old city [a]", seen={}) == ("old city", None)
-
-    def test_a_citation_that_holds_the_stop_is_not_added(self):
-        assert cite("five", stops=("[",)) == ("five", None)
+        assert cite("five", stops=("[",)) == ("five", None)  # nor does a stop come again
 
     @pytest.mark.parametrize(("said", "left"), [
         ("Not in the documents.", "Not in the documents."), ("Not in the documents. [a]", "Not in the documents."),
@@ -328,10 +320,9 @@ class TestCitations:
             refrag.parse_citations(text, ["1"])
 
     def test_an_answer_without_documents_cites_nothing(self, tiny):
+        """Nor one with them under --no_cite."""
         result = tiny.answer("Which element?", cite=True)
         assert result["citations"] == [] and result["answer"] == tiny.answer("Which element?")["answer"]
-
-    def test_no_cite_leaves_the_answer_alone(self, tiny):
         assert tiny.answer(PROMPT)["citations"] == []
 
     def test_a_chosen_citation_is_always_one_of_the_given(self, reader):
@@ -375,19 +366,7 @@ class TestModes:
         metrics = tiny.answer(PROMPT, p=p)["metrics"]
         assert metrics["p_realised"] <= p
         assert metrics["compression"] == pytest.approx(metrics["full_positions"] / metrics["positions"], abs=1e-4)
-
-    def test_truncate_feeds_no_more_positions_than_refrag(self, tiny):
-        cut = read(tiny, p=0.2, mode="truncate").plan
-        assert (cut >= 0).all() and len(cut) <= len(read(tiny, p=0.2).plan)
-
-    def test_drop_leaves_out_what_feed_would_compress(self, tiny):
-        fed, dropped = (tiny.answer(PROMPT, p=0.3, compressed=how) for how in ("feed", "drop"))
-        compressed = sum(not chunk["expanded"] for chunk in fed["chunks"])
-        assert compressed > 0
-        assert fed["metrics"]["positions"] - dropped["metrics"]["positions"] == compressed
-
-    def test_untrained_default_is_said(self, tiny):
-        settings = tiny.answer(PROMPT, compressed="auto")["settings"]
+        settings = tiny.answer(PROMPT, p=p, compressed="auto")["settings"]
         assert settings["projector_trained"] is False and settings["compressed"] == "drop"
 
     def test_how_documents_were_read(self, tiny):
@@ -410,13 +389,11 @@ class TestModes:
         alone = read_as(first, prompt.input_ids[first])
         assert alone.how_read == {"a": "text", "b": "left out"} and list(alone.seen) == ["a"]
 
-    def test_what_was_not_read_is_said(self, tmp_path, run, llama):
+    def test_what_was_not_read_is_said(self, tmp_path, write, run, done, llama):
         """Nothing found: no citation, and a line that says so. Found but left out: a line that says that."""
-        (tmp_path / "c.txt").write_text("Seven bridges cross the old city.\n", encoding="utf-8")
-        models = ["--dec", llama, "--enc", "decoder:2"]
-        assert run("index", "--corpus", tmp_path / "c.txt", "--index_dir", tmp_path / "i", "--retriever", "bm25",
-                   *models)[0] == 0
-        ask = ["generate", "--index_dir", tmp_path / "i", *models, "--max_new", "4", "--gate", "blend"]
+        models = ["--index_dir", tmp_path / "i", "--dec", llama, "--enc", "decoder:2"]
+        done("index", "--corpus", write("c.txt", "Seven bridges cross the old city.\n"), "--retriever", "bm25", *models)
+        ask = ["generate", *models, "--max_new", "4", "--gate", "blend"]
         _, out, _ = run(*ask, "--question", "zebra?")
         assert "\nno citation\nno passage was found: the answer is the decoder's own\n" in out
         _, out, _ = run(*ask, "--question", "bridges?", "--p", "0", "--compressed", "drop")
@@ -428,13 +405,6 @@ class TestModes:
 def generate(run, index_dir, llama, *more):
     """`generate` on the small index; (exit code, stdout, stderr)."""
     return run("generate", "--index_dir", index_dir, "--dec", llama, "--k", 4, "--max_new", 4, *FED, *more)
-
-
-def write_questions(path, questions, **ids):
-    """A file of questions, each with its id where `ids` has one."""
-    path.write_text("".join(json.dumps({"question": q} | ({"id": ids[q]} if q in ids else {})) + "\n"
-                            for q in questions))
-    return path
 
 
 class TestCommand:
@@ -458,12 +428,8 @@ class TestCommand:
         assert result["ttft_ratio"] == pytest.approx(
             result["full"]["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], abs=1e-3)
 
-    def test_none_reads_no_document(self, index_dir, llama, run):
-        code, out, _ = generate(run, index_dir, llama, "--question", "Where?", "--mode", "none")
-        result = json.loads(out)
-        assert code == 0 and result["passages"] == [] and result["metrics"]["context_tokens"] == 0
-
     def test_ctx_max_drops_whole_passages_from_the_lowest_rank(self, run, index_dir, llama):
+        """And mode none reads none of them."""
         ask = ["--question", "What melts?", "--topk", 6]
         everything = json.loads(generate(run, index_dir, llama, *ask)[1])
         limit = everything["metrics"]["context_tokens"] // 2
@@ -471,10 +437,8 @@ class TestCommand:
         assert 0 < some["metrics"]["context_tokens"] <= limit
         assert some["dropped_passages"] == 6 - len(some["passages"]) > 0
         assert some["passages"] == everything["passages"][: len(some["passages"])]
-
-    def test_window_is_checked_before_the_prefill(self, run, index_dir, llama):
-        code, out, err = generate(run, index_dir, llama, "--question", "What melts?", "--max_new", 5000)
-        assert code == 2 and "window is 2048" in err and json.loads(out)["error"]["code"] == 2
+        none = json.loads(generate(run, index_dir, llama, *ask, "--mode", "none")[1])
+        assert none["passages"] == [] and none["metrics"]["context_tokens"] == 0
 
     def test_show_prompt_marks_what_is_compressed(self, run, llama):
         code, out, err = run("generate", "--prompt", PROMPT, "--dec", llama, "--gate", "none", "--k", 4, "--max_new", 2,
@@ -492,36 +456,39 @@ class TestCommand:
 
     @pytest.mark.parametrize(("before", "after", "new"), [
         ("ab", "xab", "x"), ("ab", "ba", ""), ("ab", "aab", "a"), ("aab", "aaba", "a"), ("ab", "bcad", "cd")])
-    def test_resume_answers_what_was_not_asked_yet(self, run, index_dir, llama, tmp_path, before, after, new):
+    def test_resume_answers_what_was_not_asked_yet(self, run, write, index_dir, llama, tmp_path, before, after, new):
         """Whatever ids they have: each letter is a question, and its id the number of its line."""
-        questions, out = tmp_path / "questions.jsonl", tmp_path / "out.jsonl"
+        out = tmp_path / "out.jsonl"
         for asked, more in ((before, []), (after, ["--resume"])):
-            write_questions(questions, [f"What is {name}?" for name in asked])
+            questions = write("questions.jsonl", [{"question": f"What is {name}?"} for name in asked])
             assert generate(run, index_dir, llama, "--questions", questions, "--out", out, *more)[0] == 0
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         assert [line["question"][8] for line in lines] == [*before, *new]
         assert len({line["id"] for line in lines}) == len(lines), "one that was taken is followed by -2"
 
-    def test_json_of_a_file_of_questions_is_one_object(self, run, index_dir, llama, tmp_path):
-        """The lines go to --out; without --json a person reads the answers."""
-        ids = {"Is it a?": "a", "Is it b?": "b"}
-        questions = write_questions(tmp_path / "q.jsonl", ids, **ids)
-        path = tmp_path / "out.jsonl"
+    def test_json_of_a_file_of_questions_is_one_object(self, run, write, index_dir, llama, tmp_path):
+        """The lines go to --out; without --json a person reads the answers. Batches give the same ones."""
+        questions = write("q.jsonl", [{"question": "Is it a?", "id": "a"}, {"question": "Is it b? " * 2, "id": "b"}])
+        path, answers = tmp_path / "out.jsonl", []
         for more in ([], ["--out", path], ["--batch_size", 2]):
             _, out, _ = generate(run, index_dir, llama, "--questions", questions, *more)
-            assert out.count("\n") == 1 and [r["id"] for r in json.loads(out)["results"]] == ["a", "b"]
+            assert out.count("\n") == 1
+            answers.append([(result["id"], result["answer"]) for result in json.loads(out)["results"]])
+        assert [name for name, _ in answers[0]] == ["a", "b"] and answers == [answers[0]] * 3
         assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
         argv = ["generate", "--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--k", 4, "--max_new", 4,
                 "--questions", questions]
         assert run(*argv, "--out", tmp_path / "other.jsonl")[1] == ""
         code, out, err = run(*argv)
-        assert code == 0 and out.startswith("Is it a?\n") and "\n\nIs it b?\n" in out and "{" not in out
+        assert code == 0 and out.startswith("Is it a?\n") and "\n\nIs it b?" in out and "{" not in out
         assert (out + err).count("the projector is untrained") == 1
 
-    def test_a_run_that_fails_is_one_object_too(self, run, index_dir, llama, tmp_path):
-        questions = write_questions(tmp_path / "questions.jsonl", ["a", "word " * 2100])
-        code, out, _ = generate(run, index_dir, llama, "--questions", questions)
-        assert code == 2 and "window" in json.loads(out)["error"]["message"]
+    def test_a_run_that_fails_is_one_object_too(self, run, write, index_dir, llama):
+        """The window is checked before the prefill."""
+        questions = write("questions.jsonl", [{"question": "a"}, {"question": "word " * 2100}])
+        for more in (["--questions", questions], ["--question", "What melts?", "--max_new", 5000]):
+            code, out, err = generate(run, index_dir, llama, *more)
+            assert code == 2 and "window is 2048" in err and "window" in json.loads(out)["error"]["message"]
 
     def test_by_default_a_shallow_decoder_lends_all_its_layers(self, run, any_decoder):
         argv = ["generate", "--prompt", PROMPT, "--gate", "none", "--k", 4, "--max_new", 2, "--json", "--dec",
@@ -529,15 +496,6 @@ class TestCommand:
         code, out, _ = run(*argv)
         assert code == 0 and json.loads(out)["settings"]["enc"] == "decoder:3"
         assert run(*argv, "--enc", "decoder:4")[2] == "error: --enc decoder:4: the decoder has 3 layers\n"
-
-    def test_batches_give_the_answers_of_single_questions(self, run, index_dir, llama, tmp_path):
-        questions = write_questions(tmp_path / "questions.jsonl", ["What is it? " * (i + 1) for i in range(3)])
-        answers = []
-        for size in (1, 3):
-            _, out, _ = generate(run, index_dir, llama, "--questions", questions, "--batch_size", size)
-            answers.append([result["answer"] for result in json.loads(out)["results"]])
-        assert len(answers[0]) == 3 and answers[0] == answers[1]
-
 
 class TestPython:
     def test_a_pipeline_answers_as_the_command_does(self, run, index_dir, llama):

@@ -1,7 +1,5 @@
 """What no kill, signal, full disk, second writer or damage may do: one matrix for each promise, by the command line."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -76,7 +74,7 @@ def look(run, files, llama):
     """What others find in a folder: of an index its answers, of anything else its `state`; None for nothing."""
 
     def call(writer: Writer, folder: Path) -> object:
-        if not folder.exists() and list(folder.parent.glob(".*.old")):  # who reads a checkpoint mends it first
+        if not folder.exists() and list(folder.parent.glob(".*.old")):  # who reads a checkpoint repairs it first
             assert run("generate", "--prompt", "<doc id='1'>a</doc>b", "--load_dir", folder, "--max_new", 1)[0] == 0
         if line_of(writer) != "index":
             return state(folder) if folder.exists() else None
@@ -517,7 +515,7 @@ def test_damage_to_any_file_is_named(run, refused, read, artefact, kind):
 
 
 def test_a_flipped_bit_at_any_place_of_an_index_is_noticed(run, refused, read, line):
-    """By a search and by doctor; an addition is refused, and building it again mends it."""
+    """By a search and by doctor; an addition is refused, and building it again repairs it."""
     folder, argv = read("index")
     rng, sizes = random.Random(0), {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in [folder / "manifest.json"] * 9 + rng.choices([p for p in sizes if p.name != ".lock" and sizes[p]], k=9):
@@ -535,14 +533,16 @@ def test_a_flipped_bit_at_any_place_of_an_index_is_noticed(run, refused, read, l
     assert run(*line("index", folder))[0] == 0 == run(*argv)[0]
 
 
-@pytest.mark.parametrize(("artefact", "changes", "told"), [
-    *((artefact, {"version": 99}, "update the program") for artefact in ("index", "checkpoint", "gate")),
-    ("checkpoint", {"format": "something-else"}, "update the program"),
-    ("index", {"words": "another rule for words"}, "build it again")])
-def test_what_another_program_has_written(refused, read, artefact, changes, told):
+@pytest.mark.parametrize(("artefact", "changes", "code", "told"), [
+    *((artefact, {"version": 99}, 5, "update the program") for artefact in ("index", "checkpoint", "gate")),
+    ("checkpoint", {"format": "something-else"}, 5, "update the program"),
+    ("index", {"words": "another rule for words"}, 5, "build it again"),
+    *(("index", wrong, 4, "manifest.json is damaged") for wrong in (
+        {"segments": []}, {"segments": [3]}, {"uses": "dense"}, {"chunking": {"k": "4"}}, {"embedder": None}))])
+def test_what_another_program_has_written(refused, read, artefact, changes, code, told):
     folder, argv = read(artefact)
     sign(folder, **changes)
-    assert told in refused(5, *argv)
+    assert told in refused(code, *argv)
 
 
 def test_the_manifest_of_another_checkpoint_does_not_fit(refused, read, finished):
@@ -591,20 +591,11 @@ def test_tensors_that_do_not_fit_are_named(refused, read, name, kind, signed):
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "no manifest"])
 @pytest.mark.parametrize("content", [
     "", "[]", "\0", '{"model_type": "refrag"', '{"model_type": "refrag", "lora": "r"}'], ids=str)
-def test_a_configuration_that_can_not_be_is_damage(refused, read, content, signed):
+def test_a_configuration_that_cannot_be_is_damage(refused, read, content, signed):
     folder, argv = read("checkpoint")
     (folder / "config.json").write_text(content)
     not_listed(folder, "config.json", signed)
     assert f"{folder / 'config.json'} is damaged" in refused(4, *argv)
-
-
-@pytest.mark.parametrize("wrong", [
-    {"segments": []}, {"segments": [3]}, {"uses": "dense"}, {"chunking": {"k": "4"}}, {"embedder": None},
-    {"counts": {}}], ids=str)
-def test_a_manifest_with_other_types_is_damage(refused, read, wrong):
-    folder, argv = read("index")
-    sign(folder, **wrong)
-    assert "manifest.json is damaged" in refused(4, *argv)
 
 
 class Malice:
@@ -636,8 +627,8 @@ def test_no_pickle_is_ever_read(run, refused, read, write, llama, malice):
         (folder / name).write_bytes(malice)
     assert run(*argv)[0] == 0  # beside the weights it is not looked at
     for name in ("model.pt", "model.pth", "pytorch_model.bin", "model.pkl", "model.ckpt"):
-        assert "is a pickle, which can run code" in refused(2, *argv[:-1], write(name, malice))
-        assert "is a pickle, which can run code" in refused(2, *argv[:-1], f"no/{name}")
+        assert "a pickle can run code" in refused(2, *argv[:-1], write(name, malice))
+        assert "a pickle can run code" in refused(2, *argv[:-1], f"no/{name}")
     (folder / "projector.safetensors").write_bytes(malice)
     sign(folder)
     assert "projector.safetensors is damaged" in refused(4, *argv)
@@ -649,8 +640,8 @@ def test_no_pickle_is_ever_read(run, refused, read, write, llama, malice):
     model = shutil.copytree(llama, folder.parent / "model")
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(malice)
-    for flag in ("--dec", "--enc"):
-        assert f"model {model} could not be loaded" in refused(3, *argv[:-2], flag, model)
+    for flags in (["--dec", model], ["--dec", llama, "--enc", model]):
+        assert f"model {model} could not be loaded" in refused(3, *argv[:-2], *flags)
 
 
 @pytest.mark.parametrize("bare", [True, False], ids=["a pickle", "an array of objects"])
@@ -666,7 +657,7 @@ def test_no_pickle_in_an_index_is_read(refused, read, malice, tmp_path, bare):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root gives up its rights by a call of Linux")
 @pytest.mark.parametrize("artefact", ["index", "checkpoint", "gate"])
-def test_what_can_not_be_read_is_named(forks, read, artefact):
+def test_what_cannot_be_read_is_named(forks, read, artefact):
     """By its permissions; a folder, then a file."""
     folder, argv = read(artefact)
     (path := max(folder.rglob("*.safetensors" if artefact != "index" else "*.npy"))).chmod(0)
@@ -678,7 +669,7 @@ def test_what_can_not_be_read_is_named(forks, read, artefact):
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
 @pytest.mark.parametrize("phase", ["cpt_recon", "sft"])
-def test_a_damaged_cache_is_made_anew(done, line, home, tmp_path, phase, kind):
+def test_a_damaged_cache_is_made_again(done, line, home, tmp_path, phase, kind):
     """Whichever file of it: the run is the same, and so is the cache."""
     argv = line(phase, tmp_path / "first", "--steps", 1)
     before = done(*argv)
@@ -691,7 +682,7 @@ def test_a_damaged_cache_is_made_anew(done, line, home, tmp_path, phase, kind):
 
 @pytest.mark.parametrize("flag", ["--dec", "--enc"])
 def test_a_damaged_model_is_told(refused, line, llama, tmp_path, flag):
-    """Cut off, it can not be loaded; with a weight that is no number, no loss can be computed; then no longer there."""
+    """Cut off, it cannot be loaded; with a weight that is no number, no loss can be computed; then no longer there."""
     folder = shutil.copytree(llama, tmp_path / "model")
     damage(folder / "model.safetensors", "truncated")
     argv = line("cpt_recon", tmp_path / "out", flag, folder)
@@ -740,7 +731,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, finished, line, tmp_path, name
 
 
 @pytest.mark.parametrize("file", ["projector.safetensors", "manifest.json"])
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(refused, line, unfinished, tmp_path, file):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(refused, line, unfinished, tmp_path, file):
     for folder in unfinished.glob("step-*"):
         damage(folder / file, "truncated")
     with unchanged(unfinished):

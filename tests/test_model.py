@@ -768,9 +768,10 @@ def test_the_shipped_checkpoint_is_used_unless_told_otherwise(run, shipped, llam
     models = ["--dec", llama, "--enc", bert] if named else []
     for argv, used in (([], True), (["--load_dir", "auto"], True), (["--load_dir", "none"], False)):
         code, out, err = run(*ASKED, *(models or ["--dec", llama, "--enc", bert] if not used else models), *argv)
-        made = json.loads(out)["settings"]
+        made, metrics, chunks = (json.loads(out)[key] for key in ("settings", "metrics", "chunks"))
         assert (code, made["projector_trained"], made["enc"]) == (0, used, str(bert)), err
-        assert "shipped" not in err
+        assert made["compressed"] == ("feed" if used else "drop") and "shipped" not in err
+        assert metrics["full_positions"] - metrics["positions"] == metrics["context_tokens"] - used * len(chunks)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--enc", "decoder:2"), ("--projector", "mlp")])
@@ -819,11 +820,9 @@ def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert refrag.model_path(str(tmp_path / "model")) == str(tmp_path / "model")
-    assert refrag.model_path("model") == "model"
     assert refrag.model_path("~/model") == str(tmp_path / "model")
-    assert refrag.model_path("roberta-base") == "roberta-base"
-    assert refrag.model_path("meta-llama/Llama-3.2-3B") == "meta-llama/Llama-3.2-3B"
+    for name in (str(tmp_path / "model"), "model", "roberta-base", "meta-llama/Llama-3.2-3B"):
+        assert refrag.model_path(name) == name
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/nowhere", "a/b/c", "C:\\models\\x", "file.bin"])
@@ -872,11 +871,8 @@ def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
     assert [out.strip() for out, _, _ in finished] == [str(folder)] * 2
     assert sorted("converting" in err for _, err, _ in finished) == [False, True]
 
-    def refuse(*_, **__):
-        raise AssertionError("converted again")
-
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path))
-    monkeypatch.setattr("refrag_extras.convert_gguf.convert_gguf", refuse)
+    monkeypatch.setattr("refrag_extras.convert_gguf.convert_gguf", None)  # not called again
     assert refrag.model_folder("SmolLM2-135M-Instruct") == str(folder)
     tokenizer = refrag.load_tokenizer("SmolLM2-135M-Instruct")
     for text in ("12345", "in 1896", "in  1896, 60,000", "x1y22\n333", "   7 77"):
@@ -884,8 +880,7 @@ def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
         pieces = [tokenizer.decode([i]) for i in ids]
         assert [p for p in pieces if any(c.isdigit() for c in p)] == [c for c in text if c.isdigit()]
         assert "".join(pieces) == tokenizer.decode(ids) == text
-    config = json.loads((folder / "config.json").read_text())
-    assert "quantization_config" not in config
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt"}
     decoder = refrag.load_decoder("SmolLM2-135M-Instruct", CPU, torch.float32)
     question = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
@@ -910,11 +905,8 @@ def with_tokens(folder, target, *names, special=False, template=None):
 
 
 @pytest.mark.parametrize(("names", "special", "template", "tokens"), [
-    (["bridge"], False, None, 601),
-    (["qone", "qtwo", "qthree"], False, None, 603),
-    (["<|user|>"], True, "<|user|>{{ messages[0]['content'] }}", 601),
+    (["qone", "qtwo", "qthree"], False, None, 603), (["<|user|>"], True, "<|user|>{{ messages[0]['content'] }}", 601),
     (["<pad>"], True, None, None),  # no text gives it
-    ([], False, None, None),
 ], ids=str)
 def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, tmp_path, names, special, template, tokens):
     folder = with_tokens(llama, tmp_path / "model", *names, special=special, template=template)
@@ -928,8 +920,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, tmp_path, names
 
 def test_an_encoders_tokens_need_embeddings_too(llama, bert, tmp_path):
     """A separate encoder's, and an embedder's."""
-    folder = tmp_path / "small"
-    shutil.copytree(bert, folder)
+    folder = shutil.copytree(bert, tmp_path / "small")
     model = transformers.BertModel.from_pretrained(bert)
     model.resize_token_embeddings(40, mean_resizing=False)
     model.save_pretrained(folder)

