@@ -5305,6 +5305,7 @@ def training_text(summary: dict[str, Any]) -> str:
 
 CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 LONGEST_CITATION = 66  # characters, brackets included
+Writer = Callable[[str], bool | None] | None  # receives an answer as it grows; True ends it
 
 
 class Decoded(NamedTuple):
@@ -5445,11 +5446,10 @@ def settled_length(text: str) -> int:
 class TextStream:
     """Turns the growing tokens of an answer into text, and shows it once it cannot change any more.
 
-    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may begin a stop
-    string. write: receives new text; True ends the answer.
+    Held back are an unfinished character, a citation at the end, which `cite` may replace, and a begun stop string.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Writer):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
     def update(self, tokens: list[int]) -> str:
@@ -5509,9 +5509,9 @@ class Citations(NamedTuple):
 def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
     """Find the citations in an answer: [2], [1, 3], (doc 2) and <doc id="2">.
 
-    A label that was not given is a forged one if it is a number of three digits at most, as the instruction in the
-    prompt shows; other words in brackets are no citation. Examples, labels "1" and "2": "Ulm [1][9]" -> ("Ulm",
-    "Ulm [1]", None, [("1", False), ("9", True)]); "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
+    A label that was not given is forged if it is a number below 1000; other words in brackets are no citation.
+    Examples with labels 1 and 2: "Ulm [1][9]" -> ("Ulm", "Ulm [1]", None, [("1", False), ("9", True)]);
+    "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
     """
     spans, cited, bare, at = [], {}, answer, settled_length(answer)
     for match in CITATION.finditer(answer):
@@ -5537,8 +5537,8 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: DecoderState, row
                     labels: Sequence[str]) -> tuple[str, DecoderState]:
     """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
 
-    row: the sequence in the batch; the others are fed the same tokens, hidden from them. pending: tokens of its answer
-    that were sampled but not fed. Greedy among the given ids, so it cannot be forged. The old state is used up.
+    row: the sequence in the batch; what it is fed is hidden from the others. pending: its tokens that were sampled but
+    not fed. Greedy among the labels, so it cannot be forged.
     """
     B = len(state.position)
     alive = torch.arange(B, device=state.position.device) == row
@@ -5560,8 +5560,7 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
          stops: Sequence[str] = ()) -> tuple[str, str | None]:
     """(the answer with its citation, the label if it was not the decoder's own).
 
-    labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
-    Of these cases the first one counts:
+    labels: of all documents; seen: the contents of those that were read, by label. The first of these cases counts:
     - the answer is a refusal, or no document was read: nothing is cited
     - one document alone holds the answer, which is not yes or no: that one is cited
     - the answer ends within a citation of a document that was read: it is completed
@@ -5612,6 +5611,7 @@ class Settings(SearchConfig, PackConfig, GenerateConfig):
 class Reading:
     """A question ready for the decoder."""
     item: dict[str, Any]
+    settings: Settings
     passages: list[Passage]
     context: Context
     given: GateInput | None  # what the gate looked at
@@ -5624,7 +5624,6 @@ class Reading:
 
     @property
     def labels(self) -> list[str]:
-        """The ids the prompt gives its documents."""
         return [doc.label for doc in self.context.docs]
 
     @functools.cached_property
@@ -5649,10 +5648,9 @@ class Pipeline:
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.seed, self.stepper, self.load_s = seed, stepper, 0.0
-        self.tokenizer = model.encoder.tokenizer
-        self.device = next(model.decoder.parameters()).device
+        self.tokenizer, self.device = model.encoder.tokenizer, next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
-        built = searcher.index.manifest["chunking"] if searcher else {}
+        built = self.index.manifest["chunking"] if searcher else {}
         self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
         if built.get("encoder") not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
@@ -5758,7 +5756,7 @@ class Pipeline:
         self.check_window(len(plan), settings)
         with watch.stage("vectors_s"):
             inputs = self.inputs(context, plan, settings.k)
-        return Reading(item, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
+        return Reading(item, settings, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
 
     @functools.cached_property
     def batches(self) -> bool:
@@ -5766,22 +5764,20 @@ class Pipeline:
         _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
         return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
 
-    def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
-               **changes: Any) -> dict[str, Any]:
-        """The result of one question. on_text: receives the answer as it grows; True ends it. changes: of settings."""
+    def answer(self, question: str, on_text: Writer = None, **changes: Any) -> dict[str, Any]:
+        """The result of one question. changes: see `settings_for`."""
         return self.answer_batch([{"id": "1", "question": question}], self.settings_for(**changes), [on_text])[0]
 
     def answer_batch(self, items: Sequence[dict[str, Any]], settings: Settings | None = None,
-                     writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Results for questions {id, question}, which are decoded together. writers: see `generate`."""
-        return self.generate([self.prepare(item, settings) for item in items], settings, writers)
+                     writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
+        """Results for questions {id, question}, which are decoded together."""
+        return self.generate([self.prepare(item, settings) for item in items], writers)
 
-    def generate(self, readings: Sequence[Reading], settings: Settings | None = None,
-                 writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Decode answers together. writers: for each None, or what receives its text as it grows; True ends it."""
-        settings, writers = settings or self.settings, writers or [None] * len(readings)
+    def generate(self, readings: Sequence[Reading], writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
+        """Decode answers of the same settings together."""
+        settings, writers = readings[0].settings, writers or [None] * len(readings)
         if len(readings) > 1 and not self.batches:
-            return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
+            return [self.generate([one], [write])[0] for one, write in zip(readings, writers, strict=True)]
         decoder, watch = self.model.decoder, Stopwatch(self.device)
         if settings.show_prompt:
             for reading in readings:
@@ -5812,13 +5808,11 @@ class Pipeline:
                 answer, chosen = cite(answer, reading.labels, seen,
                                       functools.partial(let_decoder_cite, row, pending, list(seen)), settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
-            results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
+            results.append(self.result(reading, out, answer, chosen, kv_bytes))
             stream.show(answer)
         return results
 
-    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
-               kv_bytes: int) -> dict[str, Any]:
-        """The JSON object of one answer."""
+    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, kv_bytes: int) -> dict[str, Any]:
         context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
@@ -5830,16 +5824,17 @@ class Pipeline:
                    "score": round(score, 6), "expanded": stays}
                   for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),
                                                  reading.expanded.tolist(), strict=True)]
-        if settings.explain:
-            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
+        if reading.settings.explain:
+            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading), strict=True)]
         return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": how_read[label]} for label, p in source.items()],
                 "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
-                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(settings)}
+                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
-    def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
+    def explain(self, reading: Reading) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        shares, reasons = {}, [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
+        settings, shares = reading.settings, {}
+        reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
         if settings.mode == "refrag" and reading.given is not None:
             reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
             if settings.gate == "learned":
