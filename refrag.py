@@ -529,18 +529,6 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
         parser.add_argument(f"--{f.name}", nargs="*" if several else None, metavar=metavar, **common)
 
 
-def choose_command(argv: Sequence[str]) -> str:
-    """The command that a line begins with. Without one, the help or the version is shown, or an error raised."""
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
-    if not argv:
-        parser.print_help(sys.stderr)
-    return parser.parse_args(argv[:1]).command
-
-
 def read_config_file(path: str, command: str) -> dict[str, Any]:
     """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
     try:
@@ -580,9 +568,15 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
-    name = choose_command(argv)
-    fields = config_fields(COMMANDS[name].configs)
-    parser = Parser(prog=f"refrag.py {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+    name = parser.parse_args(argv[:1]).command
+    fields, parser = config_fields(COMMANDS[name].configs), commands.choices[name]
     for option in fields.values():
         add_option(parser, *option)
     flags = vars(parser.parse_args(argv[1:]))
@@ -597,7 +591,6 @@ def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -746,7 +739,6 @@ QUIET = False  # set once by prepare_runtime; progress and notices look here
 
 
 def notice(text: str) -> None:
-    """One line on stderr that a person should see."""
     if not QUIET:
         say(text, file=sys.stderr)
 
@@ -853,7 +845,6 @@ def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what results depend on."""
     modules = (torch, transformers, faiss, np, bm25s)
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
@@ -6015,7 +6006,6 @@ def trec_text(results: Sequence[dict[str, Any]]) -> str:
 
 
 def search_text(result: dict[str, Any]) -> str:
-    """A search result for people."""
     lines = [result["question"]]
     for p in result["passages"]:
         text = " ".join(p.text.split())
@@ -6129,7 +6119,6 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
 
 
 def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
-    """A chunk of --explain for people."""
     [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
     shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
@@ -6266,7 +6255,6 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (the program's own by default) and return the exit code."""
     return run_command(*parse_or_exit(sys.argv[1:] if argv is None else argv))
 
 
