@@ -2521,9 +2521,8 @@ def cut_allowed(tokens: Tokens) -> np.ndarray:
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
-    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
-    unit makes a unit longer. Raises ValueError if k < 1.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that small chunks nest in large ones. A unit
+    never ends inside a character: it ends before it, or after it if nothing would be left. ValueError if k < 1.
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
@@ -2559,10 +2558,7 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer."""
     [tokens] = tokenize(tokenizer, [text])
     return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
@@ -2575,8 +2571,8 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
-    with a broken attribute or with another tag inside is plain text.
+    Quotes and case do not matter, nor do other attributes. A block without an id, with a broken attribute or with
+    another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2606,10 +2602,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 class RefragTokenizer:
-    """The decoder's tokenizer, the encoder's, and the rules between them.
-
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
-    """
+    """The decoder's tokenizer and the encoder's (by default the same), both fast ones, and the rules between them."""
 
     def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
@@ -2639,10 +2632,7 @@ class RefragTokenizer:
         return [cut_chunks(*row, k) for row in zip(contents, tokenize(self.encoder, contents), strict=True)]
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
-        """
+        """The segments of a prompt in order: its <doc id=".."> .. </doc> blocks, and the text around them."""
         segments = []
         for part, label in split_docs(text):
             part, label = self.neutralize(part), label and self.neutralize(label)
@@ -2666,7 +2656,6 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Decoder positions it takes as text."""
         return self.last - self.first
 
 
@@ -2706,8 +2695,7 @@ class Context(NamedTuple):
 def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
     """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails.
 
-    system: a system message. Where the template has no place for one (Gemma's raises, others leave it out), it stands
-    before the user's message.
+    A system message stands before the user's if the template has no place for one (Gemma's raises, others drop it).
     """
     joined = f"{system}\n\n{message}" if system else message
     if not tokenizer.chat_template:
@@ -2723,7 +2711,7 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
                 return text
         return render(user=joined)
     except Exception as error:  # a template is a program of its own, and fails as any may
-        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): mend "
+        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): fix "
                         "chat_template in its folder") from None
 
 
@@ -2746,7 +2734,7 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     decoder = tokenizer.decoder
     text = render_chat(decoder, message, system)
     base = text.find(message)
-    require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
+    require(base >= 0, "the decoder's chat template alters the message, so its chunks cannot be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks, blocks = [], []
     for number, (doc, start, first, end) in enumerate(spans):
@@ -2795,10 +2783,7 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
-
-    Raises UserError if the documents exceed ctx_max tokens.
-    """
+    """The context of --prompt: its <doc> blocks, at most ctx_max tokens, and as the question the text around them."""
     parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
     blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
     docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
@@ -2818,10 +2803,8 @@ def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
 
 
 def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
-    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags.
-
-    What stands outside the documents always stays, even if it alone is more than `positions`.
-    """
+    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags;
+    what stands outside of documents always stays."""
     mask = np.ones(len(prompt.input_ids), dtype=bool)
     content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
@@ -2858,8 +2841,7 @@ class TrainingSequence(NamedTuple):
     content: Content
 
     @property
-    def asked(self) -> int:
-        """Number of labels."""
+    def asked(self) -> int:  # number of labels
         return int((self.labels >= 0).sum())
 
 
@@ -2877,13 +2859,12 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
 def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
-    for is_vector, group in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
-        values = list(group)
+    for is_vector, values in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
         if is_vector:
             chunks = [context.prompt.chunks[-v - 1] for v in values]
             parts += [f"[[{context.docs[c.doc].content[c.start : c.end]}]]" for c in chunks]
         else:
-            parts.append(tokenizer.decoder.decode(values))
+            parts.append(tokenizer.decoder.decode(list(values)))
     return "".join(parts)
 
 
@@ -2920,8 +2901,8 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
-    Found from the lengths of the decoded prefixes: beyond the texts' common prefix no two can be equal. Of several
-    tokens with one decoded prefix the first counts. The definition is the table of all pairs.
+    Beyond the texts' common prefix no two can be equal, so that lengths are enough. Of several tokens with one decoded
+    prefix the first counts.
     """
     texts, lengths = ["".join(side.pieces) for side in (a, b)], []
     common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
@@ -3047,19 +3028,13 @@ class RefragConfig(transformers.PreTrainedConfig):
 
 def model_folder(name: str) -> str:
     """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
-    found = model_path(name)
-    path = Path(found)
-    if path.suffix != ".gguf" or path.is_dir():
-        return found
-    stat = path.stat()  # in the folder's name, so that another file is converted again
-    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    path = model_path(name)
+    if not path.endswith(".gguf") or not os.path.isfile(path):
+        return path
+    stat = os.stat(path)  # in the folder's name, so that another file is converted again
+    folder = cache_home() / "models" / f"{Path(path).stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
-            if not folder.is_dir():
-                notice(f"converting {path.name} once, into {folder} (about ten seconds)")
-                with new_folder(folder) as temporary:
-                    importlib.import_module("refrag_extras.convert_gguf").convert_gguf(path, temporary)
+        importlib.import_module("refrag_extras.convert_gguf").convert_once(Path(path), folder)
     return str(folder)
 
 
@@ -3077,8 +3052,8 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
-    share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
-    same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
+    share, share_embeddings: use the decoder's own memory for layers and for token embeddings, else copy. Raises
+    UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
     body, table, total = decoder.base_model, decoder.get_input_embeddings().weight, decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
@@ -3123,8 +3098,8 @@ class ChunkEncoder(nn.Module):
     contextual (`decoder:N`): a content is read in windows of 512 tokens and the states of each chunk's tokens are
     averaged, so that a state knows its context. Not contextual: each chunk is read by itself, as in the paper.
 
-    Windows begin at the same tokens for every k, and a mean of means (weighted by tokens) is the mean of all. Therefore
-    contextual states stored at one k give those of its multiples: see `serves` and `merge_chunks`.
+    Windows begin at the same tokens for every k, so the mean of stored means, weighted by tokens, is the state of a
+    larger chunk: see `serves` and `merge_chunks`.
     """
 
     def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, contextual: bool, pooling: str):
@@ -3173,10 +3148,7 @@ class ChunkEncoder(nn.Module):
         return segment_means(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, allowed: np.ndarray, k: int) -> Content:
-        """Cut some of the decoder's tokens into chunks for training; a separate encoder reads the text they decode to.
-
-        allowed: (T + 1,), see `cut_allowed`.
-        """
+        """The decoder's tokens (T,) in chunks for training; a separate encoder reads their text. allowed: (T + 1,)."""
         if not self.contextual:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
             return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
@@ -3288,20 +3260,13 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
     return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
 
 
-@contextlib.contextmanager
-def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
-    """Within the block, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
+def head_reads(decoder: nn.Module, asked: Tensor) -> contextlib.AbstractContextManager:
+    """Within `with head_reads(..)`, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
 
     A hook, so that whatever an architecture does to its logits still happens.
     """
-    def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[asked], *args[1:])
-
-    handle = decoder.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return decoder.get_output_embeddings().register_forward_pre_hook(
+        lambda head, args: (args[0].flatten(0, 1)[asked], *args[1:]))
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -3317,10 +3282,7 @@ def lora_names(decoder: nn.Module) -> set[str]:
 
 
 def add_lora(decoder: nn.Module, rank: int) -> None:
-    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place.
-
-    Raises UserError for architectures whose layers cannot have them, MissingError without the library.
-    """
+    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head. Raises UserError."""
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     import peft
@@ -3349,11 +3311,7 @@ def merge_lora(model: RefragModel) -> None:
 
 
 class RefragModel(PreTrainedModel):
-    """Encoder, projector and decoder.
-
-    A checkpoint folder holds config.json and one safetensors file per trained part; untrained parts are loaded from
-    the models the config names.
-    """
+    """Encoder, projector and decoder: the trained parts from a checkpoint, the others from the models it names."""
 
     config_class = RefragConfig
 
@@ -3432,8 +3390,8 @@ class RefragModel(PreTrainedModel):
                         dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
-        train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
-        weights, unless training goes on with them.
+        train, lora_r: what will be trained further, see `build_model`. Adapters are merged into the decoder's weights
+        unless training goes on with them.
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
@@ -3465,10 +3423,8 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 class Checkpoint:
-    """A checkpoint folder, opened: config.json and manifest are read once, tensors on request.
-
-    Folders of other programs have no manifest; their tensors are checked one by one when they are loaded.
-    """
+    """A checkpoint folder: config.json and manifest (other programs' folders have none) are read once, tensors on
+    request."""
 
     def __init__(self, path: Path):
         """Raises UserError, CorruptError, MismatchError."""
@@ -3529,10 +3485,8 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
                      texts: dict[str, str] | None = None, card: str | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files.
-
-    The card is in no manifest: people add to it, and hubs write into it.
-    """
+    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files. The card is in
+    no manifest, since people and hubs write into it."""
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
@@ -3610,11 +3564,10 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
                                 share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
         with hub_errors(config.encoder_name_or_path):
-            folder = model_folder(config.encoder_name_or_path)
-            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE).to(device).eval()
+            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
-    encoder = ChunkEncoder(backbone, tokenizer, contextual=layers is not None, pooling=config.pooling)
+    encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=layers is not None, pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
@@ -3640,7 +3593,7 @@ SHIPPED_READER = SHIPPED / "reader"
 def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
     """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-    Raises UserError, CorruptError, MismatchError if the checkpoint was made with other models than those named.
+    Raises MismatchError if --load_dir's was made with other models than those named.
     """
     shipped = models.load_dir == "auto"
     if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
