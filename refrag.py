@@ -1168,7 +1168,7 @@ def bare_name(path: Path) -> Path:
 class TextFile:
     """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: the value of --errors, empty if a command does not have it. counts: receives skipped and replaced.
+    errors: of --errors, empty if a command does not have it. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1188,10 +1188,7 @@ class TextFile:
         return raw.decode(encoding, "replace")
 
     def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line.
-
-        Raises CorruptError for a damaged gzip file.
-        """
+        """(number, text with its end) of each line, or the whole file as one; "" if skipped. Raises CorruptError."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1355,10 +1352,9 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
+    """(the files to read, each once; those in folders that are of other kinds). Hidden files and folders are left out.
 
-    A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
-    once. sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
+    sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
@@ -1404,10 +1400,7 @@ def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
-    """The records of the corpus in order, streamed. counts receives skipped, replaced and ignored.
-
-    sources: see `source_label`.
-    """
+    """The records of the corpus, streamed. counts: receives skipped, replaced, ignored. sources: see `source_label`."""
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
@@ -1735,10 +1728,7 @@ STEMMER = Stemmer.Stemmer("english")  # making one takes longer than stemming a 
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order, folded so that other spellings of a word are equal.
-
-    Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]
-    """
+    """Words in order, spellings made alike. Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]"""
     if text.isascii():
         found = ASCII_WORD.findall(text.lower())
     else:
@@ -1755,10 +1745,7 @@ def term_of(word: str) -> str | None:
 
 
 def index_terms(text: str) -> list[str]:
-    """The index terms of a text in order: Snowball stems of its words, without English stop words.
-
-    Example: "The rivers of Spain" -> ["river", "spain"]
-    """
+    """Snowball stems of a text's words without stop words. Example: "The rivers of Spain" -> ["river", "spain"]"""
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
@@ -1829,10 +1816,7 @@ class Bm25:
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
-        """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
-
-        others: rows to keep beyond `topk`, too, if they score no less than the last, so that no tie is cut in two.
-        """
+        """{row: score} of the best rows above zero, equal ones in corpus order; and of `others` that tie with those."""
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
@@ -1954,8 +1938,8 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
                        passage_vector: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
-    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
-    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context.
+    states: (T, dim), of the whole passage read at once; token_ends: (T,) characters, 0 for special tokens;
+    passage_vector: (dim,), for chunks beyond what the embedder read. Returns (L, dim) float32.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2009,8 +1993,7 @@ class StringColumn(Sequence):
 class Index:
     """An index folder, verified and memory-mapped: one segment, and others for what was added.
 
-    A writer makes a new folder beside those that manifest.json names, and then replaces the manifest in one step, so
-    that a reader finds the old index or the new one.
+    A writer makes a new folder and then replaces manifest.json in one step: a reader finds the old index or the new.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
@@ -2046,10 +2029,7 @@ class Index:
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
-        """A passage's chunks at k, None if those stored do not serve it.
-
-        encoder: fingerprint that stored states must have; other states are left out, never used.
-        """
+        """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
         if not self.serves(k):
             return None
         stored = self.manifest["chunking"]["k"]
@@ -2218,8 +2198,7 @@ class IndexBuild:
              sources: dict[str, str]) -> tuple[list[int], list[Run]]:
         """First pass: read, split and write the texts, block by block; the rows of older segments last.
 
-        counts receives the passages that were added and the documents that they replaced; sources: see `source_label`.
-        Returns what `plan_compaction` does.
+        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
         """
         tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
         if self.embedder:
@@ -2420,30 +2399,24 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie.
-
-        BM25 comes first: it settles equal sums of ranks better than the embedder.
-        """
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie."""
         found = {}
         if "dense" in self.uses:
             found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
             found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
-        return found
+        return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
-        """(row, score) over all hops, best first, and what each hop found.
-
-        A later hop asks with the question and the title and first sentence of the best passage that is new to it.
-        """
+        """(row, score) over all hops, best first, and what each hop found."""
         found = [self.find(question, depth)]
         rankings, used = [rrf(list(found[0].values()))], set()
         for _ in range(hops - 1):
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
-            used.add(best)
+            used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
             found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
             rankings.append(rrf(list(found[-1].values())))
