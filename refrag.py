@@ -55,6 +55,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -2509,7 +2510,6 @@ def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
 
 class Cut(NamedTuple):
     """A text cut into L chunks of the encoder's tokens."""
-
     ids: np.ndarray  # (T,)
     ends: np.ndarray  # (L,), characters
     sizes: np.ndarray  # (L,), tokens
@@ -2563,7 +2563,6 @@ def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
 
 class Segment(NamedTuple):
     """A part of a parsed prompt: plain text, or the content of a document cut into L chunks."""
-
     kind: str  # "text" or "doc"
     text: str
     doc_id: str | None
@@ -2590,39 +2589,27 @@ class RefragTokenizer:
             require(getattr(tokenizer, "is_fast", False), f"tokenizer {type(tokenizer).__name__} gives no character "
                     "offsets: use a model with a fast tokenizer (tokenizer.json)")
         self.decoder, self.encoder = decoder, encoder or decoder
+        self.fingerprint = tokenizer_fingerprint(self.encoder)  # of how contents are cut
         names: set[str] = set()
         for tokenizer in (self.decoder, self.encoder):
             added = getattr(tokenizer, "added_tokens_decoder", {})
             names |= {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         longest_first = sorted(filter(None, names), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-    @property
-    def fingerprint(self) -> str:
-        """Short digest of how contents are cut."""
-        return tokenizer_fingerprint(self.encoder)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # without any, it never matches
 
     def neutralize(self, text: str) -> str:
         """Replace the first character of special tokens and <doc> tags by a look-alike.
 
         The length stays, so character spans hold for both. Example: "</doc>" -> "\u2039/doc>"
         """
-        text = DOC_TAG.sub(LOOKALIKE["<"], text)
-        if self.special is None:
-            return text
-
-        def disarm(match: re.Match) -> str:
-            return LOOKALIKE.get(match[0][0], "\ufffd") + match[0][1:]
-
-        while True:  # replacing one may complete another: "<s<s>>"
-            text, count = self.special.subn(disarm, text)
-            if not count:
-                return text
+        text, count = DOC_TAG.sub(LOOKALIKE["<"], text), 1
+        while count:  # replacing one may complete another: "<s<s>>"
+            text, count = self.special.subn(lambda match: LOOKALIKE.get(match[0][0], "\ufffd") + match[0][1:], text)
+        return text
 
     def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
         """Each content cut into chunks of k of the encoder's tokens."""
-        rows = zip(contents, tokenize(self.encoder, contents), strict=True)
-        return [cut_chunks(content, tokens, k) for content, tokens in rows]
+        return [cut_chunks(*row, k) for row in zip(contents, tokenize(self.encoder, contents), strict=True)]
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
         """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
@@ -2644,7 +2631,6 @@ class RefragTokenizer:
 
 class Chunk(NamedTuple):
     """A chunk of a prompt's context: characters of its document's content, and tokens of the prompt."""
-
     doc: int
     start: int
     end: int
@@ -2660,14 +2646,12 @@ class Chunk(NamedTuple):
 @dataclass(frozen=True)
 class Prompt:
     """The full-text prompt, and where its chunks are. What is fed is a plan over it: see `mixed_plan`."""
-
     input_ids: np.ndarray  # (T,)
     chunks: list[Chunk]
     blocks: list[tuple[int, int]]  # tokens of each document, its tags included
 
     @functools.cached_property
-    def sizes(self) -> np.ndarray:
-        """(L,) the tokens of each chunk."""
+    def sizes(self) -> np.ndarray:  # (L,)
         return np.asarray([chunk.tokens for chunk in self.chunks], dtype=np.int64)
 
     @property
@@ -2678,7 +2662,6 @@ class Prompt:
 
 class Doc(NamedTuple):
     """A document for the prompt."""
-
     label: str  # the id in its tag
     content: str  # neutralised
     chunks: ChunkTable
@@ -2687,7 +2670,6 @@ class Doc(NamedTuple):
 
 class Context(NamedTuple):
     """A question over documents: the full-text prompt, in which chunks are numbered through all of them."""
-
     question: str
     prompt: Prompt
     docs: list[Doc]
@@ -2838,14 +2820,12 @@ def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.nd
 
 class Content(NamedTuple):
     """A text cut into chunks, as both models see it."""
-
     chunks: list[np.ndarray]  # (L,) of (t,): the decoder's tokens of each chunk
     rows: list[tuple[np.ndarray, np.ndarray]]  # (t,) encoder tokens and the chunk each is pooled into, -1 for none
 
 
 class TrainingSequence(NamedTuple):
     """What the decoder is fed in training, and what it should say."""
-
     plan: np.ndarray  # (P,): v >= 0 is the token v itself, v < 0 the vector of chunk -v - 1
     labels: np.ndarray  # (P,): the token that should follow, -1 where nothing is asked
     content: Content
@@ -2888,7 +2868,6 @@ def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) ->
 
 class Pieces(NamedTuple):
     """A text as one tokenizer cuts it, special tokens left out."""
-
     ids: list[int]
     ends: list[int]  # characters of the text up to which each token reaches; -1 where it ends inside a character
     pieces: list[str]  # what each token adds to the decoded text; "" where it completes no character
@@ -2914,12 +2893,11 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
-    Found from the lengths of the decoded prefixes; beyond the texts' common prefix no two can be equal. Of several
-    tokens with one decoded prefix the first counts. The tests hold the table of all pairs as the definition.
+    Found from the lengths of the decoded prefixes: beyond the texts' common prefix no two can be equal. Of several
+    tokens with one decoded prefix the first counts. The definition is the table of all pairs.
     """
-    texts = ["".join(side.pieces) for side in (a, b)]
+    texts, lengths = ["".join(side.pieces) for side in (a, b)], []
     common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
-    lengths = []
     for side in (a, b):
         reached = itertools.accumulate(map(len, side.pieces))
         lengths.append([n if piece and n <= common else -1 for n, piece in zip(reached, side.pieces, strict=True)])
@@ -2930,25 +2908,22 @@ SAME_LETTER = 0.1  # cost of a substitution that changes only case or accent
 BLANK = 0.1  # cost of a blank that one side lacks: many tokenizers drop or add them
 
 
-def base_letter(character: str) -> str:
-    """A character without case and accents. Example: "\u00c9" -> "e" """
-    return unicodedata.normalize("NFKD", character)[:1].casefold()
-
-
 def edit_distance(a: str, b: str) -> float:
     """Least cost of edits from a to b: 1 each, but little for case, accents and blanks.
 
     Source: Wagner and Fischer 1974, with costs. Example: "Caf\u00e9 x", "cafex" -> 0.3
     """
-    def gap(character: str) -> float:
-        return BLANK if character.isspace() else 1.0
+    def letters(text: str) -> list[tuple[str, str, float]]:
+        """Of each character: itself, its letter without case and accent, the cost of leaving it out."""
+        return [(c, unicodedata.normalize("NFKD", c)[:1].casefold(), BLANK if c.isspace() else 1.0) for c in text]
 
-    row = list(itertools.accumulate(map(gap, b), initial=0.0))
-    for x in a:
-        diagonal, row[0] = row[0], row[0] + gap(x)
-        for j, y in enumerate(b, start=1):
-            change = 0.0 if x == y else SAME_LETTER if base_letter(x) == base_letter(y) else 1.0
-            diagonal, row[j] = row[j], min(diagonal + change, row[j] + gap(x), row[j - 1] + gap(y))
+    columns = letters(b)
+    row = list(itertools.accumulate((gap for *_, gap in columns), initial=0.0))
+    for x, letter_x, gap_x in letters(a):
+        diagonal, row[0] = row[0], row[0] + gap_x
+        for j, (y, letter_y, gap_y) in enumerate(columns, start=1):
+            change = 0.0 if x == y else SAME_LETTER if letter_x == letter_y else 1.0
+            diagonal, row[j] = row[j], min(diagonal + change, row[j] + gap_x, row[j - 1] + gap_y)
     return row[-1]
 
 
@@ -2957,18 +2932,16 @@ MAX_COST = 0.5  # anchors whose spans differ more are not trained on
 
 class Anchor(NamedTuple):
     """Two tokens that end at the same character of the text, and how much the decoded spans up to them differ."""
-
     i: int
     j: int
-    cost: float  # edits by the longer span's length, range [0, 1]
+    cost: float | None  # edits by the longer span's length, range [0, 1]
 
 
 def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
     """Anchors for tokenizers that normalise text: equal ends in the source text, which character offsets give.
 
-    An uncased WordPiece tokenizer and a byte-level one part for good at the first capital letter as far as decoded
-    prefixes go; the source text still says which tokens belong together, and the edit distance of what they decode
-    to says how well. O(M + N), since the spans between anchors are short.
+    The decoded prefixes of an uncased tokenizer and a byte-level one differ from the first capital letter on, but their
+    tokens still belong together; the edit distance of what they decode to says how well. O(M + N): spans are short.
     """
     anchors, i, j = [], 0, 0
     for after_i, after_j in common_boundaries(a.ends, b.ends):
@@ -2982,23 +2955,22 @@ def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
 def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
     """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
     exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
-    for anchor in [*cost_anchors(a, b), None]:
-        to_i, to_j = (anchor.i + 1, anchor.j + 1) if anchor else (len(a.ids), len(b.ids))
-        if to_i > i or to_j > j:
-            rows.append({"encoder": a.pieces[i:to_i], "decoder": b.pieces[j:to_j],
-                         "exact": anchor is not None and (anchor.i, anchor.j) in exact,
-                         "cost": round(anchor.cost, 4) if anchor else None})
-        i, j = to_i, to_j
+    for anchor in [*cost_anchors(a, b), Anchor(len(a.ids) - 1, len(b.ids) - 1, None)]:
+        spans = {"encoder": a.pieces[i : anchor.i + 1], "decoder": b.pieces[j : anchor.j + 1]}
+        if any(spans.values()):
+            cost = None if anchor.cost is None else round(anchor.cost, 4)
+            rows.append(spans | {"exact": cost is not None and (anchor.i, anchor.j) in exact, "cost": cost})
+        i, j = anchor.i + 1, anchor.j + 1
     return rows
 
 
 def anchor_text(rows: list[dict[str, Any]]) -> str:
     """The spans as a table for people; "=" marks exact anchors."""
-    cells = [(" ".join(map(repr, row["encoder"])), " ".join(map(repr, row["decoder"])),
+    cells = [(*(" ".join(map(repr, row[side])) for side in ("encoder", "decoder")),
               "=" if row["exact"] else "-" if row["cost"] is None else f"{row['cost']:.2f}") for row in rows]
-    widths = [max(map(len, column)) for column in zip(("encoder", "decoder"), *(c[:2] for c in cells), strict=True)]
-    lines = [("encoder", "decoder", "cost"), *cells]
-    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in lines)
+    cells.insert(0, ("encoder", "decoder", "cost"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in cells)
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -3042,56 +3014,8 @@ class RefragConfig(transformers.PreTrainedConfig):
 
     @property
     def scorers(self) -> list[str]:
-        """Those of gate and policy that the checkpoint holds. The model itself does not use them."""
+        """Which of gate and policy the checkpoint holds. The model itself does not use them."""
         return [name for name in ("gate", "policy") if getattr(self, name) is not None]
-
-
-GGUF_NAMES = {"token_embd": "embed_tokens", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
-              "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-              "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-              "ffn_down": "mlp.down_proj", "output_norm": "norm"}
-
-
-def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the bundled GGUF file, a Llama with a byte-level BPE tokenizer, as a Hugging Face folder in float32.
-
-    Not by transformers, which parses the file four times (40 s instead of 10) and does not split numbers into digits.
-    """
-    import gguf
-    import tokenizers as tk
-
-    reader = gguf.GGUFReader(str(path))
-    facts = {name.rpartition(".")[2]: value.contents() for name, value in reader.fields.items()}
-    config = transformers.LlamaConfig(
-        vocab_size=facts["vocab_size"], hidden_size=facts["embedding_length"], num_hidden_layers=facts["block_count"],
-        intermediate_size=facts["feed_forward_length"], num_attention_heads=facts["head_count"],
-        num_key_value_heads=facts["head_count_kv"], head_dim=facts["dimension_count"], tie_word_embeddings=True,
-        max_position_embeddings=facts["context_length"], rms_norm_eps=facts["layer_norm_rms_epsilon"],
-        rope_theta=facts["freq_base"], bos_token_id=facts["bos_token_id"], eos_token_id=facts["eos_token_id"],
-        pad_token_id=facts["padding_token_id"], architectures=["LlamaForCausalLM"], dtype="float32")
-    tensors = {}
-    for tensor in reader.tensors:
-        weights = gguf.dequantize(tensor.data, tensor.tensor_type)
-        layer, _, name = tensor.name.removesuffix(".weight").rpartition(".")
-        if name in ("attn_q", "attn_k"):  # GGUF alternates the two halves of a head, which rotary positions turn
-            pairs = weights.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
-            weights = pairs.swapaxes(1, 2).reshape(weights.shape)
-        where = f"model.{layer.replace('blk', 'layers')}.".replace("..", ".")
-        tensors[f"{where}{GGUF_NAMES[name]}.weight"] = torch.tensor(weights)
-    words = facts["tokens"]
-    bpe = tk.Tokenizer(tk.models.BPE({word: i for i, word in enumerate(words)},
-                                     [tuple(merge.split(" ")) for merge in facts["merges"]]))
-    bpe.pre_tokenizer = tk.pre_tokenizers.Sequence([tk.pre_tokenizers.Digits(individual_digits=True),
-                                                    tk.pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = tk.decoders.ByteLevel()
-    bpe.add_special_tokens([word for word, kind in zip(words, facts["token_type"], strict=True)
-                            if kind == gguf.TokenType.CONTROL])
-    special = {f"{name}_token": words[facts[f"{key}_token_id"]] for name, key in
-               (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=facts["chat_template"],
-                                         **special).save_pretrained(folder)
-    config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def model_folder(name: str) -> str:
@@ -3108,21 +3032,19 @@ def model_folder(name: str) -> str:
             if not folder.is_dir():
                 notice(f"converting {path.name} once, into {folder} (about ten seconds)")
                 with new_folder(folder) as temporary:
-                    convert_gguf(path, temporary)
+                    importlib.import_module("refrag_extras.convert_gguf").convert_gguf(path, temporary)
     return str(folder)
 
 
 def load_tokenizer(name: str) -> Any:
-    folder = model_folder(name)
     with hub_errors(name):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(model_folder(name))
 
 
 def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A causal LM in evaluation mode. Raises MissingError."""
-    folder = model_folder(name)
     with hub_errors(name):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **SAFE).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype, **SAFE).to(device).eval()
 
 
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
@@ -3131,24 +3053,19 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
     same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
-    facts, total, body = decoder.config.to_dict(), decoder.config.num_hidden_layers, decoder.base_model
+    body, table, total = decoder.base_model, decoder.get_input_embeddings().weight, decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
+    stacks = [name for name, part in body.named_modules() if isinstance(part, nn.ModuleList) and len(part) == total]
+    require(len(stacks) == 1, f"--enc decoder:{layers}: this decoder cannot be cut after a layer: name an encoder")
+    shared = [weight for weight in body.parameters() if (share_embeddings if weight is table else share)]
+    kept = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in shared}
+    left_out = {id(layer): nn.Identity() for layer in body.get_submodule(stacks[0])[layers:]}
+    model = copy.deepcopy(body, kept | left_out)
+    model.set_submodule(stacks[0], model.get_submodule(stacks[0])[:layers])
+    model.config.num_hidden_layers = layers
     for name in ("layer_types", "layers_block_type"):
-        if isinstance(facts.get(name), list):
-            facts[name] = facts[name][:layers]
-    try:
-        with torch.device("meta"):  # without memory: its weights are assigned below
-            model = AutoModel.from_config(type(decoder.config).from_dict(facts | {"num_hidden_layers": layers}))
-        weights, table = body.state_dict(), decoder.get_input_embeddings().weight.data_ptr()
-        shared = {name: share_embeddings if weight.data_ptr() == table else share for name, weight in weights.items()}
-        picked = {name: weights[name] if shared[name] else weights[name].clone() for name in model.state_dict()}
-        model.load_state_dict(picked, assign=True)
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"--enc decoder:{layers}: this decoder cannot be cut after a layer ({one_line(error)[:100]}): "
-                        "name an encoder") from None
-    for name, _ in list(model.named_buffers()):  # rotary tables are not in the state dict; the cut model has the same
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = body.get_buffer(name)
+        if vars(model.config).get(name):
+            setattr(model.config, name, getattr(model.config, name)[:layers])
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())  # it was trained for the last layer's states
@@ -3306,7 +3223,6 @@ class Projector(nn.Module):
 
 class Batch(NamedTuple):
     """Training sequences as tensors. C chunks in all, N positions with a label."""
-
     encoder_ids: Tensor  # (S,), the rows that the encoder reads, one after the other
     lengths: list[int]  # tokens of each row
     owners: Tensor  # (S,), the chunk each encoder token is pooled into, -1 for none
@@ -3322,7 +3238,6 @@ class Batch(NamedTuple):
 
 class Output(NamedTuple):
     """What `RefragModel.forward` gives."""
-
     logits: Tensor  # (N, V)
     vectors: Tensor  # (C, D), what was fed for the chunks
     means: Tensor  # (C, D), means of their token embeddings
@@ -3371,7 +3286,6 @@ def part_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_names(decoder: nn.Module) -> set[str]:
-    """Names of the tensors of a decoder's adapters."""
     return {name for name, _ in decoder.named_parameters() if ".lora_" in name}
 
 
@@ -3418,11 +3332,10 @@ class RefragModel(PreTrainedModel):
 
     def __init__(self, config: RefragConfig, encoder: ChunkEncoder, decoder: nn.Module):
         super().__init__(config)
-        embeddings = decoder.get_input_embeddings().weight
-        rms = embeddings.detach().float().pow(2).mean().sqrt().item()
+        table = decoder.get_input_embeddings().weight
+        rms = table.detach().float().pow(2).mean().sqrt().item()
         self.encoder, self.decoder = encoder, decoder
-        projector = Projector(encoder.width, embeddings.shape[1], rms, config.projector)
-        self.projector = projector.to(embeddings.device)
+        self.projector = Projector(encoder.width, table.shape[1], rms, config.projector).to(table.device)
         self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, kept only so that they are saved again
         self.checkpoint: str | None = None  # digest of the one it was loaded from
         self.eval()
@@ -3534,8 +3447,10 @@ class Checkpoint:
         """Raises UserError, CorruptError, MismatchError."""
         manifest, config = path / CHECKPOINT_MANIFEST, path / "config.json"
         require(manifest.is_file() or config.is_file(), f"--load_dir {path}: no checkpoint in this folder")
-        self.path = path
+        self.path, self.digest = path, str(path)  # identifier of what it holds
         self.manifest = read_manifest(manifest, CHECKPOINT_FORMAT) if manifest.is_file() else None
+        if self.manifest:
+            self.digest = self.manifest["digest"][:16]
         try:
             content = config.read_bytes()
             if self.manifest and hashlib.sha256(content).hexdigest() != self.manifest["files"][config.name]["sha256"]:
@@ -3550,16 +3465,10 @@ class Checkpoint:
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             raise CorruptError(f"{config} is damaged: save the checkpoint again") from None
 
-    @property
-    def digest(self) -> str:
-        """Identifier of what it holds; the path if there is no manifest."""
-        return self.manifest["digest"][:16] if self.manifest else str(self.path)
-
     def verify(self) -> None:
         """Check every file against the manifest, but not the card, which people edit. Raises CorruptError."""
-        if self.manifest:
-            files = {name: entry for name, entry in self.manifest["files"].items() if name != CARD}
-            verify_files(self.path, files, CHECKPOINT_FORMAT, read_all=True)
+        files = self.manifest["files"] if self.manifest else {}
+        verify_files(self.path, {name: files[name] for name in files if name != CARD}, CHECKPOINT_FORMAT, read_all=True)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a part's file. Raises CorruptError."""
@@ -3583,9 +3492,9 @@ class Checkpoint:
         found, expected = ({key: tuple(t.shape) for key, t in side.items()} for side in (tensors, own))
         for key in sorted(expected.keys() | found.keys()):
             if expected.get(key) != found.get(key):
-                raise MismatchError(f"{self.path / name}.safetensors: tensor {key} has shape {found.get(key, 'none')}, "
-                                    f"the model has {expected.get(key, 'none')}: use the models of the checkpoint's "
-                                    "config.json")
+                shapes = (side.get(key, "none") for side in (found, expected))
+                raise MismatchError("{}.safetensors: tensor {} has shape {}, the model has {}: use the models of the "
+                                    "checkpoint's config.json".format(self.path / name, key, *shapes))
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(tensors[key])
@@ -3663,25 +3572,22 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
 
     train: letters of what will be trained: those parts are float32 and share no memory with another.
     """
-    letters = {*config.training_model, *train, *("d" if config.lora else "")}
+    trained, layers = {*config.training_model, *train}, encoder_layers(config.encoder_name_or_path)
     tokenizer = build_tokenizer(config)
     decoder = load_decoder(config.decoder_name_or_path, device, dtype)
     check_base(config, "decoder", decoder)
     check_tokens(config.decoder_name_or_path, tokenizer.decoder, decoder,
                  functools.partial(render_chat, tokenizer.decoder))
-    layers = encoder_layers(config.encoder_name_or_path)
     if layers is not None:
-        backbone = first_layers(decoder, layers, share=not letters & {"e", "d"},
-                                share_embeddings="d" not in {*config.training_model, *train})
-        encoder = ChunkEncoder(backbone, tokenizer, contextual=True, pooling=config.pooling)
+        backbone = first_layers(decoder, layers, share=not trained & {"e", "d"} and not config.lora,
+                                share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
         with hub_errors(config.encoder_name_or_path):
             folder = model_folder(config.encoder_name_or_path)
-            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
+            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE).to(device).eval()
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
-        encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=False,
-                               pooling=config.pooling)
+    encoder = ChunkEncoder(backbone, tokenizer, contextual=layers is not None, pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
@@ -3743,18 +3649,17 @@ def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> R
     named = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
     config = RefragConfig(**{key: value for key, value in named.items() if value is not None})
     if models.enc is None:
-        folder, most = model_folder(config.decoder_name_or_path), encoder_layers(config.encoder_name_or_path)
         with hub_errors(config.decoder_name_or_path):
-            layers = getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", math.inf)
-        config.encoder_name_or_path = f"decoder:{min(most, layers)}"
+            decoder = AutoConfig.from_pretrained(model_folder(config.decoder_name_or_path))
+        most = getattr(decoder, "num_hidden_layers", math.inf)
+        config.encoder_name_or_path = f"decoder:{min(encoder_layers(config.encoder_name_or_path), most)}"
     return config
 
 
 def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
-    device = pick_device(runtime.device)
+    device, checkpoint = pick_device(runtime.device), find_checkpoint(models)
     dtype = pick_dtype(runtime.dtype, device)
-    checkpoint = find_checkpoint(models)
     if checkpoint is None:
         model = build_model(model_config(models), device, dtype, train)
     else:
