@@ -2411,16 +2411,16 @@ class Searcher:
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
         """(row, score) over all hops, best first, and what each hop found."""
-        found = [self.find(question, depth)]
-        rankings, used = [rrf(list(found[0].values()))], set()
-        for _ in range(hops - 1):
+        found, rankings, used, query = [], [], set(), question
+        for _ in range(hops):
+            found.append(self.find(query, depth))
+            rankings.append(rrf(list(found[-1].values())))
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
             used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
-            found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
-            rankings.append(rrf(list(found[-1].values())))
+            query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
