@@ -1160,7 +1160,7 @@ def bare_name(path: Path) -> Path:
 class TextFile:
     """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: the value of --errors, empty if a command does not have it. counts: receives skipped and replaced.
+    errors: of --errors, empty if a command does not have it. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1180,10 +1180,7 @@ class TextFile:
         return raw.decode(encoding, "replace")
 
     def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line.
-
-        Raises CorruptError for a damaged gzip file.
-        """
+        """(number, text with its end) of each line, or the whole file as one; "" if skipped. Raises CorruptError."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1347,10 +1344,9 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
+    """(the files to read, each once; those in folders that are of other kinds). Hidden files and folders are left out.
 
-    A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
-    once. sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
+    sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
@@ -1396,10 +1392,7 @@ def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
-    """The records of the corpus in order, streamed. counts receives skipped, replaced and ignored.
-
-    sources: see `source_label`.
-    """
+    """The records of the corpus, streamed. counts: receives skipped, replaced, ignored. sources: see `source_label`."""
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
@@ -1727,10 +1720,7 @@ STEMMER = Stemmer.Stemmer("english")  # making one takes longer than stemming a 
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order, folded so that other spellings of a word are equal.
-
-    Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]
-    """
+    """Words in order, spellings made alike. Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]"""
     if text.isascii():
         found = ASCII_WORD.findall(text.lower())
     else:
@@ -1747,10 +1737,7 @@ def term_of(word: str) -> str | None:
 
 
 def index_terms(text: str) -> list[str]:
-    """The index terms of a text in order: Snowball stems of its words, without English stop words.
-
-    Example: "The rivers of Spain" -> ["river", "spain"]
-    """
+    """Snowball stems of a text's words without stop words. Example: "The rivers of Spain" -> ["river", "spain"]"""
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
@@ -1821,10 +1808,7 @@ class Bm25:
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
-        """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
-
-        others: rows to keep beyond `topk`, too, if they score no less than the last, so that no tie is cut in two.
-        """
+        """{row: score} of the best rows above zero, equal ones in corpus order; and of `others` that tie with those."""
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
@@ -1946,8 +1930,8 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
                        passage_vector: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
-    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
-    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context.
+    states: (T, dim), of the whole passage read at once; token_ends: (T,) characters, 0 for special tokens;
+    passage_vector: (dim,), for chunks beyond what the embedder read. Returns (L, dim) float32.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2001,8 +1985,7 @@ class StringColumn(Sequence):
 class Index:
     """An index folder, verified and memory-mapped: one segment, and others for what was added.
 
-    A writer makes a new folder beside those that manifest.json names, and then replaces the manifest in one step, so
-    that a reader finds the old index or the new one.
+    A writer makes a new folder and then replaces manifest.json in one step: a reader finds the old index or the new.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
@@ -2038,10 +2021,7 @@ class Index:
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
-        """A passage's chunks at k, None if those stored do not serve it.
-
-        encoder: fingerprint that stored states must have; other states are left out, never used.
-        """
+        """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
         if not self.serves(k):
             return None
         stored = self.manifest["chunking"]["k"]
@@ -2210,8 +2190,7 @@ class IndexBuild:
              sources: dict[str, str]) -> tuple[list[int], list[Run]]:
         """First pass: read, split and write the texts, block by block; the rows of older segments last.
 
-        counts receives the passages that were added and the documents that they replaced; sources: see `source_label`.
-        Returns what `plan_compaction` does.
+        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
         """
         tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
         if self.embedder:
@@ -2412,33 +2391,27 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie.
-
-        BM25 comes first: it settles equal sums of ranks better than the embedder.
-        """
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie."""
         found = {}
         if "dense" in self.uses:
             found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
             found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
-        return found
+        return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
-        """(row, score) over all hops, best first, and what each hop found.
-
-        A later hop asks with the question and the title and first sentence of the best passage that is new to it.
-        """
-        found = [self.find(question, depth)]
-        rankings, used = [rrf(list(found[0].values()))], set()
-        for _ in range(hops - 1):
+        """(row, score) over all hops, best first, and what each hop found."""
+        found, rankings, used, query = [], [], set(), question
+        for _ in range(hops):
+            found.append(self.find(query, depth))
+            rankings.append(rrf(list(found[-1].values())))
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
-            used.add(best)
+            used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
-            found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
-            rankings.append(rrf(list(found[-1].values())))
+            query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
@@ -2512,9 +2485,8 @@ def cut_allowed(tokens: Tokens) -> np.ndarray:
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
-    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
-    unit makes a unit longer. Raises ValueError if k < 1.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that small chunks nest in large ones. A unit
+    never ends inside a character: it ends before it, or after it if nothing would be left. ValueError if k < 1.
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
@@ -2550,10 +2522,7 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer."""
     [tokens] = tokenize(tokenizer, [text])
     return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
@@ -2566,8 +2535,8 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
-    with a broken attribute or with another tag inside is plain text.
+    Quotes and case do not matter, nor do other attributes. A block without an id, with a broken attribute or with
+    another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2597,10 +2566,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 class RefragTokenizer:
-    """The decoder's tokenizer, the encoder's, and the rules between them.
-
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
-    """
+    """The decoder's tokenizer and the encoder's (by default the same), both fast ones, and the rules between them."""
 
     def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
@@ -2630,10 +2596,7 @@ class RefragTokenizer:
         return [cut_chunks(*row, k) for row in zip(contents, tokenize(self.encoder, contents), strict=True)]
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
-        """
+        """The segments of a prompt in order: its <doc id=".."> .. </doc> blocks, and the text around them."""
         segments = []
         for part, label in split_docs(text):
             part, label = self.neutralize(part), label and self.neutralize(label)
@@ -2657,7 +2620,6 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Decoder positions it takes as text."""
         return self.last - self.first
 
 
@@ -2697,8 +2659,7 @@ class Context(NamedTuple):
 def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
     """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails.
 
-    system: a system message. Where the template has no place for one (Gemma's raises, others leave it out), it stands
-    before the user's message.
+    A system message stands before the user's if the template has no place for one (Gemma's raises, others drop it).
     """
     joined = f"{system}\n\n{message}" if system else message
     if not tokenizer.chat_template:
@@ -2714,7 +2675,7 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
                 return text
         return render(user=joined)
     except Exception as error:  # a template is a program of its own, and fails as any may
-        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): mend "
+        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): fix "
                         "chat_template in its folder") from None
 
 
@@ -2737,7 +2698,7 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     decoder = tokenizer.decoder
     text = render_chat(decoder, message, system)
     base = text.find(message)
-    require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
+    require(base >= 0, "the decoder's chat template alters the message, so its chunks cannot be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks, blocks = [], []
     for number, (doc, start, first, end) in enumerate(spans):
@@ -2786,10 +2747,7 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
-
-    Raises UserError if the documents exceed ctx_max tokens.
-    """
+    """The context of --prompt: its <doc> blocks, at most ctx_max tokens, and as the question the text around them."""
     parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
     blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
     docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
@@ -2809,10 +2767,8 @@ def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
 
 
 def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
-    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags.
-
-    What stands outside the documents always stays, even if it alone is more than `positions`.
-    """
+    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags;
+    what stands outside of documents always stays."""
     mask = np.ones(len(prompt.input_ids), dtype=bool)
     content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
@@ -2849,8 +2805,7 @@ class TrainingSequence(NamedTuple):
     content: Content
 
     @property
-    def asked(self) -> int:
-        """Number of labels."""
+    def asked(self) -> int:  # number of labels
         return int((self.labels >= 0).sum())
 
 
@@ -2868,13 +2823,12 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
 def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
-    for is_vector, group in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
-        values = list(group)
+    for is_vector, values in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
         if is_vector:
             chunks = [context.prompt.chunks[-v - 1] for v in values]
             parts += [f"[[{context.docs[c.doc].content[c.start : c.end]}]]" for c in chunks]
         else:
-            parts.append(tokenizer.decoder.decode(values))
+            parts.append(tokenizer.decoder.decode(list(values)))
     return "".join(parts)
 
 
@@ -2911,8 +2865,8 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
-    Found from the lengths of the decoded prefixes: beyond the texts' common prefix no two can be equal. Of several
-    tokens with one decoded prefix the first counts. The definition is the table of all pairs.
+    Beyond the texts' common prefix no two can be equal, so that lengths are enough. Of several tokens with one decoded
+    prefix the first counts.
     """
     texts, lengths = ["".join(side.pieces) for side in (a, b)], []
     common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
@@ -3038,19 +2992,13 @@ class RefragConfig(transformers.PreTrainedConfig):
 
 def model_folder(name: str) -> str:
     """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
-    found = model_path(name)
-    path = Path(found)
-    if path.suffix != ".gguf" or path.is_dir():
-        return found
-    stat = path.stat()  # in the folder's name, so that another file is converted again
-    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    path = model_path(name)
+    if not path.endswith(".gguf") or not os.path.isfile(path):
+        return path
+    stat = os.stat(path)  # in the folder's name, so that another file is converted again
+    folder = cache_home() / "models" / f"{Path(path).stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
-            if not folder.is_dir():
-                notice(f"converting {path.name} once, into {folder} (about ten seconds)")
-                with new_folder(folder) as temporary:
-                    importlib.import_module("refrag_extras.convert_gguf").convert_gguf(path, temporary)
+        importlib.import_module("refrag_extras.convert_gguf").convert_once(Path(path), folder)
     return str(folder)
 
 
@@ -3068,8 +3016,8 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
-    share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
-    same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
+    share, share_embeddings: use the decoder's own memory for layers and for token embeddings, else copy. Raises
+    UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
     body, table, total = decoder.base_model, decoder.get_input_embeddings().weight, decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
@@ -3114,8 +3062,8 @@ class ChunkEncoder(nn.Module):
     contextual (`decoder:N`): a content is read in windows of 512 tokens and the states of each chunk's tokens are
     averaged, so that a state knows its context. Not contextual: each chunk is read by itself, as in the paper.
 
-    Windows begin at the same tokens for every k, and a mean of means (weighted by tokens) is the mean of all. Therefore
-    contextual states stored at one k give those of its multiples: see `serves` and `merge_chunks`.
+    Windows begin at the same tokens for every k, so the mean of stored means, weighted by tokens, is the state of a
+    larger chunk: see `serves` and `merge_chunks`.
     """
 
     def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, contextual: bool, pooling: str):
@@ -3164,10 +3112,7 @@ class ChunkEncoder(nn.Module):
         return segment_means(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, allowed: np.ndarray, k: int) -> Content:
-        """Cut some of the decoder's tokens into chunks for training; a separate encoder reads the text they decode to.
-
-        allowed: (T + 1,), see `cut_allowed`.
-        """
+        """The decoder's tokens (T,) in chunks for training; a separate encoder reads their text. allowed: (T + 1,)."""
         if not self.contextual:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
             return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
@@ -3279,20 +3224,13 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
     return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
 
 
-@contextlib.contextmanager
-def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
-    """Within the block, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
+def head_reads(decoder: nn.Module, asked: Tensor) -> contextlib.AbstractContextManager:
+    """Within `with head_reads(..)`, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
 
     A hook, so that whatever an architecture does to its logits still happens.
     """
-    def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[asked], *args[1:])
-
-    handle = decoder.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return decoder.get_output_embeddings().register_forward_pre_hook(
+        lambda head, args: (args[0].flatten(0, 1)[asked], *args[1:]))
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -3308,10 +3246,7 @@ def lora_names(decoder: nn.Module) -> set[str]:
 
 
 def add_lora(decoder: nn.Module, rank: int) -> None:
-    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place.
-
-    Raises UserError for architectures whose layers cannot have them, MissingError without the library.
-    """
+    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head. Raises UserError."""
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     import peft
@@ -3340,11 +3275,7 @@ def merge_lora(model: RefragModel) -> None:
 
 
 class RefragModel(PreTrainedModel):
-    """Encoder, projector and decoder.
-
-    A checkpoint folder holds config.json and one safetensors file per trained part; untrained parts are loaded from
-    the models the config names.
-    """
+    """Encoder, projector and decoder: the trained parts from a checkpoint, the others from the models it names."""
 
     config_class = RefragConfig
 
@@ -3423,8 +3354,8 @@ class RefragModel(PreTrainedModel):
                         dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
-        train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
-        weights, unless training goes on with them.
+        train, lora_r: what will be trained further, see `build_model`. Adapters are merged into the decoder's weights
+        unless training goes on with them.
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
@@ -3456,10 +3387,8 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 class Checkpoint:
-    """A checkpoint folder, opened: config.json and manifest are read once, tensors on request.
-
-    Folders of other programs have no manifest; their tensors are checked one by one when they are loaded.
-    """
+    """A checkpoint folder: config.json and manifest (other programs' folders have none) are read once, tensors on
+    request."""
 
     def __init__(self, path: Path):
         """Raises UserError, CorruptError, MismatchError."""
@@ -3520,10 +3449,8 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
                      texts: dict[str, str] | None = None, card: str | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files.
-
-    The card is in no manifest: people add to it, and hubs write into it.
-    """
+    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files. The card is in
+    no manifest, since people and hubs write into it."""
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
@@ -3601,11 +3528,10 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
                                 share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
         with hub_errors(config.encoder_name_or_path):
-            folder = model_folder(config.encoder_name_or_path)
-            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE).to(device).eval()
+            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
-    encoder = ChunkEncoder(backbone, tokenizer, contextual=layers is not None, pooling=config.pooling)
+    encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=layers is not None, pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
@@ -3631,7 +3557,7 @@ SHIPPED_READER = SHIPPED / "reader"
 def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
     """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-    Raises UserError, CorruptError, MismatchError if the checkpoint was made with other models than those named.
+    Raises MismatchError if --load_dir's was made with other models than those named.
     """
     shipped = models.load_dir == "auto"
     if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
@@ -5294,10 +5220,12 @@ def training_text(summary: dict[str, Any]) -> str:
 # 11. Generation. Prefill, decode, citations, and the clock on all of it.
 # =============================================================================
 
+CITATION_TOKENS = 16  # that `choose_citation` may feed at most
+LONGEST_CITATION = 66  # characters, brackets included
+
 
 class Decoded(NamedTuple):
     """New tokens of one sequence and when each was sampled, in seconds on the stopwatch's clock."""
-
     tokens: list[int]
     times: list[float]
     ended: bool  # by an end-of-sequence token, which is not among the tokens
@@ -5305,7 +5233,6 @@ class Decoded(NamedTuple):
 
 class DecoderState(NamedTuple):
     """A decoder's cache, the attention mask over it (None for one unpadded sequence) and the next position."""
-
     cache: Any
     mask: Tensor | None  # (B, T)
     position: Tensor  # (B,)
@@ -5346,9 +5273,6 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, Decod
     mask = (positions >= 0).long() if len(inputs) > 1 else None
     logits, cache = forward_step(decoder, None, mask, positions.clamp(min=0), inputs_embeds=embeds)
     return logits, DecoderState(cache, mask, lengths)
-
-
-CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 
 
 @torch.inference_mode()
@@ -5427,20 +5351,12 @@ def decode(decoder: nn.Module, logits: Tensor, state: DecoderState, *, max_new: 
     return out, state
 
 
-LONGEST_MARK = 66  # characters of a citation in an answer, its brackets included
-
-
 def settled_length(text: str) -> int:
     """Length of an answer without the citation at its end, begun or whole, and the blanks there."""
     body = text.rstrip()
     at = body.rfind("[")
-    is_mark = 0 <= at >= len(body) - LONGEST_MARK and "]" not in body[at:-1]
-    return len(body[:at].rstrip() if is_mark else body)
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first stop string in it."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+    is_citation = 0 <= at >= len(body) - LONGEST_CITATION and "]" not in body[at:-1]
+    return len(body[:at].rstrip() if is_citation else body)
 
 
 class TextStream:
@@ -5456,9 +5372,9 @@ class TextStream:
     def update(self, tokens: list[int]) -> str:
         """The text of an answer up to the first stop string; `stopped` tells whether there is one."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        kept = before_stop(text, self.stops)
-        self.stopped = len(kept) < len(text)
-        return kept.lstrip()
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        self.stopped = bool(ends)
+        return text[: min(ends, default=len(text))].lstrip()
 
     def __call__(self, tokens: list[int]) -> bool | None:
         """Write what is new. Returns True if the answer is to end."""
@@ -5501,7 +5417,6 @@ CITATION = re.compile(
 
 class Citations(NamedTuple):
     """An answer's citations, and the answer without them."""
-
     bare: str  # without any that is complete
     plain: str  # without the one at the end
     begun: str | None  # what stands of one that the end cuts off
@@ -5515,24 +5430,22 @@ def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
     prompt shows; other words in brackets are no citation. Examples, labels "1" and "2": "Ulm [1][9]" -> ("Ulm",
     "Ulm [1]", None, [("1", False), ("9", True)]); "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
     """
-
-    def named(match: re.Match) -> list[str]:
+    spans, cited, bare, at = [], {}, answer, settled_length(answer)
+    for match in CITATION.finditer(answer):
         parts = re.split(r"\s*[,;]\s*", (match[1] or match[2] or match[3]).strip())
-        return [part for part in parts if part in labels or match[1]
-                or (match[2] and part.isdigit() and len(part) < 4)]
-
-    marks = [(match, found) for match in CITATION.finditer(answer) if (found := named(match))]
-    bare, at = answer, settled_length(answer)
-    for match, _ in reversed(marks):
-        rest = bare[match.end() :]
-        bare = bare[: match.start()].rstrip() + " " * rest[:1].isalnum() + rest
+        named = [part for part in parts if part in labels or match[1]
+                 or (match[2] and part.isdigit() and len(part) < 4)]
+        if named:
+            spans.append(match.span())
+            cited |= dict.fromkeys(named)
+    for first, last in reversed(spans):
+        bare = bare[:first].rstrip() + " " * bare[last : last + 1].isalnum() + bare[last:]
     end = answer[at:].strip()
     begun = end.removeprefix("[").strip() if end and not end.endswith("]") else None
     if begun is None:
-        at = at if marks and marks[-1][0].start() >= at else len(answer)
+        at = at if spans and spans[-1][0] >= at else len(answer)
     elif not any(label.startswith(begun) for label in labels):
         at, begun = len(answer), None
-    cited = dict.fromkeys(label for _, found in marks for label in found)
     return Citations(bare, answer[:at], begun, [(label, label not in labels) for label in cited])
 
 
@@ -5572,12 +5485,11 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
     - the answer names given documents: it stays as it is
     - else the decoder chooses
     """
-    found = parse_citations(answer, labels)
-    plain, begun = found.plain, found.begun
+    _, plain, begun, cited = parse_citations(answer, labels)
     bare = parse_citations(plain, labels).bare
     if not seen or abstains(bare):
         return bare, None
-    named = [label for label, forged in found.labels if not forged]
+    named = [label for label, forged in cited if not forged]
     holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
     answer = answer if begun is None else plain
     if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
@@ -5588,16 +5500,13 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
         return answer, None
     else:
         chosen = choose()
-    cited = f"{answer} [{chosen}]"
-    return (cited, chosen) if before_stop(cited, stops) == cited else (plain, None)
+    answer = f"{answer} [{chosen}]"
+    return (plain, None) if any(stop in answer for stop in stops) else (answer, chosen)
 
 
 def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Choose the chunks that stay text and plan what is fed. scores: (L,).
-
-    Returns expanded: (L,) bool, the chunks that stay text; kept: (T,) bool, the prompt's tokens that are fed as such;
-    plan: (P,), v >= 0 is the token v, v < 0 the vector of chunk -v - 1.
-    """
+    """Choose the chunks that stay text by their scores (L,), and plan what is fed. Returns expanded: (L,) bool, these
+    chunks; kept: (T,) bool, the prompt's tokens that are fed as such; plan: (P,), see `mixed_plan`."""
     expanded = np.ones(len(prompt.chunks), dtype=bool)
     if pack.mode not in ("full", "none"):
         expanded = select_chunks(scores, prompt.sizes, pack.p if pack.gate != "none" else 0.0, pack.floor)
@@ -5611,25 +5520,14 @@ def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.
 
 class Settings(SearchConfig, PackConfig, GenerateConfig):
     """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
-
     stop_tokens: frozenset[int] = opt(frozenset(), "end an answer")
     sampler: torch.Generator | None = opt(None, "draws the tokens at a temperature above 0")
-    system: str | None = opt(None, "a system message")
-
-    @property
-    def chooses(self) -> bool:
-        """Whether there are chunks to be chosen; not where all or none stay text."""
-        return self.gate != "none" and self.mode in ("refrag", "truncate") and 0 < self.p < 1
-
-    def pick(self, logits: Tensor) -> Tensor:
-        """The next tokens (B,) from logits (B, V)."""
-        return sample(logits, self.temperature, self.top_p, self.sampler)
+    system: str = opt("", "a system message")
 
 
 @dataclass
 class Reading:
     """A question ready for the decoder."""
-
     item: dict[str, Any]
     passages: list[Passage]
     context: Context
@@ -5657,21 +5555,15 @@ class Reading:
                           else "vectors" if number in compressed else "left out")
         return how
 
-    @property
-    def seen(self) -> dict[str, str]:
-        """The contents of the documents that were read, by label."""
-        return {doc.label: doc.content for doc in self.context.docs if self.how_read[doc.label] != "left out"}
-
 
 class Pipeline:
-    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given.
+    """Question in, cited answer out: what is loaded, and the settings that hold where none are given.
 
-    Its stages in order: `retrieve`, `context`, `score`, `inputs`, which `prepare` runs, and `generate`.
+    Its stages: `retrieve`, `context`, `score`, `inputs`, all of which `prepare` runs, and `generate`.
     """
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
-        """stepper: takes the steps after the first token in the decoder's place."""
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.seed, self.stepper, self.load_s = seed, stepper, 0.0
         self.tokenizer = model.encoder.tokenizer
@@ -5694,10 +5586,7 @@ class Pipeline:
         return {name: gate.to(self.device) for name, gate in gates.items() if gate is not None}
 
     def settings_for(self, **changes: Any) -> Settings:
-        """The pipeline's settings with others in place of some, --gate and --compressed settled. Raises UserError.
-
-        changes: fields of `Settings`.
-        """
+        """The pipeline's settings with other values of some fields, --gate and --compressed settled."""
         settings = dataclasses.replace(self.settings, **changes)
         gate = "ppl" if settings.heuristic else settings.gate
         gate = gate if gate != "auto" else "learned" if "learned" in self.trained_gates else "blend"
@@ -5708,19 +5597,17 @@ class Pipeline:
 
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
         """Passages for a question; none without an index or in mode none."""
-        if self.searcher is None or settings.mode == "none":
-            return []
-        return self.searcher.search(item["question"], settings.topk, settings.hops)
+        searches = self.searcher is not None and settings.mode != "none"
+        return self.searcher.search(item["question"], settings.topk, settings.hops) if searches else []
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
         """A question over its passages, or over the documents that stand in --prompt."""
-        k = settings.k
+        k, ctx_max = settings.k, settings.ctx_max
         if settings.prompt is not None:
-            return read_context(self.tokenizer, item["question"], k, settings.ctx_max)
+            return read_context(self.tokenizer, item["question"], k, ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
-        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max,
-                            system=settings.system or "")
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=ctx_max, system=settings.system)
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
@@ -5740,7 +5627,7 @@ class Pipeline:
     def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
         """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
         docs, query, gate = context.docs, None, settings.gate
-        if not settings.chooses or not docs:
+        if not docs or gate == "none" or settings.mode not in ("refrag", "truncate") or not 0 < settings.p < 1:
             return np.zeros(len(context.prompt.chunks)), None
         if gate in VECTOR_GATES and self.embedder is not None:
             docs = self.filled(docs, settings.k, gate=True)
@@ -5757,9 +5644,9 @@ class Pipeline:
             docs = self.filled(context.docs, k, gate=False)
             states = np.concatenate([doc.chunks.states for doc in docs])[numbers]
         ids = [prompt.input_ids[prompt.chunks[i].first : prompt.chunks[i].last] for i in numbers]
-        sizes, ids = np.asarray([len(part) for part in ids], dtype=np.int64), np.concatenate([*ids, plan[:0]])
         plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # counts only the chunks that are fed, as states do
-        parts = (torch.as_tensor(part, device=self.device) for part in (plan, ids, sizes, states))
+        parts = (torch.as_tensor(part, device=self.device)
+                 for part in (plan, np.concatenate([*ids, plan[:0]]), prompt.sizes[numbers], states))
         return self.model.embed(*parts)[0]
 
     def check_window(self, positions: int, settings: Settings) -> None:
@@ -5773,10 +5660,7 @@ class Pipeline:
 
     def prepare(self, item: dict[str, Any], settings: Settings | None = None,
                 rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
-        """Everything before the prefill. Raises TooLongError when the decoder was not built for so much.
-
-        rescore: other scores (L,) in place of the gate's.
-        """
+        """Do everything before the prefill. rescore: gives other scores (L,) than the gate's. Raises TooLongError."""
         settings, watch = settings or self.settings, Stopwatch(self.device)
         if self.embedder is not None:
             self.embedder.queries.clear()  # so that a question asked again takes as long as at first
@@ -5801,23 +5685,17 @@ class Pipeline:
 
     def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
                **changes: Any) -> dict[str, Any]:
-        """The JSON object of one answer. on_text: receives the answer as it grows; True ends it.
-
-        changes: see `settings_for`. Example: pipeline.answer("Who wrote De Materia Medica?", p=.05)["answer"]
-        """
+        """The result of one question. on_text: receives the answer as it grows; True ends it. changes: of settings."""
         return self.answer_batch([{"id": "1", "question": question}], self.settings_for(**changes), [on_text])[0]
 
     def answer_batch(self, items: Sequence[dict[str, Any]], settings: Settings | None = None,
                      writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Results for questions {id, question} that are decoded together. writers: see `generate`."""
+        """Results for questions {id, question}, which are decoded together. writers: see `generate`."""
         return self.generate([self.prepare(item, settings) for item in items], settings, writers)
 
     def generate(self, readings: Sequence[Reading], settings: Settings | None = None,
                  writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Results for questions that are decoded together.
-
-        writers: for each question None, or what receives new text of its answer as it grows; True ends the answer.
-        """
+        """Decode answers together. writers: for each None, or what receives its text as it grows; True ends it."""
         settings, writers = settings or self.settings, writers or [None] * len(readings)
         if len(readings) > 1 and not self.batches:
             return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
@@ -5829,10 +5707,11 @@ class Pipeline:
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, [reading.inputs for reading in readings])
         kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
-        listens = any(writers) or settings.stop
+        pick = functools.partial(sample, temperature=settings.temperature, top_p=settings.top_p,
+                                 generator=settings.sampler)
         outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
-                             pick=settings.pick, watch=watch, stepper=self.stepper,
-                             on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
+                             pick=pick, watch=watch, stepper=self.stepper,
+                             on_token=(lambda b, tokens: streams[b](tokens)) if any(writers) or settings.stop else None)
 
         def let_decoder_cite(row: int, pending: list[int], labels: list[str]) -> str:
             nonlocal state
@@ -5844,7 +5723,9 @@ class Pipeline:
             reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
             answer, chosen = stream.update(out.tokens).rstrip(), None
             if settings.cite and reading.labels:
-                pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
+                seen = {doc.label: doc.content for doc in reading.context.docs
+                        if reading.how_read[doc.label] != "left out"}
+                pending = [] if out.ended else out.tokens[-1:]  # sampled, but not fed
                 answer, chosen = cite(answer, reading.labels, seen,
                                       functools.partial(let_decoder_cite, row, pending, list(seen)), settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
@@ -5876,25 +5757,24 @@ class Pipeline:
     def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
         shares, reasons = {}, [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
-        if settings.mode == "refrag" and settings.chooses:
+        if settings.mode == "refrag" and reading.given is not None:
             reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
-            if settings.gate == "learned" and reading.given is not None:
+            if settings.gate == "learned":
                 shares = self.trained_gates["learned"].shares(reading.given)
         return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, why in enumerate(reasons)]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
         """Times of an answer, in seconds, and its sizes."""
-        prompt, positions = reading.context.prompt, len(reading.plan)
-        later, steps = out.times[-1] - out.times[0], len(out.times) - 1
-        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.expanded].sum())
+        prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
+        later, steps, total = out.times[-1] - out.times[0], len(out.times) - 1, prompt.context_tokens
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
                   for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")}
         return {"ttft_s": round(sum(reading.seconds.values()), 6), "ttit_s": round(later / steps, 6) if steps else None,
                 "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
                 "new_tokens": len(out.tokens), "positions": positions, "full_positions": full,
-                "context_tokens": prompt.context_tokens, "compression": round(full / positions, 4),
-                "kv_bytes": kv_bytes, "p_realised": round(as_text / max(prompt.context_tokens, 1), 6),
+                "context_tokens": total, "compression": round(full / positions, 4), "kv_bytes": kv_bytes,
+                "p_realised": round(int(prompt.sizes[reading.expanded].sum()) / max(total, 1), 6),
                 "stages": stages, "load_s": round(self.load_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
     def describe(self, settings: Settings) -> dict[str, Any]:
@@ -5934,17 +5814,12 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
                         temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset())
     pipeline.load_s = time.perf_counter() - start
     if not model.trained and pack.mode == "refrag":
-        notice(UNTRAINED[pipeline.settings.compressed] + for_others(models))
+        how = ("chunk vectors are plain means of token embeddings" if pipeline.settings.compressed == "feed" else
+               "compressed chunks are left out (--compressed feed feeds them as means of token embeddings)")
+        notice(f"the projector is untrained: {how}{for_others(models)}")
     if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
         notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
-
-
-UNTRAINED = {
-    "feed": "the projector is untrained: chunk vectors are plain means of token embeddings",
-    "drop": "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
-            "token embeddings (--compressed feed to feed them)",
-}
 
 
 def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
@@ -5952,7 +5827,7 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 
     Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
     """
-    configs, options = [], options | {"index_dir": None if index_dir is None else str(index_dir)}
+    configs, options = [], options | {"index_dir": index_dir and str(index_dir)}
     for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
         configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))
     require(not options, f"no such option of generate: {', '.join(options)}")

@@ -181,7 +181,7 @@ class ChatRequest(NamedTuple):
         check_served(body.model, ["refrag"])
         question, system = asked_by(body.messages)
         counts = (body.max_completion_tokens, body.max_tokens, min(usual.max_new, MOST_TOKENS))
-        changes = {"system": system or None, "stop": tuple(body.stop) or usual.stop,
+        changes = {"system": system, "stop": tuple(body.stop) or usual.stop,
                    "max_new": next(count for count in counts if count is not None),
                    **body.model_dump(include={"temperature", "top_p"}, exclude_unset=True),
                    **body.refrag.model_dump(exclude_unset=True)}
