@@ -529,18 +529,6 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
         parser.add_argument(f"--{f.name}", nargs="*" if several else None, metavar=metavar, **common)
 
 
-def choose_command(argv: Sequence[str]) -> str:
-    """The command that a line begins with. Without one, the help or the version is shown, or an error raised."""
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
-    if not argv:
-        parser.print_help(sys.stderr)
-    return parser.parse_args(argv[:1]).command
-
-
 def read_config_file(path: str, command: str) -> dict[str, Any]:
     """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
     try:
@@ -580,9 +568,15 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
-    name = choose_command(argv)
-    fields = config_fields(COMMANDS[name].configs)
-    parser = Parser(prog=f"refrag.py {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+    name = parser.parse_args(argv[:1]).command
+    fields, parser = config_fields(COMMANDS[name].configs), commands.choices[name]
     for option in fields.values():
         add_option(parser, *option)
     flags = vars(parser.parse_args(argv[1:]))
@@ -597,7 +591,6 @@ def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -746,7 +739,6 @@ QUIET = False  # set once by prepare_runtime; progress and notices look here
 
 
 def notice(text: str) -> None:
-    """One line on stderr that a person should see."""
     if not QUIET:
         say(text, file=sys.stderr)
 
@@ -853,7 +845,6 @@ def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what results depend on."""
     modules = (torch, transformers, faiss, np, bm25s)
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
@@ -1169,7 +1160,7 @@ def bare_name(path: Path) -> Path:
 class TextFile:
     """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: the value of --errors, empty if a command does not have it. counts: receives skipped and replaced.
+    errors: of --errors, empty if a command does not have it. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1189,10 +1180,7 @@ class TextFile:
         return raw.decode(encoding, "replace")
 
     def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line.
-
-        Raises CorruptError for a damaged gzip file.
-        """
+        """(number, text with its end) of each line, or the whole file as one; "" if skipped. Raises CorruptError."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1356,10 +1344,9 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
+    """(the files to read, each once; those in folders that are of other kinds). Hidden files and folders are left out.
 
-    A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
-    once. sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
+    sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
@@ -1405,10 +1392,7 @@ def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
-    """The records of the corpus in order, streamed. counts receives skipped, replaced and ignored.
-
-    sources: see `source_label`.
-    """
+    """The records of the corpus, streamed. counts: receives skipped, replaced, ignored. sources: see `source_label`."""
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
@@ -1736,10 +1720,7 @@ STEMMER = Stemmer.Stemmer("english")  # making one takes longer than stemming a 
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order, folded so that other spellings of a word are equal.
-
-    Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]
-    """
+    """Words in order, spellings made alike. Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]"""
     if text.isascii():
         found = ASCII_WORD.findall(text.lower())
     else:
@@ -1756,10 +1737,7 @@ def term_of(word: str) -> str | None:
 
 
 def index_terms(text: str) -> list[str]:
-    """The index terms of a text in order: Snowball stems of its words, without English stop words.
-
-    Example: "The rivers of Spain" -> ["river", "spain"]
-    """
+    """Snowball stems of a text's words without stop words. Example: "The rivers of Spain" -> ["river", "spain"]"""
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
@@ -1830,10 +1808,7 @@ class Bm25:
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
-        """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
-
-        others: rows to keep beyond `topk`, too, if they score no less than the last, so that no tie is cut in two.
-        """
+        """{row: score} of the best rows above zero, equal ones in corpus order; and of `others` that tie with those."""
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
@@ -1955,8 +1930,8 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
                        passage_vector: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
-    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
-    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context.
+    states: (T, dim), of the whole passage read at once; token_ends: (T,) characters, 0 for special tokens;
+    passage_vector: (dim,), for chunks beyond what the embedder read. Returns (L, dim) float32.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -2010,8 +1985,7 @@ class StringColumn(Sequence):
 class Index:
     """An index folder, verified and memory-mapped: one segment, and others for what was added.
 
-    A writer makes a new folder beside those that manifest.json names, and then replaces the manifest in one step, so
-    that a reader finds the old index or the new one.
+    A writer makes a new folder and then replaces manifest.json in one step: a reader finds the old index or the new.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
@@ -2047,10 +2021,7 @@ class Index:
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
-        """A passage's chunks at k, None if those stored do not serve it.
-
-        encoder: fingerprint that stored states must have; other states are left out, never used.
-        """
+        """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
         if not self.serves(k):
             return None
         stored = self.manifest["chunking"]["k"]
@@ -2219,8 +2190,7 @@ class IndexBuild:
              sources: dict[str, str]) -> tuple[list[int], list[Run]]:
         """First pass: read, split and write the texts, block by block; the rows of older segments last.
 
-        counts receives the passages that were added and the documents that they replaced; sources: see `source_label`.
-        Returns what `plan_compaction` does.
+        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
         """
         tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
         if self.embedder:
@@ -2421,33 +2391,27 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie.
-
-        BM25 comes first: it settles equal sums of ranks better than the embedder.
-        """
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie."""
         found = {}
         if "dense" in self.uses:
             found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
             found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
-        return found
+        return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
-        """(row, score) over all hops, best first, and what each hop found.
-
-        A later hop asks with the question and the title and first sentence of the best passage that is new to it.
-        """
-        found = [self.find(question, depth)]
-        rankings, used = [rrf(list(found[0].values()))], set()
-        for _ in range(hops - 1):
+        """(row, score) over all hops, best first, and what each hop found."""
+        found, rankings, used, query = [], [], set(), question
+        for _ in range(hops):
+            found.append(self.find(query, depth))
+            rankings.append(rrf(list(found[-1].values())))
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
-            used.add(best)
+            used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
-            found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
-            rankings.append(rrf(list(found[-1].values())))
+            query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
@@ -2521,9 +2485,8 @@ def cut_allowed(tokens: Tokens) -> np.ndarray:
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
-    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
-    unit makes a unit longer. Raises ValueError if k < 1.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that small chunks nest in large ones. A unit
+    never ends inside a character: it ends before it, or after it if nothing would be left. ValueError if k < 1.
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
@@ -2559,10 +2522,7 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer."""
     [tokens] = tokenize(tokenizer, [text])
     return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
@@ -2575,8 +2535,8 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
-    with a broken attribute or with another tag inside is plain text.
+    Quotes and case do not matter, nor do other attributes. A block without an id, with a broken attribute or with
+    another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2606,10 +2566,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 class RefragTokenizer:
-    """The decoder's tokenizer, the encoder's, and the rules between them.
-
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
-    """
+    """The decoder's tokenizer and the encoder's (by default the same), both fast ones, and the rules between them."""
 
     def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
@@ -2639,10 +2596,7 @@ class RefragTokenizer:
         return [cut_chunks(*row, k) for row in zip(contents, tokenize(self.encoder, contents), strict=True)]
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
-        """
+        """The segments of a prompt in order: its <doc id=".."> .. </doc> blocks, and the text around them."""
         segments = []
         for part, label in split_docs(text):
             part, label = self.neutralize(part), label and self.neutralize(label)
@@ -2666,7 +2620,6 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Decoder positions it takes as text."""
         return self.last - self.first
 
 
@@ -2706,8 +2659,7 @@ class Context(NamedTuple):
 def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
     """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails.
 
-    system: a system message. Where the template has no place for one (Gemma's raises, others leave it out), it stands
-    before the user's message.
+    A system message stands before the user's if the template has no place for one (Gemma's raises, others drop it).
     """
     joined = f"{system}\n\n{message}" if system else message
     if not tokenizer.chat_template:
@@ -2723,7 +2675,7 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
                 return text
         return render(user=joined)
     except Exception as error:  # a template is a program of its own, and fails as any may
-        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): mend "
+        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): fix "
                         "chat_template in its folder") from None
 
 
@@ -2746,7 +2698,7 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     decoder = tokenizer.decoder
     text = render_chat(decoder, message, system)
     base = text.find(message)
-    require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
+    require(base >= 0, "the decoder's chat template alters the message, so its chunks cannot be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks, blocks = [], []
     for number, (doc, start, first, end) in enumerate(spans):
@@ -2795,10 +2747,7 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
-
-    Raises UserError if the documents exceed ctx_max tokens.
-    """
+    """The context of --prompt: its <doc> blocks, at most ctx_max tokens, and as the question the text around them."""
     parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
     blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
     docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
@@ -2818,10 +2767,8 @@ def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
 
 
 def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
-    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags.
-
-    What stands outside the documents always stays, even if it alone is more than `positions`.
-    """
+    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags;
+    what stands outside of documents always stays."""
     mask = np.ones(len(prompt.input_ids), dtype=bool)
     content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
@@ -2858,8 +2805,7 @@ class TrainingSequence(NamedTuple):
     content: Content
 
     @property
-    def asked(self) -> int:
-        """Number of labels."""
+    def asked(self) -> int:  # number of labels
         return int((self.labels >= 0).sum())
 
 
@@ -2877,13 +2823,12 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
 def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
-    for is_vector, group in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
-        values = list(group)
+    for is_vector, values in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
         if is_vector:
             chunks = [context.prompt.chunks[-v - 1] for v in values]
             parts += [f"[[{context.docs[c.doc].content[c.start : c.end]}]]" for c in chunks]
         else:
-            parts.append(tokenizer.decoder.decode(values))
+            parts.append(tokenizer.decoder.decode(list(values)))
     return "".join(parts)
 
 
@@ -2920,8 +2865,8 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
-    Found from the lengths of the decoded prefixes: beyond the texts' common prefix no two can be equal. Of several
-    tokens with one decoded prefix the first counts. The definition is the table of all pairs.
+    Beyond the texts' common prefix no two can be equal, so that lengths are enough. Of several tokens with one decoded
+    prefix the first counts.
     """
     texts, lengths = ["".join(side.pieces) for side in (a, b)], []
     common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
@@ -3047,19 +2992,13 @@ class RefragConfig(transformers.PreTrainedConfig):
 
 def model_folder(name: str) -> str:
     """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
-    found = model_path(name)
-    path = Path(found)
-    if path.suffix != ".gguf" or path.is_dir():
-        return found
-    stat = path.stat()  # in the folder's name, so that another file is converted again
-    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    path = model_path(name)
+    if not path.endswith(".gguf") or not os.path.isfile(path):
+        return path
+    stat = os.stat(path)  # in the folder's name, so that another file is converted again
+    folder = cache_home() / "models" / f"{Path(path).stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
-            if not folder.is_dir():
-                notice(f"converting {path.name} once, into {folder} (about ten seconds)")
-                with new_folder(folder) as temporary:
-                    importlib.import_module("refrag_extras.convert_gguf").convert_gguf(path, temporary)
+        importlib.import_module("refrag_extras.convert_gguf").convert_once(Path(path), folder)
     return str(folder)
 
 
@@ -3077,8 +3016,8 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
-    share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
-    same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
+    share, share_embeddings: use the decoder's own memory for layers and for token embeddings, else copy. Raises
+    UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
     body, table, total = decoder.base_model, decoder.get_input_embeddings().weight, decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
@@ -3123,8 +3062,8 @@ class ChunkEncoder(nn.Module):
     contextual (`decoder:N`): a content is read in windows of 512 tokens and the states of each chunk's tokens are
     averaged, so that a state knows its context. Not contextual: each chunk is read by itself, as in the paper.
 
-    Windows begin at the same tokens for every k, and a mean of means (weighted by tokens) is the mean of all. Therefore
-    contextual states stored at one k give those of its multiples: see `serves` and `merge_chunks`.
+    Windows begin at the same tokens for every k, so the mean of stored means, weighted by tokens, is the state of a
+    larger chunk: see `serves` and `merge_chunks`.
     """
 
     def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, contextual: bool, pooling: str):
@@ -3173,10 +3112,7 @@ class ChunkEncoder(nn.Module):
         return segment_means(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, allowed: np.ndarray, k: int) -> Content:
-        """Cut some of the decoder's tokens into chunks for training; a separate encoder reads the text they decode to.
-
-        allowed: (T + 1,), see `cut_allowed`.
-        """
+        """The decoder's tokens (T,) in chunks for training; a separate encoder reads their text. allowed: (T + 1,)."""
         if not self.contextual:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
             return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
@@ -3288,20 +3224,13 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
     return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
 
 
-@contextlib.contextmanager
-def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
-    """Within the block, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
+def head_reads(decoder: nn.Module, asked: Tensor) -> contextlib.AbstractContextManager:
+    """Within `with head_reads(..)`, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
 
     A hook, so that whatever an architecture does to its logits still happens.
     """
-    def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[asked], *args[1:])
-
-    handle = decoder.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return decoder.get_output_embeddings().register_forward_pre_hook(
+        lambda head, args: (args[0].flatten(0, 1)[asked], *args[1:]))
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -3317,10 +3246,7 @@ def lora_names(decoder: nn.Module) -> set[str]:
 
 
 def add_lora(decoder: nn.Module, rank: int) -> None:
-    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place.
-
-    Raises UserError for architectures whose layers cannot have them, MissingError without the library.
-    """
+    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head. Raises UserError."""
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     import peft
@@ -3349,11 +3275,7 @@ def merge_lora(model: RefragModel) -> None:
 
 
 class RefragModel(PreTrainedModel):
-    """Encoder, projector and decoder.
-
-    A checkpoint folder holds config.json and one safetensors file per trained part; untrained parts are loaded from
-    the models the config names.
-    """
+    """Encoder, projector and decoder: the trained parts from a checkpoint, the others from the models it names."""
 
     config_class = RefragConfig
 
@@ -3432,8 +3354,8 @@ class RefragModel(PreTrainedModel):
                         dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
-        train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
-        weights, unless training goes on with them.
+        train, lora_r: what will be trained further, see `build_model`. Adapters are merged into the decoder's weights
+        unless training goes on with them.
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
@@ -3465,10 +3387,8 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 class Checkpoint:
-    """A checkpoint folder, opened: config.json and manifest are read once, tensors on request.
-
-    Folders of other programs have no manifest; their tensors are checked one by one when they are loaded.
-    """
+    """A checkpoint folder: config.json and manifest (other programs' folders have none) are read once, tensors on
+    request."""
 
     def __init__(self, path: Path):
         """Raises UserError, CorruptError, MismatchError."""
@@ -3529,10 +3449,8 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
                      texts: dict[str, str] | None = None, card: str | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files.
-
-    The card is in no manifest: people add to it, and hubs write into it.
-    """
+    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files. The card is in
+    no manifest, since people and hubs write into it."""
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
@@ -3610,11 +3528,10 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
                                 share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
         with hub_errors(config.encoder_name_or_path):
-            folder = model_folder(config.encoder_name_or_path)
-            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE).to(device).eval()
+            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
-    encoder = ChunkEncoder(backbone, tokenizer, contextual=layers is not None, pooling=config.pooling)
+    encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=layers is not None, pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
@@ -3640,7 +3557,7 @@ SHIPPED_READER = SHIPPED / "reader"
 def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
     """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-    Raises UserError, CorruptError, MismatchError if the checkpoint was made with other models than those named.
+    Raises MismatchError if --load_dir's was made with other models than those named.
     """
     shipped = models.load_dir == "auto"
     if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
@@ -5959,7 +5876,6 @@ def trec_text(results: Sequence[dict[str, Any]]) -> str:
 
 
 def search_text(result: dict[str, Any]) -> str:
-    """A search result for people."""
     lines = [result["question"]]
     for p in result["passages"]:
         text = " ".join(p.text.split())
@@ -6073,7 +5989,6 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
 
 
 def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
-    """A chunk of --explain for people."""
     [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
     shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
@@ -6210,7 +6125,6 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (the program's own by default) and return the exit code."""
     return run_command(*parse_or_exit(sys.argv[1:] if argv is None else argv))
 
 
