@@ -55,6 +55,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -445,7 +446,6 @@ class ServeConfig(Options):
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
-    together: int = opt(0, "requests in one batch; 0: 4 on a GPU, 1 on a CPU, where batches change answers", low=0)
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
@@ -529,18 +529,6 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
         parser.add_argument(f"--{f.name}", nargs="*" if several else None, metavar=metavar, **common)
 
 
-def choose_command(argv: Sequence[str]) -> str:
-    """The command that a line begins with. Without one, the help or the version is shown, or an error raised."""
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
-    if not argv:
-        parser.print_help(sys.stderr)
-    return parser.parse_args(argv[:1]).command
-
-
 def read_config_file(path: str, command: str) -> dict[str, Any]:
     """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
     try:
@@ -580,9 +568,15 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
-    name = choose_command(argv)
-    fields = config_fields(COMMANDS[name].configs)
-    parser = Parser(prog=f"refrag.py {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+    name = parser.parse_args(argv[:1]).command
+    fields, parser = config_fields(COMMANDS[name].configs), commands.choices[name]
     for option in fields.values():
         add_option(parser, *option)
     flags = vars(parser.parse_args(argv[1:]))
@@ -597,7 +591,6 @@ def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -746,7 +739,6 @@ QUIET = False  # set once by prepare_runtime; progress and notices look here
 
 
 def notice(text: str) -> None:
-    """One line on stderr that a person should see."""
     if not QUIET:
         say(text, file=sys.stderr)
 
@@ -853,7 +845,6 @@ def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what results depend on."""
     modules = (torch, transformers, faiss, np, bm25s)
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
@@ -1116,6 +1107,18 @@ def map_array(path: Path) -> np.ndarray:
 # 4. Data. Corpus and question files in, validated records out. Knows no models.
 # =============================================================================
 
+BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
+NAMED = 10  # bad records and files that are named one by one
+SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
+CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
+
 
 class Record(NamedTuple):
     """One document of a corpus, before splitting."""
@@ -1129,9 +1132,6 @@ class Record(NamedTuple):
 
 class BadRecord(UserError):
     """An error that --errors skip passes over."""
-
-
-NAMED = 10  # bad records and files that are named one by one
 
 
 @contextlib.contextmanager
@@ -1157,19 +1157,10 @@ def bare_name(path: Path) -> Path:
     return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
 
 
-BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
-QUESTION_FIELDS = ("question", "query", "text")
-
-
 class TextFile:
     """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: the value of --errors, empty if a command does not have it. counts: receives skipped and replaced.
+    errors: of --errors, empty if a command does not have it. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1189,10 +1180,7 @@ class TextFile:
         return raw.decode(encoding, "replace")
 
     def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line.
-
-        Raises CorruptError for a damaged gzip file.
-        """
+        """(number, text with its end) of each line, or the whole file as one; "" if skipped. Raises CorruptError."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1331,9 +1319,6 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
         raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
-CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
-
-
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
@@ -1359,10 +1344,9 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
+    """(the files to read, each once; those in folders that are of other kinds). Hidden files and folders are left out.
 
-    A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
-    once. sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
+    sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
     """
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
@@ -1408,10 +1392,7 @@ def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
-    """The records of the corpus in order, streamed. counts receives skipped, replaced and ignored.
-
-    sources: see `source_label`.
-    """
+    """The records of the corpus, streamed. counts: receives skipped, replaced, ignored. sources: see `source_label`."""
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
@@ -1447,10 +1428,6 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
             if isinstance(text, list) and sizes[1]:
                 text = text[: sum(sizes)]
             yield TrainingText(text, sizes[0], where)
-
-
-SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
-SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
 
 
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
@@ -1549,11 +1526,21 @@ BUNDLED = {
 }
 SAFE = {"use_safetensors": True}  # a pickle can run code when it is read
 RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
+BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
 QUERY_BATCH = 64  # questions embedded together
 EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
+STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
+Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
+INDEX_SHAPE = {
+    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
+    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
+    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def model_path(name: str) -> str:
@@ -1722,8 +1709,7 @@ UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\
 # Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
 # 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-SHORT = (r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)"
-         r"|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)")
+SHORT = r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
 WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|{SHORT}|[\w--{UNSPACED}]+{ENDING}")
 ASCII_WORD = re.compile(rf"{SHORT}|\w+{ENDING}", re.ASCII)  # finds the same in ASCII text, twice as fast
@@ -1734,10 +1720,7 @@ STEMMER = Stemmer.Stemmer("english")  # making one takes longer than stemming a 
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order, folded so that other spellings of a word are equal.
-
-    Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]
-    """
+    """Words in order, spellings made alike. Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]"""
     if text.isascii():
         found = ASCII_WORD.findall(text.lower())
     else:
@@ -1754,14 +1737,8 @@ def term_of(word: str) -> str | None:
 
 
 def index_terms(text: str) -> list[str]:
-    """The index terms of a text in order: Snowball stems of its words, without English stop words.
-
-    Example: "The rivers of Spain" -> ["river", "spain"]
-    """
+    """Snowball stems of a text's words without stop words. Example: "The rivers of Spain" -> ["river", "spain"]"""
     return [term for term in map(term_of, words(text)) if term is not None]
-
-
-BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
@@ -1831,10 +1808,7 @@ class Bm25:
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
-        """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
-
-        others: rows to keep beyond `topk`, too, if they score no less than the last, so that no tie is cut in two.
-        """
+        """{row: score} of the best rows above zero, equal ones in corpus order; and of `others` that tie with those."""
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
@@ -1956,8 +1930,8 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
                        passage_vector: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
-    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
-    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context.
+    states: (T, dim), of the whole passage read at once; token_ends: (T,) characters, 0 for special tokens;
+    passage_vector: (dim,), for chunks beyond what the embedder read. Returns (L, dim) float32.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -1978,13 +1952,6 @@ def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def passage_content(title: str, text: str) -> str:
     """What is embedded and packed: the title, if there is one, on a line before the text."""
     return f"{title}\n{text}" if title else text
-
-
-STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
 
 
 def map_columns(folder: Path) -> dict[str, np.ndarray]:
@@ -2018,8 +1985,7 @@ class StringColumn(Sequence):
 class Index:
     """An index folder, verified and memory-mapped: one segment, and others for what was added.
 
-    A writer makes a new folder beside those that manifest.json names, and then replaces the manifest in one step, so
-    that a reader finds the old index or the new one.
+    A writer makes a new folder and then replaces manifest.json in one step: a reader finds the old index or the new.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
@@ -2027,8 +1993,7 @@ class Index:
         verify_files(path, manifest["files"], read_all=read_all)
         folders = [path / segment["folder"] for segment in manifest["segments"]]
         self.segments = [map_columns(folder) for folder in folders]
-        self.ids, self.titles, self.texts, self.metadata = (
-            StringColumn(self.segments, name) for name in STRING_COLUMNS)
+        self.ids, self.titles, self.texts, self.metadata = (StringColumn(self.segments, n) for n in STRING_COLUMNS)
         self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
         self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
 
@@ -2056,10 +2021,7 @@ class Index:
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
-        """A passage's chunks at k, None if those stored do not serve it.
-
-        encoder: fingerprint that stored states must have; other states are left out, never used.
-        """
+        """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
         if not self.serves(k):
             return None
         stored = self.manifest["chunking"]["k"]
@@ -2091,12 +2053,6 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     return exclusive(path / ".lock", f"index {path}")
-
-
-INDEX_SHAPE = {
-    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
-    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
-    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def has_shape(value: Any, shape: Any) -> bool:
@@ -2156,80 +2112,6 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
                             f"weights of {embedder.name}: use the same --embed_model or build the index again")
 
 
-class CorpusWriter:
-    """Writes the text columns of a segment and remembers where each new document came from."""
-
-    def __init__(self, columns: ColumnWriter):
-        self.columns, self.documents = columns, set()
-        self.places: dict[str, str] = {}  # id of a document or a piece -> file:line
-
-    def add(self, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
-        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
-        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
-        for identifier in {record.id, *ids}:
-            self.check_free(identifier, record.where)
-        self.documents.add(record.id)
-        self.places |= dict.fromkeys({record.id, *ids}, record.where)
-        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
-        for name, texts in zip(STRING_COLUMNS, values, strict=True):
-            self.columns.append_texts(name, texts)
-        self.columns.append("parts", np.asarray(parts, dtype=np.uint32))
-
-    def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a document or piece has this id already. where: the place of the one to be added."""
-        if first := self.places.get(identifier):
-            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
-
-    def replaced(self, index: Index) -> tuple[set[str], list[set[int]]]:
-        """(documents of an index that new ones replace, their rows in each segment). Raises BadRecord."""
-        documents, rows = set(), [set() for _ in index.segments]
-        parts = itertools.chain.from_iterable(segment["parts"].tolist() for segment in index.segments)
-        for row, (identifier, part) in enumerate(zip(index.ids, parts, strict=True)):
-            document = identifier.rpartition("#")[0] if part else identifier
-            if document in self.documents:
-                documents.add(document)
-                number, inside = index.ids.place(row)
-                rows[number].add(inside)
-            else:
-                self.check_free(identifier, "the index")
-        return documents, rows
-
-
-def ingest(folder: Path, corpus: CorpusConfig, tokenizer: Any, room: int, previous: Index | None,
-           counts: dict[str, int], sources: dict[str, str]) -> tuple[list[int], list[Run]]:
-    """First pass: read, validate, split and write the text columns, block by block; the rows of older segments last.
-
-    room: tokens the embedder reads; sources: see `source_label`. counts receives the passages that were added and the
-    documents that they replaced. Returns what `plan_compaction` does.
-    """
-    limit = min(corpus.max_passage_tokens, room)
-    if limit < corpus.max_passage_tokens:
-        notice(f"passages are cut at {limit} tokens, the most this embedder reads")
-    with ColumnWriter(folder) as columns:
-        writer = CorpusWriter(columns)
-        records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
-        while block := list(itertools.islice(records, EMBED_BLOCK)):
-            titles = tokenize(tokenizer, [record.title or "." for record in block])
-            texts = tokenize(tokenizer, [record.text for record in block])
-            for record, title, text in zip(block, titles, texts, strict=True):
-                used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
-                room = max(limit - used, limit // 2)  # for a piece of the text beside the title
-                spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
-                with skipping(corpus.errors, counts):
-                    writer.add(record, spans)
-        require(bool(writer.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        documents, rows = writer.replaced(previous) if previous is not None else ((), ())
-        counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
-        kept, taken = plan_compaction(previous, rows) if previous is not None else ([], [])
-        for number, start, stop in taken:
-            for name in STRING_COLUMNS:
-                copy_runs(columns, previous.segments[number], f"{name}_offsets", [name], start, stop)
-            columns.append("parts", previous.segments[number]["parts"][start:stop])
-    return kept, taken
-
-
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
     """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
@@ -2241,108 +2123,8 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     if embedder is not None:
         vectors, token_states, token_ends = embedder.embed_with_states(contents, batch_size)
         embeddings = map(late_chunk_vectors, token_states, token_ends, [cut.ends for cut in cuts], vectors)
-    return vectors, [ChunkTable(cut.ends, cut.sizes, *item)
-                     for cut, *item in zip(cuts, embeddings, states, strict=True)]
-
-
-class Blocks:
-    """Embeds passages block by block, and keeps each block on disk, so that a killed build goes on where it stood.
-
-    A block's name is a digest of its contents, models and precision, so that no other block is taken for it.
-    """
-
-    def __init__(self, path: Path, chunking: Chunking, embedder: Embedder | None, build: BuildConfig,
-                 runtime: RuntimeConfig):
-        self.chunking, self.embedder, self.batch_size = chunking, embedder, build.batch_size
-        self.kept = embedder is not None or chunking.encoder is not None  # whether a model computes anything
-        self.folder = path / FINISHED_BLOCKS
-        self.made_by = dumps({
-            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-            "device": str(pick_device(runtime.device)), "batch_size": build.batch_size, "form": "columns"}).encode()
-        if self.kept:
-            self.folder.mkdir(exist_ok=True)
-        if count := len(list(self.folder.glob("*.npz"))):
-            notice(f"an earlier run ended early: up to {count * EMBED_BLOCK:,} passages need not be embedded again")
-
-    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
-
-        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
-        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
-        """
-        key = hashlib.blake2b(self.made_by, digest_size=16)
-        for content in contents:
-            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
-        path = self.folder / f"{key.hexdigest()}.npz"
-        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
-            return dict(file)
-        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
-        ends, sizes, embeddings, states = (
-            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
-        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
-                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
-        if embeddings is not None:
-            block["vectors"] = vectors
-            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
-        if states is not None:
-            block["chunks"] = states.astype(np.float16)
-        if self.kept:
-            data = io.BytesIO()
-            np.savez(data, **block)
-            write_atomic(path, data.getvalue())
-        return block
-
-    def of(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
-        """The blocks of the first `count` passages of a segment, or every n-th of them."""
-        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
-        for rows in batched(range(count), EMBED_BLOCK)[share]:
-            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
-            glibc("malloc_trim", 0)  # arrays of many sizes fragment the heap, which would only grow
-
-    def make_together(self, folder: Path | None = None, count: int = 0) -> None:
-        """Have every launched process embed its share, of the folder and the count that the first one names."""
-        from accelerate.utils import broadcast_object_list
-
-        group = process_group()
-        folder, count = broadcast_object_list([folder and str(folder), count])
-        own = self.of(Path(folder), count, slice(group.process_index, None, group.num_processes))
-        for _ in progress(own, "embedding a share", unit="block"):
-            pass
-        group.wait_for_everyone()
-
-
-def write_columns(folder: Path, blocks: Iterable[dict[str, np.ndarray]], count: int, previous: Index | None,
-                  taken: Sequence[Run]) -> None:
-    """Second pass: write vectors (a temporary file) and chunks of all passages. blocks: of the first `count`."""
-    with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
-        for block in blocks:
-            bar.update(len(block["lengths"]))
-            columns.append_lengths("chunk_offsets", block.pop("lengths"))
-            for name, rows in block.items():
-                columns.append(name, rows)
-        for number, start, stop in taken:
-            segment = previous.segments[number]
-            copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
-            if previous.faiss:
-                columns.append("vectors", previous.faiss[number].reconstruct_n(start, stop - start))
-
-
-def build_retrievers(folder: Path, uses: Sequence[str], kind: str) -> str | None:
-    """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-    columns, built = [map_columns(folder)], None
-    if "dense" in uses:
-        vectors = columns[0]["vectors"]
-        built = faiss_kind(kind, len(vectors))
-        index = new_faiss(built, vectors)
-        for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
-            index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
-        with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing does not notice a disk that gets full
-            faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
-        (folder / "vectors.npy").unlink()
-    if "bm25" in uses:
-        titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
-        build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
-    return built
+    rows = zip(cuts, embeddings, states, strict=True)
+    return vectors, [ChunkTable(cut.ends, cut.sizes, *own) for cut, *own in rows]
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
@@ -2362,63 +2144,221 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
     return kept, taken
 
 
-def replace_manifest(path: Path, new: Path, manifest: dict[str, Any], older: dict[str, dict[str, Any]] | None) -> None:
-    """Make a manifest's segments the index in one step, and remove all other segments and what killed writers left.
+class IndexBuild:
+    """Builds a segment of an index beside the current ones, in three passes, and makes it current.
 
-    older: the files of the index that was added to; None: a notice names an index that is replaced.
+    What the models compute is kept on disk block by block, so that a killed build goes on where it stood. A block is
+    named by a digest of its contents, models and precision, so that no other is taken for it.
     """
-    final, folders = path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
-    if older is None and final.exists():
-        built, facts = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime)), "which cannot be read"
-        with contextlib.suppress(RefragError):
-            old = index_manifest(path)
-            facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
-        notice(f"this replaces the index in {path} ({facts}, built {built}): --add would add to it")
-    known = {name: entry for name, entry in (older or {}).items() if name.partition("/")[0] in folders}
-    try:
-        write_manifest(final, new, manifest, known=known)
-    finally:
-        current = {folder for folder in path.glob("gen-*") if folder != new}
-        with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and could not be replaced
-            current = {path / segment["folder"] for segment in read_manifest(final)["segments"]}
-        for leftover in {*path.glob("gen-*"), *path.glob(".gen-*")} - current:
-            shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in path.glob(".manifest*.tmp"):
-            leftover.unlink(missing_ok=True)
-    shutil.rmtree(path / FINISHED_BLOCKS, ignore_errors=True)
 
+    def __init__(self, path: Path, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
+                 previous: Index | None, runtime: RuntimeConfig):
+        self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
+        self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
+        if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
+            self.faiss = "flat" if previous.manifest["faiss"] == "flat" else "auto"
+        self.documents: set[str] = set()  # the new ones
+        self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
+        self.computes = embedder is not None or chunking.encoder is not None
+        self.finished = path / FINISHED_BLOCKS
+        self.made_by = dumps({
+            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
+            "device": str(pick_device(runtime.device)), "batch_size": self.batch_size, "form": "columns"}).encode()
 
-def build_index(index_dir: str, corpus: CorpusConfig, build: BuildConfig, retriever: str, embedder: Embedder | None,
-                chunking: Chunking, previous: Index | None, runtime: RuntimeConfig) -> dict[str, int]:
-    """Build a segment beside the current ones and make it current. Returns counts. The caller holds the lock."""
-    path, counts = Path(index_dir), {"skipped": 0, "replaced": 0}
-    old = previous.manifest if previous is not None else {"sources": {}, "segments": [], "files": None, "faiss": None}
-    sources, uses = dict(old["sources"]), RETRIEVERS[retriever]
-    if previous is not None and embedder is not None:
-        check_embedder(old, embedder)
-    # What is added to a flat index stays exact; else its type goes by its own number.
-    faiss_type = build.faiss if previous is None else "flat" if old["faiss"] == "flat" else "auto"
-    cutter = ((embedder.tokenizer, embedder.room) if embedder else
-              (chunking.tokenizer.encoder, corpus.max_passage_tokens))
-    new = path / f"gen-{1 + max((int(p.name[4:]) for p in path.glob('gen-*')), default=0)}"
-    with new_folder(new) as folder:
-        kept, taken = ingest(folder, corpus, *cutter, previous, counts, sources)
-        blocks = Blocks(path, chunking, embedder, build, runtime)
-        if blocks.kept and os.environ.get("WORLD_SIZE", "1") != "1":
-            blocks.make_together(folder, counts["added"])
-        write_columns(folder, blocks.of(folder, counts["added"]), counts["added"], previous, taken)
-        built = build_retrievers(folder, uses, faiss_type)
-    columns = map_columns(new)
-    segments = [*(old["segments"][at] for at in kept), {
-        "folder": new.name, "faiss": built, "passages": len(columns["parts"]), "chunks": len(columns["chunk_ends"])}]
-    manifest = {
-        "segments": segments, "words": WORDS_FINGERPRINT, "retriever": retriever, "uses": uses, "sources": sources,
-        "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-        "faiss": old["faiss"] or built, "dim": embedder.dim if embedder else None,
-        "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-        "chunking": chunking.facts()}
-    replace_manifest(path, new, manifest, old["files"])
-    return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+    def run(self, corpus: CorpusConfig) -> dict[str, Any]:
+        """Build the segment and make it current. Returns counts. The caller holds the lock."""
+        old = {"sources": {}, "segments": [], "faiss": None} if self.previous is None else self.previous.manifest
+        counts, sources, embedder = {"skipped": 0, "replaced": 0}, dict(old["sources"]), self.embedder
+        new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
+        with new_folder(new) as folder:
+            kept, taken = self.read(folder, corpus, counts, sources)
+            self.compute(folder, counts["added"], taken)
+            built = self.build_retrievers(folder)
+        sizes = {name: len(column) for name, column in map_columns(new).items()}
+        segments = [*(old["segments"][at] for at in kept), {
+            "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
+        manifest = {
+            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": sources,
+            "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
+            "uses": RETRIEVERS[self.retriever], "faiss": old["faiss"] or built, "dim": embedder and embedder.dim,
+            "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
+            "chunking": self.chunking.facts()}
+        self.replace_manifest(new, manifest)
+        return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+
+    def read(self, folder: Path, corpus: CorpusConfig, counts: dict[str, int],
+             sources: dict[str, str]) -> tuple[list[int], list[Run]]:
+        """First pass: read, split and write the texts, block by block; the rows of older segments last.
+
+        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
+        """
+        tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
+        if self.embedder:
+            tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
+        if limit < corpus.max_passage_tokens:
+            notice(f"passages are cut at {limit} tokens, the most this embedder reads")
+        with ColumnWriter(folder) as columns:
+            records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
+            while block := list(itertools.islice(records, EMBED_BLOCK)):
+                titles = tokenize(tokenizer, [record.title or "." for record in block])
+                texts = tokenize(tokenizer, [record.text for record in block])
+                for record, title, text in zip(block, titles, texts, strict=True):
+                    used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
+                    room = max(limit - used, limit // 2)  # for a piece of the text beside the title
+                    spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
+                    with skipping(corpus.errors, counts):
+                        self.add(columns, record, spans)
+            require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
+            documents, rows = self.replaced()
+            counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+            kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
+            for number, start, stop in taken:
+                segment = self.previous.segments[number]
+                for name in STRING_COLUMNS:
+                    copy_runs(columns, segment, f"{name}_offsets", [name], start, stop)
+                columns.append("parts", segment["parts"][start:stop])
+        return kept, taken
+
+    def add(self, columns: ColumnWriter, record: Record, spans: list[tuple[int, int]]) -> None:
+        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
+        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
+        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
+        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
+        for identifier in {record.id, *ids}:
+            self.check_free(identifier, record.where)
+        self.documents.add(record.id)
+        self.places |= dict.fromkeys({record.id, *ids}, record.where)
+        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
+        for name, texts in zip(STRING_COLUMNS, values, strict=True):
+            columns.append_texts(name, texts)
+        columns.append("parts", np.asarray(parts, dtype=np.uint32))
+
+    def check_free(self, identifier: str, where: str) -> None:
+        """Raise BadRecord if a new document or piece has this id already. where: the place of another."""
+        if first := self.places.get(identifier):
+            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
+
+    def replaced(self) -> tuple[set[str], list[set[int]]]:
+        """(older documents that new ones replace, their rows in each segment). Raises BadRecord."""
+        segments = self.previous.segments if self.previous is not None else []
+        documents, rows = set(), [set() for _ in segments]
+        for segment, found in zip(segments, rows, strict=True):
+            for row, (identifier, part) in enumerate(zip(StringColumn([segment], "ids"), segment["parts"].tolist(),
+                                                         strict=True)):
+                document = identifier.rpartition("#")[0] if part else identifier
+                if document in self.documents:
+                    documents.add(document)
+                    found.add(row)
+                else:
+                    self.check_free(identifier, "the index")
+        return documents, rows
+
+    def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
+        """Second pass: write chunks and vectors (a temporary file) of the first `count` passages and of those taken."""
+        if finished := len(list(self.finished.glob("*.npz"))):
+            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages need not be embedded again")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            self.embed_share(folder, count)
+        with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
+            for block in self.blocks(folder, count):
+                bar.update(len(block["lengths"]))
+                columns.append_lengths("chunk_offsets", block.pop("lengths"))
+                for name, rows in block.items():
+                    columns.append(name, rows)
+            for number, start, stop in taken:
+                segment = self.previous.segments[number]
+                copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
+                if self.previous.faiss:
+                    columns.append("vectors", self.previous.faiss[number].reconstruct_n(start, stop - start))
+
+    def embed_share(self, folder: Path | None = None, count: int = 0) -> None:
+        """What each launched process does: embed its share, of the folder and the count that the first one names."""
+        from accelerate.utils import broadcast_object_list
+
+        if not self.computes:
+            return
+        group = process_group()
+        folder, count = broadcast_object_list([folder and str(folder), count])
+        own = self.blocks(Path(folder), count, slice(group.process_index, None, group.num_processes))
+        for _ in progress(own, "embedding a share", unit="block"):
+            pass
+        group.wait_for_everyone()
+
+    def blocks(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
+        """The blocks of the first `count` passages of a segment, or every n-th of them."""
+        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
+        for rows in batched(range(count), EMBED_BLOCK)[share]:
+            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
+
+    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
+        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+
+        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        """
+        key = hashlib.blake2b(self.made_by, digest_size=16)
+        for content in contents:
+            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
+        path = self.finished / f"{key.hexdigest()}.npz"
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
+            return dict(file)
+        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
+        ends, sizes, embeddings, states = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
+        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
+                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
+        if embeddings is not None:
+            block["vectors"] = vectors
+            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
+        if states is not None:
+            block["chunks"] = states.astype(np.float16)
+        if self.computes:
+            self.finished.mkdir(exist_ok=True)
+            data = io.BytesIO()
+            np.savez(data, **block)
+            write_atomic(path, data.getvalue())
+        return block
+
+    def build_retrievers(self, folder: Path) -> str | None:
+        """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
+        columns, built, uses = [map_columns(folder)], None, RETRIEVERS[self.retriever]
+        if "dense" in uses:
+            vectors = columns[0]["vectors"]
+            built = faiss_kind(self.faiss, len(vectors))
+            index = new_faiss(built, vectors)
+            for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
+                index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
+            with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing misses a disk that gets full
+                faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
+            (folder / "vectors.npy").unlink()
+        if "bm25" in uses:
+            titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
+            build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
+        return built
+
+    def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
+        """Make a manifest's segments the index in one step; remove all other segments and what killed writers left."""
+        final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
+        if self.previous is None and final.exists():
+            built = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime))
+            facts = "which cannot be read"
+            with contextlib.suppress(RefragError):
+                old = index_manifest(self.path)
+                facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
+            notice(f"this replaces the index in {self.path} ({facts}, built {built}): --add would add to it")
+        older = self.previous.manifest["files"] if self.previous is not None else {}
+        known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+        try:
+            write_manifest(final, new, manifest, known=known)
+        finally:
+            current = {folder for folder in self.path.glob("gen-*") if folder != new}
+            with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and was not replaced
+                current = {self.path / segment["folder"] for segment in read_manifest(final)["segments"]}
+            for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - current:
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self.path.glob(".manifest*.tmp"):
+                leftover.unlink(missing_ok=True)
+        shutil.rmtree(self.finished, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -2451,33 +2391,27 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie.
-
-        BM25 comes first: it settles equal sums of ranks better than the embedder.
-        """
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie."""
         found = {}
         if "dense" in self.uses:
             found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
             found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
-        return found
+        return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
     def candidates(self, question: str, depth: int,
                    hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
-        """(row, score) over all hops, best first, and what each hop found.
-
-        A later hop asks with the question and the title and first sentence of the best passage that is new to it.
-        """
-        found = [self.find(question, depth)]
-        rankings, used = [rrf(list(found[0].values()))], set()
-        for _ in range(hops - 1):
+        """(row, score) over all hops, best first, and what each hop found."""
+        found, rankings, used, query = [], [], set(), question
+        for _ in range(hops):
+            found.append(self.find(query, depth))
+            rankings.append(rrf(list(found[-1].values())))
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
-            used.add(best)
+            used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
-            found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
-            rankings.append(rrf(list(found[-1].values())))
+            query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
@@ -2551,9 +2485,8 @@ def cut_allowed(tokens: Tokens) -> np.ndarray:
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
-    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
-    unit makes a unit longer. Raises ValueError if k < 1.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that small chunks nest in large ones. A unit
+    never ends inside a character: it ends before it, or after it if nothing would be left. ValueError if k < 1.
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
@@ -2567,7 +2500,6 @@ def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
 
 class Cut(NamedTuple):
     """A text cut into L chunks of the encoder's tokens."""
-
     ids: np.ndarray  # (T,)
     ends: np.ndarray  # (L,), characters
     sizes: np.ndarray  # (L,), tokens
@@ -2590,10 +2522,7 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer."""
     [tokens] = tokenize(tokenizer, [text])
     return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
@@ -2606,8 +2535,8 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
-    with a broken attribute or with another tag inside is plain text.
+    Quotes and case do not matter, nor do other attributes. A block without an id, with a broken attribute or with
+    another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2621,7 +2550,6 @@ def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
 
 class Segment(NamedTuple):
     """A part of a parsed prompt: plain text, or the content of a document cut into L chunks."""
-
     kind: str  # "text" or "doc"
     text: str
     doc_id: str | None
@@ -2638,55 +2566,37 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 class RefragTokenizer:
-    """The decoder's tokenizer, the encoder's, and the rules between them.
-
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
-    """
+    """The decoder's tokenizer and the encoder's (by default the same), both fast ones, and the rules between them."""
 
     def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
             require(getattr(tokenizer, "is_fast", False), f"tokenizer {type(tokenizer).__name__} gives no character "
                     "offsets: use a model with a fast tokenizer (tokenizer.json)")
         self.decoder, self.encoder = decoder, encoder or decoder
+        self.fingerprint = tokenizer_fingerprint(self.encoder)  # of how contents are cut
         names: set[str] = set()
         for tokenizer in (self.decoder, self.encoder):
             added = getattr(tokenizer, "added_tokens_decoder", {})
             names |= {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         longest_first = sorted(filter(None, names), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-    @property
-    def fingerprint(self) -> str:
-        """Short digest of how contents are cut."""
-        return tokenizer_fingerprint(self.encoder)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # without any, it never matches
 
     def neutralize(self, text: str) -> str:
         """Replace the first character of special tokens and <doc> tags by a look-alike.
 
         The length stays, so character spans hold for both. Example: "</doc>" -> "\u2039/doc>"
         """
-        text = DOC_TAG.sub(LOOKALIKE["<"], text)
-        if self.special is None:
-            return text
-
-        def disarm(match: re.Match) -> str:
-            return LOOKALIKE.get(match[0][0], "\ufffd") + match[0][1:]
-
-        while True:  # replacing one may complete another: "<s<s>>"
-            text, count = self.special.subn(disarm, text)
-            if not count:
-                return text
+        text, count = DOC_TAG.sub(LOOKALIKE["<"], text), 1
+        while count:  # replacing one may complete another: "<s<s>>"
+            text, count = self.special.subn(lambda match: LOOKALIKE.get(match[0][0], "\ufffd") + match[0][1:], text)
+        return text
 
     def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
         """Each content cut into chunks of k of the encoder's tokens."""
-        rows = zip(contents, tokenize(self.encoder, contents), strict=True)
-        return [cut_chunks(content, tokens, k) for content, tokens in rows]
+        return [cut_chunks(*row, k) for row in zip(contents, tokenize(self.encoder, contents), strict=True)]
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
-        """
+        """The segments of a prompt in order: its <doc id=".."> .. </doc> blocks, and the text around them."""
         segments = []
         for part, label in split_docs(text):
             part, label = self.neutralize(part), label and self.neutralize(label)
@@ -2702,7 +2612,6 @@ class RefragTokenizer:
 
 class Chunk(NamedTuple):
     """A chunk of a prompt's context: characters of its document's content, and tokens of the prompt."""
-
     doc: int
     start: int
     end: int
@@ -2711,21 +2620,18 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Decoder positions it takes as text."""
         return self.last - self.first
 
 
 @dataclass(frozen=True)
 class Prompt:
     """The full-text prompt, and where its chunks are. What is fed is a plan over it: see `mixed_plan`."""
-
     input_ids: np.ndarray  # (T,)
     chunks: list[Chunk]
     blocks: list[tuple[int, int]]  # tokens of each document, its tags included
 
     @functools.cached_property
-    def sizes(self) -> np.ndarray:
-        """(L,) the tokens of each chunk."""
+    def sizes(self) -> np.ndarray:  # (L,)
         return np.asarray([chunk.tokens for chunk in self.chunks], dtype=np.int64)
 
     @property
@@ -2736,7 +2642,6 @@ class Prompt:
 
 class Doc(NamedTuple):
     """A document for the prompt."""
-
     label: str  # the id in its tag
     content: str  # neutralised
     chunks: ChunkTable
@@ -2745,7 +2650,6 @@ class Doc(NamedTuple):
 
 class Context(NamedTuple):
     """A question over documents: the full-text prompt, in which chunks are numbered through all of them."""
-
     question: str
     prompt: Prompt
     docs: list[Doc]
@@ -2755,8 +2659,7 @@ class Context(NamedTuple):
 def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
     """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails.
 
-    system: a system message. Where the template has no place for one (Gemma's raises, others leave it out), it stands
-    before the user's message.
+    A system message stands before the user's if the template has no place for one (Gemma's raises, others drop it).
     """
     joined = f"{system}\n\n{message}" if system else message
     if not tokenizer.chat_template:
@@ -2772,7 +2675,7 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
                 return text
         return render(user=joined)
     except Exception as error:  # a template is a program of its own, and fails as any may
-        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): mend "
+        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): fix "
                         "chat_template in its folder") from None
 
 
@@ -2795,7 +2698,7 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     decoder = tokenizer.decoder
     text = render_chat(decoder, message, system)
     base = text.find(message)
-    require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
+    require(base >= 0, "the decoder's chat template alters the message, so its chunks cannot be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks, blocks = [], []
     for number, (doc, start, first, end) in enumerate(spans):
@@ -2832,9 +2735,9 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
-                 system: str = "") -> Context:
+                 system: str | None = None) -> Context:
     """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
-    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system or ""))
     while True:
         prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
         if prompt.context_tokens <= ctx_max:
@@ -2844,10 +2747,7 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
-
-    Raises UserError if the documents exceed ctx_max tokens.
-    """
+    """The context of --prompt: its <doc> blocks, at most ctx_max tokens, and as the question the text around them."""
     parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
     blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
     docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
@@ -2867,10 +2767,8 @@ def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
 
 
 def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
-    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags.
-
-    What stands outside the documents always stays, even if it alone is more than `positions`.
-    """
+    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags;
+    what stands outside of documents always stays."""
     mask = np.ones(len(prompt.input_ids), dtype=bool)
     content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
@@ -2896,21 +2794,18 @@ def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.nd
 
 class Content(NamedTuple):
     """A text cut into chunks, as both models see it."""
-
     chunks: list[np.ndarray]  # (L,) of (t,): the decoder's tokens of each chunk
     rows: list[tuple[np.ndarray, np.ndarray]]  # (t,) encoder tokens and the chunk each is pooled into, -1 for none
 
 
 class TrainingSequence(NamedTuple):
     """What the decoder is fed in training, and what it should say."""
-
     plan: np.ndarray  # (P,): v >= 0 is the token v itself, v < 0 the vector of chunk -v - 1
     labels: np.ndarray  # (P,): the token that should follow, -1 where nothing is asked
     content: Content
 
     @property
-    def asked(self) -> int:
-        """Number of labels."""
+    def asked(self) -> int:  # number of labels
         return int((self.labels >= 0).sum())
 
 
@@ -2928,13 +2823,12 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
 def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
-    for is_vector, group in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
-        values = list(group)
+    for is_vector, values in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
         if is_vector:
             chunks = [context.prompt.chunks[-v - 1] for v in values]
             parts += [f"[[{context.docs[c.doc].content[c.start : c.end]}]]" for c in chunks]
         else:
-            parts.append(tokenizer.decoder.decode(values))
+            parts.append(tokenizer.decoder.decode(list(values)))
     return "".join(parts)
 
 
@@ -2946,7 +2840,6 @@ def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) ->
 
 class Pieces(NamedTuple):
     """A text as one tokenizer cuts it, special tokens left out."""
-
     ids: list[int]
     ends: list[int]  # characters of the text up to which each token reaches; -1 where it ends inside a character
     pieces: list[str]  # what each token adds to the decoded text; "" where it completes no character
@@ -2972,12 +2865,11 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
-    Found from the lengths of the decoded prefixes; beyond the texts' common prefix no two can be equal. Of several
-    tokens with one decoded prefix the first counts. The tests hold the table of all pairs as the definition.
+    Beyond the texts' common prefix no two can be equal, so that lengths are enough. Of several tokens with one decoded
+    prefix the first counts.
     """
-    texts = ["".join(side.pieces) for side in (a, b)]
+    texts, lengths = ["".join(side.pieces) for side in (a, b)], []
     common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
-    lengths = []
     for side in (a, b):
         reached = itertools.accumulate(map(len, side.pieces))
         lengths.append([n if piece and n <= common else -1 for n, piece in zip(reached, side.pieces, strict=True)])
@@ -2988,25 +2880,22 @@ SAME_LETTER = 0.1  # cost of a substitution that changes only case or accent
 BLANK = 0.1  # cost of a blank that one side lacks: many tokenizers drop or add them
 
 
-def base_letter(character: str) -> str:
-    """A character without case and accents. Example: "\u00c9" -> "e" """
-    return unicodedata.normalize("NFKD", character)[:1].casefold()
-
-
 def edit_distance(a: str, b: str) -> float:
     """Least cost of edits from a to b: 1 each, but little for case, accents and blanks.
 
     Source: Wagner and Fischer 1974, with costs. Example: "Caf\u00e9 x", "cafex" -> 0.3
     """
-    def gap(character: str) -> float:
-        return BLANK if character.isspace() else 1.0
+    def letters(text: str) -> list[tuple[str, str, float]]:
+        """Of each character: itself, its letter without case and accent, the cost of leaving it out."""
+        return [(c, unicodedata.normalize("NFKD", c)[:1].casefold(), BLANK if c.isspace() else 1.0) for c in text]
 
-    row = list(itertools.accumulate(map(gap, b), initial=0.0))
-    for x in a:
-        diagonal, row[0] = row[0], row[0] + gap(x)
-        for j, y in enumerate(b, start=1):
-            change = 0.0 if x == y else SAME_LETTER if base_letter(x) == base_letter(y) else 1.0
-            diagonal, row[j] = row[j], min(diagonal + change, row[j] + gap(x), row[j - 1] + gap(y))
+    columns = letters(b)
+    row = list(itertools.accumulate((gap for *_, gap in columns), initial=0.0))
+    for x, letter_x, gap_x in letters(a):
+        diagonal, row[0] = row[0], row[0] + gap_x
+        for j, (y, letter_y, gap_y) in enumerate(columns, start=1):
+            change = 0.0 if x == y else SAME_LETTER if letter_x == letter_y else 1.0
+            diagonal, row[j] = row[j], min(diagonal + change, row[j] + gap_x, row[j - 1] + gap_y)
     return row[-1]
 
 
@@ -3015,18 +2904,16 @@ MAX_COST = 0.5  # anchors whose spans differ more are not trained on
 
 class Anchor(NamedTuple):
     """Two tokens that end at the same character of the text, and how much the decoded spans up to them differ."""
-
     i: int
     j: int
-    cost: float  # edits by the longer span's length, range [0, 1]
+    cost: float | None  # edits by the longer span's length, range [0, 1]
 
 
 def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
     """Anchors for tokenizers that normalise text: equal ends in the source text, which character offsets give.
 
-    An uncased WordPiece tokenizer and a byte-level one part for good at the first capital letter as far as decoded
-    prefixes go; the source text still says which tokens belong together, and the edit distance of what they decode
-    to says how well. O(M + N), since the spans between anchors are short.
+    The decoded prefixes of an uncased tokenizer and a byte-level one differ from the first capital letter on, but their
+    tokens still belong together; the edit distance of what they decode to says how well. O(M + N): spans are short.
     """
     anchors, i, j = [], 0, 0
     for after_i, after_j in common_boundaries(a.ends, b.ends):
@@ -3040,23 +2927,22 @@ def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
 def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
     """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
     exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
-    for anchor in [*cost_anchors(a, b), None]:
-        to_i, to_j = (anchor.i + 1, anchor.j + 1) if anchor else (len(a.ids), len(b.ids))
-        if to_i > i or to_j > j:
-            rows.append({"encoder": a.pieces[i:to_i], "decoder": b.pieces[j:to_j],
-                         "exact": anchor is not None and (anchor.i, anchor.j) in exact,
-                         "cost": round(anchor.cost, 4) if anchor else None})
-        i, j = to_i, to_j
+    for anchor in [*cost_anchors(a, b), Anchor(len(a.ids) - 1, len(b.ids) - 1, None)]:
+        spans = {"encoder": a.pieces[i : anchor.i + 1], "decoder": b.pieces[j : anchor.j + 1]}
+        if any(spans.values()):
+            cost = None if anchor.cost is None else round(anchor.cost, 4)
+            rows.append(spans | {"exact": cost is not None and (anchor.i, anchor.j) in exact, "cost": cost})
+        i, j = anchor.i + 1, anchor.j + 1
     return rows
 
 
 def anchor_text(rows: list[dict[str, Any]]) -> str:
     """The spans as a table for people; "=" marks exact anchors."""
-    cells = [(" ".join(map(repr, row["encoder"])), " ".join(map(repr, row["decoder"])),
+    cells = [(*(" ".join(map(repr, row[side])) for side in ("encoder", "decoder")),
               "=" if row["exact"] else "-" if row["cost"] is None else f"{row['cost']:.2f}") for row in rows]
-    widths = [max(map(len, column)) for column in zip(("encoder", "decoder"), *(c[:2] for c in cells), strict=True)]
-    lines = [("encoder", "decoder", "cost"), *cells]
-    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in lines)
+    cells.insert(0, ("encoder", "decoder", "cost"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in cells)
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -3100,113 +2986,52 @@ class RefragConfig(transformers.PreTrainedConfig):
 
     @property
     def scorers(self) -> list[str]:
-        """Those of gate and policy that the checkpoint holds. The model itself does not use them."""
+        """Which of gate and policy the checkpoint holds. The model itself does not use them."""
         return [name for name in ("gate", "policy") if getattr(self, name) is not None]
-
-
-GGUF_NAMES = {"token_embd": "embed_tokens", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
-              "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-              "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-              "ffn_down": "mlp.down_proj", "output_norm": "norm"}
-
-
-def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the bundled GGUF file, a Llama with a byte-level BPE tokenizer, as a Hugging Face folder in float32.
-
-    Not by transformers, which parses the file four times (40 s instead of 10) and does not split numbers into digits.
-    """
-    import gguf
-    import tokenizers as tk
-
-    reader = gguf.GGUFReader(str(path))
-    facts = {name.rpartition(".")[2]: value.contents() for name, value in reader.fields.items()}
-    config = transformers.LlamaConfig(
-        vocab_size=facts["vocab_size"], hidden_size=facts["embedding_length"], num_hidden_layers=facts["block_count"],
-        intermediate_size=facts["feed_forward_length"], num_attention_heads=facts["head_count"],
-        num_key_value_heads=facts["head_count_kv"], head_dim=facts["dimension_count"], tie_word_embeddings=True,
-        max_position_embeddings=facts["context_length"], rms_norm_eps=facts["layer_norm_rms_epsilon"],
-        rope_theta=facts["freq_base"], bos_token_id=facts["bos_token_id"], eos_token_id=facts["eos_token_id"],
-        pad_token_id=facts["padding_token_id"], architectures=["LlamaForCausalLM"], dtype="float32")
-    tensors = {}
-    for tensor in reader.tensors:
-        weights = gguf.dequantize(tensor.data, tensor.tensor_type)
-        layer, _, name = tensor.name.removesuffix(".weight").rpartition(".")
-        if name in ("attn_q", "attn_k"):  # GGUF alternates the two halves of a head, which rotary positions turn
-            pairs = weights.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
-            weights = pairs.swapaxes(1, 2).reshape(weights.shape)
-        where = f"model.{layer.replace('blk', 'layers')}.".replace("..", ".")
-        tensors[f"{where}{GGUF_NAMES[name]}.weight"] = torch.tensor(weights)
-    words = facts["tokens"]
-    bpe = tk.Tokenizer(tk.models.BPE({word: i for i, word in enumerate(words)},
-                                     [tuple(merge.split(" ")) for merge in facts["merges"]]))
-    bpe.pre_tokenizer = tk.pre_tokenizers.Sequence([tk.pre_tokenizers.Digits(individual_digits=True),
-                                                    tk.pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = tk.decoders.ByteLevel()
-    bpe.add_special_tokens([word for word, kind in zip(words, facts["token_type"], strict=True)
-                            if kind == gguf.TokenType.CONTROL])
-    special = {f"{name}_token": words[facts[f"{key}_token_id"]] for name, key in
-               (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=facts["chat_template"],
-                                         **special).save_pretrained(folder)
-    config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def model_folder(name: str) -> str:
     """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
-    found = model_path(name)
-    path = Path(found)
-    if path.suffix != ".gguf" or path.is_dir():
-        return found
-    stat = path.stat()  # in the folder's name, so that another file is converted again
-    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    path = model_path(name)
+    if not path.endswith(".gguf") or not os.path.isfile(path):
+        return path
+    stat = os.stat(path)  # in the folder's name, so that another file is converted again
+    folder = cache_home() / "models" / f"{Path(path).stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
-            if not folder.is_dir():
-                notice(f"converting {path.name} once, into {folder} (about ten seconds)")
-                with new_folder(folder) as temporary:
-                    convert_gguf(path, temporary)
+        importlib.import_module("refrag_extras.convert_gguf").convert_once(Path(path), folder)
     return str(folder)
 
 
 def load_tokenizer(name: str) -> Any:
-    folder = model_folder(name)
     with hub_errors(name):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(model_folder(name))
 
 
 def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A causal LM in evaluation mode. Raises MissingError."""
-    folder = model_folder(name)
     with hub_errors(name):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **SAFE).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype, **SAFE).to(device).eval()
 
 
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
-    share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
-    same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
+    share, share_embeddings: use the decoder's own memory for layers and for token embeddings, else copy. Raises
+    UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
-    facts, total, body = decoder.config.to_dict(), decoder.config.num_hidden_layers, decoder.base_model
+    body, table, total = decoder.base_model, decoder.get_input_embeddings().weight, decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
+    stacks = [name for name, part in body.named_modules() if isinstance(part, nn.ModuleList) and len(part) == total]
+    require(len(stacks) == 1, f"--enc decoder:{layers}: this decoder cannot be cut after a layer: name an encoder")
+    shared = [weight for weight in body.parameters() if (share_embeddings if weight is table else share)]
+    kept = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in shared}
+    left_out = {id(layer): nn.Identity() for layer in body.get_submodule(stacks[0])[layers:]}
+    model = copy.deepcopy(body, kept | left_out)
+    model.set_submodule(stacks[0], model.get_submodule(stacks[0])[:layers])
+    model.config.num_hidden_layers = layers
     for name in ("layer_types", "layers_block_type"):
-        if isinstance(facts.get(name), list):
-            facts[name] = facts[name][:layers]
-    try:
-        with torch.device("meta"):  # without memory: its weights are assigned below
-            model = AutoModel.from_config(type(decoder.config).from_dict(facts | {"num_hidden_layers": layers}))
-        weights, table = body.state_dict(), decoder.get_input_embeddings().weight.data_ptr()
-        shared = {name: share_embeddings if weight.data_ptr() == table else share for name, weight in weights.items()}
-        picked = {name: weights[name] if shared[name] else weights[name].clone() for name in model.state_dict()}
-        model.load_state_dict(picked, assign=True)
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"--enc decoder:{layers}: this decoder cannot be cut after a layer ({one_line(error)[:100]}): "
-                        "name an encoder") from None
-    for name, _ in list(model.named_buffers()):  # rotary tables are not in the state dict; the cut model has the same
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = body.get_buffer(name)
+        if vars(model.config).get(name):
+            setattr(model.config, name, getattr(model.config, name)[:layers])
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())  # it was trained for the last layer's states
@@ -3237,8 +3062,8 @@ class ChunkEncoder(nn.Module):
     contextual (`decoder:N`): a content is read in windows of 512 tokens and the states of each chunk's tokens are
     averaged, so that a state knows its context. Not contextual: each chunk is read by itself, as in the paper.
 
-    Windows begin at the same tokens for every k, and a mean of means (weighted by tokens) is the mean of all. Therefore
-    contextual states stored at one k give those of its multiples: see `serves` and `merge_chunks`.
+    Windows begin at the same tokens for every k, so the mean of stored means, weighted by tokens, is the state of a
+    larger chunk: see `serves` and `merge_chunks`.
     """
 
     def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, contextual: bool, pooling: str):
@@ -3287,10 +3112,7 @@ class ChunkEncoder(nn.Module):
         return segment_means(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, allowed: np.ndarray, k: int) -> Content:
-        """Cut some of the decoder's tokens into chunks for training; a separate encoder reads the text they decode to.
-
-        allowed: (T + 1,), see `cut_allowed`.
-        """
+        """The decoder's tokens (T,) in chunks for training; a separate encoder reads their text. allowed: (T + 1,)."""
         if not self.contextual:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
             return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
@@ -3364,7 +3186,6 @@ class Projector(nn.Module):
 
 class Batch(NamedTuple):
     """Training sequences as tensors. C chunks in all, N positions with a label."""
-
     encoder_ids: Tensor  # (S,), the rows that the encoder reads, one after the other
     lengths: list[int]  # tokens of each row
     owners: Tensor  # (S,), the chunk each encoder token is pooled into, -1 for none
@@ -3380,7 +3201,6 @@ class Batch(NamedTuple):
 
 class Output(NamedTuple):
     """What `RefragModel.forward` gives."""
-
     logits: Tensor  # (N, V)
     vectors: Tensor  # (C, D), what was fed for the chunks
     means: Tensor  # (C, D), means of their token embeddings
@@ -3404,20 +3224,13 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
     return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
 
 
-@contextlib.contextmanager
-def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
-    """Within the block, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
+def head_reads(decoder: nn.Module, asked: Tensor) -> contextlib.AbstractContextManager:
+    """Within `with head_reads(..)`, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
 
     A hook, so that whatever an architecture does to its logits still happens.
     """
-    def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[asked], *args[1:])
-
-    handle = decoder.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return decoder.get_output_embeddings().register_forward_pre_hook(
+        lambda head, args: (args[0].flatten(0, 1)[asked], *args[1:]))
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -3429,15 +3242,11 @@ def part_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_names(decoder: nn.Module) -> set[str]:
-    """Names of the tensors of a decoder's adapters."""
     return {name for name, _ in decoder.named_parameters() if ".lora_" in name}
 
 
 def add_lora(decoder: nn.Module, rank: int) -> None:
-    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place.
-
-    Raises UserError for architectures whose layers cannot have them, MissingError without the library.
-    """
+    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head. Raises UserError."""
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     import peft
@@ -3466,21 +3275,16 @@ def merge_lora(model: RefragModel) -> None:
 
 
 class RefragModel(PreTrainedModel):
-    """Encoder, projector and decoder.
-
-    A checkpoint folder holds config.json and one safetensors file per trained part; untrained parts are loaded from
-    the models the config names.
-    """
+    """Encoder, projector and decoder: the trained parts from a checkpoint, the others from the models it names."""
 
     config_class = RefragConfig
 
     def __init__(self, config: RefragConfig, encoder: ChunkEncoder, decoder: nn.Module):
         super().__init__(config)
-        embeddings = decoder.get_input_embeddings().weight
-        rms = embeddings.detach().float().pow(2).mean().sqrt().item()
+        table = decoder.get_input_embeddings().weight
+        rms = table.detach().float().pow(2).mean().sqrt().item()
         self.encoder, self.decoder = encoder, decoder
-        projector = Projector(encoder.width, embeddings.shape[1], rms, config.projector)
-        self.projector = projector.to(embeddings.device)
+        self.projector = Projector(encoder.width, table.shape[1], rms, config.projector).to(table.device)
         self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, kept only so that they are saved again
         self.checkpoint: str | None = None  # digest of the one it was loaded from
         self.eval()
@@ -3550,8 +3354,8 @@ class RefragModel(PreTrainedModel):
                         dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
-        train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
-        weights, unless training goes on with them.
+        train, lora_r: what will be trained further, see `build_model`. Adapters are merged into the decoder's weights
+        unless training goes on with them.
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
@@ -3583,17 +3387,17 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 class Checkpoint:
-    """A checkpoint folder, opened: config.json and manifest are read once, tensors on request.
-
-    Folders of other programs have no manifest; their tensors are checked one by one when they are loaded.
-    """
+    """A checkpoint folder: config.json and manifest (other programs' folders have none) are read once, tensors on
+    request."""
 
     def __init__(self, path: Path):
         """Raises UserError, CorruptError, MismatchError."""
         manifest, config = path / CHECKPOINT_MANIFEST, path / "config.json"
         require(manifest.is_file() or config.is_file(), f"--load_dir {path}: no checkpoint in this folder")
-        self.path = path
+        self.path, self.digest = path, str(path)  # identifier of what it holds
         self.manifest = read_manifest(manifest, CHECKPOINT_FORMAT) if manifest.is_file() else None
+        if self.manifest:
+            self.digest = self.manifest["digest"][:16]
         try:
             content = config.read_bytes()
             if self.manifest and hashlib.sha256(content).hexdigest() != self.manifest["files"][config.name]["sha256"]:
@@ -3608,16 +3412,10 @@ class Checkpoint:
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             raise CorruptError(f"{config} is damaged: save the checkpoint again") from None
 
-    @property
-    def digest(self) -> str:
-        """Identifier of what it holds; the path if there is no manifest."""
-        return self.manifest["digest"][:16] if self.manifest else str(self.path)
-
     def verify(self) -> None:
         """Check every file against the manifest, but not the card, which people edit. Raises CorruptError."""
-        if self.manifest:
-            files = {name: entry for name, entry in self.manifest["files"].items() if name != CARD}
-            verify_files(self.path, files, CHECKPOINT_FORMAT, read_all=True)
+        files = self.manifest["files"] if self.manifest else {}
+        verify_files(self.path, {name: files[name] for name in files if name != CARD}, CHECKPOINT_FORMAT, read_all=True)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a part's file. Raises CorruptError."""
@@ -3641,9 +3439,9 @@ class Checkpoint:
         found, expected = ({key: tuple(t.shape) for key, t in side.items()} for side in (tensors, own))
         for key in sorted(expected.keys() | found.keys()):
             if expected.get(key) != found.get(key):
-                raise MismatchError(f"{self.path / name}.safetensors: tensor {key} has shape {found.get(key, 'none')}, "
-                                    f"the model has {expected.get(key, 'none')}: use the models of the checkpoint's "
-                                    "config.json")
+                shapes = (side.get(key, "none") for side in (found, expected))
+                raise MismatchError("{}.safetensors: tensor {} has shape {}, the model has {}: use the models of the "
+                                    "checkpoint's config.json".format(self.path / name, key, *shapes))
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(tensors[key])
@@ -3651,10 +3449,8 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
                      texts: dict[str, str] | None = None, card: str | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files.
-
-    The card is in no manifest: people add to it, and hubs write into it.
-    """
+    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files. The card is in
+    no manifest, since people and hubs write into it."""
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
@@ -3721,25 +3517,21 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
 
     train: letters of what will be trained: those parts are float32 and share no memory with another.
     """
-    letters = {*config.training_model, *train, *("d" if config.lora else "")}
+    trained, layers = {*config.training_model, *train}, encoder_layers(config.encoder_name_or_path)
     tokenizer = build_tokenizer(config)
     decoder = load_decoder(config.decoder_name_or_path, device, dtype)
     check_base(config, "decoder", decoder)
     check_tokens(config.decoder_name_or_path, tokenizer.decoder, decoder,
                  functools.partial(render_chat, tokenizer.decoder))
-    layers = encoder_layers(config.encoder_name_or_path)
     if layers is not None:
-        backbone = first_layers(decoder, layers, share=not letters & {"e", "d"},
-                                share_embeddings="d" not in {*config.training_model, *train})
-        encoder = ChunkEncoder(backbone, tokenizer, contextual=True, pooling=config.pooling)
+        backbone = first_layers(decoder, layers, share=not trained & {"e", "d"} and not config.lora,
+                                share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
         with hub_errors(config.encoder_name_or_path):
-            folder = model_folder(config.encoder_name_or_path)
-            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
+            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
-        encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=False,
-                               pooling=config.pooling)
+    encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=layers is not None, pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
@@ -3765,7 +3557,7 @@ SHIPPED_READER = SHIPPED / "reader"
 def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
     """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-    Raises UserError, CorruptError, MismatchError if the checkpoint was made with other models than those named.
+    Raises MismatchError if --load_dir's was made with other models than those named.
     """
     shipped = models.load_dir == "auto"
     if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
@@ -3801,18 +3593,17 @@ def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> R
     named = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
     config = RefragConfig(**{key: value for key, value in named.items() if value is not None})
     if models.enc is None:
-        folder, most = model_folder(config.decoder_name_or_path), encoder_layers(config.encoder_name_or_path)
         with hub_errors(config.decoder_name_or_path):
-            layers = getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", math.inf)
-        config.encoder_name_or_path = f"decoder:{min(most, layers)}"
+            decoder = AutoConfig.from_pretrained(model_folder(config.decoder_name_or_path))
+        most = getattr(decoder, "num_hidden_layers", math.inf)
+        config.encoder_name_or_path = f"decoder:{min(encoder_layers(config.encoder_name_or_path), most)}"
     return config
 
 
 def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
-    device = pick_device(runtime.device)
+    device, checkpoint = pick_device(runtime.device), find_checkpoint(models)
     dtype = pick_dtype(runtime.dtype, device)
-    checkpoint = find_checkpoint(models)
     if checkpoint is None:
         model = build_model(model_config(models), device, dtype, train)
     else:
@@ -3822,9 +3613,8 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     return model
 
 
-def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
-               runtime: RuntimeConfig) -> tuple[Index | None, str, Embedder | None, Chunking]:
-    """(the index to add to, retriever, embedder, chunking). Raises UserError, MismatchError, MissingError."""
+def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> IndexBuild:
+    """A build with what the options name, or what the index to add to has. Raises RefragError."""
     previous = open_index(index.index_dir) if build.add else None
     built = previous.manifest if previous is not None else {}
     if previous is not None:
@@ -3832,21 +3622,15 @@ def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig,
     retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
     name = index.embed_model or built.get("embedder", {}).get("name")
     embedder = None if retriever == "bm25" else load_embedder(name, runtime)
+    if previous is not None and embedder is not None:
+        check_embedder(built, embedder)
     with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
     encoder = load_model(models, runtime).encoder if with_states else None
     tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
     chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
     if chunks and chunks != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build anew")
-    return previous, retriever, embedder, chunking
-
-
-def assist_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """What every launched process but the first does of `index`: embed its share of the blocks."""
-    _, _, embedder, chunking = load_build(index, build, models, runtime)
-    blocks = Blocks(Path(index.index_dir), chunking, embedder, build, runtime)
-    if blocks.kept:
-        blocks.make_together()
+        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build again")
+    return IndexBuild(Path(index.index_dir), build, retriever, embedder, chunking, previous, runtime)
 
 # =============================================================================
 # 9. Gate. A score for every chunk of the context, and the choice of those
@@ -3911,7 +3695,8 @@ def cosine_scores(inputs: GateInput) -> np.ndarray:
 def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
     """((L, Q) bool, which of the question's Q terms each chunk has; (Q,) each term's share of the sum of their idf).
 
-    hits @ shares is the idf-weighted coverage of the question, in [0, 1]. The idf is BM25's if the index has it.
+    hits @ shares is the question's coverage, in [0, 1]. The idf, log(1 + N / (n + .5)), is not BM25's: trained gates
+    rely on it.
     """
     asked = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
@@ -3942,10 +3727,8 @@ def blend_scores(inputs: GateInput) -> np.ndarray:
 
 @torch.inference_mode()
 def ppl_scores(inputs: GateInput) -> np.ndarray:
-    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic.
-
-    A baseline: the decoder reads the whole context for it, so it cannot make the first token faster.
-    """
+    """(L,) mean negative log-likelihood of each chunk's tokens, its document read alone: the paper's heuristic, a
+    baseline, since for it the decoder reads the whole context."""
     scores = np.zeros(len(inputs.texts), dtype=np.float32)
     device = next(inputs.decoder.parameters()).device
     for doc in np.unique(inputs.docs):
@@ -4061,8 +3844,8 @@ class QueryGate(nn.Module):
     """A logit for every chunk of a question, given all of its chunks.
 
     Features, projected chunk vectors and their products with the projected question go through one layer; then every
-    chunk sees its neighbours, maximum and mean over all chunks, and its neighbours again. Attention instead was no
-    better and twice as slow. features False: only vectors, as in the paper's policy; blind: without the question, too.
+    chunk sees its neighbours, the maximum and mean of all chunks, and its neighbours again (attention was no better and
+    twice as slow). features False: only vectors, as in the paper's policy; blind: not even the question.
     """
 
     def __init__(self, dim: int, pairs: int = 64, width: int = 64, features: bool = True, blind: bool = False):
@@ -4215,8 +3998,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
     """Samples of each text length in each stage: (tasks, 9) float; task i has texts of 2**i chunks.
 
     Every row is a geometric sequence. It starts at 1333 / 4**i, at least 1, and sums to 2000 for the first three tasks,
-    4000 for the next three and 8000 for the rest. Rounded, these are the numbers of the paper's table for 9 tasks.
-    Example: row 0 -> 1333, 444.6, 148.3, 49.5, 16.5, 5.5, 1.8, .6, .2
+    4000 for the next three and 8000 for the rest. Rounded, this is the paper's table. Row 0: 1333, 444.6, 148.3, ..
     """
     rows = []
     for task in range(tasks):
@@ -4230,8 +4012,7 @@ def curriculum_table(tasks: int) -> np.ndarray:
 def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     """(tasks,) probabilities of the text lengths at a point of the run. progress: range [0, 1).
 
-    kind: paper (stages as long as their sample counts), even (stages of equal length), none (only the longest).
-    No length falls below LEAST_SHARE; in the paper's table single chunks die out.
+    kind: paper (stages as long as their sample counts), even (equal stages), none (only the longest length).
     """
     if kind == "none" or tasks == 1:
         return np.eye(tasks)[-1]
@@ -4316,7 +4097,7 @@ def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache
 
 def tokenize_texts(paths: Sequence[str], tokenizer: RefragTokenizer) -> dict[str, Tensor]:
     """tokens (T,); cuts (T,), whether a cut may be made before each; texts (n, 5): first and last token, tokens of
-    context, file and line. Raises UserError for token ids that the decoder does not have."""
+    context, file, line. Raises UserError for ids beyond the decoder's vocabulary."""
     tokens, cuts, texts, first, vocabulary = [], [], [], 0, len(tokenizer.decoder)
     for text in progress(read_training_texts(paths), "tokenising", unit="text"):
         if isinstance(text.text, list):
@@ -4374,7 +4155,7 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
 
 
 class TextLessons:
-    """What a phase learns from texts, which are cut into windows of at most --seq_tokens tokens.
+    """What a phase learns from windows of at most --seq_tokens tokens of texts.
 
     Subclasses make an item of a window with one of `ks`, at a `progress` in [0, 1); the evaluation passes 1.
     """
@@ -4662,9 +4443,9 @@ Lessons = TextLessons | AnswerLessons
 class Sampler:
     """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
 
-    A step is filled with about batch_size * seq_tokens positions for each process and each of grad_accum, since these
-    are what it costs; its loss is divided by its labels. Draw n is item permutation(epoch)[n % len] with a random
-    generator of its own: a run can go on from `drawn`, and two processes see what one would.
+    A step has about batch_size * seq_tokens positions (its cost) for each process and each of grad_accum. Draw n is
+    item permutation(epoch)[n % len] with a generator of its own: a run continues from `drawn`, and several processes
+    see what one would.
     """
 
     def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
@@ -4711,8 +4492,8 @@ class Sampler:
 def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
     """Items, the longest first, in passes of similar length; process i takes [i::processes] of each.
 
-    A pass ends when a process's items, padded to the longest, fill `positions`, or when its padding (in positions per
-    process) exceeds pass_cost, so that another pass is faster.
+    A pass ends when its items, padded to the longest, fill `positions`, or its padding exceeds pass_cost, so that
+    another pass is faster; both are positions per process.
     """
     passes, at, last = [], 0, len(items) // processes * processes
     while at < last:
@@ -5051,13 +4832,13 @@ def with_content_of(sequence: TrainingSequence, other: TrainingSequence) -> Trai
 def control(name: str, sequences: list[TrainingSequence], sources: list[frozenset[Any]]) -> list[TrainingSequence]:
     """Sequences as they are ("vectors") or changed by one of CONTROLS; [] if that is impossible.
 
-    sources: (N,) the texts or passages that each sequence's vectors stand for.
+    sources: (N,) what each sequence's vectors stand for: texts, or rows of the index.
     """
     if name == "vectors":
         return sequences
     if name == "full":
         return [with_text(s) for s in sequences]
-    if name == "none":  # impossible if vectors themselves have labels and nothing stands before them
+    if name == "none":  # impossible if a vector with a label has no token before it
         made = [without_vectors(s) for s in sequences]
         return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
@@ -5068,11 +4849,8 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
-    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others.
-
-    Two windows of one text, or two questions that find the same passage, reveal much of each other, and are often
-    neighbours. source: called lazily, since it may be a search.
-    """
+    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others, which
+    would reveal much of it. source: called lazily, since it may be a search."""
     own, following = source(number), [*range(number + 1, count), *range(number)]
     for apart in (True, False):
         yield from (other for other in following if own.isdisjoint(source(other)) == apart)
@@ -5174,10 +4952,8 @@ def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
-    """Lock a run's folder; remove it again if the run never started. Raises UserError, LockedError.
-
-    files: the names it may hold; first: the file that is there once the run has started.
-    """
+    """Lock a run's folder; remove it again if the run never started (has no file `first`). files: the names it may
+    hold. Raises UserError, LockedError."""
     require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
     foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
     require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
@@ -5444,10 +5220,13 @@ def training_text(summary: dict[str, Any]) -> str:
 # 11. Generation. Prefill, decode, citations, and the clock on all of it.
 # =============================================================================
 
+CITATION_TOKENS = 16  # that `choose_citation` may feed at most
+LONGEST_CITATION = 66  # characters, brackets included
+Writer = Callable[[str], bool | None] | None  # receives an answer as it grows; True ends it
+
 
 class Decoded(NamedTuple):
     """New tokens of one sequence and when each was sampled, in seconds on the stopwatch's clock."""
-
     tokens: list[int]
     times: list[float]
     ended: bool  # by an end-of-sequence token, which is not among the tokens
@@ -5455,7 +5234,6 @@ class Decoded(NamedTuple):
 
 class DecoderState(NamedTuple):
     """A decoder's cache, the attention mask over it (None for one unpadded sequence) and the next position."""
-
     cache: Any
     mask: Tensor | None  # (B, T)
     position: Tensor  # (B,)
@@ -5496,9 +5274,6 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, Decod
     mask = (positions >= 0).long() if len(inputs) > 1 else None
     logits, cache = forward_step(decoder, None, mask, positions.clamp(min=0), inputs_embeds=embeds)
     return logits, DecoderState(cache, mask, lengths)
-
-
-CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 
 
 @torch.inference_mode()
@@ -5577,38 +5352,29 @@ def decode(decoder: nn.Module, logits: Tensor, state: DecoderState, *, max_new: 
     return out, state
 
 
-LONGEST_MARK = 66  # characters of a citation in an answer, its brackets included
-
-
 def settled_length(text: str) -> int:
     """Length of an answer without the citation at its end, begun or whole, and the blanks there."""
     body = text.rstrip()
     at = body.rfind("[")
-    is_mark = 0 <= at >= len(body) - LONGEST_MARK and "]" not in body[at:-1]
-    return len(body[:at].rstrip() if is_mark else body)
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first stop string in it."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+    is_citation = 0 <= at >= len(body) - LONGEST_CITATION and "]" not in body[at:-1]
+    return len(body[:at].rstrip() if is_citation else body)
 
 
 class TextStream:
     """Turns the growing tokens of an answer into text, and shows it once it cannot change any more.
 
-    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may begin a stop
-    string. write: receives new text; True ends the answer.
+    Held back are an unfinished character, a citation at the end, which `cite` may replace, and a begun stop string.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Writer):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
     def update(self, tokens: list[int]) -> str:
         """The text of an answer up to the first stop string; `stopped` tells whether there is one."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        kept = before_stop(text, self.stops)
-        self.stopped = len(kept) < len(text)
-        return kept.lstrip()
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        self.stopped = bool(ends)
+        return text[: min(ends, default=len(text))].lstrip()
 
     def __call__(self, tokens: list[int]) -> bool | None:
         """Write what is new. Returns True if the answer is to end."""
@@ -5651,7 +5417,6 @@ CITATION = re.compile(
 
 class Citations(NamedTuple):
     """An answer's citations, and the answer without them."""
-
     bare: str  # without any that is complete
     plain: str  # without the one at the end
     begun: str | None  # what stands of one that the end cuts off
@@ -5661,28 +5426,26 @@ class Citations(NamedTuple):
 def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
     """Find the citations in an answer: [2], [1, 3], (doc 2) and <doc id="2">.
 
-    A label that was not given is a forged one if it is a number of three digits at most, as the instruction in the
-    prompt shows; other words in brackets are no citation. Examples, labels "1" and "2": "Ulm [1][9]" -> ("Ulm",
-    "Ulm [1]", None, [("1", False), ("9", True)]); "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
+    A label that was not given is forged if it is a number below 1000; other words in brackets are no citation.
+    Examples with labels 1 and 2: "Ulm [1][9]" -> ("Ulm", "Ulm [1]", None, [("1", False), ("9", True)]);
+    "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
     """
-
-    def named(match: re.Match) -> list[str]:
+    spans, cited, bare, at = [], {}, answer, settled_length(answer)
+    for match in CITATION.finditer(answer):
         parts = re.split(r"\s*[,;]\s*", (match[1] or match[2] or match[3]).strip())
-        return [part for part in parts if part in labels or match[1]
-                or (match[2] and part.isdigit() and len(part) < 4)]
-
-    marks = [(match, found) for match in CITATION.finditer(answer) if (found := named(match))]
-    bare, at = answer, settled_length(answer)
-    for match, _ in reversed(marks):
-        rest = bare[match.end() :]
-        bare = bare[: match.start()].rstrip() + " " * rest[:1].isalnum() + rest
+        named = [part for part in parts if part in labels or match[1]
+                 or (match[2] and part.isdigit() and len(part) < 4)]
+        if named:
+            spans.append(match.span())
+            cited |= dict.fromkeys(named)
+    for first, last in reversed(spans):
+        bare = bare[:first].rstrip() + " " * bare[last : last + 1].isalnum() + bare[last:]
     end = answer[at:].strip()
     begun = end.removeprefix("[").strip() if end and not end.endswith("]") else None
     if begun is None:
-        at = at if marks and marks[-1][0].start() >= at else len(answer)
+        at = at if spans and spans[-1][0] >= at else len(answer)
     elif not any(label.startswith(begun) for label in labels):
         at, begun = len(answer), None
-    cited = dict.fromkeys(label for _, found in marks for label in found)
     return Citations(bare, answer[:at], begun, [(label, label not in labels) for label in cited])
 
 
@@ -5691,8 +5454,8 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: DecoderState, row
                     labels: Sequence[str]) -> tuple[str, DecoderState]:
     """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
 
-    row: the sequence in the batch; the others are fed the same tokens, hidden from them. pending: tokens of its answer
-    that were sampled but not fed. Greedy among the given ids, so it cannot be forged. The old state is used up.
+    row: the sequence in the batch; what it is fed is hidden from the others. pending: its tokens that were sampled but
+    not fed. Greedy among the labels, so it cannot be forged.
     """
     B = len(state.position)
     alive = torch.arange(B, device=state.position.device) == row
@@ -5714,20 +5477,18 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
          stops: Sequence[str] = ()) -> tuple[str, str | None]:
     """(the answer with its citation, the label if it was not the decoder's own).
 
-    labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
-    Of these cases the first one counts:
+    labels: of all documents; seen: the contents of those that were read, by label. The first of these cases counts:
     - the answer is a refusal, or no document was read: nothing is cited
     - one document alone holds the answer, which is not yes or no: that one is cited
     - the answer ends within a citation of a document that was read: it is completed
     - the answer names given documents: it stays as it is
     - else the decoder chooses
     """
-    found = parse_citations(answer, labels)
-    plain, begun = found.plain, found.begun
+    _, plain, begun, cited = parse_citations(answer, labels)
     bare = parse_citations(plain, labels).bare
     if not seen or abstains(bare):
         return bare, None
-    named = [label for label, forged in found.labels if not forged]
+    named = [label for label, forged in cited if not forged]
     holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
     answer = answer if begun is None else plain
     if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
@@ -5738,16 +5499,13 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
         return answer, None
     else:
         chosen = choose()
-    cited = f"{answer} [{chosen}]"
-    return (cited, chosen) if before_stop(cited, stops) == cited else (plain, None)
+    answer = f"{answer} [{chosen}]"
+    return (plain, None) if any(stop in answer for stop in stops) else (answer, chosen)
 
 
 def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Choose the chunks that stay text and plan what is fed. scores: (L,).
-
-    Returns expanded: (L,) bool, the chunks that stay text; kept: (T,) bool, the prompt's tokens that are fed as such;
-    plan: (P,), v >= 0 is the token v, v < 0 the vector of chunk -v - 1.
-    """
+    """Choose the chunks that stay text by their scores (L,), and plan what is fed. Returns expanded: (L,) bool, these
+    chunks; kept: (T,) bool, the prompt's tokens that are fed as such; plan: (P,), see `mixed_plan`."""
     expanded = np.ones(len(prompt.chunks), dtype=bool)
     if pack.mode not in ("full", "none"):
         expanded = select_chunks(scores, prompt.sizes, pack.p if pack.gate != "none" else 0.0, pack.floor)
@@ -5761,26 +5519,16 @@ def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.
 
 class Settings(SearchConfig, PackConfig, GenerateConfig):
     """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
-
     stop_tokens: frozenset[int] = opt(frozenset(), "end an answer")
     sampler: torch.Generator | None = opt(None, "draws the tokens at a temperature above 0")
-    system: str | None = opt(None, "a system message")
-
-    @property
-    def chooses(self) -> bool:
-        """Whether there are chunks to be chosen; not where all or none stay text."""
-        return self.gate != "none" and self.mode in ("refrag", "truncate") and 0 < self.p < 1
-
-    def pick(self, logits: Tensor) -> Tensor:
-        """The next tokens (B,) from logits (B, V)."""
-        return sample(logits, self.temperature, self.top_p, self.sampler)
+    system: str = opt("", "a system message")
 
 
 @dataclass
 class Reading:
     """A question ready for the decoder."""
-
     item: dict[str, Any]
+    settings: Settings
     passages: list[Passage]
     context: Context
     given: GateInput | None  # what the gate looked at
@@ -5793,7 +5541,6 @@ class Reading:
 
     @property
     def labels(self) -> list[str]:
-        """The ids the prompt gives its documents."""
         return [doc.label for doc in self.context.docs]
 
     @functools.cached_property
@@ -5807,27 +5554,20 @@ class Reading:
                           else "vectors" if number in compressed else "left out")
         return how
 
-    @property
-    def seen(self) -> dict[str, str]:
-        """The contents of the documents that were read, by label."""
-        return {doc.label: doc.content for doc in self.context.docs if self.how_read[doc.label] != "left out"}
-
 
 class Pipeline:
-    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given.
+    """Question in, cited answer out: what is loaded, and the settings that hold where none are given.
 
-    Its stages in order: `retrieve`, `context`, `score`, `inputs`, which `prepare` runs, and `generate`.
+    Its stages: `retrieve`, `context`, `score`, `inputs`, all of which `prepare` runs, and `generate`.
     """
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
-        """stepper: takes the steps after the first token in the decoder's place."""
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.seed, self.stepper, self.load_s = seed, stepper, 0.0
-        self.tokenizer = model.encoder.tokenizer
-        self.device = next(model.decoder.parameters()).device
+        self.tokenizer, self.device = model.encoder.tokenizer, next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
-        built = searcher.index.manifest["chunking"] if searcher else {}
+        built = self.index.manifest["chunking"] if searcher else {}
         self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
         if built.get("encoder") not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
@@ -5844,10 +5584,7 @@ class Pipeline:
         return {name: gate.to(self.device) for name, gate in gates.items() if gate is not None}
 
     def settings_for(self, **changes: Any) -> Settings:
-        """The pipeline's settings with others in place of some, --gate and --compressed settled. Raises UserError.
-
-        changes: fields of `Settings`.
-        """
+        """The pipeline's settings with other values of some fields, --gate and --compressed settled."""
         settings = dataclasses.replace(self.settings, **changes)
         gate = "ppl" if settings.heuristic else settings.gate
         gate = gate if gate != "auto" else "learned" if "learned" in self.trained_gates else "blend"
@@ -5858,19 +5595,17 @@ class Pipeline:
 
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
         """Passages for a question; none without an index or in mode none."""
-        if self.searcher is None or settings.mode == "none":
-            return []
-        return self.searcher.search(item["question"], settings.topk, settings.hops)
+        searches = self.searcher is not None and settings.mode != "none"
+        return self.searcher.search(item["question"], settings.topk, settings.hops) if searches else []
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
         """A question over its passages, or over the documents that stand in --prompt."""
-        k = settings.k
+        k, ctx_max = settings.k, settings.ctx_max
         if settings.prompt is not None:
-            return read_context(self.tokenizer, item["question"], k, settings.ctx_max)
+            return read_context(self.tokenizer, item["question"], k, ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
-        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max,
-                            system=settings.system or "")
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=ctx_max, system=settings.system)
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
@@ -5890,7 +5625,7 @@ class Pipeline:
     def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
         """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
         docs, query, gate = context.docs, None, settings.gate
-        if not settings.chooses or not docs:
+        if not docs or gate == "none" or settings.mode not in ("refrag", "truncate") or not 0 < settings.p < 1:
             return np.zeros(len(context.prompt.chunks)), None
         if gate in VECTOR_GATES and self.embedder is not None:
             docs = self.filled(docs, settings.k, gate=True)
@@ -5907,9 +5642,9 @@ class Pipeline:
             docs = self.filled(context.docs, k, gate=False)
             states = np.concatenate([doc.chunks.states for doc in docs])[numbers]
         ids = [prompt.input_ids[prompt.chunks[i].first : prompt.chunks[i].last] for i in numbers]
-        sizes, ids = np.asarray([len(part) for part in ids], dtype=np.int64), np.concatenate([*ids, plan[:0]])
         plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # counts only the chunks that are fed, as states do
-        parts = (torch.as_tensor(part, device=self.device) for part in (plan, ids, sizes, states))
+        parts = (torch.as_tensor(part, device=self.device)
+                 for part in (plan, np.concatenate([*ids, plan[:0]]), prompt.sizes[numbers], states))
         return self.model.embed(*parts)[0]
 
     def check_window(self, positions: int, settings: Settings) -> None:
@@ -5923,10 +5658,7 @@ class Pipeline:
 
     def prepare(self, item: dict[str, Any], settings: Settings | None = None,
                 rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
-        """Everything before the prefill. Raises TooLongError when the decoder was not built for so much.
-
-        rescore: other scores (L,) in place of the gate's.
-        """
+        """Do everything before the prefill. rescore: gives other scores (L,) than the gate's. Raises TooLongError."""
         settings, watch = settings or self.settings, Stopwatch(self.device)
         if self.embedder is not None:
             self.embedder.queries.clear()  # so that a question asked again takes as long as at first
@@ -5941,7 +5673,7 @@ class Pipeline:
         self.check_window(len(plan), settings)
         with watch.stage("vectors_s"):
             inputs = self.inputs(context, plan, settings.k)
-        return Reading(item, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
+        return Reading(item, settings, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
 
     @functools.cached_property
     def batches(self) -> bool:
@@ -5949,28 +5681,20 @@ class Pipeline:
         _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
         return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
 
-    def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
-               **changes: Any) -> dict[str, Any]:
-        """The JSON object of one answer. on_text: receives the answer as it grows; True ends it.
-
-        changes: see `settings_for`. Example: pipeline.answer("Who wrote De Materia Medica?", p=.05)["answer"]
-        """
+    def answer(self, question: str, on_text: Writer = None, **changes: Any) -> dict[str, Any]:
+        """The result of one question. changes: see `settings_for`."""
         return self.answer_batch([{"id": "1", "question": question}], self.settings_for(**changes), [on_text])[0]
 
     def answer_batch(self, items: Sequence[dict[str, Any]], settings: Settings | None = None,
-                     writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Results for questions {id, question} that are decoded together. writers: see `generate`."""
-        return self.generate([self.prepare(item, settings) for item in items], settings, writers)
+                     writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
+        """Results for questions {id, question}, which are decoded together."""
+        return self.generate([self.prepare(item, settings) for item in items], writers)
 
-    def generate(self, readings: Sequence[Reading], settings: Settings | None = None,
-                 writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Results for questions that are decoded together.
-
-        writers: for each question None, or what receives new text of its answer as it grows; True ends the answer.
-        """
-        settings, writers = settings or self.settings, writers or [None] * len(readings)
+    def generate(self, readings: Sequence[Reading], writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
+        """Decode answers of the same settings together."""
+        settings, writers = readings[0].settings, writers or [None] * len(readings)
         if len(readings) > 1 and not self.batches:
-            return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
+            return [self.generate([one], [write])[0] for one, write in zip(readings, writers, strict=True)]
         decoder, watch = self.model.decoder, Stopwatch(self.device)
         if settings.show_prompt:
             for reading in readings:
@@ -5979,10 +5703,11 @@ class Pipeline:
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, [reading.inputs for reading in readings])
         kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
-        listens = any(writers) or settings.stop
+        pick = functools.partial(sample, temperature=settings.temperature, top_p=settings.top_p,
+                                 generator=settings.sampler)
         outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
-                             pick=settings.pick, watch=watch, stepper=self.stepper,
-                             on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
+                             pick=pick, watch=watch, stepper=self.stepper,
+                             on_token=(lambda b, tokens: streams[b](tokens)) if any(writers) or settings.stop else None)
 
         def let_decoder_cite(row: int, pending: list[int], labels: list[str]) -> str:
             nonlocal state
@@ -5994,17 +5719,17 @@ class Pipeline:
             reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
             answer, chosen = stream.update(out.tokens).rstrip(), None
             if settings.cite and reading.labels:
-                pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
+                seen = {doc.label: doc.content for doc in reading.context.docs
+                        if reading.how_read[doc.label] != "left out"}
+                pending = [] if out.ended else out.tokens[-1:]  # sampled, but not fed
                 answer, chosen = cite(answer, reading.labels, seen,
                                       functools.partial(let_decoder_cite, row, pending, list(seen)), settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
-            results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
+            results.append(self.result(reading, out, answer, chosen, kv_bytes))
             stream.show(answer)
         return results
 
-    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
-               kv_bytes: int) -> dict[str, Any]:
-        """The JSON object of one answer."""
+    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, kv_bytes: int) -> dict[str, Any]:
         context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
@@ -6016,35 +5741,35 @@ class Pipeline:
                    "score": round(score, 6), "expanded": stays}
                   for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),
                                                  reading.expanded.tolist(), strict=True)]
-        if settings.explain:
-            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
+        if reading.settings.explain:
+            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading), strict=True)]
         return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": how_read[label]} for label, p in source.items()],
                 "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
-                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(settings)}
+                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
-    def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
+    def explain(self, reading: Reading) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        shares, reasons = {}, [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
-        if settings.mode == "refrag" and settings.chooses:
+        settings, shares = reading.settings, {}
+        reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
+        if settings.mode == "refrag" and reading.given is not None:
             reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
-            if settings.gate == "learned" and reading.given is not None:
+            if settings.gate == "learned":
                 shares = self.trained_gates["learned"].shares(reading.given)
         return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, why in enumerate(reasons)]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
         """Times of an answer, in seconds, and its sizes."""
-        prompt, positions = reading.context.prompt, len(reading.plan)
-        later, steps = out.times[-1] - out.times[0], len(out.times) - 1
-        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.expanded].sum())
+        prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
+        later, steps, total = out.times[-1] - out.times[0], len(out.times) - 1, prompt.context_tokens
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
                   for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")}
         return {"ttft_s": round(sum(reading.seconds.values()), 6), "ttit_s": round(later / steps, 6) if steps else None,
                 "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
                 "new_tokens": len(out.tokens), "positions": positions, "full_positions": full,
-                "context_tokens": prompt.context_tokens, "compression": round(full / positions, 4),
-                "kv_bytes": kv_bytes, "p_realised": round(as_text / max(prompt.context_tokens, 1), 6),
+                "context_tokens": total, "compression": round(full / positions, 4), "kv_bytes": kv_bytes,
+                "p_realised": round(int(prompt.sizes[reading.expanded].sum()) / max(total, 1), 6),
                 "stages": stages, "load_s": round(self.load_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
     def describe(self, settings: Settings) -> dict[str, Any]:
@@ -6084,17 +5809,12 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
                         temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset())
     pipeline.load_s = time.perf_counter() - start
     if not model.trained and pack.mode == "refrag":
-        notice(UNTRAINED[pipeline.settings.compressed] + for_others(models))
+        how = ("chunk vectors are plain means of token embeddings" if pipeline.settings.compressed == "feed" else
+               "compressed chunks are left out (--compressed feed feeds them as means of token embeddings)")
+        notice(f"the projector is untrained: {how}{for_others(models)}")
     if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
         notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
-
-
-UNTRAINED = {
-    "feed": "the projector is untrained: chunk vectors are plain means of token embeddings",
-    "drop": "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
-            "token embeddings (--compressed feed to feed them)",
-}
 
 
 def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
@@ -6102,7 +5822,7 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 
     Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
     """
-    configs, options = [], options | {"index_dir": None if index_dir is None else str(index_dir)}
+    configs, options = [], options | {"index_dir": index_dir and str(index_dir)}
     for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
         configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))
     require(not options, f"no such option of generate: {', '.join(options)}")
@@ -6122,11 +5842,10 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
-        return assist_build(index, build, models, runtime)
+        return load_build(index, build, models, runtime).embed_share()
     start = time.perf_counter()
     with index_lock(index.index_dir):
-        previous, retriever, embedder, chunking = load_build(index, build, models, runtime)
-        summary = build_index(index.index_dir, corpus, build, retriever, embedder, chunking, previous, runtime)
+        summary = load_build(index, build, models, runtime).run(corpus)
     seconds = time.perf_counter() - start
     summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
                 "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
@@ -6157,7 +5876,6 @@ def trec_text(results: Sequence[dict[str, Any]]) -> str:
 
 
 def search_text(result: dict[str, Any]) -> str:
-    """A search result for people."""
     lines = [result["question"]]
     for p in result["passages"]:
         text = " ".join(p.text.split())
@@ -6271,7 +5989,6 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
 
 
 def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
-    """A chunk of --explain for people."""
     [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
     shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
@@ -6408,7 +6125,6 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (the program's own by default) and return the exit code."""
     return run_command(*parse_or_exit(sys.argv[1:] if argv is None else argv))
 
 

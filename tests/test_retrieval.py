@@ -670,7 +670,9 @@ def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, build, embedder):
 def test_a_document_may_have_many_pieces(tmp_path):
     with refrag.ColumnWriter(tmp_path) as columns:
         spans = list(itertools.pairwise(range(70_001)))
-        refrag.CorpusWriter(columns).add(refrag.Record("a", "", "x" * 70_000, "a:1"), spans)
+        chunking = refrag.Chunking(4, types.SimpleNamespace(fingerprint="t"))
+        build = refrag.IndexBuild(tmp_path, refrag.BuildConfig(), "bm25", None, chunking, None, RUNTIME)
+        build.add(columns, refrag.Record("a", "", "x" * 70_000, "a:1"), spans)
 
 
 def test_the_embedders_limit_is_announced(tmp_path, run, corpus, embedder, llama):

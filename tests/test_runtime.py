@@ -1,7 +1,5 @@
 """Section 3: timers, whole files and folders, locks, manifests, and columns on disk."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
