@@ -529,18 +529,6 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
         parser.add_argument(f"--{f.name}", nargs="*" if several else None, metavar=metavar, **common)
 
 
-def choose_command(argv: Sequence[str]) -> str:
-    """The command that a line begins with. Without one, the help or the version is shown, or an error raised."""
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
-    if not argv:
-        parser.print_help(sys.stderr)
-    return parser.parse_args(argv[:1]).command
-
-
 def read_config_file(path: str, command: str) -> dict[str, Any]:
     """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
     try:
@@ -580,9 +568,15 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
-    name = choose_command(argv)
-    fields = config_fields(COMMANDS[name].configs)
-    parser = Parser(prog=f"refrag.py {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+    name = parser.parse_args(argv[:1]).command
+    fields, parser = config_fields(COMMANDS[name].configs), commands.choices[name]
     for option in fields.values():
         add_option(parser, *option)
     flags = vars(parser.parse_args(argv[1:]))
@@ -597,7 +591,6 @@ def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -746,7 +739,6 @@ QUIET = False  # set once by prepare_runtime; progress and notices look here
 
 
 def notice(text: str) -> None:
-    """One line on stderr that a person should see."""
     if not QUIET:
         say(text, file=sys.stderr)
 
@@ -853,7 +845,6 @@ def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what results depend on."""
     modules = (torch, transformers, faiss, np, bm25s)
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
@@ -2475,9 +2466,8 @@ def cut_allowed(tokens: Tokens) -> np.ndarray:
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
-    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
-    unit makes a unit longer. Raises ValueError if k < 1.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that small chunks nest in large ones. A unit
+    never ends inside a character: it ends before it, or after it if nothing would be left. ValueError if k < 1.
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
@@ -2513,10 +2503,7 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer."""
     [tokens] = tokenize(tokenizer, [text])
     return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
@@ -2529,8 +2516,8 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
-    with a broken attribute or with another tag inside is plain text.
+    Quotes and case do not matter, nor do other attributes. A block without an id, with a broken attribute or with
+    another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2560,10 +2547,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 class RefragTokenizer:
-    """The decoder's tokenizer, the encoder's, and the rules between them.
-
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
-    """
+    """The decoder's tokenizer and the encoder's (by default the same), both fast ones, and the rules between them."""
 
     def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
@@ -2593,10 +2577,7 @@ class RefragTokenizer:
         return [cut_chunks(*row, k) for row in zip(contents, tokenize(self.encoder, contents), strict=True)]
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
-        """
+        """The segments of a prompt in order: its <doc id=".."> .. </doc> blocks, and the text around them."""
         segments = []
         for part, label in split_docs(text):
             part, label = self.neutralize(part), label and self.neutralize(label)
@@ -2620,7 +2601,6 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Decoder positions it takes as text."""
         return self.last - self.first
 
 
@@ -2660,8 +2640,7 @@ class Context(NamedTuple):
 def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
     """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails.
 
-    system: a system message. Where the template has no place for one (Gemma's raises, others leave it out), it stands
-    before the user's message.
+    A system message stands before the user's if the template has no place for one (Gemma's raises, others drop it).
     """
     joined = f"{system}\n\n{message}" if system else message
     if not tokenizer.chat_template:
@@ -2677,7 +2656,7 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
                 return text
         return render(user=joined)
     except Exception as error:  # a template is a program of its own, and fails as any may
-        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): mend "
+        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): fix "
                         "chat_template in its folder") from None
 
 
@@ -2700,7 +2679,7 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     decoder = tokenizer.decoder
     text = render_chat(decoder, message, system)
     base = text.find(message)
-    require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
+    require(base >= 0, "the decoder's chat template alters the message, so its chunks cannot be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks, blocks = [], []
     for number, (doc, start, first, end) in enumerate(spans):
@@ -2749,10 +2728,7 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
-
-    Raises UserError if the documents exceed ctx_max tokens.
-    """
+    """The context of --prompt: its <doc> blocks, at most ctx_max tokens, and as the question the text around them."""
     parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
     blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
     docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
@@ -2772,10 +2748,8 @@ def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
 
 
 def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
-    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags.
-
-    What stands outside the documents always stays, even if it alone is more than `positions`.
-    """
+    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags;
+    what stands outside of documents always stays."""
     mask = np.ones(len(prompt.input_ids), dtype=bool)
     content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
@@ -2812,8 +2786,7 @@ class TrainingSequence(NamedTuple):
     content: Content
 
     @property
-    def asked(self) -> int:
-        """Number of labels."""
+    def asked(self) -> int:  # number of labels
         return int((self.labels >= 0).sum())
 
 
@@ -2831,13 +2804,12 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
 def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
-    for is_vector, group in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
-        values = list(group)
+    for is_vector, values in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
         if is_vector:
             chunks = [context.prompt.chunks[-v - 1] for v in values]
             parts += [f"[[{context.docs[c.doc].content[c.start : c.end]}]]" for c in chunks]
         else:
-            parts.append(tokenizer.decoder.decode(values))
+            parts.append(tokenizer.decoder.decode(list(values)))
     return "".join(parts)
 
 
@@ -2874,8 +2846,8 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
-    Found from the lengths of the decoded prefixes: beyond the texts' common prefix no two can be equal. Of several
-    tokens with one decoded prefix the first counts. The definition is the table of all pairs.
+    Beyond the texts' common prefix no two can be equal, so that lengths are enough. Of several tokens with one decoded
+    prefix the first counts.
     """
     texts, lengths = ["".join(side.pieces) for side in (a, b)], []
     common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
@@ -3001,19 +2973,13 @@ class RefragConfig(transformers.PreTrainedConfig):
 
 def model_folder(name: str) -> str:
     """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
-    found = model_path(name)
-    path = Path(found)
-    if path.suffix != ".gguf" or path.is_dir():
-        return found
-    stat = path.stat()  # in the folder's name, so that another file is converted again
-    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    path = model_path(name)
+    if not path.endswith(".gguf") or not os.path.isfile(path):
+        return path
+    stat = os.stat(path)  # in the folder's name, so that another file is converted again
+    folder = cache_home() / "models" / f"{Path(path).stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
-            if not folder.is_dir():
-                notice(f"converting {path.name} once, into {folder} (about ten seconds)")
-                with new_folder(folder) as temporary:
-                    importlib.import_module("refrag_extras.convert_gguf").convert_gguf(path, temporary)
+        importlib.import_module("refrag_extras.convert_gguf").convert_once(Path(path), folder)
     return str(folder)
 
 
@@ -3031,8 +2997,8 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
-    share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
-    same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
+    share, share_embeddings: use the decoder's own memory for layers and for token embeddings, else copy. Raises
+    UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
     body, table, total = decoder.base_model, decoder.get_input_embeddings().weight, decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
@@ -3077,8 +3043,8 @@ class ChunkEncoder(nn.Module):
     contextual (`decoder:N`): a content is read in windows of 512 tokens and the states of each chunk's tokens are
     averaged, so that a state knows its context. Not contextual: each chunk is read by itself, as in the paper.
 
-    Windows begin at the same tokens for every k, and a mean of means (weighted by tokens) is the mean of all. Therefore
-    contextual states stored at one k give those of its multiples: see `serves` and `merge_chunks`.
+    Windows begin at the same tokens for every k, so the mean of stored means, weighted by tokens, is the state of a
+    larger chunk: see `serves` and `merge_chunks`.
     """
 
     def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, contextual: bool, pooling: str):
@@ -3127,10 +3093,7 @@ class ChunkEncoder(nn.Module):
         return segment_means(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, allowed: np.ndarray, k: int) -> Content:
-        """Cut some of the decoder's tokens into chunks for training; a separate encoder reads the text they decode to.
-
-        allowed: (T + 1,), see `cut_allowed`.
-        """
+        """The decoder's tokens (T,) in chunks for training; a separate encoder reads their text. allowed: (T + 1,)."""
         if not self.contextual:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
             return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
@@ -3242,20 +3205,13 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
     return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
 
 
-@contextlib.contextmanager
-def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
-    """Within the block, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
+def head_reads(decoder: nn.Module, asked: Tensor) -> contextlib.AbstractContextManager:
+    """Within `with head_reads(..)`, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
 
     A hook, so that whatever an architecture does to its logits still happens.
     """
-    def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[asked], *args[1:])
-
-    handle = decoder.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return decoder.get_output_embeddings().register_forward_pre_hook(
+        lambda head, args: (args[0].flatten(0, 1)[asked], *args[1:]))
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -3271,10 +3227,7 @@ def lora_names(decoder: nn.Module) -> set[str]:
 
 
 def add_lora(decoder: nn.Module, rank: int) -> None:
-    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place.
-
-    Raises UserError for architectures whose layers cannot have them, MissingError without the library.
-    """
+    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head. Raises UserError."""
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     import peft
@@ -3303,11 +3256,7 @@ def merge_lora(model: RefragModel) -> None:
 
 
 class RefragModel(PreTrainedModel):
-    """Encoder, projector and decoder.
-
-    A checkpoint folder holds config.json and one safetensors file per trained part; untrained parts are loaded from
-    the models the config names.
-    """
+    """Encoder, projector and decoder: the trained parts from a checkpoint, the others from the models it names."""
 
     config_class = RefragConfig
 
@@ -3386,8 +3335,8 @@ class RefragModel(PreTrainedModel):
                         dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
-        train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
-        weights, unless training goes on with them.
+        train, lora_r: what will be trained further, see `build_model`. Adapters are merged into the decoder's weights
+        unless training goes on with them.
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
@@ -3419,10 +3368,8 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 class Checkpoint:
-    """A checkpoint folder, opened: config.json and manifest are read once, tensors on request.
-
-    Folders of other programs have no manifest; their tensors are checked one by one when they are loaded.
-    """
+    """A checkpoint folder: config.json and manifest (other programs' folders have none) are read once, tensors on
+    request."""
 
     def __init__(self, path: Path):
         """Raises UserError, CorruptError, MismatchError."""
@@ -3483,10 +3430,8 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
                      texts: dict[str, str] | None = None, card: str | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files.
-
-    The card is in no manifest: people add to it, and hubs write into it.
-    """
+    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files. The card is in
+    no manifest, since people and hubs write into it."""
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
@@ -3564,11 +3509,10 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
                                 share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
         with hub_errors(config.encoder_name_or_path):
-            folder = model_folder(config.encoder_name_or_path)
-            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE).to(device).eval()
+            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
-    encoder = ChunkEncoder(backbone, tokenizer, contextual=layers is not None, pooling=config.pooling)
+    encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=layers is not None, pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
@@ -3594,7 +3538,7 @@ SHIPPED_READER = SHIPPED / "reader"
 def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
     """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-    Raises UserError, CorruptError, MismatchError if the checkpoint was made with other models than those named.
+    Raises MismatchError if --load_dir's was made with other models than those named.
     """
     shipped = models.load_dir == "auto"
     if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
@@ -5259,6 +5203,7 @@ def training_text(summary: dict[str, Any]) -> str:
 
 CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 LONGEST_CITATION = 66  # characters, brackets included
+Writer = Callable[[str], bool | None] | None  # receives an answer as it grows; True ends it
 
 
 class Decoded(NamedTuple):
@@ -5399,11 +5344,10 @@ def settled_length(text: str) -> int:
 class TextStream:
     """Turns the growing tokens of an answer into text, and shows it once it cannot change any more.
 
-    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may begin a stop
-    string. write: receives new text; True ends the answer.
+    Held back are an unfinished character, a citation at the end, which `cite` may replace, and a begun stop string.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Writer):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
     def update(self, tokens: list[int]) -> str:
@@ -5463,9 +5407,9 @@ class Citations(NamedTuple):
 def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
     """Find the citations in an answer: [2], [1, 3], (doc 2) and <doc id="2">.
 
-    A label that was not given is a forged one if it is a number of three digits at most, as the instruction in the
-    prompt shows; other words in brackets are no citation. Examples, labels "1" and "2": "Ulm [1][9]" -> ("Ulm",
-    "Ulm [1]", None, [("1", False), ("9", True)]); "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
+    A label that was not given is forged if it is a number below 1000; other words in brackets are no citation.
+    Examples with labels 1 and 2: "Ulm [1][9]" -> ("Ulm", "Ulm [1]", None, [("1", False), ("9", True)]);
+    "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
     """
     spans, cited, bare, at = [], {}, answer, settled_length(answer)
     for match in CITATION.finditer(answer):
@@ -5491,8 +5435,8 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: DecoderState, row
                     labels: Sequence[str]) -> tuple[str, DecoderState]:
     """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
 
-    row: the sequence in the batch; the others are fed the same tokens, hidden from them. pending: tokens of its answer
-    that were sampled but not fed. Greedy among the given ids, so it cannot be forged. The old state is used up.
+    row: the sequence in the batch; what it is fed is hidden from the others. pending: its tokens that were sampled but
+    not fed. Greedy among the labels, so it cannot be forged.
     """
     B = len(state.position)
     alive = torch.arange(B, device=state.position.device) == row
@@ -5514,8 +5458,7 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
          stops: Sequence[str] = ()) -> tuple[str, str | None]:
     """(the answer with its citation, the label if it was not the decoder's own).
 
-    labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
-    Of these cases the first one counts:
+    labels: of all documents; seen: the contents of those that were read, by label. The first of these cases counts:
     - the answer is a refusal, or no document was read: nothing is cited
     - one document alone holds the answer, which is not yes or no: that one is cited
     - the answer ends within a citation of a document that was read: it is completed
@@ -5566,6 +5509,7 @@ class Settings(SearchConfig, PackConfig, GenerateConfig):
 class Reading:
     """A question ready for the decoder."""
     item: dict[str, Any]
+    settings: Settings
     passages: list[Passage]
     context: Context
     given: GateInput | None  # what the gate looked at
@@ -5578,7 +5522,6 @@ class Reading:
 
     @property
     def labels(self) -> list[str]:
-        """The ids the prompt gives its documents."""
         return [doc.label for doc in self.context.docs]
 
     @functools.cached_property
@@ -5603,10 +5546,9 @@ class Pipeline:
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.seed, self.stepper, self.load_s = seed, stepper, 0.0
-        self.tokenizer = model.encoder.tokenizer
-        self.device = next(model.decoder.parameters()).device
+        self.tokenizer, self.device = model.encoder.tokenizer, next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
-        built = searcher.index.manifest["chunking"] if searcher else {}
+        built = self.index.manifest["chunking"] if searcher else {}
         self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
         if built.get("encoder") not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
@@ -5712,7 +5654,7 @@ class Pipeline:
         self.check_window(len(plan), settings)
         with watch.stage("vectors_s"):
             inputs = self.inputs(context, plan, settings.k)
-        return Reading(item, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
+        return Reading(item, settings, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
 
     @functools.cached_property
     def batches(self) -> bool:
@@ -5720,22 +5662,20 @@ class Pipeline:
         _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
         return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
 
-    def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
-               **changes: Any) -> dict[str, Any]:
-        """The result of one question. on_text: receives the answer as it grows; True ends it. changes: of settings."""
+    def answer(self, question: str, on_text: Writer = None, **changes: Any) -> dict[str, Any]:
+        """The result of one question. changes: see `settings_for`."""
         return self.answer_batch([{"id": "1", "question": question}], self.settings_for(**changes), [on_text])[0]
 
     def answer_batch(self, items: Sequence[dict[str, Any]], settings: Settings | None = None,
-                     writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Results for questions {id, question}, which are decoded together. writers: see `generate`."""
-        return self.generate([self.prepare(item, settings) for item in items], settings, writers)
+                     writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
+        """Results for questions {id, question}, which are decoded together."""
+        return self.generate([self.prepare(item, settings) for item in items], writers)
 
-    def generate(self, readings: Sequence[Reading], settings: Settings | None = None,
-                 writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Decode answers together. writers: for each None, or what receives its text as it grows; True ends it."""
-        settings, writers = settings or self.settings, writers or [None] * len(readings)
+    def generate(self, readings: Sequence[Reading], writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
+        """Decode answers of the same settings together."""
+        settings, writers = readings[0].settings, writers or [None] * len(readings)
         if len(readings) > 1 and not self.batches:
-            return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
+            return [self.generate([one], [write])[0] for one, write in zip(readings, writers, strict=True)]
         decoder, watch = self.model.decoder, Stopwatch(self.device)
         if settings.show_prompt:
             for reading in readings:
@@ -5766,13 +5706,11 @@ class Pipeline:
                 answer, chosen = cite(answer, reading.labels, seen,
                                       functools.partial(let_decoder_cite, row, pending, list(seen)), settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
-            results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
+            results.append(self.result(reading, out, answer, chosen, kv_bytes))
             stream.show(answer)
         return results
 
-    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
-               kv_bytes: int) -> dict[str, Any]:
-        """The JSON object of one answer."""
+    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, kv_bytes: int) -> dict[str, Any]:
         context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
@@ -5784,16 +5722,17 @@ class Pipeline:
                    "score": round(score, 6), "expanded": stays}
                   for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),
                                                  reading.expanded.tolist(), strict=True)]
-        if settings.explain:
-            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
+        if reading.settings.explain:
+            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading), strict=True)]
         return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": how_read[label]} for label, p in source.items()],
                 "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
-                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(settings)}
+                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
-    def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
+    def explain(self, reading: Reading) -> list[dict[str, Any]]:
         """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        shares, reasons = {}, [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
+        settings, shares = reading.settings, {}
+        reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
         if settings.mode == "refrag" and reading.given is not None:
             reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
             if settings.gate == "learned":
@@ -5918,7 +5857,6 @@ def trec_text(results: Sequence[dict[str, Any]]) -> str:
 
 
 def search_text(result: dict[str, Any]) -> str:
-    """A search result for people."""
     lines = [result["question"]]
     for p in result["passages"]:
         text = " ".join(p.text.split())
@@ -6032,7 +5970,6 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
 
 
 def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
-    """A chunk of --explain for people."""
     [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
     shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
@@ -6169,7 +6106,6 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (the program's own by default) and return the exit code."""
     return run_command(*parse_or_exit(sys.argv[1:] if argv is None else argv))
 
 

@@ -13,6 +13,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+import refrag
+
 GGUF_NAMES = {"token_embd": "embed_tokens", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
               "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
               "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -53,3 +55,13 @@ def convert_gguf(path: Path, folder: Path) -> None:
                                          **special).save_pretrained(folder)
     config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def convert_once(path: Path, folder: Path) -> None:
+    """Convert a file into the cache, unless another process is doing so."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with refrag.exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
+        if not folder.is_dir():
+            refrag.notice(f"converting {path.name} once, into {folder} (about ten seconds)")
+            with refrag.new_folder(folder) as temporary:
+                convert_gguf(path, temporary)
