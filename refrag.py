@@ -1126,12 +1126,12 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
-    where: str  # file:line, in an array file:number; only the file if all of it is one document
-    metadata: str = ""  # the record's other fields as a JSON object, empty if there are none
+    where: str  # file:line, in an array file:number, of a whole document the file
+    metadata: str = ""  # other fields as a JSON object
 
 
 class BadRecord(UserError):
-    """An error that --errors skip passes over."""
+    """What --errors skip passes over."""
 
 
 @contextlib.contextmanager
@@ -1168,7 +1168,7 @@ class TextFile:
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     def decoded(self, raw: bytes, number: int, encoding: str) -> str:
-        """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
+        """The bytes from line `number` on as text. Raises BadRecord unless --errors is replace."""
         try:
             return raw.decode(encoding)
         except UnicodeDecodeError as error:
@@ -1217,7 +1217,7 @@ class TextFile:
         known, names = {*ID_FIELDS, *fields, "title"}, []
         while True:
             line = first + rows.line_num
-            with skipping(self.errors if names else "", self.counts):  # without its header no row can be read
+            with skipping(self.errors if names else "", self.counts):  # no row without the header
                 try:
                     row = next(rows, None)
                 except csv.Error as error:
@@ -1228,16 +1228,15 @@ class TextFile:
                 elif not names or row is None:
                     return
                 elif len(row) > len(names):
-                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                    "quote cells that contain the separator")
+                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}")
                 elif any(row):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
     def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
-        """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
+        """(whether they are records in JSON rather than text, the number and text of each).
 
-        .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
-        of an array, which is read whole; and all of a .json or .jsonl, so that a broken first line is no passage.
+        Records are the rows of .csv and .tsv, all of .json and .jsonl, and of any file that begins with an object: one
+        per line, a single one, or those of an array, which is read whole.
         """
         if self.suffix in TABLES:
             return True, self.table(fields)
@@ -1264,7 +1263,7 @@ def parsed(text: str) -> Any:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object. Raises BadRecord that names file and line."""
+    """Raises BadRecord."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1275,13 +1274,13 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
 
 
 def check_string(value: Any, name: str, where: str) -> str:
-    """A field that must be a string of valid Unicode. Raises BadRecord."""
+    """A string of valid Unicode. Raises BadRecord."""
     if not isinstance(value, str):
         raise BadRecord(f"{where}: {name} must be a string, got {type(value).__name__}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord(f"{where}: {name} holds half of a surrogate pair, which is no character") from None
+        raise BadRecord(f"{where}: {name} holds half of a surrogate pair") from None
     return value
 
 
@@ -1296,7 +1295,7 @@ def pop_id(item: dict[str, Any], default: str, where: str) -> str:
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
-    """The first of some field names that a record has. Raises BadRecord that names the record's keys."""
+    """The first of `names` among a record's keys. Raises BadRecord."""
     found = next((name for name in names if name in keys), None)
     if found is None:
         others, has = ", ".join(names[1:]), ", ".join(keys)[:300] or "none"
@@ -1322,9 +1321,8 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. Within a source,
-    the label is that source's with the path inside it. A pipe is another source each time.
-    Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path of an index's sources; receives this one. Inside a source, its label and the path inside.
+    A pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
     path, place = Path(os.path.abspath(name)), ""
     if name == "-" or not (path.is_file() or path.is_dir()):
@@ -1344,10 +1342,7 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, each once; those in folders that are of other kinds). Hidden files and folders are left out.
-
-    sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
-    """
+    """(the files to read, each once; those of other kinds in folders), but for hidden ones. Raises UserError."""
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
@@ -1369,9 +1364,9 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document.
+    """The records of a file; of text its lines, but Markdown, and any text in a folder, is one document.
 
-    In a folder, and with --errors skip anywhere, a bad record or unreadable file is skipped, counted and named.
+    In a folder, as with --errors skip, a bad record or unreadable file is skipped, counted and named.
     """
     path, label, in_folder = file
     errors += " skip" * in_folder
@@ -1411,7 +1406,7 @@ class TrainingText(NamedTuple):
 
 
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError that names file and line."""
+    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
             where = f"{name}:{number}"
@@ -1420,7 +1415,7 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
             if not isinstance(text, list):
                 text = check_string(text, "text", where)
             elif not all(type(token) is int and 0 <= token < 2**31 for token in text):
-                raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
+                raise BadRecord(f"{where}: tokens must be whole numbers from 0 to 2**31 - 1")
             split = {} if item.get("split") is None else item["split"]
             sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
             if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
@@ -1433,8 +1428,8 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
-    token_ends: where each token of the text ends. A piece ends after a sentence, else after a word, when one ends in
-    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
+    token_ends: in characters. A piece ends after a sentence, else after a word, if one ends in its last quarter.
+    Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
     """
     if len(token_ends) <= size:
         return [(0, len(text))]
@@ -1469,8 +1464,7 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    needs: which of `answers` (empty: there is none) and `positive_ids`, which becomes a list, are checked and must be
-    there; a question without an answer needs no ids. Raises UserError.
+    needs: which of `answers` and `positive_ids` must be there; with answers [], no ids need be. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1504,7 +1498,7 @@ def sample_evenly(items: Sequence, limit: int | None) -> Sequence:
 
 
 def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None, source: str) -> list[dict[str, Any]]:
-    """The questions with something in `answers` or `positive_ids`, at most `limit`, evenly spread. Raises UserError."""
+    """The questions with something in `answers` or `positive_ids`, at most `limit`. Raises UserError."""
     found = [item for item in questions if item[label]]
     if len(found) < len(questions):
         notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
@@ -1529,14 +1523,14 @@ RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
-CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
+CHUNK_UNIT = 4  # tokens; larger chunks are built from runs of so many, so that small ones nest in them
 QUERY_BATCH = 64  # questions embedded together
-EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
+EMBED_BLOCK = 256  # passages embedded at once, sorted by length inside
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
 CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
 FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
+Run = tuple[int, int, int]  # neighbouring rows: the segment's number, the first, the one after the last
 INDEX_SHAPE = {
     "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
     "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
@@ -1555,13 +1549,13 @@ def model_path(name: str) -> str:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
     if not path.is_dir() and (looks_local or path.is_file()):
-        raise MissingError(f"model folder {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
+        raise MissingError(f"model {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
     return str(path) if path.is_dir() else name
 
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Failures to load a model as MissingError, damaged weights as CorruptError."""
+    """Raises MissingError if a model cannot be loaded, CorruptError if its weights are damaged."""
     try:
         yield
     except SafetensorError as error:
@@ -1574,7 +1568,7 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
-    """Short digest of a module's weights (names, shapes, 256 values of each) and some facts about their use."""
+    """Digest of a module's weights (names, shapes, 256 values of each) and of facts about their use."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
         picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
@@ -1586,8 +1580,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None if transformers does not know it. around: puts around a text what always surrounds it; no other special
-    tokens are fed, so that those may lie beyond the embedding, as many a padding token does.
+    model: None if transformers does not know it. around: adds what always surrounds a text; other special tokens, such
+    as padding, are never fed and may lie beyond the embedding.
     """
     if model is None:
         return
@@ -1597,15 +1591,13 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
     special = {number for number, token in added.items() if token.special}
     last = max({*tokenizer.get_vocab().values()} - special | {*tokenizer(around("a"))["input_ids"]})
     if last >= rows:
-        raise MismatchError(f"model {name}: its tokenizer has {last + 1} tokens, its embedding {rows} rows: use the "
-                            "tokenizer that belongs to it")
+        raise MismatchError(f"model {name}: its tokenizer has {last + 1} tokens, its embedding {rows} rows")
 
 
 def check_finite(values: Any, model: str) -> Any:
     """The values, a model's output. Raises CorruptError if not all are finite."""
     if not torch.as_tensor(values).isfinite().all():
-        raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
-                           "their precision: fetch it again, or use --dtype float32")
+        raise CorruptError(f"the {model} gives values that are not finite: fetch it again, or use --dtype float32")
     return values
 
 
@@ -1618,7 +1610,7 @@ class Tokens(NamedTuple):
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Tokens]:
-    """Tokens of each text by a fast tokenizer, without special ones unless the options ask for them."""
+    """Tokens of each text, without special ones unless the options ask for them."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), return_offsets_mapping=True, **{"add_special_tokens": False} | options)
@@ -1642,7 +1634,7 @@ class Embedder:
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
         self.model.to(dtype)
-        self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
+        self.queries: dict[str, np.ndarray] = {}  # retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32. See `unit_length`."""
@@ -1651,7 +1643,7 @@ class Embedder:
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
-        """Embed what `embed_query` will be asked for, which is several times as fast as one by one."""
+        """Embed what `embed_query` will be asked for: several times as fast as one by one."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
         vectors = self.unit_length(self.model.encode_query(questions, show_progress_bar=False))
@@ -1669,9 +1661,9 @@ class Embedder:
 
     def embed_with_states(self, texts: list[str],
                           batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-        """Passage vectors (N, dim), and of each passage the token states (T, dim) and where the tokens end (T,).
+        """Passage vectors (N, dim); of each passage the token states (T, dim) and where the tokens end (T,).
 
-        Ends are characters of the text, 0 for special tokens and the prompt. All from one forward pass.
+        Ends are in characters, 0 for special tokens and the prompt.
         """
         found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
         vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
@@ -1682,7 +1674,7 @@ class Embedder:
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
-    """Load a sentence-transformers model: bundled name, hub id or folder. Raises MissingError."""
+    """Raises MissingError."""
     from sentence_transformers import SentenceTransformer
 
     name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
@@ -1732,7 +1724,7 @@ def words(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def term_of(word: str) -> str | None:
-    """The index term of a word, None for a stop word. The gate asks for the same words again and again."""
+    """The index term of a word, None for a stop word."""
     return None if word in STOPWORDS else STEMMER.stemWord(word)
 
 
@@ -1742,7 +1734,7 @@ def index_terms(text: str) -> list[str]:
 
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
-    """Index texts with bm25s, and save that without pickle, with the length of each text in terms."""
+    """Index texts with bm25s, and save that with the length of each text in terms."""
     vocabulary, ids = {}, []
     for text in progress(texts, "BM25 terms", total=total, unit="passage"):
         found = [vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(text)]
@@ -1761,7 +1753,7 @@ def bm25_idf(total: int, frequency: int) -> float:
 
 
 class Bm25:
-    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together."""
+    """BM25 over the segments of an index, by the statistics of all of them together."""
 
     def __init__(self, folders: Sequence[Path]):
         self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
@@ -1783,10 +1775,10 @@ class Bm25:
         return sum(len(rows) for rows, _ in self.postings(term))
 
     def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
-        """Stored weights of a term with the idf and the mean length of all segments in place of the segment's own.
+        """A term's stored weights with the idf and the mean length of all segments in place of the segment's own.
 
-        A weight is idf c / (c + n), where c is the count of the term in the passage and n depends on the lengths.
-        So share = weight / idf gives c = n share / (1 - share), a whole number but for float32's rounding.
+        A weight is idf c / (c + n), c the term's count in the passage and n by the lengths. So share = weight / idf
+        gives c = n share / (1 - share), a whole number but for rounding.
         """
         share = weights / bm25_idf(len(self.lengths[segment]), len(rows))
         lengths = self.lengths[segment][rows]
@@ -1827,7 +1819,7 @@ def faiss_kind(requested: str, total: int) -> str:
 
 
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
-    """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
+    """An empty, trained inner-product index for vectors (N, dim)."""
     N, dim = vectors.shape
     lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
@@ -1843,7 +1835,7 @@ def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
 
 
 def tune_faiss(index: faiss.Index) -> None:
-    """Set how far a search looks around, which a saved index does not hold."""
+    """Set how far a search looks around."""
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
     if isinstance(index, faiss.IndexRefine):
@@ -1862,7 +1854,7 @@ def read_faiss(path: Path) -> faiss.Index:
 
 
 def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
-    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through."""
+    """{row: score} of the nearest vectors, best first, rows numbered through."""
     found, start = [], 0
     for index in indexes:
         scores, rows = index.search(query, min(topk, index.ntotal))
@@ -1875,8 +1867,8 @@ def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -
 def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
     """Reciprocal rank fusion of {row: score}: (row, sum of 1 / (60 + rank)), best first.
 
-    Equal scores share a rank, so that no order of the corpus decides between them; equal sums follow the scores of the
-    first ranking, then of the next. Example: [{7: .9, 3: .5, 4: .5}, {3: 2.0}] -> 3: 1/62 + 1/61, 7: 1/61, 4: 1/62
+    Equal scores share a rank; equal sums follow the scores of the first ranking, then of the next.
+    Example: [{7: .9, 3: .5, 4: .5}, {3: 2.0}] -> 3: 1/62 + 1/61, 7: 1/61, 4: 1/62
     """
     fused: dict[int, float] = {}
     for ranking in rankings:
@@ -1890,7 +1882,7 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
 
 
 class ChunkTable(NamedTuple):
-    """The chunks of one passage's content. Vectors are float32, or None where they are not stored."""
+    """The chunks of one passage's content. Vectors are float32, None if not stored."""
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
@@ -1943,14 +1935,14 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
 
 
 def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, dim) as int8 levels and float32 scales (N, 1), whose products are the vectors to within half a scale."""
+    """(N, dim) as int8 levels and float32 scales (N, 1); the products are off by half a scale at most."""
     vectors = vectors.astype(np.float32)
     scales = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12) / 127
     return np.rint(vectors / scales).astype(np.int8), scales
 
 
 def passage_content(title: str, text: str) -> str:
-    """What is embedded and packed: the title, if there is one, on a line before the text."""
+    """What is embedded and packed."""
     return f"{title}\n{text}" if title else text
 
 
@@ -2012,11 +2004,11 @@ class Index:
         return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
 
     def names(self, row: int) -> set[str]:
-        """The ids that positive_ids may mean a passage by: its own, and that of the document it was cut from."""
+        """The ids that positive_ids may name a passage by."""
         return {self.ids[row], self.document_id(row)}
 
     def serves(self, k: int) -> bool:
-        """Whether chunks of k tokens are runs of stored ones; the boundaries of any other k would not nest."""
+        """Whether chunks of k tokens are runs of stored ones."""
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
@@ -2037,7 +2029,7 @@ class Index:
 
 def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: str, names: Sequence[str], start: int,
               stop: int) -> None:
-    """Append to a new segment what rows start to stop - 1 of another have in the columns that share these offsets."""
+    """Append to a segment what rows start to stop - 1 of another have in the columns with these offsets."""
     edges = segment[offsets][start : stop + 1]
     columns.append_lengths(offsets, np.diff(edges))
     for name in names:
@@ -2045,7 +2037,7 @@ def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: st
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, which is created. Raises LockedError, UserError for a foreign folder."""
+    """The writers' lock of an index folder, which is created. Raises LockedError, UserError."""
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
@@ -2091,22 +2083,16 @@ def open_index(index_dir: str | None, read_all: bool = False) -> Index:
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
     """Raise MismatchError if --add names other settings than the index has."""
-    k, with_states = manifest["chunking"]["k"], manifest["chunking"]["encoder"] is not None
-    embedder = manifest["embedder"].get("name")
-    for flag, value, fits in (
-            ("k", build.k, build.k == k and with_states),
-            ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
-            ("retriever", index.retriever, index.retriever == manifest["retriever"]),
-            ("embed_model", index.embed_model, embedder is not None)):
-        if value is not None and not fits:
-            raise MismatchError(
-                f"--{flag} {value} does not fit the index, which is {manifest['retriever']} with --faiss "
-                f"{manifest['faiss']}, embedder {embedder or 'none'} and {'' if with_states else 'no '}chunk vectors "
-                f"at k = {k}: build it again")
+    chunking, has_embedder = manifest["chunking"], "name" in manifest["embedder"]
+    for flag, value, built in (
+            ("k", build.k, chunking["encoder"] and chunking["k"]), ("faiss", build.faiss, manifest["faiss"]),
+            ("retriever", index.retriever, manifest["retriever"]),
+            ("embed_model", index.embed_model, index.embed_model if has_embedder else None)):
+        if value not in (None, "auto", built):
+            raise MismatchError(f"--{flag} {value} does not fit the index, which has {built or 'none'}: build it again")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
-    """Raise MismatchError unless the index was built with this embedder's weights and settings."""
     if manifest["embedder"].get("fingerprint") != embedder.fingerprint:
         raise MismatchError(f"the index was built with embedder {manifest['embedder'].get('name')}, not with these "
                             f"weights of {embedder.name}: use the same --embed_model or build the index again")
@@ -2114,7 +2100,7 @@ def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
 
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
-    """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
+    """Passage vectors (N, dim) and chunk tables of contents, for the index or on the fly."""
     k, tokenizer, encoder = chunking
     prepared = [tokenizer.neutralize(content) for content in contents]
     cuts = tokenizer.cut(prepared, k)
@@ -2147,8 +2133,8 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
 class IndexBuild:
     """Builds a segment of an index beside the current ones, in three passes, and makes it current.
 
-    What the models compute is kept on disk block by block, so that a killed build goes on where it stood. A block is
-    named by a digest of its contents, models and precision, so that no other is taken for it.
+    What models compute is kept on disk in blocks, named by digests of contents, models and precision, so that a killed
+    build goes on where it stood.
     """
 
     def __init__(self, path: Path, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
@@ -2220,7 +2206,7 @@ class IndexBuild:
         return kept, taken
 
     def add(self, columns: ColumnWriter, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
+        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord."""
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
         parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
         ids = [f"{record.id}#{part}" if part else record.id for part in parts]
@@ -2234,7 +2220,7 @@ class IndexBuild:
         columns.append("parts", np.asarray(parts, dtype=np.uint32))
 
     def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a new document or piece has this id already. where: the place of another."""
+        """Raise BadRecord if a new document or piece has this id. where: of another."""
         if first := self.places.get(identifier):
             raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
@@ -2254,7 +2240,7 @@ class IndexBuild:
         return documents, rows
 
     def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
-        """Second pass: write chunks and vectors (a temporary file) of the first `count` passages and of those taken."""
+        """Second pass: write chunks and vectors (a temporary file) of the `count` new passages and those taken."""
         if finished := len(list(self.finished.glob("*.npz"))):
             notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages need not be embedded again")
         if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -2272,7 +2258,7 @@ class IndexBuild:
                     columns.append("vectors", self.previous.faiss[number].reconstruct_n(start, stop - start))
 
     def embed_share(self, folder: Path | None = None, count: int = 0) -> None:
-        """What each launched process does: embed its share, of the folder and the count that the first one names."""
+        """What each launched process does: embed its share, of the folder and count that the first names."""
         from accelerate.utils import broadcast_object_list
 
         if not self.computes:
@@ -2340,19 +2326,14 @@ class IndexBuild:
         """Make a manifest's segments the index in one step; remove all other segments and what killed writers left."""
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
-            built = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime))
-            facts = "which cannot be read"
-            with contextlib.suppress(RefragError):
-                old = index_manifest(self.path)
-                facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
-            notice(f"this replaces the index in {self.path} ({facts}, built {built}): --add would add to it")
+            notice(f"this replaces the index in {self.path}: --add would add to it")
         older = self.previous.manifest["files"] if self.previous is not None else {}
         known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
         try:
             write_manifest(final, new, manifest, known=known)
         finally:
             current = {folder for folder in self.path.glob("gen-*") if folder != new}
-            with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and was not replaced
+            with contextlib.suppress(OSError, RefragError):  # there may be none, or a damaged one
                 current = {self.path / segment["folder"] for segment in read_manifest(final)["segments"]}
             for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - current:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -2369,7 +2350,7 @@ class Passage:
     id: str
     title: str
     text: str
-    score: float  # what it is ranked by: the fused ranks, or the reranker's score
+    score: float  # of the fused ranks, or the reranker's
     rank: int
     document_id: str
     scores: dict[str, float] = field(default_factory=dict)  # of the retrievers that found it
@@ -2415,7 +2396,7 @@ class Searcher:
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
-        """The best `topk` passages, without repeats; fewer when the corpus is smaller."""
+        """The best `topk` passages, without repeats."""
         depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
         index, passages = self.index, []
         while True:
