@@ -5284,10 +5284,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Every id that ends an answer: the model's (one or several), the tokenizer's, and the usual end-of-turn marks."""
-    ids: set[int] = set()
-    for source in (getattr(decoder, "generation_config", None), decoder.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        ids |= set(value) if isinstance(value, (list, tuple)) else {value}
+    sources = (getattr(decoder, "generation_config", None), decoder.config, tokenizer)
+    ids = {number for source in sources for number in np.atleast_1d(getattr(source, "eos_token_id", None)).tolist()}
     names = {"<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "</s>"}
     added = getattr(tokenizer, "added_tokens_decoder", {})
     ids |= {number for number, token in added.items() if token.special and token.content in names}
@@ -5340,10 +5338,8 @@ def settled_length(text: str) -> int:
 
 
 class TextStream:
-    """Turns the growing tokens of an answer into text, and shows it once it cannot change any more.
-
-    Held back are an unfinished character, a citation at the end, which `cite` may replace, and a begun stop string.
-    """
+    """Turns the growing tokens of an answer into text, and shows it once it cannot change: without an unfinished
+    character, a citation at the end, which `cite` may replace, or a begun stop string."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], write: Writer):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
@@ -5385,7 +5381,7 @@ def holds_answer(text: str, truths: Sequence[str]) -> bool:
 
 
 def abstains(reply: str) -> bool:
-    """Whether a reply says that the documents do not hold the answer, or says nothing."""
+    """Whether a reply refuses to answer, or says nothing."""
     return not reply.strip() or holds_answer(reply, [NO_ANSWER])
 
 
@@ -5456,12 +5452,11 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
          stops: Sequence[str] = ()) -> tuple[str, str | None]:
     """(the answer with its citation, the label if it was not the decoder's own).
 
-    labels: of all documents; seen: the contents of those that were read, by label. The first of these cases counts:
-    - the answer is a refusal, or no document was read: nothing is cited
+    labels: of all documents; seen: the contents of those that were read, by label. The first case that applies counts:
+    - a refusal, or no document was read: nothing is cited
     - one document alone holds the answer, which is not yes or no: that one is cited
-    - the answer ends within a citation of a document that was read: it is completed
-    - the answer names given documents: it stays as it is
-    - else the decoder chooses
+    - the answer ends within the citation of a document that was read: it is completed
+    - the answer names given documents: it stays as it is; if it names none, the decoder chooses
     """
     _, plain, begun, cited = parse_citations(answer, labels)
     bare = parse_citations(plain, labels).bare
@@ -5525,11 +5520,11 @@ class Reading:
     @functools.cached_property
     def how_read(self) -> dict[str, str]:
         """How the decoder read each document, by label: "text", "partly" as text, "vectors", or "left out"."""
-        prompt, how = self.context.prompt, {}
-        compressed = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
+        chunks, how = self.context.prompt.chunks, {}
+        compressed = {chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
         for number, label in enumerate(self.labels):
-            kept = [self.kept[chunk.first : chunk.last].tolist() for chunk in prompt.chunks if chunk.doc == number]
-            how[label] = ("text" if all(map(all, kept)) else "partly" if any(map(any, kept))
+            kept = [kept for chunk in chunks if chunk.doc == number for kept in self.kept[chunk.first : chunk.last]]
+            how[label] = ("text" if all(kept) else "partly" if any(kept)
                           else "vectors" if number in compressed else "left out")
         return how
 
@@ -5559,8 +5554,8 @@ class Pipeline:
     @functools.cached_property
     def trained_gates(self) -> dict[str, QueryGate]:
         """The gates with weights. Raises MismatchError if the checkpoint's are for another embedder."""
-        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
-        return {name: gate.to(self.device) for name, gate in gates.items() if gate is not None}
+        return {name: gate.to(self.device) for name, kind in TRAINED_GATES.items()
+                if (gate := load_gate(self.model, kind, self.embedder)) is not None}
 
     def settings_for(self, **changes: Any) -> Settings:
         """The pipeline's settings with other values of some fields, --gate and --compressed settled."""
@@ -5573,12 +5568,10 @@ class Pipeline:
         return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
-        """Passages for a question; none without an index or in mode none."""
         searches = self.searcher is not None and settings.mode != "none"
         return self.searcher.search(item["question"], settings.topk, settings.hops) if searches else []
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
-        """A question over its passages, or over the documents that stand in --prompt."""
         k, ctx_max = settings.k, settings.ctx_max
         if settings.prompt is not None:
             return read_context(self.tokenizer, item["question"], k, ctx_max)
@@ -5592,7 +5585,7 @@ class Pipeline:
         return built["encoder"] if built and self.model.encoder.serves(k, built["k"]) else None
 
     def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
-        """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
+        """Documents with the embedder's vectors (gate) or the encoder's states, computed if not stored."""
         lacking = [i for i, doc in enumerate(docs) if (doc.chunks.embeddings if gate else doc.chunks.states) is None]
         if not lacking:
             return docs
@@ -5602,7 +5595,7 @@ class Pipeline:
         return [doc._replace(chunks=filled.get(i, doc.chunks)) for i, doc in enumerate(docs)]
 
     def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
-        """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
+        """(the gate's scores (L,), what it looked at); zeros and None if there is no choice to make."""
         docs, query, gate = context.docs, None, settings.gate
         if not docs or gate == "none" or settings.mode not in ("refrag", "truncate") or not 0 < settings.p < 1:
             return np.zeros(len(context.prompt.chunks)), None
@@ -5629,7 +5622,7 @@ class Pipeline:
     def check_window(self, positions: int, settings: Settings) -> None:
         """Raise TooLongError unless prompt, answer and a citation after it fit what the decoder was built for."""
         citation = CITATION_TOKENS if settings.cite and settings.mode != "none" else 0
-        if self.model.window is not None and positions + settings.max_new + citation > self.model.window:
+        if positions + settings.max_new + citation > (self.model.window or math.inf):
             more = f" and a citation {citation}" if citation else ""
             raise TooLongError(
                 f"the prompt takes {positions} positions, --max_new {settings.max_new}{more}; the decoder's window is "
@@ -5656,7 +5649,7 @@ class Pipeline:
 
     @functools.cached_property
     def batches(self) -> bool:
-        """Whether questions can be decoded together: recurrent layers, which keep no keys, would read the padding."""
+        """Whether answers can be decoded together: recurrent layers, which keep no keys, would read the padding."""
         _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
         return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
 
@@ -5675,9 +5668,8 @@ class Pipeline:
         if len(readings) > 1 and not self.batches:
             return [self.generate([one], [write])[0] for one, write in zip(readings, writers, strict=True)]
         decoder, watch = self.model.decoder, Stopwatch(self.device)
-        if settings.show_prompt:
-            for reading in readings:
-                notice(show_plan(reading.context, reading.plan, self.tokenizer))
+        for reading in readings if settings.show_prompt else ():
+            notice(show_plan(reading.context, reading.plan, self.tokenizer))
         streams = [TextStream(self.tokenizer.decoder, settings.stop, write) for write in writers]
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, [reading.inputs for reading in readings])
@@ -5700,9 +5692,9 @@ class Pipeline:
             if settings.cite and reading.labels:
                 seen = {doc.label: doc.content for doc in reading.context.docs
                         if reading.how_read[doc.label] != "left out"}
-                pending = [] if out.ended else out.tokens[-1:]  # sampled, but not fed
-                answer, chosen = cite(answer, reading.labels, seen,
-                                      functools.partial(let_decoder_cite, row, pending, list(seen)), settings.stop)
+                pending = [] if out.ended else out.tokens[-1:]
+                choose = functools.partial(let_decoder_cite, row, pending, list(seen))
+                answer, chosen = cite(answer, reading.labels, seen, choose, settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
             results.append(self.result(reading, out, answer, chosen, kv_bytes))
             stream.show(answer)
@@ -5728,7 +5720,7 @@ class Pipeline:
                 "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
     def explain(self, reading: Reading) -> list[dict[str, Any]]:
-        """For each chunk why it stays text or not, and the shares of its score by group of features."""
+        """For each chunk why it stays text or not, and what each group of features adds to its score."""
         settings, shares = reading.settings, {}
         reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
         if settings.mode == "refrag" and reading.given is not None:
@@ -5739,7 +5731,6 @@ class Pipeline:
                 for i, why in enumerate(reasons)]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
-        """Times of an answer, in seconds, and its sizes."""
         prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
         later, steps, total = out.times[-1] - out.times[0], len(out.times) - 1, prompt.context_tokens
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
@@ -5752,7 +5743,7 @@ class Pipeline:
                 "stages": stages, "load_s": round(self.load_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
     def describe(self, settings: Settings) -> dict[str, Any]:
-        """What the answer depends on: a file of results that is continued must share all of it."""
+        """What an answer depends on; a file of results that is continued must share it."""
         config, stepper = self.model.config, self.stepper
         named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "hops", "rerank", "max_new",
                  "temperature", "top_p", "cite")
@@ -5767,7 +5758,7 @@ class Pipeline:
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
                   models: ModelConfig, runtime: RuntimeConfig) -> Pipeline:
-    """Load everything an answer needs, and warm it up. The time goes into load_s, never into an answer's times."""
+    """Load what an answer needs, and warm it up. The time goes into load_s, not into an answer's times."""
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
@@ -5787,17 +5778,17 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         pipeline.answer("warm up" if needs_index else "warm up <doc id='1'>warm up</doc>", topk=1, max_new=2,
                         temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset())
     pipeline.load_s = time.perf_counter() - start
-    if not model.trained and pack.mode == "refrag":
+    if pack.mode == "refrag" and not model.trained:
         how = ("chunk vectors are plain means of token embeddings" if pipeline.settings.compressed == "feed" else
                "compressed chunks are left out (--compressed feed feeds them as means of token embeddings)")
         notice(f"the projector is untrained: {how}{for_others(models)}")
-    if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
+    elif pack.mode == "refrag" and pack.k > model.config.compression:
         notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
 
 
 def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
-    """The pipeline of `generate`, with its flags as keywords: an index and the models are loaded and warmed up.
+    """Load the pipeline of `generate`, whose flags are the keywords.
 
     Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
     """
