@@ -1121,7 +1121,7 @@ CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it
 
 
 class Record(NamedTuple):
-    """One document of a corpus, before splitting."""
+    """A document of a corpus."""
 
     id: str
     title: str
@@ -1563,8 +1563,8 @@ def hub_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        raise MissingError(f"model {name} could not be loaded ({one_line(error)[:300]}): "
-                           f"check the name and the network, or use one of {', '.join(BUNDLED)}") from error
+        told = f"model {name} could not be loaded ({one_line(error)[:300]}): check the name and the network"
+        raise MissingError(told) from error
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
@@ -1882,7 +1882,7 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
 
 
 class ChunkTable(NamedTuple):
-    """The chunks of one passage's content. Vectors are float32, None if not stored."""
+    """The chunks of one passage. Vectors are float32, None if not stored."""
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
@@ -1898,7 +1898,6 @@ class Chunking(NamedTuple):
     encoder: Any = None  # a ChunkEncoder; None: no states
 
     def facts(self) -> dict[str, Any]:
-        """What an index's manifest says of its chunks."""
         return {"k": self.k, "tokenizer": self.tokenizer.fingerprint,
                 "encoder": self.encoder and self.encoder.fingerprint}
 
@@ -2057,7 +2056,7 @@ def has_shape(value: Any, shape: Any) -> bool:
 
 
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
-    """An index's manifest. Raises UserError, CorruptError, MismatchError."""
+    """Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
@@ -2071,7 +2070,7 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
 
 
 def open_index(index_dir: str | None, read_all: bool = False) -> Index:
-    """Open and verify an index. read_all: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
+    """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
     manifest = index_manifest(index_dir)
     try:
         return Index(Path(index_dir), manifest, read_all)
@@ -2094,8 +2093,8 @@ def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildC
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
     if manifest["embedder"].get("fingerprint") != embedder.fingerprint:
-        raise MismatchError(f"the index was built with embedder {manifest['embedder'].get('name')}, not with these "
-                            f"weights of {embedder.name}: use the same --embed_model or build the index again")
+        raise MismatchError(f"the index was built with {manifest['embedder'].get('name')}, not with these weights of "
+                            f"{embedder.name}: use the same --embed_model or build the index again")
 
 
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
@@ -2114,10 +2113,10 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
-    """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
+    """(segments that stay, what becomes part of a new one: of segments with replaced rows the others).
 
-    With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is copied only when its segment at least doubles.
+    With MOST_SEGMENTS also the fewest last ones that together are smaller than the one before, so that a passage is
+    copied only when its segment at least doubles.
     """
     sizes = [segment["passages"] for segment in previous.manifest["segments"]]
     cut = len(sizes)
@@ -2242,7 +2241,7 @@ class IndexBuild:
     def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
         """Second pass: write chunks and vectors (a temporary file) of the `count` new passages and those taken."""
         if finished := len(list(self.finished.glob("*.npz"))):
-            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages need not be embedded again")
+            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages are embedded already")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             self.embed_share(folder, count)
         with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
@@ -2277,10 +2276,10 @@ class IndexBuild:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
 
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+        """The columns of N passages with L chunks in all: read, or if that fails computed and kept.
 
         lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
-        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16; without what no model makes.
         """
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
@@ -2323,7 +2322,7 @@ class IndexBuild:
         return built
 
     def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
-        """Make a manifest's segments the index in one step; remove all other segments and what killed writers left."""
+        """Make a manifest's segments the index in one step; remove all others and what killed writers left."""
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
             notice(f"this replaces the index in {self.path}: --add would add to it")
@@ -2362,7 +2361,7 @@ class Passage:
 
 
 class Searcher:
-    """Finds passages in an index, by one retriever or several fused."""
+    """Finds passages by one retriever or several fused."""
 
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
         uses = RETRIEVERS[retriever]
@@ -2380,9 +2379,8 @@ class Searcher:
             found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
         return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
-    def candidates(self, question: str, depth: int,
-                   hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
-        """(row, score) over all hops, best first, and what each hop found."""
+    def candidates(self, question: str, depth: int, hops: int) -> tuple[list[tuple[int, float]], list[dict]]:
+        """(row, score) over all hops, best first, and what `find` gave at each."""
         found, rankings, used, query = [], [], set(), question
         for _ in range(hops):
             found.append(self.find(query, depth))
