@@ -1104,17 +1104,17 @@ CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it
 
 
 class Record(NamedTuple):
-    """One document of a corpus, before splitting."""
+    """A document of a corpus."""
 
     id: str
     title: str
     text: str
-    where: str  # file:line, in an array file:number; only the file if all of it is one document
-    metadata: str = ""  # the record's other fields as a JSON object, empty if there are none
+    where: str  # file:line, in an array file:number, of a whole document the file
+    metadata: str = ""  # other fields as a JSON object
 
 
 class BadRecord(UserError):
-    """An error that --errors skip passes over."""
+    """What --errors skip passes over."""
 
 
 @contextlib.contextmanager
@@ -1151,7 +1151,7 @@ class TextFile:
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     def decoded(self, raw: bytes, number: int, encoding: str) -> str:
-        """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
+        """The bytes from line `number` on as text. Raises BadRecord unless --errors is replace."""
         try:
             return raw.decode(encoding)
         except UnicodeDecodeError as error:
@@ -1200,7 +1200,7 @@ class TextFile:
         known, names = {*ID_FIELDS, *fields, "title"}, []
         while True:
             line = first + rows.line_num
-            with skipping(self.errors if names else "", self.counts):  # without its header no row can be read
+            with skipping(self.errors if names else "", self.counts):  # no row without the header
                 try:
                     row = next(rows, None)
                 except csv.Error as error:
@@ -1211,16 +1211,15 @@ class TextFile:
                 elif not names or row is None:
                     return
                 elif len(row) > len(names):
-                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                    "quote cells that contain the separator")
+                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}")
                 elif any(row):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
     def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
-        """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
+        """(whether they are records in JSON rather than text, the number and text of each).
 
-        .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
-        of an array, which is read whole; and all of a .json or .jsonl, so that a broken first line is no passage.
+        Records are the rows of .csv and .tsv, all of .json and .jsonl, and of any file that begins with an object: one
+        per line, a single one, or those of an array, which is read whole.
         """
         if self.suffix in TABLES:
             return True, self.table(fields)
@@ -1247,7 +1246,7 @@ def parsed(text: str) -> Any:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object. Raises BadRecord that names file and line."""
+    """Raises BadRecord."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1258,13 +1257,13 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
 
 
 def check_string(value: Any, name: str, where: str) -> str:
-    """A field that must be a string of valid Unicode. Raises BadRecord."""
+    """A string of valid Unicode. Raises BadRecord."""
     if not isinstance(value, str):
         raise BadRecord(f"{where}: {name} must be a string, got {type(value).__name__}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord(f"{where}: {name} holds half of a surrogate pair, which is no character") from None
+        raise BadRecord(f"{where}: {name} holds half of a surrogate pair") from None
     return value
 
 
@@ -1279,7 +1278,7 @@ def pop_id(item: dict[str, Any], default: str, where: str) -> str:
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
-    """The first of some field names that a record has. Raises BadRecord that names the record's keys."""
+    """The first of `names` among a record's keys. Raises BadRecord."""
     found = next((name for name in names if name in keys), None)
     if found is None:
         others, has = ", ".join(names[1:]), ", ".join(keys)[:300] or "none"
@@ -1305,9 +1304,8 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. Within a source,
-    the label is that source's with the path inside it. A pipe is another source each time.
-    Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path of an index's sources; receives this one. Inside a source, its label and the path inside.
+    A pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
     path, place = Path(os.path.abspath(name)), ""
     if name == "-" or not (path.is_file() or path.is_dir()):
@@ -1327,10 +1325,7 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, each once; those in folders that are of other kinds). Hidden files and folders are left out.
-
-    sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
-    """
+    """(the files to read, each once; those of other kinds in folders), but for hidden ones. Raises UserError."""
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
@@ -1352,9 +1347,9 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document.
+    """The records of a file; of text its lines, but Markdown, and any text in a folder, is one document.
 
-    In a folder, and with --errors skip anywhere, a bad record or unreadable file is skipped, counted and named.
+    In a folder, as with --errors skip, a bad record or unreadable file is skipped, counted and named.
     """
     path, label, in_folder = file
     errors += " skip" * in_folder
@@ -1394,7 +1389,7 @@ class TrainingText(NamedTuple):
 
 
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError that names file and line."""
+    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
             where = f"{name}:{number}"
@@ -1403,7 +1398,7 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
             if not isinstance(text, list):
                 text = check_string(text, "text", where)
             elif not all(type(token) is int and 0 <= token < 2**31 for token in text):
-                raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
+                raise BadRecord(f"{where}: tokens must be whole numbers from 0 to 2**31 - 1")
             split = {} if item.get("split") is None else item["split"]
             sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
             if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
@@ -1416,8 +1411,8 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
-    token_ends: where each token of the text ends. A piece ends after a sentence, else after a word, when one ends in
-    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
+    token_ends: in characters. A piece ends after a sentence, else after a word, if one ends in its last quarter.
+    Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
     """
     if len(token_ends) <= size:
         return [(0, len(text))]
@@ -1452,8 +1447,7 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    needs: which of `answers` (empty: there is none) and `positive_ids`, which becomes a list, are checked and must be
-    there; a question without an answer needs no ids. Raises UserError.
+    needs: which of `answers` and `positive_ids` must be there; with answers [], no ids need be. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1487,7 +1481,7 @@ def sample_evenly(items: Sequence, limit: int | None) -> Sequence:
 
 
 def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None, source: str) -> list[dict[str, Any]]:
-    """The questions with something in `answers` or `positive_ids`, at most `limit`, evenly spread. Raises UserError."""
+    """The questions with something in `answers` or `positive_ids`, at most `limit`. Raises UserError."""
     found = [item for item in questions if item[label]]
     if len(found) < len(questions):
         notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
@@ -1512,14 +1506,14 @@ RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
-CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
+CHUNK_UNIT = 4  # tokens; larger chunks are built from runs of so many, so that small ones nest in them
 QUERY_BATCH = 64  # questions embedded together
-EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
+EMBED_BLOCK = 256  # passages embedded at once, sorted by length inside
 STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
 CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
 FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
+Run = tuple[int, int, int]  # neighbouring rows: the segment's number, the first, the one after the last
 INDEX_SHAPE = {
     "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
     "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
@@ -1538,13 +1532,13 @@ def model_path(name: str) -> str:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
     if not path.is_dir() and (looks_local or path.is_file()):
-        raise MissingError(f"model folder {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
+        raise MissingError(f"model {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
     return str(path) if path.is_dir() else name
 
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Failures to load a model as MissingError, damaged weights as CorruptError."""
+    """Raises MissingError if a model cannot be loaded, CorruptError if its weights are damaged."""
     try:
         yield
     except SafetensorError as error:
@@ -1552,12 +1546,12 @@ def hub_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        raise MissingError(f"model {name} could not be loaded ({one_line(error)[:300]}): "
-                           f"check the name and the network, or use one of {', '.join(BUNDLED)}") from error
+        told = f"model {name} could not be loaded ({one_line(error)[:300]}): check the name and the network"
+        raise MissingError(told) from error
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
-    """Short digest of a module's weights (names, shapes, 256 values of each) and some facts about their use."""
+    """Digest of a module's weights (names, shapes, 256 values of each) and of facts about their use."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
         picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
@@ -1569,8 +1563,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None if transformers does not know it. around: puts around a text what always surrounds it; no other special
-    tokens are fed, so that those may lie beyond the embedding, as many a padding token does.
+    model: None if transformers does not know it. around: adds what always surrounds a text; other special tokens, such
+    as padding, are never fed and may lie beyond the embedding.
     """
     if model is None:
         return
@@ -1580,15 +1574,13 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
     special = {number for number, token in added.items() if token.special}
     last = max({*tokenizer.get_vocab().values()} - special | {*tokenizer(around("a"))["input_ids"]})
     if last >= rows:
-        raise MismatchError(f"model {name}: its tokenizer has {last + 1} tokens, its embedding {rows} rows: use the "
-                            "tokenizer that belongs to it")
+        raise MismatchError(f"model {name}: its tokenizer has {last + 1} tokens, its embedding {rows} rows")
 
 
 def check_finite(values: Any, model: str) -> Any:
     """The values, a model's output. Raises CorruptError if not all are finite."""
     if not torch.as_tensor(values).isfinite().all():
-        raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
-                           "their precision: fetch it again, or use --dtype float32")
+        raise CorruptError(f"the {model} gives values that are not finite: fetch it again, or use --dtype float32")
     return values
 
 
@@ -1601,7 +1593,7 @@ class Tokens(NamedTuple):
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Tokens]:
-    """Tokens of each text by a fast tokenizer, without special ones unless the options ask for them."""
+    """Tokens of each text, without special ones unless the options ask for them."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), return_offsets_mapping=True, **{"add_special_tokens": False} | options)
@@ -1625,7 +1617,7 @@ class Embedder:
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
         self.model.to(dtype)
-        self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
+        self.queries: dict[str, np.ndarray] = {}  # retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32. See `unit_length`."""
@@ -1634,7 +1626,7 @@ class Embedder:
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
-        """Embed what `embed_query` will be asked for, which is several times as fast as one by one."""
+        """Embed what `embed_query` will be asked for: several times as fast as one by one."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
         vectors = self.unit_length(self.model.encode_query(questions, show_progress_bar=False))
@@ -1652,9 +1644,9 @@ class Embedder:
 
     def embed_with_states(self, texts: list[str],
                           batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-        """Passage vectors (N, dim), and of each passage the token states (T, dim) and where the tokens end (T,).
+        """Passage vectors (N, dim); of each passage the token states (T, dim) and where the tokens end (T,).
 
-        Ends are characters of the text, 0 for special tokens and the prompt. All from one forward pass.
+        Ends are in characters, 0 for special tokens and the prompt.
         """
         found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
         vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
@@ -1665,7 +1657,7 @@ class Embedder:
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
-    """Load a sentence-transformers model: bundled name, hub id or folder. Raises MissingError."""
+    """Raises MissingError."""
     from sentence_transformers import SentenceTransformer
 
     name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
@@ -1715,7 +1707,7 @@ def words(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def term_of(word: str) -> str | None:
-    """The index term of a word, None for a stop word. The gate asks for the same words again and again."""
+    """The index term of a word, None for a stop word."""
     return None if word in STOPWORDS else STEMMER.stemWord(word)
 
 
@@ -1725,7 +1717,7 @@ def index_terms(text: str) -> list[str]:
 
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
-    """Index texts with bm25s, and save that without pickle, with the length of each text in terms."""
+    """Index texts with bm25s, and save that with the length of each text in terms."""
     vocabulary, ids = {}, []
     for text in progress(texts, "BM25 terms", total=total, unit="passage"):
         found = [vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(text)]
@@ -1744,7 +1736,7 @@ def bm25_idf(total: int, frequency: int) -> float:
 
 
 class Bm25:
-    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together."""
+    """BM25 over the segments of an index, by the statistics of all of them together."""
 
     def __init__(self, folders: Sequence[Path]):
         self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
@@ -1766,10 +1758,10 @@ class Bm25:
         return sum(len(rows) for rows, _ in self.postings(term))
 
     def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
-        """Stored weights of a term with the idf and the mean length of all segments in place of the segment's own.
+        """A term's stored weights with the idf and the mean length of all segments in place of the segment's own.
 
-        A weight is idf c / (c + n), where c is the count of the term in the passage and n depends on the lengths.
-        So share = weight / idf gives c = n share / (1 - share), a whole number but for float32's rounding.
+        A weight is idf c / (c + n), c the term's count in the passage and n by the lengths. So share = weight / idf
+        gives c = n share / (1 - share), a whole number but for rounding.
         """
         share = weights / bm25_idf(len(self.lengths[segment]), len(rows))
         lengths = self.lengths[segment][rows]
@@ -1810,7 +1802,7 @@ def faiss_kind(requested: str, total: int) -> str:
 
 
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
-    """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
+    """An empty, trained inner-product index for vectors (N, dim)."""
     N, dim = vectors.shape
     lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
@@ -1826,7 +1818,7 @@ def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
 
 
 def tune_faiss(index: faiss.Index) -> None:
-    """Set how far a search looks around, which a saved index does not hold."""
+    """Set how far a search looks around."""
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
     if isinstance(index, faiss.IndexRefine):
@@ -1845,7 +1837,7 @@ def read_faiss(path: Path) -> faiss.Index:
 
 
 def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
-    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through."""
+    """{row: score} of the nearest vectors, best first, rows numbered through."""
     found, start = [], 0
     for index in indexes:
         scores, rows = index.search(query, min(topk, index.ntotal))
@@ -1858,8 +1850,8 @@ def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -
 def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
     """Reciprocal rank fusion of {row: score}: (row, sum of 1 / (60 + rank)), best first.
 
-    Equal scores share a rank, so that no order of the corpus decides between them; equal sums follow the scores of the
-    first ranking, then of the next. Example: [{7: .9, 3: .5, 4: .5}, {3: 2.0}] -> 3: 1/62 + 1/61, 7: 1/61, 4: 1/62
+    Equal scores share a rank; equal sums follow the scores of the first ranking, then of the next.
+    Example: [{7: .9, 3: .5, 4: .5}, {3: 2.0}] -> 3: 1/62 + 1/61, 7: 1/61, 4: 1/62
     """
     fused: dict[int, float] = {}
     for ranking in rankings:
@@ -1873,7 +1865,7 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
 
 
 class ChunkTable(NamedTuple):
-    """The chunks of one passage's content. Vectors are float32, or None where they are not stored."""
+    """The chunks of one passage. Vectors are float32, None if not stored."""
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
@@ -1889,7 +1881,6 @@ class Chunking(NamedTuple):
     encoder: Any = None  # a ChunkEncoder; None: no states
 
     def facts(self) -> dict[str, Any]:
-        """What an index's manifest says of its chunks."""
         return {"k": self.k, "tokenizer": self.tokenizer.fingerprint,
                 "encoder": self.encoder and self.encoder.fingerprint}
 
@@ -1926,14 +1917,14 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
 
 
 def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, dim) as int8 levels and float32 scales (N, 1), whose products are the vectors to within half a scale."""
+    """(N, dim) as int8 levels and float32 scales (N, 1); the products are off by half a scale at most."""
     vectors = vectors.astype(np.float32)
     scales = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12) / 127
     return np.rint(vectors / scales).astype(np.int8), scales
 
 
 def passage_content(title: str, text: str) -> str:
-    """What is embedded and packed: the title, if there is one, on a line before the text."""
+    """What is embedded and packed."""
     return f"{title}\n{text}" if title else text
 
 
@@ -1995,11 +1986,11 @@ class Index:
         return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
 
     def names(self, row: int) -> set[str]:
-        """The ids that positive_ids may mean a passage by: its own, and that of the document it was cut from."""
+        """The ids that positive_ids may name a passage by."""
         return {self.ids[row], self.document_id(row)}
 
     def serves(self, k: int) -> bool:
-        """Whether chunks of k tokens are runs of stored ones; the boundaries of any other k would not nest."""
+        """Whether chunks of k tokens are runs of stored ones."""
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
@@ -2020,7 +2011,7 @@ class Index:
 
 def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: str, names: Sequence[str], start: int,
               stop: int) -> None:
-    """Append to a new segment what rows start to stop - 1 of another have in the columns that share these offsets."""
+    """Append to a segment what rows start to stop - 1 of another have in the columns with these offsets."""
     edges = segment[offsets][start : stop + 1]
     columns.append_lengths(offsets, np.diff(edges))
     for name in names:
@@ -2028,7 +2019,7 @@ def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: st
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, which is created. Raises LockedError, UserError for a foreign folder."""
+    """The writers' lock of an index folder, which is created. Raises LockedError, UserError."""
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
@@ -2048,7 +2039,7 @@ def has_shape(value: Any, shape: Any) -> bool:
 
 
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
-    """An index's manifest. Raises UserError, CorruptError, MismatchError."""
+    """Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
@@ -2062,7 +2053,7 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
 
 
 def open_index(index_dir: str | None, read_all: bool = False) -> Index:
-    """Open and verify an index. read_all: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
+    """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
     manifest = index_manifest(index_dir)
     try:
         return Index(Path(index_dir), manifest, read_all)
@@ -2074,30 +2065,24 @@ def open_index(index_dir: str | None, read_all: bool = False) -> Index:
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
     """Raise MismatchError if --add names other settings than the index has."""
-    k, with_states = manifest["chunking"]["k"], manifest["chunking"]["encoder"] is not None
-    embedder = manifest["embedder"].get("name")
-    for flag, value, fits in (
-            ("k", build.k, build.k == k and with_states),
-            ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
-            ("retriever", index.retriever, index.retriever == manifest["retriever"]),
-            ("embed_model", index.embed_model, embedder is not None)):
-        if value is not None and not fits:
-            raise MismatchError(
-                f"--{flag} {value} does not fit the index, which is {manifest['retriever']} with --faiss "
-                f"{manifest['faiss']}, embedder {embedder or 'none'} and {'' if with_states else 'no '}chunk vectors "
-                f"at k = {k}: build it again")
+    chunking, has_embedder = manifest["chunking"], "name" in manifest["embedder"]
+    for flag, value, built in (
+            ("k", build.k, chunking["encoder"] and chunking["k"]), ("faiss", build.faiss, manifest["faiss"]),
+            ("retriever", index.retriever, manifest["retriever"]),
+            ("embed_model", index.embed_model, index.embed_model if has_embedder else None)):
+        if value not in (None, "auto", built):
+            raise MismatchError(f"--{flag} {value} does not fit the index, which has {built or 'none'}: build it again")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
-    """Raise MismatchError unless the index was built with this embedder's weights and settings."""
     if manifest["embedder"].get("fingerprint") != embedder.fingerprint:
-        raise MismatchError(f"the index was built with embedder {manifest['embedder'].get('name')}, not with these "
-                            f"weights of {embedder.name}: use the same --embed_model or build the index again")
+        raise MismatchError(f"the index was built with {manifest['embedder'].get('name')}, not with these weights of "
+                            f"{embedder.name}: use the same --embed_model or build the index again")
 
 
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
-    """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
+    """Passage vectors (N, dim) and chunk tables of contents, for the index or on the fly."""
     k, tokenizer, encoder = chunking
     prepared = [tokenizer.neutralize(content) for content in contents]
     cuts = tokenizer.cut(prepared, k)
@@ -2111,10 +2096,10 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
-    """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
+    """(segments that stay, what becomes part of a new one: of segments with replaced rows the others).
 
-    With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is copied only when its segment at least doubles.
+    With MOST_SEGMENTS also the fewest last ones that together are smaller than the one before, so that a passage is
+    copied only when its segment at least doubles.
     """
     sizes = [segment["passages"] for segment in previous.manifest["segments"]]
     cut = len(sizes)
@@ -2130,8 +2115,8 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
 class IndexBuild:
     """Builds a segment of an index beside the current ones, in three passes, and makes it current.
 
-    What the models compute is kept on disk block by block, so that a killed build goes on where it stood. A block is
-    named by a digest of its contents, models and precision, so that no other is taken for it.
+    What models compute is kept on disk in blocks, named by digests of contents, models and precision, so that a killed
+    build goes on where it stood.
     """
 
     def __init__(self, path: Path, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
@@ -2203,7 +2188,7 @@ class IndexBuild:
         return kept, taken
 
     def add(self, columns: ColumnWriter, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
+        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord."""
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
         parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
         ids = [f"{record.id}#{part}" if part else record.id for part in parts]
@@ -2217,7 +2202,7 @@ class IndexBuild:
         columns.append("parts", np.asarray(parts, dtype=np.uint32))
 
     def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a new document or piece has this id already. where: the place of another."""
+        """Raise BadRecord if a new document or piece has this id. where: of another."""
         if first := self.places.get(identifier):
             raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
@@ -2237,9 +2222,9 @@ class IndexBuild:
         return documents, rows
 
     def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
-        """Second pass: write chunks and vectors (a temporary file) of the first `count` passages and of those taken."""
+        """Second pass: write chunks and vectors (a temporary file) of the `count` new passages and those taken."""
         if finished := len(list(self.finished.glob("*.npz"))):
-            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages need not be embedded again")
+            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages are embedded already")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             self.embed_share(folder, count)
         with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
@@ -2255,7 +2240,7 @@ class IndexBuild:
                     columns.append("vectors", self.previous.faiss[number].reconstruct_n(start, stop - start))
 
     def embed_share(self, folder: Path | None = None, count: int = 0) -> None:
-        """What each launched process does: embed its share, of the folder and the count that the first one names."""
+        """What each launched process does: embed its share, of the folder and count that the first names."""
         from accelerate.utils import broadcast_object_list
 
         if not self.computes:
@@ -2274,10 +2259,10 @@ class IndexBuild:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
 
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+        """The columns of N passages with L chunks in all: read, or if that fails computed and kept.
 
         lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
-        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16; without what no model makes.
         """
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
@@ -2320,22 +2305,17 @@ class IndexBuild:
         return built
 
     def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
-        """Make a manifest's segments the index in one step; remove all other segments and what killed writers left."""
+        """Make a manifest's segments the index in one step; remove all others and what killed writers left."""
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
-            built = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime))
-            facts = "which cannot be read"
-            with contextlib.suppress(RefragError):
-                old = index_manifest(self.path)
-                facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
-            notice(f"this replaces the index in {self.path} ({facts}, built {built}): --add would add to it")
+            notice(f"this replaces the index in {self.path}: --add would add to it")
         older = self.previous.manifest["files"] if self.previous is not None else {}
         known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
         try:
             write_manifest(final, new, manifest, known=known)
         finally:
             current = {folder for folder in self.path.glob("gen-*") if folder != new}
-            with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and was not replaced
+            with contextlib.suppress(OSError, RefragError):  # there may be none, or a damaged one
                 current = {self.path / segment["folder"] for segment in read_manifest(final)["segments"]}
             for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - current:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -2352,7 +2332,7 @@ class Passage:
     id: str
     title: str
     text: str
-    score: float  # what it is ranked by: the fused ranks, or the reranker's score
+    score: float  # of the fused ranks, or the reranker's
     rank: int
     document_id: str
     scores: dict[str, float] = field(default_factory=dict)  # of the retrievers that found it
@@ -2364,7 +2344,7 @@ class Passage:
 
 
 class Searcher:
-    """Finds passages in an index, by one retriever or several fused."""
+    """Finds passages by one retriever or several fused."""
 
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
         uses = RETRIEVERS[retriever]
@@ -2382,9 +2362,8 @@ class Searcher:
             found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
         return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
-    def candidates(self, question: str, depth: int,
-                   hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
-        """(row, score) over all hops, best first, and what each hop found."""
+    def candidates(self, question: str, depth: int, hops: int) -> tuple[list[tuple[int, float]], list[dict]]:
+        """(row, score) over all hops, best first, and what `find` gave at each."""
         found, rankings, used, query = [], [], set(), question
         for _ in range(hops):
             found.append(self.find(query, depth))
@@ -2398,7 +2377,7 @@ class Searcher:
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
-        """The best `topk` passages, without repeats; fewer when the corpus is smaller."""
+        """The best `topk` passages, without repeats."""
         depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
         index, passages = self.index, []
         while True:
@@ -5289,10 +5268,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Every id that ends an answer: the model's (one or several), the tokenizer's, and the usual end-of-turn marks."""
-    ids: set[int] = set()
-    for source in (getattr(decoder, "generation_config", None), decoder.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        ids |= set(value) if isinstance(value, (list, tuple)) else {value}
+    sources = (getattr(decoder, "generation_config", None), decoder.config, tokenizer)
+    ids = {number for source in sources for number in np.atleast_1d(getattr(source, "eos_token_id", None)).tolist()}
     names = {"<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "</s>"}
     added = getattr(tokenizer, "added_tokens_decoder", {})
     ids |= {number for number, token in added.items() if token.special and token.content in names}
@@ -5345,10 +5322,8 @@ def settled_length(text: str) -> int:
 
 
 class TextStream:
-    """Turns the growing tokens of an answer into text, and shows it once it cannot change any more.
-
-    Held back are an unfinished character, a citation at the end, which `cite` may replace, and a begun stop string.
-    """
+    """Turns the growing tokens of an answer into text, and shows it once it cannot change: without an unfinished
+    character, a citation at the end, which `cite` may replace, or a begun stop string."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], write: Writer):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
@@ -5390,7 +5365,7 @@ def holds_answer(text: str, truths: Sequence[str]) -> bool:
 
 
 def abstains(reply: str) -> bool:
-    """Whether a reply says that the documents do not hold the answer, or says nothing."""
+    """Whether a reply refuses to answer, or says nothing."""
     return not reply.strip() or holds_answer(reply, [NO_ANSWER])
 
 
@@ -5461,12 +5436,11 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
          stops: Sequence[str] = ()) -> tuple[str, str | None]:
     """(the answer with its citation, the label if it was not the decoder's own).
 
-    labels: of all documents; seen: the contents of those that were read, by label. The first of these cases counts:
-    - the answer is a refusal, or no document was read: nothing is cited
+    labels: of all documents; seen: the contents of those that were read, by label. The first case that applies counts:
+    - a refusal, or no document was read: nothing is cited
     - one document alone holds the answer, which is not yes or no: that one is cited
-    - the answer ends within a citation of a document that was read: it is completed
-    - the answer names given documents: it stays as it is
-    - else the decoder chooses
+    - the answer ends within the citation of a document that was read: it is completed
+    - the answer names given documents: it stays as it is; if it names none, the decoder chooses
     """
     _, plain, begun, cited = parse_citations(answer, labels)
     bare = parse_citations(plain, labels).bare
@@ -5530,11 +5504,11 @@ class Reading:
     @functools.cached_property
     def how_read(self) -> dict[str, str]:
         """How the decoder read each document, by label: "text", "partly" as text, "vectors", or "left out"."""
-        prompt, how = self.context.prompt, {}
-        compressed = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
+        chunks, how = self.context.prompt.chunks, {}
+        compressed = {chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
         for number, label in enumerate(self.labels):
-            kept = [self.kept[chunk.first : chunk.last].tolist() for chunk in prompt.chunks if chunk.doc == number]
-            how[label] = ("text" if all(map(all, kept)) else "partly" if any(map(any, kept))
+            kept = [kept for chunk in chunks if chunk.doc == number for kept in self.kept[chunk.first : chunk.last]]
+            how[label] = ("text" if all(kept) else "partly" if any(kept)
                           else "vectors" if number in compressed else "left out")
         return how
 
@@ -5564,8 +5538,8 @@ class Pipeline:
     @functools.cached_property
     def trained_gates(self) -> dict[str, QueryGate]:
         """The gates with weights. Raises MismatchError if the checkpoint's are for another embedder."""
-        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
-        return {name: gate.to(self.device) for name, gate in gates.items() if gate is not None}
+        return {name: gate.to(self.device) for name, kind in TRAINED_GATES.items()
+                if (gate := load_gate(self.model, kind, self.embedder)) is not None}
 
     def settings_for(self, **changes: Any) -> Settings:
         """The pipeline's settings with other values of some fields, --gate and --compressed settled."""
@@ -5578,12 +5552,10 @@ class Pipeline:
         return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
-        """Passages for a question; none without an index or in mode none."""
         searches = self.searcher is not None and settings.mode != "none"
         return self.searcher.search(item["question"], settings.topk, settings.hops) if searches else []
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
-        """A question over its passages, or over the documents that stand in --prompt."""
         k, ctx_max = settings.k, settings.ctx_max
         if settings.prompt is not None:
             return read_context(self.tokenizer, item["question"], k, ctx_max)
@@ -5597,7 +5569,7 @@ class Pipeline:
         return built["encoder"] if built and self.model.encoder.serves(k, built["k"]) else None
 
     def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
-        """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
+        """Documents with the embedder's vectors (gate) or the encoder's states, computed if not stored."""
         lacking = [i for i, doc in enumerate(docs) if (doc.chunks.embeddings if gate else doc.chunks.states) is None]
         if not lacking:
             return docs
@@ -5607,7 +5579,7 @@ class Pipeline:
         return [doc._replace(chunks=filled.get(i, doc.chunks)) for i, doc in enumerate(docs)]
 
     def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
-        """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
+        """(the gate's scores (L,), what it looked at); zeros and None if there is no choice to make."""
         docs, query, gate = context.docs, None, settings.gate
         if not docs or gate == "none" or settings.mode not in ("refrag", "truncate") or not 0 < settings.p < 1:
             return np.zeros(len(context.prompt.chunks)), None
@@ -5634,7 +5606,7 @@ class Pipeline:
     def check_window(self, positions: int, settings: Settings) -> None:
         """Raise TooLongError unless prompt, answer and a citation after it fit what the decoder was built for."""
         citation = CITATION_TOKENS if settings.cite and settings.mode != "none" else 0
-        if self.model.window is not None and positions + settings.max_new + citation > self.model.window:
+        if positions + settings.max_new + citation > (self.model.window or math.inf):
             more = f" and a citation {citation}" if citation else ""
             raise TooLongError(
                 f"the prompt takes {positions} positions, --max_new {settings.max_new}{more}; the decoder's window is "
@@ -5661,7 +5633,7 @@ class Pipeline:
 
     @functools.cached_property
     def batches(self) -> bool:
-        """Whether questions can be decoded together: recurrent layers, which keep no keys, would read the padding."""
+        """Whether answers can be decoded together: recurrent layers, which keep no keys, would read the padding."""
         _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
         return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
 
@@ -5680,9 +5652,8 @@ class Pipeline:
         if len(readings) > 1 and not self.batches:
             return [self.generate([one], [write])[0] for one, write in zip(readings, writers, strict=True)]
         decoder, watch = self.model.decoder, Stopwatch(self.device)
-        if settings.show_prompt:
-            for reading in readings:
-                notice(show_plan(reading.context, reading.plan, self.tokenizer))
+        for reading in readings if settings.show_prompt else ():
+            notice(show_plan(reading.context, reading.plan, self.tokenizer))
         streams = [TextStream(self.tokenizer.decoder, settings.stop, write) for write in writers]
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, [reading.inputs for reading in readings])
@@ -5705,9 +5676,9 @@ class Pipeline:
             if settings.cite and reading.labels:
                 seen = {doc.label: doc.content for doc in reading.context.docs
                         if reading.how_read[doc.label] != "left out"}
-                pending = [] if out.ended else out.tokens[-1:]  # sampled, but not fed
-                answer, chosen = cite(answer, reading.labels, seen,
-                                      functools.partial(let_decoder_cite, row, pending, list(seen)), settings.stop)
+                pending = [] if out.ended else out.tokens[-1:]
+                choose = functools.partial(let_decoder_cite, row, pending, list(seen))
+                answer, chosen = cite(answer, reading.labels, seen, choose, settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
             results.append(self.result(reading, out, answer, chosen, kv_bytes))
             stream.show(answer)
@@ -5733,7 +5704,7 @@ class Pipeline:
                 "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
     def explain(self, reading: Reading) -> list[dict[str, Any]]:
-        """For each chunk why it stays text or not, and the shares of its score by group of features."""
+        """For each chunk why it stays text or not, and what each group of features adds to its score."""
         settings, shares = reading.settings, {}
         reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
         if settings.mode == "refrag" and reading.given is not None:
@@ -5744,7 +5715,6 @@ class Pipeline:
                 for i, why in enumerate(reasons)]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
-        """Times of an answer, in seconds, and its sizes."""
         prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
         later, steps, total = out.times[-1] - out.times[0], len(out.times) - 1, prompt.context_tokens
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
@@ -5757,7 +5727,7 @@ class Pipeline:
                 "stages": stages, "load_s": round(self.load_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
     def describe(self, settings: Settings) -> dict[str, Any]:
-        """What the answer depends on: a file of results that is continued must share all of it."""
+        """What an answer depends on; a file of results that is continued must share it."""
         config, stepper = self.model.config, self.stepper
         named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "hops", "rerank", "max_new",
                  "temperature", "top_p", "cite")
@@ -5772,7 +5742,7 @@ class Pipeline:
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
                   models: ModelConfig, runtime: RuntimeConfig) -> Pipeline:
-    """Load everything an answer needs, and warm it up. The time goes into load_s, never into an answer's times."""
+    """Load what an answer needs, and warm it up. The time goes into load_s, not into an answer's times."""
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
@@ -5792,17 +5762,17 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         pipeline.answer("warm up" if needs_index else "warm up <doc id='1'>warm up</doc>", topk=1, max_new=2,
                         temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset())
     pipeline.load_s = time.perf_counter() - start
-    if not model.trained and pack.mode == "refrag":
+    if pack.mode == "refrag" and not model.trained:
         how = ("chunk vectors are plain means of token embeddings" if pipeline.settings.compressed == "feed" else
                "compressed chunks are left out (--compressed feed feeds them as means of token embeddings)")
         notice(f"the projector is untrained: {how}{for_others(models)}")
-    if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
+    elif pack.mode == "refrag" and pack.k > model.config.compression:
         notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
 
 
 def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
-    """The pipeline of `generate`, with its flags as keywords: an index and the models are loaded and warmed up.
+    """Load the pipeline of `generate`, whose flags are the keywords.
 
     Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
     """

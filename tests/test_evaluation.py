@@ -529,17 +529,16 @@ def test_the_report_says_what_the_command_says(run_eval, tmp_path):
 
 
 class TestResuming:
-    def test_a_finished_one_is_not_measured_again(self, run_eval, tmp_path, monkeypatch):
-        first = run_eval(*OPTIONS, "--out_dir", tmp_path / "out")
-        monkeypatch.setattr(refrag, "load_pipeline", None)
-        assert run_eval(*OPTIONS, "--out_dir", tmp_path / "out", "--resume") == first
-
-    def test_modes_and_shares_may_be_added(self, run_eval, tmp_path):
+    def test_modes_and_shares_may_be_added(self, run_eval, tmp_path, monkeypatch):
+        """What is finished is not measured again."""
         base = ["--limit", 2, "--out_dir", tmp_path / "out"]
         first = run_eval(*base, "--modes", "refrag", "--p", 0.3)
-        more = run_eval(*base, "--modes", "full", "refrag", "--p", 0, 0.3, "--resume")
+        wider = [*base, "--modes", "full", "refrag", "--p", 0, 0.3, "--resume"]
+        more = run_eval(*wider)
         assert list(more["results"]["refrag"]) == ["0", "0.3"] and "full" in more["results"]
         assert more["results"]["refrag"]["0.3"]["f1"] == first["results"]["refrag"]["0.3"]["f1"]
+        monkeypatch.setattr(refrag, "load_pipeline", None)
+        assert run_eval(*wider) == more
 
     def test_questions_may_be_added(self, run_eval, tmp_path, monkeypatch):
         """Three of five hold the two that were measured first; all is as if the three had been measured at once."""
