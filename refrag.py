@@ -55,6 +55,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -149,10 +150,9 @@ LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than 
 
 def opt(default: Any, help: str, *, choices: str = "", needed: bool = False, exists: bool = False, fresh: bool = False,
         **limits: float) -> Any:
-    """A dataclass field that is also a command line option. A tuple default takes several values.
+    """A dataclass field that is also a command line option; of several values, if its default is a tuple.
 
-    needed: it must be given. Each value must be one of the choices, an existing file if `exists`, a new or empty
-    folder if `fresh`, and within the limits: low, above, high, below.
+    needed: it must be given. exists: its values are existing files. fresh: a new or empty folder. limits: see LIMITS.
     """
     assert limits.keys() <= LIMITS.keys()
     return field(default=default, metadata={"help": help, "choices": tuple(choices.split()), "needed": needed,
@@ -250,7 +250,7 @@ class ReaderConfig(ModelConfig):
 class SearchConfig(Options):
     topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "rounds; each later query adds the best new passage's title and first sentence", low=1, high=8)
+    hops: int = opt(1, "rounds; later queries add the best new passage's title and first sentence", low=1, high=8)
 
 
 class QuestionConfig(Options):
@@ -266,24 +266,24 @@ class PackConfig(Options):
     mode: str = opt("refrag", "vectors and text, all text, nothing, or cut text", choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
-    floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
+    floor: int = opt(64, "tokens that stay text at least, if --p is above 0", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: learned if it fits the embedder, else blend",
                     choices="auto learned policy blend cosine ppl random none")
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed or drop compressed chunks; auto: drop if untrained", choices="auto feed drop")
-    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first", low=1)
+    ctx_max: int = opt(4096, "context tokens at most; the last passages beyond it are left out", low=1)
 
 
 class GenerateConfig(Options):
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
-    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
+    top_p: float = opt(1.0, "nucleus sampling: the least tokens of this probability", above=0, high=1)
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
-    cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
+    cite: bool = opt(True, "if the answer cites nothing, let the decoder choose a passage")
     stream: bool = opt(True, "print the answer as it is decoded")
     show_prompt: bool = opt(False, "print the prompt, compressed chunks as [[..]]")
-    explain: bool = opt(False, "print each chunk's score, the parts of the score, and why the chunk stays text or not")
+    explain: bool = opt(False, "print each chunk's score, its parts, and why the chunk stays text or not")
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
@@ -317,24 +317,24 @@ class TrainConfig(Options):
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "letters of what is trained: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
-    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all", low=0)
+    lora_r: int = opt(0, "train the decoder through LoRA of this rank; 0: all its weights", low=0)
     steps: int = opt(1000, "optimizer steps", low=1)
     lr: float | None = opt(None, f"peak learning rate; default {LORA_LR:g} with --lora_r, else " + ", ".join(
         f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()), above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or shorter ones of the same total length", low=1)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many tokens of shorter ones", low=1)
     grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
     warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
     weight_decay: float = opt(0.01, "AdamW weight decay of matrices", low=0)
     grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
     log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
-    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last", low=0)
+    eval_every: int = opt(0, "steps between evaluations; 0: only first and last", low=0)
     eval_limit: int = opt(32, "sequences of each kind in an evaluation", low=1)
     save_every: int = opt(500, "steps between checkpoints; the last two are kept", low=1)
     resume: bool = opt(False, "continue the run in --out_dir")
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
-    activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
+    activation_checkpointing: bool = opt(False, "save memory, compute activations twice")
 
     def check(self) -> None:
         require(set(self.train or "p") <= set("ped"), f"--train must be letters of ped, got {self.train!r}")
@@ -348,7 +348,7 @@ class ReconConfig(Options):
 class NextConfig(Options):
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
+    distill: float = opt(0.0, "weight of the divergence from the untrained decoder on the full text", low=0)
 
 
 class SftConfig(Options):
@@ -390,7 +390,7 @@ class EvalConfig(Options):
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
-    limit: int | None = opt(None, "at most this many questions or texts, spread evenly; 2 n - 1 hold those of n", low=1)
+    limit: int | None = opt(None, "questions or texts at most, spread evenly; 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, quality.png and sample.md")
     resume: bool = opt(False, "continue in --out_dir; other --modes, --p and --limit of questions add to it")
 
@@ -441,23 +441,22 @@ class AnchorConfig(Options):
 
 
 class ServeConfig(Options):
-    host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
+    host: str = opt("127.0.0.1", "address to listen on; if other machines may reach it, set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
-    cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
-    together: int = opt(0, "requests in one batch; 0: 4 on a GPU, 1 on a CPU, where batches change answers", low=0)
+    cors: tuple[str, ...] = opt((), "origins whose pages may ask this server, as https://app.example")
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def check(self) -> None:
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
-                    f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
+                    f"--cors {origin}: an origin is a scheme and a host without a path")
 
 
 class ExportConfig(Options):
     out_dir: str | None = opt(None, "the folder to write", needed=True, fresh=True)
-    decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
+    decoder: bool = opt(False, "also the decoder, with its adapters merged, for transformers")
 
 
 class DoctorConfig(Options):
@@ -502,7 +501,7 @@ def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field,
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError instead of exiting, and proposes the flag that was meant."""
+    """Raises UserError with the flag that was meant."""
 
     def error(self, message: str) -> typing.NoReturn:
         unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
@@ -515,7 +514,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
-    """Add one dataclass field as an option. No default here: what was not given must stay visible as such."""
+    """Add a field as an option without a default: what was not given must stay visible as such."""
     several, choices = isinstance(f.default, tuple), f.metadata["choices"]
     default = " ".join(map(str, f.default)) if several else f.default
     shown = "" if default is None or default is False or default == "" else f" (default {default})"
@@ -529,20 +528,8 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
         parser.add_argument(f"--{f.name}", nargs="*" if several else None, metavar=metavar, **common)
 
 
-def choose_command(argv: Sequence[str]) -> str:
-    """The command that a line begins with. Without one, the help or the version is shown, or an error raised."""
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
-    if not argv:
-        parser.print_help(sys.stderr)
-    return parser.parse_args(argv[:1]).command
-
-
 def read_config_file(path: str, command: str) -> dict[str, Any]:
-    """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
+    """A command's options in a TOML file: top-level keys are for all commands, a table [NAME] for one."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -580,9 +567,15 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
-    name = choose_command(argv)
-    fields = config_fields(COMMANDS[name].configs)
-    parser = Parser(prog=f"refrag.py {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+    name = parser.parse_args(argv[:1]).command
+    fields, parser = config_fields(COMMANDS[name].configs), commands.choices[name]
     for option in fields.values():
         add_option(parser, *option)
     flags = vars(parser.parse_args(argv[1:]))
@@ -597,7 +590,6 @@ def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -622,7 +614,7 @@ def classify(error: BaseException) -> tuple[int, str]:
 
 
 def report(error: BaseException, runtime: RuntimeConfig) -> int:
-    """Print an error as one line on stderr (and as JSON on stdout, if asked for) and return its exit code."""
+    """Print an error as one line on stderr, with --json also as JSON on stdout. Returns its exit code."""
     code, message = classify(error)
     if runtime.debug and code not in (130, 143):
         traceback.print_exception(error)
@@ -639,7 +631,7 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
 
 
-# Control characters but newline and tab, separators of lines, and what turns the direction of writing
+# Control characters but newline and tab, line separators, and what turns the direction of writing
 CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -654,7 +646,7 @@ def say(text: str, end: str = "\n", file: Any = None) -> None:
 
 
 def flush(stream: Any) -> None:
-    """Flush a standard stream. If that fails, what is left goes nowhere, or Python would complain at exit."""
+    """Flush a standard stream. If that fails, drop what is left, or Python would complain at exit."""
     try:
         stream.flush()
     except OSError:
@@ -690,7 +682,7 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
 
 
 def leave(code: int) -> typing.NoReturn:
-    """End the program without the interpreter's own tidying up, which takes more than a second with these libraries."""
+    """End the program without the interpreter's tidying up, which takes more than a second."""
     atexit._run_exitfuncs()
     flush(sys.stdout)
     flush(sys.stderr)
@@ -700,9 +692,9 @@ def leave(code: int) -> typing.NoReturn:
 if __name__ == "__main__":
     sys.modules["refrag"] = sys.modules["__main__"]  # what the companions import: no class may exist twice
     _NAME, _CONFIGS = parse_or_exit(sys.argv[1:])
-    # Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody
+    # Ctrl-C while the libraries load: their tracebacks help nobody
     signal.signal(signal.SIGINT, lambda *_: leave(report(KeyboardInterrupt(), _CONFIGS[-1])))
-    gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
+    gc.disable()  # looking for garbage during the imports takes half a second
 
 # =============================================================================
 # 2. Imports. The heavy ones. sentence-transformers is the exception: it costs
@@ -746,7 +738,6 @@ QUIET = False  # set once by prepare_runtime; progress and notices look here
 
 
 def notice(text: str) -> None:
-    """One line on stderr that a person should see."""
     if not QUIET:
         say(text, file=sys.stderr)
 
@@ -853,13 +844,12 @@ def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what results depend on."""
     modules = (torch, transformers, faiss, np, bm25s)
     return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
 
 
 def process_group() -> Any:
-    """The processes that were launched together; each with a GPU of its own, if there are GPUs."""
+    """The processes that were launched together, each with a GPU of its own if there are any."""
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would not join the processes over gloo
@@ -871,23 +861,10 @@ def glibc(function: str, *args: int) -> None:
         getattr(ctypes.CDLL(None), function, lambda *_: None)(*args)
 
 
-@contextlib.contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let glibc keep what a training step on a CPU frees: the next step wants the same sizes. 1.16 times as fast.
-
-    By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
-    """
-    m_trim_threshold, m_mmap_max, on_cpu = -1, -4, device.type == "cpu"  # of mallopt in glibc's malloc.h
-    try:
-        if on_cpu:
-            glibc("mallopt", m_mmap_max, 0)
-            glibc("mallopt", m_trim_threshold, -1)  # never
-        yield
-    finally:
-        if on_cpu:
-            glibc("mallopt", m_mmap_max, 1 << 16)  # the default
-            glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
-            glibc("malloc_trim", 0)
+def keep_memory() -> None:
+    """From now on, let glibc keep what a training step frees: the next wants the same sizes. 1.16 times as fast."""
+    glibc("mallopt", -4, 0)  # M_MMAP_MAX: else every large tensor is mapped again, and each page of it is a fault
+    glibc("mallopt", -1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def sha256_file(path: Path) -> str:
@@ -918,7 +895,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def save_figure(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
-    """Replace a picture by what `paint` draws on the axes of its panels. Without matplotlib, a notice says so."""
+    """Replace a picture by what `paint` draws on the axes of its panels."""
     try:
         from matplotlib import figure
     except ImportError as error:
@@ -1052,11 +1029,8 @@ def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = M
 
 
 def cache_home() -> Path:
-    """Where converted models and tokenised texts are kept: REFRAG_HOME, else ~/.cache/refrag."""
-    try:
-        return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
-    except RuntimeError:  # a user without an entry among the system's, as in containers
-        raise UserError("there is no home folder: set REFRAG_HOME to a folder for converted models") from None
+    """Where converted models and tokenised texts are kept."""
+    return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
 
 
 class ColumnWriter(contextlib.ExitStack):
@@ -1116,22 +1090,31 @@ def map_array(path: Path) -> np.ndarray:
 # 4. Data. Corpus and question files in, validated records out. Knows no models.
 # =============================================================================
 
+BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
+TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
+TEXT_FIELDS = ("text", "contents", "body", "passage")
+QUESTION_FIELDS = ("question", "query", "text")
+NAMED = 10  # bad records and files that are named one by one
+SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
+CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
+
 
 class Record(NamedTuple):
-    """One document of a corpus, before splitting."""
+    """A document of a corpus."""
 
     id: str
     title: str
     text: str
-    where: str  # file:line, in an array file:number; only the file if all of it is one document
-    metadata: str = ""  # the record's other fields as a JSON object, empty if there are none
+    where: str  # file:line, in an array file:number, of a whole document the file
+    metadata: str = ""  # other fields as a JSON object
 
 
 class BadRecord(UserError):
-    """An error that --errors skip passes over."""
-
-
-NAMED = 10  # bad records and files that are named one by one
+    """What --errors skip passes over."""
 
 
 @contextlib.contextmanager
@@ -1157,19 +1140,10 @@ def bare_name(path: Path) -> Path:
     return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
 
 
-BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
-QUESTION_FIELDS = ("question", "query", "text")
-
-
 class TextFile:
     """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: the value of --errors, empty if a command does not have it. counts: receives skipped and replaced.
+    errors: of --errors, empty if a command does not have it. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1177,7 +1151,7 @@ class TextFile:
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     def decoded(self, raw: bytes, number: int, encoding: str) -> str:
-        """The bytes from line `number` on as text. Raises BadRecord for invalid ones unless --errors is replace."""
+        """The bytes from line `number` on as text. Raises BadRecord unless --errors is replace."""
         try:
             return raw.decode(encoding)
         except UnicodeDecodeError as error:
@@ -1189,10 +1163,7 @@ class TextFile:
         return raw.decode(encoding, "replace")
 
     def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its line end) of each line, "" for one that is skipped. as_one: the file as one line.
-
-        Raises CorruptError for a damaged gzip file.
-        """
+        """(number, text with its end) of each line, or the whole file as one; "" if skipped. Raises CorruptError."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1229,7 +1200,7 @@ class TextFile:
         known, names = {*ID_FIELDS, *fields, "title"}, []
         while True:
             line = first + rows.line_num
-            with skipping(self.errors if names else "", self.counts):  # without its header no row can be read
+            with skipping(self.errors if names else "", self.counts):  # no row without the header
                 try:
                     row = next(rows, None)
                 except csv.Error as error:
@@ -1240,16 +1211,15 @@ class TextFile:
                 elif not names or row is None:
                     return
                 elif len(row) > len(names):
-                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}: "
-                                    "quote cells that contain the separator")
+                    raise BadRecord(f"{self.name}:{line}: {len(row)} cells, but the header has {len(names)}")
                 elif any(row):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
     def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
-        """(whether it holds records rather than text, the number and text of each: its line, or JSON for a record).
+        """(whether they are records in JSON rather than text, the number and text of each).
 
-        .csv and .tsv are tables. Else records are what begins with a JSON object: one per line, a single one, or those
-        of an array, which is read whole; and all of a .json or .jsonl, so that a broken first line is no passage.
+        Records are the rows of .csv and .tsv, all of .json and .jsonl, and of any file that begins with an object: one
+        per line, a single one, or those of an array, which is read whole.
         """
         if self.suffix in TABLES:
             return True, self.table(fields)
@@ -1276,7 +1246,7 @@ def parsed(text: str) -> Any:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object. Raises BadRecord that names file and line."""
+    """Raises BadRecord."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1287,13 +1257,13 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
 
 
 def check_string(value: Any, name: str, where: str) -> str:
-    """A field that must be a string of valid Unicode. Raises BadRecord."""
+    """A string of valid Unicode. Raises BadRecord."""
     if not isinstance(value, str):
         raise BadRecord(f"{where}: {name} must be a string, got {type(value).__name__}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord(f"{where}: {name} holds half of a surrogate pair, which is no character") from None
+        raise BadRecord(f"{where}: {name} holds half of a surrogate pair") from None
     return value
 
 
@@ -1308,7 +1278,7 @@ def pop_id(item: dict[str, Any], default: str, where: str) -> str:
 
 
 def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
-    """The first of some field names that a record has. Raises BadRecord that names the record's keys."""
+    """The first of `names` among a record's keys. Raises BadRecord."""
     found = next((name for name in names if name in keys), None)
     if found is None:
         others, has = ", ".join(names[1:]), ", ".join(keys)[:300] or "none"
@@ -1331,15 +1301,11 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
         raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
 
 
-CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
-
-
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of all sources of an index, so that each keeps its label; receives this one. Within a source,
-    the label is that source's with the path inside it. A pipe is another source each time.
-    Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path of an index's sources; receives this one. Inside a source, its label and the path inside.
+    A pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
     path, place = Path(os.path.abspath(name)), ""
     if name == "-" or not (path.is_file() or path.is_dir()):
@@ -1359,11 +1325,7 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, those in folders that are of other kinds). Hidden files and folders are left out.
-
-    A file of a folder that is named too, or that the index knows, keeps the id that it has in the folder, and is read
-    once. sources: see `source_label`. Raises UserError for a missing path, or a folder without any such file.
-    """
+    """(the files to read, each once; those of other kinds in folders), but for hidden ones. Raises UserError."""
     files: dict[str, CorpusFile] = {}  # by label
     others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
     for name in paths:
@@ -1385,9 +1347,9 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file; of text its lines, but Markdown, and any text file in a folder, is one document.
+    """The records of a file; of text its lines, but Markdown, and any text in a folder, is one document.
 
-    In a folder, and with --errors skip anywhere, a bad record or unreadable file is skipped, counted and named.
+    In a folder, as with --errors skip, a bad record or unreadable file is skipped, counted and named.
     """
     path, label, in_folder = file
     errors += " skip" * in_folder
@@ -1408,10 +1370,7 @@ def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
                 sources: dict[str, str] | None = None) -> Iterator[Record]:
-    """The records of the corpus in order, streamed. counts receives skipped, replaced and ignored.
-
-    sources: see `source_label`.
-    """
+    """The records of the corpus, streamed. counts: receives skipped, replaced, ignored. sources: see `source_label`."""
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
     if others:
@@ -1430,7 +1389,7 @@ class TrainingText(NamedTuple):
 
 
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError that names file and line."""
+    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError."""
     for name in paths:
         for number, line in TextFile(Path(name)).filled_lines():
             where = f"{name}:{number}"
@@ -1439,7 +1398,7 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
             if not isinstance(text, list):
                 text = check_string(text, "text", where)
             elif not all(type(token) is int and 0 <= token < 2**31 for token in text):
-                raise BadRecord(f"{where}: tokens must be whole numbers, 0 or more and below 2**31")
+                raise BadRecord(f"{where}: tokens must be whole numbers from 0 to 2**31 - 1")
             split = {} if item.get("split") is None else item["split"]
             sizes = [split.get(key, 0) for key in "so"] if isinstance(split, dict) else [None]
             if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
@@ -1449,15 +1408,11 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
             yield TrainingText(text, sizes[0], where)
 
 
-SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
-SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
-
-
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
 
-    token_ends: where each token of the text ends. A piece ends after a sentence, else after a word, when one ends in
-    its last quarter. Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
+    token_ends: in characters. A piece ends after a sentence, else after a word, if one ends in its last quarter.
+    Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
     """
     if len(token_ends) <= size:
         return [(0, len(text))]
@@ -1492,8 +1447,7 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
 
-    needs: which of `answers` (empty: there is none) and `positive_ids`, which becomes a list, are checked and must be
-    there; a question without an answer needs no ids. Raises UserError.
+    needs: which of `answers` and `positive_ids` must be there; with answers [], no ids need be. Raises UserError.
     """
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
@@ -1527,7 +1481,7 @@ def sample_evenly(items: Sequence, limit: int | None) -> Sequence:
 
 
 def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None, source: str) -> list[dict[str, Any]]:
-    """The questions with something in `answers` or `positive_ids`, at most `limit`, evenly spread. Raises UserError."""
+    """The questions with something in `answers` or `positive_ids`, at most `limit`. Raises UserError."""
     found = [item for item in questions if item[label]]
     if len(found) < len(questions):
         notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
@@ -1549,11 +1503,21 @@ BUNDLED = {
 }
 SAFE = {"use_safetensors": True}  # a pickle can run code when it is read
 RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
+BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
-CHUNK_UNIT = 4  # tokens; chunks of its multiples are built from runs of it, so that small ones nest in large ones
+CHUNK_UNIT = 4  # tokens; larger chunks are built from runs of so many, so that small ones nest in them
 QUERY_BATCH = 64  # questions embedded together
-EMBED_BLOCK = 256  # passages in memory at once while embedding; sorted by length inside
+EMBED_BLOCK = 256  # passages embedded at once, sorted by length inside
+STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
+CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
+FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
+MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
+Run = tuple[int, int, int]  # neighbouring rows: the segment's number, the first, the one after the last
+INDEX_SHAPE = {
+    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
+    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
+    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def model_path(name: str) -> str:
@@ -1568,13 +1532,13 @@ def model_path(name: str) -> str:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
     if not path.is_dir() and (looks_local or path.is_file()):
-        raise MissingError(f"model folder {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
+        raise MissingError(f"model {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
     return str(path) if path.is_dir() else name
 
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Failures to load a model as MissingError, damaged weights as CorruptError."""
+    """Raises MissingError if a model cannot be loaded, CorruptError if its weights are damaged."""
     try:
         yield
     except SafetensorError as error:
@@ -1582,12 +1546,12 @@ def hub_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        raise MissingError(f"model {name} could not be loaded ({one_line(error)[:300]}): "
-                           f"check the name and the network, or use one of {', '.join(BUNDLED)}") from error
+        told = f"model {name} could not be loaded ({one_line(error)[:300]}): check the name and the network"
+        raise MissingError(told) from error
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
-    """Short digest of a module's weights (names, shapes, 256 values of each) and some facts about their use."""
+    """Digest of a module's weights (names, shapes, 256 values of each) and of facts about their use."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
         picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
@@ -1599,8 +1563,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
     """Raise MismatchError if a text can give a token that a model has no embedding for.
 
-    model: None if transformers does not know it. around: puts around a text what always surrounds it; no other special
-    tokens are fed, so that those may lie beyond the embedding, as many a padding token does.
+    model: None if transformers does not know it. around: adds what always surrounds a text; other special tokens, such
+    as padding, are never fed and may lie beyond the embedding.
     """
     if model is None:
         return
@@ -1610,15 +1574,13 @@ def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Cal
     special = {number for number, token in added.items() if token.special}
     last = max({*tokenizer.get_vocab().values()} - special | {*tokenizer(around("a"))["input_ids"]})
     if last >= rows:
-        raise MismatchError(f"model {name}: its tokenizer has {last + 1} tokens, its embedding {rows} rows: use the "
-                            "tokenizer that belongs to it")
+        raise MismatchError(f"model {name}: its tokenizer has {last + 1} tokens, its embedding {rows} rows")
 
 
 def check_finite(values: Any, model: str) -> Any:
     """The values, a model's output. Raises CorruptError if not all are finite."""
     if not torch.as_tensor(values).isfinite().all():
-        raise CorruptError(f"the {model} gives values that are not finite: its weights are damaged, or too large for "
-                           "their precision: fetch it again, or use --dtype float32")
+        raise CorruptError(f"the {model} gives values that are not finite: fetch it again, or use --dtype float32")
     return values
 
 
@@ -1631,7 +1593,7 @@ class Tokens(NamedTuple):
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Tokens]:
-    """Tokens of each text by a fast tokenizer, without special ones unless the options ask for them."""
+    """Tokens of each text, without special ones unless the options ask for them."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), return_offsets_mapping=True, **{"add_special_tokens": False} | options)
@@ -1655,7 +1617,7 @@ class Embedder:
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
         self.model.to(dtype)
-        self.queries: dict[str, np.ndarray] = {}  # of the current questions: retrieval and the gate both ask for them
+        self.queries: dict[str, np.ndarray] = {}  # retrieval and the gate both ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32. See `unit_length`."""
@@ -1664,7 +1626,7 @@ class Embedder:
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
-        """Embed what `embed_query` will be asked for, which is several times as fast as one by one."""
+        """Embed what `embed_query` will be asked for: several times as fast as one by one."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
         vectors = self.unit_length(self.model.encode_query(questions, show_progress_bar=False))
@@ -1682,9 +1644,9 @@ class Embedder:
 
     def embed_with_states(self, texts: list[str],
                           batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-        """Passage vectors (N, dim), and of each passage the token states (T, dim) and where the tokens end (T,).
+        """Passage vectors (N, dim); of each passage the token states (T, dim) and where the tokens end (T,).
 
-        Ends are characters of the text, 0 for special tokens and the prompt. All from one forward pass.
+        Ends are in characters, 0 for special tokens and the prompt.
         """
         found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
         vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
@@ -1695,7 +1657,7 @@ class Embedder:
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
-    """Load a sentence-transformers model: bundled name, hub id or folder. Raises MissingError."""
+    """Raises MissingError."""
     from sentence_transformers import SentenceTransformer
 
     name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
@@ -1733,10 +1695,7 @@ STEMMER = Stemmer.Stemmer("english")  # making one takes longer than stemming a 
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order, folded so that other spellings of a word are equal.
-
-    Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]
-    """
+    """Words in order, spellings made alike. Example: "The U.S. fleet\u2019s C++" -> ["the", "us", "fleet's", "c++"]"""
     if text.isascii():
         found = ASCII_WORD.findall(text.lower())
     else:
@@ -1748,23 +1707,17 @@ def words(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def term_of(word: str) -> str | None:
-    """The index term of a word, None for a stop word. The gate asks for the same words again and again."""
+    """The index term of a word, None for a stop word."""
     return None if word in STOPWORDS else STEMMER.stemWord(word)
 
 
 def index_terms(text: str) -> list[str]:
-    """The index terms of a text in order: Snowball stems of its words, without English stop words.
-
-    Example: "The rivers of Spain" -> ["river", "spain"]
-    """
+    """Snowball stems of a text's words without stop words. Example: "The rivers of Spain" -> ["river", "spain"]"""
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
-BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
-
-
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
-    """Index texts with bm25s, and save that without pickle, with the length of each text in terms."""
+    """Index texts with bm25s, and save that with the length of each text in terms."""
     vocabulary, ids = {}, []
     for text in progress(texts, "BM25 terms", total=total, unit="passage"):
         found = [vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(text)]
@@ -1783,7 +1736,7 @@ def bm25_idf(total: int, frequency: int) -> float:
 
 
 class Bm25:
-    """BM25 over what `build_bm25` saved of the segments of an index, by the statistics of all of them together."""
+    """BM25 over the segments of an index, by the statistics of all of them together."""
 
     def __init__(self, folders: Sequence[Path]):
         self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
@@ -1805,10 +1758,10 @@ class Bm25:
         return sum(len(rows) for rows, _ in self.postings(term))
 
     def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
-        """Stored weights of a term with the idf and the mean length of all segments in place of the segment's own.
+        """A term's stored weights with the idf and the mean length of all segments in place of the segment's own.
 
-        A weight is idf c / (c + n), where c is the count of the term in the passage and n depends on the lengths.
-        So share = weight / idf gives c = n share / (1 - share), a whole number but for float32's rounding.
+        A weight is idf c / (c + n), c the term's count in the passage and n by the lengths. So share = weight / idf
+        gives c = n share / (1 - share), a whole number but for rounding.
         """
         share = weights / bm25_idf(len(self.lengths[segment]), len(rows))
         lengths = self.lengths[segment][rows]
@@ -1830,10 +1783,7 @@ class Bm25:
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
-        """{row: score} of the best rows with a score above zero, best first, equal scores in corpus order.
-
-        others: rows to keep beyond `topk`, too, if they score no less than the last, so that no tie is cut in two.
-        """
+        """{row: score} of the best rows above zero, equal ones in corpus order; and of `others` that tie with those."""
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
@@ -1852,7 +1802,7 @@ def faiss_kind(requested: str, total: int) -> str:
 
 
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
-    """An empty, trained inner-product index for vectors (N, dim), which may be a memory map."""
+    """An empty, trained inner-product index for vectors (N, dim)."""
     N, dim = vectors.shape
     lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
     pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
@@ -1868,7 +1818,7 @@ def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
 
 
 def tune_faiss(index: faiss.Index) -> None:
-    """Set how far a search looks around, which a saved index does not hold."""
+    """Set how far a search looks around."""
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
     if isinstance(index, faiss.IndexRefine):
@@ -1887,7 +1837,7 @@ def read_faiss(path: Path) -> faiss.Index:
 
 
 def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
-    """{row: score} of the nearest vectors, best first, the indexes' rows numbered through."""
+    """{row: score} of the nearest vectors, best first, rows numbered through."""
     found, start = [], 0
     for index in indexes:
         scores, rows = index.search(query, min(topk, index.ntotal))
@@ -1900,8 +1850,8 @@ def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -
 def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
     """Reciprocal rank fusion of {row: score}: (row, sum of 1 / (60 + rank)), best first.
 
-    Equal scores share a rank, so that no order of the corpus decides between them; equal sums follow the scores of the
-    first ranking, then of the next. Example: [{7: .9, 3: .5, 4: .5}, {3: 2.0}] -> 3: 1/62 + 1/61, 7: 1/61, 4: 1/62
+    Equal scores share a rank; equal sums follow the scores of the first ranking, then of the next.
+    Example: [{7: .9, 3: .5, 4: .5}, {3: 2.0}] -> 3: 1/62 + 1/61, 7: 1/61, 4: 1/62
     """
     fused: dict[int, float] = {}
     for ranking in rankings:
@@ -1915,7 +1865,7 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
 
 
 class ChunkTable(NamedTuple):
-    """The chunks of one passage's content. Vectors are float32, or None where they are not stored."""
+    """The chunks of one passage. Vectors are float32, None if not stored."""
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
@@ -1931,7 +1881,6 @@ class Chunking(NamedTuple):
     encoder: Any = None  # a ChunkEncoder; None: no states
 
     def facts(self) -> dict[str, Any]:
-        """What an index's manifest says of its chunks."""
         return {"k": self.k, "tokenizer": self.tokenizer.fingerprint,
                 "encoder": self.encoder and self.encoder.fingerprint}
 
@@ -1955,8 +1904,8 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
                        passage_vector: np.ndarray) -> np.ndarray:
     """One embedder vector per chunk: the mean of the states of the tokens that end in it ("late chunking").
 
-    states: (T, dim); token_ends: (T,) characters, 0 for special tokens; passage_vector: (dim,), for chunks beyond what
-    the embedder read. Returns (L, dim) float32. The states have seen the whole passage, so a vector knows its context.
+    states: (T, dim), of the whole passage read at once; token_ends: (T,) characters, 0 for special tokens;
+    passage_vector: (dim,), for chunks beyond what the embedder read. Returns (L, dim) float32.
     """
     ends = np.asarray(token_ends[: len(states)])
     inside = np.flatnonzero(ends > 0)
@@ -1968,22 +1917,15 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
 
 
 def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, dim) as int8 levels and float32 scales (N, 1), whose products are the vectors to within half a scale."""
+    """(N, dim) as int8 levels and float32 scales (N, 1); the products are off by half a scale at most."""
     vectors = vectors.astype(np.float32)
     scales = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12) / 127
     return np.rint(vectors / scales).astype(np.int8), scales
 
 
 def passage_content(title: str, text: str) -> str:
-    """What is embedded and packed: the title, if there is one, on a line before the text."""
+    """What is embedded and packed."""
     return f"{title}\n{text}" if title else text
-
-
-STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
-Run = tuple[int, int, int]  # rows that stand together: the segment's number, the first, and the one after the last
 
 
 def map_columns(folder: Path) -> dict[str, np.ndarray]:
@@ -2017,8 +1959,7 @@ class StringColumn(Sequence):
 class Index:
     """An index folder, verified and memory-mapped: one segment, and others for what was added.
 
-    A writer makes a new folder beside those that manifest.json names, and then replaces the manifest in one step, so
-    that a reader finds the old index or the new one.
+    A writer makes a new folder and then replaces manifest.json in one step: a reader finds the old index or the new.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
@@ -2045,19 +1986,16 @@ class Index:
         return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
 
     def names(self, row: int) -> set[str]:
-        """The ids that positive_ids may mean a passage by: its own, and that of the document it was cut from."""
+        """The ids that positive_ids may name a passage by."""
         return {self.ids[row], self.document_id(row)}
 
     def serves(self, k: int) -> bool:
-        """Whether chunks of k tokens are runs of stored ones; the boundaries of any other k would not nest."""
+        """Whether chunks of k tokens are runs of stored ones."""
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
-        """A passage's chunks at k, None if those stored do not serve it.
-
-        encoder: fingerprint that stored states must have; other states are left out, never used.
-        """
+        """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
         if not self.serves(k):
             return None
         stored = self.manifest["chunking"]["k"]
@@ -2073,7 +2011,7 @@ class Index:
 
 def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: str, names: Sequence[str], start: int,
               stop: int) -> None:
-    """Append to a new segment what rows start to stop - 1 of another have in the columns that share these offsets."""
+    """Append to a segment what rows start to stop - 1 of another have in the columns with these offsets."""
     edges = segment[offsets][start : stop + 1]
     columns.append_lengths(offsets, np.diff(edges))
     for name in names:
@@ -2081,7 +2019,7 @@ def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: st
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, which is created. Raises LockedError, UserError for a foreign folder."""
+    """The writers' lock of an index folder, which is created. Raises LockedError, UserError."""
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
@@ -2089,12 +2027,6 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     return exclusive(path / ".lock", f"index {path}")
-
-
-INDEX_SHAPE = {
-    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
-    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
-    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def has_shape(value: Any, shape: Any) -> bool:
@@ -2107,7 +2039,7 @@ def has_shape(value: Any, shape: Any) -> bool:
 
 
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
-    """An index's manifest. Raises UserError, CorruptError, MismatchError."""
+    """Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
@@ -2121,7 +2053,7 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
 
 
 def open_index(index_dir: str | None, read_all: bool = False) -> Index:
-    """Open and verify an index. read_all: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
+    """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
     manifest = index_manifest(index_dir)
     try:
         return Index(Path(index_dir), manifest, read_all)
@@ -2133,30 +2065,24 @@ def open_index(index_dir: str | None, read_all: bool = False) -> Index:
 
 def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
     """Raise MismatchError if --add names other settings than the index has."""
-    k, with_states = manifest["chunking"]["k"], manifest["chunking"]["encoder"] is not None
-    embedder = manifest["embedder"].get("name")
-    for flag, value, fits in (
-            ("k", build.k, build.k == k and with_states),
-            ("faiss", build.faiss, build.faiss in ("auto", manifest["faiss"])),
-            ("retriever", index.retriever, index.retriever == manifest["retriever"]),
-            ("embed_model", index.embed_model, embedder is not None)):
-        if value is not None and not fits:
-            raise MismatchError(
-                f"--{flag} {value} does not fit the index, which is {manifest['retriever']} with --faiss "
-                f"{manifest['faiss']}, embedder {embedder or 'none'} and {'' if with_states else 'no '}chunk vectors "
-                f"at k = {k}: build it again")
+    chunking, has_embedder = manifest["chunking"], "name" in manifest["embedder"]
+    for flag, value, built in (
+            ("k", build.k, chunking["encoder"] and chunking["k"]), ("faiss", build.faiss, manifest["faiss"]),
+            ("retriever", index.retriever, manifest["retriever"]),
+            ("embed_model", index.embed_model, index.embed_model if has_embedder else None)):
+        if value not in (None, "auto", built):
+            raise MismatchError(f"--{flag} {value} does not fit the index, which has {built or 'none'}: build it again")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
-    """Raise MismatchError unless the index was built with this embedder's weights and settings."""
     if manifest["embedder"].get("fingerprint") != embedder.fingerprint:
-        raise MismatchError(f"the index was built with embedder {manifest['embedder'].get('name')}, not with these "
-                            f"weights of {embedder.name}: use the same --embed_model or build the index again")
+        raise MismatchError(f"the index was built with {manifest['embedder'].get('name')}, not with these weights of "
+                            f"{embedder.name}: use the same --embed_model or build the index again")
 
 
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
                  batch_size: int) -> tuple[np.ndarray | None, list[ChunkTable]]:
-    """Passage vectors (N, dim) and chunk tables of contents: what the index stores and what is made on the fly."""
+    """Passage vectors (N, dim) and chunk tables of contents, for the index or on the fly."""
     k, tokenizer, encoder = chunking
     prepared = [tokenizer.neutralize(content) for content in contents]
     cuts = tokenizer.cut(prepared, k)
@@ -2170,10 +2096,10 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
-    """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
+    """(segments that stay, what becomes part of a new one: of segments with replaced rows the others).
 
-    With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is copied only when its segment at least doubles.
+    With MOST_SEGMENTS also the fewest last ones that together are smaller than the one before, so that a passage is
+    copied only when its segment at least doubles.
     """
     sizes = [segment["passages"] for segment in previous.manifest["segments"]]
     cut = len(sizes)
@@ -2189,8 +2115,8 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
 class IndexBuild:
     """Builds a segment of an index beside the current ones, in three passes, and makes it current.
 
-    What the models compute is kept on disk block by block, so that a killed build goes on where it stood. A block is
-    named by a digest of its contents, models and precision, so that no other is taken for it.
+    What models compute is kept on disk in blocks, named by digests of contents, models and precision, so that a killed
+    build goes on where it stood.
     """
 
     def __init__(self, path: Path, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
@@ -2232,8 +2158,7 @@ class IndexBuild:
              sources: dict[str, str]) -> tuple[list[int], list[Run]]:
         """First pass: read, split and write the texts, block by block; the rows of older segments last.
 
-        counts receives the passages that were added and the documents that they replaced; sources: see `source_label`.
-        Returns what `plan_compaction` does.
+        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
         """
         tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
         if self.embedder:
@@ -2263,7 +2188,7 @@ class IndexBuild:
         return kept, taken
 
     def add(self, columns: ColumnWriter, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord for known ids."""
+        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord."""
         pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
         parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
         ids = [f"{record.id}#{part}" if part else record.id for part in parts]
@@ -2277,7 +2202,7 @@ class IndexBuild:
         columns.append("parts", np.asarray(parts, dtype=np.uint32))
 
     def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a new document or piece has this id already. where: the place of another."""
+        """Raise BadRecord if a new document or piece has this id. where: of another."""
         if first := self.places.get(identifier):
             raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
 
@@ -2297,9 +2222,9 @@ class IndexBuild:
         return documents, rows
 
     def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
-        """Second pass: write chunks and vectors (a temporary file) of the first `count` passages and of those taken."""
+        """Second pass: write chunks and vectors (a temporary file) of the `count` new passages and those taken."""
         if finished := len(list(self.finished.glob("*.npz"))):
-            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages need not be embedded again")
+            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages are embedded already")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             self.embed_share(folder, count)
         with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
@@ -2315,7 +2240,7 @@ class IndexBuild:
                     columns.append("vectors", self.previous.faiss[number].reconstruct_n(start, stop - start))
 
     def embed_share(self, folder: Path | None = None, count: int = 0) -> None:
-        """What each launched process does: embed its share, of the folder and the count that the first one names."""
+        """What each launched process does: embed its share, of the folder and count that the first names."""
         from accelerate.utils import broadcast_object_list
 
         if not self.computes:
@@ -2334,10 +2259,10 @@ class IndexBuild:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
 
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+        """The columns of N passages with L chunks in all: read, or if that fails computed and kept.
 
         lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
-        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16; without what no model makes.
         """
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
@@ -2380,22 +2305,17 @@ class IndexBuild:
         return built
 
     def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
-        """Make a manifest's segments the index in one step; remove all other segments and what killed writers left."""
+        """Make a manifest's segments the index in one step; remove all others and what killed writers left."""
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
-            built = time.strftime("%Y-%m-%d %H:%M", time.localtime(final.stat().st_mtime))
-            facts = "which cannot be read"
-            with contextlib.suppress(RefragError):
-                old = index_manifest(self.path)
-                facts = f"{old['counts']['passages']:,} passages, embedder {old['embedder'].get('name', 'none')}"
-            notice(f"this replaces the index in {self.path} ({facts}, built {built}): --add would add to it")
+            notice(f"this replaces the index in {self.path}: --add would add to it")
         older = self.previous.manifest["files"] if self.previous is not None else {}
         known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
         try:
             write_manifest(final, new, manifest, known=known)
         finally:
             current = {folder for folder in self.path.glob("gen-*") if folder != new}
-            with contextlib.suppress(OSError, RefragError):  # there is none, or it is damaged and was not replaced
+            with contextlib.suppress(OSError, RefragError):  # there may be none, or a damaged one
                 current = {self.path / segment["folder"] for segment in read_manifest(final)["segments"]}
             for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - current:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -2412,7 +2332,7 @@ class Passage:
     id: str
     title: str
     text: str
-    score: float  # what it is ranked by: the fused ranks, or the reranker's score
+    score: float  # of the fused ranks, or the reranker's
     rank: int
     document_id: str
     scores: dict[str, float] = field(default_factory=dict)  # of the retrievers that found it
@@ -2424,7 +2344,7 @@ class Passage:
 
 
 class Searcher:
-    """Finds passages in an index, by one retriever or several fused."""
+    """Finds passages by one retriever or several fused."""
 
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
         uses = RETRIEVERS[retriever]
@@ -2434,37 +2354,30 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie.
-
-        BM25 comes first: it settles equal sums of ranks better than the embedder.
-        """
+        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie."""
         found = {}
         if "dense" in self.uses:
             found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
         if "bm25" in self.uses:
             found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
-        return found
+        return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
-    def candidates(self, question: str, depth: int,
-                   hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
-        """(row, score) over all hops, best first, and what each hop found.
-
-        A later hop asks with the question and the title and first sentence of the best passage that is new to it.
-        """
-        found = [self.find(question, depth)]
-        rankings, used = [rrf(list(found[0].values()))], set()
-        for _ in range(hops - 1):
+    def candidates(self, question: str, depth: int, hops: int) -> tuple[list[tuple[int, float]], list[dict]]:
+        """(row, score) over all hops, best first, and what `find` gave at each."""
+        found, rankings, used, query = [], [], set(), question
+        for _ in range(hops):
+            found.append(self.find(query, depth))
+            rankings.append(rrf(list(found[-1].values())))
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
-            used.add(best)
+            used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
-            found.append(self.find(f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}", depth))
-            rankings.append(rrf(list(found[-1].values())))
+            query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
-        """The best `topk` passages, without repeats; fewer when the corpus is smaller."""
+        """The best `topk` passages, without repeats."""
         depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
         index, passages = self.index, []
         while True:
@@ -2534,9 +2447,8 @@ def cut_allowed(tokens: Tokens) -> np.ndarray:
 def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
     """Bounds of the chunks of k tokens: (L + 1,) token numbers, from 0 to T. allowed: (T + 1,), see `cut_allowed`.
 
-    If k is a multiple of 4, chunks are built from units of 4 tokens, so that the bounds of k are among those of 4; else
-    a unit is a chunk. A unit that would end inside a character ends before it; only a character of more tokens than a
-    unit makes a unit longer. Raises ValueError if k < 1.
+    If k is a multiple of 4, chunks are built from units of 4 tokens, so that small chunks nest in large ones. A unit
+    never ends inside a character: it ends before it, or after it if nothing would be left. ValueError if k < 1.
     """
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}")
@@ -2550,7 +2462,6 @@ def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
 
 class Cut(NamedTuple):
     """A text cut into L chunks of the encoder's tokens."""
-
     ids: np.ndarray  # (T,)
     ends: np.ndarray  # (L,), characters
     sizes: np.ndarray  # (L,), tokens
@@ -2573,10 +2484,7 @@ def cut_chunks(text: str, tokens: Tokens, k: int) -> Cut:
 
 
 def chunk_spans(text: str, tokenizer: Any, k: int) -> list[tuple[int, int]]:
-    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer.
-
-    Example: "a b c", one token per letter, k = 2 -> [(0, 3), (3, 5)]
-    """
+    """The chunks of a text as character spans, which cover it exactly. tokenizer: any fast Hugging Face tokenizer."""
     [tokens] = tokenize(tokenizer, [text])
     return list(itertools.pairwise([0, *cut_chunks(text, tokens, k).ends.tolist()]))
 
@@ -2589,8 +2497,8 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes may be double, single or absent, letters of either case; other attributes are ignored. A block without an id,
-    with a broken attribute or with another tag inside is plain text.
+    Quotes and case do not matter, nor do other attributes. A block without an id, with a broken attribute or with
+    another tag inside is plain text.
     """
     at = 0
     for match in DOC_BLOCK.finditer(text):
@@ -2604,7 +2512,6 @@ def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
 
 class Segment(NamedTuple):
     """A part of a parsed prompt: plain text, or the content of a document cut into L chunks."""
-
     kind: str  # "text" or "doc"
     text: str
     doc_id: str | None
@@ -2621,55 +2528,37 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 class RefragTokenizer:
-    """The decoder's tokenizer, the encoder's, and the rules between them.
-
-    decoder, encoder: fast Hugging Face tokenizers; encoder None: the decoder's own.
-    """
+    """The decoder's tokenizer and the encoder's (by default the same), both fast ones, and the rules between them."""
 
     def __init__(self, decoder: Any, encoder: Any = None):
         for tokenizer in (decoder, encoder or decoder):
             require(getattr(tokenizer, "is_fast", False), f"tokenizer {type(tokenizer).__name__} gives no character "
                     "offsets: use a model with a fast tokenizer (tokenizer.json)")
         self.decoder, self.encoder = decoder, encoder or decoder
+        self.fingerprint = tokenizer_fingerprint(self.encoder)  # of how contents are cut
         names: set[str] = set()
         for tokenizer in (self.decoder, self.encoder):
             added = getattr(tokenizer, "added_tokens_decoder", {})
             names |= {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         longest_first = sorted(filter(None, names), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-    @property
-    def fingerprint(self) -> str:
-        """Short digest of how contents are cut."""
-        return tokenizer_fingerprint(self.encoder)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # without any, it never matches
 
     def neutralize(self, text: str) -> str:
         """Replace the first character of special tokens and <doc> tags by a look-alike.
 
         The length stays, so character spans hold for both. Example: "</doc>" -> "\u2039/doc>"
         """
-        text = DOC_TAG.sub(LOOKALIKE["<"], text)
-        if self.special is None:
-            return text
-
-        def disarm(match: re.Match) -> str:
-            return LOOKALIKE.get(match[0][0], "\ufffd") + match[0][1:]
-
-        while True:  # replacing one may complete another: "<s<s>>"
-            text, count = self.special.subn(disarm, text)
-            if not count:
-                return text
+        text, count = DOC_TAG.sub(LOOKALIKE["<"], text), 1
+        while count:  # replacing one may complete another: "<s<s>>"
+            text, count = self.special.subn(lambda match: LOOKALIKE.get(match[0][0], "\ufffd") + match[0][1:], text)
+        return text
 
     def cut(self, contents: Sequence[str], k: int) -> list[Cut]:
         """Each content cut into chunks of k of the encoder's tokens."""
-        rows = zip(contents, tokenize(self.encoder, contents), strict=True)
-        return [cut_chunks(content, tokens, k) for content, tokens in rows]
+        return [cut_chunks(*row, k) for row in zip(contents, tokenize(self.encoder, contents), strict=True)]
 
     def parse_and_tokenize(self, text: str, k: int = 16) -> list[Segment]:
-        """The segments of a prompt with <doc id=".."> .. </doc> blocks, in order; all but these is plain text.
-
-        Example: "Q: x <doc id='1'>y</doc>" -> text "Q: x ", doc "1" with text "y"
-        """
+        """The segments of a prompt in order: its <doc id=".."> .. </doc> blocks, and the text around them."""
         segments = []
         for part, label in split_docs(text):
             part, label = self.neutralize(part), label and self.neutralize(label)
@@ -2685,7 +2574,6 @@ class RefragTokenizer:
 
 class Chunk(NamedTuple):
     """A chunk of a prompt's context: characters of its document's content, and tokens of the prompt."""
-
     doc: int
     start: int
     end: int
@@ -2694,21 +2582,18 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Decoder positions it takes as text."""
         return self.last - self.first
 
 
 @dataclass(frozen=True)
 class Prompt:
     """The full-text prompt, and where its chunks are. What is fed is a plan over it: see `mixed_plan`."""
-
     input_ids: np.ndarray  # (T,)
     chunks: list[Chunk]
     blocks: list[tuple[int, int]]  # tokens of each document, its tags included
 
     @functools.cached_property
-    def sizes(self) -> np.ndarray:
-        """(L,) the tokens of each chunk."""
+    def sizes(self) -> np.ndarray:  # (L,)
         return np.asarray([chunk.tokens for chunk in self.chunks], dtype=np.int64)
 
     @property
@@ -2719,7 +2604,6 @@ class Prompt:
 
 class Doc(NamedTuple):
     """A document for the prompt."""
-
     label: str  # the id in its tag
     content: str  # neutralised
     chunks: ChunkTable
@@ -2728,7 +2612,6 @@ class Doc(NamedTuple):
 
 class Context(NamedTuple):
     """A question over documents: the full-text prompt, in which chunks are numbered through all of them."""
-
     question: str
     prompt: Prompt
     docs: list[Doc]
@@ -2738,8 +2621,7 @@ class Context(NamedTuple):
 def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
     """A user message in the decoder's chat template, up to where the answer begins. Raises UserError if it fails.
 
-    system: a system message. Where the template has no place for one (Gemma's raises, others leave it out), it stands
-    before the user's message.
+    A system message stands before the user's if the template has no place for one (Gemma's raises, others drop it).
     """
     joined = f"{system}\n\n{message}" if system else message
     if not tokenizer.chat_template:
@@ -2755,7 +2637,7 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
                 return text
         return render(user=joined)
     except Exception as error:  # a template is a program of its own, and fails as any may
-        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): mend "
+        raise UserError(f"the decoder's chat template fails ({type(error).__name__}: {one_line(error)[:200]}): fix "
                         "chat_template in its folder") from None
 
 
@@ -2778,7 +2660,7 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     decoder = tokenizer.decoder
     text = render_chat(decoder, message, system)
     base = text.find(message)
-    require(base >= 0, "the decoder's chat template alters the message, so its chunks can not be found: use another")
+    require(base >= 0, "the decoder's chat template alters the message, so its chunks cannot be found: use another")
     [tokens] = tokenize(decoder, [text], add_special_tokens=not decoder.chat_template)
     chunks, blocks = [], []
     for number, (doc, start, first, end) in enumerate(spans):
@@ -2815,9 +2697,9 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
-                 system: str = "") -> Context:
+                 system: str | None = None) -> Context:
     """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
-    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system))
+    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system or ""))
     while True:
         prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
         if prompt.context_tokens <= ctx_max:
@@ -2827,10 +2709,7 @@ def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, 
 
 
 def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) -> Context:
-    """The context of --prompt: its <doc> blocks are the documents, the text outside of them the question.
-
-    Raises UserError if the documents exceed ctx_max tokens.
-    """
+    """The context of --prompt: its <doc> blocks, at most ctx_max tokens, and as the question the text around them."""
     parts = [(tokenizer.neutralize(part), label) for part, label in split_docs(text.strip())]
     blocks = [(part, tokenizer.neutralize(label)) for part, label in parts if label is not None]
     docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
@@ -2850,10 +2729,8 @@ def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
 
 
 def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
-    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags.
-
-    What stands outside the documents always stays, even if it alone is more than `positions`.
-    """
+    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags;
+    what stands outside of documents always stays."""
     mask = np.ones(len(prompt.input_ids), dtype=bool)
     content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
@@ -2879,21 +2756,18 @@ def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.nd
 
 class Content(NamedTuple):
     """A text cut into chunks, as both models see it."""
-
     chunks: list[np.ndarray]  # (L,) of (t,): the decoder's tokens of each chunk
     rows: list[tuple[np.ndarray, np.ndarray]]  # (t,) encoder tokens and the chunk each is pooled into, -1 for none
 
 
 class TrainingSequence(NamedTuple):
     """What the decoder is fed in training, and what it should say."""
-
     plan: np.ndarray  # (P,): v >= 0 is the token v itself, v < 0 the vector of chunk -v - 1
     labels: np.ndarray  # (P,): the token that should follow, -1 where nothing is asked
     content: Content
 
     @property
-    def asked(self) -> int:
-        """Number of labels."""
+    def asked(self) -> int:  # number of labels
         return int((self.labels >= 0).sum())
 
 
@@ -2911,13 +2785,12 @@ def continue_plan(context: np.ndarray, answer: np.ndarray, content: Content) -> 
 def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) -> str:
     """A plan for people: tokens as text, each vector as [[the text it stands for]]."""
     parts = []
-    for is_vector, group in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
-        values = list(group)
+    for is_vector, values in itertools.groupby(plan.tolist(), key=lambda v: v < 0):
         if is_vector:
             chunks = [context.prompt.chunks[-v - 1] for v in values]
             parts += [f"[[{context.docs[c.doc].content[c.start : c.end]}]]" for c in chunks]
         else:
-            parts.append(tokenizer.decoder.decode(values))
+            parts.append(tokenizer.decoder.decode(list(values)))
     return "".join(parts)
 
 
@@ -2929,7 +2802,6 @@ def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) ->
 
 class Pieces(NamedTuple):
     """A text as one tokenizer cuts it, special tokens left out."""
-
     ids: list[int]
     ends: list[int]  # characters of the text up to which each token reaches; -1 where it ends inside a character
     pieces: list[str]  # what each token adds to the decoded text; "" where it completes no character
@@ -2955,12 +2827,11 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
 def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
     """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
 
-    Found from the lengths of the decoded prefixes; beyond the texts' common prefix no two can be equal. Of several
-    tokens with one decoded prefix the first counts. The tests hold the table of all pairs as the definition.
+    Beyond the texts' common prefix no two can be equal, so that lengths are enough. Of several tokens with one decoded
+    prefix the first counts.
     """
-    texts = ["".join(side.pieces) for side in (a, b)]
+    texts, lengths = ["".join(side.pieces) for side in (a, b)], []
     common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
-    lengths = []
     for side in (a, b):
         reached = itertools.accumulate(map(len, side.pieces))
         lengths.append([n if piece and n <= common else -1 for n, piece in zip(reached, side.pieces, strict=True)])
@@ -2971,25 +2842,22 @@ SAME_LETTER = 0.1  # cost of a substitution that changes only case or accent
 BLANK = 0.1  # cost of a blank that one side lacks: many tokenizers drop or add them
 
 
-def base_letter(character: str) -> str:
-    """A character without case and accents. Example: "\u00c9" -> "e" """
-    return unicodedata.normalize("NFKD", character)[:1].casefold()
-
-
 def edit_distance(a: str, b: str) -> float:
     """Least cost of edits from a to b: 1 each, but little for case, accents and blanks.
 
     Source: Wagner and Fischer 1974, with costs. Example: "Caf\u00e9 x", "cafex" -> 0.3
     """
-    def gap(character: str) -> float:
-        return BLANK if character.isspace() else 1.0
+    def letters(text: str) -> list[tuple[str, str, float]]:
+        """Of each character: itself, its letter without case and accent, the cost of leaving it out."""
+        return [(c, unicodedata.normalize("NFKD", c)[:1].casefold(), BLANK if c.isspace() else 1.0) for c in text]
 
-    row = list(itertools.accumulate(map(gap, b), initial=0.0))
-    for x in a:
-        diagonal, row[0] = row[0], row[0] + gap(x)
-        for j, y in enumerate(b, start=1):
-            change = 0.0 if x == y else SAME_LETTER if base_letter(x) == base_letter(y) else 1.0
-            diagonal, row[j] = row[j], min(diagonal + change, row[j] + gap(x), row[j - 1] + gap(y))
+    columns = letters(b)
+    row = list(itertools.accumulate((gap for *_, gap in columns), initial=0.0))
+    for x, letter_x, gap_x in letters(a):
+        diagonal, row[0] = row[0], row[0] + gap_x
+        for j, (y, letter_y, gap_y) in enumerate(columns, start=1):
+            change = 0.0 if x == y else SAME_LETTER if letter_x == letter_y else 1.0
+            diagonal, row[j] = row[j], min(diagonal + change, row[j] + gap_x, row[j - 1] + gap_y)
     return row[-1]
 
 
@@ -2998,18 +2866,16 @@ MAX_COST = 0.5  # anchors whose spans differ more are not trained on
 
 class Anchor(NamedTuple):
     """Two tokens that end at the same character of the text, and how much the decoded spans up to them differ."""
-
     i: int
     j: int
-    cost: float  # edits by the longer span's length, range [0, 1]
+    cost: float | None  # edits by the longer span's length, range [0, 1]
 
 
 def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
     """Anchors for tokenizers that normalise text: equal ends in the source text, which character offsets give.
 
-    An uncased WordPiece tokenizer and a byte-level one part for good at the first capital letter as far as decoded
-    prefixes go; the source text still says which tokens belong together, and the edit distance of what they decode
-    to says how well. O(M + N), since the spans between anchors are short.
+    The decoded prefixes of an uncased tokenizer and a byte-level one differ from the first capital letter on, but their
+    tokens still belong together; the edit distance of what they decode to says how well. O(M + N): spans are short.
     """
     anchors, i, j = [], 0, 0
     for after_i, after_j in common_boundaries(a.ends, b.ends):
@@ -3023,23 +2889,22 @@ def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
 def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
     """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
     exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
-    for anchor in [*cost_anchors(a, b), None]:
-        to_i, to_j = (anchor.i + 1, anchor.j + 1) if anchor else (len(a.ids), len(b.ids))
-        if to_i > i or to_j > j:
-            rows.append({"encoder": a.pieces[i:to_i], "decoder": b.pieces[j:to_j],
-                         "exact": anchor is not None and (anchor.i, anchor.j) in exact,
-                         "cost": round(anchor.cost, 4) if anchor else None})
-        i, j = to_i, to_j
+    for anchor in [*cost_anchors(a, b), Anchor(len(a.ids) - 1, len(b.ids) - 1, None)]:
+        spans = {"encoder": a.pieces[i : anchor.i + 1], "decoder": b.pieces[j : anchor.j + 1]}
+        if any(spans.values()):
+            cost = None if anchor.cost is None else round(anchor.cost, 4)
+            rows.append(spans | {"exact": cost is not None and (anchor.i, anchor.j) in exact, "cost": cost})
+        i, j = anchor.i + 1, anchor.j + 1
     return rows
 
 
 def anchor_text(rows: list[dict[str, Any]]) -> str:
     """The spans as a table for people; "=" marks exact anchors."""
-    cells = [(" ".join(map(repr, row["encoder"])), " ".join(map(repr, row["decoder"])),
+    cells = [(*(" ".join(map(repr, row[side])) for side in ("encoder", "decoder")),
               "=" if row["exact"] else "-" if row["cost"] is None else f"{row['cost']:.2f}") for row in rows]
-    widths = [max(map(len, column)) for column in zip(("encoder", "decoder"), *(c[:2] for c in cells), strict=True)]
-    lines = [("encoder", "decoder", "cost"), *cells]
-    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in lines)
+    cells.insert(0, ("encoder", "decoder", "cost"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in cells)
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -3083,113 +2948,52 @@ class RefragConfig(transformers.PreTrainedConfig):
 
     @property
     def scorers(self) -> list[str]:
-        """Those of gate and policy that the checkpoint holds. The model itself does not use them."""
+        """Which of gate and policy the checkpoint holds. The model itself does not use them."""
         return [name for name in ("gate", "policy") if getattr(self, name) is not None]
-
-
-GGUF_NAMES = {"token_embd": "embed_tokens", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
-              "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-              "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-              "ffn_down": "mlp.down_proj", "output_norm": "norm"}
-
-
-def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the bundled GGUF file, a Llama with a byte-level BPE tokenizer, as a Hugging Face folder in float32.
-
-    Not by transformers, which parses the file four times (40 s instead of 10) and does not split numbers into digits.
-    """
-    import gguf
-    import tokenizers as tk
-
-    reader = gguf.GGUFReader(str(path))
-    facts = {name.rpartition(".")[2]: value.contents() for name, value in reader.fields.items()}
-    config = transformers.LlamaConfig(
-        vocab_size=facts["vocab_size"], hidden_size=facts["embedding_length"], num_hidden_layers=facts["block_count"],
-        intermediate_size=facts["feed_forward_length"], num_attention_heads=facts["head_count"],
-        num_key_value_heads=facts["head_count_kv"], head_dim=facts["dimension_count"], tie_word_embeddings=True,
-        max_position_embeddings=facts["context_length"], rms_norm_eps=facts["layer_norm_rms_epsilon"],
-        rope_theta=facts["freq_base"], bos_token_id=facts["bos_token_id"], eos_token_id=facts["eos_token_id"],
-        pad_token_id=facts["padding_token_id"], architectures=["LlamaForCausalLM"], dtype="float32")
-    tensors = {}
-    for tensor in reader.tensors:
-        weights = gguf.dequantize(tensor.data, tensor.tensor_type)
-        layer, _, name = tensor.name.removesuffix(".weight").rpartition(".")
-        if name in ("attn_q", "attn_k"):  # GGUF alternates the two halves of a head, which rotary positions turn
-            pairs = weights.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
-            weights = pairs.swapaxes(1, 2).reshape(weights.shape)
-        where = f"model.{layer.replace('blk', 'layers')}.".replace("..", ".")
-        tensors[f"{where}{GGUF_NAMES[name]}.weight"] = torch.tensor(weights)
-    words = facts["tokens"]
-    bpe = tk.Tokenizer(tk.models.BPE({word: i for i, word in enumerate(words)},
-                                     [tuple(merge.split(" ")) for merge in facts["merges"]]))
-    bpe.pre_tokenizer = tk.pre_tokenizers.Sequence([tk.pre_tokenizers.Digits(individual_digits=True),
-                                                    tk.pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = tk.decoders.ByteLevel()
-    bpe.add_special_tokens([word for word, kind in zip(words, facts["token_type"], strict=True)
-                            if kind == gguf.TokenType.CONTROL])
-    special = {f"{name}_token": words[facts[f"{key}_token_id"]] for name, key in
-               (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=facts["chat_template"],
-                                         **special).save_pretrained(folder)
-    config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def model_folder(name: str) -> str:
     """Folder or hub id to load a model from; a bundled GGUF file is converted into the cache. Raises MissingError."""
-    found = model_path(name)
-    path = Path(found)
-    if path.suffix != ".gguf" or path.is_dir():
-        return found
-    stat = path.stat()  # in the folder's name, so that another file is converted again
-    folder = cache_home() / "models" / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    path = model_path(name)
+    if not path.endswith(".gguf") or not os.path.isfile(path):
+        return path
+    stat = os.stat(path)  # in the folder's name, so that another file is converted again
+    folder = cache_home() / "models" / f"{Path(path).stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.with_suffix(".lock"), f"{folder}", timeout=600):
-            if not folder.is_dir():
-                notice(f"converting {path.name} once, into {folder} (about ten seconds)")
-                with new_folder(folder) as temporary:
-                    convert_gguf(path, temporary)
+        importlib.import_module("refrag_extras.convert_gguf").convert_once(Path(path), folder)
     return str(folder)
 
 
 def load_tokenizer(name: str) -> Any:
-    folder = model_folder(name)
     with hub_errors(name):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(model_folder(name))
 
 
 def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A causal LM in evaluation mode. Raises MissingError."""
-    folder = model_folder(name)
     with hub_errors(name):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **SAFE).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype, **SAFE).to(device).eval()
 
 
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
-    share: use the decoder's own memory, for layers that are not trained apart from it; else copy. share_embeddings: the
-    same for its token embeddings. Raises UserError if the decoder has fewer layers, or is not built as a stack of them.
+    share, share_embeddings: use the decoder's own memory for layers and for token embeddings, else copy. Raises
+    UserError if the decoder has fewer layers, or is not built as a stack of them.
     """
-    facts, total, body = decoder.config.to_dict(), decoder.config.num_hidden_layers, decoder.base_model
+    body, table, total = decoder.base_model, decoder.get_input_embeddings().weight, decoder.config.num_hidden_layers
     require(1 <= layers <= total, f"--enc decoder:{layers}: the decoder has {total} layers")
+    stacks = [name for name, part in body.named_modules() if isinstance(part, nn.ModuleList) and len(part) == total]
+    require(len(stacks) == 1, f"--enc decoder:{layers}: this decoder cannot be cut after a layer: name an encoder")
+    shared = [weight for weight in body.parameters() if (share_embeddings if weight is table else share)]
+    kept = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in shared}
+    left_out = {id(layer): nn.Identity() for layer in body.get_submodule(stacks[0])[layers:]}
+    model = copy.deepcopy(body, kept | left_out)
+    model.set_submodule(stacks[0], model.get_submodule(stacks[0])[:layers])
+    model.config.num_hidden_layers = layers
     for name in ("layer_types", "layers_block_type"):
-        if isinstance(facts.get(name), list):
-            facts[name] = facts[name][:layers]
-    try:
-        with torch.device("meta"):  # without memory: its weights are assigned below
-            model = AutoModel.from_config(type(decoder.config).from_dict(facts | {"num_hidden_layers": layers}))
-        weights, table = body.state_dict(), decoder.get_input_embeddings().weight.data_ptr()
-        shared = {name: share_embeddings if weight.data_ptr() == table else share for name, weight in weights.items()}
-        picked = {name: weights[name] if shared[name] else weights[name].clone() for name in model.state_dict()}
-        model.load_state_dict(picked, assign=True)
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"--enc decoder:{layers}: this decoder cannot be cut after a layer ({one_line(error)[:100]}): "
-                        "name an encoder") from None
-    for name, _ in list(model.named_buffers()):  # rotary tables are not in the state dict; the cut model has the same
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = body.get_buffer(name)
+        if vars(model.config).get(name):
+            setattr(model.config, name, getattr(model.config, name)[:layers])
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())  # it was trained for the last layer's states
@@ -3220,8 +3024,8 @@ class ChunkEncoder(nn.Module):
     contextual (`decoder:N`): a content is read in windows of 512 tokens and the states of each chunk's tokens are
     averaged, so that a state knows its context. Not contextual: each chunk is read by itself, as in the paper.
 
-    Windows begin at the same tokens for every k, and a mean of means (weighted by tokens) is the mean of all. Therefore
-    contextual states stored at one k give those of its multiples: see `serves` and `merge_chunks`.
+    Windows begin at the same tokens for every k, so the mean of stored means, weighted by tokens, is the state of a
+    larger chunk: see `serves` and `merge_chunks`.
     """
 
     def __init__(self, backbone: nn.Module, tokenizer: RefragTokenizer, *, contextual: bool, pooling: str):
@@ -3270,10 +3074,7 @@ class ChunkEncoder(nn.Module):
         return segment_means(torch.cat(states).float(), owners.to(device), count)
 
     def content_of_tokens(self, ids: np.ndarray, allowed: np.ndarray, k: int) -> Content:
-        """Cut some of the decoder's tokens into chunks for training; a separate encoder reads the text they decode to.
-
-        allowed: (T + 1,), see `cut_allowed`.
-        """
+        """The decoder's tokens (T,) in chunks for training; a separate encoder reads their text. allowed: (T + 1,)."""
         if not self.contextual:
             text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
             return self.content_of_text(text, self.tokenizer.cut([text], k)[0])
@@ -3347,7 +3148,6 @@ class Projector(nn.Module):
 
 class Batch(NamedTuple):
     """Training sequences as tensors. C chunks in all, N positions with a label."""
-
     encoder_ids: Tensor  # (S,), the rows that the encoder reads, one after the other
     lengths: list[int]  # tokens of each row
     owners: Tensor  # (S,), the chunk each encoder token is pooled into, -1 for none
@@ -3363,7 +3163,6 @@ class Batch(NamedTuple):
 
 class Output(NamedTuple):
     """What `RefragModel.forward` gives."""
-
     logits: Tensor  # (N, V)
     vectors: Tensor  # (C, D), what was fed for the chunks
     means: Tensor  # (C, D), means of their token embeddings
@@ -3387,20 +3186,13 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
     return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
 
 
-@contextlib.contextmanager
-def head_reads(decoder: nn.Module, asked: Tensor) -> Iterator[None]:
-    """Within the block, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
+def head_reads(decoder: nn.Module, asked: Tensor) -> contextlib.AbstractContextManager:
+    """Within `with head_reads(..)`, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
 
     A hook, so that whatever an architecture does to its logits still happens.
     """
-    def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[asked], *args[1:])
-
-    handle = decoder.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return decoder.get_output_embeddings().register_forward_pre_hook(
+        lambda head, args: (args[0].flatten(0, 1)[asked], *args[1:]))
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -3412,15 +3204,11 @@ def part_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_names(decoder: nn.Module) -> set[str]:
-    """Names of the tensors of a decoder's adapters."""
     return {name for name, _ in decoder.named_parameters() if ".lora_" in name}
 
 
 def add_lora(decoder: nn.Module, rank: int) -> None:
-    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head, in place.
-
-    Raises UserError for architectures whose layers cannot have them, MissingError without the library.
-    """
+    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head. Raises UserError."""
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     import peft
@@ -3449,21 +3237,16 @@ def merge_lora(model: RefragModel) -> None:
 
 
 class RefragModel(PreTrainedModel):
-    """Encoder, projector and decoder.
-
-    A checkpoint folder holds config.json and one safetensors file per trained part; untrained parts are loaded from
-    the models the config names.
-    """
+    """Encoder, projector and decoder: the trained parts from a checkpoint, the others from the models it names."""
 
     config_class = RefragConfig
 
     def __init__(self, config: RefragConfig, encoder: ChunkEncoder, decoder: nn.Module):
         super().__init__(config)
-        embeddings = decoder.get_input_embeddings().weight
-        rms = embeddings.detach().float().pow(2).mean().sqrt().item()
+        table = decoder.get_input_embeddings().weight
+        rms = table.detach().float().pow(2).mean().sqrt().item()
         self.encoder, self.decoder = encoder, decoder
-        projector = Projector(encoder.width, embeddings.shape[1], rms, config.projector)
-        self.projector = projector.to(embeddings.device)
+        self.projector = Projector(encoder.width, table.shape[1], rms, config.projector).to(table.device)
         self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, kept only so that they are saved again
         self.checkpoint: str | None = None  # digest of the one it was loaded from
         self.eval()
@@ -3533,8 +3316,8 @@ class RefragModel(PreTrainedModel):
                         dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
-        train, lora_r: what will be trained further, see `build_model`. The decoder's adapters are merged into its
-        weights, unless training goes on with them.
+        train, lora_r: what will be trained further, see `build_model`. Adapters are merged into the decoder's weights
+        unless training goes on with them.
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
@@ -3566,17 +3349,17 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 class Checkpoint:
-    """A checkpoint folder, opened: config.json and manifest are read once, tensors on request.
-
-    Folders of other programs have no manifest; their tensors are checked one by one when they are loaded.
-    """
+    """A checkpoint folder: config.json and manifest (other programs' folders have none) are read once, tensors on
+    request."""
 
     def __init__(self, path: Path):
         """Raises UserError, CorruptError, MismatchError."""
         manifest, config = path / CHECKPOINT_MANIFEST, path / "config.json"
         require(manifest.is_file() or config.is_file(), f"--load_dir {path}: no checkpoint in this folder")
-        self.path = path
+        self.path, self.digest = path, str(path)  # identifier of what it holds
         self.manifest = read_manifest(manifest, CHECKPOINT_FORMAT) if manifest.is_file() else None
+        if self.manifest:
+            self.digest = self.manifest["digest"][:16]
         try:
             content = config.read_bytes()
             if self.manifest and hashlib.sha256(content).hexdigest() != self.manifest["files"][config.name]["sha256"]:
@@ -3591,16 +3374,10 @@ class Checkpoint:
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             raise CorruptError(f"{config} is damaged: save the checkpoint again") from None
 
-    @property
-    def digest(self) -> str:
-        """Identifier of what it holds; the path if there is no manifest."""
-        return self.manifest["digest"][:16] if self.manifest else str(self.path)
-
     def verify(self) -> None:
         """Check every file against the manifest, but not the card, which people edit. Raises CorruptError."""
-        if self.manifest:
-            files = {name: entry for name, entry in self.manifest["files"].items() if name != CARD}
-            verify_files(self.path, files, CHECKPOINT_FORMAT, read_all=True)
+        files = self.manifest["files"] if self.manifest else {}
+        verify_files(self.path, {name: files[name] for name in files if name != CARD}, CHECKPOINT_FORMAT, read_all=True)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a part's file. Raises CorruptError."""
@@ -3624,9 +3401,9 @@ class Checkpoint:
         found, expected = ({key: tuple(t.shape) for key, t in side.items()} for side in (tensors, own))
         for key in sorted(expected.keys() | found.keys()):
             if expected.get(key) != found.get(key):
-                raise MismatchError(f"{self.path / name}.safetensors: tensor {key} has shape {found.get(key, 'none')}, "
-                                    f"the model has {expected.get(key, 'none')}: use the models of the checkpoint's "
-                                    "config.json")
+                shapes = (side.get(key, "none") for side in (found, expected))
+                raise MismatchError("{}.safetensors: tensor {} has shape {}, the model has {}: use the models of the "
+                                    "checkpoint's config.json".format(self.path / name, key, *shapes))
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(tensors[key])
@@ -3634,10 +3411,8 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
                      texts: dict[str, str] | None = None, card: str | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files.
-
-    The card is in no manifest: people add to it, and hubs write into it.
-    """
+    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files. The card is in
+    no manifest, since people and hubs write into it."""
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
@@ -3704,25 +3479,21 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
 
     train: letters of what will be trained: those parts are float32 and share no memory with another.
     """
-    letters = {*config.training_model, *train, *("d" if config.lora else "")}
+    trained, layers = {*config.training_model, *train}, encoder_layers(config.encoder_name_or_path)
     tokenizer = build_tokenizer(config)
     decoder = load_decoder(config.decoder_name_or_path, device, dtype)
     check_base(config, "decoder", decoder)
     check_tokens(config.decoder_name_or_path, tokenizer.decoder, decoder,
                  functools.partial(render_chat, tokenizer.decoder))
-    layers = encoder_layers(config.encoder_name_or_path)
     if layers is not None:
-        backbone = first_layers(decoder, layers, share=not letters & {"e", "d"},
-                                share_embeddings="d" not in {*config.training_model, *train})
-        encoder = ChunkEncoder(backbone, tokenizer, contextual=True, pooling=config.pooling)
+        backbone = first_layers(decoder, layers, share=not trained & {"e", "d"} and not config.lora,
+                                share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
         with hub_errors(config.encoder_name_or_path):
-            folder = model_folder(config.encoder_name_or_path)
-            backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, **SAFE)
+            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
-        encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=False,
-                               pooling=config.pooling)
+    encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=layers is not None, pooling=config.pooling)
     if "e" in train:
         backbone.float()
     return RefragModel(config, encoder, decoder)
@@ -3748,7 +3519,7 @@ SHIPPED_READER = SHIPPED / "reader"
 def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
     """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-    Raises UserError, CorruptError, MismatchError if the checkpoint was made with other models than those named.
+    Raises MismatchError if --load_dir's was made with other models than those named.
     """
     shipped = models.load_dir == "auto"
     if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
@@ -3784,18 +3555,17 @@ def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> R
     named = {key: getattr(models, flag) for flag, key in MODEL_FLAGS.items()}
     config = RefragConfig(**{key: value for key, value in named.items() if value is not None})
     if models.enc is None:
-        folder, most = model_folder(config.decoder_name_or_path), encoder_layers(config.encoder_name_or_path)
         with hub_errors(config.decoder_name_or_path):
-            layers = getattr(AutoConfig.from_pretrained(folder), "num_hidden_layers", math.inf)
-        config.encoder_name_or_path = f"decoder:{min(most, layers)}"
+            decoder = AutoConfig.from_pretrained(model_folder(config.decoder_name_or_path))
+        most = getattr(decoder, "num_hidden_layers", math.inf)
+        config.encoder_name_or_path = f"decoder:{min(encoder_layers(config.encoder_name_or_path), most)}"
     return config
 
 
 def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
-    device = pick_device(runtime.device)
+    device, checkpoint = pick_device(runtime.device), find_checkpoint(models)
     dtype = pick_dtype(runtime.dtype, device)
-    checkpoint = find_checkpoint(models)
     if checkpoint is None:
         model = build_model(model_config(models), device, dtype, train)
     else:
@@ -5225,8 +4995,9 @@ def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], t
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
             write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
-        with kept_memory(accelerator.device):
-            summary = trainer.fit()
+        if accelerator.device.type == "cpu":
+            keep_memory()
+        summary = trainer.fit()
     emit(summary, runtime, training_text(summary))
 
 
@@ -5244,10 +5015,13 @@ def training_text(summary: dict[str, Any]) -> str:
 # 11. Generation. Prefill, decode, citations, and the clock on all of it.
 # =============================================================================
 
+CITATION_TOKENS = 16  # that `choose_citation` may feed at most
+LONGEST_CITATION = 66  # characters, brackets included
+Writer = Callable[[str], bool | None] | None  # receives an answer as it grows; True ends it
+
 
 class Decoded(NamedTuple):
     """New tokens of one sequence and when each was sampled, in seconds on the stopwatch's clock."""
-
     tokens: list[int]
     times: list[float]
     ended: bool  # by an end-of-sequence token, which is not among the tokens
@@ -5255,7 +5029,6 @@ class Decoded(NamedTuple):
 
 class DecoderState(NamedTuple):
     """A decoder's cache, the attention mask over it (None for one unpadded sequence) and the next position."""
-
     cache: Any
     mask: Tensor | None  # (B, T)
     position: Tensor  # (B,)
@@ -5298,9 +5071,6 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, Decod
     return logits, DecoderState(cache, mask, lengths)
 
 
-CITATION_TOKENS = 16  # that `choose_citation` may feed at most
-
-
 @torch.inference_mode()
 def decode_one_token(decoder: nn.Module, token: Tensor, state: DecoderState,
                      alive: Tensor | None = None) -> tuple[Tensor, DecoderState]:
@@ -5330,10 +5100,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 def stop_tokens(decoder: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Every id that ends an answer: the model's (one or several), the tokenizer's, and the usual end-of-turn marks."""
-    ids: set[int] = set()
-    for source in (getattr(decoder, "generation_config", None), decoder.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        ids |= set(value) if isinstance(value, (list, tuple)) else {value}
+    sources = (getattr(decoder, "generation_config", None), decoder.config, tokenizer)
+    ids = {number for source in sources for number in np.atleast_1d(getattr(source, "eos_token_id", None)).tolist()}
     names = {"<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "</s>"}
     added = getattr(tokenizer, "added_tokens_decoder", {})
     ids |= {number for number, token in added.items() if token.special and token.content in names}
@@ -5377,38 +5145,27 @@ def decode(decoder: nn.Module, logits: Tensor, state: DecoderState, *, max_new: 
     return out, state
 
 
-LONGEST_MARK = 66  # characters of a citation in an answer, its brackets included
-
-
 def settled_length(text: str) -> int:
     """Length of an answer without the citation at its end, begun or whole, and the blanks there."""
     body = text.rstrip()
     at = body.rfind("[")
-    is_mark = 0 <= at >= len(body) - LONGEST_MARK and "]" not in body[at:-1]
-    return len(body[:at].rstrip() if is_mark else body)
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first stop string in it."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+    is_citation = 0 <= at >= len(body) - LONGEST_CITATION and "]" not in body[at:-1]
+    return len(body[:at].rstrip() if is_citation else body)
 
 
 class TextStream:
-    """Turns the growing tokens of an answer into text, and shows it once it cannot change any more.
+    """Turns the growing tokens of an answer into text, and shows it once it cannot change: without an unfinished
+    character, a citation at the end, which `cite` may replace, or a begun stop string."""
 
-    Held back are an unfinished character, a citation at the end, which `cite` may replace, and what may begin a stop
-    string. write: receives new text; True ends the answer.
-    """
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Callable[[str], bool | None] | None):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], write: Writer):
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
     def update(self, tokens: list[int]) -> str:
         """The text of an answer up to the first stop string; `stopped` tells whether there is one."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        kept = before_stop(text, self.stops)
-        self.stopped = len(kept) < len(text)
-        return kept.lstrip()
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        self.stopped = bool(ends)
+        return text[: min(ends, default=len(text))].lstrip()
 
     def __call__(self, tokens: list[int]) -> bool | None:
         """Write what is new. Returns True if the answer is to end."""
@@ -5440,7 +5197,7 @@ def holds_answer(text: str, truths: Sequence[str]) -> bool:
 
 
 def abstains(reply: str) -> bool:
-    """Whether a reply says that the documents do not hold the answer, or says nothing."""
+    """Whether a reply refuses to answer, or says nothing."""
     return not reply.strip() or holds_answer(reply, [NO_ANSWER])
 
 
@@ -5451,7 +5208,6 @@ CITATION = re.compile(
 
 class Citations(NamedTuple):
     """An answer's citations, and the answer without them."""
-
     bare: str  # without any that is complete
     plain: str  # without the one at the end
     begun: str | None  # what stands of one that the end cuts off
@@ -5461,28 +5217,26 @@ class Citations(NamedTuple):
 def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
     """Find the citations in an answer: [2], [1, 3], (doc 2) and <doc id="2">.
 
-    A label that was not given is a forged one if it is a number of three digits at most, as the instruction in the
-    prompt shows; other words in brackets are no citation. Examples, labels "1" and "2": "Ulm [1][9]" -> ("Ulm",
-    "Ulm [1]", None, [("1", False), ("9", True)]); "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
+    A label that was not given is forged if it is a number below 1000; other words in brackets are no citation.
+    Examples with labels 1 and 2: "Ulm [1][9]" -> ("Ulm", "Ulm [1]", None, [("1", False), ("9", True)]);
+    "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
     """
-
-    def named(match: re.Match) -> list[str]:
+    spans, cited, bare, at = [], {}, answer, settled_length(answer)
+    for match in CITATION.finditer(answer):
         parts = re.split(r"\s*[,;]\s*", (match[1] or match[2] or match[3]).strip())
-        return [part for part in parts if part in labels or match[1]
-                or (match[2] and part.isdigit() and len(part) < 4)]
-
-    marks = [(match, found) for match in CITATION.finditer(answer) if (found := named(match))]
-    bare, at = answer, settled_length(answer)
-    for match, _ in reversed(marks):
-        rest = bare[match.end() :]
-        bare = bare[: match.start()].rstrip() + " " * rest[:1].isalnum() + rest
+        named = [part for part in parts if part in labels or match[1]
+                 or (match[2] and part.isdigit() and len(part) < 4)]
+        if named:
+            spans.append(match.span())
+            cited |= dict.fromkeys(named)
+    for first, last in reversed(spans):
+        bare = bare[:first].rstrip() + " " * bare[last : last + 1].isalnum() + bare[last:]
     end = answer[at:].strip()
     begun = end.removeprefix("[").strip() if end and not end.endswith("]") else None
     if begun is None:
-        at = at if marks and marks[-1][0].start() >= at else len(answer)
+        at = at if spans and spans[-1][0] >= at else len(answer)
     elif not any(label.startswith(begun) for label in labels):
         at, begun = len(answer), None
-    cited = dict.fromkeys(label for _, found in marks for label in found)
     return Citations(bare, answer[:at], begun, [(label, label not in labels) for label in cited])
 
 
@@ -5491,8 +5245,8 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: DecoderState, row
                     labels: Sequence[str]) -> tuple[str, DecoderState]:
     """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
 
-    row: the sequence in the batch; the others are fed the same tokens, hidden from them. pending: tokens of its answer
-    that were sampled but not fed. Greedy among the given ids, so it cannot be forged. The old state is used up.
+    row: the sequence in the batch; what it is fed is hidden from the others. pending: its tokens that were sampled but
+    not fed. Greedy among the labels, so it cannot be forged.
     """
     B = len(state.position)
     alive = torch.arange(B, device=state.position.device) == row
@@ -5514,20 +5268,17 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
          stops: Sequence[str] = ()) -> tuple[str, str | None]:
     """(the answer with its citation, the label if it was not the decoder's own).
 
-    labels: of all documents; seen: the contents of those that were read, by label; choose: lets the decoder choose.
-    Of these cases the first one counts:
-    - the answer is a refusal, or no document was read: nothing is cited
+    labels: of all documents; seen: the contents of those that were read, by label. The first case that applies counts:
+    - a refusal, or no document was read: nothing is cited
     - one document alone holds the answer, which is not yes or no: that one is cited
-    - the answer ends within a citation of a document that was read: it is completed
-    - the answer names given documents: it stays as it is
-    - else the decoder chooses
+    - the answer ends within the citation of a document that was read: it is completed
+    - the answer names given documents: it stays as it is; if it names none, the decoder chooses
     """
-    found = parse_citations(answer, labels)
-    plain, begun = found.plain, found.begun
+    _, plain, begun, cited = parse_citations(answer, labels)
     bare = parse_citations(plain, labels).bare
     if not seen or abstains(bare):
         return bare, None
-    named = [label for label, forged in found.labels if not forged]
+    named = [label for label, forged in cited if not forged]
     holding = [label for label, content in seen.items() if holds_answer(content, [plain])]
     answer = answer if begun is None else plain
     if len(holding) == 1 and holding[0] not in named and normalize_answer(plain) not in ("yes", "no"):
@@ -5538,16 +5289,13 @@ def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Calla
         return answer, None
     else:
         chosen = choose()
-    cited = f"{answer} [{chosen}]"
-    return (cited, chosen) if before_stop(cited, stops) == cited else (plain, None)
+    answer = f"{answer} [{chosen}]"
+    return (plain, None) if any(stop in answer for stop in stops) else (answer, chosen)
 
 
 def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Choose the chunks that stay text and plan what is fed. scores: (L,).
-
-    Returns expanded: (L,) bool, the chunks that stay text; kept: (T,) bool, the prompt's tokens that are fed as such;
-    plan: (P,), v >= 0 is the token v, v < 0 the vector of chunk -v - 1.
-    """
+    """Choose the chunks that stay text by their scores (L,), and plan what is fed. Returns expanded: (L,) bool, these
+    chunks; kept: (T,) bool, the prompt's tokens that are fed as such; plan: (P,), see `mixed_plan`."""
     expanded = np.ones(len(prompt.chunks), dtype=bool)
     if pack.mode not in ("full", "none"):
         expanded = select_chunks(scores, prompt.sizes, pack.p if pack.gate != "none" else 0.0, pack.floor)
@@ -5561,26 +5309,16 @@ def feed_plan(prompt: Prompt, scores: np.ndarray, pack: PackConfig) -> tuple[np.
 
 class Settings(SearchConfig, PackConfig, GenerateConfig):
     """What an answer depends on beside the question and the models: see `Pipeline.settings_for`."""
-
     stop_tokens: frozenset[int] = opt(frozenset(), "end an answer")
     sampler: torch.Generator | None = opt(None, "draws the tokens at a temperature above 0")
-    system: str | None = opt(None, "a system message")
-
-    @property
-    def chooses(self) -> bool:
-        """Whether there are chunks to be chosen; not where all or none stay text."""
-        return self.gate != "none" and self.mode in ("refrag", "truncate") and 0 < self.p < 1
-
-    def pick(self, logits: Tensor) -> Tensor:
-        """The next tokens (B,) from logits (B, V)."""
-        return sample(logits, self.temperature, self.top_p, self.sampler)
+    system: str = opt("", "a system message")
 
 
 @dataclass
 class Reading:
     """A question ready for the decoder."""
-
     item: dict[str, Any]
+    settings: Settings
     passages: list[Passage]
     context: Context
     given: GateInput | None  # what the gate looked at
@@ -5593,41 +5331,33 @@ class Reading:
 
     @property
     def labels(self) -> list[str]:
-        """The ids the prompt gives its documents."""
         return [doc.label for doc in self.context.docs]
 
     @functools.cached_property
     def how_read(self) -> dict[str, str]:
         """How the decoder read each document, by label: "text", "partly" as text, "vectors", or "left out"."""
-        prompt, how = self.context.prompt, {}
-        compressed = {prompt.chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
+        chunks, how = self.context.prompt.chunks, {}
+        compressed = {chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
         for number, label in enumerate(self.labels):
-            kept = [self.kept[chunk.first : chunk.last].tolist() for chunk in prompt.chunks if chunk.doc == number]
-            how[label] = ("text" if all(map(all, kept)) else "partly" if any(map(any, kept))
+            kept = [kept for chunk in chunks if chunk.doc == number for kept in self.kept[chunk.first : chunk.last]]
+            how[label] = ("text" if all(kept) else "partly" if any(kept)
                           else "vectors" if number in compressed else "left out")
         return how
 
-    @property
-    def seen(self) -> dict[str, str]:
-        """The contents of the documents that were read, by label."""
-        return {doc.label: doc.content for doc in self.context.docs if self.how_read[doc.label] != "left out"}
-
 
 class Pipeline:
-    """Question in, cited answer out: everything that is loaded, and the settings that hold where none are given.
+    """Question in, cited answer out: what is loaded, and the settings that hold where none are given.
 
-    Its stages in order: `retrieve`, `context`, `score`, `inputs`, which `prepare` runs, and `generate`.
+    Its stages: `retrieve`, `context`, `score`, `inputs`, all of which `prepare` runs, and `generate`.
     """
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
-        """stepper: takes the steps after the first token in the decoder's place."""
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.seed, self.stepper, self.load_s = seed, stepper, 0.0
-        self.tokenizer = model.encoder.tokenizer
-        self.device = next(model.decoder.parameters()).device
+        self.tokenizer, self.device = model.encoder.tokenizer, next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
-        built = searcher.index.manifest["chunking"] if searcher else {}
+        built = self.index.manifest["chunking"] if searcher else {}
         self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
         if built.get("encoder") not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
@@ -5640,14 +5370,11 @@ class Pipeline:
     @functools.cached_property
     def trained_gates(self) -> dict[str, QueryGate]:
         """The gates with weights. Raises MismatchError if the checkpoint's are for another embedder."""
-        gates = {name: load_gate(self.model, kind, self.embedder) for name, kind in TRAINED_GATES.items()}
-        return {name: gate.to(self.device) for name, gate in gates.items() if gate is not None}
+        return {name: gate.to(self.device) for name, kind in TRAINED_GATES.items()
+                if (gate := load_gate(self.model, kind, self.embedder)) is not None}
 
     def settings_for(self, **changes: Any) -> Settings:
-        """The pipeline's settings with others in place of some, --gate and --compressed settled. Raises UserError.
-
-        changes: fields of `Settings`.
-        """
+        """The pipeline's settings with other values of some fields, --gate and --compressed settled."""
         settings = dataclasses.replace(self.settings, **changes)
         gate = "ppl" if settings.heuristic else settings.gate
         gate = gate if gate != "auto" else "learned" if "learned" in self.trained_gates else "blend"
@@ -5657,20 +5384,16 @@ class Pipeline:
         return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
-        """Passages for a question; none without an index or in mode none."""
-        if self.searcher is None or settings.mode == "none":
-            return []
-        return self.searcher.search(item["question"], settings.topk, settings.hops)
+        searches = self.searcher is not None and settings.mode != "none"
+        return self.searcher.search(item["question"], settings.topk, settings.hops) if searches else []
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
-        """A question over its passages, or over the documents that stand in --prompt."""
-        k = settings.k
+        k, ctx_max = settings.k, settings.ctx_max
         if settings.prompt is not None:
-            return read_context(self.tokenizer, item["question"], k, settings.ctx_max)
+            return read_context(self.tokenizer, item["question"], k, ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
-        return make_context(self.tokenizer, item["question"], docs, ctx_max=settings.ctx_max,
-                            system=settings.system or "")
+        return make_context(self.tokenizer, item["question"], docs, ctx_max=ctx_max, system=settings.system)
 
     def states_at(self, k: int) -> str | None:
         """The fingerprint of the states in the index if they are those that the encoder would compute at k."""
@@ -5678,7 +5401,7 @@ class Pipeline:
         return built["encoder"] if built and self.model.encoder.serves(k, built["k"]) else None
 
     def filled(self, docs: list[Doc], k: int, *, gate: bool) -> list[Doc]:
-        """Documents of which all have the embedder's vectors (gate) or the encoder's states: computed if not stored."""
+        """Documents with the embedder's vectors (gate) or the encoder's states, computed if not stored."""
         lacking = [i for i, doc in enumerate(docs) if (doc.chunks.embeddings if gate else doc.chunks.states) is None]
         if not lacking:
             return docs
@@ -5688,9 +5411,9 @@ class Pipeline:
         return [doc._replace(chunks=filled.get(i, doc.chunks)) for i, doc in enumerate(docs)]
 
     def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
-        """((L,) the gate's score of each chunk, what it looked at); zeros and None where nothing is to be chosen."""
+        """(the gate's scores (L,), what it looked at); zeros and None if there is no choice to make."""
         docs, query, gate = context.docs, None, settings.gate
-        if not settings.chooses or not docs:
+        if not docs or gate == "none" or settings.mode not in ("refrag", "truncate") or not 0 < settings.p < 1:
             return np.zeros(len(context.prompt.chunks)), None
         if gate in VECTOR_GATES and self.embedder is not None:
             docs = self.filled(docs, settings.k, gate=True)
@@ -5707,15 +5430,15 @@ class Pipeline:
             docs = self.filled(context.docs, k, gate=False)
             states = np.concatenate([doc.chunks.states for doc in docs])[numbers]
         ids = [prompt.input_ids[prompt.chunks[i].first : prompt.chunks[i].last] for i in numbers]
-        sizes, ids = np.asarray([len(part) for part in ids], dtype=np.int64), np.concatenate([*ids, plan[:0]])
         plan = np.where(plan < 0, -np.cumsum(plan < 0), plan)  # counts only the chunks that are fed, as states do
-        parts = (torch.as_tensor(part, device=self.device) for part in (plan, ids, sizes, states))
+        parts = (torch.as_tensor(part, device=self.device)
+                 for part in (plan, np.concatenate([*ids, plan[:0]]), prompt.sizes[numbers], states))
         return self.model.embed(*parts)[0]
 
     def check_window(self, positions: int, settings: Settings) -> None:
         """Raise TooLongError unless prompt, answer and a citation after it fit what the decoder was built for."""
         citation = CITATION_TOKENS if settings.cite and settings.mode != "none" else 0
-        if self.model.window is not None and positions + settings.max_new + citation > self.model.window:
+        if positions + settings.max_new + citation > (self.model.window or math.inf):
             more = f" and a citation {citation}" if citation else ""
             raise TooLongError(
                 f"the prompt takes {positions} positions, --max_new {settings.max_new}{more}; the decoder's window is "
@@ -5723,10 +5446,7 @@ class Pipeline:
 
     def prepare(self, item: dict[str, Any], settings: Settings | None = None,
                 rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
-        """Everything before the prefill. Raises TooLongError when the decoder was not built for so much.
-
-        rescore: other scores (L,) in place of the gate's.
-        """
+        """Do everything before the prefill. rescore: gives other scores (L,) than the gate's. Raises TooLongError."""
         settings, watch = settings or self.settings, Stopwatch(self.device)
         if self.embedder is not None:
             self.embedder.queries.clear()  # so that a question asked again takes as long as at first
@@ -5741,48 +5461,40 @@ class Pipeline:
         self.check_window(len(plan), settings)
         with watch.stage("vectors_s"):
             inputs = self.inputs(context, plan, settings.k)
-        return Reading(item, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
+        return Reading(item, settings, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
 
     @functools.cached_property
     def batches(self) -> bool:
-        """Whether questions can be decoded together: recurrent layers, which keep no keys, would read the padding."""
+        """Whether answers can be decoded together: recurrent layers, which keep no keys, would read the padding."""
         _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
         return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
 
-    def answer(self, question: str, on_text: Callable[[str], bool | None] | None = None,
-               **changes: Any) -> dict[str, Any]:
-        """The JSON object of one answer. on_text: receives the answer as it grows; True ends it.
-
-        changes: see `settings_for`. Example: pipeline.answer("Who wrote De Materia Medica?", p=.05)["answer"]
-        """
+    def answer(self, question: str, on_text: Writer = None, **changes: Any) -> dict[str, Any]:
+        """The result of one question. changes: see `settings_for`."""
         return self.answer_batch([{"id": "1", "question": question}], self.settings_for(**changes), [on_text])[0]
 
     def answer_batch(self, items: Sequence[dict[str, Any]], settings: Settings | None = None,
-                     writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Results for questions {id, question} that are decoded together. writers: see `generate`."""
-        return self.generate([self.prepare(item, settings) for item in items], settings, writers)
+                     writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
+        """Results for questions {id, question}, which are decoded together."""
+        return self.generate([self.prepare(item, settings) for item in items], writers)
 
-    def generate(self, readings: Sequence[Reading], settings: Settings | None = None,
-                 writers: Sequence[Callable[[str], bool | None] | None] = ()) -> list[dict[str, Any]]:
-        """Results for questions that are decoded together.
-
-        writers: for each question None, or what receives new text of its answer as it grows; True ends the answer.
-        """
-        settings, writers = settings or self.settings, writers or [None] * len(readings)
+    def generate(self, readings: Sequence[Reading], writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
+        """Decode answers of the same settings together."""
+        settings, writers = readings[0].settings, writers or [None] * len(readings)
         if len(readings) > 1 and not self.batches:
-            return [self.generate([one], settings, [write])[0] for one, write in zip(readings, writers, strict=True)]
+            return [self.generate([one], [write])[0] for one, write in zip(readings, writers, strict=True)]
         decoder, watch = self.model.decoder, Stopwatch(self.device)
-        if settings.show_prompt:
-            for reading in readings:
-                notice(show_plan(reading.context, reading.plan, self.tokenizer))
+        for reading in readings if settings.show_prompt else ():
+            notice(show_plan(reading.context, reading.plan, self.tokenizer))
         streams = [TextStream(self.tokenizer.decoder, settings.stop, write) for write in writers]
         with watch.stage("prefill_s"):
             logits, state = prefill(decoder, [reading.inputs for reading in readings])
         kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
-        listens = any(writers) or settings.stop
+        pick = functools.partial(sample, temperature=settings.temperature, top_p=settings.top_p,
+                                 generator=settings.sampler)
         outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
-                             pick=settings.pick, watch=watch, stepper=self.stepper,
-                             on_token=(lambda b, tokens: streams[b](tokens)) if listens else None)
+                             pick=pick, watch=watch, stepper=self.stepper,
+                             on_token=(lambda b, tokens: streams[b](tokens)) if any(writers) or settings.stop else None)
 
         def let_decoder_cite(row: int, pending: list[int], labels: list[str]) -> str:
             nonlocal state
@@ -5794,17 +5506,17 @@ class Pipeline:
             reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
             answer, chosen = stream.update(out.tokens).rstrip(), None
             if settings.cite and reading.labels:
-                pending, seen = [] if out.ended else out.tokens[-1:], reading.seen
-                answer, chosen = cite(answer, reading.labels, seen,
-                                      functools.partial(let_decoder_cite, row, pending, list(seen)), settings.stop)
+                seen = {doc.label: doc.content for doc in reading.context.docs
+                        if reading.how_read[doc.label] != "left out"}
+                pending = [] if out.ended else out.tokens[-1:]
+                choose = functools.partial(let_decoder_cite, row, pending, list(seen))
+                answer, chosen = cite(answer, reading.labels, seen, choose, settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
-            results.append(self.result(reading, out, answer, chosen, settings, kv_bytes))
+            results.append(self.result(reading, out, answer, chosen, kv_bytes))
             stream.show(answer)
         return results
 
-    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, settings: Settings,
-               kv_bytes: int) -> dict[str, Any]:
-        """The JSON object of one answer."""
+    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, kv_bytes: int) -> dict[str, Any]:
         context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
@@ -5816,39 +5528,38 @@ class Pipeline:
                    "score": round(score, 6), "expanded": stays}
                   for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),
                                                  reading.expanded.tolist(), strict=True)]
-        if settings.explain:
-            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading, settings), strict=True)]
+        if reading.settings.explain:
+            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading), strict=True)]
         return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": how_read[label]} for label, p in source.items()],
                 "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
-                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(settings)}
+                "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
-    def explain(self, reading: Reading, settings: Settings) -> list[dict[str, Any]]:
-        """For each chunk why it stays text or not, and the shares of its score by group of features."""
-        shares, reasons = {}, [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
-        if settings.mode == "refrag" and settings.chooses:
+    def explain(self, reading: Reading) -> list[dict[str, Any]]:
+        """For each chunk why it stays text or not, and what each group of features adds to its score."""
+        settings, shares = reading.settings, {}
+        reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
+        if settings.mode == "refrag" and reading.given is not None:
             reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
-            if settings.gate == "learned" and reading.given is not None:
+            if settings.gate == "learned":
                 shares = self.trained_gates["learned"].shares(reading.given)
         return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, why in enumerate(reasons)]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
-        """Times of an answer, in seconds, and its sizes."""
-        prompt, positions = reading.context.prompt, len(reading.plan)
-        later, steps = out.times[-1] - out.times[0], len(out.times) - 1
-        full, as_text = len(prompt.input_ids), int(prompt.sizes[reading.expanded].sum())
+        prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
+        later, steps, total = out.times[-1] - out.times[0], len(out.times) - 1, prompt.context_tokens
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
                   for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")}
         return {"ttft_s": round(sum(reading.seconds.values()), 6), "ttit_s": round(later / steps, 6) if steps else None,
                 "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
                 "new_tokens": len(out.tokens), "positions": positions, "full_positions": full,
-                "context_tokens": prompt.context_tokens, "compression": round(full / positions, 4),
-                "kv_bytes": kv_bytes, "p_realised": round(as_text / max(prompt.context_tokens, 1), 6),
+                "context_tokens": total, "compression": round(full / positions, 4), "kv_bytes": kv_bytes,
+                "p_realised": round(int(prompt.sizes[reading.expanded].sum()) / max(total, 1), 6),
                 "stages": stages, "load_s": round(self.load_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
     def describe(self, settings: Settings) -> dict[str, Any]:
-        """What the answer depends on: a file of results that is continued must share all of it."""
+        """What an answer depends on; a file of results that is continued must share it."""
         config, stepper = self.model.config, self.stepper
         named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "hops", "rerank", "max_new",
                  "temperature", "top_p", "cite")
@@ -5863,7 +5574,7 @@ class Pipeline:
 
 def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
                   models: ModelConfig, runtime: RuntimeConfig) -> Pipeline:
-    """Load everything an answer needs, and warm it up. The time goes into load_s, never into an answer's times."""
+    """Load what an answer needs, and warm it up. The time goes into load_s, not into an answer's times."""
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
@@ -5883,26 +5594,21 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         pipeline.answer("warm up" if needs_index else "warm up <doc id='1'>warm up</doc>", topk=1, max_new=2,
                         temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset())
     pipeline.load_s = time.perf_counter() - start
-    if not model.trained and pack.mode == "refrag":
-        notice(UNTRAINED[pipeline.settings.compressed] + for_others(models))
-    if model.trained and pack.mode == "refrag" and pack.k > model.config.compression:
+    if pack.mode == "refrag" and not model.trained:
+        how = ("chunk vectors are plain means of token embeddings" if pipeline.settings.compressed == "feed" else
+               "compressed chunks are left out (--compressed feed feeds them as means of token embeddings)")
+        notice(f"the projector is untrained: {how}{for_others(models)}")
+    elif pack.mode == "refrag" and pack.k > model.config.compression:
         notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
 
 
-UNTRAINED = {
-    "feed": "the projector is untrained: chunk vectors are plain means of token embeddings",
-    "drop": "the projector is untrained: compressed chunks are left out, which measures better than feeding means of "
-            "token embeddings (--compressed feed to feed them)",
-}
-
-
 def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
-    """The pipeline of `generate`, with its flags as keywords: an index and the models are loaded and warmed up.
+    """Load the pipeline of `generate`, whose flags are the keywords.
 
     Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
     """
-    configs, options = [], options | {"index_dir": None if index_dir is None else str(index_dir)}
+    configs, options = [], options | {"index_dir": index_dir and str(index_dir)}
     for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
         configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))
     require(not options, f"no such option of generate: {', '.join(options)}")
@@ -5918,7 +5624,7 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
-    """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
+    """Build an index or add to it; of launched processes, all compute vectors and the first writes."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
@@ -5934,15 +5640,15 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
 
 
 def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
-    """Each id as a column: white space becomes an underscore. Raises UserError if one is empty or two become alike."""
+    """Ids without white space. Raises UserError if one is empty or two become alike."""
     columns = {name: re.sub(r"\s", "_", name) for name in ids}
     require("" not in columns and len(set(columns.values())) == len(columns), f"--format trec: {kind} ids that are "
-            "empty, or alike with underscores for white space: name them differently, or use --format json")
+            "empty, or alike with underscores for white space: use --format json")
     return columns
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at the best rank of its pieces."""
+    """TREC run lines; a document counts once, at the best rank of its pieces."""
     questions = trec_columns("question", [result["id"] for result in results])
     documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
     lines = []
@@ -5956,7 +5662,6 @@ def trec_text(results: Sequence[dict[str, Any]]) -> str:
 
 
 def search_text(result: dict[str, Any]) -> str:
-    """A search result for people."""
     lines = [result["question"]]
     for p in result["passages"]:
         text = " ".join(p.text.split())
@@ -6070,7 +5775,6 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
 
 
 def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
-    """A chunk of --explain for people."""
     [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
     shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
     text = " ".join(content[chunk["start"] : chunk["end"]].split())
@@ -6081,7 +5785,7 @@ HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": 
 
 
 def answer_text(result: dict[str, Any], shown: bool) -> str:
-    """An answer for people: citations, what compression saved, where the time went. shown: it was streamed already."""
+    """An answer for people, with citations and times. shown: it was streamed already."""
     m = result["metrics"]
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
@@ -6109,7 +5813,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 
 
 def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
-    """An answer, with the full-context answer beside it and the ratio of their times to first token."""
+    """An answer beside that from the full context, with the ratio of their times to first token."""
     [result] = pipeline.answer_batch([item], pipeline.settings, [write])
     [full] = pipeline.answer_batch([item], dataclasses.replace(pipeline.settings, mode="full"))
     result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
@@ -6149,7 +5853,7 @@ def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_reduce_check() -> dict[str, Any]:
-    """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
+    """Sum the ranks over all launched processes. Raises RefragError."""
     from accelerate.utils import reduce
 
     group = process_group()
@@ -6177,7 +5881,7 @@ def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, ru
 
 
 def companion(module: str) -> Callable[..., None]:
-    """The handler of a command in a module of refrag_extras, which is imported when it is called."""
+    """The handler of a command in refrag_extras, imported when it is called."""
     return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
 
 
@@ -6207,7 +5911,6 @@ def run_command(name: str, configs: Sequence[Options]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (the program's own by default) and return the exit code."""
     return run_command(*parse_or_exit(sys.argv[1:] if argv is None else argv))
 
 

@@ -59,7 +59,6 @@ def ask_openai(work: SimpleNamespace) -> Iterator[tuple[str, str, list]]:
                                         if part.choices).strip() for question in work.questions]
     yield "embeddings", "vectors", embed(work.texts)
     yield "embeddings, floats", "vectors", embed(work.texts, encoding_format="float")
-    yield "embeddings of token ids", "vectors", embed(work.token_ids)
 
 
 def ask_langchain(work: SimpleNamespace) -> Iterator[tuple[str, str, list]]:
@@ -152,7 +151,7 @@ def compare(row: dict[str, Any], expected: dict[str, list]) -> dict[str, Any]:
     if row["kind"] in expected:
         same = sum(ours == theirs for ours, theirs in zip(expected[row["kind"]], row["results"], strict=True))
         return about | {"n": len(row["results"]), "same": same, "ok": same == len(row["results"])}
-    # OpenAI's token ids are another vocabulary's: the client must fail, and never hand out vectors
+    # What it sends are ids of OpenAI's vocabulary: the client must fail, and never hand out vectors
     fails = row["kind"] == "error" and row["call"] == ask_langchain_default.__name__
     return about | {"n": 0, "same": 0, "ok": fails, "says": row.get("error", "vectors, of other texts")}
 
@@ -179,11 +178,10 @@ def main() -> None:
         (folder / "questions.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
         expected = {"answers": command_line(args, folder), "vectors": embedder.embed_passages(texts).tolist(),
                     "vectors alone": [embedder.embed_passages([text])[0].tolist() for text in texts]}
-        args.together = 0
         process, url = start(args)
         try:
             work = {"url": f"{url}/v1", "embedder": embedder.name, "questions": texts, "texts": texts,
-                    "token_ids": embedder.tokenizer(texts)["input_ids"], "folder": name, "max_new": args.max_new}
+                    "folder": name, "max_new": args.max_new}
             python = Path(args.clients) / ("Scripts/python" if os.name == "nt" else "bin/python")
             done = subprocess.run([str(python), __file__, "--ask"], input=json.dumps(work), stdout=subprocess.PIPE,
                                   text=True, check=True, env=os.environ | OFFLINE | {"HF_HOME": f"{name}/hub"})

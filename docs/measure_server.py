@@ -29,7 +29,7 @@ import refrag
 def start(args: argparse.Namespace) -> tuple[subprocess.Popen, str]:
     """A server and its address."""
     process = subprocess.Popen([sys.executable, refrag.__file__, "serve", "--index_dir", args.index_dir, "--port", "0",
-                                "--max_new", str(args.max_new), "--together", str(args.together)],
+                                "--max_new", str(args.max_new)],
                                stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if found := re.match(r"serving on (http://\S+) ", line):
@@ -98,7 +98,6 @@ def main() -> None:
     parser.add_argument("--questions", required=True)
     parser.add_argument("--limit", type=int, default=12)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--together", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--max_new", type=int, default=32)
     args = parser.parse_args()

@@ -55,14 +55,24 @@ def with_topic(question: str, before: Sequence[tuple[str, str]]) -> str:
     return f"{body} ({topic}){stripped[len(body) :].strip() or '?'}" if topic else question
 
 
+HELP = """/docs what was retrieved for the last question, compressed parts in [[..]]
+/history the questions and answers so far
+/clear forget them
+/mode refrag|full|none|truncate
+/p SHARE of the context that stays text
+/save FILE the conversation as JSON lines
+/quit"""
+
+
 class Chat:
     """A conversation: questions and commands in, answers on stdout, all else on stderr."""
 
     def __init__(self, pipeline: refrag.Pipeline, as_json: bool):
         self.pipeline, self.settings, self.as_json = pipeline, pipeline.settings, as_json
         self.turns: list[dict[str, Any]] = []  # results, with `asked`: the question as it was typed
-        self.commands = {"docs": self.show_docs, "history": self.show_history, "clear": self.clear, "mode": self.mode,
-                         "p": self.share, "save": self.save, "help": self.help}
+        self.commands = {"docs": self.show_docs, "history": self.show_history, "mode": self.change_mode,
+                         "p": self.change_p, "save": self.save, "help": lambda rest: refrag.notice(HELP),
+                         "clear": lambda rest: self.turns.clear()}
 
     def take(self, line: str) -> bool:
         """Answer a question, or obey a command. Returns False when the conversation is to end."""
@@ -95,7 +105,6 @@ class Chat:
                 print("\n(stopped; /quit leaves)", file=sys.stderr)
 
     def answer(self, question: str) -> None:
-        """Answer a question and remember it."""
         asked = with_topic(question, [(turn["question"], turn["answer"]) for turn in self.turns])
         if asked != question:
             refrag.notice(f"asked as: {asked}")
@@ -109,13 +118,6 @@ class Chat:
             refrag.say(refrag.answer_text(result, shown=live is not None))
         sys.stdout.flush()
 
-    def help(self, rest: str) -> None:
-        """What can be typed."""
-        refrag.notice("/docs what was retrieved for the last question, compressed parts in [[..]]\n"
-                      "/history the questions and answers so far\n/clear forget them\n"
-                      "/mode refrag|full|none|truncate\n/p SHARE of the context that stays text\n"
-                      "/save FILE the conversation as JSON lines\n/quit")
-
     def show_docs(self, rest: str) -> None:
         """The passages of the last question with their chunks as they were read."""
         refrag.require(bool(self.turns), "/docs: nothing has been asked yet")
@@ -123,30 +125,22 @@ class Chat:
         for passage in last["passages"]:
             content = refrag.passage_content(passage["title"], passage["text"])
             chunks = [c for c in last["chunks"] if c["passage_id"] == passage["id"]]
-            opened = sum(c["expanded"] for c in chunks)
             shown = "".join(part if c["expanded"] else f"[[{part}]]" for c in chunks
                             if (part := content[c["start"] : c["end"]]))
-            refrag.notice(f"[{passage['rank']}] {passage['id']}: {opened} of {len(chunks)} chunks read as text\n"
-                          f"{shown}\n")
+            refrag.notice(f"[{passage['rank']}] {passage['id']}: {sum(c['expanded'] for c in chunks)} of {len(chunks)} "
+                          f"chunks read as text\n{shown}\n")
 
     def show_history(self, rest: str) -> None:
-        """Questions and answers so far."""
         for number, turn in enumerate(self.turns, start=1):
             refrag.notice(f"{number}. {turn['asked']}\n   {turn['answer']}")
 
-    def clear(self, rest: str) -> None:
-        """Forget what was said."""
-        self.turns.clear()
-
-    def mode(self, rest: str) -> None:
-        """Change --mode."""
+    def change_mode(self, rest: str) -> None:
         refrag.require(rest in MODES, f"/mode: one of {', '.join(MODES)}, got {rest!r}")
-        indexed = self.pipeline.searcher is not None
-        refrag.require(rest == "none" or indexed, "/mode: this chat was begun without an index")
+        refrag.require(rest == "none" or self.pipeline.searcher is not None,
+                       "/mode: this chat was begun without an index")
         self.settings = dataclasses.replace(self.settings, mode=rest)
 
-    def share(self, rest: str) -> None:
-        """Change --p."""
+    def change_p(self, rest: str) -> None:
         try:
             p = float(rest)
         except ValueError:
@@ -154,7 +148,6 @@ class Chat:
         self.settings = dataclasses.replace(self.settings, p=p)
 
     def save(self, rest: str) -> None:
-        """Write the conversation."""
         refrag.require(bool(rest), "/save: name a file")
         try:
             refrag.write_atomic(Path(rest).expanduser(), "".join(refrag.dumps(turn) + "\n" for turn in self.turns))

@@ -16,12 +16,15 @@ from refrag import DecoderState, require
 
 
 class Int8Matrix:
-    """A matrix in 8 bits with a scale per row, for vectors few at a time: what a step costs is reading the weights."""
+    """A matrix in 8 bits with a scale per row, for few vectors at a time: what a step costs is reading the weights.
+
+    weight: (out, in); bias: (out,); columns: (in,), which the input is multiplied with first. Maps (n, in) to (n, out)
+    in bfloat16, which is what the kernel is made for.
+    """
 
     kind = "int8"
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
-        """weight: (out, in); bias: (out,); columns: (in,), what the input is multiplied with first."""
         values, scales = [], []
         for part in weight.split(4096):  # by parts, so that no large memory is asked for and touched at first
             part = part.float() if columns is None else part.float() * columns
@@ -35,9 +38,8 @@ class Int8Matrix:
         return columns % 16 == 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(n, in) -> (n, out), in bfloat16, for which the kernel is made."""
-        made = torch._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
-        return made if self.bias is None else made + self.bias
+        product = torch._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
+        return product if self.bias is None else product + self.bias
 
 
 class Int4Matrix:
@@ -47,7 +49,6 @@ class Int4Matrix:
     group = 32
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
-        """As `Int8Matrix`."""
         levels, scale, least = self.levels(weight)
         self.error = float((levels - levels.round()).abs().max())  # of a level, at most 1/2
         self.values = torch._convert_weight_to_int4pack_for_cpu(levels.round().int(), 1)
@@ -64,14 +65,12 @@ class Int4Matrix:
 
     @classmethod
     def takes(cls, rows: int, columns: int) -> bool:
-        """Whether torch's kernel takes such a matrix."""
         return rows % 16 == 0 and columns % cls.group == 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(n, in) -> (n, out), in bfloat16."""
         x = x if self.columns is None else x * self.columns
-        made = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), self.values, self.group, self.scale)
-        return made if self.bias is None else made + self.bias
+        product = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), self.values, self.group, self.scale)
+        return product if self.bias is None else product + self.bias
 
 
 HELD = 1 / 16  # of a level; what weights in 16 levels are off at most when they were rounded to bfloat16 meanwhile
@@ -93,7 +92,6 @@ STEP_ENGINES = {"auto": smallest_matrix, "int8": Int8Matrix, "int4": Int4Matrix}
 
 class LayerMatrices(NamedTuple):
     """One layer's matrices. The weights of the norms and the scale of the scores are in them."""
-
     attend: Int4Matrix | Int8Matrix  # queries, keys and values, one below the other
     leave: Int4Matrix | Int8Matrix
     widen: Int4Matrix | Int8Matrix  # the feed-forward's gate and its input, one below the other
@@ -102,36 +100,29 @@ class LayerMatrices(NamedTuple):
 
 class LayerCache(NamedTuple):
     """One layer's keys and values, and views of them made once: a view for each step costs as much as a product."""
-
     both: Tensor  # (2, B, key heads, room, width of a head)
     keys: Tensor  # (B * key heads, width of a head, room)
     values: Tensor  # (B * key heads, room, width of a head)
 
     @classmethod
     def over(cls, both: Tensor) -> LayerCache:
-        """The views of `both`."""
         keys, values = both.flatten(1, 2)
         return cls(both, keys.transpose(1, 2), values)
 
 
 class FixedCache(NamedTuple):
     """Keys and values with room for the tokens to come: growing them by copies costs more than the step itself."""
-
     stepper: Stepper
     layers: list[LayerCache]
     length: int  # positions that are filled
 
 
 class Stepper:
-    """Steps of one token a sequence for a Llama-like decoder on a CPU, without the detours of the library's modules.
-
-    The prompt is read by the decoder itself; from its cache on, all matrices are in 8 or 4 bits and what lies between
-    them in float32.
-    """
+    """Steps of one token a sequence, without the detours of the library's modules: matrices in 8 or 4 bits, and what
+    lies between them in float32. decoder: one that it `fits`; engine: a key of STEP_ENGINES."""
 
     @torch.inference_mode()
     def __init__(self, decoder: nn.Module, engine: str = "auto"):
-        """decoder: one that it `fits`; engine: a key of STEP_ENGINES."""
         config, body = decoder.config, decoder.model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed, self.rotary = decoder.get_input_embeddings(), body.rotary_emb
@@ -155,13 +146,11 @@ class Stepper:
                 and getattr(config, "sliding_window", None) is None)
 
     def layer(self, block: nn.Module, matrix: Callable[..., Int4Matrix | Int8Matrix]) -> LayerMatrices:
-        """The matrices of one layer."""
         attention, mlp = block.self_attn, block.mlp
         before, between = (norm.weight * self.root for norm in (block.input_layernorm, block.post_attention_layernorm))
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 
-        def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            """(.., heads D) each, for all queries, keys and values."""
+        def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (.., heads D) each
             turned = torch.cat([query * self.head_width**-0.5, key], dim=-1)
             return torch.cat([paired(turned.unflatten(-1, (-1, self.head_width))).flatten(-2), value], dim=-1)
 
@@ -169,9 +158,7 @@ class Stepper:
         return LayerMatrices(
             matrix(joined(query.weight.T, key.weight.T, value.weight.T).T, biases, before),
             matrix(attention.o_proj.weight),
-            matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), None, between),
-            matrix(mlp.down_proj.weight),
-        )
+            matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), None, between), matrix(mlp.down_proj.weight))
 
     def adopt(self, state: DecoderState, room: int) -> DecoderState:
         """The state of a prompt that the decoder has read, with room for so many tokens more."""

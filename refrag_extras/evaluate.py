@@ -341,7 +341,7 @@ class QaTask(QuestionTask):
                 continue  # else the whole batch again, since padding can move the last digits
             settings = self.settings_of(setup)
             readings = [self.controls.prepare(item, setup, settings) for item in unit]
-            results = self.pipeline.generate(readings, settings)
+            results = self.pipeline.generate(readings)
             for item, reading, result in zip(unit, readings, results, strict=True):
                 scored = score_answer(result, reading, item, self.pipeline.tokenizer)
                 for name, p in cells:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import collections
-import dataclasses
 import functools
 import hmac
 import ipaddress
@@ -15,9 +14,9 @@ import re
 import secrets
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -93,20 +92,16 @@ def joined_parts(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
+def listed(value: Any) -> Any:
+    """A text alone as a list."""
+    return [value] if isinstance(value, str) else value
+
+
 def ends_with_question(messages: list[Any]) -> list[Any]:
     """Raises ValueError unless the last message can be answered."""
     if messages[-1].role != "user" or not messages[-1].content.strip():
         raise ValueError("the last message must be the user's, and not empty")
     return messages
-
-
-def listed_inputs(value: Any) -> list[Any]:
-    """What is to be embedded, as a list of texts or of lists of token ids. Raises ValueError."""
-    rows = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
-    texts = all(isinstance(row, str) and row for row in rows)
-    if not texts and not all(isinstance(row, list) and row and all(type(t) is int for t in row) for row in rows):
-        raise ValueError("must be a text, a list of texts, token ids or a list of lists of them, none of them empty")
-    return rows
 
 
 UNREAD = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -160,13 +155,13 @@ class ChatForm(Form):
     top_p: float = 1
     seed: int = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4),
-                    BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = ()
+                    BeforeValidator(listed)] = ()
     refrag: RefragFields = RefragFields()
 
 
 class EmbeddingsForm(Form):
     model: str
-    input: Annotated[list, BeforeValidator(listed_inputs)]
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), BeforeValidator(listed)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int = None
 
@@ -176,7 +171,6 @@ class ChatRequest(NamedTuple):
 
     question: str
     settings: refrag.Settings
-    seed: int = 0
     stream: bool = False
     usage: bool = False  # whether a stream ends with the counts of tokens
 
@@ -187,13 +181,19 @@ class ChatRequest(NamedTuple):
         check_served(body.model, ["refrag"])
         question, system = asked_by(body.messages)
         counts = (body.max_completion_tokens, body.max_tokens, min(usual.max_new, MOST_TOKENS))
-        settings = dataclasses.replace(
-            usual, system=system or None, stop=tuple(body.stop) or usual.stop,
-            max_new=next(n for n in counts if n is not None),
-            **body.model_dump(include={"temperature", "top_p"}, exclude_unset=True),
-            **body.refrag.model_dump(exclude_unset=True))
-        seed = secrets.randbelow(2**53) if settings.temperature else pipeline.seed  # JavaScript keeps 53 bits
-        return cls(question, settings, seed if body.seed is None else body.seed % 2**63, body.stream,
+        changes = {"system": system, "stop": tuple(body.stop) or usual.stop,
+                   "max_new": next(count for count in counts if count is not None),
+                   **body.model_dump(include={"temperature", "top_p"}, exclude_unset=True),
+                   **body.refrag.model_dump(exclude_unset=True)}
+        if changes.get("mode", usual.mode) != "none" and pipeline.searcher is None:
+            raise Refused(400, "this server was started without an index: only the mode none is left", "invalid_value",
+                          "refrag.mode")
+        seed = body.seed
+        if seed is None:
+            sampled = changes.get("temperature", usual.temperature) > 0
+            seed = secrets.randbelow(2**53) if sampled else pipeline.seed  # JavaScript keeps 53 bits
+        sampler = torch.Generator().manual_seed(seed % 2**63)
+        return cls(question, pipeline.settings_for(**changes, sampler=sampler), body.stream,
                    body.stream_options.include_usage)
 
 
@@ -226,164 +226,72 @@ class Job:
     def __init__(self, asked: ChatRequest, timeout: float, tell: Callable[[str, Any], None]):
         self.asked, self.tell, self.deadline = asked, tell, time.monotonic() + timeout
         self.id = f"chatcmpl-{os.getpid()}-{next(self.numbers)}"
-        self.item = {"id": self.id, "question": asked.question}
         self.cancelled = False  # set when the client has gone
-        self.heard = False  # whether a part of the answer was told
 
     @property
     def late(self) -> bool:
         """Whether its time is up."""
         return time.monotonic() > self.deadline
 
-    def refuse_late(self) -> None:
-        """Tell that there was not enough time."""
-        self.tell("error", Refused(504, "the answer took longer than this server allows", "timeout"))
+    def pass_on(self, text: str) -> bool:
+        """Tell a part of the answer. Returns True when no more of it is wanted."""
+        if text:
+            self.tell("text", text)
+        return self.cancelled or self.late
 
 
 class Engine:
-    """Answers jobs, batch after batch, in a thread of its own."""
+    """Answers one question after another, in a thread of its own: each client gets the answer that it gets alone."""
 
     def __init__(self, pipeline: refrag.Pipeline, serve: refrag.ServeConfig):
-        self.pipeline, self.serve, self.ready = pipeline, serve, True
-        self.together = serve.together or (1 if pipeline.device.type == "cpu" else 4)
-        self.jobs: list[Job] = []
-        self.changed = threading.Condition()
-        self.models = threading.Lock()  # one thread computes at a time
+        self.pipeline, self.serve = pipeline, serve
+        self.thread = ThreadPoolExecutor(1, "engine")  # models and tokenizers serve one thread at a time
+        self.waiting: set[Job] = set()
         self.counts: collections.Counter = collections.Counter()
-        self.thread = threading.Thread(target=self.work_on, name="engine", daemon=True)
 
     def submit(self, job: Job) -> None:
-        """Put a job in the queue. Raises Refused when it is full."""
-        with self.changed:
-            self.jobs = [job for job in self.jobs if not job.cancelled]
-            if len(self.jobs) >= self.serve.waiting:
-                raise Refused(429, "too many requests are waiting: come again later", "queue_full")
-            self.jobs.append(job)
-            self.changed.notify()
+        """Let a job wait for its turn. Raises Refused when too many wait."""
+        if sum(not other.cancelled for other in list(self.waiting)) >= self.serve.waiting:
+            raise Refused(429, "too many requests are waiting: come again later", "queue_full")
+        self.waiting.add(job)
+        self.thread.submit(self.work, job)
 
-    def stop(self) -> None:
-        """End the thread after the batch in work."""
-        with self.changed:
-            self.ready = False
-            self.changed.notify()
-
-    def next_batch(self) -> list[Job]:
-        """The job that has waited longest and others of the same settings; none when the server stops.
-
-        What is sampled is answered alone: in a batch it would depend on its neighbours.
-        """
-        with self.changed:
-            self.changed.wait_for(lambda: self.jobs or not self.ready)
-            if not self.ready:
-                return []
-            first, *others = self.jobs
-            room = self.together if first.asked.settings.temperature == 0 else 1
-            batch = [first, *(job for job in others if job.asked[1:3] == first.asked[1:3])][:room]  # settings, seed
-            self.jobs = [job for job in self.jobs if job not in batch]
-        return batch
-
-    def work_on(self) -> None:
-        while batch := self.next_batch():
-            self.work(batch)
-
-    def work(self, batch: list[Job]) -> None:
-        """Answer jobs of the same settings, and tell each how it went."""
-        for job in batch:
-            if job.late and not job.cancelled:
-                job.refuse_late()
-        batch = [job for job in batch if not job.late and not job.cancelled]
-        refusal = self.try_batch(batch) if batch else None
-        if refusal is not None:
-            for job in batch:
-                if len(batch) > 1 and not job.heard:  # the fault may be another question's; what was heard stays said
-                    self.work([job])
-                else:
-                    job.tell("error", refusal)
-
-    def try_batch(self, batch: list[Job]) -> Refused | None:
-        """Answer jobs, or return why not; the failed batch's memory is free when this returns."""
+    def work(self, job: Job) -> None:
+        """Answer a job, and tell it how that went."""
+        self.waiting.discard(job)
+        if job.cancelled:
+            return
+        late = Refused(504, "the answer took longer than this server allows", "timeout")
         try:
-            with self.models:
-                writers = [functools.partial(self.spread_text, job) for job in batch]
-                settings = self.settings_for(batch[0].asked)
-                results = self.pipeline.answer_batch([job.item for job in batch], settings, writers)
-        except Exception as error:
-            return refusal(error)
-        for job, result in zip(batch, results, strict=True):
+            if job.late:
+                raise late
+            items = [{"id": job.id, "question": job.asked.question}]
+            [result] = self.pipeline.answer_batch(items, job.asked.settings, [job.pass_on])
             made = result["metrics"]
             self.counts.update(answers_total=1, new_tokens_total=made["new_tokens"], positions_total=made["positions"],
                                full_positions_total=made["full_positions"], ttft_seconds_total=made["ttft_s"])
             if job.late and not result["ended"]:
-                job.refuse_late()
-            else:
-                job.tell("done", result)
-        return None
-
-    def spread_text(self, job: Job, text: str) -> bool:
-        """Pass a part of an answer on. Returns True when no more of it is wanted."""
-        if text:
-            job.heard = True
-            job.tell("text", text)
-        return job.cancelled or job.late
-
-    def settings_for(self, asked: ChatRequest) -> refrag.Settings:
-        """A request's settings. Raises RefragError."""
-        if asked.settings.mode != "none" and self.pipeline.searcher is None:
-            raise Refused(400, "this server was started without an index: only the mode none is left", "invalid_value",
-                          "refrag.mode")
-        sampler = torch.Generator().manual_seed(asked.seed)
-        return self.pipeline.settings_for(**vars(asked.settings) | {"sampler": sampler})
+                raise late
+            job.tell("done", result)
+        except Exception as error:
+            job.tell("error", refusal(error))
 
     def metrics_text(self) -> str:
         """/metrics, in Prometheus' text form."""
-        lines = [f"refrag_requests_waiting {len(self.jobs)}",
+        lines = [f"refrag_requests_waiting {len(self.waiting)}",
                  f"refrag_peak_rss_bytes {int(refrag.peak_rss_mb() * 2**20)}"]
         lines += [f"refrag_{name} {value}" for name, value in sorted(self.counts.items())]
         return "\n".join(lines) + "\n"
 
-    def embed(self, inputs: list[str] | list[list[int]]) -> tuple[np.ndarray, int]:
-        """(N, dim) float32 of texts or of token ids, and how many tokens were read. Raises Refused.
-
-        A tokenizer serves one thread at a time, too.
-        """
-        with self.models:
-            embedder, are_texts = self.pipeline.embedder, isinstance(inputs[0], str)
-            texts = [embedder.prompt + text for text in inputs] if are_texts else []
-            rows = embedder.tokenizer(texts, verbose=False)["input_ids"] if texts else framed_ids(embedder, inputs)
-            longest = max(map(len, rows))
-            if longest > embedder.max_tokens:  # a vector of a part would look like one of the whole
-                raise Refused(400, f"an input has {longest} tokens, more than the {embedder.max_tokens} that "
-                              f"{embedder.name} reads: split it", "context_length_exceeded", "input")
-            vectors = embedder.embed_passages(inputs) if are_texts else embed_ids(embedder, rows)
-            return vectors, sum(map(len, rows))
-
-
-def framed_ids(embedder: refrag.Embedder, inputs: list[list[int]]) -> list[list[int]]:
-    """What an embedder reads of token ids, which may hold its special tokens or lack them. Raises Refused.
-
-    Another vocabulary's ids are noticed only where they are too large.
-    """
-    tokenizer, size = embedder.tokenizer, len(embedder.tokenizer)
-    for token in itertools.chain.from_iterable(inputs):
-        if not 0 <= token < size:
-            raise Refused(400, f"token id {token} is not in the vocabulary of {embedder.name}, 0 to {size - 1}: send "
-                          "texts, or the ids of its own tokenizer", "invalid_value", "input")
-    whole, body, prompt = (tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in (
-        ("a", True), ("a", False), (embedder.prompt, False)))
-    at = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
-    before, after = whole[:at], whole[at + len(body) :]
-    added = {*before, *after}
-    return [[*before, *prompt, *(token for token in row if token not in added), *after] for row in inputs]
-
-
-def embed_ids(embedder: refrag.Embedder, rows: list[list[int]]) -> np.ndarray:
-    """(N, dim) float32 of complete rows of token ids."""
-    vectors = []
-    for some in refrag.batched(rows, 32):
-        features = embedder.tokenizer.pad({"input_ids": some}, return_tensors="pt").to(embedder.model.device)
-        with torch.inference_mode():
-            vectors.append(embedder.model(dict(features))["sentence_embedding"].float().cpu().numpy())
-    return embedder.unit_length(np.concatenate(vectors))
+    def embed(self, texts: list[str]) -> tuple[np.ndarray, int]:
+        """(N, dim) float32 of texts, and how many tokens were read. Raises Refused."""
+        embedder = self.pipeline.embedder
+        rows = embedder.tokenizer([embedder.prompt + text for text in texts], verbose=False)["input_ids"]
+        longest = max(map(len, rows))
+        if longest > embedder.max_tokens:  # a vector of a part would look like one of the whole
+            raise Refused(400, f"an input has {longest} tokens, more than the {embedder.max_tokens} that "
+                          f"{embedder.name} reads: split it", "context_length_exceeded", "input")
+        return embedder.embed_passages(texts), sum(map(len, rows))
 
 
 # -- HTTP ---------------------------------------------------------------
@@ -506,7 +414,6 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         asked = ChatRequest.read(await read_body(request, self.serve.timeout), self.engine.pipeline)
-        self.engine.settings_for(asked)  # wrong settings are refused before they wait
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
         job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
         self.engine.submit(job)
@@ -559,7 +466,8 @@ class Service:
         dim = self.engine.pipeline.embedder.dim
         if form.dimensions not in (None, dim):
             raise Refused(400, f"dimensions: the vectors of {form.model} have {dim}", "invalid_value", "dimensions")
-        vectors, tokens = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, form.input)
+        vectors, tokens = await asyncio.get_running_loop().run_in_executor(self.engine.thread, self.engine.embed,
+                                                                           form.input)
         coded = form.encoding_format == "base64"
         rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if coded else row.tolist() for row in vectors]
         return JSONResponse({
@@ -578,8 +486,8 @@ class Service:
         return JSONResponse(self.model_facts(request.path_params["name"]))
 
     async def health(self, request: Request) -> Response:
-        alive = self.engine.thread.is_alive()
-        return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
+        """GET /healthz"""
+        return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(self.engine.metrics_text(), media_type="text/plain; version=0.0.4")
@@ -614,7 +522,6 @@ def make_app(engine: Engine, serve: refrag.ServeConfig, address: str) -> Starlet
 def run(serve: refrag.ServeConfig, *configs: Any) -> None:
     """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
     engine = Engine(refrag.answering(None, *configs), serve)
-    engine.thread.start()
     with listening_socket(serve) as listener:
         host, port = listener.getsockname()[:2]
         app = make_app(engine, serve, host)
@@ -622,10 +529,7 @@ def run(serve: refrag.ServeConfig, *configs: Any) -> None:
         refrag.notice(f"serving on http://{name}:{port} (page at /, description at /docs)")
         config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=10,
                                 server_header=False)
-        try:
-            uvicorn.Server(config).run(sockets=[listener])
-        finally:
-            engine.stop()
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def listening_socket(serve: refrag.ServeConfig) -> socket.socket:

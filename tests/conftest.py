@@ -1,7 +1,5 @@
 """Tiny random models and tokenizers, made here, so that the tests need no network and no installed model."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

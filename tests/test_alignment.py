@@ -1,7 +1,5 @@
 """Section 7: anchors between two tokenizers, what their spans cost, the losses read out at them, and `align`."""
 
-from __future__ import annotations
-
 import cProfile
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Bad input, command by command: one line that names what is wrong, the exit code, and nothing begun or changed."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re
@@ -360,7 +358,7 @@ def test_what_is_no_checkpoint(refused, command, finished, llama, write, tmp_pat
     for path, told in ((tmp_path / "nothing", "no checkpoint in this folder"), (llama, "no checkpoint in this folder"),
                        (tmp_path / "empty", "no checkpoint in this folder"), (write("file", "precious"), "is a file"),
                        (tmp_path / "begun", "no checkpoint in this folder"), (folder / "config.json", "is a file"),
-                       (folder / "projector.safetensors", "is a file: name the checkpoint's folder")):
+                       (folder / "projector.safetensors", "a pickle can run code")):
         argv = command("cpt_recon", "--load_dir", path)
         assert f"--load_dir {path}" in (message := refused(2, *argv)) and told in message
 

@@ -1,7 +1,5 @@
 """Section 1: options, their defaults and checks, and the exit codes of errors."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import errno

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -107,12 +106,19 @@ class TestMatrices:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
     @pytest.mark.parametrize("rounded", [torch.float32, torch.bfloat16])
-    def test_sixteen_levels_are_known(self, rounded):
+    def test_sixteen_levels_are_known(self, monkeypatch, rounded):
+        """4 bits are taken only if nothing is lost and the kernel is fast."""
+        def kind(weight):
+            return cpu_engine.smallest_matrix(weight).kind
+
         weight = in_sixteen_levels((32, 64)) * 1e-2
-        assert cpu_engine.smallest_matrix(weight.to(rounded).float()).kind == "int4"
-        assert cpu_engine.smallest_matrix(torch.randn(32, 64)).kind == "int8"
-        weight[20, 40] += 0.3 * (weight[20].max() - weight[20].min()) / 15  # one weight between two levels
-        assert cpu_engine.smallest_matrix(weight).kind == "int8"
+        assert kind(weight.to(rounded).float()) == "int4" and kind(torch.randn(32, 64)) == "int8"
+        assert kind(in_sixteen_levels((24, 32))) == kind(torch.zeros(16, 48)) == "int8"  # rows, columns in no groups
+        between = weight.clone()
+        between[20, 40] += 0.3 * (weight[20].max() - weight[20].min()) / 15  # one weight between two levels
+        assert kind(between) == "int8"
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+        assert kind(weight) == "int8"
 
     def test_a_constant_group_is_held(self):
         weight = in_sixteen_levels((16, 64))
@@ -121,15 +127,6 @@ class TestMatrices:
         assert cpu_engine.Int4Matrix(weight).error < 1e-3
         made = cpu_engine.Int4Matrix(weight)(torch.ones(1, 64)).float()
         torch.testing.assert_close(made, weight.sum(1)[None], rtol=0.02, atol=0.05)
-
-    def test_4_bits_are_taken_only_where_nothing_is_lost_and_the_kernel_is_fast(self, monkeypatch):
-        assert cpu_engine.smallest_matrix(in_sixteen_levels((16, 32))).kind == "int4"
-        assert cpu_engine.smallest_matrix(torch.randn(16, 32)).kind == "int8"
-        assert cpu_engine.smallest_matrix(in_sixteen_levels((24, 32))).kind == "int8"  # rows the kernel does not take
-        assert cpu_engine.smallest_matrix(torch.zeros(16, 48)).kind == "int8"  # no whole groups
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-        assert cpu_engine.smallest_matrix(in_sixteen_levels((16, 32))).kind == "int8"
-
 
 class TestStepper:
     @pytest.fixture()
@@ -170,16 +167,13 @@ class TestStepper:
         for name, parameter in decoder.named_parameters():
             if name.endswith("down_proj.weight"):
                 parameter.data = in_sixteen_levels(parameter.shape)
-        assert cpu_engine.Stepper(decoder).engine == "int4+int8"
+        assert cpu_engine.Stepper(decoder).engine == "int4+int8" and cpu_engine.Stepper.fits(decoder)
+        decoder.model.layers[0].mlp.up_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.up_proj)
+        assert not cpu_engine.Stepper.fits(decoder)
 
     def test_only_decoders_that_it_computes_exactly(self, any_decoder):
         decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
         assert cpu_engine.Stepper.fits(decoder) == (decoder.config.model_type in ("llama", "qwen2"))
-
-    def test_a_changed_layer_does_not_fit(self, decoder):
-        assert cpu_engine.Stepper.fits(decoder)
-        decoder.model.layers[0].mlp.up_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.up_proj)
-        assert not cpu_engine.Stepper.fits(decoder)
 
     @pytest.mark.parametrize(("size", "fits"), [(48, True), (40, False)])
     def test_widths_that_the_kernel_can_not_read_do_not_fit(self, size, fits):
@@ -188,14 +182,10 @@ class TestStepper:
                                           num_attention_heads=4)
         assert cpu_engine.Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
 
-    def test_the_engine_can_be_chosen(self, llama, run):
-        ask = ["generate", "--prompt", PROMPT, "--dec", llama, "--gate", "random", "--max_new", "3", "--json"]
+    def test_the_engine_can_be_chosen(self, llama, tmp_path, tokenizers, done, refused):
+        """But for a decoder that it does not compute."""
+        ask = ["generate", "--prompt", PROMPT, "--gate", "random", "--max_new", 3, "--dec"]
         for engine, used in (("model", "model"), ("int8", "int8"), ("int4", "int4"), ("auto", "int8")):
-            code, out, err = run(*ask, "--engine", engine)
-            assert code == 0, err
-            assert json.loads(out)["settings"]["engine"] == used
-
-    def test_an_engine_for_another_decoder_is_an_error(self, tmp_path_factory, tokenizers, run):
-        gpt2 = save_decoder("gpt2", tmp_path_factory.mktemp("gpt2"), tokenizers["plain_bpe"])
-        code, _, err = run("generate", "--prompt", PROMPT, "--dec", gpt2, "--gate", "random", "--engine", "int8")
-        assert code == 2 and "--engine int8" in err
+            assert done(*ask, llama, "--engine", engine)["settings"]["engine"] == used
+        gpt2 = save_decoder("gpt2", tmp_path / "gpt2", tokenizers["plain_bpe"])
+        assert "--engine int8" in refused(2, *ask, gpt2, "--engine", "int8", "--quiet")

@@ -284,8 +284,8 @@ class TestControls:
     def test_a_shared_setup_is_answered_once(self, task, monkeypatch):
         asked = []
         generate = task.pipeline.generate
-        monkeypatch.setattr(task.pipeline, "generate", lambda readings, settings: (
-            asked.append((settings.mode, settings.p)), generate(readings, settings))[1])
+        monkeypatch.setattr(task.pipeline, "generate", lambda readings: (
+            asked.append((readings[0].settings.mode, readings[0].settings.p)), generate(readings))[1])
         setups = {}
         for name, p in [("full", 1.0), ("refrag", 1.0), ("refrag", 0.0), ("random_gate", 0.0), ("none", 0.0)]:
             setups.setdefault(evaluate.setup_of(name, p, "random"), []).append((name, p))
@@ -305,7 +305,7 @@ class TestScores:
         """The metrics if the decoder had said this."""
         pipeline, settings = task.pipeline, task.settings_of(evaluate.setup_of(mode, 0.0, "random"))
         reading, out = pipeline.prepare(item, settings), refrag.Decoded([5, 6], [1.0, 2.0, 4.0], True)
-        result = pipeline.result(reading, out, answer, None, settings, 0)
+        result = pipeline.result(reading, out, answer, None, 0)
         return evaluate.score_answer(result, reading, item, pipeline.tokenizer), reading
 
     def test_a_right_answer_with_a_right_citation(self, task):
@@ -529,17 +529,16 @@ def test_the_report_says_what_the_command_says(run_eval, tmp_path):
 
 
 class TestResuming:
-    def test_a_finished_one_is_not_measured_again(self, run_eval, tmp_path, monkeypatch):
-        first = run_eval(*OPTIONS, "--out_dir", tmp_path / "out")
-        monkeypatch.setattr(refrag, "load_pipeline", None)
-        assert run_eval(*OPTIONS, "--out_dir", tmp_path / "out", "--resume") == first
-
-    def test_modes_and_shares_may_be_added(self, run_eval, tmp_path):
+    def test_modes_and_shares_may_be_added(self, run_eval, tmp_path, monkeypatch):
+        """What is finished is not measured again."""
         base = ["--limit", 2, "--out_dir", tmp_path / "out"]
         first = run_eval(*base, "--modes", "refrag", "--p", 0.3)
-        more = run_eval(*base, "--modes", "full", "refrag", "--p", 0, 0.3, "--resume")
+        wider = [*base, "--modes", "full", "refrag", "--p", 0, 0.3, "--resume"]
+        more = run_eval(*wider)
         assert list(more["results"]["refrag"]) == ["0", "0.3"] and "full" in more["results"]
         assert more["results"]["refrag"]["0.3"]["f1"] == first["results"]["refrag"]["0.3"]["f1"]
+        monkeypatch.setattr(refrag, "load_pipeline", None)
+        assert run_eval(*wider) == more
 
     def test_questions_may_be_added(self, run_eval, tmp_path, monkeypatch):
         """Three of five hold the two that were measured first; all is as if the three had been measured at once."""
@@ -592,7 +591,7 @@ def test_where_there_is_no_answer_abstaining_is_right(task, reply, right):
     item = UNANSWERABLE[1]
     settings = task.settings_of(evaluate.setup_of("full", 1.0, "random"))
     reading = task.pipeline.prepare(QUESTIONS[0] | item, settings)
-    [result] = task.pipeline.generate([reading], settings)
+    [result] = task.pipeline.generate([reading])
     scored = evaluate.score_answer(result | {"answer": reply, "citations": []}, reading, item, task.pipeline.tokenizer)
     assert scored["em"] == scored["f1"] == scored["abstention"] == right
     lacking = {name for name, value in scored.items() if value is None} - {"ttit_s"}

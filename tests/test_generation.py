@@ -200,7 +200,7 @@ class TestDecoding:
         with pytest.raises(refrag.CorruptError, match="decoder gives values that are not finite"):
             pipeline.answer(PROMPT)
         with pytest.raises(refrag.CorruptError, match="decoder gives"):
-            refrag.decode(decoder, logits, state, max_new=3, stops=frozenset(), pick=pipeline.settings.pick,
+            refrag.decode(decoder, logits, state, max_new=3, stops=frozenset(), pick=lambda logits: logits.argmax(-1),
                           watch=WATCH)
 
     def test_a_damaged_decoder_is_refused_when_it_is_loaded(self, llama, tmp_path):
@@ -387,7 +387,7 @@ class TestModes:
         assert cut.how_read["b"] in ("partly", "left out")
         first = refrag.text_mask(prompt, np.asarray([chunk.doc == 0 for chunk in prompt.chunks]))
         alone = read_as(first, prompt.input_ids[first])
-        assert alone.how_read == {"a": "text", "b": "left out"} and list(alone.seen) == ["a"]
+        assert alone.how_read == {"a": "text", "b": "left out"}
 
     def test_what_was_not_read_is_said(self, tmp_path, write, run, done, llama):
         """Nothing found: no citation, and a line that says so. Found but left out: a line that says that."""

@@ -1,7 +1,5 @@
 """What no kill, signal, full disk, second writer or damage may do: one matrix for each promise, by the command line."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -535,14 +533,16 @@ def test_a_flipped_bit_at_any_place_of_an_index_is_noticed(run, refused, read, l
     assert run(*line("index", folder))[0] == 0 == run(*argv)[0]
 
 
-@pytest.mark.parametrize(("artefact", "changes", "told"), [
-    *((artefact, {"version": 99}, "update the program") for artefact in ("index", "checkpoint", "gate")),
-    ("checkpoint", {"format": "something-else"}, "update the program"),
-    ("index", {"words": "another rule for words"}, "build it again")])
-def test_what_another_program_has_written(refused, read, artefact, changes, told):
+@pytest.mark.parametrize(("artefact", "changes", "code", "told"), [
+    *((artefact, {"version": 99}, 5, "update the program") for artefact in ("index", "checkpoint", "gate")),
+    ("checkpoint", {"format": "something-else"}, 5, "update the program"),
+    ("index", {"words": "another rule for words"}, 5, "build it again"),
+    *(("index", wrong, 4, "manifest.json is damaged") for wrong in (
+        {"segments": []}, {"segments": [3]}, {"uses": "dense"}, {"chunking": {"k": "4"}}, {"embedder": None}))])
+def test_what_another_program_has_written(refused, read, artefact, changes, code, told):
     folder, argv = read(artefact)
     sign(folder, **changes)
-    assert told in refused(5, *argv)
+    assert told in refused(code, *argv)
 
 
 def test_the_manifest_of_another_checkpoint_does_not_fit(refused, read, finished):
@@ -598,15 +598,6 @@ def test_a_configuration_that_cannot_be_is_damage(refused, read, content, signed
     assert f"{folder / 'config.json'} is damaged" in refused(4, *argv)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"segments": []}, {"segments": [3]}, {"uses": "dense"}, {"chunking": {"k": "4"}}, {"embedder": None},
-    {"counts": {}}], ids=str)
-def test_a_manifest_with_other_types_is_damage(refused, read, wrong):
-    folder, argv = read("index")
-    sign(folder, **wrong)
-    assert "manifest.json is damaged" in refused(4, *argv)
-
-
 class Malice:
     """A pickle that makes a file when it is read."""
 
@@ -636,8 +627,8 @@ def test_no_pickle_is_ever_read(run, refused, read, write, llama, malice):
         (folder / name).write_bytes(malice)
     assert run(*argv)[0] == 0  # beside the weights it is not looked at
     for name in ("model.pt", "model.pth", "pytorch_model.bin", "model.pkl", "model.ckpt"):
-        assert "is a pickle, which can run code" in refused(2, *argv[:-1], write(name, malice))
-        assert "is a pickle, which can run code" in refused(2, *argv[:-1], f"no/{name}")
+        assert "a pickle can run code" in refused(2, *argv[:-1], write(name, malice))
+        assert "a pickle can run code" in refused(2, *argv[:-1], f"no/{name}")
     (folder / "projector.safetensors").write_bytes(malice)
     sign(folder)
     assert "projector.safetensors is damaged" in refused(4, *argv)

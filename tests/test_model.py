@@ -291,11 +291,9 @@ def test_first_layers_share_the_decoders_memory_or_nothing(any_decoder):
 
 
 def test_a_decoder_that_is_no_stack_is_refused():
-    """A model whose cut version has weights of other names."""
     decoder = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(
         vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16))
-    decoder.transformer.h[0].attn.extra = torch.nn.Linear(2, 2)
-    decoder.transformer.h[0].attn.c_attn = torch.nn.Linear(8, 8)
+    decoder.transformer.h = torch.nn.Sequential(*decoder.transformer.h)
     with pytest.raises(refrag.UserError, match="name an encoder"):
         refrag.first_layers(decoder, 1)
 
@@ -874,7 +872,7 @@ def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
     assert sorted("converting" in err for _, err, _ in finished) == [False, True]
 
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path))
-    monkeypatch.setattr(refrag, "convert_gguf", None)  # not called again
+    monkeypatch.setattr("refrag_extras.convert_gguf.convert_gguf", None)  # not called again
     assert refrag.model_folder("SmolLM2-135M-Instruct") == str(folder)
     tokenizer = refrag.load_tokenizer("SmolLM2-135M-Instruct")
     for text in ("12345", "in 1896", "in  1896, 60,000", "x1y22\n333", "   7 77"):

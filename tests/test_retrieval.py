@@ -586,10 +586,9 @@ def test_what_is_replaced_is_said(tmp_path, run, bm25_index, llama):
     assert code == 0 and ", 2 documents replaced in" in out and "this replaces" not in err
     code, out, err = run(*corpus, "--retriever", "bm25")
     assert code == 0 and ", 0 documents replaced in" in out
-    assert re.search(r"^this replaces the index in \S+ \(2 passages, embedder none, built 20\d\d-\S+ \d\d:\d\d\): "
-                     r"--add would add to it$", err, re.MULTILINE)
+    assert f"this replaces the index in {index}: --add would add to it" in err
     (index / "manifest.json").write_text("{")
-    assert "(which cannot be read, built 20" in run(*corpus, "--retriever", "bm25")[2]
+    assert "this replaces" in run(*corpus, "--retriever", "bm25")[2]
     corpus[4] = tmp_path / "new"
     assert "this replaces" not in run(*corpus, "--retriever", "bm25")[2]
 

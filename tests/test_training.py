@@ -1,7 +1,5 @@
 """Section 10: the curriculum, what each phase reads, the loop, its checkpoints, and phases one after the other."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import itertools
@@ -24,7 +22,6 @@ from safetensors.torch import load_file
 
 import refrag
 
-CPU = torch.device("cpu")
 RUNTIME = refrag.RuntimeConfig(device="cpu", quiet=True)
 PHASES = ("cpt_align", "cpt_recon", "cpt_next", "sft")
 PLOT = refrag.RunLog.plot

@@ -1,7 +1,5 @@
 """What the matrices of guarantees and of bad input share: damage, the commands that write, and ways to disturb them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
