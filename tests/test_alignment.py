@@ -370,13 +370,3 @@ def test_align_of_a_checkpoint(run, tmp_path, bert, llama):
     rest = ("--text", TEXTS[0], "--json", "--quiet")
     named = run("align", "--enc", bert, "--dec", llama, *rest)
     assert named == run("align", "--load_dir", tmp_path / "c", *rest) and named[0] == 0
-
-
-@pytest.mark.models
-def test_align_with_the_bundled_models(run):
-    """Each word and mark is one token for all-MiniLM-L6-v2 and for SmolLM2; in lower case both decode them alike."""
-    code, out, _ = run("align", "--enc", "all-MiniLM-L6-v2", "--text", "the old city, in may", "--json", "--quiet")
-    result = json.loads(out)
-    assert code == 0 and result["encoder_tokens"] == result["decoder_tokens"] == 6
-    assert result["exact_anchors"] == result["anchors"] == 6
-    assert [span["encoder"] for span in result["spans"]] == [["the"], [" old"], [" city"], [","], [" in"], [" may"]]
