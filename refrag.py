@@ -2140,8 +2140,11 @@ class IndexBuild:
                  previous: Index | None, runtime: RuntimeConfig):
         self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
         self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
+        self.old = {"sources": {}, "segments": [], "files": {}, "faiss": None}  # manifest of the index to add to
         if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
-            self.faiss = "flat" if previous.manifest["faiss"] == "flat" else "auto"
+            self.old = previous.manifest
+            self.faiss = "flat" if self.old["faiss"] == "flat" else "auto"
+        self.counts, self.sources = {"skipped": 0, "replaced": 0}, dict(self.old["sources"])
         self.documents: set[str] = set()  # the new ones
         self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
         self.computes = embedder is not None or chunking.encoder is not None
@@ -2152,38 +2155,33 @@ class IndexBuild:
 
     def run(self, corpus: CorpusConfig) -> dict[str, Any]:
         """Build the segment and make it current. Returns counts. The caller holds the lock."""
-        old = {"sources": {}, "segments": [], "faiss": None} if self.previous is None else self.previous.manifest
-        counts, sources, embedder = {"skipped": 0, "replaced": 0}, dict(old["sources"]), self.embedder
+        embedder = self.embedder
         new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
         with new_folder(new) as folder:
-            kept, taken = self.read(folder, corpus, counts, sources)
-            self.compute(folder, counts["added"], taken)
+            kept, taken = self.read(folder, corpus)
+            self.compute(folder, self.counts["added"], taken)
             built = self.build_retrievers(folder)
         sizes = {name: len(column) for name, column in map_columns(new).items()}
-        segments = [*(old["segments"][at] for at in kept), {
+        segments = [*(self.old["segments"][at] for at in kept), {
             "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
         manifest = {
-            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": sources,
+            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": self.sources,
             "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-            "uses": RETRIEVERS[self.retriever], "faiss": old["faiss"] or built, "dim": embedder and embedder.dim,
+            "uses": RETRIEVERS[self.retriever], "faiss": self.old["faiss"] or built, "dim": embedder and embedder.dim,
             "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
             "chunking": self.chunking.facts()}
         self.replace_manifest(new, manifest)
-        return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+        return {**manifest["counts"], **self.counts, "dim": manifest["dim"]}
 
-    def read(self, folder: Path, corpus: CorpusConfig, counts: dict[str, int],
-             sources: dict[str, str]) -> tuple[list[int], list[Run]]:
-        """First pass: read, split and write the texts, block by block; the rows of older segments last.
-
-        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
-        """
+    def read(self, folder: Path, corpus: CorpusConfig) -> tuple[list[int], list[Run]]:
+        """First pass: read, split and write the texts, older rows last. Returns what `plan_compaction` does."""
         tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
         if self.embedder:
             tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
         if limit < corpus.max_passage_tokens:
             notice(f"passages are cut at {limit} tokens, the most this embedder reads")
         with ColumnWriter(folder) as columns:
-            records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
+            records = iter(progress(read_corpus(corpus, self.counts, self.sources), "reading", unit="record"))
             while block := list(itertools.islice(records, EMBED_BLOCK)):
                 titles = tokenize(tokenizer, [record.title or "." for record in block])
                 texts = tokenize(tokenizer, [record.text for record in block])
@@ -2191,11 +2189,11 @@ class IndexBuild:
                     used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
                     room = max(limit - used, limit // 2)  # for a piece of the text beside the title
                     spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
-                    with skipping(corpus.errors, counts):
+                    with skipping(corpus.errors, self.counts):
                         self.add(columns, record, spans)
             require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
             documents, rows = self.replaced()
-            counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+            self.counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
             kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
             for number, start, stop in taken:
                 segment = self.previous.segments[number]
@@ -2326,8 +2324,7 @@ class IndexBuild:
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
             notice(f"this replaces the index in {self.path}: --add would add to it")
-        older = self.previous.manifest["files"] if self.previous is not None else {}
-        known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+        known = {name: entry for name, entry in self.old["files"].items() if name.partition("/")[0] in folders}
         try:
             write_manifest(final, new, manifest, known=known)
         finally:
