@@ -2886,27 +2886,6 @@ def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
     return anchors
 
 
-def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
-    """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
-    exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
-    for anchor in [*cost_anchors(a, b), Anchor(len(a.ids) - 1, len(b.ids) - 1, None)]:
-        spans = {"encoder": a.pieces[i : anchor.i + 1], "decoder": b.pieces[j : anchor.j + 1]}
-        if any(spans.values()):
-            cost = None if anchor.cost is None else round(anchor.cost, 4)
-            rows.append(spans | {"exact": cost is not None and (anchor.i, anchor.j) in exact, "cost": cost})
-        i, j = anchor.i + 1, anchor.j + 1
-    return rows
-
-
-def anchor_text(rows: list[dict[str, Any]]) -> str:
-    """The spans as a table for people; "=" marks exact anchors."""
-    cells = [(*(" ".join(map(repr, row[side])) for side in ("encoder", "decoder")),
-              "=" if row["exact"] else "-" if row["cost"] is None else f"{row['cost']:.2f}") for row in rows]
-    cells.insert(0, ("encoder", "decoder", "cost"))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in cells)
-
-
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     """(N,) KL(teacher || student) of next-token distributions. logits, teacher: (N, V)."""
     student, target = logits.float().log_softmax(-1), teacher.float().log_softmax(-1)
@@ -5854,19 +5833,6 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
         say("\n\n".join(search_text(result) for result in results))
 
 
-def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    text = check_string(anchor.text, "text", "--text")
-    tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(text)
-    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
-    spans = anchor_rows(encoder, decoder)
-    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
-              "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
-
-
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     train_phase("cpt_align", {"kl": 1.0, "argmax": 0.2, "mse": 1.0}, (texts,), train, models, runtime,
                 lambda model, train: AlignLessons(model.encoder, texts, train))
@@ -6054,7 +6020,7 @@ def companion(module: str) -> Callable[..., None]:
 
 
 HANDLERS: dict[str, Callable[..., None]] = {
-    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "index": cmd_index, "search": cmd_search, "align": companion("align"), "cpt_align": cmd_cpt_align, "sft": cmd_sft,
     "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
     "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
     "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
