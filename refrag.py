@@ -1143,7 +1143,7 @@ def bare_name(path: Path) -> Path:
 class TextFile:
     """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: of --errors, empty if a command does not have it. counts: receives skipped and replaced.
+    errors: of --errors, or empty. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1304,8 +1304,8 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of an index's sources; receives this one. Inside a source, its label and the path inside.
-    A pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path; receives this one. A pipe is another source each time; what lies in a source keeps its place
+    there. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
     path, place = Path(os.path.abspath(name)), ""
     if name == "-" or not (path.is_file() or path.is_dir()):
@@ -1551,7 +1551,7 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
-    """Digest of a module's weights (names, shapes, 256 values of each) and of facts about their use."""
+    """Digest of a module's weights (names, shapes, 256 values each) and of some facts."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
         picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
@@ -1678,11 +1678,9 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
         np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False)), f"reranker {name}")
 
 
-# What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
-# points, and the dot that lower-casing a Turkish capital leaves on its i.
+# Soft hyphens and the like, Arabic and Hebrew vowel points, the dot that lower-casing leaves on a Turkish i.
 UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\u06ed]&&\p{Mn}]|(?<=i)\u0307")
-# Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
-# 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
+# Words: letters of scripts without spaces; U.S. and A-1; 1,000 and 2.5; others, with English endings or as in C++, C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 SHORT = r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
@@ -2019,7 +2017,7 @@ def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: st
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, which is created. Raises LockedError, UserError."""
+    """The writers' lock of an index folder, new or not. Raises LockedError, UserError."""
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
@@ -2323,7 +2321,7 @@ class IndexBuild:
 
 @dataclass(frozen=True)
 class Passage:
-    """A retrieved passage. rank is 1-based and is the id that the prompt gives it."""
+    """A retrieved passage. rank is 1-based, and its id in the prompt."""
 
     row: int
     id: str
@@ -2351,7 +2349,7 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie."""
+        """{retriever: {row: score}} of the best `depth` rows, and more of BM25's that tie."""
         found = {}
         if "dense" in self.uses:
             found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
@@ -2368,7 +2366,7 @@ class Searcher:
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
-            used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
+            used.add(best)  # the next hop asks with the question and the beginning of this passage
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
             query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
@@ -2379,7 +2377,7 @@ class Searcher:
         index, passages = self.index, []
         while True:
             ranked, found = self.candidates(question, depth, hops)
-            kept: dict[str, tuple[int, float]] = {}  # by content: a passage that the corpus holds twice counts once
+            kept: dict[str, tuple[int, float]] = {}  # by content: equal passages count once
             for row, score in ranked:
                 if len(kept) < wanted:
                     kept.setdefault(index.content(row), (row, score))
