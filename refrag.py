@@ -2122,8 +2122,11 @@ class IndexBuild:
                  previous: Index | None, runtime: RuntimeConfig):
         self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
         self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
+        self.old = {"sources": {}, "segments": [], "files": {}, "faiss": None}  # manifest of the index to add to
         if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
-            self.faiss = "flat" if previous.manifest["faiss"] == "flat" else "auto"
+            self.old = previous.manifest
+            self.faiss = "flat" if self.old["faiss"] == "flat" else "auto"
+        self.counts, self.sources = {"skipped": 0, "replaced": 0}, dict(self.old["sources"])
         self.documents: set[str] = set()  # the new ones
         self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
         self.computes = embedder is not None or chunking.encoder is not None
@@ -2134,38 +2137,33 @@ class IndexBuild:
 
     def run(self, corpus: CorpusConfig) -> dict[str, Any]:
         """Build the segment and make it current. Returns counts. The caller holds the lock."""
-        old = {"sources": {}, "segments": [], "faiss": None} if self.previous is None else self.previous.manifest
-        counts, sources, embedder = {"skipped": 0, "replaced": 0}, dict(old["sources"]), self.embedder
+        embedder = self.embedder
         new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
         with new_folder(new) as folder:
-            kept, taken = self.read(folder, corpus, counts, sources)
-            self.compute(folder, counts["added"], taken)
+            kept, taken = self.read(folder, corpus)
+            self.compute(folder, self.counts["added"], taken)
             built = self.build_retrievers(folder)
         sizes = {name: len(column) for name, column in map_columns(new).items()}
-        segments = [*(old["segments"][at] for at in kept), {
+        segments = [*(self.old["segments"][at] for at in kept), {
             "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
         manifest = {
-            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": sources,
+            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": self.sources,
             "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-            "uses": RETRIEVERS[self.retriever], "faiss": old["faiss"] or built, "dim": embedder and embedder.dim,
+            "uses": RETRIEVERS[self.retriever], "faiss": self.old["faiss"] or built, "dim": embedder and embedder.dim,
             "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
             "chunking": self.chunking.facts()}
         self.replace_manifest(new, manifest)
-        return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+        return {**manifest["counts"], **self.counts, "dim": manifest["dim"]}
 
-    def read(self, folder: Path, corpus: CorpusConfig, counts: dict[str, int],
-             sources: dict[str, str]) -> tuple[list[int], list[Run]]:
-        """First pass: read, split and write the texts, block by block; the rows of older segments last.
-
-        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
-        """
+    def read(self, folder: Path, corpus: CorpusConfig) -> tuple[list[int], list[Run]]:
+        """First pass: read, split and write the texts, older rows last. Returns what `plan_compaction` does."""
         tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
         if self.embedder:
             tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
         if limit < corpus.max_passage_tokens:
             notice(f"passages are cut at {limit} tokens, the most this embedder reads")
         with ColumnWriter(folder) as columns:
-            records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
+            records = iter(progress(read_corpus(corpus, self.counts, self.sources), "reading", unit="record"))
             while block := list(itertools.islice(records, EMBED_BLOCK)):
                 titles = tokenize(tokenizer, [record.title or "." for record in block])
                 texts = tokenize(tokenizer, [record.text for record in block])
@@ -2173,11 +2171,11 @@ class IndexBuild:
                     used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
                     room = max(limit - used, limit // 2)  # for a piece of the text beside the title
                     spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
-                    with skipping(corpus.errors, counts):
+                    with skipping(corpus.errors, self.counts):
                         self.add(columns, record, spans)
             require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
             documents, rows = self.replaced()
-            counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+            self.counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
             kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
             for number, start, stop in taken:
                 segment = self.previous.segments[number]
@@ -2308,8 +2306,7 @@ class IndexBuild:
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
             notice(f"this replaces the index in {self.path}: --add would add to it")
-        older = self.previous.manifest["files"] if self.previous is not None else {}
-        known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+        known = {name: entry for name, entry in self.old["files"].items() if name.partition("/")[0] in folders}
         try:
             write_manifest(final, new, manifest, known=known)
         finally:
@@ -2883,27 +2880,6 @@ def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
         anchors.append(Anchor(after_i, after_j, min(1.0, edit_distance(*spans) / longest) if longest else 0.0))
         i, j = after_i + 1, after_j + 1
     return anchors
-
-
-def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
-    """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
-    exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
-    for anchor in [*cost_anchors(a, b), Anchor(len(a.ids) - 1, len(b.ids) - 1, None)]:
-        spans = {"encoder": a.pieces[i : anchor.i + 1], "decoder": b.pieces[j : anchor.j + 1]}
-        if any(spans.values()):
-            cost = None if anchor.cost is None else round(anchor.cost, 4)
-            rows.append(spans | {"exact": cost is not None and (anchor.i, anchor.j) in exact, "cost": cost})
-        i, j = anchor.i + 1, anchor.j + 1
-    return rows
-
-
-def anchor_text(rows: list[dict[str, Any]]) -> str:
-    """The spans as a table for people; "=" marks exact anchors."""
-    cells = [(*(" ".join(map(repr, row[side])) for side in ("encoder", "decoder")),
-              "=" if row["exact"] else "-" if row["cost"] is None else f"{row['cost']:.2f}") for row in rows]
-    cells.insert(0, ("encoder", "decoder", "cost"))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in cells)
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -5853,19 +5829,6 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
         say("\n\n".join(search_text(result) for result in results))
 
 
-def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    text = check_string(anchor.text, "text", "--text")
-    tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(text)
-    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
-    spans = anchor_rows(encoder, decoder)
-    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
-              "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
-
-
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     train_phase("cpt_align", {"kl": 1.0, "argmax": 0.2, "mse": 1.0}, (texts,), train, models, runtime,
                 lambda model, train: AlignLessons(model.encoder, texts, train))
@@ -6053,7 +6016,7 @@ def companion(module: str) -> Callable[..., None]:
 
 
 HANDLERS: dict[str, Callable[..., None]] = {
-    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "index": cmd_index, "search": cmd_search, "align": companion("align"), "cpt_align": cmd_cpt_align, "sft": cmd_sft,
     "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
     "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
     "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
