@@ -785,10 +785,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch.dtype:
-    """The precision. auto is bfloat16 on CUDA; on a CPU float32, so that no answer depends on its batch.
+    """The precision. auto: bfloat16 on CUDA, else float32, so that no answer depends on its batch.
 
-    encoding: of what encodes passages and chunks, bfloat16 also on a CPU that computes in it: up to three times as
-    fast, and the cosine to the vector in float32 is .9999.
+    encoding: passages and chunks in bfloat16 also on CPUs that compute in it: up to 3 times as fast, cosine .9999.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -916,9 +915,9 @@ def restore_folder(final: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `final` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `final` if the block ends well, else vanishes.
 
-    A folder cannot be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
+    No folder can be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(final)
@@ -949,14 +948,14 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
     """
     data, found = path.read_bytes(), []
     intact = data[: data.rfind(b"\n") + 1]
-    for number, raw in enumerate(intact.split(b"\n")[:-1], start=1):
+    for number, line in enumerate(intact.splitlines(), start=1):
         try:
-            result = json.loads(raw)
-            before = {key: result["settings"].get(key) for key in settings}
-            found.append({"id": result["id"], **result})
+            found.append(json.loads(line))
+            before, _ = found[-1]["settings"], found[-1]["id"]
+            changed = [f"--{key} ({before.get(key)}, now {settings[key]})" for key in settings
+                       if before.get(key) != settings[key]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
-        changed = [f"--{key} ({before[key]}, now {settings[key]})" for key in settings if before[key] != settings[key]]
         if changed:
             raise MismatchError(f"{path} was made with another {', '.join(changed)}: name another {flag}")
     os.truncate(path, len(intact))
