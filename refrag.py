@@ -150,10 +150,9 @@ LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than 
 
 def opt(default: Any, help: str, *, choices: str = "", needed: bool = False, exists: bool = False, fresh: bool = False,
         **limits: float) -> Any:
-    """A dataclass field that is also a command line option. A tuple default takes several values.
+    """A dataclass field that is also a command line option; of several values, if its default is a tuple.
 
-    needed: it must be given. Each value must be one of the choices, an existing file if `exists`, a new or empty
-    folder if `fresh`, and within the limits: low, above, high, below.
+    needed: it must be given. exists: its values are existing files. fresh: a new or empty folder. limits: see LIMITS.
     """
     assert limits.keys() <= LIMITS.keys()
     return field(default=default, metadata={"help": help, "choices": tuple(choices.split()), "needed": needed,
@@ -251,7 +250,7 @@ class ReaderConfig(ModelConfig):
 class SearchConfig(Options):
     topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "rounds; each later query adds the best new passage's title and first sentence", low=1, high=8)
+    hops: int = opt(1, "rounds; later queries add the best new passage's title and first sentence", low=1, high=8)
 
 
 class QuestionConfig(Options):
@@ -267,24 +266,24 @@ class PackConfig(Options):
     mode: str = opt("refrag", "vectors and text, all text, nothing, or cut text", choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
-    floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
+    floor: int = opt(64, "tokens that stay text at least, if --p is above 0", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: learned if it fits the embedder, else blend",
                     choices="auto learned policy blend cosine ppl random none")
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed or drop compressed chunks; auto: drop if untrained", choices="auto feed drop")
-    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first", low=1)
+    ctx_max: int = opt(4096, "context tokens at most; the last passages beyond it are left out", low=1)
 
 
 class GenerateConfig(Options):
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
-    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
+    top_p: float = opt(1.0, "nucleus sampling: the least tokens of this probability", above=0, high=1)
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
-    cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
+    cite: bool = opt(True, "if the answer cites nothing, let the decoder choose a passage")
     stream: bool = opt(True, "print the answer as it is decoded")
     show_prompt: bool = opt(False, "print the prompt, compressed chunks as [[..]]")
-    explain: bool = opt(False, "print each chunk's score, the parts of the score, and why the chunk stays text or not")
+    explain: bool = opt(False, "print each chunk's score, its parts, and why the chunk stays text or not")
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
@@ -318,24 +317,24 @@ class TrainConfig(Options):
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "letters of what is trained: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
-    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all", low=0)
+    lora_r: int = opt(0, "train the decoder through LoRA of this rank; 0: all its weights", low=0)
     steps: int = opt(1000, "optimizer steps", low=1)
     lr: float | None = opt(None, f"peak learning rate; default {LORA_LR:g} with --lora_r, else " + ", ".join(
         f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()), above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or shorter ones of the same total length", low=1)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many tokens of shorter ones", low=1)
     grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
     warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
     weight_decay: float = opt(0.01, "AdamW weight decay of matrices", low=0)
     grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
     log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
-    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last", low=0)
+    eval_every: int = opt(0, "steps between evaluations; 0: only first and last", low=0)
     eval_limit: int = opt(32, "sequences of each kind in an evaluation", low=1)
     save_every: int = opt(500, "steps between checkpoints; the last two are kept", low=1)
     resume: bool = opt(False, "continue the run in --out_dir")
     torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
-    activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
+    activation_checkpointing: bool = opt(False, "save memory, compute activations twice")
 
     def check(self) -> None:
         require(set(self.train or "p") <= set("ped"), f"--train must be letters of ped, got {self.train!r}")
@@ -349,7 +348,7 @@ class ReconConfig(Options):
 class NextConfig(Options):
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
+    distill: float = opt(0.0, "weight of the divergence from the untrained decoder on the full text", low=0)
 
 
 class SftConfig(Options):
@@ -391,7 +390,7 @@ class EvalConfig(Options):
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
-    limit: int | None = opt(None, "at most this many questions or texts, spread evenly; 2 n - 1 hold those of n", low=1)
+    limit: int | None = opt(None, "questions or texts at most, spread evenly; 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, quality.png and sample.md")
     resume: bool = opt(False, "continue in --out_dir; other --modes, --p and --limit of questions add to it")
 
@@ -442,22 +441,22 @@ class AnchorConfig(Options):
 
 
 class ServeConfig(Options):
-    host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
+    host: str = opt("127.0.0.1", "address to listen on; if other machines may reach it, set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
-    cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
+    cors: tuple[str, ...] = opt((), "origins whose pages may ask this server, as https://app.example")
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def check(self) -> None:
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
-                    f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
+                    f"--cors {origin}: an origin is a scheme and a host without a path")
 
 
 class ExportConfig(Options):
     out_dir: str | None = opt(None, "the folder to write", needed=True, fresh=True)
-    decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
+    decoder: bool = opt(False, "also the decoder, with its adapters merged, for transformers")
 
 
 class DoctorConfig(Options):
@@ -502,7 +501,7 @@ def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field,
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError instead of exiting, and proposes the flag that was meant."""
+    """Raises UserError with the flag that was meant."""
 
     def error(self, message: str) -> typing.NoReturn:
         unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
@@ -515,7 +514,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
-    """Add one dataclass field as an option. No default here: what was not given must stay visible as such."""
+    """Add a field as an option without a default: what was not given must stay visible as such."""
     several, choices = isinstance(f.default, tuple), f.metadata["choices"]
     default = " ".join(map(str, f.default)) if several else f.default
     shown = "" if default is None or default is False or default == "" else f" (default {default})"
@@ -530,7 +529,7 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
 
 
 def read_config_file(path: str, command: str) -> dict[str, Any]:
-    """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
+    """A command's options in a TOML file: top-level keys are for all commands, a table [NAME] for one."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -615,7 +614,7 @@ def classify(error: BaseException) -> tuple[int, str]:
 
 
 def report(error: BaseException, runtime: RuntimeConfig) -> int:
-    """Print an error as one line on stderr (and as JSON on stdout, if asked for) and return its exit code."""
+    """Print an error as one line on stderr, with --json also as JSON on stdout. Returns its exit code."""
     code, message = classify(error)
     if runtime.debug and code not in (130, 143):
         traceback.print_exception(error)
@@ -632,7 +631,7 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
 
 
-# Control characters but newline and tab, separators of lines, and what turns the direction of writing
+# Control characters but newline and tab, line separators, and what turns the direction of writing
 CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -647,7 +646,7 @@ def say(text: str, end: str = "\n", file: Any = None) -> None:
 
 
 def flush(stream: Any) -> None:
-    """Flush a standard stream. If that fails, what is left goes nowhere, or Python would complain at exit."""
+    """Flush a standard stream. If that fails, drop what is left, or Python would complain at exit."""
     try:
         stream.flush()
     except OSError:
@@ -683,7 +682,7 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
 
 
 def leave(code: int) -> typing.NoReturn:
-    """End the program without the interpreter's own tidying up, which takes more than a second with these libraries."""
+    """End the program without the interpreter's tidying up, which takes more than a second."""
     atexit._run_exitfuncs()
     flush(sys.stdout)
     flush(sys.stderr)
@@ -693,9 +692,9 @@ def leave(code: int) -> typing.NoReturn:
 if __name__ == "__main__":
     sys.modules["refrag"] = sys.modules["__main__"]  # what the companions import: no class may exist twice
     _NAME, _CONFIGS = parse_or_exit(sys.argv[1:])
-    # Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody
+    # Ctrl-C while the libraries load: their tracebacks help nobody
     signal.signal(signal.SIGINT, lambda *_: leave(report(KeyboardInterrupt(), _CONFIGS[-1])))
-    gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
+    gc.disable()  # looking for garbage during the imports takes half a second
 
 # =============================================================================
 # 2. Imports. The heavy ones. sentence-transformers is the exception: it costs
@@ -786,10 +785,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch.dtype:
-    """The precision. auto is bfloat16 on CUDA; on a CPU float32, so that no answer depends on its batch.
+    """The precision. auto: bfloat16 on CUDA, else float32, so that no answer depends on its batch.
 
-    encoding: of what encodes passages and chunks, bfloat16 also on a CPU that computes in it: up to three times as
-    fast, and the cosine to the vector in float32 is .9999.
+    encoding: passages and chunks in bfloat16 also on CPUs that compute in it: up to 3 times as fast, cosine .9999.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -850,7 +848,7 @@ def library_versions() -> dict[str, str]:
 
 
 def process_group() -> Any:
-    """The processes that were launched together; each with a GPU of its own, if there are GPUs."""
+    """The processes that were launched together, each with a GPU of its own if there are any."""
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would not join the processes over gloo
@@ -862,23 +860,10 @@ def glibc(function: str, *args: int) -> None:
         getattr(ctypes.CDLL(None), function, lambda *_: None)(*args)
 
 
-@contextlib.contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let glibc keep what a training step on a CPU frees: the next step wants the same sizes. 1.16 times as fast.
-
-    By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
-    """
-    m_trim_threshold, m_mmap_max, on_cpu = -1, -4, device.type == "cpu"  # of mallopt in glibc's malloc.h
-    try:
-        if on_cpu:
-            glibc("mallopt", m_mmap_max, 0)
-            glibc("mallopt", m_trim_threshold, -1)  # never
-        yield
-    finally:
-        if on_cpu:
-            glibc("mallopt", m_mmap_max, 1 << 16)  # the default
-            glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
-            glibc("malloc_trim", 0)
+def keep_memory() -> None:
+    """From now on, let glibc keep what a training step frees: the next wants the same sizes. 1.16 times as fast."""
+    glibc("mallopt", -4, 0)  # M_MMAP_MAX: else every large tensor is mapped again, and each page of it is a fault
+    glibc("mallopt", -1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def sha256_file(path: Path) -> str:
@@ -909,7 +894,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def save_figure(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
-    """Replace a picture by what `paint` draws on the axes of its panels. Without matplotlib, a notice says so."""
+    """Replace a picture by what `paint` draws on the axes of its panels."""
     try:
         from matplotlib import figure
     except ImportError as error:
@@ -930,9 +915,9 @@ def restore_folder(final: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `final` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `final` if the block ends well, else vanishes.
 
-    A folder cannot be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
+    No folder can be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(final)
@@ -963,14 +948,14 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
     """
     data, found = path.read_bytes(), []
     intact = data[: data.rfind(b"\n") + 1]
-    for number, raw in enumerate(intact.split(b"\n")[:-1], start=1):
+    for number, line in enumerate(intact.splitlines(), start=1):
         try:
-            result = json.loads(raw)
-            before = {key: result["settings"].get(key) for key in settings}
-            found.append({"id": result["id"], **result})
+            found.append(json.loads(line))
+            before, _ = found[-1]["settings"], found[-1]["id"]
+            changed = [f"--{key} ({before.get(key)}, now {settings[key]})" for key in settings
+                       if before.get(key) != settings[key]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
-        changed = [f"--{key} ({before[key]}, now {settings[key]})" for key in settings if before[key] != settings[key]]
         if changed:
             raise MismatchError(f"{path} was made with another {', '.join(changed)}: name another {flag}")
     os.truncate(path, len(intact))
@@ -1043,11 +1028,8 @@ def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = M
 
 
 def cache_home() -> Path:
-    """Where converted models and tokenised texts are kept: REFRAG_HOME, else ~/.cache/refrag."""
-    try:
-        return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
-    except RuntimeError:  # a user without an entry among the system's, as in containers
-        raise UserError("there is no home folder: set REFRAG_HOME to a folder for converted models") from None
+    """Where converted models and tokenised texts are kept."""
+    return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
 
 
 class ColumnWriter(contextlib.ExitStack):
@@ -1160,7 +1142,7 @@ def bare_name(path: Path) -> Path:
 class TextFile:
     """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: of --errors, empty if a command does not have it. counts: receives skipped and replaced.
+    errors: of --errors, or empty. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1321,8 +1303,8 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of an index's sources; receives this one. Inside a source, its label and the path inside.
-    A pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path; receives this one. A pipe is another source each time; what lies in a source keeps its place
+    there. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
     path, place = Path(os.path.abspath(name)), ""
     if name == "-" or not (path.is_file() or path.is_dir()):
@@ -1568,7 +1550,7 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
-    """Digest of a module's weights (names, shapes, 256 values of each) and of facts about their use."""
+    """Digest of a module's weights (names, shapes, 256 values each) and of some facts."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
         picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
@@ -1695,11 +1677,9 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
         np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False)), f"reranker {name}")
 
 
-# What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
-# points, and the dot that lower-casing a Turkish capital leaves on its i.
+# Soft hyphens and the like, Arabic and Hebrew vowel points, the dot that lower-casing leaves on a Turkish i.
 UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\u06ed]&&\p{Mn}]|(?<=i)\u0307")
-# Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
-# 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
+# Words: letters of scripts without spaces; U.S. and A-1; 1,000 and 2.5; others, with English endings or as in C++, C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 SHORT = r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
@@ -2036,7 +2016,7 @@ def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: st
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, which is created. Raises LockedError, UserError."""
+    """The writers' lock of an index folder, new or not. Raises LockedError, UserError."""
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
@@ -2140,8 +2120,11 @@ class IndexBuild:
                  previous: Index | None, runtime: RuntimeConfig):
         self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
         self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
+        self.old = {"sources": {}, "segments": [], "files": {}, "faiss": None}  # manifest of the index to add to
         if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
-            self.faiss = "flat" if previous.manifest["faiss"] == "flat" else "auto"
+            self.old = previous.manifest
+            self.faiss = "flat" if self.old["faiss"] == "flat" else "auto"
+        self.counts, self.sources = {"skipped": 0, "replaced": 0}, dict(self.old["sources"])
         self.documents: set[str] = set()  # the new ones
         self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
         self.computes = embedder is not None or chunking.encoder is not None
@@ -2152,38 +2135,33 @@ class IndexBuild:
 
     def run(self, corpus: CorpusConfig) -> dict[str, Any]:
         """Build the segment and make it current. Returns counts. The caller holds the lock."""
-        old = {"sources": {}, "segments": [], "faiss": None} if self.previous is None else self.previous.manifest
-        counts, sources, embedder = {"skipped": 0, "replaced": 0}, dict(old["sources"]), self.embedder
+        embedder = self.embedder
         new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
         with new_folder(new) as folder:
-            kept, taken = self.read(folder, corpus, counts, sources)
-            self.compute(folder, counts["added"], taken)
+            kept, taken = self.read(folder, corpus)
+            self.compute(folder, self.counts["added"], taken)
             built = self.build_retrievers(folder)
         sizes = {name: len(column) for name, column in map_columns(new).items()}
-        segments = [*(old["segments"][at] for at in kept), {
+        segments = [*(self.old["segments"][at] for at in kept), {
             "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
         manifest = {
-            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": sources,
+            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": self.sources,
             "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-            "uses": RETRIEVERS[self.retriever], "faiss": old["faiss"] or built, "dim": embedder and embedder.dim,
+            "uses": RETRIEVERS[self.retriever], "faiss": self.old["faiss"] or built, "dim": embedder and embedder.dim,
             "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
             "chunking": self.chunking.facts()}
         self.replace_manifest(new, manifest)
-        return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+        return {**manifest["counts"], **self.counts, "dim": manifest["dim"]}
 
-    def read(self, folder: Path, corpus: CorpusConfig, counts: dict[str, int],
-             sources: dict[str, str]) -> tuple[list[int], list[Run]]:
-        """First pass: read, split and write the texts, block by block; the rows of older segments last.
-
-        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
-        """
+    def read(self, folder: Path, corpus: CorpusConfig) -> tuple[list[int], list[Run]]:
+        """First pass: read, split and write the texts, older rows last. Returns what `plan_compaction` does."""
         tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
         if self.embedder:
             tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
         if limit < corpus.max_passage_tokens:
             notice(f"passages are cut at {limit} tokens, the most this embedder reads")
         with ColumnWriter(folder) as columns:
-            records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
+            records = iter(progress(read_corpus(corpus, self.counts, self.sources), "reading", unit="record"))
             while block := list(itertools.islice(records, EMBED_BLOCK)):
                 titles = tokenize(tokenizer, [record.title or "." for record in block])
                 texts = tokenize(tokenizer, [record.text for record in block])
@@ -2191,11 +2169,11 @@ class IndexBuild:
                     used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
                     room = max(limit - used, limit // 2)  # for a piece of the text beside the title
                     spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
-                    with skipping(corpus.errors, counts):
+                    with skipping(corpus.errors, self.counts):
                         self.add(columns, record, spans)
             require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
             documents, rows = self.replaced()
-            counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+            self.counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
             kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
             for number, start, stop in taken:
                 segment = self.previous.segments[number]
@@ -2326,8 +2304,7 @@ class IndexBuild:
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
             notice(f"this replaces the index in {self.path}: --add would add to it")
-        older = self.previous.manifest["files"] if self.previous is not None else {}
-        known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+        known = {name: entry for name, entry in self.old["files"].items() if name.partition("/")[0] in folders}
         try:
             write_manifest(final, new, manifest, known=known)
         finally:
@@ -2343,7 +2320,7 @@ class IndexBuild:
 
 @dataclass(frozen=True)
 class Passage:
-    """A retrieved passage. rank is 1-based and is the id that the prompt gives it."""
+    """A retrieved passage. rank is 1-based, and its id in the prompt."""
 
     row: int
     id: str
@@ -2371,7 +2348,7 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie."""
+        """{retriever: {row: score}} of the best `depth` rows, and more of BM25's that tie."""
         found = {}
         if "dense" in self.uses:
             found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
@@ -2388,7 +2365,7 @@ class Searcher:
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
-            used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
+            used.add(best)  # the next hop asks with the question and the beginning of this passage
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
             query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
@@ -2399,7 +2376,7 @@ class Searcher:
         index, passages = self.index, []
         while True:
             ranked, found = self.candidates(question, depth, hops)
-            kept: dict[str, tuple[int, float]] = {}  # by content: a passage that the corpus holds twice counts once
+            kept: dict[str, tuple[int, float]] = {}  # by content: equal passages count once
             for row, score in ranked:
                 if len(kept) < wanted:
                     kept.setdefault(index.content(row), (row, score))
@@ -2901,27 +2878,6 @@ def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
         anchors.append(Anchor(after_i, after_j, min(1.0, edit_distance(*spans) / longest) if longest else 0.0))
         i, j = after_i + 1, after_j + 1
     return anchors
-
-
-def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
-    """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
-    exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
-    for anchor in [*cost_anchors(a, b), Anchor(len(a.ids) - 1, len(b.ids) - 1, None)]:
-        spans = {"encoder": a.pieces[i : anchor.i + 1], "decoder": b.pieces[j : anchor.j + 1]}
-        if any(spans.values()):
-            cost = None if anchor.cost is None else round(anchor.cost, 4)
-            rows.append(spans | {"exact": cost is not None and (anchor.i, anchor.j) in exact, "cost": cost})
-        i, j = anchor.i + 1, anchor.j + 1
-    return rows
-
-
-def anchor_text(rows: list[dict[str, Any]]) -> str:
-    """The spans as a table for people; "=" marks exact anchors."""
-    cells = [(*(" ".join(map(repr, row[side])) for side in ("encoder", "decoder")),
-              "=" if row["exact"] else "-" if row["cost"] is None else f"{row['cost']:.2f}") for row in rows]
-    cells.insert(0, ("encoder", "decoder", "cost"))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in cells)
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -5002,8 +4958,9 @@ def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], t
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
             write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
-        with kept_memory(accelerator.device):
-            summary = trainer.fit()
+        if accelerator.device.type == "cpu":
+            keep_memory()
+        summary = trainer.fit()
     emit(summary, runtime, training_text(summary))
 
 
@@ -5808,7 +5765,7 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
-    """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
+    """Build an index or add to it; of launched processes, all compute vectors and the first writes."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
@@ -5824,15 +5781,15 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
 
 
 def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
-    """Each id as a column: white space becomes an underscore. Raises UserError if one is empty or two become alike."""
+    """Ids without white space. Raises UserError if one is empty or two become alike."""
     columns = {name: re.sub(r"\s", "_", name) for name in ids}
     require("" not in columns and len(set(columns.values())) == len(columns), f"--format trec: {kind} ids that are "
-            "empty, or alike with underscores for white space: name them differently, or use --format json")
+            "empty, or alike with underscores for white space: use --format json")
     return columns
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at the best rank of its pieces."""
+    """TREC run lines; a document counts once, at the best rank of its pieces."""
     questions = trec_columns("question", [result["id"] for result in results])
     documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
     lines = []
@@ -5868,19 +5825,6 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
         print(trec_text(results), end="")
     else:
         say("\n\n".join(search_text(result) for result in results))
-
-
-def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    text = check_string(anchor.text, "text", "--text")
-    tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(text)
-    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
-    spans = anchor_rows(encoder, decoder)
-    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
-              "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
 
 
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -5969,7 +5913,7 @@ HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": 
 
 
 def answer_text(result: dict[str, Any], shown: bool) -> str:
-    """An answer for people: citations, what compression saved, where the time went. shown: it was streamed already."""
+    """An answer for people, with citations and times. shown: it was streamed already."""
     m = result["metrics"]
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
@@ -5997,7 +5941,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 
 
 def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
-    """An answer, with the full-context answer beside it and the ratio of their times to first token."""
+    """An answer beside that from the full context, with the ratio of their times to first token."""
     [result] = pipeline.answer_batch([item], pipeline.settings, [write])
     [full] = pipeline.answer_batch([item], dataclasses.replace(pipeline.settings, mode="full"))
     result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
@@ -6037,7 +5981,7 @@ def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_reduce_check() -> dict[str, Any]:
-    """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
+    """Sum the ranks over all launched processes. Raises RefragError."""
     from accelerate.utils import reduce
 
     group = process_group()
@@ -6065,12 +6009,12 @@ def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, ru
 
 
 def companion(module: str) -> Callable[..., None]:
-    """The handler of a command in a module of refrag_extras, which is imported when it is called."""
+    """The handler of a command in refrag_extras, imported when it is called."""
     return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
 
 
 HANDLERS: dict[str, Callable[..., None]] = {
-    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "index": cmd_index, "search": cmd_search, "align": companion("align"), "cpt_align": cmd_cpt_align, "sft": cmd_sft,
     "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
     "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
     "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),

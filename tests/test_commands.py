@@ -480,18 +480,6 @@ def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
 
 
-def test_without_a_home_the_variable_is_named(monkeypatch):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.delenv("REFRAG_HOME", raising=False)
-    with pytest.raises(refrag.UserError, match="set REFRAG_HOME"):
-        refrag.cache_home()
-    monkeypatch.setenv("REFRAG_HOME", "there")
-    assert refrag.cache_home() == Path("there")
-
-
 @posix
 def test_an_index_whose_name_is_no_utf8(index_dir, tmp_path, run):
     folder = tmp_path / os.fsdecode(b"index\xff")
