@@ -785,10 +785,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch.dtype:
-    """The precision. auto is bfloat16 on CUDA; on a CPU float32, so that no answer depends on its batch.
+    """The precision. auto: bfloat16 on CUDA, else float32, so that no answer depends on its batch.
 
-    encoding: of what encodes passages and chunks, bfloat16 also on a CPU that computes in it: up to three times as
-    fast, and the cosine to the vector in float32 is .9999.
+    encoding: passages and chunks in bfloat16 also on CPUs that compute in it: up to 3 times as fast, cosine .9999.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -916,9 +915,9 @@ def restore_folder(final: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `final` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `final` if the block ends well, else vanishes.
 
-    A folder cannot be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
+    No folder can be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(final)
@@ -949,14 +948,14 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
     """
     data, found = path.read_bytes(), []
     intact = data[: data.rfind(b"\n") + 1]
-    for number, raw in enumerate(intact.split(b"\n")[:-1], start=1):
+    for number, line in enumerate(intact.splitlines(), start=1):
         try:
-            result = json.loads(raw)
-            before = {key: result["settings"].get(key) for key in settings}
-            found.append({"id": result["id"], **result})
+            found.append(json.loads(line))
+            before, _ = found[-1]["settings"], found[-1]["id"]
+            changed = [f"--{key} ({before.get(key)}, now {settings[key]})" for key in settings
+                       if before.get(key) != settings[key]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
-        changed = [f"--{key} ({before[key]}, now {settings[key]})" for key in settings if before[key] != settings[key]]
         if changed:
             raise MismatchError(f"{path} was made with another {', '.join(changed)}: name another {flag}")
     os.truncate(path, len(intact))
@@ -1143,7 +1142,7 @@ def bare_name(path: Path) -> Path:
 class TextFile:
     """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: of --errors, empty if a command does not have it. counts: receives skipped and replaced.
+    errors: of --errors, or empty. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1304,8 +1303,8 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of an index's sources; receives this one. Inside a source, its label and the path inside.
-    A pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path; receives this one. A pipe is another source each time; what lies in a source keeps its place
+    there. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
     path, place = Path(os.path.abspath(name)), ""
     if name == "-" or not (path.is_file() or path.is_dir()):
@@ -1551,7 +1550,7 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
-    """Digest of a module's weights (names, shapes, 256 values of each) and of facts about their use."""
+    """Digest of a module's weights (names, shapes, 256 values each) and of some facts."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
         picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
@@ -1678,11 +1677,9 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
         np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False)), f"reranker {name}")
 
 
-# What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
-# points, and the dot that lower-casing a Turkish capital leaves on its i.
+# Soft hyphens and the like, Arabic and Hebrew vowel points, the dot that lower-casing leaves on a Turkish i.
 UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\u06ed]&&\p{Mn}]|(?<=i)\u0307")
-# Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
-# 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
+# Words: letters of scripts without spaces; U.S. and A-1; 1,000 and 2.5; others, with English endings or as in C++, C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 SHORT = r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
@@ -2019,7 +2016,7 @@ def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: st
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, which is created. Raises LockedError, UserError."""
+    """The writers' lock of an index folder, new or not. Raises LockedError, UserError."""
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
@@ -2123,8 +2120,11 @@ class IndexBuild:
                  previous: Index | None, runtime: RuntimeConfig):
         self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
         self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
+        self.old = {"sources": {}, "segments": [], "files": {}, "faiss": None}  # manifest of the index to add to
         if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
-            self.faiss = "flat" if previous.manifest["faiss"] == "flat" else "auto"
+            self.old = previous.manifest
+            self.faiss = "flat" if self.old["faiss"] == "flat" else "auto"
+        self.counts, self.sources = {"skipped": 0, "replaced": 0}, dict(self.old["sources"])
         self.documents: set[str] = set()  # the new ones
         self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
         self.computes = embedder is not None or chunking.encoder is not None
@@ -2135,38 +2135,33 @@ class IndexBuild:
 
     def run(self, corpus: CorpusConfig) -> dict[str, Any]:
         """Build the segment and make it current. Returns counts. The caller holds the lock."""
-        old = {"sources": {}, "segments": [], "faiss": None} if self.previous is None else self.previous.manifest
-        counts, sources, embedder = {"skipped": 0, "replaced": 0}, dict(old["sources"]), self.embedder
+        embedder = self.embedder
         new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
         with new_folder(new) as folder:
-            kept, taken = self.read(folder, corpus, counts, sources)
-            self.compute(folder, counts["added"], taken)
+            kept, taken = self.read(folder, corpus)
+            self.compute(folder, self.counts["added"], taken)
             built = self.build_retrievers(folder)
         sizes = {name: len(column) for name, column in map_columns(new).items()}
-        segments = [*(old["segments"][at] for at in kept), {
+        segments = [*(self.old["segments"][at] for at in kept), {
             "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
         manifest = {
-            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": sources,
+            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": self.sources,
             "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-            "uses": RETRIEVERS[self.retriever], "faiss": old["faiss"] or built, "dim": embedder and embedder.dim,
+            "uses": RETRIEVERS[self.retriever], "faiss": self.old["faiss"] or built, "dim": embedder and embedder.dim,
             "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
             "chunking": self.chunking.facts()}
         self.replace_manifest(new, manifest)
-        return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+        return {**manifest["counts"], **self.counts, "dim": manifest["dim"]}
 
-    def read(self, folder: Path, corpus: CorpusConfig, counts: dict[str, int],
-             sources: dict[str, str]) -> tuple[list[int], list[Run]]:
-        """First pass: read, split and write the texts, block by block; the rows of older segments last.
-
-        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
-        """
+    def read(self, folder: Path, corpus: CorpusConfig) -> tuple[list[int], list[Run]]:
+        """First pass: read, split and write the texts, older rows last. Returns what `plan_compaction` does."""
         tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
         if self.embedder:
             tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
         if limit < corpus.max_passage_tokens:
             notice(f"passages are cut at {limit} tokens, the most this embedder reads")
         with ColumnWriter(folder) as columns:
-            records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
+            records = iter(progress(read_corpus(corpus, self.counts, self.sources), "reading", unit="record"))
             while block := list(itertools.islice(records, EMBED_BLOCK)):
                 titles = tokenize(tokenizer, [record.title or "." for record in block])
                 texts = tokenize(tokenizer, [record.text for record in block])
@@ -2174,11 +2169,11 @@ class IndexBuild:
                     used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
                     room = max(limit - used, limit // 2)  # for a piece of the text beside the title
                     spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
-                    with skipping(corpus.errors, counts):
+                    with skipping(corpus.errors, self.counts):
                         self.add(columns, record, spans)
             require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
             documents, rows = self.replaced()
-            counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+            self.counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
             kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
             for number, start, stop in taken:
                 segment = self.previous.segments[number]
@@ -2309,8 +2304,7 @@ class IndexBuild:
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
             notice(f"this replaces the index in {self.path}: --add would add to it")
-        older = self.previous.manifest["files"] if self.previous is not None else {}
-        known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+        known = {name: entry for name, entry in self.old["files"].items() if name.partition("/")[0] in folders}
         try:
             write_manifest(final, new, manifest, known=known)
         finally:
@@ -2326,7 +2320,7 @@ class IndexBuild:
 
 @dataclass(frozen=True)
 class Passage:
-    """A retrieved passage. rank is 1-based and is the id that the prompt gives it."""
+    """A retrieved passage. rank is 1-based, and its id in the prompt."""
 
     row: int
     id: str
@@ -2354,7 +2348,7 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie."""
+        """{retriever: {row: score}} of the best `depth` rows, and more of BM25's that tie."""
         found = {}
         if "dense" in self.uses:
             found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
@@ -2371,7 +2365,7 @@ class Searcher:
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
-            used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
+            used.add(best)  # the next hop asks with the question and the beginning of this passage
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
             query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
@@ -2382,7 +2376,7 @@ class Searcher:
         index, passages = self.index, []
         while True:
             ranked, found = self.candidates(question, depth, hops)
-            kept: dict[str, tuple[int, float]] = {}  # by content: a passage that the corpus holds twice counts once
+            kept: dict[str, tuple[int, float]] = {}  # by content: equal passages count once
             for row, score in ranked:
                 if len(kept) < wanted:
                     kept.setdefault(index.content(row), (row, score))
@@ -2884,27 +2878,6 @@ def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
         anchors.append(Anchor(after_i, after_j, min(1.0, edit_distance(*spans) / longest) if longest else 0.0))
         i, j = after_i + 1, after_j + 1
     return anchors
-
-
-def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
-    """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
-    exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
-    for anchor in [*cost_anchors(a, b), Anchor(len(a.ids) - 1, len(b.ids) - 1, None)]:
-        spans = {"encoder": a.pieces[i : anchor.i + 1], "decoder": b.pieces[j : anchor.j + 1]}
-        if any(spans.values()):
-            cost = None if anchor.cost is None else round(anchor.cost, 4)
-            rows.append(spans | {"exact": cost is not None and (anchor.i, anchor.j) in exact, "cost": cost})
-        i, j = anchor.i + 1, anchor.j + 1
-    return rows
-
-
-def anchor_text(rows: list[dict[str, Any]]) -> str:
-    """The spans as a table for people; "=" marks exact anchors."""
-    cells = [(*(" ".join(map(repr, row[side])) for side in ("encoder", "decoder")),
-              "=" if row["exact"] else "-" if row["cost"] is None else f"{row['cost']:.2f}") for row in rows]
-    cells.insert(0, ("encoder", "decoder", "cost"))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in cells)
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -5686,19 +5659,6 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
         say("\n\n".join(search_text(result) for result in results))
 
 
-def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    text = check_string(anchor.text, "text", "--text")
-    tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(text)
-    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
-    spans = anchor_rows(encoder, decoder)
-    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
-              "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
-
-
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
     train_phase("cpt_align", {"kl": 1.0, "argmax": 0.2, "mse": 1.0}, (texts,), train, models, runtime,
                 lambda model, train: AlignLessons(model.encoder, texts, train))
@@ -5886,7 +5846,7 @@ def companion(module: str) -> Callable[..., None]:
 
 
 HANDLERS: dict[str, Callable[..., None]] = {
-    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "index": cmd_index, "search": cmd_search, "align": companion("align"), "cpt_align": cmd_cpt_align, "sft": cmd_sft,
     "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(companion("scorers"), "gate"),
     "train_policy": functools.partial(companion("scorers"), "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
     "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),

@@ -246,12 +246,5 @@ def test_notices_go_to_stderr_and_quiet_silences_them(monkeypatch, capsys, quiet
     assert (captured.out, captured.err) == ("", "" if quiet else "passages are cut\n")
 
 
-@given(st.lists(st.integers()), st.integers(1, 5))
-def test_batches_hold_everything_in_order(items, size):
-    batches = refrag.batched(items, size)
-    assert list(itertools.chain(*batches)) == items
-    assert all(len(b) == size for b in batches[:-1]) and all(1 <= len(b) <= size for b in batches)
-
-
 def test_the_all_reduce_check_of_one_process():
     assert refrag.all_reduce_check() == {"processes": 1, "sum_of_ranks": 0.0, "ok": True}
