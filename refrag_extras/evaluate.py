@@ -263,7 +263,7 @@ class QuestionTask(Task):
         super().__init__(*configs)
         name, limit = self.options.qa, self.options.limit
         self.file = refrag.read_question_file(name, "--qa", self.needs)
-        self.questions = (list(refrag.spread(self.file, limit)) if self.options.task == "qa" else
+        self.questions = (list(refrag.sample_evenly(self.file, limit)) if self.options.task == "qa" else
                           refrag.labelled(self.file, "positive_ids", limit, f"--qa {name}"))
         self.manifest = refrag.index_manifest(self.index.index_dir)
 
