@@ -2837,9 +2837,9 @@ BLANK = 0.1  # cost of a blank that one side lacks: many tokenizers drop or add 
 
 
 def edit_distance(a: str, b: str) -> float:
-    """Least cost of edits from a to b: 1 each, but little for case, accents and blanks.
+    """Least cost of edits from a to b (Wagner and Fischer 1974): 1 each, but little for case, accents and blanks.
 
-    Source: Wagner and Fischer 1974, with costs. Example: "Caf\u00e9 x", "cafex" -> 0.3
+    Example: "Caf\u00e9 x", "cafex" -> 0.3
     """
     def letters(text: str) -> list[tuple[str, str, float]]:
         """Of each character: itself, its letter without case and accent, the cost of leaving it out."""
@@ -3014,8 +3014,8 @@ class ChunkEncoder(nn.Module):
 
     @property
     def borrowed(self) -> set[str]:
-        """Names of the tensors that are the untrained decoder's: the token embeddings of `decoder:N`. They are neither
-        trained (it did not help) nor kept in checkpoints, where they would be two thirds of the bytes."""
+        """Names of the untrained decoder's tensors: the token embeddings of `decoder:N`. They are neither trained
+        (it did not help) nor kept in checkpoints."""
         table = self.backbone.get_input_embeddings().weight if self.contextual else None
         return {name for name, parameter in self.named_parameters() if parameter is table}
 
@@ -3226,15 +3226,14 @@ class RefragModel(PreTrainedModel):
 
     @property
     def trained(self) -> bool:
-        """Whether the projector has learned anything; if not, chunk vectors are plain means of token embeddings."""
+        """Whether the projector is trained; if not, chunk vectors are plain means of token embeddings."""
         return "p" in self.config.training_model
 
     @property
     def window(self) -> int | None:
         """Positions the decoder can take, None if the architecture sets no limit."""
-        names = ("max_position_embeddings", "n_positions", "max_seq_len")
-        limits = (getattr(self.decoder.config, name, None) for name in names)
-        return next((limit for limit in limits if isinstance(limit, int)), None)
+        config, names = self.decoder.config, ("max_position_embeddings", "n_positions", "max_seq_len")
+        return next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
 
     def chunk_states(self, batch: Batch) -> Tensor:
         """Encoder states of all chunks of a batch: (C, E) float32."""
@@ -3518,10 +3517,8 @@ def for_others(models: ModelConfig) -> str:
 
 
 def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`.
-
-    By default the encoder is `decoder:8`, or all layers of a decoder that has fewer.
-    """
+    """The configuration of --load_dir's checkpoint, or of the named models (by default with `decoder:8`, or all
+    layers of a decoder that has fewer). Raises as `find_checkpoint`."""
     checkpoint = checkpoint or find_checkpoint(models)
     if checkpoint:
         return checkpoint.config
