@@ -106,7 +106,7 @@ __version__ = "0.1.0"
 
 
 class RefragError(Exception):
-    """A failure with an exit code. The message is one line: what went wrong and how to fix it."""
+    """A failure with an exit code; its message is one line: what went wrong and how to fix it."""
     code = 1
 
 
@@ -139,7 +139,6 @@ class LockedError(RefragError):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -160,14 +159,14 @@ def opt(default: Any, help: str, *, choices: str = "", needed: bool = False, exi
 
 
 def like(cls: type, name: str, **changes: Any) -> Any:
-    """An option that another class has too, with the same help, checks and default unless changed."""
+    """An option of another class, with the same help, checks and default unless changed."""
     known = cls.__dataclass_fields__[name]
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
 @typing.dataclass_transform(frozen_default=True)
 class Options:
-    """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
+    """A group of options: every subclass is a frozen dataclass that checks its values."""
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True)(cls)
@@ -202,23 +201,23 @@ class RuntimeConfig(Options):
     engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
-    json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
+    json: bool = opt(False, "print one JSON object on stdout, also on an error")
     quiet: bool = opt(False, "no progress and no notices on stderr")
     offline: bool = opt(False, "never contact a model hub")
     debug: bool = opt(False, "show the traceback of an error")
-    config: str | None = opt(None, "TOML file with defaults; a flag or REFRAG_<FLAG> in the environment beats it")
+    config: str | None = opt(None, "TOML file of defaults; a flag or REFRAG_<FLAG> in the environment beats it")
 
 
 class CorpusConfig(Options):
     corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, .tsv or text, folders, - for stdin", needed=True)
     errors: str = opt("strict", "stop, replace bad bytes, or skip bad records", choices="strict replace skip")
     limit: int | None = opt(None, "read at most this many records", low=1)
-    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
-    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
+    max_passage_tokens: int = opt(256, "longer passages are split, at most at what the embedder reads", low=8)
+    overlap: int = opt(32, "tokens shared by neighbouring pieces of a passage", low=0)
 
     def check(self) -> None:
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
-                f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
+                f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}")
 
 
 class IndexConfig(Options):
@@ -229,7 +228,7 @@ class IndexConfig(Options):
 
 class BuildConfig(Options):
     faiss: str = opt("auto", "flat to 50,000 passages, hnsw to 1,000,000, then ivfpq", choices="auto flat hnsw ivfpq")
-    add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
+    add: bool = opt(False, "add to the index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
     batch_size: int = opt(32, "passages embedded at once", low=1)
 
@@ -240,7 +239,7 @@ class ModelConfig(Options):
     pooling: str | None = opt(None, "how a chunk's states become one; default checkpoint's or mean", choices="mean cls")
     projector: str | None = opt(None, "default checkpoint's or residual_mlp, which adds the mean of token embeddings",
                                 choices="residual_mlp mlp")
-    load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
+    load_dir: str | None = opt(None, "checkpoint folder or training run")
 
 
 class ReaderConfig(ModelConfig):
@@ -255,7 +254,7 @@ class SearchConfig(Options):
 
 class QuestionConfig(Options):
     question: str | None = opt(None, "the question")
-    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for stdin")
+    questions: str | None = opt(None, "file of JSON lines {id,question}, or - for stdin")
 
 
 class FormatConfig(Options):
@@ -295,16 +294,16 @@ class BenchConfig(Options):
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "what is timed", choices="full refrag none")
     k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
     p: tuple[float, ...] = like(PackConfig, "p", default=(0.0, 0.1, 0.25))
-    batch_size: tuple[int, ...] = opt((1,), "questions answered together: the same one so many times", low=1)
-    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
-    repeats: int = opt(5, "rounds that count, after one to warm up; each runs every combination once", low=1)
+    batch_size: tuple[int, ...] = opt((1,), "copies of the question answered together", low=1)
+    new: int = opt(32, "tokens decoded each time", low=1)
+    repeats: int = opt(5, "rounds that count, after one to warm up", low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
 
 class TextConfig(Options):
     train_json: tuple[str, ...] = opt((), "JSON lines {text} or {tokens,split:{s,o}}", needed=True, exists=True)
-    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, to evaluate during training", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form", exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
@@ -313,7 +312,7 @@ LORA_LR = 1e-4  # LoRA matrices tolerate a higher rate than full weights
 
 class TrainConfig(Options):
     """The training loop; every phase has these."""
-    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png", needed=True)
+    out_dir: str | None = opt(None, "folder for checkpoints, metrics.jsonl, run.json and loss.png", needed=True)
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "letters of what is trained: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
@@ -324,16 +323,16 @@ class TrainConfig(Options):
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
     batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many tokens of shorter ones", low=1)
     grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
-    seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
-    warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
-    weight_decay: float = opt(0.01, "AdamW weight decay of matrices", low=0)
+    seq_tokens: int = opt(512, "text tokens of a sequence; longer texts become several")
+    warmup: float = opt(0.04, "share of the steps with a rising learning rate", low=0, below=1)
+    weight_decay: float = opt(0.01, "weight decay of matrices", low=0)
     grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
     log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
     eval_every: int = opt(0, "steps between evaluations; 0: only first and last", low=0)
     eval_limit: int = opt(32, "sequences of each kind in an evaluation", low=1)
     save_every: int = opt(500, "steps between checkpoints; the last two are kept", low=1)
     resume: bool = opt(False, "continue the run in --out_dir")
-    torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
+    torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU")
     activation_checkpointing: bool = opt(False, "save memory, compute activations twice")
 
     def check(self) -> None:
@@ -353,12 +352,12 @@ class NextConfig(Options):
 
 class SftConfig(Options):
     rag_json: str | None = opt(None, "JSON lines {question,answers,positive_ids}", needed=True, exists=True)
-    eval_json: str | None = opt(None, "held-out questions of the same form, to evaluate during training", exists=True)
+    eval_json: str | None = opt(None, "held-out questions of the same form", exists=True)
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of text, one drawn for each question", low=0, high=1)
-    gate_frac: float = opt(0.75, "share of the questions whose text the gate chooses, not chance", low=0, high=1)
+    gate_frac: float = opt(0.75, "share of the questions whose text the gate chooses", low=0, high=1)
     no_answer_frac: float = opt(0.1, "share without the right passages: \"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share whose target is the whole sentence with the answer", low=0, high=1)
-    topk_min: int | None = opt(None, "show each question between this many passages and --topk; default --topk", low=1)
+    topk_min: int | None = opt(None, "show between this many passages and --topk; default --topk", low=1)
     limit: int | None = opt(None, "read at most this many questions of each file", low=1)
     distill: float = like(NextConfig, "distill")
 
@@ -432,7 +431,7 @@ class PolicyConfig(Options):
     steps: int = opt(200, "updates", low=1)
     batch_size: int = opt(4, "questions of an update", low=1)
     policy_lr: float = opt(1e-4, "learning rate", above=0)
-    group: int = opt(4, "choices drawn for each question; the advantage is over them", low=2)
+    group: int = opt(4, "choices drawn for each question", low=2)
     blind: bool = opt(False, "do not look at the question, as in the paper")
 
 
@@ -443,7 +442,7 @@ class AnchorConfig(Options):
 class ServeConfig(Options):
     host: str = opt("127.0.0.1", "address to listen on; if other machines may reach it, set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
-    api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
+    api_key: str | None = opt(None, "what clients must send as bearer token; better as REFRAG_API_KEY")
     cors: tuple[str, ...] = opt((), "origins whose pages may ask this server, as https://app.example")
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
@@ -491,7 +490,7 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
 
 
 def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field, type]]:
-    """Option name -> (field, type of a value) over several classes; a shared name must not occur twice."""
+    """Option name -> (field, type of a value) over several classes."""
     found: dict[str, tuple[dataclasses.Field, type]] = {}
     for cls in configs:
         for name, hint in typing.get_type_hints(cls).items():
@@ -549,7 +548,7 @@ TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no":
 
 
 def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
-    """An option's value from what the command line, the environment or a file holds. Raises UserError."""
+    """An option's value from a command line, the environment or a file. Raises UserError."""
     try:
         if isinstance(f.default, tuple):
             words = list(map(str, value)) if isinstance(value, list) else str(value).split()
@@ -565,7 +564,7 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
-    """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
+    """The command and its options: a flag beats the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
     parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
@@ -627,7 +626,7 @@ def report(error: BaseException, runtime: RuntimeConfig) -> int:
 
 
 def dumps(value: Any) -> str:
-    """JSON in one line; NaN is refused. Characters as they are, unless an argument was no valid Unicode."""
+    """JSON in one line, NaN refused; backslashes only for what is no valid Unicode."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
 
 
@@ -654,14 +653,14 @@ def flush(stream: Any) -> None:
 
 
 class LastingStderr(io.TextIOWrapper):
-    """A stderr whose broken pipe neither ends the work nor changes the exit code: all that is printed is flushed."""
+    """A stderr whose broken pipe neither ends the work nor changes the exit code."""
 
     def flush(self) -> None:
         flush(super())
 
 
 def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
-    """Parse, or show the help or the error and exit. Before: a stdout that spells every text, a stderr that lasts."""
+    """Parse, or show the help or the error and exit. Sees first to standard streams that bear everything."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: files opened later must not take its number
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
@@ -832,7 +831,6 @@ def peak_rss_mb() -> float:
 
 
 def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
-    """The device that --device auto picks, with its name, memory and precision."""
     device = pick_device(runtime.device)
     facts = {"device": str(device), "dtype": str(pick_dtype(runtime.dtype, device)).removeprefix("torch."),
              "cpu_threads": torch.get_num_threads()}
@@ -963,13 +961,12 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line to a file at once, so that a kill loses no finished one."""
     with path.open("a", encoding="utf-8") as handle:
         handle.write(dumps(line) + "\n")
 
 
 def exclusive(path: Path, what: str, timeout: float = 0) -> contextlib.AbstractContextManager:
-    """Take a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
+    """Take a lock file, which the system frees if the process ends. Raises LockedError."""
     try:
         return filelock.FileLock(path, timeout=timeout).acquire()
     except filelock.Timeout:
@@ -1033,9 +1030,9 @@ def cache_home() -> Path:
 
 
 class ColumnWriter(contextlib.ExitStack):
-    """Appends rows to .npy files of a folder; their headers get the numbers of rows when the block ends well.
+    """Appends rows to .npy files of a folder, whose headers are complete when the block ends well.
 
-    Not writable memory maps: on a full disk those end the process with SIGBUS instead of an error.
+    Not memory maps: on a full disk those end the process with SIGBUS instead of an error.
     """
 
     def __init__(self, folder: Path):
@@ -1066,7 +1063,7 @@ class ColumnWriter(contextlib.ExitStack):
         self.append_lengths(f"{name}_offsets", list(map(len, encoded)))
 
     def write_header(self, name: str) -> None:
-        """Write the header for the rows so far; numpy leaves room in it for any number of them."""
+        """numpy leaves room in the header for any number of rows."""
         dtype, shape = self.kinds[name].dtype, (self.rows[name], *self.kinds[name].shape[1:])
         np.lib.format.write_array_header_1_0(self.handles[name], {
             "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
@@ -1081,7 +1078,7 @@ class ColumnWriter(contextlib.ExitStack):
 
 
 def map_array(path: Path) -> np.ndarray:
-    """A .npy file as a read-only memory map, in a plain array: slicing np.memmap itself takes ten times as long."""
+    """A .npy file as a read-only memory map, in a plain array: np.memmap slices ten times slower."""
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
@@ -2837,9 +2834,9 @@ BLANK = 0.1  # cost of a blank that one side lacks: many tokenizers drop or add 
 
 
 def edit_distance(a: str, b: str) -> float:
-    """Least cost of edits from a to b: 1 each, but little for case, accents and blanks.
+    """Least cost of edits from a to b (Wagner and Fischer 1974): 1 each, but little for case, accents and blanks.
 
-    Source: Wagner and Fischer 1974, with costs. Example: "Caf\u00e9 x", "cafex" -> 0.3
+    Example: "Caf\u00e9 x", "cafex" -> 0.3
     """
     def letters(text: str) -> list[tuple[str, str, float]]:
         """Of each character: itself, its letter without case and accent, the cost of leaving it out."""
@@ -3014,8 +3011,8 @@ class ChunkEncoder(nn.Module):
 
     @property
     def borrowed(self) -> set[str]:
-        """Names of the tensors that are the untrained decoder's: the token embeddings of `decoder:N`. They are neither
-        trained (it did not help) nor kept in checkpoints, where they would be two thirds of the bytes."""
+        """Names of the untrained decoder's tensors: the token embeddings of `decoder:N`. They are neither trained
+        (it did not help) nor kept in checkpoints."""
         table = self.backbone.get_input_embeddings().weight if self.contextual else None
         return {name for name, parameter in self.named_parameters() if parameter is table}
 
@@ -3226,15 +3223,14 @@ class RefragModel(PreTrainedModel):
 
     @property
     def trained(self) -> bool:
-        """Whether the projector has learned anything; if not, chunk vectors are plain means of token embeddings."""
+        """Whether the projector is trained; if not, chunk vectors are plain means of token embeddings."""
         return "p" in self.config.training_model
 
     @property
     def window(self) -> int | None:
         """Positions the decoder can take, None if the architecture sets no limit."""
-        names = ("max_position_embeddings", "n_positions", "max_seq_len")
-        limits = (getattr(self.decoder.config, name, None) for name in names)
-        return next((limit for limit in limits if isinstance(limit, int)), None)
+        config, names = self.decoder.config, ("max_position_embeddings", "n_positions", "max_seq_len")
+        return next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
 
     def chunk_states(self, batch: Batch) -> Tensor:
         """Encoder states of all chunks of a batch: (C, E) float32."""
@@ -3518,10 +3514,8 @@ def for_others(models: ModelConfig) -> str:
 
 
 def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`.
-
-    By default the encoder is `decoder:8`, or all layers of a decoder that has fewer.
-    """
+    """The configuration of --load_dir's checkpoint, or of the named models (by default with `decoder:8`, or all
+    layers of a decoder that has fewer). Raises as `find_checkpoint`."""
     checkpoint = checkpoint or find_checkpoint(models)
     if checkpoint:
         return checkpoint.config
@@ -5621,7 +5615,7 @@ def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines; a document counts once, at the best rank of its pieces."""
+    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at its best rank."""
     questions = trec_columns("question", [result["id"] for result in results])
     documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
     lines = []
@@ -5705,7 +5699,7 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
 
 def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConfig, pack: PackConfig,
               generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> Pipeline:
-    """The pipeline of a command that answers, its options checked. ask: None if the questions come later."""
+    """The pipeline of a command that answers. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     require(not generate.resume or generate.out is not None, "--resume needs --out FILE, the file to continue")
@@ -5806,7 +5800,6 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What `doctor` tells of an index."""
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
     return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}, "segments": len(manifest["segments"])}
