@@ -41,8 +41,8 @@ Contents:
     11. Generation      prefill, decode, citations, TTFT and TTIT
     12. Commands        a thin handler for each
 
-Beside it, in refrag_extras/: evaluation, benchmark, conversation, server, prompts for other engines, and decoding in
-8 and 4 bits on a CPU.
+Beside it, in refrag_extras/: the gate's training, evaluation, benchmark, conversation, server, prompts for other
+engines, and decoding in 8 and 4 bits on a CPU.
 
 Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D decoder width, V vocabulary.
 """
@@ -106,7 +106,7 @@ __version__ = "0.1.0"
 
 
 class RefragError(Exception):
-    """A failure with an exit code. The message is one line: what went wrong and how to fix it."""
+    """A failure with an exit code; its message is one line: what went wrong and how to fix it."""
     code = 1
 
 
@@ -139,7 +139,6 @@ class LockedError(RefragError):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -150,10 +149,9 @@ LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than 
 
 def opt(default: Any, help: str, *, choices: str = "", needed: bool = False, exists: bool = False, fresh: bool = False,
         **limits: float) -> Any:
-    """A dataclass field that is also a command line option. A tuple default takes several values.
+    """A dataclass field that is also a command line option; of several values, if its default is a tuple.
 
-    needed: it must be given. Each value must be one of the choices, an existing file if `exists`, a new or empty
-    folder if `fresh`, and within the limits: low, above, high, below.
+    needed: it must be given. exists: its values are existing files. fresh: a new or empty folder. limits: see LIMITS.
     """
     assert limits.keys() <= LIMITS.keys()
     return field(default=default, metadata={"help": help, "choices": tuple(choices.split()), "needed": needed,
@@ -161,14 +159,14 @@ def opt(default: Any, help: str, *, choices: str = "", needed: bool = False, exi
 
 
 def like(cls: type, name: str, **changes: Any) -> Any:
-    """An option that another class has too, with the same help, checks and default unless changed."""
+    """An option of another class, with the same help, checks and default unless changed."""
     known = cls.__dataclass_fields__[name]
     return field(default=changes.pop("default", known.default), metadata={**known.metadata, **changes})
 
 
 @typing.dataclass_transform(frozen_default=True)
 class Options:
-    """A group of options: every subclass is a frozen dataclass whose values are checked when an instance is made."""
+    """A group of options: every subclass is a frozen dataclass that checks its values."""
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True)(cls)
@@ -203,23 +201,23 @@ class RuntimeConfig(Options):
     engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
-    json: bool = opt(False, "print exactly one JSON object on stdout, also on an error")
+    json: bool = opt(False, "print one JSON object on stdout, also on an error")
     quiet: bool = opt(False, "no progress and no notices on stderr")
     offline: bool = opt(False, "never contact a model hub")
     debug: bool = opt(False, "show the traceback of an error")
-    config: str | None = opt(None, "TOML file with defaults; a flag or REFRAG_<FLAG> in the environment beats it")
+    config: str | None = opt(None, "TOML file of defaults; a flag or REFRAG_<FLAG> in the environment beats it")
 
 
 class CorpusConfig(Options):
     corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, .tsv or text, folders, - for stdin", needed=True)
     errors: str = opt("strict", "stop, replace bad bytes, or skip bad records", choices="strict replace skip")
     limit: int | None = opt(None, "read at most this many records", low=1)
-    max_passage_tokens: int = opt(256, "longer passages are split; never more than the embedder reads", low=8)
-    overlap: int = opt(32, "tokens shared by neighbouring pieces of a split passage", low=0)
+    max_passage_tokens: int = opt(256, "longer passages are split, at most at what the embedder reads", low=8)
+    overlap: int = opt(32, "tokens shared by neighbouring pieces of a passage", low=0)
 
     def check(self) -> None:
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
-                f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}: set both")
+                f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}")
 
 
 class IndexConfig(Options):
@@ -230,7 +228,7 @@ class IndexConfig(Options):
 
 class BuildConfig(Options):
     faiss: str = opt("auto", "flat to 50,000 passages, hnsw to 1,000,000, then ivfpq", choices="auto flat hnsw ivfpq")
-    add: bool = opt(False, "add to the existing index; a document whose id it has is replaced")
+    add: bool = opt(False, "add to the index; a document whose id it has is replaced")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
     batch_size: int = opt(32, "passages embedded at once", low=1)
 
@@ -241,7 +239,7 @@ class ModelConfig(Options):
     pooling: str | None = opt(None, "how a chunk's states become one; default checkpoint's or mean", choices="mean cls")
     projector: str | None = opt(None, "default checkpoint's or residual_mlp, which adds the mean of token embeddings",
                                 choices="residual_mlp mlp")
-    load_dir: str | None = opt(None, "checkpoint folder of trained weights, or a training run's folder")
+    load_dir: str | None = opt(None, "checkpoint folder or training run")
 
 
 class ReaderConfig(ModelConfig):
@@ -251,12 +249,12 @@ class ReaderConfig(ModelConfig):
 class SearchConfig(Options):
     topk: int = opt(8, "passages to return", low=1)
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
-    hops: int = opt(1, "rounds; each later query adds the best new passage's title and first sentence", low=1, high=8)
+    hops: int = opt(1, "rounds; later queries add the best new passage's title and first sentence", low=1, high=8)
 
 
 class QuestionConfig(Options):
     question: str | None = opt(None, "the question")
-    questions: str | None = opt(None, "file of questions, one JSON object {id,question} per line, or - for stdin")
+    questions: str | None = opt(None, "file of JSON lines {id,question}, or - for stdin")
 
 
 class FormatConfig(Options):
@@ -267,24 +265,24 @@ class PackConfig(Options):
     mode: str = opt("refrag", "vectors and text, all text, nothing, or cut text", choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
-    floor: int = opt(64, "tokens that stay text at least, if --p is above 0: a short context is simply read", low=0)
+    floor: int = opt(64, "tokens that stay text at least, if --p is above 0", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: learned if it fits the embedder, else blend",
                     choices="auto learned policy blend cosine ppl random none")
     heuristic: bool = opt(False, "the same as --gate ppl")
     compressed: str = opt("auto", "feed or drop compressed chunks; auto: drop if untrained", choices="auto feed drop")
-    ctx_max: int = opt(4096, "context tokens at most; whole passages beyond it are left out, lowest rank first", low=1)
+    ctx_max: int = opt(4096, "context tokens at most; the last passages beyond it are left out", low=1)
 
 
 class GenerateConfig(Options):
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
-    top_p: float = opt(1.0, "nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
+    top_p: float = opt(1.0, "nucleus sampling: the least tokens of this probability", above=0, high=1)
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
-    cite: bool = opt(True, "if the answer cites nothing, let the decoder choose one of the passages it was given")
+    cite: bool = opt(True, "if the answer cites nothing, let the decoder choose a passage")
     stream: bool = opt(True, "print the answer as it is decoded")
     show_prompt: bool = opt(False, "print the prompt, compressed chunks as [[..]]")
-    explain: bool = opt(False, "print each chunk's score, the parts of the score, and why the chunk stays text or not")
+    explain: bool = opt(False, "print each chunk's score, its parts, and why the chunk stays text or not")
     compare: bool = opt(False, "also answer from the full context and print the ratio")
     out: str | None = opt(None, "with --questions: write JSON lines to this file")
     resume: bool = opt(False, "with --out: skip the questions already answered there")
@@ -296,16 +294,16 @@ class BenchConfig(Options):
     modes: tuple[str, ...] = opt(("full", "refrag", "none"), "what is timed", choices="full refrag none")
     k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
     p: tuple[float, ...] = like(PackConfig, "p", default=(0.0, 0.1, 0.25))
-    batch_size: tuple[int, ...] = opt((1,), "questions answered together: the same one so many times", low=1)
-    new: int = opt(32, "tokens decoded each time; no end-of-sequence token stops them", low=1)
-    repeats: int = opt(5, "rounds that count, after one to warm up; each runs every combination once", low=1)
+    batch_size: tuple[int, ...] = opt((1,), "copies of the question answered together", low=1)
+    new: int = opt(32, "tokens decoded each time", low=1)
+    repeats: int = opt(5, "rounds that count, after one to warm up", low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
     out_dir: str | None = opt(None, "folder for bench.json, report.md, ttft.png and ratio.png")
 
 
 class TextConfig(Options):
     train_json: tuple[str, ...] = opt((), "JSON lines {text} or {tokens,split:{s,o}}", needed=True, exists=True)
-    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form, to evaluate during training", exists=True)
+    eval_json: tuple[str, ...] = opt((), "held-out texts of the same form", exists=True)
 
 
 PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
@@ -314,28 +312,28 @@ LORA_LR = 1e-4  # LoRA matrices tolerate a higher rate than full weights
 
 class TrainConfig(Options):
     """The training loop; every phase has these."""
-    out_dir: str | None = opt(None, "the run's folder: checkpoints, metrics.jsonl, run.json, loss.png", needed=True)
+    out_dir: str | None = opt(None, "folder for checkpoints, metrics.jsonl, run.json and loss.png", needed=True)
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "letters of what is trained: projector, encoder, decoder; default " + ", ".join(
         f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
-    lora_r: int = opt(0, "train the decoder through LoRA of this rank instead of all its weights; 0: all", low=0)
+    lora_r: int = opt(0, "train the decoder through LoRA of this rank; 0: all its weights", low=0)
     steps: int = opt(1000, "optimizer steps", low=1)
     lr: float | None = opt(None, f"peak learning rate; default {LORA_LR:g} with --lora_r, else " + ", ".join(
         f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()), above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or shorter ones of the same total length", low=1)
+    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many tokens of shorter ones", low=1)
     grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
-    seq_tokens: int = opt(512, "text tokens of one sequence at most; longer texts become several")
-    warmup: float = opt(0.04, "share of the steps in which the learning rate rises", low=0, below=1)
-    weight_decay: float = opt(0.01, "AdamW weight decay of matrices", low=0)
+    seq_tokens: int = opt(512, "text tokens of a sequence; longer texts become several")
+    warmup: float = opt(0.04, "share of the steps with a rising learning rate", low=0, below=1)
+    weight_decay: float = opt(0.01, "weight decay of matrices", low=0)
     grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
     log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
-    eval_every: int = opt(0, "steps between evaluations; 0: only before the first step and after the last", low=0)
+    eval_every: int = opt(0, "steps between evaluations; 0: only first and last", low=0)
     eval_limit: int = opt(32, "sequences of each kind in an evaluation", low=1)
     save_every: int = opt(500, "steps between checkpoints; the last two are kept", low=1)
     resume: bool = opt(False, "continue the run in --out_dir")
-    torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU, after some minutes")
-    activation_checkpointing: bool = opt(False, "compute activations again in the backward pass to save memory")
+    torch_compile: bool = opt(False, "compile encoder and decoder; pays on a GPU")
+    activation_checkpointing: bool = opt(False, "save memory, compute activations twice")
 
     def check(self) -> None:
         require(set(self.train or "p") <= set("ped"), f"--train must be letters of ped, got {self.train!r}")
@@ -349,17 +347,17 @@ class ReconConfig(Options):
 class NextConfig(Options):
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder that reads the full text", low=0)
+    distill: float = opt(0.0, "weight of the divergence from the untrained decoder on the full text", low=0)
 
 
 class SftConfig(Options):
     rag_json: str | None = opt(None, "JSON lines {question,answers,positive_ids}", needed=True, exists=True)
-    eval_json: str | None = opt(None, "held-out questions of the same form, to evaluate during training", exists=True)
+    eval_json: str | None = opt(None, "held-out questions of the same form", exists=True)
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of text, one drawn for each question", low=0, high=1)
-    gate_frac: float = opt(0.75, "share of the questions whose text the gate chooses, not chance", low=0, high=1)
+    gate_frac: float = opt(0.75, "share of the questions whose text the gate chooses", low=0, high=1)
     no_answer_frac: float = opt(0.1, "share without the right passages: \"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share whose target is the whole sentence with the answer", low=0, high=1)
-    topk_min: int | None = opt(None, "show each question between this many passages and --topk; default --topk", low=1)
+    topk_min: int | None = opt(None, "show between this many passages and --topk; default --topk", low=1)
     limit: int | None = opt(None, "read at most this many questions of each file", low=1)
     distill: float = like(NextConfig, "distill")
 
@@ -391,7 +389,7 @@ class EvalConfig(Options):
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
-    limit: int | None = opt(None, "at most this many questions or texts, spread evenly; 2 n - 1 hold those of n", low=1)
+    limit: int | None = opt(None, "questions or texts at most, spread evenly; 2 n - 1 hold those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, quality.png and sample.md")
     resume: bool = opt(False, "continue in --out_dir; other --modes, --p and --limit of questions add to it")
 
@@ -433,7 +431,7 @@ class PolicyConfig(Options):
     steps: int = opt(200, "updates", low=1)
     batch_size: int = opt(4, "questions of an update", low=1)
     policy_lr: float = opt(1e-4, "learning rate", above=0)
-    group: int = opt(4, "choices drawn for each question; the advantage is over them", low=2)
+    group: int = opt(4, "choices drawn for each question", low=2)
     blind: bool = opt(False, "do not look at the question, as in the paper")
 
 
@@ -442,22 +440,22 @@ class AnchorConfig(Options):
 
 
 class ServeConfig(Options):
-    host: str = opt("127.0.0.1", "address to listen on; any other lets other machines in: then set --api_key")
+    host: str = opt("127.0.0.1", "address to listen on; if other machines may reach it, set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
-    api_key: str | None = opt(None, "what clients must send as `Authorization: Bearer KEY`; better as REFRAG_API_KEY")
-    cors: tuple[str, ...] = opt((), "origins of other sites whose pages may ask this server, as https://app.example")
+    api_key: str | None = opt(None, "what clients must send as bearer token; better as REFRAG_API_KEY")
+    cors: tuple[str, ...] = opt((), "origins whose pages may ask this server, as https://app.example")
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
 
     def check(self) -> None:
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
-                    f"--cors {origin}: an origin is a scheme and a host without a path, as https://app.example:8080")
+                    f"--cors {origin}: an origin is a scheme and a host without a path")
 
 
 class ExportConfig(Options):
     out_dir: str | None = opt(None, "the folder to write", needed=True, fresh=True)
-    decoder: bool = opt(False, "also the decoder, with its adapters merged, as a folder of Hugging Face's form")
+    decoder: bool = opt(False, "also the decoder, with its adapters merged, for transformers")
 
 
 class DoctorConfig(Options):
@@ -492,7 +490,7 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
 
 
 def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field, type]]:
-    """Option name -> (field, type of a value) over several classes; a shared name must not occur twice."""
+    """Option name -> (field, type of a value) over several classes."""
     found: dict[str, tuple[dataclasses.Field, type]] = {}
     for cls in configs:
         for name, hint in typing.get_type_hints(cls).items():
@@ -502,7 +500,7 @@ def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field,
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError instead of exiting, and proposes the flag that was meant."""
+    """Raises UserError with the flag that was meant."""
 
     def error(self, message: str) -> typing.NoReturn:
         unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
@@ -515,7 +513,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
-    """Add one dataclass field as an option. No default here: what was not given must stay visible as such."""
+    """Add a field as an option without a default: what was not given must stay visible as such."""
     several, choices = isinstance(f.default, tuple), f.metadata["choices"]
     default = " ".join(map(str, f.default)) if several else f.default
     shown = "" if default is None or default is False or default == "" else f" (default {default})"
@@ -530,7 +528,7 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
 
 
 def read_config_file(path: str, command: str) -> dict[str, Any]:
-    """A command's options of a TOML file: top-level keys are for every command, a table [NAME] for one."""
+    """A command's options in a TOML file: top-level keys are for all commands, a table [NAME] for one."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -550,7 +548,7 @@ TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no":
 
 
 def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
-    """An option's value from what the command line, the environment or a file holds. Raises UserError."""
+    """An option's value from a command line, the environment or a file. Raises UserError."""
     try:
         if isinstance(f.default, tuple):
             words = list(map(str, value)) if isinstance(value, list) else str(value).split()
@@ -566,7 +564,7 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
-    """The command and its options: a flag beats REFRAG_<NAME> in the environment beats --config beats the default."""
+    """The command and its options: a flag beats the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
     parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
@@ -615,7 +613,7 @@ def classify(error: BaseException) -> tuple[int, str]:
 
 
 def report(error: BaseException, runtime: RuntimeConfig) -> int:
-    """Print an error as one line on stderr (and as JSON on stdout, if asked for) and return its exit code."""
+    """Print an error as one line on stderr, with --json also as JSON on stdout. Returns its exit code."""
     code, message = classify(error)
     if runtime.debug and code not in (130, 143):
         traceback.print_exception(error)
@@ -628,11 +626,11 @@ def report(error: BaseException, runtime: RuntimeConfig) -> int:
 
 
 def dumps(value: Any) -> str:
-    """JSON in one line; NaN is refused. Characters as they are, unless an argument was no valid Unicode."""
+    """JSON in one line, NaN refused; backslashes only for what is no valid Unicode."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
 
 
-# Control characters but newline and tab, separators of lines, and what turns the direction of writing
+# Control characters but newline and tab, line separators, and what turns the direction of writing
 CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -647,7 +645,7 @@ def say(text: str, end: str = "\n", file: Any = None) -> None:
 
 
 def flush(stream: Any) -> None:
-    """Flush a standard stream. If that fails, what is left goes nowhere, or Python would complain at exit."""
+    """Flush a standard stream. If that fails, drop what is left, or Python would complain at exit."""
     try:
         stream.flush()
     except OSError:
@@ -655,14 +653,14 @@ def flush(stream: Any) -> None:
 
 
 class LastingStderr(io.TextIOWrapper):
-    """A stderr whose broken pipe neither ends the work nor changes the exit code: all that is printed is flushed."""
+    """A stderr whose broken pipe neither ends the work nor changes the exit code."""
 
     def flush(self) -> None:
         flush(super())
 
 
 def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
-    """Parse, or show the help or the error and exit. Before: a stdout that spells every text, a stderr that lasts."""
+    """Parse, or show the help or the error and exit. Sees first to standard streams that bear everything."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: files opened later must not take its number
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
@@ -683,7 +681,7 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
 
 
 def leave(code: int) -> typing.NoReturn:
-    """End the program without the interpreter's own tidying up, which takes more than a second with these libraries."""
+    """End the program without the interpreter's tidying up, which takes more than a second."""
     atexit._run_exitfuncs()
     flush(sys.stdout)
     flush(sys.stderr)
@@ -693,9 +691,9 @@ def leave(code: int) -> typing.NoReturn:
 if __name__ == "__main__":
     sys.modules["refrag"] = sys.modules["__main__"]  # what the companions import: no class may exist twice
     _NAME, _CONFIGS = parse_or_exit(sys.argv[1:])
-    # Ctrl-C while the libraries load: there is nothing to clean up, and their tracebacks help nobody
+    # Ctrl-C while the libraries load: their tracebacks help nobody
     signal.signal(signal.SIGINT, lambda *_: leave(report(KeyboardInterrupt(), _CONFIGS[-1])))
-    gc.disable()  # during the imports: nothing that they make is garbage, and looking for it takes half a second
+    gc.disable()  # looking for garbage during the imports takes half a second
 
 # =============================================================================
 # 2. Imports. The heavy ones. sentence-transformers is the exception: it costs
@@ -786,10 +784,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch.dtype:
-    """The precision. auto is bfloat16 on CUDA; on a CPU float32, so that no answer depends on its batch.
+    """The precision. auto: bfloat16 on CUDA, else float32, so that no answer depends on its batch.
 
-    encoding: of what encodes passages and chunks, bfloat16 also on a CPU that computes in it: up to three times as
-    fast, and the cosine to the vector in float32 is .9999.
+    encoding: passages and chunks in bfloat16 also on CPUs that compute in it: up to 3 times as fast, cosine .9999.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -834,7 +831,6 @@ def peak_rss_mb() -> float:
 
 
 def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
-    """The device that --device auto picks, with its name, memory and precision."""
     device = pick_device(runtime.device)
     facts = {"device": str(device), "dtype": str(pick_dtype(runtime.dtype, device)).removeprefix("torch."),
              "cpu_threads": torch.get_num_threads()}
@@ -850,7 +846,7 @@ def library_versions() -> dict[str, str]:
 
 
 def process_group() -> Any:
-    """The processes that were launched together; each with a GPU of its own, if there are GPUs."""
+    """The processes that were launched together, each with a GPU of its own if there are any."""
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would not join the processes over gloo
@@ -862,23 +858,10 @@ def glibc(function: str, *args: int) -> None:
         getattr(ctypes.CDLL(None), function, lambda *_: None)(*args)
 
 
-@contextlib.contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let glibc keep what a training step on a CPU frees: the next step wants the same sizes. 1.16 times as fast.
-
-    By default every large tensor is mapped again, and each page of it is a fault that costs more than filling it.
-    """
-    m_trim_threshold, m_mmap_max, on_cpu = -1, -4, device.type == "cpu"  # of mallopt in glibc's malloc.h
-    try:
-        if on_cpu:
-            glibc("mallopt", m_mmap_max, 0)
-            glibc("mallopt", m_trim_threshold, -1)  # never
-        yield
-    finally:
-        if on_cpu:
-            glibc("mallopt", m_mmap_max, 1 << 16)  # the default
-            glibc("mallopt", m_trim_threshold, 1 << 26)  # the most that glibc's own adjusting, off now, comes to
-            glibc("malloc_trim", 0)
+def keep_memory() -> None:
+    """From now on, let glibc keep what a training step frees: the next wants the same sizes. 1.16 times as fast."""
+    glibc("mallopt", -4, 0)  # M_MMAP_MAX: else every large tensor is mapped again, and each page of it is a fault
+    glibc("mallopt", -1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def sha256_file(path: Path) -> str:
@@ -909,7 +892,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def save_figure(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
-    """Replace a picture by what `paint` draws on the axes of its panels. Without matplotlib, a notice says so."""
+    """Replace a picture by what `paint` draws on the axes of its panels."""
     try:
         from matplotlib import figure
     except ImportError as error:
@@ -930,9 +913,9 @@ def restore_folder(final: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `final` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `final` if the block ends well, else vanishes.
 
-    A folder cannot be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
+    No folder can be renamed over a full one, so an existing `final` is moved aside first: see `restore_folder`.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(final)
@@ -963,14 +946,14 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
     """
     data, found = path.read_bytes(), []
     intact = data[: data.rfind(b"\n") + 1]
-    for number, raw in enumerate(intact.split(b"\n")[:-1], start=1):
+    for number, line in enumerate(intact.splitlines(), start=1):
         try:
-            result = json.loads(raw)
-            before = {key: result["settings"].get(key) for key in settings}
-            found.append({"id": result["id"], **result})
+            found.append(json.loads(line))
+            before, _ = found[-1]["settings"], found[-1]["id"]
+            changed = [f"--{key} ({before.get(key)}, now {settings[key]})" for key in settings
+                       if before.get(key) != settings[key]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
-        changed = [f"--{key} ({before[key]}, now {settings[key]})" for key in settings if before[key] != settings[key]]
         if changed:
             raise MismatchError(f"{path} was made with another {', '.join(changed)}: name another {flag}")
     os.truncate(path, len(intact))
@@ -978,13 +961,12 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line to a file at once, so that a kill loses no finished one."""
     with path.open("a", encoding="utf-8") as handle:
         handle.write(dumps(line) + "\n")
 
 
 def exclusive(path: Path, what: str, timeout: float = 0) -> contextlib.AbstractContextManager:
-    """Take a lock file; the system lets go of it when the process ends, however it ends. Raises LockedError."""
+    """Take a lock file, which the system frees if the process ends. Raises LockedError."""
     try:
         return filelock.FileLock(path, timeout=timeout).acquire()
     except filelock.Timeout:
@@ -1043,17 +1025,14 @@ def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = M
 
 
 def cache_home() -> Path:
-    """Where converted models and tokenised texts are kept: REFRAG_HOME, else ~/.cache/refrag."""
-    try:
-        return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
-    except RuntimeError:  # a user without an entry among the system's, as in containers
-        raise UserError("there is no home folder: set REFRAG_HOME to a folder for converted models") from None
+    """Where converted models and tokenised texts are kept."""
+    return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
 
 
 class ColumnWriter(contextlib.ExitStack):
-    """Appends rows to .npy files of a folder; their headers get the numbers of rows when the block ends well.
+    """Appends rows to .npy files of a folder, whose headers are complete when the block ends well.
 
-    Not writable memory maps: on a full disk those end the process with SIGBUS instead of an error.
+    Not memory maps: on a full disk those end the process with SIGBUS instead of an error.
     """
 
     def __init__(self, folder: Path):
@@ -1084,7 +1063,7 @@ class ColumnWriter(contextlib.ExitStack):
         self.append_lengths(f"{name}_offsets", list(map(len, encoded)))
 
     def write_header(self, name: str) -> None:
-        """Write the header for the rows so far; numpy leaves room in it for any number of them."""
+        """numpy leaves room in the header for any number of rows."""
         dtype, shape = self.kinds[name].dtype, (self.rows[name], *self.kinds[name].shape[1:])
         np.lib.format.write_array_header_1_0(self.handles[name], {
             "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
@@ -1099,7 +1078,7 @@ class ColumnWriter(contextlib.ExitStack):
 
 
 def map_array(path: Path) -> np.ndarray:
-    """A .npy file as a read-only memory map, in a plain array: slicing np.memmap itself takes ten times as long."""
+    """A .npy file as a read-only memory map, in a plain array: np.memmap slices ten times slower."""
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
@@ -1121,7 +1100,7 @@ CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it
 
 
 class Record(NamedTuple):
-    """One document of a corpus, before splitting."""
+    """A document of a corpus."""
 
     id: str
     title: str
@@ -1160,7 +1139,7 @@ def bare_name(path: Path) -> Path:
 class TextFile:
     """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
 
-    errors: of --errors, empty if a command does not have it. counts: receives skipped and replaced.
+    errors: of --errors, or empty. counts: receives skipped and replaced.
     """
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1321,8 +1300,8 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
 def source_label(name: str, sources: dict[str, str]) -> str:
     """What ids from a file or folder begin with: the shortest end of its path that no other source has.
 
-    sources: label -> path of an index's sources; receives this one. Inside a source, its label and the path inside.
-    A pipe is another source each time. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
+    sources: label -> path; receives this one. A pipe is another source each time; what lies in a source keeps its place
+    there. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
     """
     path, place = Path(os.path.abspath(name)), ""
     if name == "-" or not (path.is_file() or path.is_dir()):
@@ -1563,12 +1542,12 @@ def hub_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        raise MissingError(f"model {name} could not be loaded ({one_line(error)[:300]}): "
-                           f"check the name and the network, or use one of {', '.join(BUNDLED)}") from error
+        told = f"model {name} could not be loaded ({one_line(error)[:300]}): check the name and the network"
+        raise MissingError(told) from error
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
-    """Digest of a module's weights (names, shapes, 256 values of each) and of facts about their use."""
+    """Digest of a module's weights (names, shapes, 256 values each) and of some facts."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in sorted(module.state_dict().items()):
         picked = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 256)]
@@ -1695,11 +1674,9 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
         np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False)), f"reranker {name}")
 
 
-# What a reader does not see, or does not write: soft hyphens and other ignorable characters, Arabic and Hebrew vowel
-# points, and the dot that lower-casing a Turkish capital leaves on its i.
+# Soft hyphens and the like, Arabic and Hebrew vowel points, the dot that lower-casing leaves on a Turkish i.
 UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\u06ed]&&\p{Mn}]|(?<=i)\u0307")
-# Scripts without spaces: a letter with its marks is a word. Elsewhere: initials such as U.S. or A-1; numbers such as
-# 1,000 and 2.5; words, with the endings of English contractions, and with the signs of C++ and C#.
+# Words: letters of scripts without spaces; U.S. and A-1; 1,000 and 2.5; others, with English endings or as in C++, C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 SHORT = r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w)|\d+(?:\.\d+)+(?!\w)"
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
@@ -1882,7 +1859,7 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
 
 
 class ChunkTable(NamedTuple):
-    """The chunks of one passage's content. Vectors are float32, None if not stored."""
+    """The chunks of one passage. Vectors are float32, None if not stored."""
 
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
@@ -1898,7 +1875,6 @@ class Chunking(NamedTuple):
     encoder: Any = None  # a ChunkEncoder; None: no states
 
     def facts(self) -> dict[str, Any]:
-        """What an index's manifest says of its chunks."""
         return {"k": self.k, "tokenizer": self.tokenizer.fingerprint,
                 "encoder": self.encoder and self.encoder.fingerprint}
 
@@ -2037,7 +2013,7 @@ def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: st
 
 
 def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, which is created. Raises LockedError, UserError."""
+    """The writers' lock of an index folder, new or not. Raises LockedError, UserError."""
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
@@ -2057,7 +2033,7 @@ def has_shape(value: Any, shape: Any) -> bool:
 
 
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
-    """An index's manifest. Raises UserError, CorruptError, MismatchError."""
+    """Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
@@ -2071,7 +2047,7 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
 
 
 def open_index(index_dir: str | None, read_all: bool = False) -> Index:
-    """Open and verify an index. read_all: see `verify_files`. Raises UserError, CorruptError, MismatchError."""
+    """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
     manifest = index_manifest(index_dir)
     try:
         return Index(Path(index_dir), manifest, read_all)
@@ -2094,8 +2070,8 @@ def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildC
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
     if manifest["embedder"].get("fingerprint") != embedder.fingerprint:
-        raise MismatchError(f"the index was built with embedder {manifest['embedder'].get('name')}, not with these "
-                            f"weights of {embedder.name}: use the same --embed_model or build the index again")
+        raise MismatchError(f"the index was built with {manifest['embedder'].get('name')}, not with these weights of "
+                            f"{embedder.name}: use the same --embed_model or build the index again")
 
 
 def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | None,
@@ -2114,10 +2090,10 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
-    """(segments that stay, what becomes part of a new one: the other rows of segments with some that are replaced).
+    """(segments that stay, what becomes part of a new one: of segments with replaced rows the others).
 
-    With MOST_SEGMENTS, the fewest last ones that together are smaller than the one before are taken as well, so that a
-    passage is copied only when its segment at least doubles.
+    With MOST_SEGMENTS also the fewest last ones that together are smaller than the one before, so that a passage is
+    copied only when its segment at least doubles.
     """
     sizes = [segment["passages"] for segment in previous.manifest["segments"]]
     cut = len(sizes)
@@ -2141,8 +2117,11 @@ class IndexBuild:
                  previous: Index | None, runtime: RuntimeConfig):
         self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
         self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
+        self.old = {"sources": {}, "segments": [], "files": {}, "faiss": None}  # manifest of the index to add to
         if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
-            self.faiss = "flat" if previous.manifest["faiss"] == "flat" else "auto"
+            self.old = previous.manifest
+            self.faiss = "flat" if self.old["faiss"] == "flat" else "auto"
+        self.counts, self.sources = {"skipped": 0, "replaced": 0}, dict(self.old["sources"])
         self.documents: set[str] = set()  # the new ones
         self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
         self.computes = embedder is not None or chunking.encoder is not None
@@ -2153,38 +2132,33 @@ class IndexBuild:
 
     def run(self, corpus: CorpusConfig) -> dict[str, Any]:
         """Build the segment and make it current. Returns counts. The caller holds the lock."""
-        old = {"sources": {}, "segments": [], "faiss": None} if self.previous is None else self.previous.manifest
-        counts, sources, embedder = {"skipped": 0, "replaced": 0}, dict(old["sources"]), self.embedder
+        embedder = self.embedder
         new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
         with new_folder(new) as folder:
-            kept, taken = self.read(folder, corpus, counts, sources)
-            self.compute(folder, counts["added"], taken)
+            kept, taken = self.read(folder, corpus)
+            self.compute(folder, self.counts["added"], taken)
             built = self.build_retrievers(folder)
         sizes = {name: len(column) for name, column in map_columns(new).items()}
-        segments = [*(old["segments"][at] for at in kept), {
+        segments = [*(self.old["segments"][at] for at in kept), {
             "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
         manifest = {
-            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": sources,
+            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": self.sources,
             "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-            "uses": RETRIEVERS[self.retriever], "faiss": old["faiss"] or built, "dim": embedder and embedder.dim,
+            "uses": RETRIEVERS[self.retriever], "faiss": self.old["faiss"] or built, "dim": embedder and embedder.dim,
             "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
             "chunking": self.chunking.facts()}
         self.replace_manifest(new, manifest)
-        return {**manifest["counts"], **counts, "dim": manifest["dim"]}
+        return {**manifest["counts"], **self.counts, "dim": manifest["dim"]}
 
-    def read(self, folder: Path, corpus: CorpusConfig, counts: dict[str, int],
-             sources: dict[str, str]) -> tuple[list[int], list[Run]]:
-        """First pass: read, split and write the texts, block by block; the rows of older segments last.
-
-        counts, sources: see `read_corpus`. Returns what `plan_compaction` does.
-        """
+    def read(self, folder: Path, corpus: CorpusConfig) -> tuple[list[int], list[Run]]:
+        """First pass: read, split and write the texts, older rows last. Returns what `plan_compaction` does."""
         tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
         if self.embedder:
             tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
         if limit < corpus.max_passage_tokens:
             notice(f"passages are cut at {limit} tokens, the most this embedder reads")
         with ColumnWriter(folder) as columns:
-            records = iter(progress(read_corpus(corpus, counts, sources), "reading", unit="record"))
+            records = iter(progress(read_corpus(corpus, self.counts, self.sources), "reading", unit="record"))
             while block := list(itertools.islice(records, EMBED_BLOCK)):
                 titles = tokenize(tokenizer, [record.title or "." for record in block])
                 texts = tokenize(tokenizer, [record.text for record in block])
@@ -2192,11 +2166,11 @@ class IndexBuild:
                     used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
                     room = max(limit - used, limit // 2)  # for a piece of the text beside the title
                     spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
-                    with skipping(corpus.errors, counts):
+                    with skipping(corpus.errors, self.counts):
                         self.add(columns, record, spans)
             require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
             documents, rows = self.replaced()
-            counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
+            self.counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
             kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
             for number, start, stop in taken:
                 segment = self.previous.segments[number]
@@ -2242,7 +2216,7 @@ class IndexBuild:
     def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
         """Second pass: write chunks and vectors (a temporary file) of the `count` new passages and those taken."""
         if finished := len(list(self.finished.glob("*.npz"))):
-            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages need not be embedded again")
+            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages are embedded already")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             self.embed_share(folder, count)
         with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
@@ -2277,10 +2251,10 @@ class IndexBuild:
             yield self.block([passage_content(titles[row], texts[row]) for row in rows])
 
     def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of N passages with L chunks in all: read, or computed and kept if they are missing or damaged.
+        """The columns of N passages with L chunks in all: read, or if that fails computed and kept.
 
         lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
-        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. What no model makes is left out.
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16; without what no model makes.
         """
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
@@ -2323,12 +2297,11 @@ class IndexBuild:
         return built
 
     def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
-        """Make a manifest's segments the index in one step; remove all other segments and what killed writers left."""
+        """Make a manifest's segments the index in one step; remove all others and what killed writers left."""
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
             notice(f"this replaces the index in {self.path}: --add would add to it")
-        older = self.previous.manifest["files"] if self.previous is not None else {}
-        known = {name: entry for name, entry in older.items() if name.partition("/")[0] in folders}
+        known = {name: entry for name, entry in self.old["files"].items() if name.partition("/")[0] in folders}
         try:
             write_manifest(final, new, manifest, known=known)
         finally:
@@ -2344,7 +2317,7 @@ class IndexBuild:
 
 @dataclass(frozen=True)
 class Passage:
-    """A retrieved passage. rank is 1-based and is the id that the prompt gives it."""
+    """A retrieved passage. rank is 1-based, and its id in the prompt."""
 
     row: int
     id: str
@@ -2362,7 +2335,7 @@ class Passage:
 
 
 class Searcher:
-    """Finds passages in an index, by one retriever or several fused."""
+    """Finds passages by one retriever or several fused."""
 
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
         uses = RETRIEVERS[retriever]
@@ -2372,7 +2345,7 @@ class Searcher:
         self.embedder, self.reranker = embedder, reranker
 
     def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
-        """{retriever: {row: score}} of the best `depth` rows for one query; more of BM25's if they tie."""
+        """{retriever: {row: score}} of the best `depth` rows, and more of BM25's that tie."""
         found = {}
         if "dense" in self.uses:
             found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
@@ -2380,9 +2353,8 @@ class Searcher:
             found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
         return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
-    def candidates(self, question: str, depth: int,
-                   hops: int) -> tuple[list[tuple[int, float]], list[dict[str, dict[int, float]]]]:
-        """(row, score) over all hops, best first, and what each hop found."""
+    def candidates(self, question: str, depth: int, hops: int) -> tuple[list[tuple[int, float]], list[dict]]:
+        """(row, score) over all hops, best first, and what `find` gave at each."""
         found, rankings, used, query = [], [], set(), question
         for _ in range(hops):
             found.append(self.find(query, depth))
@@ -2390,7 +2362,7 @@ class Searcher:
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
-            used.add(best)  # the next hop asks with the question and the beginning of the best passage that is new
+            used.add(best)  # the next hop asks with the question and the beginning of this passage
             sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
             query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
@@ -2401,7 +2373,7 @@ class Searcher:
         index, passages = self.index, []
         while True:
             ranked, found = self.candidates(question, depth, hops)
-            kept: dict[str, tuple[int, float]] = {}  # by content: a passage that the corpus holds twice counts once
+            kept: dict[str, tuple[int, float]] = {}  # by content: equal passages count once
             for row, score in ranked:
                 if len(kept) < wanted:
                     kept.setdefault(index.content(row), (row, score))
@@ -2862,9 +2834,9 @@ BLANK = 0.1  # cost of a blank that one side lacks: many tokenizers drop or add 
 
 
 def edit_distance(a: str, b: str) -> float:
-    """Least cost of edits from a to b: 1 each, but little for case, accents and blanks.
+    """Least cost of edits from a to b (Wagner and Fischer 1974): 1 each, but little for case, accents and blanks.
 
-    Source: Wagner and Fischer 1974, with costs. Example: "Caf\u00e9 x", "cafex" -> 0.3
+    Example: "Caf\u00e9 x", "cafex" -> 0.3
     """
     def letters(text: str) -> list[tuple[str, str, float]]:
         """Of each character: itself, its letter without case and accent, the cost of leaving it out."""
@@ -2903,27 +2875,6 @@ def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
         anchors.append(Anchor(after_i, after_j, min(1.0, edit_distance(*spans) / longest) if longest else 0.0))
         i, j = after_i + 1, after_j + 1
     return anchors
-
-
-def anchor_rows(a: Pieces, b: Pieces) -> list[dict[str, Any]]:
-    """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
-    exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
-    for anchor in [*cost_anchors(a, b), Anchor(len(a.ids) - 1, len(b.ids) - 1, None)]:
-        spans = {"encoder": a.pieces[i : anchor.i + 1], "decoder": b.pieces[j : anchor.j + 1]}
-        if any(spans.values()):
-            cost = None if anchor.cost is None else round(anchor.cost, 4)
-            rows.append(spans | {"exact": cost is not None and (anchor.i, anchor.j) in exact, "cost": cost})
-        i, j = anchor.i + 1, anchor.j + 1
-    return rows
-
-
-def anchor_text(rows: list[dict[str, Any]]) -> str:
-    """The spans as a table for people; "=" marks exact anchors."""
-    cells = [(*(" ".join(map(repr, row[side])) for side in ("encoder", "decoder")),
-              "=" if row["exact"] else "-" if row["cost"] is None else f"{row['cost']:.2f}") for row in rows]
-    cells.insert(0, ("encoder", "decoder", "cost"))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(f"{x:{widths[0]}}  {y:{widths[1]}}  {z}" for x, y, z in cells)
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -3060,8 +3011,8 @@ class ChunkEncoder(nn.Module):
 
     @property
     def borrowed(self) -> set[str]:
-        """Names of the tensors that are the untrained decoder's: the token embeddings of `decoder:N`. They are neither
-        trained (it did not help) nor kept in checkpoints, where they would be two thirds of the bytes."""
+        """Names of the untrained decoder's tensors: the token embeddings of `decoder:N`. They are neither trained
+        (it did not help) nor kept in checkpoints."""
         table = self.backbone.get_input_embeddings().weight if self.contextual else None
         return {name for name, parameter in self.named_parameters() if parameter is table}
 
@@ -3272,15 +3223,14 @@ class RefragModel(PreTrainedModel):
 
     @property
     def trained(self) -> bool:
-        """Whether the projector has learned anything; if not, chunk vectors are plain means of token embeddings."""
+        """Whether the projector is trained; if not, chunk vectors are plain means of token embeddings."""
         return "p" in self.config.training_model
 
     @property
     def window(self) -> int | None:
         """Positions the decoder can take, None if the architecture sets no limit."""
-        names = ("max_position_embeddings", "n_positions", "max_seq_len")
-        limits = (getattr(self.decoder.config, name, None) for name in names)
-        return next((limit for limit in limits if isinstance(limit, int)), None)
+        config, names = self.decoder.config, ("max_position_embeddings", "n_positions", "max_seq_len")
+        return next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
 
     def chunk_states(self, batch: Batch) -> Tensor:
         """Encoder states of all chunks of a batch: (C, E) float32."""
@@ -3564,10 +3514,8 @@ def for_others(models: ModelConfig) -> str:
 
 
 def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> RefragConfig:
-    """The configuration of --load_dir's checkpoint, or of the named models. Raises as `find_checkpoint`.
-
-    By default the encoder is `decoder:8`, or all layers of a decoder that has fewer.
-    """
+    """The configuration of --load_dir's checkpoint, or of the named models (by default with `decoder:8`, or all
+    layers of a decoder that has fewer). Raises as `find_checkpoint`."""
     checkpoint = checkpoint or find_checkpoint(models)
     if checkpoint:
         return checkpoint.config
@@ -4070,10 +4018,20 @@ def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache
     with exclusive(path.with_suffix(".lock"), f"{path}", timeout=3600):  # several processes make it once
         try:
             columns = load_file(path)
-        except (OSError, SafetensorError):
+            intact = torch.equal(columns.pop("sha256"), columns_digest(columns))
+        except (OSError, SafetensorError, KeyError):
+            intact = False
+        if not intact:
             columns = tokenize_texts(paths, tokenizer)
-            write_atomic(path, save(columns))
+            write_atomic(path, save(columns | {"sha256": columns_digest(columns)}))
     return TokenCache(columns, paths)
+
+
+def columns_digest(columns: dict[str, Tensor]) -> Tensor:
+    digest = hashlib.sha256()
+    for name in ("tokens", "cuts", "texts"):
+        digest.update(columns[name].numpy())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 def tokenize_texts(paths: Sequence[str], tokenizer: RefragTokenizer) -> dict[str, Tensor]:
@@ -5004,187 +4962,10 @@ def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], t
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
             write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
-        with kept_memory(accelerator.device):
-            summary = trainer.fit()
+        if accelerator.device.type == "cpu":
+            keep_memory()
+        summary = trainer.fit()
     emit(summary, runtime, training_text(summary))
-
-
-# -- the gate and the policy ------------------------------------------------------
-
-GATE_LR = 1e-3  # at its peak
-CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
-
-
-class GateExample(NamedTuple):
-    number: int  # of the question
-    inputs: GateInput  # without its texts
-    features: np.ndarray  # (L, F)
-    tokens: np.ndarray  # (L,), encoder tokens of each chunk
-    spans: list[list[int]]  # see `answer_chunks`
-
-    @property
-    def positive(self) -> np.ndarray:
-        """(L,) bool: chunks that hold an answer, or a part of one."""
-        return np.isin(np.arange(len(self.tokens)), [chunk for span in self.spans for chunk in span])
-
-
-class GateData(NamedTuple):
-    searcher: Searcher
-    questions: list[Retrieved]
-    examples: list[GateExample]
-    held_out: list[GateExample]
-
-
-def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, topk: int) -> list[GateExample]:
-    """Examples of the questions for which a right passage with an answer was retrieved."""
-    examples = []
-    for number, (item, rows, query) in enumerate(progress(questions, "features", len(questions), "question")):
-        rows = rows[:topk]
-        contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
-        docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
-        right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
-        spans = answer_chunks(docs, right, item["answers"])
-        if spans:
-            inputs = gate_input(item["question"], docs, query, index)
-            sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
-            slim = inputs._replace(texts=[], vectors=inputs.vectors.astype(np.float16))
-            examples.append(GateExample(number, slim, chunk_features(inputs), sizes, spans))
-    return examples
-
-
-def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-                   runtime: RuntimeConfig) -> GateData:
-    """Read, retrieve and prepare. Raises UserError, MismatchError."""
-    searcher = load_searcher(index, search, runtime)
-    opened = searcher.index
-    require(searcher.embedder is not None and opened.bm25 is not None and "gate" in opened.segments[0],
-            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
-            "hybrid")
-    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
-    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
-        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
-    stored = opened.manifest["chunking"]["k"]
-    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
-            f"{data.k}: give --k {stored}, or build the index with another")
-    files = (data.rag_json, "--rag_json", data.limit), (data.eval_json, "--eval_json", data.eval_limit)
-    answered = [[item for name in names for item in read_answered_questions(name, flag, limit)]
-                for names, flag, limit in files]
-    questions, other = (retrieve_all(items, searcher, search) for items in answered)
-    examples, held_out = (gate_examples(part, opened, chunking, search.topk) for part in (questions, other))
-    require(bool(examples), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
-    return GateData(searcher, questions, examples, held_out)
-
-
-def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
-    """(B, L) logits of examples, -inf where padded."""
-    return gate.batch_logits([e.inputs for e in examples], [e.features for e in examples])
-
-
-@torch.inference_mode()
-def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
-    """Share of the examples with at least one answer span kept as text, by p; empty without examples."""
-    found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
-    for part in batched(examples, 64):
-        for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
-            for p in shares:
-                chosen = select_chunks(logits[: len(example.tokens)], example.tokens, p)
-                found[f"{p:g}"].append(any(chosen[span].all() for span in example.spans))
-    return {p: round(sum(hits) / len(hits), 4) for p, hits in found.items()}
-
-
-def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """-log of the softmax's mass on the positive chunks, plus CHUNKWISE times the summed binary cross entropy of all
-    chunks (which grows with L); mean over questions. logits: (B, L), -inf where padded; positive: (B, L) bool.
-    """
-    real = logits > -math.inf
-    chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
-    each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
-    return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
-
-
-def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
-             p: Sequence[float], seed: int) -> list[dict[str, Any]]:
-    """Train a gate in place. Returns a record per epoch with its loss and held-out recall at each p."""
-    rng = np.random.default_rng(seed)
-    stacked = np.concatenate([example.features for example in examples])
-    gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
-    gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
-    epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
-    batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
-    each, losses, records = len(batches) // settings.epochs, [], []
-    for number, batch in enumerate(progress(batches, "train_gate", unit="step")):
-        optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
-        logits = example_logits(gate, batch)
-        loss = gate_loss(logits, padded_rows([example.positive for example in batch], False).to(logits.device))
-        descend(loss, gate, optimizer)
-        losses.append(loss.item())
-        if len(losses) % each == 0:
-            records.append({"epoch": len(losses) // each, "loss": round(float(np.mean(losses[-each:])), 4),
-                            "recall": gate_recall(gate, held_out, p)})
-    return records
-
-
-def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
-                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Train a gate or a policy on retrieved questions, write it, print a summary. kind: "gate" or "policy"."""
-    times = [time.perf_counter()]
-    loaded = load_gate_data(data, index, search, models, runtime)
-    embedder, device = loaded.searcher.embedder, pick_device(runtime.device)
-    if kind == "policy":
-        from refrag_extras.policy import AnswerReader, fit_policy
-
-        source = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
-        fit, steps, shape = fit_policy, settings.steps, {"features": False, "blind": settings.blind}
-    else:
-        source, fit, steps, shape = loaded.examples, fit_gate, settings.epochs, {}
-    times.append(time.perf_counter())
-    torch.manual_seed(runtime.seed)
-    gate = QueryGate(embedder.dim, **shape).to(device)
-    records = fit(gate, source, loaded.held_out, settings, data.p, runtime.seed)
-    gate.half().float()  # examine the weights as they are stored
-    recall = gate_recall(gate, loaded.held_out, data.p)
-    times.append(time.perf_counter())
-    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
-             "device": str(gate.mean.device), "recall": recall}
-    save_gate(kind, gate, embedder, data, models, entry)
-    summary = {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-               "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-               "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
-               "checkpoint": data.out_dir}
-    emit(summary, runtime, gate_text(summary))
-
-
-def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
-              entry: dict[str, Any]) -> None:
-    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
-    checkpoint, parts = find_checkpoint(models), {}
-    config = model_config(models, checkpoint)
-    config.compression = data.k
-    if checkpoint is not None:
-        checkpoint.verify()
-        names = {path.stem for path in checkpoint.path.glob("*.safetensors")} - {"trainer"}
-        parts = {name: checkpoint.tensors(name) for name in names}
-    setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
-                           "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
-    parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
-    files = file_facts([*data.rag_json, *data.eval_json])
-    config.history = [*config.history, entry | {"data": without_folders(files)}]
-    write_checkpoint(Path(data.out_dir), config, parts, card=model_card(config, []))
-
-
-def gate_text(summary: dict[str, Any]) -> str:
-    shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in summary["recall"].items())
-    return (f"{summary['examples']:,} of {summary['questions']:,} questions, {summary['parameters']:,} parameters, "
-            f"prepared in {summary['prepare_s']:.0f} s, trained in {summary['train_s']:.0f} s -> "
-            f"{summary['checkpoint']}\n{summary['held_out']:,} held-out questions, answer recall: {shown or 'none'}")
 
 
 def training_text(summary: dict[str, Any]) -> str:
@@ -5810,7 +5591,7 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 
 def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
               runtime: RuntimeConfig) -> None:
-    """Build an index or add to it; of launched processes, the first writes and the others compute vectors."""
+    """Build an index or add to it; of launched processes, all compute vectors and the first writes."""
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
@@ -5826,15 +5607,15 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
 
 
 def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
-    """Each id as a column: white space becomes an underscore. Raises UserError if one is empty or two become alike."""
+    """Ids without white space. Raises UserError if one is empty or two become alike."""
     columns = {name: re.sub(r"\s", "_", name) for name in ids}
     require("" not in columns and len(set(columns.values())) == len(columns), f"--format trec: {kind} ids that are "
-            "empty, or alike with underscores for white space: name them differently, or use --format json")
+            "empty, or alike with underscores for white space: use --format json")
     return columns
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at the best rank of its pieces."""
+    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at its best rank."""
     questions = trec_columns("question", [result["id"] for result in results])
     documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
     lines = []
@@ -5870,19 +5651,6 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
         print(trec_text(results), end="")
     else:
         say("\n\n".join(search_text(result) for result in results))
-
-
-def cmd_align(anchor: AnchorConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    text = check_string(anchor.text, "text", "--text")
-    tokenizer = build_tokenizer(model_config(models))
-    text = tokenizer.neutralize(text)
-    encoder, decoder = (tokenize_pieces(text, side) for side in (tokenizer.encoder, tokenizer.decoder))
-    spans = anchor_rows(encoder, decoder)
-    result = {"encoder_tokens": len(encoder.ids), "decoder_tokens": len(decoder.ids),
-              "exact_anchors": sum(span["exact"] for span in spans),
-              "anchors": sum(span["cost"] is not None and span["cost"] <= MAX_COST for span in spans)}
-    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in result.items())
-    emit(result | {"spans": spans}, runtime, f"{anchor_text(spans)}\n{counts} (cost {MAX_COST} or less)")
 
 
 def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -5931,7 +5699,7 @@ def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] |
 
 def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConfig, pack: PackConfig,
               generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> Pipeline:
-    """The pipeline of a command that answers, its options checked. ask: None if the questions come later."""
+    """The pipeline of a command that answers. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     require(not generate.resume or generate.out is not None, "--resume needs --out FILE, the file to continue")
@@ -5971,7 +5739,7 @@ HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": 
 
 
 def answer_text(result: dict[str, Any], shown: bool) -> str:
-    """An answer for people: citations, what compression saved, where the time went. shown: it was streamed already."""
+    """An answer for people, with citations and times. shown: it was streamed already."""
     m = result["metrics"]
     lines = ["" if shown else result["answer"], ""]
     for c in result["citations"]:
@@ -5999,7 +5767,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 
 
 def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
-    """An answer, with the full-context answer beside it and the ratio of their times to first token."""
+    """An answer beside that from the full context, with the ratio of their times to first token."""
     [result] = pipeline.answer_batch([item], pipeline.settings, [write])
     [full] = pipeline.answer_batch([item], dataclasses.replace(pipeline.settings, mode="full"))
     result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
@@ -6032,14 +5800,13 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What `doctor` tells of an index."""
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
     return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}, "segments": len(manifest["segments"])}
 
 
 def all_reduce_check() -> dict[str, Any]:
-    """Sum the ranks over all launched processes. Raises RefragError if the sum is wrong."""
+    """Sum the ranks over all launched processes. Raises RefragError."""
     from accelerate.utils import reduce
 
     group = process_group()
@@ -6067,14 +5834,14 @@ def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, ru
 
 
 def companion(module: str) -> Callable[..., None]:
-    """The handler of a command in a module of refrag_extras, which is imported when it is called."""
+    """The handler of a command in refrag_extras, imported when it is called."""
     return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
 
 
 HANDLERS: dict[str, Callable[..., None]] = {
-    "index": cmd_index, "search": cmd_search, "align": cmd_align, "cpt_align": cmd_cpt_align, "sft": cmd_sft,
-    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
-    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
+    "index": cmd_index, "search": cmd_search, "align": companion("align"), "cpt_align": cmd_cpt_align, "sft": cmd_sft,
+    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(companion("scorers"), "gate"),
+    "train_policy": functools.partial(companion("scorers"), "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
     "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
     "eval": companion("evaluate"), "bench": companion("bench")}
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -353,18 +352,22 @@ def measure_training(args: argparse.Namespace) -> dict:
 
 
 def measure_allocator(args: argparse.Namespace) -> dict:
-    """Seconds of training steps with the allocator as it is and with `kept_memory`, taking turns; peak memory."""
+    """Seconds of training steps with the allocator as it is and with `keep_memory`, taking turns; peak memory."""
     cpu, times, peaks = torch.device("cpu"), {"default": [], "kept": []}, {"default": 0.0, "kept": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(args, "next", "ped", Path(folder))
         steps = [passes for passes, _ in itertools.islice(trainer.sampler.run(0), args.repeats + 1)]
         for name in ("default", "kept", "default", "kept"):
             bench.reset_peak_memory(cpu)
-            with refrag.kept_memory(cpu) if name == "kept" else contextlib.nullcontext():
-                clock = [time.perf_counter()]
-                for passes in steps:
-                    trainer.run_step(passes)
-                    clock.append(time.perf_counter())
+            if name == "kept":
+                refrag.keep_memory()
+            else:  # glibc's M_MMAP_MAX by default, and the most that its own M_TRIM_THRESHOLD comes to
+                refrag.glibc("mallopt", -4, 1 << 16)
+                refrag.glibc("mallopt", -1, 1 << 26)
+            clock = [time.perf_counter()]
+            for passes in steps:
+                trainer.run_step(passes)
+                clock.append(time.perf_counter())
             times[name] += [end - start for start, end in itertools.pairwise(clock)][1:]  # the first warms up
             peaks[name] = max(peaks[name], refrag.peak_rss_mb())
     rows = [{"allocator": name, "step_s": statistics.median(times[name]), "peak_rss_mb": peaks[name]} for name in times]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 import refrag
+from refrag_extras import align
 
 KINDS = ("bpe", "wordpiece", "sentencepiece")
 PAIRS = list(itertools.product(KINDS, KINDS))
@@ -249,7 +250,7 @@ def test_steps_grow_with_the_tokens_alone(loaded, capital):
     counts, sizes = [], []
     for repeats in (150, 300):
         a, b = both_sides(loaded, word[0 if capital else 1] * repeats, ("wordpiece", "bpe"))
-        counts.append(calls(refrag.anchor_rows, a, b))
+        counts.append(calls(align.anchor_rows, a, b))
         sizes.append(len(a.ids) + len(b.ids))
     assert sizes[1] >= 5_000 and sizes[1] == pytest.approx(2 * sizes[0], rel=0.01)
     assert counts[1] <= 2.05 * counts[0]
@@ -264,7 +265,7 @@ def test_steps_grow_with_the_tokens_alone(loaded, capital):
 @settings(max_examples=25, deadline=None)
 def test_rows_hold_all_tokens_of_both_sides_in_order(loaded, pair, text):
     a, b = both_sides(loaded, text, pair)
-    rows = refrag.anchor_rows(a, b)
+    rows = align.anchor_rows(a, b)
     assert [piece for row in rows for piece in row["encoder"]] == a.pieces
     assert [piece for row in rows for piece in row["decoder"]] == b.pieces
     anchors = refrag.cost_anchors(a, b)
@@ -282,21 +283,21 @@ def test_rows_and_their_text_golden():
     """
     a = refrag.Pieces([1, 2], [3, 8], ["the", " cafe"])
     b = refrag.Pieces([4, 5, 6, 7], [3, 5, 8, 9], ["The", " C", "afé", "\n"])
-    rows = refrag.anchor_rows(a, b)
+    rows = align.anchor_rows(a, b)
     assert rows == [
         {"encoder": ["the"], "decoder": ["The"], "exact": False, "cost": 0.0333},
         {"encoder": [" cafe"], "decoder": [" C", "afé"], "exact": False, "cost": 0.04},
         {"encoder": [], "decoder": ["\n"], "exact": False, "cost": None},
     ]
-    assert refrag.anchor_text(rows).splitlines() == [
+    assert align.anchor_text(rows).splitlines() == [
         "encoder  decoder     cost",
         "'the'    'The'       0.03",
         "' cafe'  ' C' 'afé'  0.04",
         r"         '\n'        -",
     ]
     same = refrag.Pieces([1], [1], ["x"])
-    assert refrag.anchor_text(refrag.anchor_rows(same, same)).splitlines()[1] == "'x'      'x'      ="
-    assert refrag.anchor_text([]) == "encoder  decoder  cost"
+    assert align.anchor_text(align.anchor_rows(same, same)).splitlines()[1] == "'x'      'x'      ="
+    assert align.anchor_text([]) == "encoder  decoder  cost"
 
 
 # -- losses at anchors ------------------------------------------------------------------
@@ -342,7 +343,7 @@ def test_align_shows_where_the_tokens_end_together(run, bert, llama, tokenizers)
     a, b = (refrag.tokenize_pieces(text, transformers.AutoTokenizer.from_pretrained(tokenizers[kind]))
             for kind in ("wordpiece", "bpe"))
     assert (result["encoder_tokens"], result["decoder_tokens"]) == (len(a.ids), len(b.ids))
-    assert result["spans"] == refrag.anchor_rows(a, b)
+    assert result["spans"] == align.anchor_rows(a, b)
     assert result["exact_anchors"] == len(refrag.exact_anchors(a, b))
     costs = [anchor.cost for anchor in refrag.cost_anchors(a, b)]
     assert result["anchors"] == sum(cost <= 0.5 for cost in costs)
@@ -350,7 +351,7 @@ def test_align_shows_where_the_tokens_end_together(run, bert, llama, tokenizers)
     code, out, err = run("align", "--enc", bert, "--dec", llama, "--text", text, "--quiet")
     *table, last = out.splitlines()
     assert (code, err) == (0, "")
-    assert "\n".join(table) == refrag.anchor_text(result["spans"])
+    assert "\n".join(table) == align.anchor_text(result["spans"])
     assert last == (f"encoder tokens: {result['encoder_tokens']}, decoder tokens: {result['decoder_tokens']}, exact "
                     f"anchors: {result['exact_anchors']}, anchors: {result['anchors']} (cost 0.5 or less)")
 
@@ -370,13 +371,3 @@ def test_align_of_a_checkpoint(run, tmp_path, bert, llama):
     rest = ("--text", TEXTS[0], "--json", "--quiet")
     named = run("align", "--enc", bert, "--dec", llama, *rest)
     assert named == run("align", "--load_dir", tmp_path / "c", *rest) and named[0] == 0
-
-
-@pytest.mark.models
-def test_align_with_the_bundled_models(run):
-    """Each word and mark is one token for all-MiniLM-L6-v2 and for SmolLM2; in lower case both decode them alike."""
-    code, out, _ = run("align", "--enc", "all-MiniLM-L6-v2", "--text", "the old city, in may", "--json", "--quiet")
-    result = json.loads(out)
-    assert code == 0 and result["encoder_tokens"] == result["decoder_tokens"] == 6
-    assert result["exact_anchors"] == result["anchors"] == 6
-    assert [span["encoder"] for span in result["spans"]] == [["the"], [" old"], [" city"], [","], [" in"], [" may"]]

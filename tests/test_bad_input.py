@@ -299,12 +299,6 @@ def test_models_that_are_not_there(refused, command, tmp_path, name, options):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there(refused, command, tmp_path):
-    assert "--device cuda is not available here" in refused(3, *command("cpt_recon", "--device", "cuda"))
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("library", ["accelerate", "peft"])
 def test_a_library_that_is_missing(refused, command, tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)

@@ -96,7 +96,7 @@ def test_only_options_know_argparse_and_only_imports_the_heavy_libraries():
 @pytest.mark.parametrize("name", refrag.COMMANDS)
 def test_a_handler_is_thin_and_takes_the_options_of_its_command(name):
     handler = refrag.HANDLERS[name]
-    if isinstance(handler, functools.partial):  # train_scorer of one kind
+    if isinstance(handler, functools.partial):  # a companion's, for one kind
         return
     assert len(inspect.getsource(handler).splitlines()) <= 25
     hints = typing.get_type_hints(handler)
@@ -478,18 +478,6 @@ def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, run):
     code, out, err = run("doctor")
     assert (code, out) == (2, "") and err.startswith("error: the current folder: No such file or directory: ")
     monkeypatch.chdir(tmp_path)
-
-
-def test_without_a_home_the_variable_is_named(monkeypatch):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.delenv("REFRAG_HOME", raising=False)
-    with pytest.raises(refrag.UserError, match="set REFRAG_HOME"):
-        refrag.cache_home()
-    monkeypatch.setenv("REFRAG_HOME", "there")
-    assert refrag.cache_home() == Path("there")
 
 
 @posix

@@ -63,7 +63,6 @@ def encoder(request) -> refrag.ChunkEncoder:
 
 
 def rng(seed: int = 0) -> np.random.Generator:
-    """A random generator of its own for every draw."""
     return np.random.default_rng(seed)
 
 
@@ -123,12 +122,10 @@ def test_learning_rate_by_hand():
 
 
 def caches(home: Path) -> list[str]:
-    """Names of the token caches."""
     return sorted(path.name for path in (home / "tokens").glob("*.safetensors"))
 
 
 def cached_ids(cache: refrag.TokenCache, text: int = 0) -> list[int]:
-    """All tokens of a text."""
     start, end, *_ = cache.texts[text].tolist()
     return cache.tokens[start:end].tolist()
 
@@ -908,13 +905,11 @@ def tensors(folder: object, **options: object) -> dict[str, torch.Tensor]:
 
 
 def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
-    """Names of tensors that are not bit for bit the same."""
     assert a.keys() == b.keys()
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The records of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -1115,6 +1110,19 @@ def test_a_run_keeps_its_last_two_checkpoints(train, tmp_path):
         refrag.Checkpoint(folder / f"step-00000{step}").verify()
 
 
+def test_a_checkpoint_with_the_state_of_torchs_generator_goes_on(train, tmp_path, monkeypatch):
+    """Older ones have it; nothing draws from it."""
+    write, state = refrag.write_checkpoint, {"rng/torch": torch.get_rng_state()}
+    monkeypatch.setattr(refrag, "write_checkpoint", lambda folder, config, parts, *rest: write(
+        folder, config, parts | {"trainer": parts["trainer"] | state}, *rest))
+    last, options = tmp_path / "run" / "step-000004", ("--steps", 4, "--save_every", 2)
+    train("cpt_recon", "run", *options)
+    expected = tensors(last)
+    shutil.rmtree(last)
+    train("cpt_recon", "run", *options, "--resume")
+    assert different(tensors(last), expected) == set()
+
+
 def test_steps_are_logged_at_the_intervals_asked_for(train, sources, tmp_path):
     """Every third step and the last; evaluations before the first step, every fourth and after the last."""
     train("cpt_next", "run", "--steps", 8, "--log_every", 3, "--eval_every", 4, "--eval_json", sources["cpt_next"][1],
@@ -1134,14 +1142,6 @@ def test_a_picture_is_drawn(train, sources, tmp_path, monkeypatch):
     train("cpt_next", "run", "--eval_json", sources["cpt_next"][1], "--eval_limit", 1)
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").glob(".*.tmp"))
-
-
-def test_a_new_log_forgets_everything_and_a_reader_changes_nothing(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n{"step": 4}\n')
-    watcher = refrag.RunLog(tmp_path, False, 2)
-    watcher.write({"step": 9})
-    assert [record["step"] for record in watcher.records] == [0, 2, 9] and len(metrics(tmp_path)) == 3
-    assert refrag.RunLog(tmp_path, True, 0).records == [] == metrics(tmp_path)
 
 
 def test_the_model_card_tells_models_phases_and_results():
