@@ -719,7 +719,11 @@ def evaluate(task: Task) -> dict[str, Any]:
             held.enter_context(refrag.run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"))
             with accelerator.main_process_first():  # which fixes what a kill left
                 settings = task.settings()
-                done = measured_lines(folder, settings, task.options.resume)
+                files = sorted(path for path in folder.glob("questions*.jsonl") if path.stat().st_size)
+                refrag.require(task.options.resume or not files, f"--out_dir {folder} holds an evaluation: add "
+                               "--resume to continue it, or name another folder")
+                done = {key_of(line): line for path in files
+                        for line in refrag.finished_lines(path, settings, "--out_dir")}
             accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
             path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
             write = lambda line: refrag.append_line(path, line | {"settings": settings})  # noqa: E731
@@ -729,14 +733,6 @@ def evaluate(task: Task) -> dict[str, Any]:
             write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
         accelerator.wait_for_everyone()
         return summary
-
-
-def measured_lines(folder: Path, settings: dict[str, Any], resume: bool) -> dict[Key, dict[str, Any]]:
-    """The lines that are there already. Raises UserError without --resume, MismatchError for other settings."""
-    files = sorted(path for path in folder.glob("questions*.jsonl") if path.stat().st_size)
-    refrag.require(resume or not files, f"--out_dir {folder} holds an evaluation: add --resume to continue it, or name "
-                   "another folder")
-    return {key_of(line): line for path in files for line in refrag.finished_lines(path, settings, "--out_dir")}
 
 
 def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
