@@ -5213,8 +5213,7 @@ def choose_citation(decoder: nn.Module, tokenizer: Any, state: DecoderState, row
     """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
 
     row: the sequence in the batch; what it is fed is hidden from the others. pending: its tokens that were sampled but
-    not fed. Greedy among the labels, so it cannot be forged.
-    """
+    not fed. Greedy among the labels, so it cannot be forged."""
     B = len(state.position)
     alive = torch.arange(B, device=state.position.device) == row
     opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
@@ -5313,10 +5312,8 @@ class Reading:
 
 
 class Pipeline:
-    """Question in, cited answer out: what is loaded, and the settings that hold where none are given.
-
-    Its stages: `retrieve`, `context`, `score`, `inputs`, all of which `prepare` runs, and `generate`.
-    """
+    """Question in, cited answer out, by `retrieve`, `context`, `score` and `inputs`, which `prepare` runs, and
+    `generate`; `settings` hold where none are given."""
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
@@ -5572,9 +5569,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
 
 def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeline:
     """Load the pipeline of `generate`, whose flags are the keywords.
-
-    Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]
-    """
+    Example: open_pipeline("index", p=.05).answer("Who wrote De Materia Medica?")["answer"]"""
     configs, options = [], options | {"index_dir": index_dir and str(index_dir)}
     for cls in (IndexConfig, SearchConfig, PackConfig, GenerateConfig, ReaderConfig, RuntimeConfig):
         configs.append(cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options}))

@@ -69,7 +69,7 @@ def peak_device_mb(device: torch.device) -> float | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let both peaks begin anew. The resident memory's can not on other systems than Linux; there it stays."""
+    """Let both peaks begin again; that of resident memory stays where the system is not Linux."""
     refrag.glibc("malloc_trim", 0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -89,7 +89,6 @@ class Trial:
     memory: dict[str, float | None] = field(default_factory=dict)
 
     def run(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Answer once; returns the metrics."""
         results = self.pipeline.answer_batch([item] * self.setting.batch, self.settings)
         return metrics_together([result["metrics"] for result in results])
 
@@ -128,7 +127,6 @@ class Benchmark:
         self.trials = self.plan()
 
     def leave_out(self, text: str) -> None:
-        """Report a combination that is not timed, and record it in the result."""
         self.left_out.append(text)
         refrag.notice(text)
 
@@ -204,15 +202,14 @@ class Benchmark:
                     yield done
 
     def result(self) -> dict[str, Any]:
-        """What the counted rounds so far show, as JSON."""
         full = {(one.setting.context, one.setting.batch): one for one in self.trials if one.setting.mode == "full"}
         rows = [bench_row(one, full.get((one.setting.context, one.setting.batch))) for one in self.trials]
         return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "left_out": self.left_out}
 
 
-def median_of(values: Sequence[float | None], digits: int = 6) -> float | None:
+def median_of(values: Sequence[float | None]) -> float | None:
     """The rounded median; None where nothing was measured."""
-    return None if not values or None in values else round(float(np.median(values)), digits)
+    return None if not values or None in values else round(float(np.median(values)), 6)
 
 
 def bench_row(trial: Trial, full: Trial | None) -> dict[str, Any]:
@@ -227,20 +224,14 @@ def bench_row(trial: Trial, full: Trial | None) -> dict[str, Any]:
         series[f"{name}_ratio"] = [round(a / b, 6) for a, b in pairs if a and b]
     spread = {name: [min(values), max(values)] for name, values in series.items() if values and None not in values}
     return {
-        **trial.setting._asdict(),
-        **{name: runs[-1][name] for name in SIZED},
+        **trial.setting._asdict(), **{name: runs[-1][name] for name in SIZED},
         **{name: median_of(values) for name, values in series.items()},
         "theoretical_ratio": round(theoretical_ratio(k, p), 6) if mode == "refrag" else None,
         "stages": {name: median_of([run["stages"][name] for run in runs]) for name in runs[0]["stages"]},
-        **trial.memory,
-        "stored_vectors": trial.stored_vectors,
-        "spread": spread,
-        "runs": series,
-    }
+        **trial.memory, "stored_vectors": trial.stored_vectors, "spread": spread, "runs": series}
 
 
 def bench_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows with a context by curve, shortest first."""
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["context_tokens"]):
         if row["context"]:
@@ -274,7 +265,10 @@ def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
         (folder / name).unlink(missing_ok=True)
     refrag.write_atomic(folder / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     if last:
-        draw_bench(folder, result["rows"])
+        rows = result["rows"]
+        refrag.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
+        if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
+            refrag.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
     pictures = [f"![]({name})" for name in BENCH_PICTURES if (folder / name).is_file()]
     command = shlex.join(result["command"]).encode("utf-8", "replace").decode()  # arguments may be any bytes
     made = [f"Command: `{command}`", f"Device: {refrag.dumps(result['device'])}",
@@ -282,13 +276,6 @@ def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
             f"Medians of {result['rounds']} rounds in which all rows take turns (least and greatest in brackets)."]
     refrag.write_atomic(folder / "report.md", "\n\n".join(["# Speed against context length", *made, bench_text(result),
                                                            *pictures]) + "\n")
-
-
-def draw_bench(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """ttft.png, and ratio.png where full context was timed too."""
-    refrag.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
-    if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
-        refrag.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
 
 
 def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: str) -> Any:
@@ -345,7 +332,6 @@ def paint_ratio(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 def bench_cells(row: dict[str, Any]) -> dict[str, str]:
     """A row for people: column -> text. Times in ms."""
-
     def ms(seconds: float | None) -> str:
         return "-" if seconds is None else f"{1000 * seconds:,.1f}"
 
@@ -377,7 +363,6 @@ def bench_text(result: dict[str, Any]) -> str:
 
 def run(bench: refrag.BenchConfig, index: refrag.IndexConfig, models: refrag.ModelConfig,
         runtime: refrag.RuntimeConfig) -> None:
-    """Measure round after round, and show the table."""
     with contextlib.ExitStack() as held:
         if bench.out_dir is not None:
             held.enter_context(refrag.run_folder(Path(bench.out_dir), True, BENCH_FILES, "bench.json"))

@@ -119,7 +119,6 @@ class Chat:
         sys.stdout.flush()
 
     def show_docs(self, rest: str) -> None:
-        """The passages of the last question with their chunks as they were read."""
         refrag.require(bool(self.turns), "/docs: nothing has been asked yet")
         last = self.turns[-1]
         for passage in last["passages"]:
@@ -176,7 +175,6 @@ def keep_history() -> None:
 
 
 def run(*configs: Any) -> None:
-    """Converse on a terminal; take the lines of a pipe one after the other."""
     chat = Chat(refrag.answering(None, *configs), as_json=configs[-1].json)
     if sys.stdin.isatty():
         chat.converse()

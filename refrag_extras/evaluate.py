@@ -108,7 +108,6 @@ def average(rows: Sequence[dict[str, Any]], name: str, of: Callable = statistics
 
 class Setup(NamedTuple):
     """What a question is answered from. Modes that come to the same setup are the same by definition."""
-
     mode: str  # of PackConfig
     p: float
     gate: str
@@ -159,7 +158,6 @@ class Controls:
 
     @torch.inference_mode()
     def prepare(self, item: dict[str, Any], setup: Setup, settings: refrag.Settings) -> refrag.Reading:
-        """A question as a setup wants it read."""
 
         def answer_first(context: refrag.Context, scores: np.ndarray) -> np.ndarray:
             spans = answer_spans(context, item, self.pipeline.index, self.pipeline.tokenizer)
@@ -191,7 +189,6 @@ class Controls:
         return self.questions[chosen]
 
     def vectors(self, item: dict[str, Any], settings: refrag.Settings) -> Tensor:
-        """(L, D) the vectors of all chunks of another question's context."""
         if item["id"] not in self.foreign:
             other, pipeline = self.other_question(item), self.pipeline
             context = pipeline.context(other, pipeline.retrieve(other, settings), settings)
@@ -208,7 +205,6 @@ Lines = dict[Key, dict[str, Any]]
 
 
 def key_of(line: dict[str, Any]) -> Key:
-    """What a line of questions.jsonl is about."""
     return line["id"], line["mode"], line.get("p", line.get("k"))
 
 
@@ -249,7 +245,6 @@ class Task:
         return kept | {"device": device["device"], "dtype": device["dtype"]} | self.sources()
 
     def sources(self) -> dict[str, Any]:
-        """The models, with a checkpoint's digest."""
         checkpoint = refrag.find_checkpoint(self.models)
         config = refrag.model_config(self.models, checkpoint)
         return {"dec": config.decoder_name_or_path, "enc": config.encoder_name_or_path, "pooling": config.pooling,
@@ -266,9 +261,8 @@ class QuestionTask(Task):
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)
-        name = self.options.qa
+        name, limit = self.options.qa, self.options.limit
         self.file = refrag.read_question_file(name, "--qa", self.needs)
-        limit = self.options.limit
         self.questions = (list(refrag.sample_evenly(self.file, limit)) if self.options.task == "qa" else
                           refrag.labelled(self.file, "positive_ids", limit, f"--qa {name}"))
         self.manifest = refrag.index_manifest(self.index.index_dir)
@@ -284,11 +278,9 @@ class QuestionTask(Task):
         return [(q["id"], *cell) for q in unit for cell in self.cells]
 
     def rows(self, found: Lines) -> dict[Cell, list[dict[str, Any]]]:
-        """The lines of all questions, by cell."""
         return {cell: [found[q["id"], *cell] for q in self.questions] for cell in self.cells}
 
     def load_pipeline(self) -> refrag.Pipeline:
-        """The pipeline that `generate` has, for the controls too."""
         options = self.options
         pack = refrag.PackConfig(k=options.k[0], floor=options.floor, gate=options.gate, compressed="feed",
                                  ctx_max=options.ctx_max)
@@ -352,7 +344,6 @@ class QaTask(QuestionTask):
                         yield line
 
     def settings_of(self, setup: Setup) -> refrag.Settings:
-        """How the pipeline answers in a setup."""
         return self.pipeline.settings_for(mode=setup.mode, p=setup.p, gate=setup.gate, compressed=setup.compressed)
 
     def results(self, found: Lines) -> dict[str, Any]:
@@ -364,7 +355,6 @@ class QaTask(QuestionTask):
         return {"n": len(self.questions), "results": pivot(cells)}
 
     def summarise(self, rows: list[dict[str, Any]], rivals: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        """Means, medians of times, and intervals of one mode at one p."""
         seed = self.runtime.seed
         made: dict[str, Any] = {name: average(rows, name) for name in self.means}
         made |= {name: average(rows, name, statistics.median) for name in ("ttft_s", "ttit_s")}
@@ -583,7 +573,6 @@ class TextTask(Task):
         return [("texts", mode, k) for k in ks]
 
     def control(self, sequences: list[refrag.TrainingSequence], mode: str) -> list[refrag.TrainingSequence]:
-        """One of the controls of some sequences."""
         names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
         made = refrag.control(names[mode], sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
         refrag.require(bool(made), f"--modes {mode}: needs a decoder with a start token")
@@ -672,7 +661,6 @@ class ReconTask(TextTask):
             yield {**line, **(self.write_freely(mode, line["k"]) if mode in self.free else {})}
 
     def write_freely(self, mode: str, k: int) -> dict[str, Any]:
-        """What the decoder makes of some texts' vectors by itself, and how much of them that is."""
         texts, shares = [], []
         for sequence in refrag.sample_evenly(self.sequences(mode, k), SAMPLES):
             truth, made = sequence.labels[sequence.labels >= 0].tolist(), self.continue_freely(sequence)
@@ -731,7 +719,11 @@ def evaluate(task: Task) -> dict[str, Any]:
             held.enter_context(refrag.run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"))
             with accelerator.main_process_first():  # which fixes what a kill left
                 settings = task.settings()
-                done = measured_lines(folder, settings, task.options.resume)
+                files = sorted(path for path in folder.glob("questions*.jsonl") if path.stat().st_size)
+                refrag.require(task.options.resume or not files, f"--out_dir {folder} holds an evaluation: add "
+                               "--resume to continue it, or name another folder")
+                done = {key_of(line): line for path in files
+                        for line in refrag.finished_lines(path, settings, "--out_dir")}
             accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
             path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
             write = lambda line: refrag.append_line(path, line | {"settings": settings})  # noqa: E731
@@ -741,14 +733,6 @@ def evaluate(task: Task) -> dict[str, Any]:
             write_report(folder, task, {key: line | {"settings": settings} for key, line in found.items()}, summary)
         accelerator.wait_for_everyone()
         return summary
-
-
-def measured_lines(folder: Path, settings: dict[str, Any], resume: bool) -> dict[Key, dict[str, Any]]:
-    """The lines that are there already. Raises UserError without --resume, MismatchError for other settings."""
-    files = sorted(path for path in folder.glob("questions*.jsonl") if path.stat().st_size)
-    refrag.require(resume or not files, f"--out_dir {folder} holds an evaluation: add --resume to continue it, or name "
-                   "another folder")
-    return {key_of(line): line for path in files for line in refrag.finished_lines(path, settings, "--out_dir")}
 
 
 def measure_lines(task: Task, done: dict[Key, dict[str, Any]],
@@ -805,7 +789,7 @@ def cell_text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(f'{v:.3f}' for v in value)}]"
     if isinstance(value, str | int):
-        return f"{value:,}" if isinstance(value, int) else value
+        return value if isinstance(value, str) else f"{value:,}"
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
@@ -819,13 +803,11 @@ def aligned_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown of values of any kind, under readable names."""
     names = [CELL_NAMES.get(name, name.replace("_", " ")) for name in header]
     return aligned_table([dict(zip(names, map(cell_text, row), strict=True)) for row in rows])
 
 
 def report_text(task: Task, summary: dict[str, Any], facts: dict[str, Any]) -> str:
-    """report.md."""
     rows = [[key, refrag.dumps(value)] for key, value in {**facts["settings"], "commit": facts["commit"]}.items()
             if value is not None]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -835,7 +817,6 @@ def report_text(task: Task, summary: dict[str, Any], facts: dict[str, Any]) -> s
 
 
 def sample_text(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], p: float) -> str:
-    """sample.md: what was asked, what the decoder read, what it said."""
     parts = [f"# What the decoder read, mode refrag, p = {p:g}", "",
              "Compressed chunks, each one vector, stand in [[..]]; everything else was read as text.", ""]
     for item, line in rows:
@@ -867,7 +848,6 @@ def paint_quality(axes: Any, results: dict[str, dict[str, dict[str, Any]]]) -> N
 
 def run(evaluation: refrag.EvalConfig, index: refrag.IndexConfig, search: refrag.SearchConfig,
         models: refrag.ModelConfig, runtime: refrag.RuntimeConfig) -> None:
-    """Measure, and show the table."""
     task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
     summary = evaluate(task)
     refrag.emit(summary, runtime, task.table(summary))

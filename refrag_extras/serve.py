@@ -54,7 +54,6 @@ class Refused(Exception):
         self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
-        """In the form of OpenAI's errors."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
@@ -93,7 +92,6 @@ def joined_parts(content: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """A text alone as a list."""
     return [value] if isinstance(value, str) else value
 
 
@@ -120,7 +118,6 @@ class Form(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False)
     @pydantic.model_validator(mode="before")
     @classmethod
     def without_neutral(cls, data: Any) -> Any:
-        """The fields that are read here."""
         return {key: value for key, value in data.items() if value is not None and key not in UNREAD
                 and value not in NEUTRAL.get(key, ())} if isinstance(data, dict) else data
 
@@ -210,7 +207,6 @@ def asked_by(messages: Sequence[Any]) -> tuple[str, str]:
 
 
 def check_served(model: str, names: Sequence[str]) -> None:
-    """Raises Refused for a model that is not here."""
     if model not in names:
         raise Refused(404, f"the model {model!r} does not exist here: {', '.join(names)}", "model_not_found", "model")
 
@@ -230,7 +226,6 @@ class Job:
 
     @property
     def late(self) -> bool:
-        """Whether its time is up."""
         return time.monotonic() > self.deadline
 
     def pass_on(self, text: str) -> bool:
@@ -257,7 +252,6 @@ class Engine:
         self.thread.submit(self.work, job)
 
     def work(self, job: Job) -> None:
-        """Answer a job, and tell it how that went."""
         self.waiting.discard(job)
         if job.cancelled:
             return
@@ -277,7 +271,6 @@ class Engine:
             job.tell("error", refusal(error))
 
     def metrics_text(self) -> str:
-        """/metrics, in Prometheus' text form."""
         lines = [f"refrag_requests_waiting {len(self.waiting)}",
                  f"refrag_peak_rss_bytes {int(refrag.peak_rss_mb() * 2**20)}"]
         lines += [f"refrag_{name} {value}" for name, value in sorted(self.counts.items())]
@@ -315,18 +308,15 @@ def usage_of(result: dict[str, Any]) -> dict[str, int]:
 
 
 def refrag_fields(result: dict[str, Any]) -> dict[str, Any]:
-    """What a reply tells beyond OpenAI's fields."""
     names = ("question", "citations", "passages", "chunks", "dropped_passages", "metrics", "settings")
     return {name: result[name] for name in names}
 
 
 def event(data: Any) -> str:
-    """A server-sent event."""
     return f"data: {data if isinstance(data, str) else refrag.dumps(data)}\n\n"
 
 
 def stream_events(job: Job, kind: str, value: Any) -> Iterator[str]:
-    """The events of one thing that a job told."""
     chunk = functools.partial(reply, job, "chat.completion.chunk")
     if kind == "error":
         yield event(value.body())
@@ -362,7 +352,6 @@ class Service:
         self.models = {"refrag": "answers"} | ({embedder.name: "embeddings"} if embedder is not None else {})
 
     def routes(self) -> list[Route]:
-        """Address, method and what answers."""
         table = (("/v1/chat/completions", self.chat, "POST"), ("/v1/embeddings", self.embeddings, "POST"),
                  ("/v1/models", self.list_models, "GET"), ("/v1/models/{name:path}", self.one_model, "GET"),
                  ("/healthz", self.health, "GET"), ("/metrics", self.metrics, "GET"), ("/docs", self.docs, "GET"),
@@ -386,7 +375,6 @@ class Service:
         return respond
 
     def refuse(self, error: Refused) -> Any:
-        """An error as a reply."""
         headers = {"Retry-After": "1"} if error.status == 429 else {}
         return JSONResponse(error.body(), error.status, headers)
 
@@ -407,7 +395,6 @@ class Service:
             raise Refused(403, f"pages of {origin} may not ask this server: see its --cors", "foreign_origin")
 
     def check_key(self, request: Request) -> None:
-        """Raises Refused without the right --api_key."""
         given, wanted = request.headers.get("authorization", ""), f"Bearer {self.serve.api_key}"
         if self.serve.api_key is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
             raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
@@ -475,7 +462,6 @@ class Service:
             "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})
 
     def model_facts(self, name: str) -> dict[str, Any]:
-        """A model as OpenAI's clients expect it."""
         return {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
 
     async def list_models(self, request: Request) -> Response:
@@ -486,7 +472,6 @@ class Service:
         return JSONResponse(self.model_facts(request.path_params["name"]))
 
     async def health(self, request: Request) -> Response:
-        """GET /healthz"""
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:

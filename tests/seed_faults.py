@@ -135,8 +135,12 @@ def main() -> None:
         run = Run(args.tree, Path(folder), Path(*args.files).resolve(), args.limit)
         for fault in (fault for fault in FAULTS if fault["name"] in args.only):
             if args.action == "check":
-                print(f"{fault['name']:45} {'has its place' if run.seed(fault) else NO_PLACE}")
-                [compile(path.read_text(encoding="utf-8"), path, "exec") for path in run.sources]
+                state = "has its place" if run.seed(fault) else NO_PLACE
+                try:
+                    [compile(path.read_text(encoding="utf-8"), path, "exec") for path in run.sources]
+                except SyntaxError as error:
+                    state = f"does not compile: {error}"
+                print(f"{fault['name']:45} {state}")
             elif run.found.get(fault["name"], NO_PLACE) in (NO_PLACE, NO_TESTS):
                 run.found[fault["name"]] = run.look_for(fault)
                 run.write(fault=fault["name"], found=run.found[fault["name"]])
