@@ -195,7 +195,6 @@ class Options:
 
 
 class RuntimeConfig(Options):
-    """Where and how to run; every command has these."""
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
     dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
     engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
@@ -412,7 +411,6 @@ class EvalConfig(Options):
 
 
 class GateDataConfig(Options):
-    """What gate and policy learn from."""
     rag_json: tuple[str, ...] = like(SftConfig, "rag_json", default=())
     eval_json: tuple[str, ...] = like(SftConfig, "eval_json", default=())
     out_dir: str | None = opt(None, "checkpoint to write, with the parts of --load_dir", needed=True, fresh=True)
@@ -760,7 +758,6 @@ def batched(items: Sequence, size: int) -> list[Sequence]:
 
 
 def prepare_runtime(runtime: RuntimeConfig) -> None:
-    """Apply the options every command has: threads, seed, silence."""
     global QUIET
     QUIET = runtime.quiet
     if runtime.threads:
@@ -940,10 +937,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
-    """Results of a JSON lines file to resume. Cuts off a last line that a kill left unfinished.
-
-    flag: the option that names the file. Raises MismatchError for other settings, CorruptError for what is no result.
-    """
+    """Results of a JSON lines file to resume; a last line that a kill left unfinished is cut off. Raises RefragError."""
     data, found = path.read_bytes(), []
     intact = data[: data.rfind(b"\n") + 1]
     for number, line in enumerate(intact.splitlines(), start=1):
@@ -5886,10 +5880,7 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
 
 
 def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions without a line in `out`; one asked twice needs two lines. An id that is taken gets -2, -3, ..
-
-    Ids do not count: by default they are line numbers, which another question before them changes.
-    """
+    """The questions without a line in `out`, whatever their ids (often line numbers); a taken id gets -2, -3, .."""
     lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
     for item in questions:
@@ -5940,7 +5931,6 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 
 
 def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
-    """An answer beside that from the full context, with the ratio of their times to first token."""
     [result] = pipeline.answer_batch([item], pipeline.settings, [write])
     [full] = pipeline.answer_batch([item], dataclasses.replace(pipeline.settings, mode="full"))
     result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
