@@ -3696,7 +3696,6 @@ FEATURE_NAMES = [name for names in FEATURES.values() for name in names]
 
 
 def standard(values: np.ndarray) -> np.ndarray:
-    """Standardised values; zeros if all are equal."""
     return (values - values.mean()) / (values.std() + 1e-6)
 
 
@@ -3891,7 +3890,6 @@ def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int =
 
 
 def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> list[str]:
-    """(L,) why each chunk stays text or not."""
     order, reasons = np.argsort(-scores, kind="stable"), [""] * len(scores)
     chosen, budget = select_chunks(scores, tokens, p, floor), text_budget(tokens, p, floor)
     for rank, (number, used) in enumerate(zip(order, np.cumsum(tokens[order]), strict=True), start=1):
@@ -4209,7 +4207,7 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """At most `limit` of a file's questions that have an answer, evenly spread. Raises UserError."""
+    """At most `limit` of a file's questions that have an answer, evenly spread."""
     return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
 
 
@@ -4221,7 +4219,7 @@ def sentence_with(answer: str, text: str, question: str) -> str | None:
 
 
 class Asked(NamedTuple):
-    """A question with its passages, before it is decided which of their chunks stay text."""
+    """A question with its passages, before their text chunks are chosen."""
 
     context: Context
     content: Content
@@ -4350,15 +4348,13 @@ def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, li
 
 
 class Retrieved(NamedTuple):
-    """A question and what retrieval finds for it."""
-
     item: dict[str, Any]
     rows: list[int]  # of passages by rank, then those of positive_ids that were missed
     query: np.ndarray | None  # (dim,), the embedder's vector of the question
 
 
 def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[Retrieved]:
-    """The passages of many questions, embedded in batches; `search` finds the vectors in the embedder's cache."""
+    """The passages of many questions, which are embedded in batches: `search` finds their vectors cached."""
     places, embedder, found = positive_rows(questions, searcher.index), searcher.embedder, []
     for number, item in enumerate(progress(questions, "retrieving", total=len(questions), unit="question")):
         if number % QUERY_BATCH == 0 and embedder is not None:
@@ -4412,7 +4408,7 @@ class Sampler:
         return group_by_length(items, self.processes, self.pass_positions, self.pass_cost)
 
     def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
-        """The passes of each step from `step` on, and the draws so far. A thread makes the next step meanwhile."""
+        """The passes of each step from `step` on, and the draws so far. A thread prepares the next step."""
         with ThreadPoolExecutor(1) as worker:
             ahead = worker.submit(self.step, step)
             for number in range(step + 1, self.steps + 1):
@@ -4446,7 +4442,6 @@ def group_by_length(items: list[Item], processes: int, positions: int, pass_cost
 
 
 def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
-    """The options with the phase's own defaults filled in."""
     letters, lr = PHASE_DEFAULTS[phase]
     letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
     require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
@@ -4559,8 +4554,6 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Trainer:
-    """A model, its lessons, and everything between them and a checkpoint."""
-
     def __init__(self, model: RefragModel, lessons: Lessons, weights: dict[str, float], train: TrainConfig,
                  accelerator: Any, teacher: nn.Module | None, facts: dict[str, Any], seed: int):
         """weights: of `loss_terms`; facts: of this phase, for the checkpoint's history."""
@@ -4591,7 +4584,7 @@ class Trainer:
             return decoder(input_ids=batch.plan, use_cache=False).logits
 
     def run_pass(self, items: list[Item], asked: int) -> dict[str, float]:
-        """Forward and backward of one pass. asked: labels of the whole step, in all processes. Returns loss terms."""
+        """Forward and backward. asked: labels of the whole step, in all processes. Returns loss terms."""
         batch = checked_batch(self.model, [item.sequence for item in items])
         teacher = self.teach(items)
         with self.accelerator.autocast():
@@ -4604,14 +4597,13 @@ class Trainer:
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
 
     def diverged(self, what: str, value: float, items: list[Item]) -> UserError:
-        """The error for a loss or gradient that is not finite; it names the texts."""
         places = list(dict.fromkeys(item.where for item in items))
         named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or fix these texts; "
                          "the last checkpoint is kept")
 
     def run_step(self, passes: list[list[Item]]) -> dict[str, float]:
-        """One optimizer step over the passes, given for all processes. Returns loss terms and gradient norm."""
+        """One optimizer step over the passes of all processes. Returns loss terms and gradient norm."""
         items = [item for one in passes for item in one]
         asked = sum(item.sequence.asked for item in items)
         factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
@@ -4665,7 +4657,6 @@ class Trainer:
         return self.summary(log)
 
     def reduce(self, record: dict[str, float]) -> dict[str, float]:
-        """Loss terms summed over the processes, each of which has its share."""
         if self.accelerator.num_processes == 1:
             return record
         names = [name for name in (*self.weights, "loss") if name in record]
@@ -4703,7 +4694,7 @@ class Trainer:
         return state_dict.get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
 
     def save(self, log: RunLog) -> None:
-        """Write a checkpoint, whole or not at all, and drop those before the last two."""
+        """Write a checkpoint, whole or not at all; keep the last two."""
         moments = self.optimizer_state(offload=True).get("state", {})
         tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
         values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
@@ -4790,8 +4781,6 @@ def others_apart_first(number: int, count: int, source: Callable[[int], frozense
 
 
 class RunLog:
-    """metrics.jsonl of a run, and the picture drawn from it."""
-
     def __init__(self, folder: Path, writes: bool, step: int):
         self.path, self.writes, self.records = folder / "metrics.jsonl", writes, []
         for line in self.path.read_bytes().splitlines() if self.path.is_file() and step else ():
@@ -4913,7 +4902,7 @@ def run_identity(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to continue from, None for a new run. Raises UserError, CorruptError, MismatchError."""
+    """The checkpoint to continue from, None for a new run."""
     path = folder / "run.json"
     if not step_folders(folder):  # no checkpoint yet, so nothing can be overwritten
         return None
@@ -5007,7 +4996,6 @@ def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, 
 
 def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
                    runtime: RuntimeConfig) -> GateData:
-    """Read, retrieve and prepare. Raises UserError, MismatchError."""
     searcher = load_searcher(index, search, runtime)
     opened = searcher.index
     require(searcher.embedder is not None and opened.bm25 is not None and "gate" in opened.segments[0],
@@ -5087,7 +5075,7 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
 
 def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
                  search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Train a gate or a policy on retrieved questions, write it, print a summary. kind: "gate" or "policy"."""
+    """Train a "gate" or a "policy" on retrieved questions, write it, print a summary."""
     times = [time.perf_counter()]
     loaded = load_gate_data(data, index, search, models, runtime)
     embedder, device = loaded.searcher.embedder, pick_device(runtime.device)
