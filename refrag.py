@@ -937,7 +937,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
-    """Results of a JSON lines file to resume; a last line that a kill left unfinished is cut off. Raises RefragError."""
+    """Results of a JSON lines file to resume; a last line that a kill left unfinished goes. Raises RefragError."""
     data, found = path.read_bytes(), []
     intact = data[: data.rfind(b"\n") + 1]
     for number, line in enumerate(intact.splitlines(), start=1):
