@@ -41,7 +41,7 @@ Contents:
     11. Generation      prefill, decode, citations, TTFT and TTIT
     12. Commands        a thin handler for each
 
-Beside it, in refrag_extras/: the gate's training, evaluation, benchmark, conversation, server, prompts for other
+Beside it, in refrag_extras/: the paper's policy, evaluation, benchmark, conversation, server, prompts for other
 engines, and decoding in 8 and 4 bits on a CPU.
 
 Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D decoder width, V vocabulary.
@@ -195,7 +195,6 @@ class Options:
 
 
 class RuntimeConfig(Options):
-    """Where and how to run; every command has these."""
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
     dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
     engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
@@ -412,7 +411,6 @@ class EvalConfig(Options):
 
 
 class GateDataConfig(Options):
-    """What gate and policy learn from."""
     rag_json: tuple[str, ...] = like(SftConfig, "rag_json", default=())
     eval_json: tuple[str, ...] = like(SftConfig, "eval_json", default=())
     out_dir: str | None = opt(None, "checkpoint to write, with the parts of --load_dir", needed=True, fresh=True)
@@ -760,7 +758,6 @@ def batched(items: Sequence, size: int) -> list[Sequence]:
 
 
 def prepare_runtime(runtime: RuntimeConfig) -> None:
-    """Apply the options every command has: threads, seed, silence."""
     global QUIET
     QUIET = runtime.quiet
     if runtime.threads:
@@ -940,10 +937,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
-    """Results of a JSON lines file to resume. Cuts off a last line that a kill left unfinished.
-
-    flag: the option that names the file. Raises MismatchError for other settings, CorruptError for what is no result.
-    """
+    """Results of a JSON lines file to resume; a last line that a kill left unfinished goes. Raises RefragError."""
     data, found = path.read_bytes(), []
     intact = data[: data.rfind(b"\n") + 1]
     for number, line in enumerate(intact.splitlines(), start=1):
@@ -3702,7 +3696,6 @@ FEATURE_NAMES = [name for names in FEATURES.values() for name in names]
 
 
 def standard(values: np.ndarray) -> np.ndarray:
-    """Standardised values; zeros if all are equal."""
     return (values - values.mean()) / (values.std() + 1e-6)
 
 
@@ -3897,7 +3890,6 @@ def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int =
 
 
 def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> list[str]:
-    """(L,) why each chunk stays text or not."""
     order, reasons = np.argsort(-scores, kind="stable"), [""] * len(scores)
     chosen, budget = select_chunks(scores, tokens, p, floor), text_budget(tokens, p, floor)
     for rank, (number, used) in enumerate(zip(order, np.cumsum(tokens[order]), strict=True), start=1):
@@ -4215,7 +4207,7 @@ class NextLessons(TextLessons):
 
 
 def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """At most `limit` of a file's questions that have an answer, evenly spread. Raises UserError."""
+    """At most `limit` of a file's questions that have an answer, evenly spread."""
     return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
 
 
@@ -4227,7 +4219,7 @@ def sentence_with(answer: str, text: str, question: str) -> str | None:
 
 
 class Asked(NamedTuple):
-    """A question with its passages, before it is decided which of their chunks stay text."""
+    """A question with its passages, before their text chunks are chosen."""
 
     context: Context
     content: Content
@@ -4356,15 +4348,13 @@ def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, li
 
 
 class Retrieved(NamedTuple):
-    """A question and what retrieval finds for it."""
-
     item: dict[str, Any]
     rows: list[int]  # of passages by rank, then those of positive_ids that were missed
     query: np.ndarray | None  # (dim,), the embedder's vector of the question
 
 
 def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: SearchConfig) -> list[Retrieved]:
-    """The passages of many questions, embedded in batches; `search` finds the vectors in the embedder's cache."""
+    """The passages of many questions, which are embedded in batches: `search` finds their vectors cached."""
     places, embedder, found = positive_rows(questions, searcher.index), searcher.embedder, []
     for number, item in enumerate(progress(questions, "retrieving", total=len(questions), unit="question")):
         if number % QUERY_BATCH == 0 and embedder is not None:
@@ -4418,7 +4408,7 @@ class Sampler:
         return group_by_length(items, self.processes, self.pass_positions, self.pass_cost)
 
     def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
-        """The passes of each step from `step` on, and the draws so far. A thread makes the next step meanwhile."""
+        """The passes of each step from `step` on, and the draws so far. A thread prepares the next step."""
         with ThreadPoolExecutor(1) as worker:
             ahead = worker.submit(self.step, step)
             for number in range(step + 1, self.steps + 1):
@@ -4452,7 +4442,6 @@ def group_by_length(items: list[Item], processes: int, positions: int, pass_cost
 
 
 def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
-    """The options with the phase's own defaults filled in."""
     letters, lr = PHASE_DEFAULTS[phase]
     letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
     require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
@@ -4565,8 +4554,6 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Trainer:
-    """A model, its lessons, and everything between them and a checkpoint."""
-
     def __init__(self, model: RefragModel, lessons: Lessons, weights: dict[str, float], train: TrainConfig,
                  accelerator: Any, teacher: nn.Module | None, facts: dict[str, Any], seed: int):
         """weights: of `loss_terms`; facts: of this phase, for the checkpoint's history."""
@@ -4597,7 +4584,7 @@ class Trainer:
             return decoder(input_ids=batch.plan, use_cache=False).logits
 
     def run_pass(self, items: list[Item], asked: int) -> dict[str, float]:
-        """Forward and backward of one pass. asked: labels of the whole step, in all processes. Returns loss terms."""
+        """Forward and backward. asked: labels of the whole step, in all processes. Returns loss terms."""
         batch = checked_batch(self.model, [item.sequence for item in items])
         teacher = self.teach(items)
         with self.accelerator.autocast():
@@ -4610,14 +4597,13 @@ class Trainer:
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
 
     def diverged(self, what: str, value: float, items: list[Item]) -> UserError:
-        """The error for a loss or gradient that is not finite; it names the texts."""
         places = list(dict.fromkeys(item.where for item in items))
         named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or fix these texts; "
                          "the last checkpoint is kept")
 
     def run_step(self, passes: list[list[Item]]) -> dict[str, float]:
-        """One optimizer step over the passes, given for all processes. Returns loss terms and gradient norm."""
+        """One optimizer step over the passes of all processes. Returns loss terms and gradient norm."""
         items = [item for one in passes for item in one]
         asked = sum(item.sequence.asked for item in items)
         factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
@@ -4671,7 +4657,6 @@ class Trainer:
         return self.summary(log)
 
     def reduce(self, record: dict[str, float]) -> dict[str, float]:
-        """Loss terms summed over the processes, each of which has its share."""
         if self.accelerator.num_processes == 1:
             return record
         names = [name for name in (*self.weights, "loss") if name in record]
@@ -4709,7 +4694,7 @@ class Trainer:
         return state_dict.get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
 
     def save(self, log: RunLog) -> None:
-        """Write a checkpoint, whole or not at all, and drop those before the last two."""
+        """Write a checkpoint, whole or not at all; keep the last two."""
         moments = self.optimizer_state(offload=True).get("state", {})
         tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
         values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
@@ -4796,8 +4781,6 @@ def others_apart_first(number: int, count: int, source: Callable[[int], frozense
 
 
 class RunLog:
-    """metrics.jsonl of a run, and the picture drawn from it."""
-
     def __init__(self, folder: Path, writes: bool, step: int):
         self.path, self.writes, self.records = folder / "metrics.jsonl", writes, []
         for line in self.path.read_bytes().splitlines() if self.path.is_file() and step else ():
@@ -4919,7 +4902,7 @@ def run_identity(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to continue from, None for a new run. Raises UserError, CorruptError, MismatchError."""
+    """The checkpoint to continue from, None for a new run."""
     path = folder / "run.json"
     if not step_folders(folder):  # no checkpoint yet, so nothing can be overwritten
         return None
@@ -4966,6 +4949,183 @@ def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], t
             keep_memory()
         summary = trainer.fit()
     emit(summary, runtime, training_text(summary))
+
+
+# -- the gate and the policy ------------------------------------------------------
+
+GATE_LR = 1e-3  # at its peak
+CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
+
+
+class GateExample(NamedTuple):
+    number: int  # of the question
+    inputs: GateInput  # without its texts
+    features: np.ndarray  # (L, F)
+    tokens: np.ndarray  # (L,), encoder tokens of each chunk
+    spans: list[list[int]]  # see `answer_chunks`
+
+    @property
+    def positive(self) -> np.ndarray:
+        """(L,) bool: chunks that hold an answer, or a part of one."""
+        return np.isin(np.arange(len(self.tokens)), [chunk for span in self.spans for chunk in span])
+
+
+class GateData(NamedTuple):
+    searcher: Searcher
+    questions: list[Retrieved]
+    examples: list[GateExample]
+    held_out: list[GateExample]
+
+
+def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, topk: int) -> list[GateExample]:
+    """Examples of the questions for which a right passage with an answer was retrieved."""
+    examples = []
+    for number, (item, rows, query) in enumerate(progress(questions, "features", len(questions), "question")):
+        rows = rows[:topk]
+        contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
+        docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
+        right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
+        spans = answer_chunks(docs, right, item["answers"])
+        if spans:
+            inputs = gate_input(item["question"], docs, query, index)
+            sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
+            slim = inputs._replace(texts=[], vectors=inputs.vectors.astype(np.float16))
+            examples.append(GateExample(number, slim, chunk_features(inputs), sizes, spans))
+    return examples
+
+
+def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
+                   runtime: RuntimeConfig) -> GateData:
+    searcher = load_searcher(index, search, runtime)
+    opened = searcher.index
+    require(searcher.embedder is not None and opened.bm25 is not None and "gate" in opened.segments[0],
+            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
+            "hybrid")
+    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
+    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
+        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
+    stored = opened.manifest["chunking"]["k"]
+    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
+            f"{data.k}: give --k {stored}, or build the index with another")
+    files = (data.rag_json, "--rag_json", data.limit), (data.eval_json, "--eval_json", data.eval_limit)
+    answered = [[item for name in names for item in read_answered_questions(name, flag, limit)]
+                for names, flag, limit in files]
+    questions, other = (retrieve_all(items, searcher, search) for items in answered)
+    examples, held_out = (gate_examples(part, opened, chunking, search.topk) for part in (questions, other))
+    require(bool(examples), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
+    return GateData(searcher, questions, examples, held_out)
+
+
+def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
+    """(B, L) logits of examples, -inf where padded."""
+    return gate.batch_logits([e.inputs for e in examples], [e.features for e in examples])
+
+
+@torch.inference_mode()
+def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
+    """Share of the examples with at least one answer span kept as text, by p; empty without examples."""
+    found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
+    for part in batched(examples, 64):
+        for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
+            for p in shares:
+                chosen = select_chunks(logits[: len(example.tokens)], example.tokens, p)
+                found[f"{p:g}"].append(any(chosen[span].all() for span in example.spans))
+    return {p: round(sum(hits) / len(hits), 4) for p, hits in found.items()}
+
+
+def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
+    """-log of the softmax's mass on the positive chunks, plus CHUNKWISE times the summed binary cross entropy of all
+    chunks (which grows with L); mean over questions. logits: (B, L), -inf where padded; positive: (B, L) bool.
+    """
+    real = logits > -math.inf
+    chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
+    each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
+    return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
+
+
+def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
+             p: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    """Train a gate in place. Returns a record per epoch with its loss and held-out recall at each p."""
+    rng = np.random.default_rng(seed)
+    stacked = np.concatenate([example.features for example in examples])
+    gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
+    gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
+    epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
+    batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
+    each, losses, records = len(batches) // settings.epochs, [], []
+    for number, batch in enumerate(progress(batches, "train_gate", unit="step")):
+        optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
+        logits = example_logits(gate, batch)
+        loss = gate_loss(logits, padded_rows([example.positive for example in batch], False).to(logits.device))
+        descend(loss, gate, optimizer)
+        losses.append(loss.item())
+        if len(losses) % each == 0:
+            records.append({"epoch": len(losses) // each, "loss": round(float(np.mean(losses[-each:])), 4),
+                            "recall": gate_recall(gate, held_out, p)})
+    return records
+
+
+def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
+                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
+    """Train a "gate" or a "policy" on retrieved questions, write it, print a summary."""
+    times = [time.perf_counter()]
+    loaded = load_gate_data(data, index, search, models, runtime)
+    embedder, device = loaded.searcher.embedder, pick_device(runtime.device)
+    if kind == "policy":
+        from refrag_extras.policy import AnswerReader, fit_policy
+
+        source = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
+        fit, steps, shape = fit_policy, settings.steps, {"features": False, "blind": settings.blind}
+    else:
+        source, fit, steps, shape = loaded.examples, fit_gate, settings.epochs, {}
+    times.append(time.perf_counter())
+    torch.manual_seed(runtime.seed)
+    gate = QueryGate(embedder.dim, **shape).to(device)
+    records = fit(gate, source, loaded.held_out, settings, data.p, runtime.seed)
+    gate.half().float()  # examine the weights as they are stored
+    recall = gate_recall(gate, loaded.held_out, data.p)
+    times.append(time.perf_counter())
+    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
+             "device": str(gate.mean.device), "recall": recall}
+    save_gate(kind, gate, embedder, data, models, entry)
+    summary = {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
+               "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
+               "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
+               "checkpoint": data.out_dir}
+    emit(summary, runtime, gate_text(summary))
+
+
+def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
+              entry: dict[str, Any]) -> None:
+    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
+    checkpoint, parts = find_checkpoint(models), {}
+    config = model_config(models, checkpoint)
+    config.compression = data.k
+    if checkpoint is not None:
+        checkpoint.verify()
+        names = {path.stem for path in checkpoint.path.glob("*.safetensors")} - {"trainer"}
+        parts = {name: checkpoint.tensors(name) for name in names}
+    setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
+                           "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
+    parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
+    files = file_facts([*data.rag_json, *data.eval_json])
+    config.history = [*config.history, entry | {"data": without_folders(files)}]
+    write_checkpoint(Path(data.out_dir), config, parts, card=model_card(config, []))
+
+
+def gate_text(summary: dict[str, Any]) -> str:
+    shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in summary["recall"].items())
+    return (f"{summary['examples']:,} of {summary['questions']:,} questions, {summary['parameters']:,} parameters, "
+            f"trained in {summary['train_s']:.0f} s -> {summary['checkpoint']}\n"
+            f"{summary['held_out']:,} held-out questions, answer recall: {shown or 'none'}")
 
 
 def training_text(summary: dict[str, Any]) -> str:
@@ -5708,10 +5868,7 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
 
 
 def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions without a line in `out`; one asked twice needs two lines. An id that is taken gets -2, -3, ..
-
-    Ids do not count: by default they are line numbers, which another question before them changes.
-    """
+    """The questions without a line in `out`, whatever their ids (often line numbers); a taken id gets -2, -3, .."""
     lines, waiting = finished_lines(out, settings, "--out"), []
     done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
     for item in questions:
@@ -5762,7 +5919,6 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
 
 
 def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
-    """An answer beside that from the full context, with the ratio of their times to first token."""
     [result] = pipeline.answer_batch([item], pipeline.settings, [write])
     [full] = pipeline.answer_batch([item], dataclasses.replace(pipeline.settings, mode="full"))
     result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
@@ -5835,8 +5991,8 @@ def companion(module: str) -> Callable[..., None]:
 
 HANDLERS: dict[str, Callable[..., None]] = {
     "index": cmd_index, "search": cmd_search, "align": companion("align"), "cpt_align": cmd_cpt_align, "sft": cmd_sft,
-    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(companion("scorers"), "gate"),
-    "train_policy": functools.partial(companion("scorers"), "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
+    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
+    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
     "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
     "eval": companion("evaluate"), "bench": companion("bench")}
 

@@ -207,9 +207,9 @@ class Benchmark:
         return {**self.facts, "rounds": len(self.trials[0].runs), "rows": rows, "left_out": self.left_out}
 
 
-def median_of(values: Sequence[float | None], digits: int = 6) -> float | None:
+def median_of(values: Sequence[float | None]) -> float | None:
     """The rounded median; None where nothing was measured."""
-    return None if not values or None in values else round(float(np.median(values)), digits)
+    return None if not values or None in values else round(float(np.median(values)), 6)
 
 
 def bench_row(trial: Trial, full: Trial | None) -> dict[str, Any]:
@@ -265,7 +265,10 @@ def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
         (folder / name).unlink(missing_ok=True)
     refrag.write_atomic(folder / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     if last:
-        draw_bench(folder, result["rows"])
+        rows = result["rows"]
+        refrag.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
+        if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
+            refrag.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
     pictures = [f"![]({name})" for name in BENCH_PICTURES if (folder / name).is_file()]
     command = shlex.join(result["command"]).encode("utf-8", "replace").decode()  # arguments may be any bytes
     made = [f"Command: `{command}`", f"Device: {refrag.dumps(result['device'])}",
@@ -273,12 +276,6 @@ def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
             f"Medians of {result['rounds']} rounds in which all rows take turns (least and greatest in brackets)."]
     refrag.write_atomic(folder / "report.md", "\n\n".join(["# Speed against context length", *made, bench_text(result),
                                                            *pictures]) + "\n")
-
-
-def draw_bench(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    refrag.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
-    if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
-        refrag.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
 
 
 def paint_curve(axes: Any, name: str, curve: Sequence[dict[str, Any]], column: str) -> Any:

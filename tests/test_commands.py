@@ -96,7 +96,7 @@ def test_only_options_know_argparse_and_only_imports_the_heavy_libraries():
 @pytest.mark.parametrize("name", refrag.COMMANDS)
 def test_a_handler_is_thin_and_takes_the_options_of_its_command(name):
     handler = refrag.HANDLERS[name]
-    if isinstance(handler, functools.partial):  # a companion's, for one kind
+    if isinstance(handler, functools.partial):  # train_scorer of one kind
         return
     assert len(inspect.getsource(handler).splitlines()) <= 25
     hints = typing.get_type_hints(handler)

@@ -12,7 +12,7 @@ import torch
 from conftest import build
 
 import refrag
-from refrag_extras import scorers
+from refrag_extras import policy
 
 
 def chunks_of(texts, docs=None, question="", vectors=None, query=None, idf=lambda term: 1.0, seed=1337):
@@ -222,13 +222,13 @@ def small_gate(**shape):
 def example_of(inputs, columns, spans=((0,),), tokens=None):
     """A GateExample; 4 tokens a chunk."""
     sizes = np.full(len(inputs.docs), 4) if tokens is None else np.asarray(tokens)
-    return scorers.GateExample(0, inputs, columns, sizes, [list(span) for span in spans])
+    return refrag.GateExample(0, inputs, columns, sizes, [list(span) for span in spans])
 
 
 def test_padding_changes_nothing():
     gate = small_gate()
     examples = [example_of(*random_batch(L, sorted(i % 3 for i in range(L)), seed)) for seed, L in enumerate((5, 2, 9))]
-    for example, row in zip(examples, scorers.example_logits(gate, examples).detach().numpy(), strict=True):
+    for example, row in zip(examples, refrag.example_logits(gate, examples).detach().numpy(), strict=True):
         L = len(example.tokens)
         assert np.isfinite(row[:L]).all() and (row[L:] == -np.inf).all()
         np.testing.assert_allclose(gate.logits(example.inputs, example.features), row[:L], atol=1e-5)
@@ -297,7 +297,7 @@ def test_gate_loss_golden():
     """Two chunks, the first positive, logits [0, 0]: log 2 listwise, and .2 * 2 log 2 chunkwise; then padding."""
     logits, positive = torch.tensor([[0.0, 0.0, -math.inf]]), torch.tensor([[True, False, False]])
     for L in (2, 3):
-        assert scorers.gate_loss(logits[:, :L], positive[:, :L]).item() == pytest.approx(1.4 * math.log(2))
+        assert refrag.gate_loss(logits[:, :L], positive[:, :L]).item() == pytest.approx(1.4 * math.log(2))
 
 
 def test_a_gate_learns_and_is_the_same_again():
@@ -305,9 +305,9 @@ def test_a_gate_learns_and_is_the_same_again():
 
     def fit(count, epochs):
         gate, config = small_gate(), refrag.GateConfig(epochs=epochs, batch_size=8)
-        return gate, scorers.fit_gate(gate, examples[:count], held_out, config, (0.1,), seed=0)
+        return gate, refrag.fit_gate(gate, examples[:count], held_out, config, (0.1,), seed=0)
 
-    assert scorers.gate_recall(small_gate(), held_out, (0.1,))["0.1"] < 0.3
+    assert refrag.gate_recall(small_gate(), held_out, (0.1,))["0.1"] < 0.3
     _, records = fit(300, 8)
     assert [r["epoch"] for r in records] == list(range(1, 9)) and records[-1]["loss"] < records[0]["loss"] / 2
     assert records[-1]["recall"]["0.1"] > 0.85
@@ -327,8 +327,8 @@ def test_recall_asks_for_all_chunks_of_one_place():
     inputs, columns = random_batch(3, [0, 0, 0])
     for spans, expected in (([[0, 1], [2]], {"0.4": 0, "0.7": 1}), ([[1], [2]], {"0.4": 0, "0.7": 1}),
                             ([[0], [2]], {"0.4": 1, "0.7": 1}), ([[0, 2]], {"0.4": 0, "0.7": 0})):
-        assert scorers.gate_recall(Fixed(6), [example_of(inputs, columns, spans)], (0.4, 0.7)) == expected
-    assert scorers.gate_recall(Fixed(6), [], (0.4, 0.7)) == {}
+        assert refrag.gate_recall(Fixed(6), [example_of(inputs, columns, spans)], (0.4, 0.7)) == expected
+    assert refrag.gate_recall(Fixed(6), [], (0.4, 0.7)) == {}
 
 
 # -- the policy ----------------------------------------------------------------------------------------------
@@ -337,10 +337,10 @@ def test_recall_asks_for_all_chunks_of_one_place():
 def test_draws_follow_the_probabilities_of_orders():
     """Each by the odds of those that are left: exactly; of 20,000 draws, within five standard errors."""
     logits, n = torch.tensor([0.5, -0.5, 1.0]), 20_000
-    drawn, odds = scorers.sample_orders(logits, 2, n, torch.Generator().manual_seed(0)), logits.exp()
+    drawn, odds = policy.sample_orders(logits, 2, n, torch.Generator().manual_seed(0)), logits.exp()
     for a, b in itertools.permutations(range(3), 2):
         order, expected = (a, b), (odds[a] / odds.sum() * odds[b] / (odds.sum() - odds[a])).item()
-        found = scorers.order_log_probability(logits, torch.tensor([order])).exp().item()
+        found = policy.order_log_probability(logits, torch.tensor([order])).exp().item()
         assert found == pytest.approx(expected, rel=1e-5)
         share = (drawn == torch.tensor(order)).all(1).float().mean().item()
         assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
@@ -350,10 +350,10 @@ def test_the_first_update_is_the_plain_policy_gradient():
     """At a ratio of 1 the gradient is that of the mean advantage times log-probability."""
     logits = torch.tensor([0.1, 0.7, -0.2], requires_grad=True)
     orders, rewards = torch.tensor([[0], [1], [2]]), torch.tensor([1.0, 2.0, 6.0])
-    logs = scorers.order_log_probability(logits, orders)
+    logs = policy.order_log_probability(logits, orders)
     advantage = (rewards - 3) / (rewards.std(correction=0) + 1e-6)
     [plain] = torch.autograd.grad(-(advantage * logs).mean(), logits, retain_graph=True)
-    [found] = torch.autograd.grad(scorers.policy_loss(logits, logs.detach(), orders, rewards), logits)
+    [found] = torch.autograd.grad(policy.policy_loss(logits, logs.detach(), orders, rewards), logits)
     torch.testing.assert_close(found, plain)
 
 
@@ -361,7 +361,7 @@ def test_beyond_the_clip_nothing_pulls():
     """The good order is far likelier than when it was drawn, the bad one far less likely: both are clipped."""
     logits = torch.tensor([2.0, -2.0], requires_grad=True)
     orders, before = torch.tensor([[0], [1]]), torch.log(torch.tensor([0.5, 0.5]))
-    scorers.policy_loss(logits, before, orders, torch.tensor([1.0, 0.0])).backward()
+    policy.policy_loss(logits, before, orders, torch.tensor([1.0, 0.0])).backward()
     assert logits.grad.abs().max() == 0
 
 
@@ -369,7 +369,7 @@ class Liking:
     """A stand-in for the decoder that likes one chunk, and notes how many it was given."""
 
     def __init__(self, examples):
-        self.data, self.sizes = scorers.GateData(None, [], examples, []), set()
+        self.data, self.sizes = refrag.GateData(None, [], examples, []), set()
 
     def ask(self, example):
         return example
@@ -388,7 +388,7 @@ def test_a_policy_learns_what_is_rewarded_within_its_budget():
         examples.append(example_of(inputs, columns, [[seed % 10]]))
     reader, scorer = Liking(examples), small_gate(features=False, blind=True)
     settings = refrag.PolicyConfig(steps=60, batch_size=4, policy_lr=5e-3, group=6, blind=True)
-    records = scorers.fit_policy(scorer, reader, examples, settings, (0.25,), seed=0)
+    records = policy.fit_policy(scorer, reader, examples, settings, (0.25,), seed=0)
     assert reader.sizes == {2}  # a quarter of ten, always exactly
     assert records[-1]["step"] == 60 and records[-1]["reward"] > 0.8 > 0.5 > records[0]["reward"]
     assert records[-1]["recall"]["0.25"] > 0.9
@@ -478,8 +478,8 @@ def test_rewards_are_the_answers_log_probability(llama, index_dir, files):
     runtime = refrag.RuntimeConfig(device="cpu", quiet=True)
     models, index = refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.IndexConfig(index_dir=str(index_dir))
     options = refrag.GateDataConfig((str(files / "asked.jsonl"),), out_dir="unused", k=4)
-    data = scorers.load_gate_data(options, index, refrag.SearchConfig(), models, runtime)
-    reader = scorers.AnswerReader(refrag.load_model(models, runtime), data, 8, 4)
+    data = refrag.load_gate_data(options, index, refrag.SearchConfig(), models, runtime)
+    reader = policy.AnswerReader(refrag.load_model(models, runtime), data, 8, 4)
     example = reader.ask(data.examples[1])
     mask = np.zeros(len(example.context.prompt.chunks), dtype=bool)
     mask[[0, 2]] = True

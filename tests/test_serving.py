@@ -675,6 +675,7 @@ def test_a_key_a_full_queue_and_too_little_time(start):
     server = start("--api_key", "secret", "--waiting", 1, "--timeout", 5)
     assert server.ask().status_code == server.http.get("/metrics").status_code == 401
     assert server.http.get("/healthz").status_code == 200
+    assert server.http.get("/metrics", headers={"Authorization": "Bearer wrong"}).status_code == 401
     server.http.headers["Authorization"] = "Bearer secret"
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda _: server.ask(max_tokens=100), range(8)))
