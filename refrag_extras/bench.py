@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import refrag
+from refrag_extras.doctor import index_summary
 from refrag_extras.evaluate import aligned_table, source_commit
 
 TIMED = ("ttft_s", "ttit_s", "tokens_per_s")
@@ -251,7 +252,7 @@ def load_benchmark(bench: refrag.BenchConfig, index: refrag.IndexConfig, models:
     settings = refrag.run_settings((bench, index, models, runtime)) | settings
     facts = {"device": refrag.describe_device(runtime), "settings": settings,
              "versions": refrag.library_versions(), "command": sys.argv, "commit": source_commit(),
-             "index": refrag.index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
+             "index": index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
     return Benchmark(pipeline, bench, item, facts)
 
 

@@ -45,7 +45,7 @@ def random_text(rng):
 
 
 def anchor_table(text, first, second):
-    """The definition of `refrag.exact_anchors` as a table: (M, N) bool, O(M N) comparisons of decoded prefixes.
+    """The definition of `align.exact_anchors` as a table: (M, N) bool, O(M N) comparisons of decoded prefixes.
 
     first, second: tokenizers. A prefix that ends inside a character decodes to a replacement mark and equals nothing.
     """
@@ -133,7 +133,7 @@ def test_exact_anchors_equal_the_table(loaded, pair):
         table = anchor_table(text, *(loaded[kind] for kind in pair))
         a, b = both_sides(loaded, text, pair)
         assert table.shape == (len(a.ids), len(b.ids))
-        assert refrag.exact_anchors(a, b) == [tuple(place) for place in np.argwhere(table).tolist()], text
+        assert align.exact_anchors(a, b) == [tuple(place) for place in np.argwhere(table).tolist()], text
         found += int(table.sum())
     assert found > (0 if "wordpiece" in pair and pair[0] != pair[1] else 20)
 
@@ -141,7 +141,7 @@ def test_exact_anchors_equal_the_table(loaded, pair):
 def test_a_tokenizer_against_itself_has_an_anchor_at_every_token_that_ends_a_character(loaded):
     tokens = refrag.tokenize_pieces("The 🙂 长江 flows", loaded["bpe"])
     expected = [(i, i) for i, piece in enumerate(tokens.pieces) if piece]
-    assert refrag.exact_anchors(tokens, tokens) == expected
+    assert align.exact_anchors(tokens, tokens) == expected
     assert [(a.i, a.j) for a in refrag.cost_anchors(tokens, tokens)] == expected
     assert {a.cost for a in refrag.cost_anchors(tokens, tokens)} == {0.0}
 
@@ -228,7 +228,7 @@ def test_uncased_and_byte_level_tokenizers_agree_by_cost_alone(loaded):
     for text in (TEXTS[0], TEXTS[1], TEXTS[2]):
         a, b = both_sides(loaded, text, ("wordpiece", "bpe"))
         anchors = refrag.cost_anchors(a, b)
-        assert refrag.exact_anchors(a, b) == []
+        assert align.exact_anchors(a, b) == []
         assert len(anchors) >= 0.7 * len(text.split())
         assert np.mean([x.cost for x in anchors]) < 0.15
 
@@ -273,7 +273,7 @@ def test_rows_hold_all_tokens_of_both_sides_in_order(loaded, pair, text):
     assert all(row["cost"] is not None for row in rows[:-1])
     assert all(row["encoder"] or row["decoder"] for row in rows)
     assert all(row["cost"] is not None for row in rows if row["exact"])
-    assert sum(row["exact"] for row in rows) == len({(x.i, x.j) for x in anchors} & set(refrag.exact_anchors(a, b)))
+    assert sum(row["exact"] for row in rows) == len({(x.i, x.j) for x in anchors} & set(align.exact_anchors(a, b)))
 
 
 def test_rows_and_their_text_golden():
@@ -344,7 +344,7 @@ def test_align_shows_where_the_tokens_end_together(run, bert, llama, tokenizers)
             for kind in ("wordpiece", "bpe"))
     assert (result["encoder_tokens"], result["decoder_tokens"]) == (len(a.ids), len(b.ids))
     assert result["spans"] == align.anchor_rows(a, b)
-    assert result["exact_anchors"] == len(refrag.exact_anchors(a, b))
+    assert result["exact_anchors"] == len(align.exact_anchors(a, b))
     costs = [anchor.cost for anchor in refrag.cost_anchors(a, b)]
     assert result["anchors"] == sum(cost <= 0.5 for cost in costs)
     assert 0 < result["anchors"] < len(costs)

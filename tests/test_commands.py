@@ -95,7 +95,7 @@ def test_only_options_know_argparse_and_only_imports_the_heavy_libraries():
 
 @pytest.mark.parametrize("name", refrag.COMMANDS)
 def test_a_handler_is_thin_and_takes_the_options_of_its_command(name):
-    handler = refrag.HANDLERS[name]
+    handler = refrag.handler(name)
     if isinstance(handler, functools.partial):  # train_scorer of one kind
         return
     assert len(inspect.getsource(handler).splitlines()) <= 25

@@ -780,7 +780,7 @@ def test_the_shipped_checkpoint_does_not_apply_to_other_models(run, shipped, lla
     code, out, err = run(*ASKED, "--dec", llama, *([] if flag == "--enc" else ["--enc", bert]), flag, value)
     made = json.loads(out)["settings"]
     assert (code, made["projector_trained"]) == (0, False)
-    assert f"the shipped checkpoint does not apply, it is for --dec {llama} --enc {bert}" in err
+    assert "the shipped checkpoint is for other models" in err
 
 
 def test_training_begins_with_no_checkpoint(shipped, llama):

@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as arrays
 from writers import tree
 
 import refrag
+from refrag_extras import doctor
 
 CPU = torch.device("cpu")
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
@@ -247,4 +248,4 @@ def test_notices_go_to_stderr_and_quiet_silences_them(monkeypatch, capsys, quiet
 
 
 def test_the_all_reduce_check_of_one_process():
-    assert refrag.all_reduce_check() == {"processes": 1, "sum_of_ranks": 0.0, "ok": True}
+    assert doctor.all_reduce_check() == {"processes": 1, "sum_of_ranks": 0.0, "ok": True}
