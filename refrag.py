@@ -18,7 +18,7 @@ The method in ten steps, each with the function that does it (section in bracket
     10. train it all: the text back, its continuation, answers           ReconLessons, NextLessons,
                                                                          AnswerLessons, Trainer           [10]
 
-Steps 1 to 9 run one after the other in Pipeline.prepare and Pipeline.generate.
+Pipeline.prepare runs 1, 2, 3, 5, 6, 7, then 4 (for states that the index lacks) and 8; Pipeline.generate runs 9.
 
 Three commands:
 
@@ -148,7 +148,7 @@ LIMITS = {"low": (operator.ge, "{} or more"), "above": (operator.gt, "more than 
 
 def opt(default: Any, help: str, *, choices: str = "", needed: bool = False, exists: bool = False, fresh: bool = False,
         **limits: float) -> Any:
-    """A dataclass field that is also a command line option; of several values, if its default is a tuple.
+    """A dataclass field that is also a command line option; it takes several values if its default is a tuple.
 
     needed: it must be given. exists: its values are existing files. fresh: a new or empty folder. limits: see LIMITS.
     """
@@ -263,7 +263,7 @@ class PackConfig(Options):
     mode: str = opt("refrag", "vectors and text, all text, nothing, or cut text", choices="refrag full none truncate")
     k: int = opt(16, "tokens compressed into one vector", low=1, high=64)
     p: float = opt(0.05, "largest fraction of the context's tokens that stays text", low=0, high=1)
-    floor: int = opt(64, "tokens that stay text at least, if --p is above 0", low=0)
+    floor: int = opt(64, "keep at least this many tokens as text if --p is above 0", low=0)
     gate: str = opt("auto", "what chooses the chunks that stay text; auto: learned if it fits the embedder, else blend",
                     choices="auto learned policy blend cosine ppl random none")
     heuristic: bool = opt(False, "the same as --gate ppl")
@@ -275,7 +275,7 @@ class GenerateConfig(Options):
     prompt: str | None = opt(None, "a prompt with literal <doc id=\"..\">..</doc> blocks; needs no index")
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
-    top_p: float = opt(1.0, "nucleus sampling: the least tokens of this probability", above=0, high=1)
+    top_p: float = opt(1.0, "nucleus sampling from the smallest set of this probability", above=0, high=1)
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose a passage")
     stream: bool = opt(True, "print the answer as it is decoded")
@@ -344,7 +344,7 @@ class ReconConfig(Options):
 class NextConfig(Options):
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
-    distill: float = opt(0.0, "weight of the divergence from the untrained decoder on the full text", low=0)
+    distill: float = opt(0.0, "weight of the divergence from the decoder before this phase, on the full text", low=0)
 
 
 class SftConfig(Options):
@@ -386,7 +386,7 @@ class EvalConfig(Options):
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
-    limit: int | None = opt(None, "questions or texts at most, spread evenly; 2 n - 1 hold those of n", low=1)
+    limit: int | None = opt(None, "at most so many questions or texts, evenly spread; 2n - 1 include those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, quality.png and sample.md")
     resume: bool = opt(False, "continue in --out_dir; other --modes, --p and --limit of questions add to it")
 
@@ -652,7 +652,7 @@ class LastingStderr(io.TextIOWrapper):
 
 
 def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
-    """Parse, or show the help or the error and exit. Sees first to standard streams that bear everything."""
+    """Parse, or show the help or the error and exit. First makes the standard streams safe for any text."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: files opened later must not take its number
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
@@ -740,7 +740,7 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
-    """A bar on stderr around items, or alone, once the work has taken a second. done: by an earlier run."""
+    """A progress bar on stderr, around items or alone, shown after a second. done: steps of an earlier run."""
     pace = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a log, where nothing is erased, the bar is drawn rarely
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
                 leave=False, dynamic_ncols=True, file=sys.stderr)
@@ -964,7 +964,7 @@ MANIFEST_VERSION = 1
 MANIFEST_FORMAT = "refrag-index"
 CHECKPOINT_FORMAT = "refrag-checkpoint"
 REMEDIES = {MANIFEST_FORMAT: "build the index again", CHECKPOINT_FORMAT: "save the checkpoint again"}
-READ_ALWAYS = 1 << 28  # bytes; files of less together are read at every opening
+READ_ALWAYS = 1 << 28  # bytes; files that are smaller together have their checksums verified at every opening
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -999,7 +999,7 @@ def read_manifest(path: Path, form: str = MANIFEST_FORMAT) -> dict[str, Any]:
 
 def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = MANIFEST_FORMAT,
                  read_all: bool = False) -> None:
-    """Raise CorruptError for a file of another size or, with read_all or if all are small, of another digest."""
+    """Raise CorruptError if a size differs or, with read_all or below READ_ALWAYS, a digest."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -1012,7 +1012,10 @@ def verify_files(folder: Path, entries: dict[str, dict[str, Any]], form: str = M
 
 def cache_home() -> Path:
     """Where converted models and tokenised texts are kept."""
-    return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
+    try:
+        return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
+    except RuntimeError:  # a user without an entry among the system's, as in containers
+        raise UserError("there is no home folder for the cache: set REFRAG_HOME") from None
 
 
 class ColumnWriter(contextlib.ExitStack):
@@ -1453,7 +1456,7 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
     """The questions with something in `answers` or `positive_ids`, at most `limit`. Raises UserError."""
     found = [item for item in questions if item[label]]
     if len(found) < len(questions):
-        notice(f"{source}: left out {len(questions) - len(found)}, which have no answer")
+        notice(f"{source}: left out {len(questions) - len(found)} without {label}")
     require(bool(found), f"{source}: no question has an answer")
     return list(sample_evenly(found, limit))
 
@@ -1483,10 +1486,6 @@ CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  
 FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
 MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
 Run = tuple[int, int, int]  # neighbouring rows: the segment's number, the first, the one after the last
-INDEX_SHAPE = {
-    "segments": [{"folder": str, "passages": int, "chunks": int, "faiss": str | None}], "uses": [str], "retriever": str,
-    "counts": {"passages": int, "chunks": int}, "faiss": str | None, "sources": dict, "embedder": dict,
-    "chunking": {"k": int, "tokenizer": str, "encoder": str | None}}
 
 
 def model_path(name: str) -> str:
@@ -1983,15 +1982,6 @@ def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
     return exclusive(path / ".lock", f"index {path}")
 
 
-def has_shape(value: Any, shape: Any) -> bool:
-    """Whether a JSON value has the types of a shape: {key: shape}, [the shape of each item], or a type."""
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(has_shape(value.get(key), inner) for key, inner in shape.items())
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
-    return isinstance(value, shape)
-
-
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     """Raises UserError, CorruptError, MismatchError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
@@ -2001,7 +1991,7 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     manifest = read_manifest(path / "manifest.json")
     if manifest.get("words") != WORDS_FINGERPRINT:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
-    if not has_shape(manifest, INDEX_SHAPE) or not manifest["segments"]:
+    if not manifest.get("segments"):
         raise CorruptError(f"{path / 'manifest.json'} is damaged: build the index again")
     return manifest
 
@@ -2050,10 +2040,10 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
 
 
 def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
-    """(segments that stay, what becomes part of a new one: of segments with replaced rows the others).
+    """(segments kept as they are, rows to copy into the new one: those of the others that are not replaced).
 
-    With MOST_SEGMENTS also the fewest last ones that together are smaller than the one before, so that a passage is
-    copied only when its segment at least doubles.
+    At MOST_SEGMENTS, the shortest run of last segments that together are smaller than the one before is merged too, so
+    that a passage is copied only when its segment at least doubles.
     """
     sizes = [segment["passages"] for segment in previous.manifest["segments"]]
     cut = len(sizes)
@@ -2075,7 +2065,7 @@ class IndexBuild:
         self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
         self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
         self.old = {"sources": {}, "segments": [], "files": {}, "faiss": None}  # manifest of the index to add to
-        if previous is not None:  # what is added to a flat index stays exact; else its type goes by its own number
+        if previous is not None:  # additions to a flat index are flat; else their own number decides
             self.old = previous.manifest
             self.faiss = "flat" if self.old["faiss"] == "flat" else "auto"
         self.counts, self.sources = {"skipped": 0, "replaced": 0}, dict(self.old["sources"])
@@ -2189,7 +2179,7 @@ class IndexBuild:
                     columns.append("vectors", self.previous.faiss[number].reconstruct_n(start, stop - start))
 
     def embed_share(self, folder: Path | None = None, count: int = 0) -> None:
-        """What each launched process does: embed its share, of the folder and count that the first names."""
+        """Embed this process's share of the blocks; process 0 tells the others the folder and the count."""
         from accelerate.utils import broadcast_object_list
 
         if not self.computes:
@@ -2211,7 +2201,7 @@ class IndexBuild:
         """The columns of N passages with L chunks in all: read, or if that fails computed and kept.
 
         lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
-        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16; without what no model makes.
+        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. No columns of absent models.
         """
         key = hashlib.blake2b(self.made_by, digest_size=16)
         for content in contents:
@@ -2954,7 +2944,7 @@ class ChunkEncoder(nn.Module):
         return {name for name, parameter in self.named_parameters() if parameter is table}
 
     def serves(self, k: int, stored: int) -> bool:
-        """Whether means of its states of `stored` tokens each are its states of k tokens."""
+        """Whether averaging states of `stored`-token chunks gives its states of k-token chunks."""
         return self.contextual or k == stored
 
     def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int) -> Tensor:
@@ -3811,8 +3801,8 @@ def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
 def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> np.ndarray:
     """(L,) bool, the chunks that stay text: in the order of their scores, up to the first that exceeds the budget.
 
-    tokens: (L,) tokens of each chunk: the decoder's when answering, the encoder's when a gate is examined, which knows
-    no prompt. With a floor the best chunk stays text even if it exceeds the budget.
+    tokens: (L,) tokens of each chunk: the decoder's when answering, the encoder's when a gate is evaluated, since
+    there is no prompt then. With a floor the best chunk stays text even if it exceeds the budget.
     Example: scores [.9, .5, .7], tokens [4, 1, 4], p = .6 -> [T, F, F]; with floor = 8 -> [T, F, T]
     """
     order = np.argsort(-scores, kind="stable")
@@ -3935,7 +3925,7 @@ class TokenCache:
 
 def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
     """The tokens of a set of files, mapped from a file in the cache that is made if it is missing or damaged."""
-    special = tokenizer.special.pattern if tokenizer.special else ""
+    special = tokenizer.special.pattern
     digests = [sha256_file(Path(name)) for name in paths]
     key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
     path = cache_home() / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
@@ -4706,8 +4696,8 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
 
 
 def others_apart_first(number: int, count: int, source: Callable[[int], frozenset[Any]]) -> Iterator[int]:
-    """The numbers after one, cyclically: first those whose source shares nothing with its own, then the others, which
-    would reveal much of it. source: called lazily, since it may be a search."""
+    """All other numbers, cyclically: first those whose source shares nothing with this one's, then the rest, which
+    would leak part of it. source: called lazily, since it may be a search."""
     own, following = source(number), [*range(number + 1, count), *range(number)]
     for apart in (True, False):
         yield from (other for other in following if own.isdisjoint(source(other)) == apart)
@@ -4857,15 +4847,15 @@ def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], t
                 models: ModelConfig, runtime: RuntimeConfig,
                 make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> None:
     """Run or continue a training phase and print its summary. own: the options that not every phase has."""
-    train, accelerator = with_defaults(phase, train), make_accelerator(runtime)
     folder, settings = Path(train.out_dir), run_settings((*own, train, models, runtime), phase=phase)
+    train, accelerator = with_defaults(phase, train), make_accelerator(runtime)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
         checkpoint = open_run(folder, facts, train.resume)
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
         model = load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
-        model.config.compression = max(train.k)
+        model.config.compression = max(*train.k, model.config.compression if model.config.history else 0)
         lessons = make_lessons(model, train)
         apart = (weights.get("kl") or weights.get("argmax")) and "d" in train.train  # else the decoder is the teacher
         teacher = load_model(models, runtime).decoder.requires_grad_(False) if apart else None
@@ -5041,7 +5031,6 @@ def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConf
     """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
     checkpoint, parts = find_checkpoint(models), {}
     config = model_config(models, checkpoint)
-    config.compression = data.k
     if checkpoint is not None:
         checkpoint.verify()
         names = {path.stem for path in checkpoint.path.glob("*.safetensors")} - {"trainer"}
@@ -5206,7 +5195,7 @@ def decode(decoder: nn.Module, logits: Tensor, state: DecoderState, *, max_new: 
 
 
 def settled_length(text: str) -> int:
-    """Length of an answer without the citation at its end, begun or whole, and the blanks there."""
+    """Length of an answer up to a complete or unfinished citation at its end, without blanks there."""
     body = text.rstrip()
     at = body.rfind("[")
     is_citation = 0 <= at >= len(body) - LONGEST_CITATION and "]" not in body[at:-1]
@@ -5269,7 +5258,7 @@ class Citations(NamedTuple):
     """An answer's citations, and the answer without them."""
     bare: str  # without any that is complete
     plain: str  # without the one at the end
-    begun: str | None  # what stands of one that the end cuts off
+    begun: str | None  # the start of one that the answer's end cuts off
     labels: list[tuple[str, bool]]  # (label, whether it is forged), in order, each once
 
 
@@ -5404,8 +5393,8 @@ class Reading:
 
 
 class Pipeline:
-    """Question in, cited answer out, by `retrieve`, `context`, `score` and `inputs`, which `prepare` runs, and
-    `generate`; `settings` hold where none are given."""
+    """From a question to a cited answer: `prepare` runs `retrieve`, `context`, `score` and `inputs`; `generate` decodes.
+    `settings` are the defaults."""
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
@@ -5445,7 +5434,7 @@ class Pipeline:
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
         k, ctx_max = settings.k, settings.ctx_max
-        if settings.prompt is not None:
+        if settings.prompt is not None:  # read_prompt made it the question
             return read_context(self.tokenizer, item["question"], k, ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
@@ -5786,6 +5775,7 @@ def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConf
               generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> Pipeline:
     """The pipeline of a command that answers. ask: None if the questions come later."""
     require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
+    require(generate.prompt is None or pack.mode != "none", "--mode none goes without the documents of --prompt")
     require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
     require(not generate.resume or generate.out is not None, "--resume needs --out FILE, the file to continue")
     if generate.out is not None:

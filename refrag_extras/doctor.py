@@ -34,7 +34,8 @@ def run(index: refrag.IndexConfig, models: refrag.ModelConfig, doctor: refrag.Do
         found = {"all_reduce": all_reduce_check()}
     else:
         found = {"device": refrag.describe_device(runtime), "versions": refrag.library_versions(), "models": {}}
-        for name in refrag.BUNDLED:
+        named = [name for name in (models.dec, models.enc) if name and not name.startswith("decoder:")]
+        for name in [*refrag.BUNDLED, *named]:
             try:
                 found["models"][name] = refrag.model_path(name)
             except refrag.MissingError as error:  # it names the command that installs the model

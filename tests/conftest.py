@@ -129,6 +129,11 @@ def disturb(module: torch.nn.Module, seed: int = 0) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest tests first, so that of two processes none ends long before the other."""
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_docs.py"))
+
+
 def pytest_configure(config) -> None:
     """What a library is going to take away is not used anywhere."""
     config.addinivalue_line("filterwarnings", "error::FutureWarning")

@@ -688,7 +688,7 @@ def test_a_damaged_model_is_told(refused, line, llama, tmp_path, flag):
     argv = line("cpt_recon", tmp_path / "out", flag, folder)
     assert f"model {folder} is damaged" in refused(4, *argv)
     shutil.rmtree(folder)
-    assert f"model folder {folder} is not there" in refused(3, *argv) and not (tmp_path / "out").exists()
+    assert f"model {folder} is not there" in refused(3, *argv) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flag", ["--dec", "--enc"])

@@ -1,8 +1,8 @@
 """Do the tests find faults? Each of seeded_faults.toml is put into a copy of a checkout, alone, and its tests are run.
 
-    python tests/seed_faults.py run OUT.jsonl [--tree DIR] [--only NAME ..] [--limit SECONDS]
-    python tests/seed_faults.py check [--tree DIR]          has each fault its place, and does the program compile?
-    python tests/seed_faults.py compare OLD.jsonl NEW.jsonl
+    python docs/seed_faults.py run OUT.jsonl [--tree DIR] [--only NAME ..] [--limit SECONDS]
+    python docs/seed_faults.py check [--tree DIR]          has each fault its place, and does the program compile?
+    python docs/seed_faults.py compare OLD.jsonl NEW.jsonl
 
 `run` copies the last commit of the checkout, not what was changed since. OUT.jsonl has a line for each fault with the
 test that found it, written at once: an interrupted run goes on. Tests that fail without any fault are left out.
