@@ -214,6 +214,7 @@ class CorpusConfig(Options):
     overlap: int = opt(32, "tokens shared by neighbouring pieces of a passage", low=0)
 
     def check(self) -> None:
+        require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
         require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
                 f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}")
 
@@ -318,8 +319,8 @@ class TrainConfig(Options):
     lr: float | None = opt(None, f"peak learning rate; default {LORA_LR:g} with --lora_r, else " + ", ".join(
         f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()), above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
-    batch_size: int = opt(8, "sequences of --seq_tokens in one pass, or as many tokens of shorter ones", low=1)
-    grad_accum: int = opt(1, "passes per optimizer step and process", low=1)
+    batch_size: int = opt(8, "sequences of --seq_tokens positions, or as many positions of shorter ones", low=1)
+    grad_accum: int = opt(1, "times --batch_size per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of a sequence; longer texts become several")
     warmup: float = opt(0.04, "share of the steps with a rising learning rate", low=0, below=1)
     weight_decay: float = opt(0.01, "weight decay of matrices", low=0)
@@ -646,6 +647,11 @@ def flush(stream: Any) -> None:
 
 class LastingStderr(io.TextIOWrapper):
     """A stderr whose broken pipe neither ends the work nor changes the exit code."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            super().write(text)
+        return len(text)
 
     def flush(self) -> None:
         flush(super())
@@ -1500,7 +1506,7 @@ def model_path(name: str) -> str:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
     if not path.is_dir() and (looks_local or path.is_file()):
-        raise MissingError(f"model {name} is not there: name a folder, a hub id, or one of {', '.join(BUNDLED)}")
+        raise MissingError(f"model folder {name} is not there: name one, a hub id, or one of {', '.join(BUNDLED)}")
     return str(path) if path.is_dir() else name
 
 
@@ -4260,7 +4266,7 @@ def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, li
     """The rows of each positive id. Raises MismatchError if the index has none of them."""
     wanted = {i for q in questions for i in q.get("positive_ids") or ()}
     places: dict[str, list[int]] = {}
-    for row in range(len(index)):
+    for row in range(len(index)) if wanted else ():
         for name in index.names(row) & wanted:
             places.setdefault(name, []).append(row)
     if wanted and not places:
@@ -5393,7 +5399,7 @@ class Reading:
 
 
 class Pipeline:
-    """From a question to a cited answer: `prepare` runs `retrieve`, `context`, `score` and `inputs`; `generate` decodes.
+    """From a question to a cited answer: `prepare` runs `retrieve`, `context`, `score`, `inputs`; `generate` decodes.
     `settings` are the defaults."""
 
     def __init__(self, model: RefragModel, searcher: Searcher | None, embedder: Embedder | None, search: SearchConfig,

@@ -362,7 +362,7 @@ def bench_text(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def run(bench: refrag.BenchConfig, index: refrag.IndexConfig, models: refrag.ModelConfig,
+def run(bench: refrag.BenchConfig, index: refrag.IndexConfig, models: refrag.ReaderConfig,
         runtime: refrag.RuntimeConfig) -> None:
     with contextlib.ExitStack() as held:
         if bench.out_dir is not None:

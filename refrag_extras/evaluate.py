@@ -369,9 +369,9 @@ class QaTask(QuestionTask):
     def table(cls, summary: dict[str, Any]) -> str:
         rows = [[name, p, *map(cell.get, cls.columns)]
                 for name, cells in summary["results"].items() for p, cell in cells.items()]
-        refrag = summary["results"].get("refrag", {})
-        rivals = [name for name in summary["results"] if any(f"f1_minus_{name}" in cell for cell in refrag.values())]
-        versus = [[p, *(cell.get(f"f1_minus_{name}") for name in rivals)] for p, cell in refrag.items()]
+        ours = summary["results"].get("refrag", {})
+        rivals = [name for name in summary["results"] if any(f"f1_minus_{name}" in cell for cell in ours.values())]
+        versus = [[p, *(cell.get(f"f1_minus_{name}") for name in rivals)] for p, cell in ours.items()]
         tables = [markdown_table(["mode", "p", *cls.columns], rows)]
         if rivals:
             tables += ["F1 of refrag minus that of each control, question by question:",
@@ -487,7 +487,7 @@ class GateTask(QuestionTask):
     def load(self) -> None:
         self.pipeline = self.load_pipeline()
         # between 0 and 1 the scores do not depend on p
-        self.settings = {name: self.pipeline.settings_for(gate=name, p=0.5) for name, _ in self.cells}
+        self.gate_settings = {name: self.pipeline.settings_for(gate=name, p=0.5) for name, _ in self.cells}
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         [item] = unit
@@ -497,7 +497,7 @@ class GateTask(QuestionTask):
         spans = answer_spans(context, item, pipeline.index, pipeline.tokenizer)
         right = [{number for number, doc in enumerate(context.docs) if name in pipeline.index.names(doc.row)}
                  for name in dict.fromkeys(item["positive_ids"])]
-        for gate, settings in self.settings.items():
+        for gate, settings in self.gate_settings.items():
             with watch.stage(gate):
                 scores, _ = pipeline.score(context, settings)
             for p in self.shares:
@@ -847,7 +847,7 @@ def paint_quality(axes: Any, results: dict[str, dict[str, dict[str, Any]]]) -> N
 
 
 def run(evaluation: refrag.EvalConfig, index: refrag.IndexConfig, search: refrag.SearchConfig,
-        models: refrag.ModelConfig, runtime: refrag.RuntimeConfig) -> None:
+        models: refrag.ReaderConfig, runtime: refrag.RuntimeConfig) -> None:
     task = TASKS[evaluation.task](evaluation, index, search, models, runtime)
     summary = evaluate(task)
     refrag.emit(summary, runtime, task.table(summary))

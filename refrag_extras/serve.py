@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,7 +165,7 @@ class EmbeddingsForm(Form):
 
 
 class ChatRequest(NamedTuple):
-    """A request for an answer, understood. Those with the same settings and seed may share a batch."""
+    """A request for an answer, understood."""
 
     question: str
     settings: refrag.Settings
@@ -240,7 +241,8 @@ class Engine:
 
     def __init__(self, pipeline: refrag.Pipeline, serve: refrag.ServeConfig):
         self.pipeline, self.serve = pipeline, serve
-        self.thread = ThreadPoolExecutor(1, "engine")  # models and tokenizers serve one thread at a time
+        self.thread = ThreadPoolExecutor(1, "engine")
+        self.models = threading.Lock()  # models and tokenizers serve one thread at a time
         self.waiting: set[Job] = set()
         self.counts: collections.Counter = collections.Counter()
 
@@ -260,7 +262,8 @@ class Engine:
             if job.late:
                 raise late
             items = [{"id": job.id, "question": job.asked.question}]
-            [result] = self.pipeline.answer_batch(items, job.asked.settings, [job.pass_on])
+            with self.models:
+                [result] = self.pipeline.answer_batch(items, job.asked.settings, [job.pass_on])
             made = result["metrics"]
             self.counts.update(answers_total=1, new_tokens_total=made["new_tokens"], positions_total=made["positions"],
                                full_positions_total=made["full_positions"], ttft_seconds_total=made["ttft_s"])
@@ -277,14 +280,15 @@ class Engine:
         return "\n".join(lines) + "\n"
 
     def embed(self, texts: list[str]) -> tuple[np.ndarray, int]:
-        """(N, dim) float32 of texts, and how many tokens were read. Raises Refused."""
+        """(N, dim) float32 of texts, and how many tokens were read. Raises Refused. Waits for one answer at most."""
         embedder = self.pipeline.embedder
-        rows = embedder.tokenizer([embedder.prompt + text for text in texts], verbose=False)["input_ids"]
-        longest = max(map(len, rows))
-        if longest > embedder.max_tokens:  # a vector of a part would look like one of the whole
-            raise Refused(400, f"an input has {longest} tokens, more than the {embedder.max_tokens} that "
-                          f"{embedder.name} reads: split it", "context_length_exceeded", "input")
-        return embedder.embed_passages(texts), sum(map(len, rows))
+        with self.models:
+            rows = embedder.tokenizer([embedder.prompt + text for text in texts], verbose=False)["input_ids"]
+            longest = max(map(len, rows))
+            if longest > embedder.max_tokens:  # a vector of a part would look like one of the whole
+                raise Refused(400, f"an input has {longest} tokens, more than the {embedder.max_tokens} that "
+                              f"{embedder.name} reads: split it", "context_length_exceeded", "input")
+            return embedder.embed_passages(texts), sum(map(len, rows))
 
 
 # -- HTTP ---------------------------------------------------------------
@@ -453,8 +457,7 @@ class Service:
         dim = self.engine.pipeline.embedder.dim
         if form.dimensions not in (None, dim):
             raise Refused(400, f"dimensions: the vectors of {form.model} have {dim}", "invalid_value", "dimensions")
-        vectors, tokens = await asyncio.get_running_loop().run_in_executor(self.engine.thread, self.engine.embed,
-                                                                           form.input)
+        vectors, tokens = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, form.input)
         coded = form.encoding_format == "base64"
         rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if coded else row.tolist() for row in vectors]
         return JSONResponse({
@@ -521,6 +524,7 @@ def listening_socket(serve: refrag.ServeConfig) -> socket.socket:
     """A socket on --host and --port. Raises UserError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        both = serve.host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except OSError as error:
         raise refrag.UserError(f"--host {serve.host} --port {serve.port}: {error.strerror or error}") from None

@@ -295,7 +295,7 @@ def test_adding_needs_an_index(refused, line, tmp_path):
     ("generate", "--dec"), ("index", "--dec"), ("vectors", "--embed_model")])
 def test_models_that_are_not_there(refused, command, tmp_path, name, options):
     more = ["--text", "a"] if name == "align" else []
-    assert f"model {NOWHERE} is not there" in refused(3, *command(name, *more, options, NOWHERE))
+    assert f"model folder {NOWHERE} is not there" in refused(3, *command(name, *more, options, NOWHERE))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
 
 

@@ -537,8 +537,7 @@ def test_a_flipped_bit_at_any_place_of_an_index_is_noticed(run, refused, read, l
     *((artefact, {"version": 99}, 5, "update the program") for artefact in ("index", "checkpoint", "gate")),
     ("checkpoint", {"format": "something-else"}, 5, "update the program"),
     ("index", {"words": "another rule for words"}, 5, "build it again"),
-    *(("index", wrong, 4, "manifest.json is damaged") for wrong in (
-        {"segments": []}, {"segments": [3]}, {"uses": "dense"}, {"chunking": {"k": "4"}}, {"embedder": None}))])
+    ("index", {"segments": []}, 4, "manifest.json is damaged")])
 def test_what_another_program_has_written(refused, read, artefact, changes, code, told):
     folder, argv = read(artefact)
     sign(folder, **changes)
@@ -686,9 +685,9 @@ def test_a_damaged_model_is_told(refused, line, llama, tmp_path, flag):
     folder = shutil.copytree(llama, tmp_path / "model")
     damage(folder / "model.safetensors", "truncated")
     argv = line("cpt_recon", tmp_path / "out", flag, folder)
-    assert f"model {folder} is damaged" in refused(4, *argv)
+    assert f"model folder {folder} is damaged" in refused(4, *argv)
     shutil.rmtree(folder)
-    assert f"model {folder} is not there" in refused(3, *argv) and not (tmp_path / "out").exists()
+    assert f"model folder {folder} is not there" in refused(3, *argv) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flag", ["--dec", "--enc"])
