@@ -685,7 +685,7 @@ def test_a_damaged_model_is_told(refused, line, llama, tmp_path, flag):
     folder = shutil.copytree(llama, tmp_path / "model")
     damage(folder / "model.safetensors", "truncated")
     argv = line("cpt_recon", tmp_path / "out", flag, folder)
-    assert f"model folder {folder} is damaged" in refused(4, *argv)
+    assert f"model {folder} is damaged" in refused(4, *argv)
     shutil.rmtree(folder)
     assert f"model folder {folder} is not there" in refused(3, *argv) and not (tmp_path / "out").exists()
 
