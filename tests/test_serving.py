@@ -1,5 +1,4 @@
-"""Section 14: the conversation, typed into a terminal and piped; the server, asked by OpenAI's own client and
-worse; prompts for other engines."""
+"""The conversation, typed and piped; the server, asked by OpenAI's own client and worse; prompts for other engines."""
 
 from __future__ import annotations
 
@@ -385,30 +384,22 @@ class TestBadRequests:
         *((body, next(iter(body)), "not supported") for body in (
             {"frobnicate": 1}, {"top_k": 5}, {"n": 2}, {"tools": [{}]}, {"tool_choice": "required"}, {"logprobs": True},
             {"logit_bias": {"7": 1}}, {"presence_penalty": 0.5}, {"response_format": {"type": "json_object"}})),
-        ({"messages": None}, "messages", "required"), ({"model": 3}, "model", "a valid string"),
-        ({"messages": []}, "messages", "at least 1"), ({"messages": ["x"]}, "messages[0]", "an object"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'system', 'developer', 'user'"),
+        ({"messages": None}, "messages", "required"), ({"messages": []}, "messages", "at least 1"),
         ({"messages": [*say("x"), {"role": "user", "content": 3}]}, "messages[1].content", "a valid string"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "supported"),
         ({"messages": say(" ")}, "messages", "must be the user's, and not empty"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "of type text"),
         ({"messages": say("x", "y")}, "messages", "the last message must be the user's"),
         ({"stop": list("abcde")}, "stop", "at most 4"), ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
-        ({"stop": ""}, "stop[0]", "at least 1 character"), ({"stop": 3}, "stop", "a valid array"),
         ({"stop": ["x" * 1001]}, "stop[0]", "at most 1000"), ({"stream": "yes"}, "stream", "a valid boolean"),
-        ({"stream_options": {"speed": 1}}, "stream_options.speed", "not supported"),
         ({"max_tokens": -1}, "max_tokens", "max_tokens must be 1 or more, got -1"),
-        ({"max_completion_tokens": 0}, "max_tokens", "max_tokens must be 1 or more, got 0"),
         *(({name: 5000}, name, "less than or equal to 1024") for name in ("max_tokens", "max_completion_tokens")),
-        ({"max_tokens": True}, "max_tokens", "a valid integer"), ({"seed": 2**70}, "seed", "less than"),
-        ({"temperature": -1}, "temperature", "temperature must be 0 or more"),
-        ({"temperature": 10**400}, "temperature", ""),
-        ({"top_p": 0}, "top_p", "top_p must be more than 0 and at most 1"), ({"refrag": 7}, "refrag", "an object"),
+        ({"seed": 2**70}, "seed", "less than"), ({"temperature": -1}, "temperature", "temperature must be 0 or more"),
+        ({"top_p": 0}, "top_p", "top_p must be more than 0 and at most 1"),
         *(({"refrag": {name: value}}, f"refrag.{name}", told) for name, value, told in (
             ("speed", 1, "not supported"), ("p", 2, "refrag.p must lie between 0 and 1, got 2.0"),
-            ("k", 0, "refrag.k must lie"), ("mode", "magic", "'refrag', 'full', 'none' or 'truncate'"),
-            ("topk", 0, "refrag.topk must be 1"), ("topk", 10**9, "less than or equal to 100"),
-            ("hops", 9, "less than or equal to 4"))),
+            ("mode", "magic", "'refrag', 'full', 'none' or 'truncate'"), ("topk", 0, "refrag.topk must be 1"),
+            ("topk", 10**9, "less than or equal to 100"), ("hops", 9, "less than or equal to 4"))),
         ({"messages": say("why " * 4000), "refrag": {"mode": "none"}}, "messages",
          "window is 2048: lower refrag.topk, refrag.p or max_tokens"),
         ({"messages": [{"role": "system", "content": "Be brief. " * 1500}, *say("Why?")], "refrag": {"mode": "none"}},
@@ -427,9 +418,8 @@ class TestBadRequests:
         assert server.ask("why " * 4000, stream=True, refrag={"mode": "none"}).status_code == 400  # before it begins
 
     @pytest.mark.parametrize("more", [
-        {"tools": []}, {"tools": [], "tool_choice": "auto"}, {"tool_choice": "none", "parallel_tool_calls": True},
-        {"n": 1, "logprobs": False, "top_logprobs": 0, "logit_bias": {}}, {"presence_penalty": 0.0},
-        {"frequency_penalty": 0, "response_format": {"type": "text"}, "modalities": ["text"]},
+        {"tools": [], "tool_choice": "auto"}, {"tool_choice": "none", "parallel_tool_calls": True, "n": 1},
+        {"logprobs": False, "logit_bias": {}, "frequency_penalty": 0, "response_format": {"type": "text"}},
         {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "x"},
         {"stop": None, "seed": None, "refrag": None, "tools": None, "stream_options": None, "audio": None},
         {"messages": [{"role": "user", "name": "me", "refusal": None, "tool_calls": None, "annotations": [],
@@ -442,11 +432,8 @@ class TestBadRequests:
     @pytest.mark.parametrize(("body", "param", "told"), [
         ({"input": ""}, "input[0]", "at least 1 character"), ({"input": []}, "input", "at least 1 item"),
         ({"input": [1, "x"]}, "input[0]", "a valid string"), ({"input": [[5]]}, "input[0]", "a valid string"),
-        ({"input": 1.5}, "input", "a valid array"), ({}, "input", "required"),
+        ({}, "input", "required"), ({"input": "x", "dimensions": 8}, "dimensions", "have 24"),
         ({"input": "x", "encoding_format": "octal"}, "encoding_format", "'float' or 'base64'"),
-        ({"input": "x", "more": 1}, "more", "not supported"), ({"input": "\ud800"}, None, "Invalid JSON"),
-        ({"input": "x", "dimensions": 8}, "dimensions", "have 24"),
-        ({"input": "x", "dimensions": 0}, "dimensions", "have 24"),
         ({"input": ["x", "bells " * 63]}, "input", "an input has 65 tokens, more than the 64")],
         ids=lambda v: str(v)[:60])
     def test_of_embeddings(self, server, body, param, told):
