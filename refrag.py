@@ -5271,7 +5271,7 @@ class Citations(NamedTuple):
 def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
     """Find the citations in an answer: [2], [1, 3], (doc 2) and <doc id="2">.
 
-    A label that was not given is forged if it is a number below 1000; other words in brackets are no citation.
+    One that was not given is forged in <doc id=..>, or as a number below 1000 in brackets; other words are no citation.
     Examples with labels 1 and 2: "Ulm [1][9]" -> ("Ulm", "Ulm [1]", None, [("1", False), ("9", True)]);
     "Ulm [1" -> ("Ulm [1", "Ulm", "1", [])
     """
