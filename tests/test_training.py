@@ -744,7 +744,7 @@ def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_p
 
 def test_questions_without_an_answer_are_left_out_and_counted(lessons_on, capsys):
     assert len(lessons_on([QUESTIONS[0], *({"question": q, "answers": []} for q in ("Who?", "Why?"))])) == 1
-    assert ": left out 2, which have no answer\n" in capsys.readouterr().err
+    assert ": left out 2 without answers\n" in capsys.readouterr().err
 
 
 # -- the order of the data -------------------------------------------------------------------
