@@ -611,7 +611,7 @@ def test_unanswerable_questions_count_in_qa(run_eval, run, argv, tmp_path):
     argv.remove("--quiet")
     for task in ("retrieval", "gate"):
         code, out, err = run(*argv, "--qa", partly, "--task", task, "--json")
-        assert code == 0 and json.loads(out)["n"] == 5 and f"--qa {partly}: left out 1 without answers\n" in err
+        assert code == 0 and json.loads(out)["n"] == 5 and f"--qa {partly}: left out 1 without positive_ids\n" in err
     # the other one has no place in a passage to be found
     assert timeless(json.loads(out)["results"]) == timeless(run_eval("--task", "gate")["results"])
 
