@@ -2230,6 +2230,7 @@ class IndexBuild:
             data = io.BytesIO()
             np.savez(data, **block)
             write_atomic(path, data.getvalue())
+            glibc("malloc_trim", 0)
         return block
 
     def build_retrievers(self, folder: Path) -> str | None:
