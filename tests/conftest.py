@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach out
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -135,8 +136,10 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 
 def pytest_configure(config) -> None:
-    """What a library is going to take away is not used anywhere."""
+    """What a library is going to take away is not used anywhere. No example has a time limit of its own."""
     config.addinivalue_line("filterwarnings", "error::FutureWarning")
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

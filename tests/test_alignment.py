@@ -26,7 +26,7 @@ ODD = ["👨‍👩‍👧", "🇫🇷🇪🇸", "🙂", "👍🏽", "e\u0301", 
        "\u200b", "\x00", "\ufffd", "\u2028", " ", "   ", "\n", "\n\n", "\t", "\u00a0", "▁", "Ġ", "\U0001d518"]
 WORDS = sorted({word for text in TEXTS for word in text.split()})
 wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=4), max_size=12).map("".join)
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=60)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def boundary_lists(draw):
 
 
 @given(a=boundary_lists(), b=boundary_lists())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_common_boundaries_equal_all_comparisons(a, b):
     """Against every pair of places, by the rule that a number counts where it stands first."""
     expected = [(i, j) for i, x in enumerate(a) for j, y in enumerate(b)
@@ -185,7 +185,7 @@ letters = st.text(alphabet="aAáÁbBcCéeE \t\n,.1长", max_size=9)
 
 
 @given(a=letters, b=letters)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_edit_distance_equals_plain_recursion(a, b):
     assert refrag.edit_distance(a, b) == pytest.approx(plain_distance(a, b))
 
@@ -212,7 +212,7 @@ def test_spans_that_decode_to_nothing_cost_nothing():
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @given(text=wild)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_cost_anchors_stand_where_both_end(loaded, pair, text):
     """Every common end in the source text is one anchor, in order; a cost is a share."""
     a, b = both_sides(loaded, text, pair)
@@ -262,7 +262,7 @@ def test_steps_grow_with_the_tokens_alone(loaded, capital):
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @given(text=wild)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_rows_hold_all_tokens_of_both_sides_in_order(loaded, pair, text):
     a, b = both_sides(loaded, text, pair)
     rows = align.anchor_rows(a, b)

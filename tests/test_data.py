@@ -64,10 +64,8 @@ def stdin(monkeypatch):
 @pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
 def test_text_lines_are_passages_with_file_and_line_as_ids(write, tmp_path, name):
     got = read(write(name, f"one\n\n  \t \nfour {CJK}\n"))
-    assert got.records == [
-        refrag.Record(f"{name}:1", "", "one", f"{tmp_path / name}:1"),
-        refrag.Record(f"{name}:4", "", f"four {CJK}", f"{tmp_path / name}:4"),
-    ]
+    assert got.records == [refrag.Record(f"{name}:{line}", "", text, f"{tmp_path / name}:{line}")
+                           for line, text in ((1, "one"), (4, f"four {CJK}"))]
     assert (got.skipped, got.replaced) == (0, 0)
 
 

@@ -291,8 +291,7 @@ class TestCitations:
         ("five [1]", "five [1] [b]", "b"),  # a forged mark stays, to be flagged
         ("five", "five [b]", "b"), ("No [b]", "No [b]", None),  # yes and no stand anywhere
         ("five [a", "five [a]", "a"), ("old city [", "old city [a]", "a"),
-        ("five [a], six [b", "five [a], six [b]", "b"),
-    ])
+        ("five [a], six [b", "five [a], six [b]", "b")])
     def test_the_citation_is_where_the_answer_stands(self, said, cited, chosen):
         assert cite(said) == (cited, chosen)
 

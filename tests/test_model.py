@@ -56,7 +56,7 @@ def rows(request, llama, bert):
 
 
 @given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=8), seed=st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_segment_means_of_runs(sizes, seed):
     """Zeros where a run has no states: a decoder's token may be longer than a chunk."""
     states = np.random.default_rng(seed).standard_normal((sum(sizes), 3)).astype(np.float32)
@@ -384,7 +384,7 @@ def test_collate_golden():
 
 
 @given(owners=st.lists(st.integers(-1, 3), min_size=1, max_size=12), seed=st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_segment_means_of_each_owner(owners, seed):
     """Owner -1 is nobody; an owner without a state has zeros."""
     states = np.random.default_rng(seed).standard_normal((len(owners), 3)).astype(np.float32)

@@ -28,7 +28,7 @@ ordinary = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 LOOKALIKES = "\u2039\u27e6"  # what < and [ become
 wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=6), max_size=20).map("".join)
 hostile = st.lists(st.sampled_from(TAGS + SPECIAL + NESTED + WORDS[:3] + [" ", "\n"]), max_size=12).map("".join)
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=60)
 @pytest.fixture(scope="module")
 def loaded(tokenizers):
     """The tokenizers by kind, loaded."""
@@ -147,7 +147,7 @@ def test_token_cuts_golden():
 
 @given(allowed=st.lists(st.booleans(), max_size=40).map(lambda inner: np.array([True, *inner, True])),
        k=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 63]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_unit_is_as_long_as_it_can_be(allowed, k):
     """It ends at the last place within k tokens, or if there is none at the first one after. Multiples of 4 nest."""
     cuts = refrag.token_cuts(allowed, k).tolist()
@@ -184,7 +184,7 @@ def test_a_text_is_cut_where_its_tokens_are(loaded, kind, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=hostile, other=wild)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_neutralised_text_makes_no_special_token_and_no_tag(loaded, kind, text, other):
     decoder = loaded[kind]
     tokenizer = refrag.RefragTokenizer(decoder)
@@ -608,7 +608,7 @@ def answered(draw):
 
 
 @given(made=answered(), other=answered())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_controls_are_asked_the_same(made, other):
     """The whole answer, in order; only what is read before it differs."""
     sequence, answer = made
@@ -634,7 +634,7 @@ chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 16)), min_siz
 
 
 @given(chunks=chunk_lists, percent=st.integers(0, 100), floor=st.integers(0, 99))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @example(chunks=[(0, 1)] * 100, percent=7, floor=0)  # .07 * 100 is 7.000000000000001
 @example(chunks=[(0, 1)] * 100, percent=29, floor=0)  # .29 * 100 is 28.999999999999996
 @example(chunks=[(0, 1)] * 100, percent=100, floor=0)

@@ -20,7 +20,7 @@ from writers import tree, unchanged
 import refrag
 from refrag_extras import bench
 
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 RUNTIME = refrag.RuntimeConfig(device="cpu", dtype="float32")
 STATES = ["--enc", "decoder:2", "--dtype", "float32"]
 
@@ -217,7 +217,7 @@ def test_words_do_not_depend_on_the_unicode_form(text):
 
 
 @given(st.text("aAtsI179.,-'+#_ \n=", max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_faster_pattern_finds_the_same_in_ascii(text):
     assert refrag.ASCII_WORD.findall(text) == refrag.WORD.findall(text)
 

@@ -27,7 +27,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 # ---- Columns on disk ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.text(), max_size=5), max_size=4))
 def test_strings_come_back_as_they_were_written(blocks):
     """st.text() leaves out surrogates, which UTF-8 cannot hold, and draws from all other characters."""
@@ -51,7 +51,7 @@ def test_a_column_has_no_rows_outside_of_its_range(tmp_path):
             column[row]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(dtype=st.sampled_from([np.float16, np.float32, np.int64, np.uint16, np.uint8]),
        width=st.none() | st.integers(1, 5), lengths=st.lists(st.integers(0, 4), min_size=1, max_size=4), data=st.data())
 def test_arrays_come_back_as_they_were_appended(dtype, width, lengths, data):

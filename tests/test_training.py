@@ -954,7 +954,7 @@ def test_exactly_the_named_parts_move(train, start, tmp_path, phase, letters, op
     assert config.history[0]["train"] == letters
 
 
-@pytest.mark.parametrize(("phase", "letters"), zip(PHASES, ("d", "ped", "d", "ped"), strict=True))
+@pytest.mark.parametrize(("phase", "letters"), list(zip(PHASES, ("d", "ped", "d", "ped"), strict=True)))
 def test_adapters_move_instead_of_the_decoder(train, start, phase, letters):
     """Its weights stay bit for bit; loading adds B A times alpha / r = 2 to each of the matrices."""
     summary = train(phase, "run", "--load_dir", start, "--train", letters, "--lora_r", 2, "--steps", 3, "--lr", "1e-2")
