@@ -1860,35 +1860,26 @@ class Index:
     """An index folder, memory-mapped. Its manifest names one generation, a folder of columns, vectors, FAISS and BM25.
     A writer makes a new one, then replaces the manifest in one step: a reader finds the old index or the new."""
 
-    def __init__(self, path: Path, read_all: bool = False):
-        """read_all: see `verify_files`. Raises RefragError."""
-        self.path, self.manifest = path, index_manifest(path)
-        folder = path / self.manifest["generation"]
-        try:
-            verify_files(path, self.manifest["files"], read_all=read_all)
-            self.passages, self.chunks = (open_columns(folder / f"{name}.arrow") for name in ("passages", "chunks"))
-            uses, self.fields = self.manifest["uses"], {}
-            self.vectors = self.faiss = self.bm25 = None
-            if "dense" in uses:
-                self.vectors = map_vectors(folder / "vectors", self.manifest["dim"])
-                self.faiss = None if self.manifest["faiss"] == "flat" else read_faiss(folder / "faiss.index")
-            if "bm25" in uses:
-                self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False)
-        except (OSError, CorruptError):
-            if index_manifest(path)["digest"] == self.manifest["digest"]:
-                raise
-            self.__init__(path, read_all)  # a writer replaced the generation between the two reads
+    def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
+        self.path, self.manifest, uses = path, manifest, manifest["uses"]
+        verify_files(path, manifest["files"], read_all=read_all)
+        folder = path / manifest["generation"]
+        self.passages, self.chunks = (open_columns(folder / f"{name}.arrow") for name in ("passages", "chunks"))
+        self.vectors = map_vectors(folder / "vectors", manifest["dim"]) if "dense" in uses else None
+        self.faiss = None if manifest["faiss"] in (None, "flat") else read_faiss(folder / "faiss.index")
+        self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False) if "bm25" in uses else None
+        self.fields: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # what `values` found
 
     def refresh(self) -> None:
-        """Become what a writer has made current since, unless that was made by other models."""
+        """Become what a writer has made current since, unless other models made that."""
         try:
             if index_manifest(self.path)["digest"] != self.manifest["digest"]:
-                new = Index(self.path)
+                new = open_index(self.path)
                 if made_by(new.manifest) != made_by(self.manifest):
-                    raise MismatchError(f"the index {self.path} was built by other models: restart to use it")
+                    raise MismatchError(f"other models made the new one in {self.path}: restart to use it")
                 vars(self).update(vars(new))
         except RefragError as error:
-            notice(f"using the index as it was: {one_line(error)}")
+            notice(f"the index stays as it was: {one_line(error)}")
 
     def __len__(self) -> int:
         return self.passages.num_rows
@@ -2001,10 +1992,15 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     return manifest
 
 
-def open_index(index_dir: str | None, read_all: bool = False) -> Index:
+def open_index(index_dir: str | Path | None, read_all: bool = False) -> Index:
     """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
-    index_manifest(index_dir)  # a missing name is told
-    return Index(Path(index_dir), read_all)
+    manifest = index_manifest(index_dir)
+    try:
+        return Index(Path(index_dir), manifest, read_all)
+    except (OSError, CorruptError):
+        if index_manifest(index_dir)["digest"] == manifest["digest"]:
+            raise
+    return open_index(index_dir, read_all)  # a writer replaced the generation between the two reads
 
 
 def made_by(manifest: dict[str, Any]) -> tuple:
