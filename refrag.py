@@ -1441,6 +1441,72 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
     return list(sample_evenly(found, limit))
 
 
+COMPARISONS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+               ">": operator.gt, ">=": operator.ge}
+COMPARISON = re.compile(r"""\s*("[^"]+"|'[^']+'|[^\s<>=!"']+)\s*([<>!=]=?)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*"""
+                        r"(and\s|or\s|$)", re.IGNORECASE)
+
+
+def parse_where(text: str) -> list[list[tuple[str, str, str]]]:
+    """A filter as alternatives (or) of conditions (operator, field, value) that must all hold (and). Raises UserError.
+
+    Example: "year >= 1990 and lang = en" -> [[(">=", "year", "1990"), ("=", "lang", "en")]]
+    """
+    alternatives, place, join = [[]], 0, "and"
+    while join:
+        match = COMPARISON.match(text, place)
+        require(match is not None and match[2] in COMPARISONS,
+                f"--where: cannot read {text[place:]!r}: use comparisons ({' '.join(COMPARISONS)}) joined by and, or: "
+                "year >= 1990 and lang = en")
+        if join == "or":
+            alternatives.append([])
+        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
+        place, join = match.end(), match[4].strip().lower()
+    return alternatives
+
+
+def as_number(value: Any) -> float:
+    """A number, also one that is written as text; NaN for anything else."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError):
+        return math.nan
+
+
+class Filter:
+    """Applies --where to passages. column: gives their "document", "title" or "metadata", a JSON object or empty."""
+
+    def __init__(self, size: int, column: Callable[[str], Iterable[str]]):
+        self.size, self.column, self.fields = size, column, {}
+
+    def values(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A field's values (rows, texts, numbers), of a list each element; NaN for a text that is no number."""
+        if name not in self.fields:
+            found, key = [], json.dumps(name)
+            for row, text in enumerate(self.column({"id": "document", "title": "title"}.get(name, "metadata"))):
+                value = text if name in ("id", "title") else json.loads(text).get(name) if key in text else None
+                found += [(row, v) for v in (value if isinstance(value, list) else [value]) if v is not None]
+            require(bool(found), f"--where: no passage has a field {name!r}")
+            texts = [str(value).lower() if isinstance(value, bool) else str(value) for _, value in found]
+            self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
+                                 np.asarray([as_number(value) for _, value in found]))
+        return self.fields[name]
+
+    def allowed(self, where: str) -> np.ndarray:
+        """(N,) bool, the passages that pass; a passage without a field does not. Raises UserError."""
+        N = self.size
+        allowed = np.zeros(N, dtype=bool)
+        for conditions in parse_where(where):
+            passing = np.ones(N, dtype=bool)
+            for sign, name, value in conditions:
+                rows, texts, numbers = self.values(name)
+                number = as_number(value)
+                hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
+                passing &= np.isin(np.arange(N), rows[hits.astype(bool)])
+            allowed |= passing
+        return allowed
+
+
 # =============================================================================
 # 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
 #    on disk. The embedder is the retrieval model: its vectors of questions,
@@ -1649,21 +1715,14 @@ def index_terms(text: str) -> list[str]:
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
-def tune_faiss(index: faiss.Index) -> None:
+def read_faiss(path: Path) -> faiss.Index:
+    """A saved index, tuned. (From its bytes: FAISS accepts only UTF-8 file names.)"""
+    index = faiss.deserialize_index(np.frombuffer(map_file(path), np.uint8))
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
-    if isinstance(index, faiss.IndexRefine):
+    else:
         index.k_factor = 16  # 16 topk candidates are compared again, in 8 bits a number
-        index = faiss.downcast_index(index.base_index)
-    if hasattr(index, "nprobe"):
-        index.nprobe = NPROBE
-
-
-def read_faiss(path: Path) -> faiss.Index:
-    """A saved index, tuned. By a callback, since FAISS accepts only UTF-8 file names."""
-    with path.open("rb") as handle:
-        index = faiss.read_index(faiss.PyCallbackIOReader(handle.read))
-    tune_faiss(index)
+        faiss.downcast_index(index.base_index).nprobe = NPROBE
     return index
 
 
@@ -1801,39 +1860,6 @@ class Passage:
         return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
-COMPARISONS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
-               ">": operator.gt, ">=": operator.ge}
-COMPARISON = re.compile(r"""\s*("[^"]+"|'[^']+'|[^\s<>=!"']+)\s*([<>!=]=?)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*"""
-                        r"(and\s|or\s|$)", re.IGNORECASE)
-Condition = tuple[str, str, str]  # operator, field, value
-
-
-def parse_where(text: str) -> list[list[Condition]]:
-    """A filter as alternatives (or) of conditions that must all hold (and). Raises UserError.
-
-    Example: "year >= 1990 and lang = en" -> [[(">=", "year", "1990"), ("=", "lang", "en")]]
-    """
-    alternatives, place, join = [[]], 0, "and"
-    while join:
-        match = COMPARISON.match(text, place)
-        require(match is not None and match[2] in COMPARISONS,
-                f"--where: cannot read {text[place:]!r}: use comparisons ({' '.join(COMPARISONS)}) joined by and, or: "
-                "year >= 1990 and lang = en")
-        if join == "or":
-            alternatives.append([])
-        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
-        place, join = match.end(), match[4].strip().lower()
-    return alternatives
-
-
-def as_number(value: Any) -> float:
-    """A number, also one that is written as text; NaN for anything else."""
-    try:
-        return math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError):
-        return math.nan
-
-
 def map_file(path: Path) -> pa.Buffer:
     """A file's bytes, memory-mapped. (pyarrow's own mapping takes no path that is not UTF-8, numpy's no empty file.)"""
     with path.open("rb") as handle:
@@ -1868,7 +1894,7 @@ class Index:
         self.vectors = map_vectors(folder / "vectors", manifest["dim"]) if "dense" in uses else None
         self.faiss = None if manifest["faiss"] in (None, "flat") else read_faiss(folder / "faiss.index")
         self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False) if "bm25" in uses else None
-        self.fields: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # what `values` found
+        self.filter = Filter(len(self), self.column)
 
     def refresh(self) -> None:
         """Become what a writer has made current since, unless other models made that."""
@@ -1896,42 +1922,13 @@ class Index:
                 found.setdefault(name, []).append(row)
         return found
 
-    def values(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A field's values (rows, texts, numbers), of a list each element; NaN for a text that is no number."""
-        if name not in self.fields:
-            found = []
-            if name in ("id", "title"):
-                found = list(enumerate(self.passages["document" if name == "id" else name].to_pylist()))
-            else:
-                key, parts = json.dumps(name), self.passages["metadata"].chunks
-                for row, text in enumerate(text for part in parts for text in part.to_pylist()):
-                    value = json.loads(text).get(name) if key in text else None
-                    found += [(row, v) for v in (value if isinstance(value, list) else [value]) if v is not None]
-            require(bool(found), f"--where: no passage has a field {name!r}")
-            texts = [str(value).lower() if isinstance(value, bool) else str(value) for _, value in found]
-            self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
-                                 np.asarray([as_number(value) for _, value in found]))
-        return self.fields[name]
-
-    def allowed(self, where: str | None) -> np.ndarray | None:
-        """(N,) bool, the passages that pass a filter; None without one. Raises UserError."""
-        if where is None:
-            return None
-        allowed = np.zeros(len(self), dtype=bool)
-        for conditions in parse_where(where):
-            passing = np.ones(len(self), dtype=bool)
-            for sign, name, value in conditions:
-                rows, texts, numbers = self.values(name)
-                number = as_number(value)
-                hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
-                passing &= np.isin(np.arange(len(self)), rows[hits.astype(bool)])
-            allowed |= passing
-        return allowed
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of a column of passages, in their order."""
+        return (value for part in self.passages[name].chunks for value in part.to_pylist())
 
     def nearest(self, query: np.ndarray, topk: int, where: str | None = None) -> dict[int, float]:
         """{row: score} of the nearest vectors that pass a filter, best first. query: (1, dim) float32."""
-        allowed = self.allowed(where)
-        rows = None if allowed is None else np.flatnonzero(allowed)
+        rows = None if where is None else np.flatnonzero(self.filter.allowed(where))
         found = search_faiss(self.faiss, query, topk, rows) if self.faiss is not None else {}
         if len(found) < min(topk, len(self) if rows is None else len(rows)):  # flat, or few pass among many
             found = search_exactly(self.vectors, query, topk, rows)
@@ -1942,7 +1939,7 @@ class Index:
         """{row: BM25 score} of the best rows above zero that pass a filter, equal ones in corpus order, and of `others`
         that tie with them. A term that the question repeats counts as often."""
         terms = self.bm25.get_tokens_ids(index_terms(question))
-        scores = self.bm25.get_scores_from_ids(terms, self.allowed(where))
+        scores = self.bm25.get_scores_from_ids(terms, None if where is None else self.filter.allowed(where))
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
             edge = np.partition(scores[found], -topk)[-topk]
