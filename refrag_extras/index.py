@@ -8,18 +8,20 @@ new, lay out the columns, build FAISS and BM25, replace the manifest.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +82,32 @@ def keys_of(tables: Sequence[pa.Table]) -> pa.ChunkedArray:
     return pa.chunked_array([part for table in tables for part in table["key"].chunks], pa.binary(16))
 
 
+def in_blocks(records: Iterable[Record], characters: int = 1 << 20) -> Iterator[list[Record]]:
+    """At most BLOCK records together, and fewer that are long: tokens take 300 bytes each while they are cut."""
+    block, size = [], 0
+    for record in records:
+        block.append(record)
+        size += len(record.text)
+        if len(block) == BLOCK or size > characters:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without the white space at its ends. Example: " a b ", 0, 3 -> (1, 2)"""
+    start += len(text[start:end]) - len(text[start:end].lstrip())
+    return start, start + len(text[start:end].rstrip())
+
+
 def piece_facts(record: Record, start: int, end: int) -> str:
-    """The metadata of a piece of a record as JSON, with what holds at its start, and the page that it ends on."""
-    facts = dict(record.metadata)
-    for place, found in record.marks:
-        if place <= start:
-            facts |= found
-        elif place < end and "page" in found:
-            facts["last_page"] = found["page"]
+    """The metadata of a piece of a record as JSON, with what its marks say of its start, and as `last_page` (or another
+    name) of its end if that is something else."""
+    first, last = (bisect.bisect_right(record.marks, place, key=operator.itemgetter(0)) for place in (start, end - 1))
+    begins, ends = (record.marks[n - 1][1] if n else {} for n in (first, last))
+    lasts = {f"last_{name}": value for name, value in ends.items() if value != begins.get(name, value)}
+    facts = record.metadata | begins | lasts
     return json.dumps(facts) if facts else ""
 
 
@@ -118,8 +138,7 @@ class Build:
 
     def read(self, corpus: refrag.CorpusConfig) -> Iterator[list[tuple]]:
         """The corpus in blocks of passages (document, part, title, text, metadata). Raises RefragError."""
-        records = iter(refrag.progress(refrag.read_corpus(corpus, self.counts, self.sources), "reading", unit="record"))
-        while block := list(itertools.islice(records, BLOCK)):
+        for block in in_blocks(refrag.read_corpus(corpus, self.counts, self.sources)):
             titles = refrag.tokenize(self.tokenizer, [record.title or "." for record in block])
             texts = refrag.tokenize(self.tokenizer, [record.text for record in block])
             passages = []
@@ -133,14 +152,14 @@ class Build:
 
     def pieces(self, record: Record, spans: list[tuple[int, int]]) -> list[tuple]:
         """A record as one passage, or several with #1, #2, .. after its id. Raises BadRecord."""
-        kept = [span for span in spans if record.text[slice(*span)].strip()]
+        kept = [span for span in (trimmed(record.text, *span) for span in spans) if len(range(*span))]
         parts = range(1, len(kept) + 1) if len(kept) > 1 else [0]
         ids = {record.id, *(f"{record.id}#{part}" for part in parts if part)}
         for name in ids:
             if first := self.places.get(name):
                 raise refrag.BadRecord(f"duplicate id {name!r} at {first} and {record.where}: make ids unique")
         self.places |= dict.fromkeys(ids, record.where)
-        return [(record.id, part, record.title, record.text[slice(*span)].strip(), piece_facts(record, *span))
+        return [(record.id, part, record.title, record.text[slice(*span)], piece_facts(record, *span))
                 for part, span in zip(parts, kept, strict=True)]
 
     def compute(self, contents: list[str]) -> pa.Table:
