@@ -260,11 +260,40 @@ class ReaderConfig(ModelConfig):
     load_dir: str | None = opt("auto", "checkpoint or training run; auto: the shipped one if it fits; none: untrained")
 
 
+COMPARISONS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+               ">": operator.gt, ">=": operator.ge}
+COMPARISON = re.compile(r"""\s*("[^"]+"|'[^']+'|[^\s<>=!"']+)\s*([<>!=]=?)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*"""
+                        r"(\s(?:and|or)\s|$)", re.IGNORECASE)
+Condition = tuple[str, str, str]  # operator, field, value
+
+
+def parse_where(text: str) -> list[list[Condition]]:
+    """A filter as alternatives (or) of conditions that must all hold (and). Raises UserError.
+
+    Example: "year >= 1990 and lang = en" -> [[(">=", "year", "1990"), ("=", "lang", "en")]]
+    """
+    alternatives, place, join = [[]], 0, "and"
+    while join:
+        match = COMPARISON.match(text, place)
+        require(match is not None and match[2] in COMPARISONS,
+                f"--where: cannot read {text[place:]!r}: use comparisons ({' '.join(COMPARISONS)}) joined by and, or: "
+                "year >= 1990 and lang = en")
+        if join == "or":
+            alternatives.append([])
+        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
+        place, join = match.end(), match[4].strip().lower()
+    return alternatives
+
+
 class SearchConfig(Options):
     topk: int = opt(8, "passages to return", low=1)
     where: str | None = opt(None, "only passages whose fields pass, as in \"year >= 1990 and lang = en\"")
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
     hops: int = opt(1, "rounds; later queries add the best new passage's title and first sentence", low=1, high=8)
+
+    def check(self) -> None:
+        if self.where is not None:
+            parse_where(self.where)
 
 
 class QuestionConfig(Options):
@@ -1838,31 +1867,6 @@ class Passage:
         return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
-COMPARISONS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
-               ">": operator.gt, ">=": operator.ge}
-COMPARISON = re.compile(r"""\s*("[^"]+"|'[^']+'|[^\s<>=!"']+)\s*([<>!=]=?)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*"""
-                        r"(and\s|or\s|$)", re.IGNORECASE)
-Condition = tuple[str, str, str]  # operator, field, value
-
-
-def parse_where(text: str) -> list[list[Condition]]:
-    """A filter as alternatives (or) of conditions that must all hold (and). Raises UserError.
-
-    Example: "year >= 1990 and lang = en" -> [[(">=", "year", "1990"), ("=", "lang", "en")]]
-    """
-    alternatives, place, join = [[]], 0, "and"
-    while join:
-        match = COMPARISON.match(text, place)
-        require(match is not None and match[2] in COMPARISONS,
-                f"--where: cannot read {text[place:]!r}: use comparisons ({' '.join(COMPARISONS)}) joined by and, or: "
-                "year >= 1990 and lang = en")
-        if join == "or":
-            alternatives.append([])
-        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
-        place, join = match.end(), match[4].strip().lower()
-    return alternatives
-
-
 def as_number(value: Any) -> float:
     """A number, also one that is written as text; NaN for anything else."""
     try:
@@ -1922,7 +1926,7 @@ class Index:
             verify_files(path, self.manifest["files"], read_all=read_all)
             self.passages, self.chunks = (open_columns(folder / f"{name}.arrow") for name in ("passages", "chunks"))
             uses, self.fields = self.manifest["uses"], {}
-            self.vectors = self.faiss = self.bm25 = None
+            self.vectors = self.faiss = self.bm25 = self.refused = None  # refused: see `refresh`
             if "dense" in uses:
                 self.vectors = np.frombuffer(map_file(folder / "vectors"), np.float32).reshape(-1, self.manifest["dim"])
                 self.faiss = None if self.manifest["faiss"] == "flat" else read_faiss(folder / "faiss.index")
@@ -1936,11 +1940,14 @@ class Index:
     def refresh(self) -> None:
         """Become what a writer has made current since, unless that was made by other models."""
         try:
-            if index_manifest(self.path)["digest"] != self.manifest["digest"]:
-                new = Index(self.path)
-                if made_by(new.manifest) != made_by(self.manifest):
-                    raise MismatchError(f"the index {self.path} was built by other models: restart to use it")
-                vars(self).update(vars(new))
+            new = index_manifest(self.path)
+            if new["digest"] in (self.manifest["digest"], self.refused):
+                return
+            self.refused = new["digest"]
+            if (made_by(new), new["uses"]) != (made_by(self.manifest), self.manifest["uses"]):
+                raise MismatchError(f"{self.path} was built again for other models or retrievers: restart to use it")
+            vars(self).update(vars(Index(self.path)))
+            notice(f"{self.path} has changed: {len(self):,} passages now")
         except RefragError as error:
             notice(f"using the index as it was: {one_line(error)}")
 
@@ -5562,6 +5569,11 @@ class Pipeline:
         feed = settings.compressed == "feed" or (settings.compressed == "auto" and self.model.trained)
         return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
+    def refresh(self) -> None:
+        """Between two answers: go on with the index as it is now."""
+        if self.index is not None:
+            self.index.refresh()
+
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
         searches = self.searcher is not None and settings.mode != "none"
         if not searches:
@@ -5742,8 +5754,8 @@ class Pipeline:
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What an answer depends on; a file of results that is continued must share it."""
         config, stepper = self.model.config, self.stepper
-        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "hops", "rerank", "max_new",
-                 "temperature", "top_p", "cite")
+        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "where", "hops", "rerank",
+                 "max_new", "temperature", "top_p", "cite")
         return {**{name: getattr(settings, name) for name in named}, "stop": list(settings.stop),
                 "index_dir": self.index and self.index.manifest["digest"][:16],
                 "retriever": self.searcher and self.searcher.retriever, "seed": settings.sampler.initial_seed(),
