@@ -723,7 +723,7 @@ def test_a_changed_index_counts_from_the_next_request_on(start, notes, other_emb
     notes("--embed_model", other_embedder, bells=BELLS)
     assert [server.ask().json()["refrag"]["passages"] for _ in range(2)] == [second["passages"]] * 2
     assert server.said().count(f"{folder} has changed: 1 passages now") == 1
-    assert server.said().count("using the index as it was: ") == 1
+    assert server.said().count("the index stays as it was: ") == 1
 
 
 def half_sent(url, headers=""):
