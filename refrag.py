@@ -228,7 +228,7 @@ class BuildConfig(Options):
     faiss: str | None = opt(None, "default the index's or auto: flat to 1,000,000 passages, then ivfpq",
                             choices="auto flat hnsw ivfpq")
     add: bool = opt(False, "add to the index; a document whose id it has is replaced")
-    sync: bool = opt(False, "make the index hold the corpus and nothing else, with the settings it has")
+    sync: bool = opt(False, "make the index hold the corpus and nothing else, by the settings it has")
     delete: tuple[str, ...] = opt((), "ids of documents to delete from the index")
     delete_all: bool = opt(False, "let --sync or --delete leave nothing")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
@@ -1482,6 +1482,7 @@ class Filter:
 
     def __init__(self, size: int, column: Callable[[str], Iterable[str]]):
         self.size, self.column, self.fields = size, column, {}
+        self.allowed = functools.lru_cache(16)(self.allowed)  # both retrievers ask, at every hop
 
     def values(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A field's values (rows, texts, numbers), of a list each element; NaN for a text that is no number."""
@@ -1498,16 +1499,15 @@ class Filter:
 
     def allowed(self, where: str) -> np.ndarray:
         """(N,) bool, the passages that pass; a passage without a field does not. Raises UserError."""
-        N = self.size
-        allowed = np.zeros(N, dtype=bool)
+        allowed = np.zeros(self.size, dtype=bool)
         for conditions in parse_where(where):
-            passing = np.ones(N, dtype=bool)
+            passed = np.zeros(self.size, dtype=np.int64)  # how many of the conditions
             for sign, name, value in conditions:
                 rows, texts, numbers = self.values(name)
                 number = as_number(value)
                 hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
-                passing &= np.isin(np.arange(N), rows[hits.astype(bool)])
-            allowed |= passing
+                passed[np.unique(rows[hits.astype(bool)])] += 1
+            allowed |= passed == len(conditions)
         return allowed
 
 
