@@ -228,7 +228,7 @@ class BuildConfig(Options):
     faiss: str | None = opt(None, "default the index's or auto: flat to 1,000,000 passages, then ivfpq",
                             choices="auto flat hnsw ivfpq")
     add: bool = opt(False, "add to the index; a document whose id it has is replaced")
-    sync: bool = opt(False, "make the index hold the corpus and nothing else, with the settings it has")
+    sync: bool = opt(False, "make the index hold the corpus and nothing else, by the settings it has")
     delete: tuple[str, ...] = opt((), "ids of documents to delete from the index")
     delete_all: bool = opt(False, "let --sync or --delete leave nothing")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
@@ -257,11 +257,39 @@ class ReaderConfig(ModelConfig):
     load_dir: str | None = opt("auto", "checkpoint or training run; auto: the shipped one if it fits; none: untrained")
 
 
+COMPARISONS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+               ">": operator.gt, ">=": operator.ge}
+COMPARISON = re.compile(r"""\s*("[^"]+"|'[^']+'|[^\s<>=!"']+)\s*([<>!=]=?)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*"""
+                        r"(\s(?:and|or)\s|$)", re.IGNORECASE)
+
+
+def parse_where(text: str) -> list[list[tuple[str, str, str]]]:
+    """A filter as alternatives (or) of conditions (operator, field, value) that must all hold (and). Raises UserError.
+
+    Example: "year >= 1990 and lang = en" -> [[(">=", "year", "1990"), ("=", "lang", "en")]]
+    """
+    alternatives, place, join = [[]], 0, "and"
+    while join:
+        match = COMPARISON.match(text, place)
+        require(match is not None and match[2] in COMPARISONS,
+                f"--where: cannot read {text[place:]!r}: use comparisons ({' '.join(COMPARISONS)}) joined by and, or: "
+                "year >= 1990 and lang = en")
+        if join == "or":
+            alternatives.append([])
+        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
+        place, join = match.end(), match[4].strip().lower()
+    return alternatives
+
+
 class SearchConfig(Options):
     topk: int = opt(8, "passages to return", low=1)
     where: str | None = opt(None, "only passages whose fields pass, as in \"year >= 1990 and lang = en\"")
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
     hops: int = opt(1, "rounds; later queries add the best new passage's title and first sentence", low=1, high=8)
+
+    def check(self) -> None:
+        if self.where is not None:
+            parse_where(self.where)
 
 
 class QuestionConfig(Options):
@@ -1441,30 +1469,6 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
     return list(sample_evenly(found, limit))
 
 
-COMPARISONS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
-               ">": operator.gt, ">=": operator.ge}
-COMPARISON = re.compile(r"""\s*("[^"]+"|'[^']+'|[^\s<>=!"']+)\s*([<>!=]=?)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*"""
-                        r"(and\s|or\s|$)", re.IGNORECASE)
-
-
-def parse_where(text: str) -> list[list[tuple[str, str, str]]]:
-    """A filter as alternatives (or) of conditions (operator, field, value) that must all hold (and). Raises UserError.
-
-    Example: "year >= 1990 and lang = en" -> [[(">=", "year", "1990"), ("=", "lang", "en")]]
-    """
-    alternatives, place, join = [[]], 0, "and"
-    while join:
-        match = COMPARISON.match(text, place)
-        require(match is not None and match[2] in COMPARISONS,
-                f"--where: cannot read {text[place:]!r}: use comparisons ({' '.join(COMPARISONS)}) joined by and, or: "
-                "year >= 1990 and lang = en")
-        if join == "or":
-            alternatives.append([])
-        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
-        place, join = match.end(), match[4].strip().lower()
-    return alternatives
-
-
 def as_number(value: Any) -> float:
     """A number, also one that is written as text; NaN for anything else."""
     try:
@@ -1478,6 +1482,7 @@ class Filter:
 
     def __init__(self, size: int, column: Callable[[str], Iterable[str]]):
         self.size, self.column, self.fields = size, column, {}
+        self.allowed = functools.lru_cache(16)(self.allowed)  # both retrievers ask, at every hop
 
     def values(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A field's values (rows, texts, numbers), of a list each element; NaN for a text that is no number."""
@@ -1494,16 +1499,15 @@ class Filter:
 
     def allowed(self, where: str) -> np.ndarray:
         """(N,) bool, the passages that pass; a passage without a field does not. Raises UserError."""
-        N = self.size
-        allowed = np.zeros(N, dtype=bool)
+        allowed = np.zeros(self.size, dtype=bool)
         for conditions in parse_where(where):
-            passing = np.ones(N, dtype=bool)
+            passed = np.zeros(self.size, dtype=np.int64)  # how many of the conditions
             for sign, name, value in conditions:
                 rows, texts, numbers = self.values(name)
                 number = as_number(value)
                 hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
-                passing &= np.isin(np.arange(N), rows[hits.astype(bool)])
-            allowed |= passing
+                passed[np.unique(rows[hits.astype(bool)])] += 1
+            allowed |= passed == len(conditions)
         return allowed
 
 
@@ -1894,16 +1898,19 @@ class Index:
         self.vectors = map_vectors(folder / "vectors", manifest["dim"]) if "dense" in uses else None
         self.faiss = None if manifest["faiss"] in (None, "flat") else read_faiss(folder / "faiss.index")
         self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False) if "bm25" in uses else None
-        self.filter = Filter(len(self), self.column)
+        self.filter, self.refused = Filter(len(self), self.column), None  # refused: by `refresh`
 
     def refresh(self) -> None:
         """Become what a writer has made current since, unless other models made that."""
         try:
-            if index_manifest(self.path)["digest"] != self.manifest["digest"]:
-                new = open_index(self.path)
-                if made_by(new.manifest) != made_by(self.manifest):
-                    raise MismatchError(f"other models made the new one in {self.path}: restart to use it")
-                vars(self).update(vars(new))
+            new = index_manifest(self.path)
+            if new["digest"] in (self.manifest["digest"], self.refused):
+                return
+            self.refused = new["digest"]
+            if (made_by(new), new["uses"]) != (made_by(self.manifest), self.manifest["uses"]):
+                raise MismatchError(f"other models or retrievers made the new one in {self.path}: restart to use it")
+            vars(self).update(vars(open_index(self.path)))
+            notice(f"{self.path} has changed: {len(self):,} passages now")
         except RefragError as error:
             notice(f"the index stays as it was: {one_line(error)}")
 
@@ -5155,6 +5162,11 @@ class Pipeline:
         feed = settings.compressed == "feed" or (settings.compressed == "auto" and self.model.trained)
         return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
+    def refresh(self) -> None:
+        """Between two answers: go on with the index as it is now."""
+        if self.index is not None:
+            self.index.refresh()
+
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
         searches = self.searcher is not None and settings.mode != "none"
         if not searches:
@@ -5335,8 +5347,8 @@ class Pipeline:
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What an answer depends on; a file of results that is continued must share it."""
         config, stepper = self.model.config, self.stepper
-        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "hops", "rerank", "max_new",
-                 "temperature", "top_p", "cite")
+        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "where", "hops", "rerank",
+                 "max_new", "temperature", "top_p", "cite")
         return {**{name: getattr(settings, name) for name in named}, "stop": list(settings.stop),
                 "index_dir": self.index and self.index.manifest["digest"][:16],
                 "retriever": self.searcher and self.searcher.retriever, "seed": settings.sampler.initial_seed(),

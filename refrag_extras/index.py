@@ -425,10 +425,11 @@ def check_same_build(manifest: dict[str, Any], index: refrag.IndexConfig, build:
 def load_build(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.BuildConfig,
                models: refrag.ModelConfig, runtime: refrag.RuntimeConfig) -> FolderBuild:
     """A build with what the options name, or what the index to change has. Raises RefragError."""
-    previous, unreadable = None, () if build.changes else refrag.RefragError
-    with contextlib.suppress(unreadable):  # it is replaced
-        previous = refrag.open_index(index.index_dir, read_all=not build.changes)
-    built = previous.manifest if build.changes else {}
+    previous, is_new = None, not (Path(index.index_dir) / "manifest.json").is_file()
+    changes = build.changes and not (build.sync and is_new)
+    with contextlib.suppress(() if changes else refrag.RefragError):  # an unreadable one is replaced
+        previous = refrag.open_index(index.index_dir, read_all=not changes)
+    built = previous.manifest if changes else {}
     if built:
         check_same_build(built, index, build)
     retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
