@@ -72,6 +72,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import operator
 import os
 import re
@@ -87,7 +88,6 @@ import types
 import typing
 import unicodedata
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,16 +208,15 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, .tsv or text, folders, - for stdin", needed=True)
+    corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, .tsv or text, folders, - for stdin")
     errors: str = opt("strict", "stop, replace bad bytes, or skip bad records", choices="strict replace skip")
     limit: int | None = opt(None, "read at most this many records", low=1)
-    max_passage_tokens: int = opt(256, "longer passages are split, at most at what the embedder reads", low=8)
-    overlap: int = opt(32, "tokens shared by neighbouring pieces of a passage", low=0)
+    max_passage_tokens: int | None = opt(None, "longer passages are split; default the index's or 256, "
+                                         "at most what the embedder reads", low=8)
+    overlap: int | None = opt(None, "tokens that neighbouring pieces share; default the index's or 32", low=0)
 
     def check(self) -> None:
         require(self.corpus.count("-") < 2, "--corpus names standard input twice: it can be read once")
-        require(self.overlap <= self.max_passage_tokens // 2, "--overlap must lie between 0 and half of "
-                f"--max_passage_tokens {self.max_passage_tokens}, got {self.overlap}")
 
 
 class IndexConfig(Options):
@@ -227,10 +226,23 @@ class IndexConfig(Options):
 
 
 class BuildConfig(Options):
-    faiss: str = opt("auto", "flat to 50,000 passages, hnsw to 1,000,000, then ivfpq", choices="auto flat hnsw ivfpq")
+    faiss: str | None = opt(None, "default the index's or auto: flat to 1,000,000 passages, then ivfpq",
+                            choices="auto flat hnsw ivfpq")
     add: bool = opt(False, "add to the index; a document whose id it has is replaced")
+    sync: bool = opt(False, "make the index hold the corpus and nothing else, by the settings it has")
+    delete: tuple[str, ...] = opt((), "ids of documents to delete from the index")
+    delete_all: bool = opt(False, "let --sync or --delete leave nothing")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
     batch_size: int = opt(32, "passages embedded at once", low=1)
+
+    def check(self) -> None:
+        require(self.add + self.sync + bool(self.delete) < 2, "name one of --add, --sync and --delete")
+        require(not self.delete_all or self.sync or bool(self.delete), "--delete_all goes with --sync or --delete")
+
+    @property
+    def changes(self) -> bool:
+        """Whether an index is changed rather than built."""
+        return self.add or self.sync or bool(self.delete)
 
 
 class ModelConfig(Options):
@@ -246,10 +258,39 @@ class ReaderConfig(ModelConfig):
     load_dir: str | None = opt("auto", "checkpoint or training run; auto: the shipped one if it fits; none: untrained")
 
 
+COMPARISONS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+               ">": operator.gt, ">=": operator.ge}
+COMPARISON = re.compile(r"""\s*("[^"]+"|'[^']+'|[^\s<>=!"']+)\s*([<>!=]=?)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*"""
+                        r"(\s(?:and|or)\s|$)", re.IGNORECASE)
+
+
+def parse_where(text: str) -> list[list[tuple[str, str, str]]]:
+    """A filter as alternatives (or) of conditions (operator, field, value) that must all hold (and). Raises UserError.
+
+    Example: "year >= 1990 and lang = en" -> [[(">=", "year", "1990"), ("=", "lang", "en")]]
+    """
+    alternatives, place, join = [[]], 0, "and"
+    while join:
+        match = COMPARISON.match(text, place)
+        require(match is not None and match[2] in COMPARISONS,
+                f"--where: cannot read {text[place:]!r}: use comparisons ({' '.join(COMPARISONS)}) joined by and, or: "
+                "year >= 1990 and lang = en")
+        if join == "or":
+            alternatives.append([])
+        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
+        place, join = match.end(), match[4].strip().lower()
+    return alternatives
+
+
 class SearchConfig(Options):
     topk: int = opt(8, "passages to return", low=1)
+    where: str | None = opt(None, "only passages whose fields pass, as in \"year >= 1990 and lang = en\"")
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
     hops: int = opt(1, "rounds; later queries add the best new passage's title and first sentence", low=1, high=8)
+
+    def check(self) -> None:
+        if self.where is not None:
+            parse_where(self.where)
 
 
 class QuestionConfig(Options):
@@ -705,6 +746,9 @@ try:
     import filelock
     import huggingface_hub.constants
     import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.ipc
     import regex
     import Stemmer
     import torch
@@ -1025,65 +1069,18 @@ def cache_home() -> Path:
         raise UserError("there is no home folder for the cache: set REFRAG_HOME") from None
 
 
-class ColumnWriter(contextlib.ExitStack):
-    """Appends rows to .npy files of a folder, whose headers are complete when the block ends well. (Memory maps would
-    end the process with SIGBUS on a full disk.)"""
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        self.folder, self.handles, self.kinds = folder, {}, {}
-        self.rows, self.ends = collections.Counter(), collections.Counter()
-
-    def append(self, name: str, rows: np.ndarray) -> None:
-        """Append rows (n, ..) to `name`.npy, all of one type and width."""
-        kind = self.kinds.setdefault(name, rows[:0])
-        assert rows.dtype == kind.dtype and rows.shape[1:] == kind.shape[1:], (name, rows.dtype, rows.shape)
-        if name not in self.handles:
-            self.handles[name] = self.enter_context((self.folder / f"{name}.npy").open("wb"))
-            self.write_header(name)
-        self.handles[name].write(np.ascontiguousarray(rows).data)
-        self.rows[name] += len(rows)
-
-    def append_lengths(self, name: str, lengths: Sequence[int] | np.ndarray) -> None:
-        """Append where the next runs of these lengths end; the first row of such a file is 0."""
-        ends = self.ends[name] + np.cumsum([0, *lengths])
-        self.append(name, ends[int(name in self.handles) :])
-        self.ends[name] = int(ends[-1])
-
-    def append_texts(self, name: str, texts: Sequence[str]) -> None:
-        """Append strings to `name`.npy as UTF-8, and where they end to `name`_offsets.npy."""
-        encoded = [text.encode("utf-8") for text in texts]
-        self.append(name, np.frombuffer(b"".join(encoded), dtype=np.uint8))
-        self.append_lengths(f"{name}_offsets", list(map(len, encoded)))
-
-    def write_header(self, name: str) -> None:
-        """numpy leaves room in the header for any number of rows."""
-        dtype, shape = self.kinds[name].dtype, (self.rows[name], *self.kinds[name].shape[1:])
-        np.lib.format.write_array_header_1_0(self.handles[name], {
-            "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
-
-    def __exit__(self, kind: type | None, *rest: Any) -> None:
-        try:
-            for name, handle in self.handles.items() if kind is None else ():
-                handle.seek(0)
-                self.write_header(name)
-        finally:
-            super().__exit__(kind, *rest)
-
-
-def map_array(path: Path) -> np.ndarray:
-    """A .npy file as a read-only memory map, in a plain array: np.memmap slices ten times slower."""
-    return np.asarray(np.load(path, mmap_mode="r"))
-
-
 # =============================================================================
 # 4. Data. Corpus and question files in, validated records out. Knows no models.
 # =============================================================================
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
+NOT_AS_NAMED = "rename it, or leave it out"
 TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 MARKDOWN = (".md", ".markdown")
 TEXTS = (".txt", ".text", *MARKDOWN)
+DOCUMENTS = (".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".html", ".htm")  # by the libraries of the extra [docs]
+DOCUMENT_EXTRA = "pip install 'refrag[docs]'"
+DOCUMENT_LIBRARIES = ("lxml", "mammoth", "markdownify", "openpyxl", "pptx", "pypdfium2")
 ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
 TEXT_FIELDS = ("text", "contents", "body", "passage")
 QUESTION_FIELDS = ("question", "query", "text")
@@ -1098,7 +1095,8 @@ class Record(NamedTuple):
     title: str
     text: str
     where: str  # file:line, in an array file:number, of a whole document the file
-    metadata: str = ""  # other fields as a JSON object
+    metadata: dict[str, Any]  # its other fields, and where it comes from
+    marks: Sequence[tuple[int, dict[str, Any]]] = ()  # what holds from a character of the text on, such as its page
 
 
 class BadRecord(UserError):
@@ -1128,12 +1126,17 @@ def bare_name(path: Path) -> Path:
     return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
 
 
+def kind_of(path: Path) -> str:
+    """A file's suffix in small letters, without .gz. Example: notes/LIST.TXT.gz -> .txt"""
+    return bare_name(path).suffix.lower()
+
+
 class TextFile:
     """The lines or records of a file, "-" for standard input, also gzipped or in UTF-16. counts: receives skipped and
     replaced."""
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
-        self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
+        self.path, self.name, self.suffix = path, spelled(path), kind_of(path)
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     def decoded(self, raw: bytes, number: int, encoding: str) -> str:
@@ -1148,26 +1151,31 @@ class TextFile:
         self.counts["replaced"] += 1
         return raw.decode(encoding, "replace")
 
-    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its end) of each line, or of the whole file; "" if skipped. Raises CorruptError."""
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[io.BufferedIOBase]:
+        """The file's bytes, unzipped. Raises CorruptError."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
+            zipped = handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz"
             try:
-                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
-                    handle = gzip.GzipFile(fileobj=handle)
-                head = handle.peek(8)
-                if head.startswith(BINARY):
-                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
-                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
-                for number, line in enumerate([handle.read()] if as_one else handle, start=1):
-                    text = ""
-                    with skipping(self.errors, self.counts):
-                        text = self.decoded(line, number, "utf-8-sig" if number == 1 else "utf-8")
-                    yield number, text
+                yield gzip.GzipFile(fileobj=handle) if zipped else handle
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
                 raise CorruptError(message) from None
+
+    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
+        """(number, text with its end) of each line, or of the whole file; "" if skipped. Raises CorruptError."""
+        with self.opened() as handle:
+            head = handle.peek(8)
+            if head.startswith(BINARY):
+                raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: {NOT_AS_NAMED}")
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+            for number, line in enumerate([handle.read()] if as_one else handle, start=1):
+                text = ""
+                with skipping(self.errors, self.counts):
+                    text = self.decoded(line, number, "utf-8-sig" if number == 1 else "utf-8")
+                yield number, text
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
         """(number, text without its line end) of each line that is not blank."""
@@ -1279,9 +1287,10 @@ def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
     if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
         item = item.pop("metadata") | item
     try:
-        return Record(identifier, title, body, where, json.dumps(item, allow_nan=False) if item else "")
+        json.dumps(item, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
+    return Record(identifier, title, body, where, item)
 
 
 def source_label(name: str, sources: dict[str, str]) -> str:
@@ -1308,9 +1317,10 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, each once; those of other kinds in folders), but for hidden ones. Raises UserError."""
+    """(the files to read, each once; those in folders that are not read), but for hidden ones. Raises RefragError."""
     files: dict[str, CorpusFile] = {}  # by label
-    others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
+    others, known = [], (*TEXTS, *OBJECTS, *TABLES, *DOCUMENTS)
+    kinds = known if all(map(importlib.util.find_spec, DOCUMENT_LIBRARIES)) else known[: -len(DOCUMENTS)]
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
     for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
@@ -1320,17 +1330,25 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*"))
                      if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            inside = [p for p in found if bare_name(p).suffix.lower() in kinds]
-            others += [p for p in found if p not in inside]
-            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
+            inside = [p for p in found if kind_of(p) in known]
+            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(known)} files")
+            others += [p for p in found if kind_of(p) not in kinds]
+        inside = [p for p in inside if kind_of(p) not in known or kind_of(p) in kinds]
+        if not inside:
+            raise MissingError(f"--corpus {name}: libraries that read such documents are missing: {DOCUMENT_EXTRA}")
         for file in inside:
             label = source_label(str(file), sources)
             files.setdefault(label, (file, label, label not in sources))
     return list(files.values()), others
 
 
+def modified(path: Path) -> str:
+    """When a file was last changed, in UTC: texts that sort as the times do. Example: "2026-11-28T09:30:00" """
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(path.stat().st_mtime))
+
+
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file; of text its lines, but Markdown, and any text in a folder, is one document.
+    """The records of a file: the lines of a text, but Markdown, and any text in a folder, is one document, as a PDF is.
 
     In a folder, as with --errors skip, a bad record or unreadable file is skipped, counted and named.
     """
@@ -1339,16 +1357,21 @@ def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator
     source = TextFile(path, errors, counts)
     with skipping(errors, counts, (RefragError, OSError)):
         of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
-        if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
-            yield from (Record(label, bare_name(path).stem, text, source.name)
-                        for _, text in source.lines(as_one=True) if text.strip())
+        if source.suffix in DOCUMENTS or (of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]):
+            from refrag_extras import documents
+
+            title, text, marks = documents.read(source)
+            if text.strip():
+                facts = {"path": label, "modified": modified(path)}
+                yield Record(label, title or bare_name(path).stem, text, source.name, facts, marks)
             return
         records, items = source.items(TEXT_FIELDS)
         for number, text in items:
             where = f"{source.name}:{number}"
             with skipping(errors, counts):
                 item = parse_object(text, where) if records else {"text": text.strip()}
-                yield parse_passage(item, where, f"{label}:{number}")
+                record = parse_passage(item, where, f"{label}:{number}")
+                yield record._replace(metadata={"path": label} | record.metadata)
 
 
 def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
@@ -1356,11 +1379,18 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
     """The records of the corpus, streamed. counts: receives skipped, replaced, ignored. sources: see `source_label`."""
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
-    if others:
-        shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
+    kinds = collections.Counter(kind_of(path) for path in others)
+    if lacking := ", ".join(f"{kinds.pop(kind):,} {kind}" for kind in DOCUMENTS if kind in kinds):
+        notice(f"documents that were not read: {lacking}: {DOCUMENT_EXTRA}")
+    if kinds:
+        others = [spelled(path) for path in others if kind_of(path) in kinds]
+        shown = [*others[:NAMED], *[".."][: len(others) - NAMED]]
         notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
-    records = itertools.chain.from_iterable(read_file(file, counts, corpus.errors) for file in files)
-    return itertools.islice(records, corpus.limit)
+    several = len(files) > 1  # then the bar counts files, whose number is known
+    read = (read_file(file, counts, corpus.errors)
+            for file in (progress(files, "reading", unit="file") if several else files))
+    records = itertools.islice(itertools.chain.from_iterable(read), corpus.limit)
+    return records if several else progress(records, "reading", unit="record")
 
 
 class TrainingText(NamedTuple):
@@ -1468,6 +1498,48 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
     return list(sample_evenly(found, limit))
 
 
+def as_number(value: Any) -> float:
+    """A number, also one that is written as text; NaN for anything else."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError):
+        return math.nan
+
+
+class Filter:
+    """Applies --where to passages. column: gives their "document", "title" or "metadata", a JSON object or empty."""
+
+    def __init__(self, size: int, column: Callable[[str], Iterable[str]]):
+        self.size, self.column, self.fields = size, column, {}
+        self.allowed = functools.lru_cache(16)(self.allowed)  # both retrievers ask, at every hop
+
+    def values(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A field's values (rows, texts, numbers), of a list each element; NaN for a text that is no number."""
+        if name not in self.fields:
+            found, key = [], json.dumps(name)
+            for row, text in enumerate(self.column({"id": "document", "title": "title"}.get(name, "metadata"))):
+                value = text if name in ("id", "title") else json.loads(text).get(name) if key in text else None
+                found += [(row, v) for v in (value if isinstance(value, list) else [value]) if v is not None]
+            require(bool(found), f"--where: no passage has a field {name!r}")
+            texts = [str(value).lower() if isinstance(value, bool) else str(value) for _, value in found]
+            self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
+                                 np.asarray([as_number(value) for _, value in found]))
+        return self.fields[name]
+
+    def allowed(self, where: str) -> np.ndarray:
+        """(N,) bool, the passages that pass; a passage without a field does not. Raises UserError."""
+        allowed = np.zeros(self.size, dtype=bool)
+        for conditions in parse_where(where):
+            passed = np.zeros(self.size, dtype=np.int64)  # how many of the conditions
+            for sign, name, value in conditions:
+                rows, texts, numbers = self.values(name)
+                number = as_number(value)
+                hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
+                passed[np.unique(rows[hits.astype(bool)])] += 1
+            allowed |= passed == len(conditions)
+        return allowed
+
+
 # =============================================================================
 # 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
 #    on disk. The embedder is the retrieval model: its vectors of questions,
@@ -1487,12 +1559,7 @@ RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; larger chunks are built from runs of so many, so that small ones nest in them
 QUERY_BATCH = 64  # questions embedded together
-EMBED_BLOCK = 256  # passages embedded at once, sorted by length inside
-STRING_COLUMNS = ("ids", "titles", "texts", "metadata")
-CHUNK_COLUMNS = ("chunk_ends", "chunk_sizes", "gate", "gate_scales", "chunks")  # embeddings in 8 bits, states in 16
-FINISHED_BLOCKS = ".blocks.tmp"  # in an index folder
-MOST_SEGMENTS = 8  # each is searched by itself; with so many, an addition takes the last ones into its own
-Run = tuple[int, int, int]  # neighbouring rows: the segment's number, the first, the one after the last
+NPROBE = 64  # lists of an inverted file that a search looks into
 
 
 def model_path(name: str) -> str:
@@ -1681,134 +1748,45 @@ def index_terms(text: str) -> list[str]:
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
-def build_bm25(texts: Iterable[str], total: int, folder: Path) -> None:
-    """Index texts with bm25s, and save their lengths in terms beside it."""
-    vocabulary, ids = {}, []
-    for text in progress(texts, "BM25 terms", total=total, unit="passage"):
-        found = [vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(text)]
-        ids.append(np.asarray(found, dtype=np.int32))
-    vocabulary.setdefault("", len(vocabulary))  # bm25s looks this one up for texts without any term
-    index = bm25s.BM25(**BM25)
-    with np.errstate(invalid="ignore"):  # a corpus without any term has mean length 0
-        index.index(bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
-    index.save(folder, show_progress=False)
-    np.save(folder / "lengths.npy", np.asarray(list(map(len, ids)), dtype=np.uint32))
-
-
-def bm25_idf(total: int, frequency: int) -> float:
-    """Lucene's weight of a term that `frequency` of `total` texts hold."""
-    return math.log(1 + (total - frequency + 0.5) / (frequency + 0.5))
-
-
-class Bm25:
-    """BM25 over the segments of an index, by the statistics of all of them together."""
-
-    def __init__(self, folders: Sequence[Path]):
-        self.segments = [bm25s.BM25.load(folder, mmap=True, show_progress=False) for folder in folders]
-        self.lengths = [map_array(folder / "lengths.npy") for folder in folders]
-        self.starts = list(itertools.accumulate(map(len, self.lengths), initial=0))
-        self.means = [float(lengths.mean()) if len(lengths) else 0.0 for lengths in self.lengths]
-        self.mean = sum(float(lengths.sum(dtype=np.int64)) for lengths in self.lengths) / max(self.starts[-1], 1)
-
-    def postings(self, term: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(the rows that hold a term, its stored weight in each) of each segment."""
-        found = []
-        for segment in self.segments:
-            row, stored = segment.vocab_dict.get(term), segment.scores
-            span = slice(0, 0) if row is None else slice(*stored["indptr"][row : row + 2].tolist())
-            found.append((stored["indices"][span], stored["data"][span]))
-        return found
-
-    def document_frequency(self, term: str) -> int:
-        return sum(len(rows) for rows, _ in self.postings(term))
-
-    def reweighted(self, segment: int, rows: np.ndarray, weights: np.ndarray, idf: float) -> np.ndarray:
-        """A term's stored weights with the idf and the mean length of all segments in place of the segment's own.
-
-        A weight is idf c / (c + n), c the term's count in the passage and n by the lengths. So share = weight / idf
-        gives c = n share / (1 - share), a whole number but for rounding.
-        """
-        share = weights / bm25_idf(len(self.lengths[segment]), len(rows))
-        lengths = self.lengths[segment][rows]
-        norm, own_norm = (BM25["k1"] * (1 - BM25["b"] + BM25["b"] * lengths / mean)
-                          for mean in (self.mean, self.means[segment]))
-        count = np.rint(own_norm * share / (1 - share))
-        return (idf * count / (count + norm)).astype(np.float32)
-
-    def scores(self, question: str) -> np.ndarray:
-        """(N,) float32, of every passage; a term that the question repeats counts as often."""
-        scores = np.zeros(self.starts[-1], dtype=np.float32)
-        for term in index_terms(question):
-            postings = self.postings(term)
-            idf = bm25_idf(len(scores), sum(len(rows) for rows, _ in postings))
-            for segment, (rows, weights) in enumerate(postings):
-                if len(postings) > 1:
-                    weights = self.reweighted(segment, rows, weights, idf)
-                scores[self.starts[segment] + rows] += weights
-        return scores
-
-    def search(self, question: str, topk: int, others: Collection[int] = ()) -> dict[int, float]:
-        """{row: score} of the best rows above zero, equal ones in corpus order, and of `others` that tie with them."""
-        scores = self.scores(question)
-        found = np.flatnonzero(scores > 0)
-        if len(found) > topk:
-            edge = np.partition(scores[found], -topk)[-topk]
-            found = found[scores[found] >= edge]
-        found = found[np.argsort(-scores[found], kind="stable")]
-        kept = np.concatenate([found[:topk], np.intersect1d(found[topk:], list(others))]).astype(np.int64)
-        return dict(zip(kept.tolist(), scores[kept].tolist(), strict=True))
-
-
-def faiss_kind(requested: str, total: int) -> str:
-    """The index type that --faiss auto stands for at this size."""
-    require(requested != "ivfpq" or total >= 10_000, f"--faiss ivfpq needs 10,000 passages to train, got {total}")
-    by_size = "flat" if total < 50_000 else "hnsw" if total < 1_000_000 else "ivfpq"
-    return by_size if requested == "auto" else requested
-
-
-def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
-    """An empty, trained inner-product index for vectors (N, dim)."""
-    N, dim = vectors.shape
-    lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
-    pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
-    # np: no polysemous codes, which would be trained for 80 seconds and never used
-    kinds = {"flat": "Flat", "hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
-    index = faiss.index_factory(dim, kinds[kind], faiss.METRIC_INNER_PRODUCT)
-    if kind == "hnsw":
-        index.hnsw.efConstruction = 200
-    if kind == "ivfpq":
-        rows = np.sort(np.random.default_rng(0).choice(N, min(N, 64 * lists), replace=False))
-        index.train(np.ascontiguousarray(vectors[rows]))
-    return index
-
-
-def tune_faiss(index: faiss.Index) -> None:
+def read_faiss(path: Path) -> faiss.Index:
+    """A saved index, tuned. (From its bytes: FAISS accepts only UTF-8 file names.)"""
+    index = faiss.deserialize_index(np.frombuffer(map_file(path), np.uint8))
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
-    if isinstance(index, faiss.IndexRefine):
+    else:
         index.k_factor = 16  # 16 topk candidates are compared again, in 8 bits a number
-        index = faiss.downcast_index(index.base_index)
-    if hasattr(index, "nprobe"):
-        index.nprobe = 64
-
-
-def read_faiss(path: Path) -> faiss.Index:
-    """A saved index, tuned. By a callback, since FAISS accepts only UTF-8 file names."""
-    with path.open("rb") as handle:
-        index = faiss.read_index(faiss.PyCallbackIOReader(handle.read))
-    tune_faiss(index)
+        faiss.downcast_index(index.base_index).nprobe = NPROBE
     return index
 
 
-def search_faiss(indexes: Sequence[faiss.Index], query: np.ndarray, topk: int) -> dict[int, float]:
-    """{row: score} of the nearest vectors, best first, rows numbered through."""
-    found, start = [], 0
-    for index in indexes:
-        scores, rows = index.search(query, min(topk, index.ntotal))
-        pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
-        found += [(-score, start + row) for score, row in pairs if row >= 0]  # -1 where FAISS finds fewer
-        start += index.ntotal
-    return {row: -score for score, row in sorted(found)[:topk]}
+def search_faiss(index: faiss.Index, query: np.ndarray, topk: int, rows: np.ndarray | None) -> dict[int, float]:
+    """{row: score} of the nearest vectors, best first; only of these rows if any are given."""
+    options = None
+    if rows is not None:
+        selector = faiss.IDSelectorBatch(rows)
+        if hasattr(index, "hnsw"):
+            options = faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
+        else:
+            inside = faiss.SearchParametersIVF(sel=selector, nprobe=NPROBE)
+            options = faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inside)
+    scores, found = index.search(query, min(topk, index.ntotal), params=options)
+    return ranked(zip(found[0].tolist(), scores[0].tolist(), strict=True), topk)
+
+
+def search_exactly(vectors: np.ndarray, query: np.ndarray, topk: int, rows: np.ndarray | None) -> dict[int, float]:
+    """The same by comparing all vectors (N, dim), or those of the rows."""
+    if rows is None:
+        scores, found = faiss.knn(query, vectors, min(topk, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
+        return ranked(zip(found[0].tolist(), scores[0].tolist(), strict=True), topk)
+    best: dict[int, float] = {}
+    for part in batched(rows, 1 << 16):  # they are copied
+        best |= {int(part[place]): score for place, score in search_exactly(vectors[part], query, topk, None).items()}
+    return ranked(best.items(), topk)
+
+
+def ranked(pairs: Iterable[tuple[int, float]], topk: int) -> dict[int, float]:
+    """The best {row: score} in order, equal ones in corpus order. FAISS gives row -1 where it finds fewer."""
+    return dict(sorted((pair for pair in pairs if pair[0] >= 0), key=lambda pair: (-pair[1], pair[0]))[:topk])
 
 
 def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
@@ -1878,11 +1856,7 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
-def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, dim) as int8 levels and float32 scales (N, 1); the products are off by half a scale at most."""
-    vectors = vectors.astype(np.float32)
-    scales = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12) / 127
-    return np.rint(vectors / scales).astype(np.int8), scales
+PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # what marks hold: as it is called
 
 
 def passage_content(title: str, text: str) -> str:
@@ -1890,64 +1864,148 @@ def passage_content(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
-def map_columns(folder: Path) -> dict[str, np.ndarray]:
-    """The .npy files of a segment, memory-mapped, by name."""
-    return {path.stem: map_array(path) for path in folder.glob("*.npy")}
+@dataclass(frozen=True)
+class Passage:
+    """A passage of an index. rank is 1-based, and its id in the prompt; without a search it is 0."""
+
+    row: int
+    document_id: str
+    part: int  # 1, 2, .. of a document that was cut, 0 of a whole one
+    title: str
+    text: str
+    metadata: str = ""  # a JSON object, empty without any
+    rank: int = 0
+    score: float = 0.0  # of the fused ranks, or the reranker's
+    scores: dict[str, float] = field(default_factory=dict)  # of the retrievers that found it
+
+    @property
+    def id(self) -> str:
+        return f"{self.document_id}#{self.part}" if self.part else self.document_id
+
+    @property
+    def names(self) -> set[str]:
+        """The ids that positive_ids may name it by."""
+        return {self.id, self.document_id}
+
+    @property
+    def content(self) -> str:
+        return passage_content(self.title, self.text)
+
+    @property
+    def source(self) -> str:
+        """Where people find it: the document, and the page, slide, sheet or section if that is known; else its id.
+
+        Examples: "handbook.pdf, pages 12-13", "guide.md, section Installation", "squad:Wood:2"
+        """
+        facts = json.loads(self.metadata or "{}")
+        name = next((name for name in PLACES if name in facts), None)
+        if name is None or facts.get("path") != self.document_id:  # a record's own field is no place in its file
+            return self.id
+        first, last = facts[name], facts.get(f"last_{name}")
+        several = "" if last is None else f"-{last}" if isinstance(last, int) else f" to {last}"
+        return f"{self.document_id}, {PLACES[name]}{'s' * bool(several)} {first}{several}"
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in ("id", "title", "text", "source", "score", "scores", "rank")}
+        return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
-class StringColumn(Sequence):
-    """Strings of one or several segments, numbered through."""
+def map_file(path: Path) -> pa.Buffer:
+    """A file's bytes, memory-mapped. (pyarrow's own mapping takes no path that is not UTF-8, numpy's no empty file.)"""
+    with path.open("rb") as handle:
+        return pa.py_buffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
 
-    def __init__(self, segments: Sequence[dict[str, np.ndarray]], name: str):
-        self.bytes, self.offsets = ([segment[key] for segment in segments] for key in (name, f"{name}_offsets"))
-        self.starts = list(itertools.accumulate((len(offsets) - 1 for offsets in self.offsets), initial=0))
 
-    def __len__(self) -> int:
-        return self.starts[-1]
+def map_vectors(path: Path, dim: int) -> np.ndarray:
+    """(N, dim) float32, memory-mapped."""
+    return np.frombuffer(map_file(path), np.float32).reshape(-1, dim)
 
-    def place(self, row: int) -> tuple[int, int]:
-        """(segment, row in it). Raises IndexError, also for a negative row."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        number = bisect.bisect_right(self.starts, row) - 1
-        return number, row - self.starts[number]
 
-    def __getitem__(self, row: int) -> str:
-        number, inside = self.place(row)
-        start, end = self.offsets[number][inside : inside + 2]
-        return self.bytes[number][start:end].tobytes().decode("utf-8")
+def open_columns(path: Path) -> pa.Table:
+    """The columns of an Arrow file, memory-mapped. Raises CorruptError."""
+    try:
+        return pa.ipc.open_file(map_file(path)).read_all()
+    except pa.ArrowInvalid as error:
+        raise CorruptError(f"{path} is damaged ({one_line(error)}): build the index again") from None
+
+
+PASSAGE_FIELDS = ("document", "part", "title", "text", "metadata")  # columns, in the order of `Passage`
 
 
 class Index:
-    """An index folder, verified and memory-mapped: one segment, and others for what was added. A writer makes a new
-    folder, then replaces manifest.json in one step: a reader finds the old index or the new."""
+    """An index folder, memory-mapped. Its manifest names one generation, a folder of columns, vectors, FAISS and BM25.
+    A writer makes a new one, then replaces the manifest in one step: a reader finds the old index or the new."""
 
     def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
         self.path, self.manifest, uses = path, manifest, manifest["uses"]
         verify_files(path, manifest["files"], read_all=read_all)
-        folders = [path / segment["folder"] for segment in manifest["segments"]]
-        self.segments = [map_columns(folder) for folder in folders]
-        self.ids, self.titles, self.texts, self.metadata = (StringColumn(self.segments, n) for n in STRING_COLUMNS)
-        self.faiss = [read_faiss(folder / "faiss.index") for folder in folders] if "dense" in uses else []
-        self.bm25 = Bm25([folder / "bm25" for folder in folders]) if "bm25" in uses else None
+        folder = path / manifest["generation"]
+        self.passages, self.chunks = (open_columns(folder / f"{name}.arrow") for name in ("passages", "chunks"))
+        self.vectors = map_vectors(folder / "vectors", manifest["dim"]) if "dense" in uses else None
+        self.faiss = None if manifest["faiss"] in (None, "flat") else read_faiss(folder / "faiss.index")
+        self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False) if "bm25" in uses else None
+        self.filter, self.refused = Filter(len(self), self.column), None  # refused: by `refresh`
+
+    def refresh(self) -> None:
+        """Become what a writer has made current since, unless other models made that."""
+        try:
+            new = index_manifest(self.path)
+            if new["digest"] in (self.manifest["digest"], self.refused):
+                return
+            self.refused = new["digest"]
+            if (made_by(new), new["uses"]) != (made_by(self.manifest), self.manifest["uses"]):
+                raise MismatchError(f"other models or retrievers made the new one in {self.path}: restart to use it")
+            vars(self).update(vars(open_index(self.path)))
+            notice(f"{self.path} has changed: {len(self):,} passages now")
+        except RefragError as error:
+            notice(f"the index stays as it was: {one_line(error)}")
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.passages.num_rows
 
-    def content(self, row: int) -> str:
-        return passage_content(self.titles[row], self.texts[row])
+    def __getitem__(self, row: int) -> Passage:
+        return Passage(row, *(self.passages[name][row].as_py() for name in PASSAGE_FIELDS))
+
+    def rows_of(self, names: Collection[str]) -> dict[str, list[int]]:
+        """The rows of each id of a document or passage, without those that are not there."""
+        found: dict[str, list[int]] = {}
+        documents = pa.array({part for name in names for part in (name, name.rpartition("#")[0])}, pa.string())
+        for row in np.flatnonzero(pc.is_in(self.passages["document"], value_set=documents)).tolist():
+            for name in self[row].names & set(names):
+                found.setdefault(name, []).append(row)
+        return found
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of a column of passages, in their order."""
+        return (value for part in self.passages[name].chunks for value in part.to_pylist())
+
+    def nearest(self, query: np.ndarray, topk: int, where: str | None = None) -> dict[int, float]:
+        """{row: score} of the nearest vectors that pass a filter, best first. query: (1, dim) float32."""
+        rows = None if where is None else np.flatnonzero(self.filter.allowed(where))
+        found = search_faiss(self.faiss, query, topk, rows) if self.faiss is not None else {}
+        if len(found) < min(topk, len(self) if rows is None else len(rows)):  # flat, or few pass among many
+            found = search_exactly(self.vectors, query, topk, rows)
+        return found
+
+    def matching(self, question: str, topk: int, where: str | None = None,
+                 others: Collection[int] = ()) -> dict[int, float]:
+        """{row: BM25 score} of the best rows above zero that pass a filter, equal ones in corpus order, and of `others`
+        that tie with them. A term that the question repeats counts as often."""
+        terms = self.bm25.get_tokens_ids(index_terms(question))
+        scores = self.bm25.get_scores_from_ids(terms, None if where is None else self.filter.allowed(where))
+        found = np.flatnonzero(scores > 0)
+        if len(found) > topk:
+            edge = np.partition(scores[found], -topk)[-topk]
+            found = found[scores[found] >= edge]
+        found = found[np.argsort(-scores[found], kind="stable")]
+        kept = np.concatenate([found[:topk], np.intersect1d(found[topk:], list(others))]).astype(np.int64)
+        return dict(zip(kept.tolist(), scores[kept].tolist(), strict=True))
 
     def idf(self, term: str) -> float:
         """The idf of a stemmed term for gates, which were trained with it: smoother than BM25's. Needs BM25."""
-        return math.log(1 + len(self) / (0.5 + self.bm25.document_frequency(term)))
-
-    def document_id(self, row: int) -> str:
-        number, inside = self.ids.place(row)
-        return self.ids[row].rpartition("#")[0] if self.segments[number]["parts"][inside] else self.ids[row]
-
-    def names(self, row: int) -> set[str]:
-        """The ids that positive_ids may name a passage by."""
-        return {self.ids[row], self.document_id(row)}
+        number, edges = self.bm25.vocab_dict.get(term), self.bm25.scores["indptr"]
+        frequency = 0 if number is None else int(edges[number + 1] - edges[number])
+        return math.log(1 + len(self) / (0.5 + frequency))
 
     def serves(self, k: int) -> bool:
         """Whether chunks of k tokens are runs of stored ones."""
@@ -1958,35 +2016,18 @@ class Index:
         """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
         if not self.serves(k):
             return None
-        stored = self.manifest["chunking"]["k"]
-        number, inside = self.ids.place(row)
-        segment = self.segments[number]
-        span = slice(*segment["chunk_offsets"][inside : inside + 2])
-        embeddings = segment["gate"][span] * segment["gate_scales"][span] if "gate" in segment else None
-        usable = "chunks" in segment and self.manifest["chunking"]["encoder"] == encoder
-        states = np.asarray(segment["chunks"][span], dtype=np.float32) if usable else None
-        table = ChunkTable(segment["chunk_ends"][span], segment["chunk_sizes"][span], embeddings, states)
-        return merge_chunks(table, k // stored)
+        stored = {name: self.chunks[name][row].values.to_numpy() for name in self.chunks.column_names}
+        if self.manifest["chunking"]["encoder"] != encoder:
+            stored.pop("states", None)
+        return merge_chunks(stored_chunks(stored), k // self.manifest["chunking"]["k"])
 
 
-def copy_runs(columns: ColumnWriter, segment: dict[str, np.ndarray], offsets: str, names: Sequence[str], start: int,
-              stop: int) -> None:
-    """Append rows start to stop - 1 of another segment's columns that have these offsets."""
-    edges = segment[offsets][start : stop + 1]
-    columns.append_lengths(offsets, np.diff(edges))
-    for name in names:
-        columns.append(name, segment[name][edges[0] : edges[-1]])
-
-
-def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, new or not. Raises LockedError, UserError."""
-    path = Path(index_dir)
-    require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
-    names = [p.name for p in path.iterdir()] if path.exists() else []
-    foreign = [n for n in names if not re.fullmatch(r"manifest\.json|gen-\d+|\..*|Thumbs\.db|desktop\.ini", n)]
-    require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
-    path.mkdir(parents=True, exist_ok=True)
-    return exclusive(path / ".lock", f"index {path}")
+def stored_chunks(columns: dict[str, np.ndarray]) -> ChunkTable:
+    """A passage's chunks from its columns, flattened."""
+    L = len(columns["ends"])
+    embeddings = columns["gate"].reshape(L, -1) * columns["gate_scales"][:, None] if "gate" in columns else None
+    states = columns["states"].reshape(L, -1).astype(np.float32) if "states" in columns else None
+    return ChunkTable(columns["ends"], columns["sizes"], embeddings, states)
 
 
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
@@ -1996,33 +2037,25 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     fault = "no index in this folder" if path.is_dir() else "no such folder"
     require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `{PROGRAM} index`")
     manifest = read_manifest(path / "manifest.json")
-    if manifest.get("words") != WORDS_FINGERPRINT:
+    if manifest.get("words") != WORDS_FINGERPRINT or "generation" not in manifest:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
-    if not manifest.get("segments"):
-        raise CorruptError(f"{path / 'manifest.json'} is damaged: build the index again")
     return manifest
 
 
-def open_index(index_dir: str | None, read_all: bool = False) -> Index:
+def open_index(index_dir: str | Path | None, read_all: bool = False) -> Index:
     """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
     manifest = index_manifest(index_dir)
     try:
         return Index(Path(index_dir), manifest, read_all)
-    except (FileNotFoundError, KeyError, CorruptError):
-        if index_manifest(index_dir)["segments"] == manifest["segments"]:
+    except (OSError, CorruptError):
+        if index_manifest(index_dir)["digest"] == manifest["digest"]:
             raise
-    return open_index(index_dir, read_all)  # a writer has replaced the segments between the two reads
+    return open_index(index_dir, read_all)  # a writer replaced the generation between the two reads
 
 
-def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
-    """Raise MismatchError if --add names other settings than the index has."""
-    chunking, has_embedder = manifest["chunking"], "name" in manifest["embedder"]
-    for flag, value, built in (
-            ("k", build.k, chunking["encoder"] and chunking["k"]), ("faiss", build.faiss, manifest["faiss"]),
-            ("retriever", index.retriever, manifest["retriever"]),
-            ("embed_model", index.embed_model, index.embed_model if has_embedder else None)):
-        if value not in (None, "auto", built):
-            raise MismatchError(f"--{flag} {value} does not fit the index, which has {built or 'none'}: build it again")
+def made_by(manifest: dict[str, Any]) -> tuple:
+    """What decides about the columns of chunks: vectors of the same are interchangeable."""
+    return manifest["embedder"].get("fingerprint"), *sorted(manifest["chunking"].items())
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
@@ -2046,249 +2079,6 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     return vectors, [ChunkTable(cut.ends, cut.sizes, *own) for cut, *own in rows]
 
 
-def plan_compaction(previous: Index, replaced: Sequence[Collection[int]]) -> tuple[list[int], list[Run]]:
-    """(segments kept as they are, rows to copy into the new one: those of the others that are not replaced).
-
-    At MOST_SEGMENTS, the shortest run of last segments that together are smaller than the one before is merged too, so
-    that a passage is copied only when its segment at least doubles.
-    """
-    sizes = [segment["passages"] for segment in previous.manifest["segments"]]
-    cut = len(sizes)
-    if cut >= MOST_SEGMENTS:
-        cut = next((at for at in range(cut - 1, 0, -1) if sizes[at - 1] > sum(sizes[at:])), 0)
-    kept, taken = [at for at in range(cut) if not replaced[at]], []
-    for at in sorted({*range(len(sizes))} - {*kept}):
-        edges = [-1, *sorted(replaced[at]), sizes[at]]
-        taken += [(at, a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
-    return kept, taken
-
-
-class IndexBuild:
-    """Builds a segment of an index in three passes, and makes it current. What models compute is kept in blocks, named
-    by digests of contents, models and precision, so that a killed build goes on where it stood."""
-
-    def __init__(self, path: Path, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
-                 previous: Index | None, runtime: RuntimeConfig):
-        self.path, self.retriever, self.embedder, self.chunking = path, retriever, embedder, chunking
-        self.previous, self.batch_size, self.faiss = previous, build.batch_size, build.faiss
-        self.old = {"sources": {}, "segments": [], "files": {}, "faiss": None}  # manifest of the index to add to
-        if previous is not None:  # additions to a flat index are flat; else their own number decides
-            self.old = previous.manifest
-            self.faiss = "flat" if self.old["faiss"] == "flat" else "auto"
-        self.counts, self.sources = {"skipped": 0, "replaced": 0}, dict(self.old["sources"])
-        self.documents: set[str] = set()  # the new ones
-        self.places: dict[str, str] = {}  # id of a new document or piece -> file:line
-        self.computes = embedder is not None or chunking.encoder is not None
-        self.finished = path / FINISHED_BLOCKS
-        self.made_by = dumps({
-            "embedder": embedder and embedder.fingerprint, **chunking.facts(), "dtype": runtime.dtype,
-            "device": str(pick_device(runtime.device)), "batch_size": self.batch_size, "form": "columns"}).encode()
-
-    def run(self, corpus: CorpusConfig) -> dict[str, Any]:
-        """Build the segment and make it current. Returns counts. The caller holds the lock."""
-        embedder = self.embedder
-        new = self.path / f"gen-{1 + max((int(p.name[4:]) for p in self.path.glob('gen-*')), default=0)}"
-        with new_folder(new) as folder:
-            kept, taken = self.read(folder, corpus)
-            self.compute(folder, self.counts["added"], taken)
-            built = self.build_retrievers(folder)
-        sizes = {name: len(column) for name, column in map_columns(new).items()}
-        segments = [*(self.old["segments"][at] for at in kept), {
-            "folder": new.name, "faiss": built, "passages": sizes["parts"], "chunks": sizes["chunk_ends"]}]
-        manifest = {
-            "segments": segments, "words": WORDS_FINGERPRINT, "retriever": self.retriever, "sources": self.sources,
-            "counts": {key: sum(segment[key] for segment in segments) for key in ("passages", "chunks")},
-            "uses": RETRIEVERS[self.retriever], "faiss": self.old["faiss"] or built, "dim": embedder and embedder.dim,
-            "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-            "chunking": self.chunking.facts()}
-        self.replace_manifest(new, manifest)
-        return {**manifest["counts"], **self.counts, "dim": manifest["dim"]}
-
-    def read(self, folder: Path, corpus: CorpusConfig) -> tuple[list[int], list[Run]]:
-        """First pass: read, split and write the texts, older rows last. Returns what `plan_compaction` does."""
-        tokenizer, limit = self.chunking.tokenizer.encoder, corpus.max_passage_tokens
-        if self.embedder:
-            tokenizer, limit = self.embedder.tokenizer, min(limit, self.embedder.room)
-        if limit < corpus.max_passage_tokens:
-            notice(f"passages are cut at {limit} tokens, the most this embedder reads")
-        with ColumnWriter(folder) as columns:
-            records = iter(progress(read_corpus(corpus, self.counts, self.sources), "reading", unit="record"))
-            while block := list(itertools.islice(records, EMBED_BLOCK)):
-                titles = tokenize(tokenizer, [record.title or "." for record in block])
-                texts = tokenize(tokenizer, [record.text for record in block])
-                for record, title, text in zip(block, titles, texts, strict=True):
-                    used = tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
-                    room = max(limit - used, limit // 2)  # for a piece of the text beside the title
-                    spans = split_spans(record.text, text.ends.tolist(), room, min(corpus.overlap, room // 2))
-                    with skipping(corpus.errors, self.counts):
-                        self.add(columns, record, spans)
-            require(bool(self.documents), f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-            documents, rows = self.replaced()
-            self.counts |= {"added": columns.rows["parts"], "replaced_documents": len(documents)}
-            kept, taken = plan_compaction(self.previous, rows) if self.previous is not None else ([], [])
-            for number, start, stop in taken:
-                segment = self.previous.segments[number]
-                for name in STRING_COLUMNS:
-                    copy_runs(columns, segment, f"{name}_offsets", [name], start, stop)
-                columns.append("parts", segment["parts"][start:stop])
-        return kept, taken
-
-    def add(self, columns: ColumnWriter, record: Record, spans: list[tuple[int, int]]) -> None:
-        """Append a record as a passage, or several with #1, #2, .. after its id. Raises BadRecord."""
-        pieces = [piece for start, end in spans if (piece := record.text[start:end].strip())]
-        parts = list(range(1, len(pieces) + 1)) if len(pieces) > 1 else [0]  # 0: a whole document
-        ids = [f"{record.id}#{part}" if part else record.id for part in parts]
-        for identifier in {record.id, *ids}:
-            self.check_free(identifier, record.where)
-        self.documents.add(record.id)
-        self.places |= dict.fromkeys({record.id, *ids}, record.where)
-        values = ids, [record.title] * len(ids), pieces, [record.metadata] * len(ids)
-        for name, texts in zip(STRING_COLUMNS, values, strict=True):
-            columns.append_texts(name, texts)
-        columns.append("parts", np.asarray(parts, dtype=np.uint32))
-
-    def check_free(self, identifier: str, where: str) -> None:
-        """Raise BadRecord if a new document or piece has this id. where: of another."""
-        if first := self.places.get(identifier):
-            raise BadRecord(f"duplicate id {identifier!r} at {first} and {where}: make ids unique")
-
-    def replaced(self) -> tuple[set[str], list[set[int]]]:
-        """(older documents that new ones replace, their rows in each segment). Raises BadRecord."""
-        segments = self.previous.segments if self.previous is not None else []
-        documents, rows = set(), [set() for _ in segments]
-        for segment, found in zip(segments, rows, strict=True):
-            for row, (identifier, part) in enumerate(zip(StringColumn([segment], "ids"), segment["parts"].tolist(),
-                                                         strict=True)):
-                document = identifier.rpartition("#")[0] if part else identifier
-                if document in self.documents:
-                    documents.add(document)
-                    found.add(row)
-                else:
-                    self.check_free(identifier, "the index")
-        return documents, rows
-
-    def compute(self, folder: Path, count: int, taken: Sequence[Run]) -> None:
-        """Second pass: write chunks and vectors (a temporary file) of the `count` new passages and those taken."""
-        if finished := len(list(self.finished.glob("*.npz"))):
-            notice(f"an earlier run ended early: up to {finished * EMBED_BLOCK:,} passages are embedded already")
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            self.embed_share(folder, count)
-        with ColumnWriter(folder) as columns, progress(None, "embedding", count, "passage") as bar:
-            for block in self.blocks(folder, count):
-                bar.update(len(block["lengths"]))
-                columns.append_lengths("chunk_offsets", block.pop("lengths"))
-                for name, rows in block.items():
-                    columns.append(name, rows)
-            for number, start, stop in taken:
-                segment = self.previous.segments[number]
-                copy_runs(columns, segment, "chunk_offsets", [n for n in CHUNK_COLUMNS if n in segment], start, stop)
-                if self.previous.faiss:
-                    columns.append("vectors", self.previous.faiss[number].reconstruct_n(start, stop - start))
-
-    def embed_share(self, folder: Path | None = None, count: int = 0) -> None:
-        """Embed this process's share of the blocks; process 0 tells the others the folder and the count."""
-        from accelerate.utils import broadcast_object_list
-
-        if not self.computes:
-            return
-        group = process_group()
-        folder, count = broadcast_object_list([folder and str(folder), count])
-        own = self.blocks(Path(folder), count, slice(group.process_index, None, group.num_processes))
-        for _ in progress(own, "embedding a share", unit="block"):
-            pass
-        group.wait_for_everyone()
-
-    def blocks(self, folder: Path, count: int, share: slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
-        """The blocks of the first `count` passages of a segment, or every n-th of them."""
-        titles, texts = (StringColumn([map_columns(folder)], name) for name in ("titles", "texts"))
-        for rows in batched(range(count), EMBED_BLOCK)[share]:
-            yield self.block([passage_content(titles[row], texts[row]) for row in rows])
-
-    def block(self, contents: list[str]) -> dict[str, np.ndarray]:
-        """The columns of N passages with L chunks in all: read, or if that fails computed and kept.
-
-        lengths (N,): chunks of each passage; vectors (N, dim) float32; chunk_ends (L,) uint32; chunk_sizes (L,) uint16;
-        gate (L, dim) int8 with gate_scales (L, 1) float32; chunks (L, E) float16. No columns of absent models.
-        """
-        key = hashlib.blake2b(self.made_by, digest_size=16)
-        for content in contents:
-            key.update(len(content).to_bytes(8, "little") + content.encode("utf-8"))
-        path = self.finished / f"{key.hexdigest()}.npz"
-        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as file:
-            return dict(file)
-        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.batch_size)
-        ends, sizes, embeddings, states = (
-            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
-        block = {"lengths": np.asarray([len(table.ends) for table in tables]),
-                 "chunk_ends": ends.astype(np.uint32), "chunk_sizes": sizes.astype(np.uint16)}
-        if embeddings is not None:
-            block["vectors"] = vectors
-            block["gate"], block["gate_scales"] = in_8_bits(embeddings.astype(np.float16))
-        if states is not None:
-            block["chunks"] = states.astype(np.float16)
-        if self.computes:
-            self.finished.mkdir(exist_ok=True)
-            data = io.BytesIO()
-            np.savez(data, **block)
-            write_atomic(path, data.getvalue())
-            glibc("malloc_trim", 0)
-        return block
-
-    def build_retrievers(self, folder: Path) -> str | None:
-        """Third pass: FAISS and BM25 over the columns. Returns the FAISS type that was built."""
-        columns, built, uses = [map_columns(folder)], None, RETRIEVERS[self.retriever]
-        if "dense" in uses:
-            vectors = columns[0]["vectors"]
-            built = faiss_kind(self.faiss, len(vectors))
-            index = new_faiss(built, vectors)
-            for rows in progress(batched(range(len(vectors)), 4096), "FAISS"):
-                index.add(np.ascontiguousarray(vectors[rows.start : rows.stop]))
-            with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing misses a disk that gets full
-                faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
-            (folder / "vectors.npy").unlink()
-        if "bm25" in uses:
-            titles, texts = StringColumn(columns, "titles"), StringColumn(columns, "texts")
-            build_bm25(map(passage_content, titles, texts), len(texts), folder / "bm25")
-        return built
-
-    def replace_manifest(self, new: Path, manifest: dict[str, Any]) -> None:
-        """Make the manifest's segments the index in one step; remove all others, also those of killed writers."""
-        final, folders = self.path / "manifest.json", {segment["folder"] for segment in manifest["segments"]}
-        if self.previous is None and final.exists():
-            notice(f"this replaces the index in {self.path}: --add would add to it")
-        known = {name: entry for name, entry in self.old["files"].items() if name.partition("/")[0] in folders}
-        try:
-            write_manifest(final, new, manifest, known=known)
-        finally:
-            current = {folder for folder in self.path.glob("gen-*") if folder != new}
-            with contextlib.suppress(OSError, RefragError):  # there may be none, or a damaged one
-                current = {self.path / segment["folder"] for segment in read_manifest(final)["segments"]}
-            for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - current:
-                shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in self.path.glob(".manifest*.tmp"):
-                leftover.unlink(missing_ok=True)
-        shutil.rmtree(self.finished, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A retrieved passage. rank is 1-based, and its id in the prompt."""
-
-    row: int
-    id: str
-    title: str
-    text: str
-    score: float  # of the fused ranks, or the reranker's
-    rank: int
-    document_id: str
-    scores: dict[str, float] = field(default_factory=dict)  # of the retrievers that found it
-    metadata: str = ""  # a JSON object, empty without any
-
-    def to_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in ("id", "title", "text", "score", "scores", "rank")}
-        return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
-
-
 class Searcher:
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
         uses = RETRIEVERS[retriever]
@@ -2297,52 +2087,55 @@ class Searcher:
         self.index, self.retriever, self.uses = index, retriever, uses
         self.embedder, self.reranker = embedder, reranker
 
-    def find(self, query: str, depth: int) -> dict[str, dict[int, float]]:
+    def find(self, query: str, depth: int, where: str | None) -> dict[str, dict[int, float]]:
         """{retriever: {row: score}} of the best `depth` rows, and more of BM25's that tie."""
         found = {}
         if "dense" in self.uses:
-            found["dense"] = search_faiss(self.index.faiss, self.embedder.embed_query(query), depth)
+            found["dense"] = self.index.nearest(self.embedder.embed_query(query), depth, where)
         if "bm25" in self.uses:
-            found = {"bm25": self.index.bm25.search(query, depth, found.get("dense", ())), **found}
+            found = {"bm25": self.index.matching(query, depth, where, found.get("dense", ())), **found}
         return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
-    def candidates(self, question: str, depth: int, hops: int) -> tuple[list[tuple[int, float]], list[dict]]:
+    def candidates(self, question: str, depth: int, hops: int,
+                   where: str | None) -> tuple[list[tuple[int, float]], list[dict]]:
         """(row, score) over all hops, best first, and what `find` gave at each."""
         found, rankings, used, query = [], [], set(), question
         for _ in range(hops):
-            found.append(self.find(query, depth))
+            found.append(self.find(query, depth, where))
             rankings.append(rrf(list(found[-1].values())))
             best = next((row for row, _ in rankings[-1] if row not in used), None)
             if best is None:
                 break
             used.add(best)  # the next hop asks with the question and the beginning of this passage
-            sentence = SENTENCE_GAP.split(self.index.texts[best], maxsplit=1)[0][:300]
-            query = f"{question} {f'{self.index.titles[best]} {sentence}'.strip()}"
+            passage = self.index[best]
+            sentence = SENTENCE_GAP.split(passage.text, maxsplit=1)[0][:300]
+            query = f"{question} {f'{passage.title} {sentence}'.strip()}"
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
-    def search(self, question: str, topk: int, hops: int = 1) -> list[Passage]:
-        """The best `topk` passages, without repeats."""
+    def search(self, question: str, topk: int, hops: int = 1, where: str | None = None) -> list[Passage]:
+        """The best `topk` passages that pass the filter, without repeats."""
         depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
-        index, passages = self.index, []
         while True:
-            ranked, found = self.candidates(question, depth, hops)
-            kept: dict[str, tuple[int, float]] = {}  # by content: equal passages count once
+            ranked, found = self.candidates(question, depth, hops, where)
+            kept: dict[str, tuple[Passage, float]] = {}  # by content: equal passages count once
             for row, score in ranked:
                 if len(kept) < wanted:
-                    kept.setdefault(index.content(row), (row, score))
+                    passage = self.index[row]
+                    kept.setdefault(passage.content, (passage, score))
             if len(kept) == wanted or len(ranked) < depth:
                 break
             depth *= 8  # copies of a passage took the places of others
         best = list(kept.values())
         if self.reranker is not None:
             scores = self.reranker(question, list(kept)).tolist()
-            best = sorted(((row, score) for (row, _), score in zip(best, scores, strict=True)), key=lambda hit: -hit[1])
-        for rank, (row, score) in enumerate(best[:topk], start=1):
+            best = sorted(((passage, score) for (passage, _), score in zip(best, scores, strict=True)),
+                          key=lambda hit: -hit[1])
+        passages = []
+        for rank, (passage, score) in enumerate(best[:topk], start=1):
             hit = {}
             for retrievers in reversed(found):  # the scores of the first hop that found it count
-                hit |= {name: round(rows[row], 6) for name, rows in retrievers.items() if row in rows}
-            passages.append(Passage(row, index.ids[row], index.titles[row], index.texts[row], round(score, 6), rank,
-                                    index.document_id(row), hit, index.metadata[row]))
+                hit |= {name: round(rows[passage.row], 6) for name, rows in retrievers.items() if passage.row in rows}
+            passages.append(dataclasses.replace(passage, rank=rank, score=round(score, 6), scores=hit))
         return passages
 
 
@@ -3467,25 +3260,6 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     return model
 
 
-def load_build(index: IndexConfig, build: BuildConfig, models: ModelConfig, runtime: RuntimeConfig) -> IndexBuild:
-    """A build with what the options name, or what the index to add to has. Raises RefragError."""
-    previous = open_index(index.index_dir) if build.add else None
-    built = previous.manifest if previous is not None else {}
-    if previous is not None:
-        check_same_build(built, index, build)
-    retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
-    name = index.embed_model or built.get("embedder", {}).get("name")
-    embedder = None if retriever == "bm25" else load_embedder(name, runtime)
-    if previous is not None and embedder is not None:
-        check_embedder(built, embedder)
-    with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
-    encoder = load_model(models, runtime).encoder if with_states else None
-    tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
-    chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
-    if chunks and chunks != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build again")
-    return IndexBuild(Path(index.index_dir), build, retriever, embedder, chunking, previous, runtime)
-
 # =============================================================================
 # 9. Gate. A score for every chunk of the context, and the choice of those
 #     that stay text under an exact budget.
@@ -3516,7 +3290,7 @@ def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, ind
     has_vectors = query is not None and all(table.embeddings is not None for table in tables)
     vectors = np.concatenate([table.embeddings for table in tables]) if has_vectors and tables else None
     numbers = np.repeat(np.arange(len(tables)), [len(table.ends) for table in tables])
-    idf = index.idf if index is not None and index.bm25 is not None else None
+    idf = index.idf if index is not None and "bm25" in index.manifest["uses"] else None
     return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
@@ -4172,7 +3946,7 @@ class AnswerPrompts:
 
     def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
         """A question over the passages of some rows; the answer cites the row `gold`, which is never left out."""
-        contents = [self.tokenizer.neutralize(self.index.content(row)) for row in shown]
+        contents = [self.tokenizer.neutralize(self.index[row].content) for row in shown]
         docs = make_docs(contents, shown, k, self.tokenizer, fit=self.seq_tokens, keep=gold)
         context = make_context(self.tokenizer, question, docs)
         label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
@@ -4224,7 +3998,7 @@ class AnswerLessons:
                 shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
             if quote_frac and rng.random() < quote_frac:
-                sentence = sentence_with(answer, self.index.texts[gold], question)
+                sentence = sentence_with(answer, self.index[gold].text, question)
                 question, answer = (question, answer) if sentence is None else (QUOTE + question, sentence)
         asked = self.prompts.ask(question, shown, gold, answer, k)
         sequence = asked.answered(self.text_chunks(found, asked.context, p, k, rng))
@@ -4253,24 +4027,21 @@ class AnswerLessons:
 
 
 def answers_in(index: Index, item: dict[str, Any], row: int) -> list[str]:
-    text = index.texts[row].casefold()
+    text = index[row].text.casefold()
     return [answer for answer in item["answers"] if answer.casefold() in text]
 
 
 def right_rows(index: Index, item: dict[str, Any], rows: Sequence[int]) -> list[int]:
     """The rows whose document is in positive_ids (all rows if there are no ids); if any hold an answer, only these."""
     wanted = set(item["positive_ids"])
-    right = [row for row in rows if index.names(row) & wanted]
+    right = [row for row in rows if index[row].names & wanted]
     return [row for row in (right if wanted else rows) if answers_in(index, item, row)] or right
 
 
 def positive_rows(questions: list[dict[str, Any]], index: Index) -> dict[str, list[int]]:
     """The rows of each positive id. Raises MismatchError if the index has none of them."""
     wanted = {i for q in questions for i in q.get("positive_ids") or ()}
-    places: dict[str, list[int]] = {}
-    for row in range(len(index)) if wanted else ():
-        for name in index.names(row) & wanted:
-            places.setdefault(name, []).append(row)
+    places = index.rows_of(wanted)
     if wanted and not places:
         raise MismatchError(f"none of the questions' positive_ids is in {index.path}: index their passages")
     if len(places) < len(wanted):
@@ -4290,7 +4061,8 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
     for number, item in enumerate(progress(questions, "retrieving", total=len(questions), unit="question")):
         if number % QUERY_BATCH == 0 and embedder is not None:
             embedder.embed_queries([q["question"] for q in questions[number : number + QUERY_BATCH]])
-        rows = [passage.row for passage in searcher.search(item["question"], search.topk + 1, search.hops)]
+        passages = searcher.search(item["question"], search.topk + 1, search.hops, search.where)
+        rows = [passage.row for passage in passages]
         missed = [row for i in item.get("positive_ids") or () for row in places.get(i, ()) if row not in rows]
         query = embedder.embed_query(item["question"])[0] if embedder is not None else None
         found.append(Retrieved(item, [*rows, *missed], query))
@@ -4913,9 +4685,9 @@ def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, 
     examples = []
     for number, (item, rows, query) in enumerate(progress(questions, "features", len(questions), "question")):
         rows = rows[:topk]
-        contents = [chunking.tokenizer.neutralize(index.content(row)) for row in rows]
+        contents = [chunking.tokenizer.neutralize(index[row].content) for row in rows]
         docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
-        right = [bool(index.names(row) & set(item["positive_ids"])) for row in rows]
+        right = [bool(index[row].names & set(item["positive_ids"])) for row in rows]
         spans = answer_chunks(docs, right, item["answers"])
         if spans:
             inputs = gate_input(item["question"], docs, query, index)
@@ -4929,7 +4701,7 @@ def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfi
                    runtime: RuntimeConfig) -> GateData:
     searcher = load_searcher(index, search, runtime)
     opened = searcher.index
-    require(searcher.embedder is not None and opened.bm25 is not None and "gate" in opened.segments[0],
+    require(searcher.embedder is not None and opened.manifest["retriever"] == "hybrid",
             f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
             "hybrid")
     chunking = Chunking(data.k, build_tokenizer(model_config(models)))
@@ -5436,9 +5208,16 @@ class Pipeline:
         feed = settings.compressed == "feed" or (settings.compressed == "auto" and self.model.trained)
         return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
+    def refresh(self) -> None:
+        """Between two answers: go on with the index as it is now."""
+        if self.index is not None:
+            self.index.refresh()
+
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
         searches = self.searcher is not None and settings.mode != "none"
-        return self.searcher.search(item["question"], settings.topk, settings.hops) if searches else []
+        if not searches:
+            return []
+        return self.searcher.search(item["question"], settings.topk, settings.hops, settings.where)
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
         k, ctx_max = settings.k, settings.ctx_max
@@ -5573,9 +5352,11 @@ class Pipeline:
         context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
-        citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
-                      "label": label, "read": how_read.get(label), "forged": forged, "chosen": label == chosen,
-                      "expanded": how_read.get(label) in ("text", "partly")}
+        cited = {label: {"id": p.id, "title": p.title, "source": p.source, "metadata": json.loads(p.metadata or "{}")}
+                 for label, p in source.items()}
+        citations = [cited.get(label, {"id": label, "title": "", "source": label, "metadata": {}})
+                     | {"label": label, "read": how_read.get(label), "forged": forged, "chosen": label == chosen,
+                        "expanded": how_read.get(label) in ("text", "partly")}
                      for label, forged in (parse_citations(answer, labels).labels if labels else ())]
         chunks = [{"passage_id": ids[labels[chunk.doc]], "start": chunk.start, "end": chunk.end,
                    "score": round(score, 6), "expanded": stays}
@@ -5619,8 +5400,8 @@ class Pipeline:
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What an answer depends on; a file of results that is continued must share it."""
         config, stepper = self.model.config, self.stepper
-        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "hops", "rerank", "max_new",
-                 "temperature", "top_p", "cite")
+        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "where", "hops", "rerank",
+                 "max_new", "temperature", "top_p", "cite")
         return {**{name: getattr(settings, name) for name in named}, "stop": list(settings.stop),
                 "index_dir": self.index and self.index.manifest["digest"][:16],
                 "retriever": self.searcher and self.searcher.retriever, "seed": settings.sampler.initial_seed(),
@@ -5679,23 +5460,6 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 # =============================================================================
 
 
-def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
-              runtime: RuntimeConfig) -> None:
-    """Build an index or add to it; of launched processes, all compute vectors and the first writes."""
-    require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
-        return load_build(index, build, models, runtime).embed_share()
-    start = time.perf_counter()
-    with index_lock(index.index_dir):
-        summary = load_build(index, build, models, runtime).run(corpus)
-    seconds = time.perf_counter() - start
-    summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
-                "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    emit(summary, runtime, "{passages:,} passages ({skipped:,} skipped, {replaced:,} with bytes replaced), {chunks:,} "
-         "chunks, {replaced_documents:,} documents replaced in {seconds:.1f} s -> {index_dir}".format(**summary))
-
-
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
     """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at its best rank. Raises UserError."""
     ids = {"question": {result["id"] for result in results},
@@ -5720,7 +5484,7 @@ def search_text(result: dict[str, Any]) -> str:
     for p in result["passages"]:
         text = " ".join(p.text.split())
         scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
-        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.id}]\n     {text[:200]}")
+        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.source}]\n     {text[:200]}")
     return "\n".join(lines)
 
 
@@ -5729,7 +5493,7 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
     questions = read_questions(ask)
     searcher = load_searcher(index, search, runtime)
     results = [{"id": q["id"], "question": q["question"],
-                "passages": searcher.search(q["question"], search.topk, search.hops)}
+                "passages": searcher.search(q["question"], search.topk, search.hops, search.where)}
                for q in progress(questions, "searching", total=len(questions))]
     if form.format == "json" or runtime.json:
         found = [result | {"passages": [p.to_json() for p in result["passages"]]} for result in results]
@@ -5829,7 +5593,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     for c in result["citations"]:
         how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         how += ", chosen after the answer" if c["chosen"] else ""
-        name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
+        name = f"{c['title']} ({c['source']})" if c["title"] else c["source"]
         lines.append(f"[{c['label']}] {name}, {how}")
     if not result["citations"]:
         lines.append("no citation")
@@ -5883,7 +5647,7 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
 
 
 HANDLERS: dict[str, Callable[..., None]] = {
-    "index": cmd_index, "search": cmd_search, "cpt_align": cmd_cpt_align, "cpt_recon": cmd_cpt_recon,
+    "search": cmd_search, "cpt_align": cmd_cpt_align, "cpt_recon": cmd_cpt_recon,
     "cpt_next": cmd_cpt_next, "sft": cmd_sft, "train_gate": functools.partial(train_scorer, "gate"),
     "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate}
 

@@ -12,7 +12,7 @@ import refrag
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
-    return {"mb": round(size / 2**20, 1), **{key: manifest[key] for key in keys}, "segments": len(manifest["segments"])}
+    return {"mb": round(size / 2**20, 1)} | {key: manifest[key] for key in keys}
 
 
 def all_reduce_check() -> dict[str, Any]:

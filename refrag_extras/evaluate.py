@@ -131,7 +131,7 @@ def answer_spans(context: refrag.Context, item: dict[str, Any], index: refrag.In
                  tokenizer: refrag.RefragTokenizer) -> list[list[int]]:
     """`answer_chunks` of a context: in positive passages, without chunks that no token starts in."""
     docs, chunks = context.docs, context.prompt.chunks
-    right = [bool(index.names(doc.row) & set(item["positive_ids"])) for doc in docs]
+    right = [bool(index[doc.row].names & set(item["positive_ids"])) for doc in docs]
     spans = refrag.answer_chunks(docs, right, [tokenizer.neutralize(answer) for answer in item["answers"]])
     filled = [[number for number in span if chunks[number].tokens] for span in spans]
     return [span for span in filled if span]
@@ -442,7 +442,8 @@ class RetrievalTask(QuestionTask):
             if searcher.embedder is not None:
                 searcher.embedder.queries.clear()  # each retriever embeds the question itself
             start = time.perf_counter()
-            found = searcher.search(item["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops)
+            found = searcher.search(item["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops,
+                                    self.search.where)
             seconds = time.perf_counter() - start
             positives = set(item["positive_ids"])
             scores = ranking_scores(ranked_ids(found, positives), positives)
@@ -495,7 +496,7 @@ class GateTask(QuestionTask):
         context = pipeline.context(item, pipeline.retrieve(item, settings), settings)
         watch = refrag.Stopwatch(pipeline.device)
         spans = answer_spans(context, item, pipeline.index, pipeline.tokenizer)
-        right = [{number for number, doc in enumerate(context.docs) if name in pipeline.index.names(doc.row)}
+        right = [{number for number, doc in enumerate(context.docs) if name in pipeline.index[doc.row].names}
                  for name in dict.fromkeys(item["positive_ids"])]
         for gate, settings in self.gate_settings.items():
             with watch.stage(gate):
