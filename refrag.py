@@ -96,6 +96,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 __version__ = "0.1.0"
+PROGRAM = "refrag" if __name__ == "__main__" and __spec__ else "python refrag.py"  # installed, or this file
 
 # =============================================================================
 # 1. Options. Errors with exit codes; every option as one dataclass field with its default, help
@@ -544,7 +545,7 @@ class Parser(argparse.ArgumentParser):
             message += f" (did you mean {near[0]}?)"
         elif unknown and not unknown.startswith("-"):
             message += f" (write {next((f for f in ('--question', '--corpus') if f in flags), 'a flag')} before it)"
-        raise UserError(f"{message}: see python {self.prog} --help")
+        raise UserError(f"{message}: see {self.prog} --help")
 
 
 def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
@@ -601,7 +602,7 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     """The command and its options: a flag beats the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog=PROGRAM, description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -2034,7 +2035,7 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
-    require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `python refrag.py index`")
+    require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `{PROGRAM} index`")
     manifest = read_manifest(path / "manifest.json")
     if manifest.get("words") != WORDS_FINGERPRINT or "generation" not in manifest:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
@@ -2449,8 +2450,8 @@ def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) ->
     docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
     unread = iter(docs)
     prompt = build_prompt(tokenizer, [part if label is None else next(unread) for part, label in parts])
-    require(prompt.context_tokens <= ctx_max,
-            f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
+    if prompt.context_tokens > ctx_max:
+        raise TooLongError(f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
     return Context(" ".join(" ".join(part for part, label in parts if label is None).split()), prompt, docs)
 
 
@@ -5369,15 +5370,20 @@ class Pipeline:
                 "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
     def explain(self, reading: Reading) -> list[dict[str, Any]]:
-        """For each chunk why it stays text or not, and what each group of features adds to its score."""
-        settings, shares = reading.settings, {}
+        """For each chunk its text, why it stays text or not, and what each group of features adds to its score."""
+        settings, shares, chunks = reading.settings, {}, reading.context.prompt.chunks
         reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
-        if settings.mode == "refrag" and reading.given is not None:
+        texts = [reading.context.docs[chunk.doc].content[chunk.start : chunk.end] for chunk in chunks]
+        if settings.mode == "truncate":
+            reasons = ["text: before the cut" if stays else "left out: the context is cut before its end"
+                       for stays in reading.expanded]
+        elif settings.mode == "refrag" and reading.given is not None:
             reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
             if settings.gate == "learned":
                 shares = self.trained_gates["learned"].shares(reading.given)
-        return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
-                for i, why in enumerate(reasons)]
+        return [{"text": text, "why": why,
+                 "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
+                for i, (text, why) in enumerate(zip(texts, reasons, strict=True))]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
         prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
@@ -5571,10 +5577,9 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
     return waiting
 
 
-def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
-    [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
+def explain_line(chunk: dict[str, Any]) -> str:
     shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
-    text = " ".join(content[chunk["start"] : chunk["end"]].split())
+    text = " ".join(chunk["text"].split())
     return f"{chunk['score']:9.3f}  {chunk['why']} ({shares})  {chunk['passage_id']}: {text[:80]}"
 
 
@@ -5601,7 +5606,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
               f"{100 * m['p_realised']:.0f}% of the context as text",
               f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result["passages"]) for chunk in result["chunks"] if "why" in chunk]
+    lines += [explain_line(chunk) for chunk in result["chunks"] if "why" in chunk]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
