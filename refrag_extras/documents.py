@@ -88,9 +88,6 @@ def of_pdf(data: bytes, name: str) -> Document:
         refrag.require("password" not in str(error).lower(), f"{name} needs a password: save it without one")
         raise
     with contextlib.closing(pdf):
-        rebuilt = not pypdfium2.raw.FPDF_DocumentHasValidCrossReferenceTable(pdf)
-        if rebuilt and b"%%EOF" not in data[-2048:]:
-            raise ValueError("its end is missing")
         pages = refrag.progress(range(len(pdf)), name, unit="page")
         return of_parts(pdf.get_metadata_value("Title"), [({"page": n + 1}, page_text(pdf[n])) for n in pages])
 
