@@ -224,9 +224,6 @@ class IndexConfig(Options):
     embed_model: str | None = opt(None, "sentence-transformers model; default the index's, else all-MiniLM-L6-v2")
 
 
-BUILD_DEFAULTS = {"faiss": "auto", "max_passage_tokens": 256, "overlap": 32}  # of what an index keeps for its changes
-
-
 class BuildConfig(Options):
     faiss: str | None = opt(None, "default the index's or auto: flat to 1,000,000 passages, then ivfpq",
                             choices="auto flat hnsw ivfpq")
@@ -1463,7 +1460,6 @@ RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 CHUNK_UNIT = 4  # tokens; larger chunks are built from runs of so many, so that small ones nest in them
 QUERY_BATCH = 64  # questions embedded together
-EMBED_BLOCK = 256  # passages embedded at once, sorted by length inside, and rows of a record batch
 NPROBE = 64  # lists of an inverted file that a search looks into
 
 
@@ -1653,32 +1649,6 @@ def index_terms(text: str) -> list[str]:
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
-IVF_LEAST = 10_000  # passages that train an inverted file
-
-
-def faiss_kind(requested: str, total: int) -> str:
-    """The index type that --faiss auto stands for at this size. Flat is the vectors' own file, searched by FAISS."""
-    require(requested != "ivfpq" or total >= IVF_LEAST,
-            f"--faiss ivfpq needs {IVF_LEAST:,} passages to train, got {total}")
-    return requested if requested != "auto" else "flat" if total < 1_000_000 else "ivfpq"
-
-
-def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:
-    """An empty, trained inner-product index for vectors (N, dim)."""
-    N, dim = vectors.shape
-    lists = int(4 * math.sqrt(N))  # and 64 passages to train each: within FAISS's guidelines
-    pieces = next(m for m in (dim // 8, dim // 4, 16, 8, 4, 2, 1) if m and dim % m == 0)
-    # np: no polysemous codes, which would be trained for 80 seconds and never used
-    kinds = {"hnsw": "HNSW32", "ivfpq": f"IVF{lists},PQ{pieces}np,Refine(SQ8)"}
-    index = faiss.index_factory(dim, kinds[kind], faiss.METRIC_INNER_PRODUCT)
-    if kind == "hnsw":
-        index.hnsw.efConstruction = 200
-    if kind == "ivfpq":
-        rows = np.sort(np.random.default_rng(0).choice(N, min(N, 64 * lists), replace=False))
-        index.train(np.ascontiguousarray(vectors[rows]))
-    return index
-
-
 def tune_faiss(index: faiss.Index) -> None:
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
@@ -1794,13 +1764,6 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
-def in_8_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, dim) as int8 levels and float32 scales (N, 1); the products are off by half a scale at most."""
-    vectors = vectors.astype(np.float32)
-    scales = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12) / 127
-    return np.rint(vectors / scales).astype(np.int8), scales
-
-
 def passage_content(title: str, text: str) -> str:
     """What is embedded and packed."""
     return f"{title}\n{text}" if title else text
@@ -1877,6 +1840,11 @@ def map_file(path: Path) -> pa.Buffer:
         return pa.py_buffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
 
 
+def map_vectors(path: Path, dim: int) -> np.ndarray:
+    """(N, dim) float32, memory-mapped."""
+    return np.frombuffer(map_file(path), np.float32).reshape(-1, dim)
+
+
 def open_columns(path: Path) -> pa.Table:
     """The columns of an Arrow file, memory-mapped. Raises CorruptError."""
     try:
@@ -1885,64 +1853,33 @@ def open_columns(path: Path) -> pa.Table:
         raise CorruptError(f"{path} is damaged ({one_line(error)}): build the index again") from None
 
 
-@contextlib.contextmanager
-def new_columns(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
-    """Write an Arrow file batch by batch. (By a handle: a memory map would end the process when the disk is full.)"""
-    with path.open("wb") as handle, pa.ipc.new_file(handle, schema) as writer:
-        yield writer
-
-
-def lists(lengths: Sequence[int], values: np.ndarray) -> pa.ListArray:
-    """One list for each length n: the next n rows of values (L, ..), flattened."""
-    width = math.prod(values.shape[1:])
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]) * width, pa.int32()), pa.array(values.ravel()))
-
-
-def gather(tables: Sequence[pa.Table], rows: np.ndarray) -> Iterator[pa.Table]:
-    """Rows, numbered through all tables, in this order, EMBED_BLOCK at a time."""
-    batches = [batch for table in tables for batch in table.to_batches()]
-    starts = np.cumsum([0, *map(len, batches)])
-    for block in np.split(rows, range(EMBED_BLOCK, len(rows), EMBED_BLOCK)) if len(rows) else ():
-        inside = np.searchsorted(starts, block, side="right") - 1  # which batch
-        edges = np.flatnonzero((np.diff(block) != 1) | (np.diff(inside) != 0)) + 1
-        runs = [batches[inside[a]].slice(block[a] - starts[inside[a]], b - a)
-                for a, b in itertools.pairwise([0, *edges.tolist(), len(block)])]
-        yield pa.Table.from_batches(runs).combine_chunks()
+PASSAGE_FIELDS = ("document", "part", "title", "text", "metadata")  # columns, in the order of `Passage`
 
 
 class Index:
     """An index folder, memory-mapped. Its manifest names one generation, a folder of columns, vectors, FAISS and BM25.
     A writer makes a new one, then replaces the manifest in one step: a reader finds the old index or the new."""
 
-    def __init__(self, path: Path, read_all: bool = False):
-        """read_all: see `verify_files`. Raises RefragError."""
-        self.path, self.manifest = path, index_manifest(path)
-        folder = path / self.manifest["generation"]
-        try:
-            verify_files(path, self.manifest["files"], read_all=read_all)
-            self.passages, self.chunks = (open_columns(folder / f"{name}.arrow") for name in ("passages", "chunks"))
-            uses, self.fields = self.manifest["uses"], {}
-            self.vectors = self.faiss = self.bm25 = None
-            if "dense" in uses:
-                self.vectors = np.frombuffer(map_file(folder / "vectors"), np.float32).reshape(-1, self.manifest["dim"])
-                self.faiss = None if self.manifest["faiss"] == "flat" else read_faiss(folder / "faiss.index")
-            if "bm25" in uses:
-                self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False)
-        except (OSError, CorruptError):
-            if index_manifest(path)["digest"] == self.manifest["digest"]:
-                raise
-            self.__init__(path, read_all)  # a writer replaced the generation between the two reads
+    def __init__(self, path: Path, manifest: dict[str, Any], read_all: bool = False):
+        self.path, self.manifest, uses = path, manifest, manifest["uses"]
+        verify_files(path, manifest["files"], read_all=read_all)
+        folder = path / manifest["generation"]
+        self.passages, self.chunks = (open_columns(folder / f"{name}.arrow") for name in ("passages", "chunks"))
+        self.vectors = map_vectors(folder / "vectors", manifest["dim"]) if "dense" in uses else None
+        self.faiss = None if manifest["faiss"] in (None, "flat") else read_faiss(folder / "faiss.index")
+        self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False) if "bm25" in uses else None
+        self.fields: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # what `values` found
 
     def refresh(self) -> None:
-        """Become what a writer has made current since, unless that was made by other models."""
+        """Become what a writer has made current since, unless other models made that."""
         try:
             if index_manifest(self.path)["digest"] != self.manifest["digest"]:
-                new = Index(self.path)
+                new = open_index(self.path)
                 if made_by(new.manifest) != made_by(self.manifest):
-                    raise MismatchError(f"the index {self.path} was built by other models: restart to use it")
+                    raise MismatchError(f"other models made the new one in {self.path}: restart to use it")
                 vars(self).update(vars(new))
         except RefragError as error:
-            notice(f"using the index as it was: {one_line(error)}")
+            notice(f"the index stays as it was: {one_line(error)}")
 
     def __len__(self) -> int:
         return self.passages.num_rows
@@ -2036,22 +1973,11 @@ class Index:
 
 
 def stored_chunks(columns: dict[str, np.ndarray]) -> ChunkTable:
-    """A passage's chunks from the columns that `Build.compute` made, flattened."""
+    """A passage's chunks from its columns, flattened."""
     L = len(columns["ends"])
     embeddings = columns["gate"].reshape(L, -1) * columns["gate_scales"][:, None] if "gate" in columns else None
     states = columns["states"].reshape(L, -1).astype(np.float32) if "states" in columns else None
     return ChunkTable(columns["ends"], columns["sizes"], embeddings, states)
-
-
-def index_lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, new or not. Raises LockedError, UserError."""
-    path = Path(index_dir)
-    require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
-    names = [p.name for p in path.iterdir()] if path.exists() else []
-    foreign = [n for n in names if not re.fullmatch(r"manifest\.json|gen-\d+|\..*|Thumbs\.db|desktop\.ini", n)]
-    require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
-    path.mkdir(parents=True, exist_ok=True)
-    return exclusive(path / ".lock", f"index {path}")
 
 
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
@@ -2066,26 +1992,20 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     return manifest
 
 
-def open_index(index_dir: str | None, read_all: bool = False) -> Index:
+def open_index(index_dir: str | Path | None, read_all: bool = False) -> Index:
     """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
-    index_manifest(index_dir)  # a missing name is told
-    return Index(Path(index_dir), read_all)
+    manifest = index_manifest(index_dir)
+    try:
+        return Index(Path(index_dir), manifest, read_all)
+    except (OSError, CorruptError):
+        if index_manifest(index_dir)["digest"] == manifest["digest"]:
+            raise
+    return open_index(index_dir, read_all)  # a writer replaced the generation between the two reads
 
 
 def made_by(manifest: dict[str, Any]) -> tuple:
     """What decides about the columns of chunks: vectors of the same are interchangeable."""
     return manifest["embedder"].get("fingerprint"), *sorted(manifest["chunking"].items())
-
-
-def check_same_build(manifest: dict[str, Any], index: IndexConfig, build: BuildConfig) -> None:
-    """Raise MismatchError if options name other settings than the index to change has."""
-    chunking, has_embedder = manifest["chunking"], "name" in manifest["embedder"]
-    for flag, value, built in (
-            ("k", build.k, chunking["encoder"] and chunking["k"]),
-            ("retriever", index.retriever, manifest["retriever"]),
-            ("embed_model", index.embed_model, index.embed_model if has_embedder else None)):
-        if value not in (None, built):
-            raise MismatchError(f"--{flag} {value} does not fit the index, which has {built or 'none'}: build it again")
 
 
 def check_embedder(manifest: dict[str, Any], embedder: Embedder) -> None:
@@ -2107,306 +2027,6 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
         embeddings = map(late_chunk_vectors, token_states, token_ends, [cut.ends for cut in cuts], vectors)
     rows = zip(cuts, embeddings, states, strict=True)
     return vectors, [ChunkTable(cut.ends, cut.sizes, *own) for cut, *own in rows]
-
-
-def content_key(content: str) -> bytes:
-    """What equal contents share, so that models read them once."""
-    return hashlib.blake2b(content.encode("utf-8"), digest_size=16).digest()
-
-
-class Build:
-    """What a corpus becomes in an index, whatever keeps it: passages, and what the models compute for them."""
-
-    def __init__(self, build: BuildConfig, retriever: str, embedder: Embedder | None, chunking: Chunking,
-                 settings: dict[str, Any], sources: dict[str, str]):
-        """settings: see BUILD_DEFAULTS. sources: see `source_label`. Raises UserError."""
-        self.options, self.retriever, self.embedder, self.chunking = build, retriever, embedder, chunking
-        self.counts, self.sources, self.settings = {"skipped": 0, "replaced": 0}, dict(sources), settings
-        self.places: dict[str, str] = {}  # id of a document or passage that was read -> file:line
-        size, overlap = settings["max_passage_tokens"], settings["overlap"]
-        require(overlap <= size // 2,
-                f"--overlap must lie between 0 and half of --max_passage_tokens {size}, got {overlap}")
-        self.tokenizer, self.limit = chunking.tokenizer.encoder, size
-        if embedder:
-            self.tokenizer, self.limit = embedder.tokenizer, min(size, embedder.room)
-        if self.limit < size:
-            notice(f"passages are cut at {self.limit} tokens, the most this embedder reads")
-
-    def facts(self) -> dict[str, Any]:
-        """What a manifest says about models and settings."""
-        embedder = self.embedder
-        return {"words": WORDS_FINGERPRINT, "retriever": self.retriever, "uses": RETRIEVERS[self.retriever],
-                "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
-                "dim": embedder and embedder.dim, "chunking": self.chunking.facts(), "settings": self.settings,
-                "sources": self.sources}
-
-    def read(self, corpus: CorpusConfig) -> Iterator[list[tuple]]:
-        """The passages of the corpus in blocks, as (document, part, title, text, metadata). Raises BadRecord."""
-        records = iter(progress(read_corpus(corpus, self.counts, self.sources), "reading", unit="record"))
-        while block := list(itertools.islice(records, EMBED_BLOCK)):
-            titles = tokenize(self.tokenizer, [record.title or "." for record in block])
-            texts = tokenize(self.tokenizer, [record.text for record in block])
-            passages = []
-            for record, title, text in zip(block, titles, texts, strict=True):
-                used = self.tokenizer.num_special_tokens_to_add() + (len(title.ids) + 1 if record.title else 0)
-                room = max(self.limit - used, self.limit // 2)  # for a piece of the text beside the title
-                spans = split_spans(record.text, text.ends.tolist(), room, min(self.settings["overlap"], room // 2))
-                with skipping(corpus.errors, self.counts):
-                    passages += self.pieces(record, spans)
-            yield passages
-
-    def pieces(self, record: Record, spans: list[tuple[int, int]]) -> list[tuple]:
-        """A record as one passage, or several with #1, #2, .. after its id. Raises BadRecord."""
-        kept = [span for span in spans if record.text[slice(*span)].strip()]
-        parts = range(1, len(kept) + 1) if len(kept) > 1 else [0]
-        ids = {record.id, *(f"{record.id}#{part}" for part in parts if part)}
-        for name in ids:
-            if first := self.places.get(name):
-                raise BadRecord(f"duplicate id {name!r} at {first} and {record.where}: make ids unique")
-        self.places |= dict.fromkeys(ids, record.where)
-        return [(record.id, part, record.title, record.text[slice(*span)].strip(), metadata_of(record, *span))
-                for part, span in zip(parts, kept, strict=True)]
-
-    def compute(self, contents: list[str]) -> pa.Table:
-        """What models give for contents: a vector (dim,) float32; of the L chunks their ends in characters, sizes in
-        tokens, embeddings `gate` (L, dim) int8 with gate_scales (L,), states (L, E) float16 (of models there are)."""
-        vectors, tables = chunk_tables(contents, self.chunking, self.embedder, self.options.batch_size)
-        ends, sizes, embeddings, states = (
-            None if parts[0] is None else np.concatenate(parts) for parts in zip(*tables, strict=True))
-        lengths = [len(table.ends) for table in tables]
-        columns = {"ends": lists(lengths, ends.astype(np.uint32)), "sizes": lists(lengths, sizes.astype(np.uint16))}
-        if embeddings is not None:
-            levels, scales = in_8_bits(embeddings.astype(np.float16))
-            columns |= {"gate": lists(lengths, levels), "gate_scales": lists(lengths, scales),
-                        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])}
-        if states is not None:
-            columns["states"] = lists(lengths, states.astype(np.float16))
-        glibc("malloc_trim", 0)
-        return pa.table(columns)
-
-
-PASSAGE_FIELDS = ("document", "part", "title", "text", "metadata")  # in the order of `Build.read` and of `Passage`
-PASSAGE_SCHEMA = pa.schema([
-    ("document", pa.string()), ("part", pa.uint32()), ("title", pa.string()), ("text", pa.string()),
-    ("metadata", pa.string()), ("key", pa.binary(16)), ("terms", pa.list_(pa.int32()))])
-
-
-def metadata_of(record: Record, start: int, end: int) -> str:
-    """The metadata of a piece of a record as JSON, with the facts of where it stands, such as its page."""
-    facts = dict(record.metadata)
-    for place, found in record.marks:
-        if place <= start:
-            facts |= found
-        elif place < end and "page" in found:
-            facts["last_page"] = found["page"]
-    return json.dumps(facts) if facts else ""
-
-
-class Unchanged(Exception):
-    """There is nothing to write."""
-
-
-class IndexBuild(Build):
-    """Makes the next generation of an index folder. What models compute is kept by the digest of its content, in the
-    generation before and in files that a killed build leaves: only new contents are computed, all else is built again.
-    """
-
-    def __init__(self, path: Path, previous: Index | None, *args: Any):
-        super().__init__(*args)
-        self.path, self.previous = path, previous
-        self.finished = path / f".computed-{content_key(dumps(made_by(self.facts()))).hex()}"
-
-    def run(self, corpus: CorpusConfig) -> dict[str, Any]:
-        """Make the new generation current, unless nothing has changed. Returns counts. The caller holds the lock."""
-        number = 1 + max((int(p.name[4:]) for p in self.path.glob("gen-*")), default=0)
-        try:
-            with new_folder(self.path / f"gen-{number}") as folder:
-                self.write_passages(folder, corpus)
-                passages = open_columns(folder / "passages.arrow")
-                self.embed(folder, self.missing(passages))
-                manifest = self.facts() | {"generation": f"gen-{number}", "faiss": self.kind(len(passages))}
-                self.check_changed(folder, manifest)
-                chunks = self.write_chunks(folder, passages)
-                manifest |= {"counts": {"passages": len(passages), "chunks": chunks},
-                             "trained": self.build_faiss(folder, manifest["faiss"])}
-                self.build_bm25(folder, passages)
-        except Unchanged:
-            manifest = self.previous.manifest
-            notice("nothing has changed")
-        else:
-            self.replace_manifest(manifest)
-        return {**manifest["counts"], **self.counts, "dim": manifest["dim"]}
-
-    def write_passages(self, folder: Path, corpus: CorpusConfig) -> None:
-        """First pass: the columns of the index's passages that stay, in their order, then of the corpus."""
-        adds = self.options.add or bool(self.options.delete)
-        vocabulary = dict(self.previous.bm25.vocab_dict) if adds and self.previous.bm25 is not None else {}
-        with new_columns(folder / "read.arrow", PASSAGE_SCHEMA) as writer:
-            for block in self.read(corpus):
-                contents = [passage_content(title, text) for _, _, title, text, _ in block]
-                terms = [[vocabulary.setdefault(term, len(vocabulary)) for term in index_terms(content)]
-                         for content in contents] if "bm25" in RETRIEVERS[self.retriever] else [[]] * len(block)
-                columns = [*(zip(*block, strict=True) if block else [()] * 5), map(content_key, contents), terms]
-                writer.write(pa.record_batch([list(column) for column in columns], PASSAGE_SCHEMA))
-        self.vocabulary, new = vocabulary, open_columns(folder / "read.arrow")
-        tables = [self.previous.passages, new] if adds else [new]
-        self.kept = self.rows_kept(new) if adds else np.zeros(0, dtype=np.int64)
-        rows = np.concatenate([self.kept, np.arange(len(new)) + sum(map(len, tables[:-1]))])
-        with new_columns(folder / "passages.arrow", PASSAGE_SCHEMA) as writer:
-            for table in gather(tables, rows):
-                writer.write(table)
-        (folder / "read.arrow").unlink()
-        emptied = f"this would delete all {len(self.previous or ())} passages of the index: add --delete_all"
-        require(len(rows) > 0 or self.options.delete_all,
-                emptied if self.previous else f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-        self.counts |= {"added": len(new)} | self.compare_documents(new, open_columns(folder / "passages.arrow"))
-
-    def rows_kept(self, new: pa.Table) -> np.ndarray:
-        """The rows of the index without documents that are deleted or read again. Raises BadRecord, UserError."""
-        old, delete = self.previous.passages, pa.array(self.options.delete, pa.string())
-        absent = delete.filter(pc.invert(pc.is_in(delete, value_set=old["document"]))).to_pylist()
-        require(not absent, f"--delete {' '.join(absent)}: the index has no such document")
-        stays = ~pc.is_in(old["document"], value_set=pa.concat_arrays(
-            [delete, pc.unique(new["document"]).cast(pa.string())])).to_numpy()
-        ids = pc.binary_join_element_wise(old["document"], old["part"].cast(pa.string()), "#")
-        names = pa.array(self.places, pa.string())  # of pieces, too: a#1 may be a document's name
-        for column, counts in ((old["document"], stays), (ids, stays & (old["part"].to_numpy() > 0))):
-            clashes = np.flatnonzero(pc.is_in(column, value_set=names).to_numpy() & counts)
-            if len(clashes):
-                name = column[int(clashes[0])].as_py()
-                raise BadRecord(f"duplicate id {name!r} at the index and {self.places[name]}: make ids unique")
-        return np.flatnonzero(stays)
-
-    def compare_documents(self, new: pa.Table, current: pa.Table) -> dict[str, int]:
-        """How many documents of the index were read again or are gone."""
-        old = pc.unique(self.previous.passages["document"]) if self.previous is not None else pa.array([], pa.string())
-        return {"replaced_documents": pc.sum(pc.is_in(old, value_set=new["document"])).as_py() or 0,
-                "deleted_documents": pc.sum(pc.invert(pc.is_in(old, value_set=current["document"]))).as_py() or 0}
-
-    def computed(self) -> list[pa.Table]:
-        """What models computed before: for the generation before, if they are the same, and in a killed build."""
-        tables, old = [], self.previous
-        if old is not None and made_by(old.manifest) == made_by(self.facts()):
-            tables.append(old.chunks.append_column("key", old.passages["key"]))
-            if old.vectors is not None:
-                vectors = pa.FixedSizeListArray.from_arrays(pa.array(old.vectors.ravel()), old.vectors.shape[1])
-                tables[0] = tables[0].append_column("vector", vectors)
-        for path in sorted(self.finished.glob("*.arrow")):
-            with contextlib.suppress(CorruptError):
-                tables.append(open_columns(path))
-        names = sorted(tables[0].column_names) if tables else []
-        return [table.select(names) for table in tables]
-
-    def missing(self, passages: pa.Table) -> np.ndarray:
-        """The first row of each content that was not computed before."""
-        tables = self.computed()
-        known = pa.chunked_array([part for table in tables for part in table["key"].chunks], pa.binary(16))
-        new = pc.unique(passages["key"].filter(pc.invert(pc.is_in(passages["key"], value_set=known))))
-        if self.finished.exists():
-            notice("an earlier run ended early: what it computed is used")
-        return pc.index_in(new, value_set=passages["key"]).to_numpy()
-
-    def embed(self, folder: Path | None = None, rows: np.ndarray | None = None) -> None:
-        """Second pass: compute the contents of the rows and keep them, of launched processes each a share: process 0
-        tells the others folder and rows."""
-        first, step = 0, 1
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            from accelerate.utils import broadcast_object_list
-
-            group = process_group()
-            folder, rows = broadcast_object_list([folder, rows])
-            first, step = group.process_index, group.num_processes
-        with progress(None, "embedding", len(rows), "passage", -(-len(rows) * first // step)) as bar:
-            for table in itertools.islice(gather([open_columns(folder / "passages.arrow")], rows), first, None, step):
-                contents = list(map(passage_content, table["title"].to_pylist(), table["text"].to_pylist()))
-                self.finished.mkdir(exist_ok=True)
-                computed, data = self.compute(contents).append_column("key", table["key"]), io.BytesIO()
-                with pa.ipc.new_file(data, computed.schema) as writer:
-                    writer.write(computed)
-                write_atomic(self.finished / f"{table['key'][0].as_py().hex()}.arrow", data.getvalue())
-                bar.update(len(contents))
-        self.counts["computed"] = len(rows)
-        if step > 1:
-            group.wait_for_everyone()
-
-    def check_changed(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Raise Unchanged if passages, models and settings are those of the generation before."""
-        if self.previous is None:
-            return
-        old = self.previous.manifest
-        same = all(old[key] == value for key, value in json.loads(dumps(manifest)).items() if key != "generation")
-        digest = old["files"][f"{old['generation']}/passages.arrow"]["sha256"]
-        if same and digest == sha256_file(folder / "passages.arrow"):
-            raise Unchanged
-
-    def write_chunks(self, folder: Path, passages: pa.Table) -> int:
-        """Third pass: what was computed, in the order of the passages. Returns the number of chunks."""
-        tables, chunks = self.computed() or [pa.table({"key": pa.array([], pa.binary(16))})], 0
-        known = pa.chunked_array([part for table in tables for part in table["key"].chunks], pa.binary(16))
-        rows = pc.index_in(passages["key"], value_set=known).to_numpy()
-        names = [name for name in tables[0].column_names if name not in ("key", "vector")]
-        with (new_columns(folder / "chunks.arrow", tables[0].select(names).schema) as writer,
-              (folder / "vectors").open("wb") as vectors):
-            for table in progress(gather(tables, rows), "columns", -(-len(rows) // EMBED_BLOCK), "block"):
-                writer.write(table.select(names))
-                chunks += pc.sum(pc.list_value_length(table["ends"])).as_py()
-                if "vector" in table.column_names:
-                    vectors.write(table["vector"].combine_chunks().flatten().to_numpy())
-        return chunks
-
-    def kind(self, total: int) -> str | None:
-        """The FAISS type to build for so many passages. Raises UserError."""
-        wanted = self.settings["faiss"]
-        if self.embedder is None:
-            return None
-        if wanted == "ivfpq" and self.options.faiss is None and total < IVF_LEAST:
-            return "flat"  # too few are left of an index that was large
-        return faiss_kind(wanted, total)
-
-    def build_faiss(self, folder: Path, kind: str | None) -> int:
-        """Build FAISS, or add to the index's if new passages only follow its own. Returns how many trained it."""
-        if kind in (None, "flat"):
-            return 0
-        old, vectors = self.previous, np.frombuffer(map_file(folder / "vectors"), np.float32)
-        vectors = vectors.reshape(-1, self.embedder.dim)
-        trained = old.manifest["trained"] if old is not None and old.manifest["faiss"] == kind else 0
-        if len(self.kept) == len(old or ()) and len(vectors) < 2 * trained:
-            index = old.faiss
-        else:
-            index, trained = new_faiss(kind, vectors), len(vectors)
-        for start in progress(range(index.ntotal, len(vectors), 4096), "FAISS", unit="block"):
-            index.add(vectors[start : start + 4096])
-        with (folder / "faiss.index").open("wb") as handle:  # FAISS's own writing misses a disk that gets full
-            faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
-        return trained
-
-    def build_bm25(self, folder: Path, passages: pa.Table) -> None:
-        if "bm25" not in RETRIEVERS[self.retriever]:
-            return
-        ids = [terms for part in passages["terms"].chunks
-               for terms in np.split(part.flatten().to_numpy(), part.offsets[1:-1])]
-        self.vocabulary.setdefault("", len(self.vocabulary))  # bm25s looks this one up for texts without any term
-        index = bm25s.BM25(**BM25)
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a mean length of 0, or of nothing
-            index.index(bm25s.tokenization.Tokenized(ids=ids, vocab=self.vocabulary),
-                        show_progress=not QUIET and len(ids) > 50_000)
-        index.save(folder / "bm25", show_progress=False)
-
-    def replace_manifest(self, manifest: dict[str, Any]) -> None:
-        """Make a generation the index in one step; remove all others, also those of killed writers."""
-        final, new = self.path / "manifest.json", self.path / manifest["generation"]
-        try:
-            write_manifest(final, new, manifest)
-        finally:
-            current = new
-            with contextlib.suppress(OSError, RefragError, KeyError):  # it may be missing, damaged or of an old format
-                current = self.path / read_manifest(final)["generation"]
-            for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - {current}:
-                shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in self.path.glob(".manifest*.tmp"):
-                leftover.unlink(missing_ok=True)
-        for leftover in self.path.glob(".computed-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 class Searcher:
@@ -3589,30 +3209,6 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     model.encoder.precision = pick_dtype(runtime.dtype, device, encoding=True)
     return model
 
-
-def load_build(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ModelConfig,
-               runtime: RuntimeConfig) -> IndexBuild:
-    """A build with what the options name, or what the index to change has. Raises RefragError."""
-    path, previous, unreadable = Path(index.index_dir), None, () if build.changes else RefragError
-    with contextlib.suppress(unreadable):  # it is replaced
-        previous = open_index(index.index_dir, read_all=not build.changes)
-    built = previous.manifest if build.changes else {}
-    if built:
-        check_same_build(built, index, build)
-    retriever, chunks = built.get("retriever") or index.retriever or "hybrid", built.get("chunking")
-    name = index.embed_model or built.get("embedder", {}).get("name")
-    embedder = None if retriever == "bm25" else load_embedder(name, runtime)
-    if built and embedder is not None:
-        check_embedder(built, embedder)
-    with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
-    encoder = load_model(models, runtime).encoder if with_states else None
-    tokenizer = encoder.tokenizer if encoder else build_tokenizer(model_config(models))
-    chunking = Chunking(chunks["k"] if chunks else build.k or PackConfig.k, tokenizer, encoder)
-    if chunks and chunks != chunking.facts():
-        raise MismatchError("the index was built with another --enc, --dec or --load_dir: use the same, or build again")
-    settings = {"faiss": build.faiss, "max_passage_tokens": corpus.max_passage_tokens, "overlap": corpus.overlap}
-    settings = BUILD_DEFAULTS | built.get("settings", {}) | {key: v for key, v in settings.items() if v is not None}
-    return IndexBuild(path, previous, build, retriever, embedder, chunking, settings, built.get("sources", {}))
 
 # =============================================================================
 # 9. Gate. A score for every chunk of the context, and the choice of those
@@ -5802,26 +5398,6 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 # =============================================================================
 
 
-def cmd_index(corpus: CorpusConfig, index: IndexConfig, build: BuildConfig, models: ReaderConfig,
-              runtime: RuntimeConfig) -> None:
-    """Build an index or add to it; of launched processes, all compute vectors and the first writes."""
-    require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
-    require(bool(corpus.corpus) or bool(build.delete) or build.delete_all, "--corpus is missing: name files or folders")
-    require(not (corpus.corpus and build.delete), "--delete takes no --corpus")
-    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
-        return load_build(corpus, index, build, models, runtime).embed()
-    start = time.perf_counter()
-    with index_lock(index.index_dir):
-        summary = load_build(corpus, index, build, models, runtime).run(corpus)
-    seconds = time.perf_counter() - start
-    summary |= {"seconds": round(seconds, 3), "passages_per_s": round(summary["added"] / seconds, 2),
-                "index_dir": index.index_dir, "peak_rss_mb": round(peak_rss_mb(), 1)}
-    emit(summary, runtime, "{passages:,} passages ({computed:,} computed now; {skipped:,} records skipped, "
-         "{replaced:,} with bytes replaced), {chunks:,} chunks, {replaced_documents:,} documents replaced, "
-         "{deleted_documents:,} deleted in {seconds:.1f} s -> {index_dir}".format(**summary))
-
-
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
     """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at its best rank. Raises UserError."""
     ids = {"question": {result["id"] for result in results},
@@ -6010,7 +5586,7 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
 
 
 HANDLERS: dict[str, Callable[..., None]] = {
-    "index": cmd_index, "search": cmd_search, "cpt_align": cmd_cpt_align, "cpt_recon": cmd_cpt_recon,
+    "search": cmd_search, "cpt_align": cmd_cpt_align, "cpt_recon": cmd_cpt_recon,
     "cpt_next": cmd_cpt_next, "sft": cmd_sft, "train_gate": functools.partial(train_scorer, "gate"),
     "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate}
 

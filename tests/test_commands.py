@@ -81,7 +81,7 @@ def test_a_section_uses_only_names_of_its_own_and_earlier_sections():
     later = {f"line {node.lineno}: section {section_of(node)} uses {name} of section {HOME[name]}"
              for node in TREE.body for name in read_names(node) if HOME.get(name, 0) > section_of(node)}
     assert later == set()
-    assert HOME["parse"] == 1 and HOME["torch"] == 2 and HOME["cmd_index"] == len(SECTIONS)
+    assert HOME["parse"] == 1 and HOME["torch"] == 2 and HOME["cmd_search"] == len(SECTIONS)
 
 
 def test_only_options_know_argparse_and_only_imports_the_heavy_libraries():
