@@ -20,6 +20,7 @@ from writers import ROOT, files, finished, forks, line, mount  # noqa: F401 (fix
 sys.path.insert(0, str(ROOT))
 
 import refrag
+from refrag_extras import index as writing
 
 torch.set_num_threads(1)
 
@@ -280,13 +281,14 @@ def change(embedder, llama):
 
     def call(folder, rows, retriever=None, size=None, **options):
         path, build = folder.with_suffix(".jsonl"), refrag.BuildConfig(**options)
+        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows or ()))
         names = () if rows is None else (str(path),)
         corpus = refrag.CorpusConfig(names, max_passage_tokens=size, overlap=size and size // 4)
         index = refrag.IndexConfig(str(folder), retriever, None if build.changes else str(embedder))
-        with refrag.index_lock(str(folder)):
+        with writing.lock(str(folder)):
             models = refrag.ModelConfig(dec=str(llama), enc="decoder:2")
-            counts = refrag.load_build(corpus, index, build, models, RUNTIME).run(corpus)
+            counts = writing.load_build(corpus, index, build, models, RUNTIME).run(corpus)
         return counts, refrag.open_index(str(folder))
 
     return call
