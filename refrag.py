@@ -96,6 +96,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 __version__ = "0.1.0"
+PROGRAM = "refrag" if __name__ == "__main__" and __spec__ else "python refrag.py"  # installed, or this file
 
 # =============================================================================
 # 1. Options. Errors with exit codes; every option as one dataclass field with its default, help
@@ -228,7 +229,7 @@ class BuildConfig(Options):
     faiss: str | None = opt(None, "default the index's or auto: flat to 1,000,000 passages, then ivfpq",
                             choices="auto flat hnsw ivfpq")
     add: bool = opt(False, "add to the index; a document whose id it has is replaced")
-    sync: bool = opt(False, "make the index hold the corpus and nothing else, with the settings it has")
+    sync: bool = opt(False, "make the index hold the corpus and nothing else, by the settings it has")
     delete: tuple[str, ...] = opt((), "ids of documents to delete from the index")
     delete_all: bool = opt(False, "let --sync or --delete leave nothing")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
@@ -257,11 +258,39 @@ class ReaderConfig(ModelConfig):
     load_dir: str | None = opt("auto", "checkpoint or training run; auto: the shipped one if it fits; none: untrained")
 
 
+COMPARISONS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+               ">": operator.gt, ">=": operator.ge}
+COMPARISON = re.compile(r"""\s*("[^"]+"|'[^']+'|[^\s<>=!"']+)\s*([<>!=]=?)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*"""
+                        r"(\s(?:and|or)\s|$)", re.IGNORECASE)
+
+
+def parse_where(text: str) -> list[list[tuple[str, str, str]]]:
+    """A filter as alternatives (or) of conditions (operator, field, value) that must all hold (and). Raises UserError.
+
+    Example: "year >= 1990 and lang = en" -> [[(">=", "year", "1990"), ("=", "lang", "en")]]
+    """
+    alternatives, place, join = [[]], 0, "and"
+    while join:
+        match = COMPARISON.match(text, place)
+        require(match is not None and match[2] in COMPARISONS,
+                f"--where: cannot read {text[place:]!r}: use comparisons ({' '.join(COMPARISONS)}) joined by and, or: "
+                "year >= 1990 and lang = en")
+        if join == "or":
+            alternatives.append([])
+        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
+        place, join = match.end(), match[4].strip().lower()
+    return alternatives
+
+
 class SearchConfig(Options):
     topk: int = opt(8, "passages to return", low=1)
     where: str | None = opt(None, "only passages whose fields pass, as in \"year >= 1990 and lang = en\"")
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
     hops: int = opt(1, "rounds; later queries add the best new passage's title and first sentence", low=1, high=8)
+
+    def check(self) -> None:
+        if self.where is not None:
+            parse_where(self.where)
 
 
 class QuestionConfig(Options):
@@ -516,7 +545,7 @@ class Parser(argparse.ArgumentParser):
             message += f" (did you mean {near[0]}?)"
         elif unknown and not unknown.startswith("-"):
             message += f" (write {next((f for f in ('--question', '--corpus') if f in flags), 'a flag')} before it)"
-        raise UserError(f"{message}: see python {self.prog} --help")
+        raise UserError(f"{message}: see {self.prog} --help")
 
 
 def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
@@ -573,7 +602,7 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     """The command and its options: a flag beats the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog=PROGRAM, description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -1045,9 +1074,13 @@ def cache_home() -> Path:
 # =============================================================================
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
+NOT_AS_NAMED = "rename it, or leave it out"
 TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 MARKDOWN = (".md", ".markdown")
 TEXTS = (".txt", ".text", *MARKDOWN)
+DOCUMENTS = (".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".html", ".htm")  # by the libraries of the extra [docs]
+DOCUMENT_EXTRA = "pip install 'refrag[docs]'"
+DOCUMENT_LIBRARIES = ("lxml", "mammoth", "markdownify", "openpyxl", "pptx", "pypdfium2")
 ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
 TEXT_FIELDS = ("text", "contents", "body", "passage")
 QUESTION_FIELDS = ("question", "query", "text")
@@ -1093,12 +1126,17 @@ def bare_name(path: Path) -> Path:
     return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
 
 
+def kind_of(path: Path) -> str:
+    """A file's suffix in small letters, without .gz. Example: notes/LIST.TXT.gz -> .txt"""
+    return bare_name(path).suffix.lower()
+
+
 class TextFile:
     """The lines or records of a file, "-" for standard input, also gzipped or in UTF-16. counts: receives skipped and
     replaced."""
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
-        self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
+        self.path, self.name, self.suffix = path, spelled(path), kind_of(path)
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     def decoded(self, raw: bytes, number: int, encoding: str) -> str:
@@ -1113,26 +1151,31 @@ class TextFile:
         self.counts["replaced"] += 1
         return raw.decode(encoding, "replace")
 
-    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its end) of each line, or of the whole file; "" if skipped. Raises CorruptError."""
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[io.BufferedIOBase]:
+        """The file's bytes, unzipped. Raises CorruptError."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
+            zipped = handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz"
             try:
-                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
-                    handle = gzip.GzipFile(fileobj=handle)
-                head = handle.peek(8)
-                if head.startswith(BINARY):
-                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
-                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
-                for number, line in enumerate([handle.read()] if as_one else handle, start=1):
-                    text = ""
-                    with skipping(self.errors, self.counts):
-                        text = self.decoded(line, number, "utf-8-sig" if number == 1 else "utf-8")
-                    yield number, text
+                yield gzip.GzipFile(fileobj=handle) if zipped else handle
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
                 raise CorruptError(message) from None
+
+    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
+        """(number, text with its end) of each line, or of the whole file; "" if skipped. Raises CorruptError."""
+        with self.opened() as handle:
+            head = handle.peek(8)
+            if head.startswith(BINARY):
+                raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: {NOT_AS_NAMED}")
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+            for number, line in enumerate([handle.read()] if as_one else handle, start=1):
+                text = ""
+                with skipping(self.errors, self.counts):
+                    text = self.decoded(line, number, "utf-8-sig" if number == 1 else "utf-8")
+                yield number, text
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
         """(number, text without its line end) of each line that is not blank."""
@@ -1274,9 +1317,10 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, each once; those of other kinds in folders), but for hidden ones. Raises UserError."""
+    """(the files to read, each once; those in folders that are not read), but for hidden ones. Raises RefragError."""
     files: dict[str, CorpusFile] = {}  # by label
-    others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
+    others, known = [], (*TEXTS, *OBJECTS, *TABLES, *DOCUMENTS)
+    kinds = known if all(map(importlib.util.find_spec, DOCUMENT_LIBRARIES)) else known[: -len(DOCUMENTS)]
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
     for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
@@ -1286,9 +1330,12 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*"))
                      if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            inside = [p for p in found if bare_name(p).suffix.lower() in kinds]
-            others += [p for p in found if p not in inside]
-            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
+            inside = [p for p in found if kind_of(p) in known]
+            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(known)} files")
+            others += [p for p in found if kind_of(p) not in kinds]
+        inside = [p for p in inside if kind_of(p) not in known or kind_of(p) in kinds]
+        if not inside:
+            raise MissingError(f"--corpus {name}: libraries that read such documents are missing: {DOCUMENT_EXTRA}")
         for file in inside:
             label = source_label(str(file), sources)
             files.setdefault(label, (file, label, label not in sources))
@@ -1301,7 +1348,7 @@ def modified(path: Path) -> str:
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file; of text its lines, but Markdown, and any text in a folder, is one document.
+    """The records of a file: the lines of a text, but Markdown, and any text in a folder, is one document, as a PDF is.
 
     In a folder, as with --errors skip, a bad record or unreadable file is skipped, counted and named.
     """
@@ -1310,10 +1357,13 @@ def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator
     source = TextFile(path, errors, counts)
     with skipping(errors, counts, (RefragError, OSError)):
         of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
-        if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
-            facts = {"path": label, "modified": modified(path)}
-            yield from (Record(label, bare_name(path).stem, text, source.name, facts)
-                        for _, text in source.lines(as_one=True) if text.strip())
+        if source.suffix in DOCUMENTS or (of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]):
+            from refrag_extras import documents
+
+            title, text, marks = documents.read(source)
+            if text.strip():
+                facts = {"path": label, "modified": modified(path)}
+                yield Record(label, title or bare_name(path).stem, text, source.name, facts, marks)
             return
         records, items = source.items(TEXT_FIELDS)
         for number, text in items:
@@ -1329,11 +1379,18 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
     """The records of the corpus, streamed. counts: receives skipped, replaced, ignored. sources: see `source_label`."""
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
-    if others:
-        shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
+    kinds = collections.Counter(kind_of(path) for path in others)
+    if lacking := ", ".join(f"{kinds.pop(kind):,} {kind}" for kind in DOCUMENTS if kind in kinds):
+        notice(f"documents that were not read: {lacking}: {DOCUMENT_EXTRA}")
+    if kinds:
+        others = [spelled(path) for path in others if kind_of(path) in kinds]
+        shown = [*others[:NAMED], *[".."][: len(others) - NAMED]]
         notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
-    records = itertools.chain.from_iterable(read_file(file, counts, corpus.errors) for file in files)
-    return itertools.islice(records, corpus.limit)
+    several = len(files) > 1  # then the bar counts files, whose number is known
+    read = (read_file(file, counts, corpus.errors)
+            for file in (progress(files, "reading", unit="file") if several else files))
+    records = itertools.islice(itertools.chain.from_iterable(read), corpus.limit)
+    return records if several else progress(records, "reading", unit="record")
 
 
 class TrainingText(NamedTuple):
@@ -1439,6 +1496,48 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
         notice(f"{source}: left out {len(questions) - len(found)} without {label}")
     require(bool(found), f"{source}: no question has an answer")
     return list(sample_evenly(found, limit))
+
+
+def as_number(value: Any) -> float:
+    """A number, also one that is written as text; NaN for anything else."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError):
+        return math.nan
+
+
+class Filter:
+    """Applies --where to passages. column: gives their "document", "title" or "metadata", a JSON object or empty."""
+
+    def __init__(self, size: int, column: Callable[[str], Iterable[str]]):
+        self.size, self.column, self.fields = size, column, {}
+        self.allowed = functools.lru_cache(16)(self.allowed)  # both retrievers ask, at every hop
+
+    def values(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A field's values (rows, texts, numbers), of a list each element; NaN for a text that is no number."""
+        if name not in self.fields:
+            found, key = [], json.dumps(name)
+            for row, text in enumerate(self.column({"id": "document", "title": "title"}.get(name, "metadata"))):
+                value = text if name in ("id", "title") else json.loads(text).get(name) if key in text else None
+                found += [(row, v) for v in (value if isinstance(value, list) else [value]) if v is not None]
+            require(bool(found), f"--where: no passage has a field {name!r}")
+            texts = [str(value).lower() if isinstance(value, bool) else str(value) for _, value in found]
+            self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
+                                 np.asarray([as_number(value) for _, value in found]))
+        return self.fields[name]
+
+    def allowed(self, where: str) -> np.ndarray:
+        """(N,) bool, the passages that pass; a passage without a field does not. Raises UserError."""
+        allowed = np.zeros(self.size, dtype=bool)
+        for conditions in parse_where(where):
+            passed = np.zeros(self.size, dtype=np.int64)  # how many of the conditions
+            for sign, name, value in conditions:
+                rows, texts, numbers = self.values(name)
+                number = as_number(value)
+                hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
+                passed[np.unique(rows[hits.astype(bool)])] += 1
+            allowed |= passed == len(conditions)
+        return allowed
 
 
 # =============================================================================
@@ -1649,21 +1748,14 @@ def index_terms(text: str) -> list[str]:
     return [term for term in map(term_of, words(text)) if term is not None]
 
 
-def tune_faiss(index: faiss.Index) -> None:
+def read_faiss(path: Path) -> faiss.Index:
+    """A saved index, tuned. (From its bytes: FAISS accepts only UTF-8 file names.)"""
+    index = faiss.deserialize_index(np.frombuffer(map_file(path), np.uint8))
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
-    if isinstance(index, faiss.IndexRefine):
+    else:
         index.k_factor = 16  # 16 topk candidates are compared again, in 8 bits a number
-        index = faiss.downcast_index(index.base_index)
-    if hasattr(index, "nprobe"):
-        index.nprobe = NPROBE
-
-
-def read_faiss(path: Path) -> faiss.Index:
-    """A saved index, tuned. By a callback, since FAISS accepts only UTF-8 file names."""
-    with path.open("rb") as handle:
-        index = faiss.read_index(faiss.PyCallbackIOReader(handle.read))
-    tune_faiss(index)
+        faiss.downcast_index(index.base_index).nprobe = NPROBE
     return index
 
 
@@ -1764,6 +1856,9 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
+PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # what marks hold: as it is called
+
+
 def passage_content(title: str, text: str) -> str:
     """What is embedded and packed."""
     return f"{title}\n{text}" if title else text
@@ -1796,42 +1891,23 @@ class Passage:
     def content(self) -> str:
         return passage_content(self.title, self.text)
 
+    @property
+    def source(self) -> str:
+        """Where people find it: the document, and the page, slide, sheet or section if that is known; else its id.
+
+        Examples: "handbook.pdf, pages 12-13", "guide.md, section Installation", "squad:Wood:2"
+        """
+        facts = json.loads(self.metadata or "{}")
+        name = next((name for name in PLACES if name in facts), None)
+        if name is None or facts.get("path") != self.document_id:  # a record's own field is no place in its file
+            return self.id
+        first, last = facts[name], facts.get(f"last_{name}")
+        several = "" if last is None else f"-{last}" if isinstance(last, int) else f" to {last}"
+        return f"{self.document_id}, {PLACES[name]}{'s' * bool(several)} {first}{several}"
+
     def to_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in ("id", "title", "text", "score", "scores", "rank")}
+        fields = {name: getattr(self, name) for name in ("id", "title", "text", "source", "score", "scores", "rank")}
         return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
-
-
-COMPARISONS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
-               ">": operator.gt, ">=": operator.ge}
-COMPARISON = re.compile(r"""\s*("[^"]+"|'[^']+'|[^\s<>=!"']+)\s*([<>!=]=?)\s*("[^"]*"|'[^']*'|[^\s<>=!"']+)\s*"""
-                        r"(and\s|or\s|$)", re.IGNORECASE)
-Condition = tuple[str, str, str]  # operator, field, value
-
-
-def parse_where(text: str) -> list[list[Condition]]:
-    """A filter as alternatives (or) of conditions that must all hold (and). Raises UserError.
-
-    Example: "year >= 1990 and lang = en" -> [[(">=", "year", "1990"), ("=", "lang", "en")]]
-    """
-    alternatives, place, join = [[]], 0, "and"
-    while join:
-        match = COMPARISON.match(text, place)
-        require(match is not None and match[2] in COMPARISONS,
-                f"--where: cannot read {text[place:]!r}: use comparisons ({' '.join(COMPARISONS)}) joined by and, or: "
-                "year >= 1990 and lang = en")
-        if join == "or":
-            alternatives.append([])
-        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
-        place, join = match.end(), match[4].strip().lower()
-    return alternatives
-
-
-def as_number(value: Any) -> float:
-    """A number, also one that is written as text; NaN for anything else."""
-    try:
-        return math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError):
-        return math.nan
 
 
 def map_file(path: Path) -> pa.Buffer:
@@ -1868,16 +1944,19 @@ class Index:
         self.vectors = map_vectors(folder / "vectors", manifest["dim"]) if "dense" in uses else None
         self.faiss = None if manifest["faiss"] in (None, "flat") else read_faiss(folder / "faiss.index")
         self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False) if "bm25" in uses else None
-        self.fields: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # what `values` found
+        self.filter, self.refused = Filter(len(self), self.column), None  # refused: by `refresh`
 
     def refresh(self) -> None:
         """Become what a writer has made current since, unless other models made that."""
         try:
-            if index_manifest(self.path)["digest"] != self.manifest["digest"]:
-                new = open_index(self.path)
-                if made_by(new.manifest) != made_by(self.manifest):
-                    raise MismatchError(f"other models made the new one in {self.path}: restart to use it")
-                vars(self).update(vars(new))
+            new = index_manifest(self.path)
+            if new["digest"] in (self.manifest["digest"], self.refused):
+                return
+            self.refused = new["digest"]
+            if (made_by(new), new["uses"]) != (made_by(self.manifest), self.manifest["uses"]):
+                raise MismatchError(f"other models or retrievers made the new one in {self.path}: restart to use it")
+            vars(self).update(vars(open_index(self.path)))
+            notice(f"{self.path} has changed: {len(self):,} passages now")
         except RefragError as error:
             notice(f"the index stays as it was: {one_line(error)}")
 
@@ -1896,42 +1975,13 @@ class Index:
                 found.setdefault(name, []).append(row)
         return found
 
-    def values(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A field's values (rows, texts, numbers), of a list each element; NaN for a text that is no number."""
-        if name not in self.fields:
-            found = []
-            if name in ("id", "title"):
-                found = list(enumerate(self.passages["document" if name == "id" else name].to_pylist()))
-            else:
-                key, parts = json.dumps(name), self.passages["metadata"].chunks
-                for row, text in enumerate(text for part in parts for text in part.to_pylist()):
-                    value = json.loads(text).get(name) if key in text else None
-                    found += [(row, v) for v in (value if isinstance(value, list) else [value]) if v is not None]
-            require(bool(found), f"--where: no passage has a field {name!r}")
-            texts = [str(value).lower() if isinstance(value, bool) else str(value) for _, value in found]
-            self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
-                                 np.asarray([as_number(value) for _, value in found]))
-        return self.fields[name]
-
-    def allowed(self, where: str | None) -> np.ndarray | None:
-        """(N,) bool, the passages that pass a filter; None without one. Raises UserError."""
-        if where is None:
-            return None
-        allowed = np.zeros(len(self), dtype=bool)
-        for conditions in parse_where(where):
-            passing = np.ones(len(self), dtype=bool)
-            for sign, name, value in conditions:
-                rows, texts, numbers = self.values(name)
-                number = as_number(value)
-                hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
-                passing &= np.isin(np.arange(len(self)), rows[hits.astype(bool)])
-            allowed |= passing
-        return allowed
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of a column of passages, in their order."""
+        return (value for part in self.passages[name].chunks for value in part.to_pylist())
 
     def nearest(self, query: np.ndarray, topk: int, where: str | None = None) -> dict[int, float]:
         """{row: score} of the nearest vectors that pass a filter, best first. query: (1, dim) float32."""
-        allowed = self.allowed(where)
-        rows = None if allowed is None else np.flatnonzero(allowed)
+        rows = None if where is None else np.flatnonzero(self.filter.allowed(where))
         found = search_faiss(self.faiss, query, topk, rows) if self.faiss is not None else {}
         if len(found) < min(topk, len(self) if rows is None else len(rows)):  # flat, or few pass among many
             found = search_exactly(self.vectors, query, topk, rows)
@@ -1942,7 +1992,7 @@ class Index:
         """{row: BM25 score} of the best rows above zero that pass a filter, equal ones in corpus order, and of `others`
         that tie with them. A term that the question repeats counts as often."""
         terms = self.bm25.get_tokens_ids(index_terms(question))
-        scores = self.bm25.get_scores_from_ids(terms, self.allowed(where))
+        scores = self.bm25.get_scores_from_ids(terms, None if where is None else self.filter.allowed(where))
         found = np.flatnonzero(scores > 0)
         if len(found) > topk:
             edge = np.partition(scores[found], -topk)[-topk]
@@ -1985,7 +2035,7 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
-    require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `python refrag.py index`")
+    require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `{PROGRAM} index`")
     manifest = read_manifest(path / "manifest.json")
     if manifest.get("words") != WORDS_FINGERPRINT or "generation" not in manifest:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
@@ -2400,8 +2450,8 @@ def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) ->
     docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
     unread = iter(docs)
     prompt = build_prompt(tokenizer, [part if label is None else next(unread) for part, label in parts])
-    require(prompt.context_tokens <= ctx_max,
-            f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
+    if prompt.context_tokens > ctx_max:
+        raise TooLongError(f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
     return Context(" ".join(" ".join(part for part, label in parts if label is None).split()), prompt, docs)
 
 
@@ -5158,6 +5208,11 @@ class Pipeline:
         feed = settings.compressed == "feed" or (settings.compressed == "auto" and self.model.trained)
         return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
+    def refresh(self) -> None:
+        """Between two answers: go on with the index as it is now."""
+        if self.index is not None:
+            self.index.refresh()
+
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
         searches = self.searcher is not None and settings.mode != "none"
         if not searches:
@@ -5297,9 +5352,11 @@ class Pipeline:
         context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
-        citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
-                      "label": label, "read": how_read.get(label), "forged": forged, "chosen": label == chosen,
-                      "expanded": how_read.get(label) in ("text", "partly")}
+        cited = {label: {"id": p.id, "title": p.title, "source": p.source, "metadata": json.loads(p.metadata or "{}")}
+                 for label, p in source.items()}
+        citations = [cited.get(label, {"id": label, "title": "", "source": label, "metadata": {}})
+                     | {"label": label, "read": how_read.get(label), "forged": forged, "chosen": label == chosen,
+                        "expanded": how_read.get(label) in ("text", "partly")}
                      for label, forged in (parse_citations(answer, labels).labels if labels else ())]
         chunks = [{"passage_id": ids[labels[chunk.doc]], "start": chunk.start, "end": chunk.end,
                    "score": round(score, 6), "expanded": stays}
@@ -5313,15 +5370,20 @@ class Pipeline:
                 "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
     def explain(self, reading: Reading) -> list[dict[str, Any]]:
-        """For each chunk why it stays text or not, and what each group of features adds to its score."""
-        settings, shares = reading.settings, {}
+        """For each chunk its text, why it stays text or not, and what each group of features adds to its score."""
+        settings, shares, chunks = reading.settings, {}, reading.context.prompt.chunks
         reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
-        if settings.mode == "refrag" and reading.given is not None:
+        texts = [reading.context.docs[chunk.doc].content[chunk.start : chunk.end] for chunk in chunks]
+        if settings.mode == "truncate":
+            reasons = ["text: before the cut" if stays else "left out: the context is cut before its end"
+                       for stays in reading.expanded]
+        elif settings.mode == "refrag" and reading.given is not None:
             reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
             if settings.gate == "learned":
                 shares = self.trained_gates["learned"].shares(reading.given)
-        return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
-                for i, why in enumerate(reasons)]
+        return [{"text": text, "why": why,
+                 "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
+                for i, (text, why) in enumerate(zip(texts, reasons, strict=True))]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
         prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
@@ -5338,8 +5400,8 @@ class Pipeline:
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What an answer depends on; a file of results that is continued must share it."""
         config, stepper = self.model.config, self.stepper
-        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "hops", "rerank", "max_new",
-                 "temperature", "top_p", "cite")
+        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "where", "hops", "rerank",
+                 "max_new", "temperature", "top_p", "cite")
         return {**{name: getattr(settings, name) for name in named}, "stop": list(settings.stop),
                 "index_dir": self.index and self.index.manifest["digest"][:16],
                 "retriever": self.searcher and self.searcher.retriever, "seed": settings.sampler.initial_seed(),
@@ -5422,7 +5484,7 @@ def search_text(result: dict[str, Any]) -> str:
     for p in result["passages"]:
         text = " ".join(p.text.split())
         scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
-        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.id}]\n     {text[:200]}")
+        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.source}]\n     {text[:200]}")
     return "\n".join(lines)
 
 
@@ -5515,10 +5577,9 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
     return waiting
 
 
-def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
-    [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
+def explain_line(chunk: dict[str, Any]) -> str:
     shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
-    text = " ".join(content[chunk["start"] : chunk["end"]].split())
+    text = " ".join(chunk["text"].split())
     return f"{chunk['score']:9.3f}  {chunk['why']} ({shares})  {chunk['passage_id']}: {text[:80]}"
 
 
@@ -5532,7 +5593,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     for c in result["citations"]:
         how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         how += ", chosen after the answer" if c["chosen"] else ""
-        name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
+        name = f"{c['title']} ({c['source']})" if c["title"] else c["source"]
         lines.append(f"[{c['label']}] {name}, {how}")
     if not result["citations"]:
         lines.append("no citation")
@@ -5545,7 +5606,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
               f"{100 * m['p_realised']:.0f}% of the context as text",
               f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result["passages"]) for chunk in result["chunks"] if "why" in chunk]
+    lines += [explain_line(chunk) for chunk in result["chunks"] if "why" in chunk]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "

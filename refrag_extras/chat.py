@@ -60,6 +60,7 @@ HELP = """/docs what was retrieved for the last question, compressed parts in [[
 /clear forget them
 /mode refrag|full|none|truncate
 /p SHARE of the context that stays text
+/where year >= 1990 to search only passages whose fields pass; /where shows it, /where off ends it
 /save FILE the conversation as JSON lines
 /quit"""
 
@@ -71,8 +72,8 @@ class Chat:
         self.pipeline, self.settings, self.as_json = pipeline, pipeline.settings, as_json
         self.turns: list[dict[str, Any]] = []  # results, with `asked`: the question as it was typed
         self.commands = {"docs": self.show_docs, "history": self.show_history, "mode": self.change_mode,
-                         "p": self.change_p, "save": self.save, "help": lambda rest: refrag.notice(HELP),
-                         "clear": lambda rest: self.turns.clear()}
+                         "p": self.change_p, "where": self.change_where, "save": self.save,
+                         "help": lambda rest: refrag.notice(HELP), "clear": lambda rest: self.turns.clear()}
 
     def take(self, line: str) -> bool:
         """Answer a question, or obey a command. Returns False when the conversation is to end."""
@@ -109,6 +110,7 @@ class Chat:
         if asked != question:
             refrag.notice(f"asked as: {asked}")
         item = {"id": str(len(self.turns) + 1), "question": refrag.check_question(asked, "question")}
+        self.pipeline.refresh()
         live = functools.partial(refrag.say, end="") if self.settings.stream and not self.as_json else None
         [result] = self.pipeline.answer_batch([item], self.settings, [live])
         self.turns.append(result | {"asked": question})
@@ -126,8 +128,8 @@ class Chat:
             chunks = [c for c in last["chunks"] if c["passage_id"] == passage["id"]]
             shown = "".join(part if c["expanded"] else f"[[{part}]]" for c in chunks
                             if (part := content[c["start"] : c["end"]]))
-            refrag.notice(f"[{passage['rank']}] {passage['id']}: {sum(c['expanded'] for c in chunks)} of {len(chunks)} "
-                          f"chunks read as text\n{shown}\n")
+            refrag.notice(f"[{passage['rank']}] {passage['source']}: {sum(c['expanded'] for c in chunks)} of "
+                          f"{len(chunks)} chunks read as text\n{shown}\n")
 
     def show_history(self, rest: str) -> None:
         for number, turn in enumerate(self.turns, start=1):
@@ -145,6 +147,11 @@ class Chat:
         except ValueError:
             raise refrag.UserError(f"/p: a share between 0 and 1, got {rest!r}") from None
         self.settings = dataclasses.replace(self.settings, p=p)
+
+    def change_where(self, rest: str) -> None:
+        if rest:
+            self.settings = dataclasses.replace(self.settings, where=None if rest == "off" else rest)
+        refrag.notice(f"where: {self.settings.where or 'off'}")
 
     def save(self, rest: str) -> None:
         refrag.require(bool(rest), "/save: name a file")

@@ -442,7 +442,8 @@ class RetrievalTask(QuestionTask):
             if searcher.embedder is not None:
                 searcher.embedder.queries.clear()  # each retriever embeds the question itself
             start = time.perf_counter()
-            found = searcher.search(item["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops)
+            found = searcher.search(item["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops,
+                                    self.search.where)
             seconds = time.perf_counter() - start
             positives = set(item["positive_ids"])
             scores = ranking_scores(ranked_ids(found, positives), positives)

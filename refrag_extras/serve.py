@@ -44,7 +44,7 @@ MOST_TOKENS = 1024  # that a request may ask for
 BODY_BYTES = 1 << 20  # that a request may have
 PAGES = Path(__file__).resolve().parent / "webapp"
 API_NAMES = {"max_new": "max_tokens", "temperature": "temperature", "top_p": "top_p",  # of flags that clients can set
-             **{name: f"refrag.{name}" for name in ("mode", "k", "p", "floor", "topk", "hops")}}
+             **{name: f"refrag.{name}" for name in ("mode", "k", "p", "floor", "topk", "where", "hops")}}
 
 
 class Refused(Exception):
@@ -134,6 +134,7 @@ class RefragFields(Form):
     p: float = 0
     floor: int = 0
     topk: int = Field(0, le=100)
+    where: str = Field("", max_length=1000)
     hops: int = Field(0, le=4)
 
 
@@ -263,6 +264,7 @@ class Engine:
                 raise late
             items = [{"id": job.id, "question": job.asked.question}]
             with self.models:
+                self.pipeline.refresh()
                 [result] = self.pipeline.answer_batch(items, job.asked.settings, [job.pass_on])
             made = result["metrics"]
             self.counts.update(answers_total=1, new_tokens_total=made["new_tokens"], positions_total=made["positions"],

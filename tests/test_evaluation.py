@@ -394,6 +394,8 @@ def test_retrieval(run_eval):
     assert made["results"]["dense"]["recall@8"] == 1.0  # six passages in all
     only = run_eval("--task", "retrieval", "--modes", "dense")["results"]
     assert timeless(only) == {"dense": timeless(made["results"])["dense"]}
+    some = run_eval("--task", "retrieval", "--where", "id != a")["results"]
+    assert all(some[name]["recall@8"] < scores["recall@8"] for name, scores in made["results"].items())
 
 
 def test_gate(run_eval, tmp_path):

@@ -30,6 +30,7 @@ import torch
 import transformers
 from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file
+from writers import STARTS
 
 import refrag
 from refrag_extras import chat, serve
@@ -67,6 +68,27 @@ class TestTopic:
         assert chat.names_in("") == chat.names_in("   ") == chat.names_in("Who") == []
         before = [TOWER, (chat.with_topic("Who designed it?", [TOWER]), "no one knows")]
         assert chat.with_topic("Did she like it?", before) == "Did she like it (Eiffel Tower, Paris)?"
+
+
+@pytest.fixture
+def notes(tmp_path, llama, embedder):
+    """An index that holds these texts and no others: notes(bells="..") -> its folder. Further options build it anew."""
+    corpus, index = tmp_path / "notes", tmp_path / "followed"
+
+    def hold(*options, **texts):
+        shutil.rmtree(corpus, ignore_errors=True)
+        corpus.mkdir()
+        for name, text in texts.items():
+            (corpus / f"{name}.txt").write_text(text, encoding="utf-8")
+        how = options or (("--sync",) if index.exists() else ("--embed_model", embedder))
+        argv = ["index", "--corpus", corpus, "--index_dir", index, "--dec", llama, "--enc", "decoder:2", *how]
+        assert refrag.main(list(map(str, argv))) == 0
+        return index
+
+    return hold
+
+
+BELLS, GATE = "Smiths in the valley cast bells.", "Smiths cast bells by the old gate."
 
 
 @pytest.fixture
@@ -117,6 +139,36 @@ class TestPiped:
         shown = err[err.index("chunks read as text"):]
         assert 0 < opened < len(first["chunks"]) and shown.count("[[") == len(first["chunks"]) - opened
 
+    def test_a_filter_holds_until_it_is_ended(self, piped):
+        text = "Where do smiths cast bells?\n"
+        code, out, err = piped(f"/where\n/where year\n/where id = f\n{text}/where\n/where off\n{text}", "--json")
+        first, second = (json.loads(line) for line in out.splitlines())
+        assert code == 0
+        assert [p["id"] for p in first["passages"]] == ["f"] and first["settings"]["where"] == "id = f"
+        assert len(second["passages"]) == 2 and second["settings"]["where"] is None
+        said = [line for line in err.splitlines() if "where: " in line]
+        assert said[0] == said[4] == "where: off" and said[2] == said[3] == "where: id = f"
+        assert said[1].startswith("error: --where: cannot read 'year'")
+
+    def test_a_changed_index_counts_from_the_next_question_on(self, run, argv, notes, monkeypatch):
+
+        class Lines:
+            def isatty(self):
+                return False
+
+            def __iter__(self):
+                yield "Where do smiths cast bells?\n"
+                notes(bells=GATE)
+                yield "Where do smiths cast bells?\n"
+
+        folder = notes(bells=BELLS, rhone="The Rhone floods in May.")
+        monkeypatch.setattr(sys, "stdin", Lines())
+        code, out, err = run(*argv, "--index_dir", folder, "--json")
+        first, second = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
+        assert code == 0 and {p["text"] for p in first["passages"]} == {BELLS, "The Rhone floods in May."}
+        assert [p["text"] for p in second["passages"]] == [GATE]
+        assert err.count(f"{folder} has changed: 1 passages now") == 1
+
     def test_text_for_people(self, piped):
         code, out, _ = piped("Where do smiths cast bells?\n")
         assert code == 0 and "positions of full context ->" in out
@@ -132,12 +184,12 @@ class TestPiped:
 class TestTerminal:
     @pytest.fixture
     def terminal(self, argv, tmp_path):
-        """(write, wait for a text, process): a conversation in a pseudo-terminal."""
+        """(write, wait for a text, process): a conversation with the installed script in a pseudo-terminal."""
         import pty
 
         ours, theirs = pty.openpty()
         environment = os.environ | {"REFRAG_HOME": str(tmp_path / "home"), "TERM": "dumb"}
-        process = subprocess.Popen([sys.executable, refrag.__file__, *argv, "--max_new", "400"], stdin=theirs,
+        process = subprocess.Popen([sys.executable, *STARTS["refrag"], *argv, "--max_new", "400"], stdin=theirs,
                                    stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
         os.close(theirs)
         seen = bytearray()
@@ -333,6 +385,14 @@ class TestOpenaiClient:
         assert none < few < full and (settings["p"], settings["k"]) == (0, 4)
         assert positions(topk=1)[0] < positions(topk=2)[0]
 
+    def test_a_filter(self, server):
+        """As many passages as are asked for, if so many pass."""
+        for where, ids in (("id = f", {"f"}), ("title >= 'Title 4' or id = a", {"a", "e", "f"})):
+            made = server.ask(refrag={"where": where}, stream=False).json()["refrag"]
+            found = {p["id"] for p in made["passages"]}
+            assert found <= ids and len(found) == min(2, len(ids)) and made["settings"]["where"] == where
+        assert server.ask(refrag={"where": "year"}, stream=True).status_code == 400
+
     def test_a_seed_makes_a_sample_come_again(self, client):
         """And the greedy answer draws none."""
         def sample(seed, **more):
@@ -399,7 +459,9 @@ class TestBadRequests:
         *(({"refrag": {name: value}}, f"refrag.{name}", told) for name, value, told in (
             ("speed", 1, "not supported"), ("p", 2, "refrag.p must lie between 0 and 1, got 2.0"),
             ("mode", "magic", "'refrag', 'full', 'none' or 'truncate'"), ("topk", 0, "refrag.topk must be 1"),
-            ("topk", 10**9, "less than or equal to 100"), ("hops", 9, "less than or equal to 4"))),
+            ("topk", 10**9, "less than or equal to 100"), ("hops", 9, "less than or equal to 4"),
+            ("where", "year", "refrag.where: cannot read 'year': use comparisons"), ("where", "", "is empty"),
+            ("where", "year = 1990", "refrag.where: no passage has a field 'year'"))),
         ({"messages": say("why " * 4000), "refrag": {"mode": "none"}}, "messages",
          "window is 2048: lower refrag.topk, refrag.p or max_tokens"),
         ({"messages": [{"role": "system", "content": "Be brief. " * 1500}, *say("Why?")], "refrag": {"mode": "none"}},
@@ -596,6 +658,17 @@ class TestPage:
         self.ask(page)
         page.wait_for_selector(".cite")
 
+    def test_a_filter_and_where_a_citation_comes_from(self, page):
+        page.fill("#where", "year = 1990")
+        self.ask(page)
+        page.wait_for_selector("text=refrag.where: no passage has a field 'year'")
+        page.fill("#where", "id = f")
+        self.ask(page)
+        page.wait_for_selector(".cites div")
+        assert re.match(r"\[1\] Title 5, .+: (read as text|partly read as text|compressed)$", page.inner_text(".cites"))
+        assert page.locator("#passages details").count() == 1
+        assert "path: corpus.jsonl" in page.locator("#passages details").text_content()
+
     def test_a_key_is_asked_for(self, browser, start):
         page = browser.new_page()
         page.goto(start("--api_key", "secret").url)
@@ -637,6 +710,21 @@ def test_many_clients_get_the_answers_that_they_get_alone(server):
     with ThreadPoolExecutor(12) as pool:
         made = list(pool.map(lambda q: server.ask(q).json(), questions))
     assert [one["choices"][0]["message"]["content"] for one in made] == [alone[q] for q in questions]
+
+
+def test_a_changed_index_counts_from_the_next_request_on(start, notes, other_embedder):
+    """One that other models made is left alone, and that is said once."""
+    server = start("--index_dir", notes(bells=BELLS, rhone="The Rhone floods in May."))
+    first = server.ask().json()["refrag"]
+    folder = notes(bells=GATE)
+    second = server.ask().json()["refrag"]
+    assert {p["text"] for p in first["passages"]} == {BELLS, "The Rhone floods in May."}
+    assert [p["text"] for p in second["passages"]] == [GATE]
+    assert [c["id"] for c in second["citations"]] == ["notes/bells.txt"]
+    notes("--embed_model", other_embedder, bells=BELLS)
+    assert [server.ask().json()["refrag"]["passages"] for _ in range(2)] == [second["passages"]] * 2
+    assert server.said().count(f"{folder} has changed: 1 passages now") == 1
+    assert server.said().count("the index stays as it was: ") == 1
 
 
 def half_sent(url, headers=""):
@@ -695,7 +783,8 @@ class TestEngine:
     def test_a_fault_of_ours_is_told_as_one_and_ends_nothing(self, capsys):
         """Jobs that are late are told so; those given up are not begun."""
         told, given_up = [], serve.Job(serve.ChatRequest("why?", None), 60, print)
-        broken = SimpleNamespace(answer_batch=lambda *_: (_ for _ in ()).throw(RuntimeError("a cable was pulled")))
+        broken = SimpleNamespace(refresh=lambda: None,
+                                 answer_batch=lambda *_: (_ for _ in ()).throw(RuntimeError("a cable was pulled")))
         engine, given_up.cancelled = serve.Engine(broken, refrag.ServeConfig()), True
         for job in (given_up, *(serve.Job(given_up.asked, seconds, lambda *what: told.append(what))
                                 for seconds in (60, -1, 60))):
