@@ -558,7 +558,8 @@ def test_an_index_that_is_built_again_uses_nothing_of_a_damaged_one(done, line, 
     assert done(*line("vectors", out))["computed"] == 0
     damage(out / name if name == "manifest.json" else out / "gen-1" / name, "flipped")
     assert done(*line("vectors", out))["computed"] == 20
-    assert list(tree(out / "gen-2").values()) == list(tree(fresh / "gen-1").values())
+    for part in ("passages.arrow", "chunks.arrow", "vectors"):
+        assert (out / "gen-2" / part).read_bytes() == (fresh / "gen-1" / part).read_bytes()
 
 
 @pytest.mark.parametrize(("artefact", "changes", "code", "told"), [
