@@ -55,9 +55,10 @@ def damage(path: Path, kind: str) -> None:
 
 
 def sign(folder: Path, **changes: object) -> None:
-    """Write a manifest again, as if its files had always been what they are now."""
+    """Write a manifest again, as if its files had always been what they are now; None removes a fact."""
     path = folder / "manifest.json"
     facts = json.loads(path.read_text()) | changes
+    facts = {name: value for name, value in facts.items() if value is not None or name not in changes}
     for name in facts["files"]:
         content = (folder / name).read_bytes()
         facts["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -235,7 +236,8 @@ class Writer(NamedTuple):
 
 WRITERS = {
     "index": Writer("index"), "index again": Writer("index", "words"), "index --add": Writer("add", "words"),
-    "index --add of the same": Writer("same", "words"), "cpt_recon": Writer("cpt_recon", None, True),
+    "index --add of the same": Writer("same", "words"), "index --sync": Writer("sync", "words"),
+    "index --delete": Writer("delete", "words"), "cpt_recon": Writer("cpt_recon", None, True),
     "cpt_recon after damage": Writer("cpt_recon", "damaged", True), "train_gate": Writer("train_gate"),
     "save_pretrained": Writer("save", "checkpoint"), "export": Writer("export"), "eval": Writer("eval", None, True),
     "bench": Writer("bench", "bench", True),
@@ -269,6 +271,8 @@ def line(files, corpus, llama, embedder, index_dir):
         "words": ["index", *words, corpus], "index": ["index", *words, files / "many.jsonl"],
         "add": ["index", "--add", *words, files / "many.jsonl"],
         "same": ["index", "--add", *words, files / "same.jsonl"],
+        "sync": ["index", "--sync", *words, files / "same.jsonl"],
+        "delete": ["index", "--delete", "b", "e", *words[:-1]],
         "vectors": ["index", *models, "--embed_model", embedder, "--corpus", files / "many.jsonl"],
         "cpt_recon": ["cpt_recon", *texts], "cpt_align": ["cpt_align", *texts],
         "cpt_next": ["cpt_next", *texts, "--lora_r", 2, "--grad_accum", 2],
