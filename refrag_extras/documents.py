@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import logging
 import posixpath
 import re
 import urllib.parse
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -155,18 +154,6 @@ READERS = {".pdf": of_pdf, ".docx": of_docx, ".pptx": of_pptx, ".xlsx": of_xlsx,
            ".html": lambda data, name: of_html(data), ".htm": lambda data, name: of_html(data)}
 
 
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep the libraries' own warnings off stderr."""
-    disabled = logging.root.manager.disable
-    logging.disable()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(disabled)
-
-
 def check(data: bytes, name: str, kind: str) -> None:
     """Raise BadRecord for what no reader should see."""
     if not data.strip():
@@ -191,7 +178,7 @@ def read(source: refrag.TextFile) -> Document:
         data = handle.read()
     check(data, source.name, source.suffix)
     try:
-        with silence():
+        with warnings.catch_warnings(action="ignore"):  # of the libraries
             title, text, marks = READERS[source.suffix](data, source.name)
     except (refrag.RefragError, ImportError, MemoryError):
         raise
