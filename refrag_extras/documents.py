@@ -6,6 +6,7 @@ Markdown needs no library; PDF, Word, PowerPoint, Excel, EPUB and HTML files nee
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import posixpath
@@ -19,6 +20,10 @@ from xml.etree import ElementTree
 
 import refrag
 
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+INSTALL = "pip install 'refrag[docs]'"
+LIBRARIES = ("lxml", "mammoth", "markdownify", "openpyxl", "pptx", "pypdfium2")
 UNPACKED = 1 << 29  # bytes of XML: more in one file is a zip bomb, or takes too much memory as a tree
 OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # a .doc, .xls or .ppt, and the wrapping of a new document with a password
 NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -154,6 +159,11 @@ READERS = {".pdf": of_pdf, ".docx": of_docx, ".pptx": of_pptx, ".xlsx": of_xlsx,
            ".html": lambda data, name: of_html(data), ".htm": lambda data, name: of_html(data)}
 
 
+def installed() -> bool:
+    """Whether all libraries of the extra are there."""
+    return all(map(importlib.util.find_spec, LIBRARIES))
+
+
 def check(data: bytes, name: str, kind: str) -> None:
     """Raise BadRecord for what no reader should see."""
     if not data.strip():
@@ -171,9 +181,9 @@ def check(data: bytes, name: str, kind: str) -> None:
 
 def read(source: refrag.TextFile) -> Document:
     """A file as one document. Raises BadRecord if it holds no text or has a password, CorruptError if it is damaged."""
-    if source.suffix in refrag.TEXTS:
+    if source.suffix in TEXTS:
         [(_, text)] = source.lines(as_one=True)
-        return of_markdown(text) if source.suffix in refrag.MARKDOWN else Document("", text, [])
+        return of_markdown(text) if source.suffix in MARKDOWN else Document("", text, [])
     with source.opened() as handle:
         data = handle.read()
     check(data, source.name, source.suffix)

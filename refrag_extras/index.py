@@ -33,6 +33,7 @@ import pyarrow.compute as pc
 
 import refrag
 from refrag import Index, Record, open_columns, require
+from refrag_extras.corpus import corpus_files, read_corpus, split_spans
 
 BLOCK = 256  # passages computed together, sorted by length inside, and rows of a record batch
 IVF_LEAST = 10_000  # passages that train an inverted file
@@ -147,7 +148,7 @@ class Build:
 
     def read(self, corpus: refrag.CorpusConfig) -> Iterator[list[tuple]]:
         """The corpus in blocks of passages (document, part, title, text, metadata). Raises RefragError."""
-        for block in in_blocks(refrag.read_corpus(corpus, self.counts, self.sources)):
+        for block in in_blocks(read_corpus(corpus, self.counts, self.sources)):
             titles = refrag.tokenize(self.tokenizer, [record.title or "." for record in block])
             texts = refrag.tokenize(self.tokenizer, [record.text for record in block])
             passages = []
@@ -156,7 +157,7 @@ class Build:
                 room = max(self.size - used, self.size // 2)  # for a piece of the text beside the title
                 overlap = min(self.settings["overlap"], room // 2)
                 with refrag.skipping(corpus.errors, self.counts):
-                    passages += self.pieces(record, refrag.split_spans(record.text, text.ends.tolist(), room, overlap))
+                    passages += self.pieces(record, split_spans(record.text, text.ends.tolist(), room, overlap))
             yield passages
 
     def pieces(self, record: Record, spans: list[tuple[int, int]]) -> list[tuple]:
@@ -486,7 +487,7 @@ def run(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.Bu
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     require(bool(corpus.corpus) != bool(build.delete) or build.delete_all,
             "--delete takes no --corpus" if build.delete else "--corpus is missing: name files or folders")
-    refrag.corpus_files(corpus.corpus, {})  # report a missing path before doing any work
+    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if os.environ.get("WORLD_SIZE", "1") != "1" and not refrag.process_group().is_main_process:
         return load_build(corpus, index, build, models, runtime).embed()
     start = time.perf_counter()

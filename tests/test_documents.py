@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import refrag
 from refrag_extras import documents, index
+from refrag_extras.corpus import read_corpus
 
 RIVER, BELLS, NOTES = "The Rhone leaves Lake Geneva.", "Smiths in the valley cast bells.", "Ada wrote the notes."
 OFFICE = "http://schemas.openxmlformats.org"
@@ -141,7 +142,7 @@ FILES = {
 def read(*paths: object, **options: object) -> tuple[list[refrag.Record], dict[str, int]]:
     """The records of a corpus, and the counts of what was skipped or ignored."""
     counts = {"skipped": 0, "replaced": 0}
-    return list(refrag.read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts)), counts
+    return list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts)), counts
 
 
 # ---- Text, titles and marks -----------------------------------------------------------------------------------------
