@@ -1506,6 +1506,10 @@ def as_number(value: Any) -> float:
         return math.nan
 
 
+def as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class Filter:
     """Applies --where to passages. column: gives their "document", "title" or "metadata", a JSON object or empty."""
 
@@ -1521,7 +1525,7 @@ class Filter:
                 value = text if name in ("id", "title") else json.loads(text).get(name) if key in text else None
                 found += [(row, v) for v in (value if isinstance(value, list) else [value]) if v is not None]
             require(bool(found), f"--where: no passage has a field {name!r}")
-            texts = [str(value).lower() if isinstance(value, bool) else str(value) for _, value in found]
+            texts = [as_text(value) for _, value in found]
             self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
                                  np.asarray([as_number(value) for _, value in found]))
         return self.fields[name]
@@ -2012,11 +2016,15 @@ class Index:
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
+    def stored(self, row: int) -> dict[str, np.ndarray] | None:
+        """The columns of a passage's chunks, flattened."""
+        return {name: self.chunks[name][row].values.to_numpy() for name in self.chunks.column_names}
+
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
         """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
-        if not self.serves(k):
+        stored = self.stored(row) if self.serves(k) else None
+        if stored is None:
             return None
-        stored = {name: self.chunks[name][row].values.to_numpy() for name in self.chunks.column_names}
         if self.manifest["chunking"]["encoder"] != encoder:
             stored.pop("states", None)
         return merge_chunks(stored_chunks(stored), k // self.manifest["chunking"]["k"])
@@ -2030,9 +2038,16 @@ def stored_chunks(columns: dict[str, np.ndarray]) -> ChunkTable:
     return ChunkTable(columns["ends"], columns["sizes"], embeddings, states)
 
 
+def milvus_for(index_dir: str | Path) -> Any | None:
+    """The companion for an index in Milvus, None for a folder. Raises MissingError."""
+    return importlib.import_module("refrag_extras.milvus") if str(index_dir).startswith("milvus+") else None
+
+
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
-    """Raises UserError, CorruptError, MismatchError."""
+    """Raises RefragError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
+    if milvus := milvus_for(index_dir):
+        return milvus.read_manifest(index_dir)
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
     require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `{PROGRAM} index`")
@@ -2044,7 +2059,9 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
 
 def open_index(index_dir: str | Path | None, read_all: bool = False) -> Index:
     """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
-    manifest = index_manifest(index_dir)
+    manifest, milvus = index_manifest(index_dir), milvus_for(index_dir)
+    if milvus:
+        return milvus.MilvusIndex(index_dir, manifest)
     try:
         return Index(Path(index_dir), manifest, read_all)
     except (OSError, CorruptError):
