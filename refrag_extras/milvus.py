@@ -40,7 +40,7 @@ try:
     from pymilvus import DataType, Function, FunctionType, MilvusClient, MilvusException
 except ImportError as missing:
     raise MissingError(f"an index in Milvus needs its client ({missing}): pip install 'refrag[milvus]'") from None
-for name in ("pymilvus", "milvus_lite"):
+for name in ("pymilvus", "milvus_lite", "grpc"):
     logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # it logs what it raises
 
 ADDRESS = re.compile(r"milvus\+(?:(https?://[^/\s]+)/([A-Za-z_]\w*)|file:(.+))", re.ASCII)
@@ -224,21 +224,21 @@ class MilvusIndex(refrag.Index):
             self.fields.add(name)
         return " or ".join(f"({' and '.join(comparison(*each) for each in conditions)})" for conditions in alternatives)
 
-    def find(self, field: str, query: Any, topk: int, where: str | None) -> dict[int, float]:
-        hits = self.store.ask("search", data=query, anns_field=field, limit=min(topk, MOST_FOUND),
-                              filter=self.expression(where), output_fields=list(PASSAGE_FIELDS))[0]
-        found = zip(self.remember(hits), hits, strict=True)
-        return refrag.ranked(((passage.row, hit["distance"]) for passage, hit in found), topk)
+    def find(self, field: str, query: Any, topk: int, where: str | None) -> list[tuple[int, float]]:
+        allowed, topk = self.expression(where), min(topk, MOST_FOUND)
+        hits = self.store.ask("search", data=query, anns_field=field, limit=topk, filter=allowed,
+                              output_fields=list(PASSAGE_FIELDS))[0] if len(query[0]) else []  # no words
+        return [(passage.row, hit["distance"]) for passage, hit in zip(self.remember(hits), hits, strict=True)]
 
     def nearest(self, query: np.ndarray, topk: int, where: str | None = None) -> dict[int, float]:
-        return self.find("vector", query, topk, where)
+        return refrag.ranked(self.find("vector", query, topk, where), topk)
 
     def matching(self, question: str, topk: int, where: str | None = None,
                  others: Collection[int] = ()) -> dict[int, float]:
         """As of a folder, but for `others` that tie with the last."""
-        words = spelled(refrag.index_terms(question))
-        found = self.find("bm25", [words], topk, where) if words else {}
-        return {row: score / (refrag.BM25["k1"] + 1) for row, score in found.items()}  # a factor that Lucene leaves out
+        found = self.find("bm25", [spelled(refrag.index_terms(question))], topk, where)
+        factor = refrag.BM25["k1"] + 1  # which Lucene leaves out; Milvus Lite gives negative scores
+        return refrag.ranked(((row, abs(score) / factor) for row, score in found), topk)
 
     def idf(self, term: str) -> float:
         if term not in self.frequencies:

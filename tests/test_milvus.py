@@ -63,10 +63,9 @@ def rows(seed, count=30):
 @pytest.fixture
 def build(write, done, embedder, llama):
     """Index rows: build(index_dir, rows, *flags) -> what the command says."""
-    number = itertools.count()
 
     def call(place, records, *flags):
-        corpus = ["--corpus", write(f"rows{next(number)}.jsonl", records)] if records is not None else []
+        corpus = ["--corpus", write("rows.jsonl", records)] if records is not None else []
         return done("index", "--index_dir", place, *corpus, "--embed_model", embedder, "--dec", llama, *flags)
 
     return call
@@ -77,45 +76,60 @@ def scores(index, found):
 
 
 WHERES = ["year = 1990", "year != 1990", "year < 1991", "year >= 1990", "year = old", "year > a", "lang = en and year <= 2000",
-          "lang != en or tags = red", "tags = 7", "tags != 7", "tags < green", 'tags = "q\"\\"', "id > a2", "id = a1",
+          "lang != en or tags = red", "tags = 7", "tags != 7", "tags < green", "tags = 'q\"\\'", "id > a2", "id = a1",
           "title = Delta", "title != 'River notes'", "'odd/name' != x", "year = true", "lang >= z"]
 
 
-def same_answers(folder, milvus, questions, wheres):
-    """Both indexes hold the same passages and give the same scores. Returns how many were compared."""
-    compared = 0
+def check_same(folder, milvus, questions, wheres=(), exact=True):
+    """Both indexes hold the same passages and give the same scores, of words only if `exact`."""
     query = np.random.default_rng(0).standard_normal((1, folder.manifest["dim"])).astype(np.float32)
     for question, where in itertools.product(questions, [None, *wheres]):
-        try:
-            expected = scores(folder, folder.matching(question, 100, where)), scores(folder, folder.nearest(query, 100, where))
-        except refrag.UserError as error:
-            with pytest.raises(refrag.UserError) as refused:
-                milvus.matching(question, 100, where)
-            assert str(refused.value) == str(error)
-            continue
-        assert scores(milvus, milvus.matching(question, 100, where)) == pytest.approx(expected[0], abs=1e-4), (question, where)
-        assert scores(milvus, milvus.nearest(query, 100, where)) == pytest.approx(expected[1], abs=1e-4), where
-        compared += sum(map(len, expected))
+        words, others = (scores(index, index.matching(question, 100, where)) for index in (folder, milvus))
+        assert others.keys() == words.keys() and (not exact or others == pytest.approx(words, abs=1e-4)), where
+        nearest, others = (scores(index, index.nearest(query, 100, where)) for index in (folder, milvus))
+        assert others == pytest.approx(nearest, abs=1e-4), where
     for term in (*refrag.index_terms(" ".join(TERMS)), "nowhere"):
         assert milvus.idf(term) == pytest.approx(folder.idf(term)), term
-    names = [name for row in range(len(folder)) for name in folder[row].names]
-    rows, others = folder.rows_of([*names, "absent"]), milvus.rows_of([*names, "absent"])
-    assert rows.keys() == others.keys()
-    for name, places in rows.items():
-        passages = [{p.id: dataclasses.replace(p, row=0) for p in map(index.__getitem__, found)}
-                    for index, found in ((folder, places), (milvus, others[name]))]
-        assert passages[0] == passages[1]
-        chunks = [index.chunk_table(next(row for row in found if index[row].id == folder[places[0]].id), 16)
-                  for index, found in ((folder, places), (milvus, others[name]))]
-        for a, b in zip(*chunks, strict=True):
-            np.testing.assert_array_equal(a, b)
-    return compared
+    names = {name for row in range(len(folder)) for name in folder[row].names} | {"absent"}
+    places = {index: index.rows_of(names) for index in (folder, milvus)}
+    assert places[folder].keys() == places[milvus].keys() == names - {"absent"} and len(folder) == len(milvus)
+    for name in names - {"absent"}:
+        for row, other in zip(*(sorted(places[index][name], key=lambda row: index[row].id) for index in places), strict=True):
+            assert dataclasses.replace(folder[row], row=0) == dataclasses.replace(milvus[other], row=0)
+            tables = [index.chunk_table(r, 32, folder.manifest["chunking"]["encoder"]) for index, r in ((folder, row), (milvus, other))]
+            for a, b in zip(*tables, strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 def test_the_answers_are_those_of_a_folder(tmp_path, place, build):
     """Words, vectors, filters, ids, chunk columns; a question that repeats a term counts it as often."""
-    build(tmp_path / "folder", rows(1))
-    build(place("same"), rows(1))
-    folder, milvus = refrag.open_index(tmp_path / "folder"), refrag.open_index(place("same"))
-    assert len(folder) == len(milvus)
-    assert same_answers(folder, milvus, ["rivers river c++ 1896", "長 valley's 0x1f nothing", "x7", ""], WHERES) > 100
+    folder, milvus = (opened(build, index_dir, rows(1), "--k", 16, "--enc", "decoder:2") for index_dir in (tmp_path / "f", place("same")))
+    check_same(folder, milvus, ["rivers river c++ 1896", "長 valley's 0x1f nothing", ""], WHERES)
+    for where in ("shelf = 3", "year > 0 or shelf = 3"):
+        for index in (folder, milvus):
+            with pytest.raises(refrag.UserError, match="--where: no passage has a field 'shelf'"):
+                index.matching("river", 3, where)
+
+
+def opened(build, place, *what):
+    build(place, *what)
+    return refrag.open_index(place)
+
+
+LONG = [{"id": "long", "text": " ".join(f"{term}{n}" for n in range(30) for term in ("river", "delta"))}]  # two pieces
+
+
+def test_changes_are_those_of_a_folder(tmp_path, place, build):
+    """What each command counts, and what the index holds then; nothing is computed twice."""
+    start, other = rows(2) + LONG, rows(3, 12)
+    synced = start[:9] + [row | {"id": f"n{row['id']}"} for row in other]
+    steps = [(start,), (start,), (other[:8], "--add"), ([start[3] | {"year": 5, "text": "new notes"}, {"id": "again", "text": start[9]["text"]}], "--add"),
+             (None, "--delete", "long", start[4]["id"]), (synced, "--sync"), (synced, "--sync"),
+             (start[:5],)]
+    for number, step in enumerate(steps):
+        a, b = build(tmp_path / "f", *step), build(place("changes"), *step)
+        for key in a.keys() - {"seconds", "passages_per_s", "index_dir", "peak_rss_mb"}:
+            assert a[key] == b[key], (number, key)
+        digests = [*locals().get("digests", []), refrag.index_manifest(place("changes"))["digest"]]
+        check_same(refrag.open_index(tmp_path / "f"), refrag.open_index(place("changes")), ["river c++ notes"], ["id > a2"], exact=number < 2)
+    assert [a == b for a, b in itertools.pairwise(digests)] == [True, False, False, False, False, True, False]
