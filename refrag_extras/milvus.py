@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import safetensors.numpy
 
 import refrag
 from refrag import PASSAGE_FIELDS, MismatchError, MissingError, Passage, batched, require
@@ -41,15 +42,15 @@ try:
 except ImportError as missing:
     raise MissingError(f"an index in Milvus needs its client ({missing}): pip install 'refrag[milvus]'") from None
 for name in ("pymilvus", "milvus_lite", "grpc"):
-    logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # it logs what it raises
+    logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log what they raise
 
 ADDRESS = re.compile(r"milvus\+(?:(https?://[^/\s]+)/([A-Za-z_]\w*)|file:(.+))", re.ASCII)
-PROPERTY, VERSION = "refrag", 1  # the name of the manifest among a collection's properties, and its format
+PROPERTY, VERSION = "refrag", 1  # the manifest's name among the properties of a collection, and its format
 LONGEST, MOST_FOUND = 65_535, 16_384  # bytes of a text field, rows of a search
-MESSAGE = 16 << 20  # bytes written at once, about
-NOW = {"consistency_level": "Strong"}  # read what was written just now, too: it takes a server some .2 s
-SCHEMA = pa.schema([*list(index.SCHEMA)[:-1], ("row", pa.int64()), *((name, pa.string()) for name in (
-    "version", "words", "facts"))])
+NOW = {"consistency_level": "Strong"}  # what was written just now, too: a server takes some .2 s to be sure
+CHUNKS = tuple(f"chunks_{number}" for number in range(8))  # fields for one row's chunk columns, in base64
+SCHEMA = pa.schema([*list(index.SCHEMA)[:-1], ("row", pa.int64()), ("version", pa.string()), ("words", pa.string()),
+                    ("facts", pa.string())])
 OLD = pa.schema([("row", pa.int64()), ("document", pa.string()), ("part", pa.int64()), ("version", pa.string()),
                  ("chunks", pa.int64())])
 
@@ -75,7 +76,7 @@ def number_of(value: Any) -> float:
 
 
 def comparable(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of each field the texts of its elements with their ends, the same of its numbers, and whether one is neither."""
+    """Of each field the texts of its elements and their ends, the same of its numbers, whether one is no number."""
     found = {}
     for name, value in fields.items():
         values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
@@ -112,8 +113,8 @@ class Store:
                 "milvus+file:PATH, NAME of letters, digits and _")
         address, self.name, self.folder = match[1], match[2] or "refrag", match[3]
         if self.folder:
-            require(create or Path(self.folder).is_dir(), f"--index_dir {path}: no such folder")
             require(not Path(self.folder).is_file(), f"--index_dir {path} is a file: name a folder")
+            require(create or Path(self.folder).is_dir(), f"--index_dir {path}: no such folder")
             address = lite.start_and_get_uri(self.folder)
             if address is None:
                 raise refrag.LockedError(f"{path} cannot be opened: another process uses it, or it is damaged")
@@ -133,11 +134,11 @@ class Store:
         with self.errors():
             return getattr(self.client, method)(collection_name=self.name, timeout=timeout, **arguments)
 
-    def count(self, where: str = "", **options: Any) -> int:
-        return self.ask("query", output_fields=["count(*)"], filter=where, **options)[0]["count(*)"]
-
     def rows(self, fields: Iterable[str], **which: Any) -> list[dict[str, Any]]:
         return self.ask("query", output_fields=list(fields), **which)
+
+    def count(self, where: str = "", **options: Any) -> int:
+        return self.rows(["count(*)"], filter=where, **options)[0]["count(*)"]
 
     def scan(self, *filters: str) -> pa.Table:
         """The columns OLD of all rows that pass one of the filters."""
@@ -163,7 +164,7 @@ class Store:
 
 
 def exists(path: str) -> bool:
-    """Whether a build would change an index. Raises RefragError."""
+    """Whether a build finds an index there. Raises RefragError."""
     return Store(path, create=True).manifest() is not None
 
 
@@ -176,18 +177,13 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def chunk_fields(layout: dict[str, Any]) -> list[str]:
-    return [f"chunks_{number}" for number in range(layout["chunk_fields"])]
-
-
 class MilvusIndex(refrag.Index):
     """What `refrag.Index` offers, by requests."""
 
     def __init__(self, path: str | Path, manifest: dict[str, Any]):
         self.path, self.manifest, self.store, self.refused = path, manifest, Store(path), None
         self.store.ask("load_collection", timeout=600)  # into the server's memory; at once if it is there
-        self.size, self.layout = self.store.count(), manifest["layout"]
-        self.schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(self.layout["columns"])))
+        self.size = self.store.count()
         self.known: dict[int, Passage] = {}  # that the last searches found
         self.frequencies: dict[str, int] = {}  # of terms
         self.fields: set[str] = set()  # that some passage has
@@ -247,113 +243,94 @@ class MilvusIndex(refrag.Index):
 
     def stored(self, row: int) -> dict[str, np.ndarray] | None:
         """None if a writer has replaced the passage since it was found."""
-        found = self.store.rows(["key", *chunk_fields(self.layout)], ids=[row])
+        found = self.store.rows(["key", *CHUNKS], ids=[row])
         if not found or found[0]["key"] != index.content_key(self[row].content).hex():
             return None
-        data = base64.b64decode("".join(found[0][name] for name in chunk_fields(self.layout)))
-        columns = pa.ipc.read_record_batch(pa.py_buffer(data), self.schema)
-        return {name: columns[name][0].values.to_numpy() for name in self.schema.names}
+        return safetensors.numpy.load(base64.b64decode("".join(found[0][name] for name in CHUNKS)))
 
 
 class MilvusBuild(index.Build):
     """Makes a collection hold what the corpus says: writes what is new in it, then deletes what is not."""
 
-    def __init__(self, path: str, previous: MilvusIndex | None, *args: Any):
-        super().__init__(path, previous, *args)
-        self.store, kind = Store(path, create=True), self.settings["faiss"]
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.store, kind = Store(self.path, create=True), self.settings["faiss"]
         require(os.environ.get("WORLD_SIZE", "1") == "1", "one process builds an index in Milvus: use no launcher")
         require(kind in ("auto", "flat"), f"--faiss {kind}: in Milvus it is auto or flat")
-        sample = self.compute(["."])
-        columns = sample.select([name for name in sample.column_names if name not in ("key", "vector")])
-        size = 2 * self.size / self.chunking.k * columns.nbytes * 4 / 3  # of many chunks, in base64
-        self.chunk_names = columns.column_names
-        self.layout = {"index": "FLAT" if kind == "flat" or self.store.folder else "AUTOINDEX",
-                       "columns": columns.schema.serialize().to_pybytes().hex(),
-                       "chunk_fields": math.ceil(size / LONGEST)}
-        if previous and self.options.changes:
-            require(self.layout["index"] == previous.layout["index"],
-                    f"--faiss {kind} is not what the index has: build it again")
-            self.layout = previous.layout
 
     def facts(self) -> dict[str, Any]:
-        return json.loads(refrag.dumps(super().facts() | {"version": VERSION, "layout": self.layout,
-                                                          "faiss": self.layout["index"].lower()}))
-
-    def pieces(self, record: refrag.Record, spans: list[tuple[int, int]]) -> list[tuple]:
-        passages = super().pieces(record, spans)
-        for passage in passages:
-            derived = self.derive(passage, refrag.passage_content(*passage[2:4]))
-            longest = max(len(str(value).encode()) for value in (*passage, *derived))
-            if longest > LONGEST:
-                raise refrag.BadRecord(f"{record.where}: {longest:,} bytes in a field, Milvus keeps {LONGEST:,}: use a "
-                                       "smaller --max_passage_tokens, or less metadata")
-        return passages
+        kind = "FLAT" if self.settings["faiss"] == "flat" or self.store.folder else "AUTOINDEX"
+        return super().facts() | {"version": VERSION, "faiss": kind}
 
     def derive(self, passage: tuple, content: str) -> tuple[int, str, str, str]:
-        """row, version, words and facts of a passage (document, part, title, text, metadata)."""
+        """row, version, words and facts of a passage (document, part, title, text, metadata). Raises UserError."""
         document, part, title, _, metadata = passage
-        fields = json.loads(metadata or "{}") | {"id": document, "title": title}
         row = int.from_bytes(index.content_key(json.dumps([document, part]))[:8]) >> 1
-        return (row, index.content_key(json.dumps(passage)).hex(), spelled(refrag.index_terms(content)),
-                json.dumps(comparable(fields)))
+        fields = comparable(json.loads(metadata or "{}") | {"id": document, "title": title})
+        derived = index.content_key(json.dumps(passage)).hex(), spelled(refrag.index_terms(content)), json.dumps(fields)
+        size = max(len(str(value).encode()) for value in (*passage, *derived))
+        require(size <= LONGEST, f"{self.places[document]}: {size:,} bytes in a field, Milvus keeps {LONGEST:,}: use a "
+                "smaller --max_passage_tokens or less metadata")
+        return row, *derived
 
     def run(self, corpus: refrag.CorpusConfig) -> dict[str, Any]:
-        """Returns counts."""
-        facts, before = self.facts(), self.previous.manifest if self.previous else {"digest": "", "unfinished": False}
-        known = self.previous if all(before.get(key) == facts[key] for key in (
-            "version", "uses", "dim", "embedder", "chunking", "layout")) else None
+        """Returns counts. Raises RefragError."""
+        before, facts = self.previous.manifest if self.previous else {"digest": "", "unfinished": False}, self.facts()
+        known = all(before.get(name) == facts[name] for name in ("version", "uses", "embedder", "chunking", "faiss"))
+        if self.previous and self.options.changes and not known:
+            raise MismatchError(f"--faiss {self.settings['faiss']} is not what {self.path} has: build it again")
         with tempfile.TemporaryDirectory() as folder:
             new = self.read_columns(Path(folder) / "read.arrow", corpus, SCHEMA, self.derive)
             adds = self.options.add or bool(self.options.delete)
-            some = adds and not before["unfinished"]  # which rows it may concern, else all
-            old = self.store.scan(*self.documents() if some else [""]) if known else OLD.empty_table()
+            some = adds and not before["unfinished"]  # of the index's rows are concerned
+            old = self.store.scan(*self.concerned() if some else [""]) if known else OLD.empty_table()
             kept = self.rows_kept(old, new) if adds else np.zeros(0, np.int64)
             current = pa.chunked_array([*old["document"].take(kept).chunks, *new["document"].chunks], pa.string())
-            if not len(current) and not self.options.delete_all and not (some and len(self.previous) > len(old)):
+            if not (len(current) or self.options.delete_all or (some and len(self.previous) > len(old))):
                 self.refuse_empty(corpus)
             self.counts |= self.compare_documents(old["document"], new["document"], current) | {"computed": 0}
             stays = pc.is_in(old["version"], value_set=new["version"]).to_numpy(False)
             stays[kept] = True
             fresh = np.flatnonzero(~pc.is_in(new["version"], value_set=old["version"]).to_numpy(False))
             gone = old.filter(~stays)
-            if known and not len(fresh) and not len(gone) and before | facts == before and not before["unfinished"]:
+            if known and not (len(fresh) or len(gone) or before["unfinished"]) and before | facts == before:
                 refrag.notice("nothing has changed")
                 return {**before["counts"], **self.counts, "dim": facts["dim"]}
-            chunks = before["counts"]["chunks"] if some and known else pc.sum(old["chunks"]).as_py() or 0
-            self.begin(known, before | facts | {"unfinished": True})
-            chunks += self.write(new, fresh, bool(known)) - (pc.sum(gone["chunks"]).as_py() or 0)
-            gone = gone["row"].filter(pc.invert(pc.is_in(gone["row"], value_set=new["row"])))
-            for rows in batched(gone.to_pylist(), 1024):
+            chunks = before["counts"]["chunks"] if some else sum(old["chunks"].to_pylist())
+            self.begin(before | facts | {"unfinished": True}, known)
+            chunks += self.write(new, fresh, known) - sum(gone["chunks"].to_pylist())
+            leftover = gone["row"].filter(pc.invert(pc.is_in(gone["row"], value_set=new["row"]))).to_pylist()
+            for rows in batched(leftover, 1024):
                 self.store.ask("delete", ids=rows)
-            history = hashlib.sha256(json.dumps([before["digest"], facts, gone.to_pylist()]).encode())
-            history.update("".join(new["version"].take(fresh).to_pylist()).encode())
+            digest = hashlib.sha256(json.dumps([before["digest"], facts, leftover]).encode())
+            digest.update("".join(new["version"].take(fresh).to_pylist()).encode())
         self.store.ask("flush", timeout=600)
         counts = {"passages": self.store.count(**NOW), "chunks": chunks}
-        self.store.keep(facts | {"unfinished": False, "counts": counts, "digest": history.hexdigest()})
+        self.store.keep(facts | {"unfinished": False, "counts": counts, "digest": digest.hexdigest()})
         return {**counts, **self.counts, "dim": facts["dim"]}
 
-    def documents(self) -> list[str]:
-        """Filters for the rows of the index that --add or --delete concerns: of ids that were read, or are to go."""
+    def concerned(self) -> list[str]:
+        """Filters for the rows of the index whose documents are read again or deleted, or have such a name."""
         names = {part for name in self.places for part in (name, name.rpartition("#")[0])} | set(self.options.delete)
         return [one_of("document", some) for some in batched(sorted(names), 256)]
 
-    def begin(self, known: MilvusIndex | None, manifest: dict[str, Any]) -> None:
+    def begin(self, manifest: dict[str, Any], known: bool) -> None:
         """Mark the collection as unfinished, or create it. Raises MissingError."""
         if known:
             return self.store.keep(manifest)
         schema, indexes, uses = MilvusClient.create_schema(), MilvusClient.prepare_index_params(), manifest["uses"]
         schema.add_field("row", DataType.INT64, is_primary=True)
-        for name in ("part", "chunks"):
-            schema.add_field(name, DataType.INT64)
-        for name in ("document", "title", "text", "metadata", "key", "version", *chunk_fields(self.layout)):
-            schema.add_field(name, DataType.VARCHAR, max_length=LONGEST, mmap_enabled=True)
+        schema.add_field("part", DataType.INT64)
+        schema.add_field("chunks", DataType.INT64)
         schema.add_field("facts", DataType.JSON, mmap_enabled=True)
+        for name in ("document", "title", "text", "metadata", "key", "version", *CHUNKS):
+            schema.add_field(name, DataType.VARCHAR, max_length=LONGEST, mmap_enabled=True)
         is_old = "v2.3." in self.store.client.get_server_version()  # it has no inverted index of texts
         for name in ("document", "key"):
             indexes.add_index(name, index_type="" if is_old else "INVERTED")
         if "dense" in uses:
             schema.add_field("vector", DataType.FLOAT_VECTOR, dim=manifest["dim"])
-            indexes.add_index("vector", index_type=self.layout["index"], metric_type="IP")
+            indexes.add_index("vector", index_type=manifest["faiss"], metric_type="IP")
         if "bm25" in uses:
             schema.add_field("words", DataType.VARCHAR, max_length=LONGEST, mmap_enabled=True, enable_analyzer=True,
                              enable_match=True, analyzer_params={"tokenizer": "standard"})
@@ -367,51 +344,40 @@ class MilvusBuild(index.Build):
                            properties={PROPERTY: json.dumps(manifest)})
         except MissingError as error:
             self.store.ask("drop_collection")
-            lacks = " (BM25 is a function of Milvus from 2.5 on; else use --retriever dense)" if "bm25" in uses else ""
+            lacks = " (BM25 is a function of Milvus from 2.5 on: else --retriever dense)" if "bm25" in uses else ""
             raise MissingError(f"{error}{lacks}") from error
 
     def write(self, new: pa.Table, fresh: np.ndarray, known: bool) -> int:
-        """Write passages; only contents that the collection does not hold are computed. Returns how many chunks."""
-        again = pc.value_counts(new["key"])
-        again = set(again.field("values").filter(pc.greater(again.field("counts"), 1)).to_pylist())
-        shared: dict[str, dict[str, Any]] = {}  # what was computed for contents that come again
-        chunks = 0
+        """Write new passages, those of equal content together, and compute what the collection does not hold. Returns
+        how many chunks."""
+        chunks, order = 0, fresh[pc.sort_indices(new["key"].take(fresh)).to_numpy()]
         with refrag.progress(None, "computing", len(fresh), "passage") as bar:
-            for table in index.gather([new], fresh):
+            for table in index.gather([new], order):
                 rows = [row | {"key": row["key"].hex(), "facts": json.loads(row["facts"])} for row in table.to_pylist()]
-                for row in rows if "bm25" not in self.facts()["uses"] else ():
-                    del row["words"]
-                computed = {key: shared[key] for key in {row["key"] for row in rows} & shared.keys()}
-                if known:
-                    computed |= self.computed({row["key"] for row in rows})
                 contents = {row["key"]: refrag.passage_content(row["title"], row["text"]) for row in rows}
-                contents = {key: content for key, content in contents.items() if key not in computed}
-                computed |= self.columns(contents) if contents else {}
-                shared |= {key: computed[key] for key in contents if bytes.fromhex(key) in again}
-                for part in batched(rows, max(1, MESSAGE // (LONGEST * (self.layout["chunk_fields"] + 1)))):
-                    self.store.ask("upsert", data=[row | computed[row["key"]] for row in part])
-                chunks += sum(computed[row["key"]]["chunks"] for row in rows)
+                columns = self.computed_before(contents) if known else {}
+                columns |= self.computed_now({key: text for key, text in contents.items() if key not in columns})
+                for some in batched([row | columns[row["key"]] for row in rows], 64):
+                    if "bm25" not in self.facts()["uses"]:
+                        some = [{name: value for name, value in row.items() if name != "words"} for row in some]
+                    self.store.ask("upsert", data=some)
+                chunks += sum(columns[row["key"]]["chunks"] for row in rows)
                 bar.update(len(rows))
         return chunks
 
-    def computed(self, keys: Collection[str]) -> dict[str, dict[str, Any]]:
-        """By key, what the collection holds for contents."""
-        fields = ["key", "chunks", *chunk_fields(self.layout), *["vector"] * bool(self.embedder)]
+    def computed_before(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        fields = ["key", "chunks", *CHUNKS, *["vector"] * bool(self.embedder)]
         found = self.store.rows(fields, filter=one_of("key", keys), **NOW)
         return {hit["key"]: {name: hit[name] for name in fields} for hit in found}
 
-    def columns(self, contents: dict[str, str]) -> dict[str, dict[str, Any]]:
-        """By key, what models compute for contents."""
-        table, found = self.compute(list(contents.values())), {}
-        self.counts["computed"] += len(contents)
+    def computed_now(self, contents: dict[str, str]) -> dict[str, dict[str, Any]]:
+        table, found = self.compute(list(contents.values())) if contents else None, {}
         for number, key in enumerate(contents):
-            row = table.slice(number, 1)
-            data = base64.b64encode(row.select(self.chunk_names).to_batches()[0].serialize()).decode()
-            pieces = [data[i : i + LONGEST] for i in range(0, len(data), LONGEST)]
-            names = chunk_fields(self.layout)
-            require(len(pieces) <= len(names), f"a passage has {len(data):,} bytes of chunks: use a larger --k")
-            found[key] = dict(zip(names, [*pieces, *[""] * len(names)], strict=False)) | {
-                "key": key, "chunks": len(row["ends"][0])}
-            if self.embedder:
-                found[key]["vector"] = row["vector"][0].values.to_numpy()
+            arrays = {name: table[name][number].values.to_numpy() for name in table.column_names if name != "key"}
+            vector = {"vector": arrays.pop("vector")} if self.embedder else {}
+            data = base64.b64encode(safetensors.numpy.save(arrays)).decode()
+            require(len(data) <= LONGEST * len(CHUNKS), f"{len(data):,} bytes of chunks for a passage: use a larger --k")
+            pieces = {name: data[n * LONGEST : (n + 1) * LONGEST] for n, name in enumerate(CHUNKS)}
+            found[key] = {"chunks": len(arrays["ends"])} | pieces | vector
+        self.counts["computed"] += len(contents)
         return found
