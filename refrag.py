@@ -220,7 +220,7 @@ class CorpusConfig(Options):
 
 
 class IndexConfig(Options):
-    index_dir: str | None = opt(None, "the index folder")
+    index_dir: str | None = opt(None, "the index folder, or milvus+http://HOST:19530/NAME, or milvus+file:PATH")
     retriever: str | None = opt(None, "default the index's, else both fused by rank", choices="hybrid dense bm25")
     embed_model: str | None = opt(None, "sentence-transformers model; default the index's, else all-MiniLM-L6-v2")
 

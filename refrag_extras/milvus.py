@@ -376,7 +376,7 @@ class MilvusBuild(index.Build):
             arrays = {name: table[name][number].values.to_numpy() for name in table.column_names if name != "key"}
             vector = {"vector": arrays.pop("vector")} if self.embedder else {}
             data = base64.b64encode(safetensors.numpy.save(arrays)).decode()
-            require(len(data) <= LONGEST * len(CHUNKS), f"{len(data):,} bytes of chunks for a passage: use a larger --k")
+            require(len(data) <= LONGEST * len(CHUNKS), f"{len(data):,} bytes of chunks in a passage: larger --k")
             pieces = {name: data[n * LONGEST : (n + 1) * LONGEST] for n, name in enumerate(CHUNKS)}
             found[key] = {"chunks": len(arrays["ends"])} | pieces | vector
         self.counts["computed"] += len(contents)
