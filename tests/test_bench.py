@@ -251,10 +251,10 @@ def test_no_end_token_stops_a_run(run_bench, monkeypatch):
 def test_a_context_is_filled_with_whole_passages(run_bench, index_dir, llama):
     """No passage more would fit. The oracle counts tokens of contents, best passage first."""
     result, _ = run_bench("--contexts", "30,60,120", "--modes", "full", "--repeats", 1)
-    index, tokenizer = refrag.open_index(str(index_dir)), refrag.AutoTokenizer.from_pretrained(llama)
+    tokenizer = refrag.AutoTokenizer.from_pretrained(llama)
     searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(),
                                     refrag.RuntimeConfig())
-    sizes = [len(tokenizer(index.content(p.row))["input_ids"]) for p in searcher.search(QUESTION, 6)]
+    sizes = [len(tokenizer(p.content)["input_ids"]) for p in searcher.search(QUESTION, 6)]
     totals = np.cumsum(sizes)
     for row in rows_of(result, "full"):
         fitting = [total for total in totals if total <= row["context"]]
