@@ -96,6 +96,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 __version__ = "0.1.0"
+PROGRAM = "refrag" if __name__ == "__main__" and __spec__ else "python refrag.py"  # installed, or this file
 
 # =============================================================================
 # 1. Options. Errors with exit codes; every option as one dataclass field with its default, help
@@ -544,7 +545,7 @@ class Parser(argparse.ArgumentParser):
             message += f" (did you mean {near[0]}?)"
         elif unknown and not unknown.startswith("-"):
             message += f" (write {next((f for f in ('--question', '--corpus') if f in flags), 'a flag')} before it)"
-        raise UserError(f"{message}: see python {self.prog} --help")
+        raise UserError(f"{message}: see {self.prog} --help")
 
 
 def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
@@ -601,7 +602,7 @@ def convert(where: str, value: Any, f: dataclasses.Field, kind: type) -> Any:
 def parse(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     """The command and its options: a flag beats the environment beats --config beats the default."""
     argv = [re.sub(r"^--[A-Za-z][\w-]*(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
-    parser = Parser(prog="refrag.py", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog=PROGRAM, description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"refrag.py {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -1073,9 +1074,13 @@ def cache_home() -> Path:
 # =============================================================================
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
+NOT_AS_NAMED = "rename it, or leave it out"
 TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 MARKDOWN = (".md", ".markdown")
 TEXTS = (".txt", ".text", *MARKDOWN)
+DOCUMENTS = (".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".html", ".htm")  # by the libraries of the extra [docs]
+DOCUMENT_EXTRA = "pip install 'refrag[docs]'"
+DOCUMENT_LIBRARIES = ("lxml", "mammoth", "markdownify", "openpyxl", "pptx", "pypdfium2")
 ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
 TEXT_FIELDS = ("text", "contents", "body", "passage")
 QUESTION_FIELDS = ("question", "query", "text")
@@ -1121,12 +1126,17 @@ def bare_name(path: Path) -> Path:
     return Path(re.sub(r"\.gz$", "", spelled(Path(path.name)), flags=re.IGNORECASE))
 
 
+def kind_of(path: Path) -> str:
+    """A file's suffix in small letters, without .gz. Example: notes/LIST.TXT.gz -> .txt"""
+    return bare_name(path).suffix.lower()
+
+
 class TextFile:
     """The lines or records of a file, "-" for standard input, also gzipped or in UTF-16. counts: receives skipped and
     replaced."""
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
-        self.path, self.name, self.suffix = path, spelled(path), bare_name(path).suffix.lower()
+        self.path, self.name, self.suffix = path, spelled(path), kind_of(path)
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
 
     def decoded(self, raw: bytes, number: int, encoding: str) -> str:
@@ -1141,26 +1151,31 @@ class TextFile:
         self.counts["replaced"] += 1
         return raw.decode(encoding, "replace")
 
-    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
-        """(number, text with its end) of each line, or of the whole file; "" if skipped. Raises CorruptError."""
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[io.BufferedIOBase]:
+        """The file's bytes, unzipped. Raises CorruptError."""
         with sys.stdin.buffer if str(self.path) == "-" else self.path.open("rb") as raw:
             handle = io.BufferedReader(raw)
+            zipped = handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz"
             try:
-                if handle.peek(2).startswith(b"\x1f\x8b") or self.path.suffix.lower() == ".gz":
-                    handle = gzip.GzipFile(fileobj=handle)
-                head = handle.peek(8)
-                if head.startswith(BINARY):
-                    raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: index its text")
-                if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
-                for number, line in enumerate([handle.read()] if as_one else handle, start=1):
-                    text = ""
-                    with skipping(self.errors, self.counts):
-                        text = self.decoded(line, number, "utf-8-sig" if number == 1 else "utf-8")
-                    yield number, text
+                yield gzip.GzipFile(fileobj=handle) if zipped else handle
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 message = f"{self.name}: not a complete gzip file ({one_line(error)}): fetch it again"
                 raise CorruptError(message) from None
+
+    def lines(self, as_one: bool = False) -> Iterator[tuple[int, str]]:
+        """(number, text with its end) of each line, or of the whole file; "" if skipped. Raises CorruptError."""
+        with self.opened() as handle:
+            head = handle.peek(8)
+            if head.startswith(BINARY):
+                raise BadRecord(f"{self.name} is a PDF, picture, archive or office document: {NOT_AS_NAMED}")
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                handle = io.BytesIO(self.decoded(handle.read(), 1, "utf-16").encode())
+            for number, line in enumerate([handle.read()] if as_one else handle, start=1):
+                text = ""
+                with skipping(self.errors, self.counts):
+                    text = self.decoded(line, number, "utf-8-sig" if number == 1 else "utf-8")
+                yield number, text
 
     def filled_lines(self) -> Iterator[tuple[int, str]]:
         """(number, text without its line end) of each line that is not blank."""
@@ -1302,9 +1317,10 @@ def source_label(name: str, sources: dict[str, str]) -> str:
 
 
 def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, each once; those of other kinds in folders), but for hidden ones. Raises UserError."""
+    """(the files to read, each once; those in folders that are not read), but for hidden ones. Raises RefragError."""
     files: dict[str, CorpusFile] = {}  # by label
-    others, kinds = [], (*TEXTS, *OBJECTS, *TABLES)
+    others, known = [], (*TEXTS, *OBJECTS, *TABLES, *DOCUMENTS)
+    kinds = known if all(map(importlib.util.find_spec, DOCUMENT_LIBRARIES)) else known[: -len(DOCUMENTS)]
     for name in paths:
         require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
     for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
@@ -1314,9 +1330,12 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*"))
                      if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            inside = [p for p in found if bare_name(p).suffix.lower() in kinds]
-            others += [p for p in found if p not in inside]
-            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(kinds)} files")
+            inside = [p for p in found if kind_of(p) in known]
+            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(known)} files")
+            others += [p for p in found if kind_of(p) not in kinds]
+        inside = [p for p in inside if kind_of(p) not in known or kind_of(p) in kinds]
+        if not inside:
+            raise MissingError(f"--corpus {name}: libraries that read such documents are missing: {DOCUMENT_EXTRA}")
         for file in inside:
             label = source_label(str(file), sources)
             files.setdefault(label, (file, label, label not in sources))
@@ -1329,7 +1348,7 @@ def modified(path: Path) -> str:
 
 
 def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file; of text its lines, but Markdown, and any text in a folder, is one document.
+    """The records of a file: the lines of a text, but Markdown, and any text in a folder, is one document, as a PDF is.
 
     In a folder, as with --errors skip, a bad record or unreadable file is skipped, counted and named.
     """
@@ -1338,10 +1357,13 @@ def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator
     source = TextFile(path, errors, counts)
     with skipping(errors, counts, (RefragError, OSError)):
         of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
-        if of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]:
-            facts = {"path": label, "modified": modified(path)}
-            yield from (Record(label, bare_name(path).stem, text, source.name, facts)
-                        for _, text in source.lines(as_one=True) if text.strip())
+        if source.suffix in DOCUMENTS or (of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]):
+            from refrag_extras import documents
+
+            title, text, marks = documents.read(source)
+            if text.strip():
+                facts = {"path": label, "modified": modified(path)}
+                yield Record(label, title or bare_name(path).stem, text, source.name, facts, marks)
             return
         records, items = source.items(TEXT_FIELDS)
         for number, text in items:
@@ -1357,11 +1379,18 @@ def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
     """The records of the corpus, streamed. counts: receives skipped, replaced, ignored. sources: see `source_label`."""
     files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
     counts["ignored"] = len(others)
-    if others:
-        shown = [*map(spelled, others[:NAMED]), *[".."][: len(others) - NAMED]]
+    kinds = collections.Counter(kind_of(path) for path in others)
+    if lacking := ", ".join(f"{kinds.pop(kind):,} {kind}" for kind in DOCUMENTS if kind in kinds):
+        notice(f"documents that were not read: {lacking}: {DOCUMENT_EXTRA}")
+    if kinds:
+        others = [spelled(path) for path in others if kind_of(path) in kinds]
+        shown = [*others[:NAMED], *[".."][: len(others) - NAMED]]
         notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
-    records = itertools.chain.from_iterable(read_file(file, counts, corpus.errors) for file in files)
-    return itertools.islice(records, corpus.limit)
+    several = len(files) > 1  # then the bar counts files, whose number is known
+    read = (read_file(file, counts, corpus.errors)
+            for file in (progress(files, "reading", unit="file") if several else files))
+    records = itertools.islice(itertools.chain.from_iterable(read), corpus.limit)
+    return records if several else progress(records, "reading", unit="record")
 
 
 class TrainingText(NamedTuple):
@@ -1827,6 +1856,9 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
+PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # what marks hold: as it is called
+
+
 def passage_content(title: str, text: str) -> str:
     """What is embedded and packed."""
     return f"{title}\n{text}" if title else text
@@ -1859,8 +1891,22 @@ class Passage:
     def content(self) -> str:
         return passage_content(self.title, self.text)
 
+    @property
+    def source(self) -> str:
+        """Where people find it: the document, and the page, slide, sheet or section if that is known; else its id.
+
+        Examples: "handbook.pdf, pages 12-13", "guide.md, section Installation", "squad:Wood:2"
+        """
+        facts = json.loads(self.metadata or "{}")
+        name = next((name for name in PLACES if name in facts), None)
+        if name is None or facts.get("path") != self.document_id:  # a record's own field is no place in its file
+            return self.id
+        first, last = facts[name], facts.get(f"last_{name}")
+        several = "" if last is None else f"-{last}" if isinstance(last, int) else f" to {last}"
+        return f"{self.document_id}, {PLACES[name]}{'s' * bool(several)} {first}{several}"
+
     def to_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in ("id", "title", "text", "score", "scores", "rank")}
+        fields = {name: getattr(self, name) for name in ("id", "title", "text", "source", "score", "scores", "rank")}
         return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
@@ -1989,7 +2035,7 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
-    require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `python refrag.py index`")
+    require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `{PROGRAM} index`")
     manifest = read_manifest(path / "manifest.json")
     if manifest.get("words") != WORDS_FINGERPRINT or "generation" not in manifest:
         raise MismatchError(f"{path} was built by an earlier version of this program: build it again")
@@ -2404,8 +2450,8 @@ def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) ->
     docs = make_docs([part for part, _ in blocks], [None] * len(blocks), k, tokenizer, labels=[i for _, i in blocks])
     unread = iter(docs)
     prompt = build_prompt(tokenizer, [part if label is None else next(unread) for part, label in parts])
-    require(prompt.context_tokens <= ctx_max,
-            f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
+    if prompt.context_tokens > ctx_max:
+        raise TooLongError(f"--prompt holds {prompt.context_tokens} context tokens, more than --ctx_max {ctx_max}")
     return Context(" ".join(" ".join(part for part, label in parts if label is None).split()), prompt, docs)
 
 
@@ -5306,9 +5352,11 @@ class Pipeline:
         context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
-        citations = [{"id": ids.get(label, label), "title": source[label].title if label in source else "",
-                      "label": label, "read": how_read.get(label), "forged": forged, "chosen": label == chosen,
-                      "expanded": how_read.get(label) in ("text", "partly")}
+        cited = {label: {"id": p.id, "title": p.title, "source": p.source, "metadata": json.loads(p.metadata or "{}")}
+                 for label, p in source.items()}
+        citations = [cited.get(label, {"id": label, "title": "", "source": label, "metadata": {}})
+                     | {"label": label, "read": how_read.get(label), "forged": forged, "chosen": label == chosen,
+                        "expanded": how_read.get(label) in ("text", "partly")}
                      for label, forged in (parse_citations(answer, labels).labels if labels else ())]
         chunks = [{"passage_id": ids[labels[chunk.doc]], "start": chunk.start, "end": chunk.end,
                    "score": round(score, 6), "expanded": stays}
@@ -5322,15 +5370,20 @@ class Pipeline:
                 "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
     def explain(self, reading: Reading) -> list[dict[str, Any]]:
-        """For each chunk why it stays text or not, and what each group of features adds to its score."""
-        settings, shares = reading.settings, {}
+        """For each chunk its text, why it stays text or not, and what each group of features adds to its score."""
+        settings, shares, chunks = reading.settings, {}, reading.context.prompt.chunks
         reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
-        if settings.mode == "refrag" and reading.given is not None:
+        texts = [reading.context.docs[chunk.doc].content[chunk.start : chunk.end] for chunk in chunks]
+        if settings.mode == "truncate":
+            reasons = ["text: before the cut" if stays else "left out: the context is cut before its end"
+                       for stays in reading.expanded]
+        elif settings.mode == "refrag" and reading.given is not None:
             reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
             if settings.gate == "learned":
                 shares = self.trained_gates["learned"].shares(reading.given)
-        return [{"why": why, "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
-                for i, why in enumerate(reasons)]
+        return [{"text": text, "why": why,
+                 "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
+                for i, (text, why) in enumerate(zip(texts, reasons, strict=True))]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
         prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
@@ -5431,7 +5484,7 @@ def search_text(result: dict[str, Any]) -> str:
     for p in result["passages"]:
         text = " ".join(p.text.split())
         scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
-        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.id}]\n     {text[:200]}")
+        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.source}]\n     {text[:200]}")
     return "\n".join(lines)
 
 
@@ -5524,10 +5577,9 @@ def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, A
     return waiting
 
 
-def explain_line(chunk: dict[str, Any], passages: Iterable[dict[str, Any]]) -> str:
-    [content] = [passage_content(p["title"], p["text"]) for p in passages if p["id"] == chunk["passage_id"]] or [""]
+def explain_line(chunk: dict[str, Any]) -> str:
     shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
-    text = " ".join(content[chunk["start"] : chunk["end"]].split())
+    text = " ".join(chunk["text"].split())
     return f"{chunk['score']:9.3f}  {chunk['why']} ({shares})  {chunk['passage_id']}: {text[:80]}"
 
 
@@ -5541,7 +5593,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     for c in result["citations"]:
         how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         how += ", chosen after the answer" if c["chosen"] else ""
-        name = f"{c['title']} ({c['id']})" if c["title"] else c["id"]
+        name = f"{c['title']} ({c['source']})" if c["title"] else c["source"]
         lines.append(f"[{c['label']}] {name}, {how}")
     if not result["citations"]:
         lines.append("no citation")
@@ -5554,7 +5606,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
     lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
               f"{100 * m['p_realised']:.0f}% of the context as text",
               f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk, result["passages"]) for chunk in result["chunks"] if "why" in chunk]
+    lines += [explain_line(chunk) for chunk in result["chunks"] if "why" in chunk]
     if "full" in result:
         full = result["full"]
         lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "

@@ -128,8 +128,8 @@ class Chat:
             chunks = [c for c in last["chunks"] if c["passage_id"] == passage["id"]]
             shown = "".join(part if c["expanded"] else f"[[{part}]]" for c in chunks
                             if (part := content[c["start"] : c["end"]]))
-            refrag.notice(f"[{passage['rank']}] {passage['id']}: {sum(c['expanded'] for c in chunks)} of {len(chunks)} "
-                          f"chunks read as text\n{shown}\n")
+            refrag.notice(f"[{passage['rank']}] {passage['source']}: {sum(c['expanded'] for c in chunks)} of "
+                          f"{len(chunks)} chunks read as text\n{shown}\n")
 
     def show_history(self, rest: str) -> None:
         for number, turn in enumerate(self.turns, start=1):

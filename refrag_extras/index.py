@@ -8,18 +8,20 @@ new, lay out the columns, build FAISS and BM25, replace the manifest.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
 import time
+import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,15 @@ def new_columns(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFil
     """Write an Arrow file. (By a handle: a memory map would end the process when the disk is full.)"""
     with path.open("wb") as handle, pa.ipc.new_file(handle, schema) as writer:
         yield writer
+
+
+def read_unfinished(path: Path) -> pa.Table:
+    """The tables of an Arrow stream, memory-mapped, up to where a kill cut it off; empty without any."""
+    data, batches = refrag.map_file(path), []
+    with contextlib.suppress(pa.ArrowInvalid, OSError):  # for lack of bytes
+        for batch in pa.ipc.open_stream(data):
+            batches.append(batch)
+    return pa.Table.from_batches(batches) if batches else pa.table({})
 
 
 def lists(lengths: Sequence[int], values: np.ndarray) -> pa.ListArray:
@@ -80,14 +91,32 @@ def keys_of(tables: Sequence[pa.Table]) -> pa.ChunkedArray:
     return pa.chunked_array([part for table in tables for part in table["key"].chunks], pa.binary(16))
 
 
+def in_blocks(records: Iterable[Record], characters: int = 1 << 20) -> Iterator[list[Record]]:
+    """At most BLOCK records together, and fewer that are long: tokens take 300 bytes each while they are cut."""
+    block, size = [], 0
+    for record in records:
+        block.append(record)
+        size += len(record.text)
+        if len(block) == BLOCK or size > characters:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without the white space at its ends. Example: " a b ", 0, 3 -> (1, 2)"""
+    start += len(text[start:end]) - len(text[start:end].lstrip())
+    return start, start + len(text[start:end].rstrip())
+
+
 def piece_facts(record: Record, start: int, end: int) -> str:
-    """The metadata of a piece of a record as JSON, with what holds at its start, and the page that it ends on."""
-    facts = dict(record.metadata)
-    for place, found in record.marks:
-        if place <= start:
-            facts |= found
-        elif place < end and "page" in found:
-            facts["last_page"] = found["page"]
+    """The metadata of a piece of a record as JSON, with what its marks say of its start, and as `last_page` (or another
+    name) of its end if that is something else."""
+    first, last = (bisect.bisect_right(record.marks, place, key=operator.itemgetter(0)) for place in (start, end - 1))
+    begins, ends = (record.marks[n - 1][1] if n else {} for n in (first, last))
+    lasts = {f"last_{name}": value for name, value in ends.items() if value != begins.get(name, value)}
+    facts = record.metadata | begins | lasts
     return json.dumps(facts) if facts else ""
 
 
@@ -118,8 +147,7 @@ class Build:
 
     def read(self, corpus: refrag.CorpusConfig) -> Iterator[list[tuple]]:
         """The corpus in blocks of passages (document, part, title, text, metadata). Raises RefragError."""
-        records = iter(refrag.progress(refrag.read_corpus(corpus, self.counts, self.sources), "reading", unit="record"))
-        while block := list(itertools.islice(records, BLOCK)):
+        for block in in_blocks(refrag.read_corpus(corpus, self.counts, self.sources)):
             titles = refrag.tokenize(self.tokenizer, [record.title or "." for record in block])
             texts = refrag.tokenize(self.tokenizer, [record.text for record in block])
             passages = []
@@ -133,14 +161,14 @@ class Build:
 
     def pieces(self, record: Record, spans: list[tuple[int, int]]) -> list[tuple]:
         """A record as one passage, or several with #1, #2, .. after its id. Raises BadRecord."""
-        kept = [span for span in spans if record.text[slice(*span)].strip()]
+        kept = [span for span in (trimmed(record.text, *span) for span in spans) if len(range(*span))]
         parts = range(1, len(kept) + 1) if len(kept) > 1 else [0]
         ids = {record.id, *(f"{record.id}#{part}" for part in parts if part)}
         for name in ids:
             if first := self.places.get(name):
                 raise refrag.BadRecord(f"duplicate id {name!r} at {first} and {record.where}: make ids unique")
         self.places |= dict.fromkeys(ids, record.where)
-        return [(record.id, part, record.title, record.text[slice(*span)].strip(), piece_facts(record, *span))
+        return [(record.id, part, record.title, record.text[slice(*span)], piece_facts(record, *span))
                 for part, span in zip(parts, kept, strict=True)]
 
     def compute(self, contents: list[str]) -> pa.Table:
@@ -176,6 +204,7 @@ class FolderBuild(Build):
 
     def run(self, corpus: refrag.CorpusConfig) -> dict[str, Any]:
         """Make the new generation current, unless nothing has changed. Returns counts. The caller holds the lock."""
+        self.remove_leftovers()
         number = 1 + max((int(p.name[4:]) for p in self.path.glob("gen-*")), default=0)
         try:
             with refrag.new_folder(self.path / f"gen-{number}") as folder:
@@ -187,10 +216,14 @@ class FolderBuild(Build):
                 manifest |= {"counts": {"passages": len(passages), "chunks": chunks},
                              "trained": self.build_faiss(folder, manifest["faiss"])}
                 self.build_bm25(folder, passages)
-            self.replace_manifest(manifest)
+            refrag.write_manifest(self.path / "manifest.json", self.path / manifest["generation"], manifest)
         except Unchanged:
             manifest = self.previous.manifest
             refrag.notice("nothing has changed")
+        finally:
+            self.remove_leftovers()
+        for leftover in self.path.glob(".computed-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         return {**manifest["counts"], **self.counts, "dim": manifest["dim"]}
 
     def write_passages(self, folder: Path, corpus: refrag.CorpusConfig) -> pa.Table:
@@ -258,9 +291,7 @@ class FolderBuild(Build):
             if self.embedder:
                 vectors = pa.FixedSizeListArray.from_arrays(pa.array(old.vectors.ravel()), self.embedder.dim)
                 tables[0] = tables[0].append_column("vector", vectors)
-        for path in sorted(self.finished.glob("*.arrow")):
-            with contextlib.suppress(refrag.CorruptError):
-                tables.append(open_columns(path))
+        tables += filter(len, map(read_unfinished, sorted(self.finished.glob("*.arrows"))))
         return [table.select(sorted(table.column_names)) for table in tables]
 
     def missing(self, passages: pa.Table) -> np.ndarray:
@@ -282,18 +313,32 @@ class FolderBuild(Build):
             folder, rows = broadcast_object_list([folder, rows])
             first, step = group.process_index, group.num_processes
         blocks = gather([open_columns(folder / "passages.arrow")], rows)
-        with refrag.progress(None, "computing", len(rows), "passage") as bar:
+        with refrag.progress(None, "computing", len(rows), "passage") as bar, contextlib.ExitStack() as files:
+            write = None
             for table in itertools.islice(blocks, first, None, step):
-                self.finished.mkdir(exist_ok=True)
                 contents = map(refrag.passage_content, table["title"].to_pylist(), table["text"].to_pylist())
-                computed, data = self.compute(list(contents)), io.BytesIO()
-                with pa.ipc.new_file(data, computed.schema) as writer:
-                    writer.write(computed)
-                refrag.write_atomic(self.finished / f"{table['key'][0].as_py().hex()}.arrow", data.getvalue())
+                computed = self.compute(list(contents))
+                write = write or files.enter_context(self.keeping(computed.schema))
+                write(computed)
                 bar.update(len(table) * step)
         self.counts["computed"] = len(rows)
         if step > 1:
             group.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def keeping(self, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+        """A function that keeps what was computed for a build to go on with: in one stream for each process, since all
+        are mapped at once and files that are open are limited."""
+        self.finished.mkdir(exist_ok=True)
+        path = self.finished / f"{uuid.uuid4().hex}.arrows"
+        with path.open("wb") as handle, pa.ipc.new_stream(handle, schema) as writer:
+
+            def write(table: pa.Table) -> None:
+                writer.write(table)
+                handle.flush()
+                os.fsync(handle.fileno())
+
+            yield write
 
     def check_changed(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raise Unchanged if passages, models and settings are those of the generation before."""
@@ -356,21 +401,16 @@ class FolderBuild(Build):
                         show_progress=not refrag.QUIET and len(ids) > 50_000)
         index.save(folder / "bm25", show_progress=False)
 
-    def replace_manifest(self, manifest: dict[str, Any]) -> None:
-        """Make a generation the index in one step; remove all others, also those of killed writers."""
-        final, new = self.path / "manifest.json", self.path / manifest["generation"]
-        try:
-            refrag.write_manifest(final, new, manifest)
-        finally:
-            current = new
-            with contextlib.suppress(OSError, refrag.RefragError, KeyError):  # missing, damaged or of an old format
-                current = self.path / refrag.read_manifest(final)["generation"]
-            for leftover in {*self.path.glob("gen-*"), *self.path.glob(".gen-*")} - {current}:
-                shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in self.path.glob(".manifest*.tmp"):
-                leftover.unlink(missing_ok=True)
-        for leftover in self.path.glob(".computed-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left, and all generations but the one that the manifest names."""
+        folders = {*self.path.glob(".gen-*")}
+        with contextlib.suppress(OSError, refrag.RefragError, KeyError):  # missing, damaged or of an old format
+            current = self.path / refrag.read_manifest(self.path / "manifest.json")["generation"]
+            folders |= {*self.path.glob("gen-*")} - {current}
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in self.path.glob(".manifest*.tmp"):
+            file.unlink(missing_ok=True)
 
 
 def new_faiss(kind: str, vectors: np.ndarray) -> faiss.Index:

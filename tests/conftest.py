@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from writers import ROOT, files, finished, forks, line, mount  # noqa: F401 (fixtures)
+from writers import ROOT, STARTS, files, finished, forks, line, mount  # noqa: F401 (fixtures)
 
 sys.path.insert(0, str(ROOT))
 
@@ -229,8 +229,8 @@ def run(capsys):
 def program():
     """Run refrag.py as its own process: program("search", ...) -> CompletedProcess with text output."""
 
-    def call(*argv: object, **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "refrag.py"), *(str(a) for a in argv)]
+    def call(*argv: object, start: str = "python refrag.py", **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, *STARTS[start], *(str(a) for a in argv)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
     return call

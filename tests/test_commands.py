@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from writers import STARTS
 
 import refrag
 
@@ -115,14 +116,17 @@ def without_heavy(tmp_path, program):
     return lambda *argv, **options: program(*argv, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **options)
 
 
-def test_help_version_and_mistakes_need_no_library(without_heavy):
-    done = without_heavy("--help")
+@pytest.mark.parametrize("start", STARTS)
+def test_help_version_and_mistakes_need_no_library(without_heavy, start):
+    done = without_heavy("--help", start=start)
     assert (done.returncode, done.stderr) == (0, "") and all(name in done.stdout for name in refrag.COMMANDS)
-    assert without_heavy("--version").stdout == f"refrag.py {refrag.__version__}\n"
-    assert "--index_dir" in without_heavy("search", "--help").stdout
-    done = without_heavy("search", "--index-dri", "x")
+    assert done.stdout.startswith(f"usage: {start} [-h]")
+    assert without_heavy("--version", start=start).stdout == f"refrag.py {refrag.__version__}\n"
+    assert "--index_dir" in without_heavy("search", "--help", start=start).stdout
+    done = without_heavy("search", "--index-dri", "x", start=start)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "was imported" in without_heavy("doctor").stderr  # they are really blocked
+    assert done.stderr.endswith(f"see {start} search --help\n")
+    assert "was imported" in without_heavy("doctor", start=start).stderr  # they are really blocked
 
 
 @pytest.mark.parametrize("name", refrag.COMMANDS)
@@ -154,11 +158,12 @@ def test_a_missing_library_is_named_with_the_command_that_mends_it(tmp_path, pro
 
 
 @posix
-@pytest.mark.parametrize("flags", [[], ["--json"]], ids=str)
-def test_ctrl_c_while_the_libraries_load(tmp_path, program, flags):
+@pytest.mark.parametrize(("start", "flags"), [
+    ("python refrag.py", []), ("python refrag.py", ["--json"]), ("refrag", ["--json"])], ids=str)
+def test_ctrl_c_while_the_libraries_load(tmp_path, program, start, flags):
     """They take seconds, which is when a person notices a mistake. The first one imported sends the interrupt."""
     (tmp_path / "bm25s.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    done = program("doctor", *flags, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    done = program("doctor", *flags, start=start, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
     assert not flags or json.loads(done.stdout)["error"]["code"] == 130
 
@@ -220,7 +225,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, argv, told):
 
 def test_without_a_command_the_help_and_the_commands_are_shown(run):
     code, out, err = run()
-    assert (code, out) == (2, "") and err.startswith("usage: refrag.py")
+    assert (code, out) == (2, "") and err.startswith("usage: python refrag.py ")
     assert all(f"\n    {name} " in err for name in ("index", "generate", "doctor"))
     assert err.splitlines()[-1] == "error: the following arguments are required: COMMAND: see python refrag.py --help"
 

@@ -454,12 +454,16 @@ def test_the_answer_is_asked_of_the_piece_that_holds_it():
     assert refrag.right_rows(Pieces, item | {"answers": ["nowhere"]}, [2, 0, 1]) == [0, 1]
 
 
-@pytest.mark.parametrize(("p", "why"), [(1, "text: no choice to make"), (0, "compressed: no choice to make")])
-def test_explain_where_nothing_is_chosen(generate, p, why):
-    code, out, err = generate("--p", p, "--explain", "--json")
+@pytest.mark.parametrize(("flags", "reasons"), [
+    (["--p", 1], ["text: no choice to make"]), (["--p", 0], ["compressed: no choice to make"]),
+    (["--mode", "full"], ["text: no choice to make"]),
+    (["--mode", "truncate", "--p", ".2"], ["text: before the cut", "left out: the context is cut before its end"])],
+    ids=str)
+def test_explain_where_the_gate_chooses_nothing(generate, flags, reasons):
+    code, out, err = generate(*flags, "--explain", "--json")
     assert code == 0, err
     result = json.loads(out)
-    assert result["chunks"] and {chunk["why"] for chunk in result["chunks"]} == {why}
+    assert list(dict.fromkeys(chunk["why"] for chunk in result["chunks"])) == reasons
     assert result["settings"]["gate"] == "blend", "auto: the shipped gate does not know this embedder"
 
 

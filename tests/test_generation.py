@@ -445,6 +445,22 @@ class TestCommand:
         assert code == 0 and {chunk["passage_id"] for chunk in json.loads(out)["chunks"]} == {"a", "b"}
         assert '<doc id="a">\n[[' in err and "]][[" in err
 
+    def test_explain_shows_the_text_of_literal_documents(self, run, llama):
+        arguments = ["generate", "--prompt", PROMPT, "--dec", llama, "--gate", "none", "--k", 4, "--max_new", 2,
+                     "--explain", *FED]
+        chunks = json.loads(run(*arguments)[1])["chunks"]
+        assert "".join(chunk["text"] for chunk in chunks) == (
+            "Seven bridges cross the old city, and it floods in May.Bells.")
+        shown = run(*[word for word in arguments if word != "--json"])[1]
+        assert all(f"(no shares)  {c['passage_id']}: {' '.join(c['text'].split())}\n" in shown for c in chunks)
+
+    @pytest.mark.parametrize(("text", "expected"), [("B", 0), ("Bells ring", 2)])
+    def test_ctx_max_counts_the_tokens_of_literal_documents(self, run, llama, text, expected):
+        """And not those of a question that warms up."""
+        code, _, err = run("generate", "--prompt", f"Say <doc id='a'>{text}</doc>", "--dec", llama, "--gate", "none",
+                           "--k", 4, "--max_new", 2, "--ctx_max", 1, *FED)
+        assert code == expected and (code == 0 or "more than --ctx_max 1" in err), err
+
     def test_text_output_streams_the_answer_that_json_gives(self, run, llama):
         arguments = ["generate", "--prompt", PROMPT, "--dec", llama, "--gate", "none", "--k", 4, "--max_new", 6,
                      "--enc", "decoder:2", "--compressed", "feed", "--quiet"]

@@ -30,6 +30,7 @@ import torch
 import transformers
 from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file
+from writers import STARTS
 
 import refrag
 from refrag_extras import chat, serve
@@ -183,12 +184,12 @@ class TestPiped:
 class TestTerminal:
     @pytest.fixture
     def terminal(self, argv, tmp_path):
-        """(write, wait for a text, process): a conversation in a pseudo-terminal."""
+        """(write, wait for a text, process): a conversation with the installed script in a pseudo-terminal."""
         import pty
 
         ours, theirs = pty.openpty()
         environment = os.environ | {"REFRAG_HOME": str(tmp_path / "home"), "TERM": "dumb"}
-        process = subprocess.Popen([sys.executable, refrag.__file__, *argv, "--max_new", "400"], stdin=theirs,
+        process = subprocess.Popen([sys.executable, *STARTS["refrag"], *argv, "--max_new", "400"], stdin=theirs,
                                    stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
         os.close(theirs)
         seen = bytearray()

@@ -8,12 +8,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULE, MAIN = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["refrag"].split(":")
+# How the program starts, after the name of the interpreter: as a file, and as the script that pip installs
+STARTS = {"python refrag.py": [str(ROOT / "refrag.py")], "refrag": [
+    "-c", f"import sys; sys.path[0] = {str(ROOT)!r}; from {MODULE} import {MAIN}; sys.exit({MAIN}())"]}
 STEPS = 5  # of each training run
 ASKED = [("Where do smiths cast bells?", "the valley", "b"), ("Who wrote the notes?", "Ada Lovelace", "c"),
          ("Which lake does the Rhone leave?", "Lake Geneva", "a")]
