@@ -30,7 +30,7 @@ NO_TITLE = re.compile(r"untitled.*|microsoft \w+ - .*|powerpoint presentation|"
 HEADING = re.compile(r"\A---\n.*?^---$|^ {0,3}(`{3,}|~{3,}).*?(?:^ {0,3}\1|\Z)|"
                      r"^ {0,3}(#{1,6})[ \t]+([^\n]+?)(?:[ \t]+#+)?[\xb6 \t]*$|"
                      r"^([^\s>|#*+-][^\n]*)\n(={3,}|-{3,})[ \t]*$", re.MULTILINE | re.DOTALL)
-MARKUP = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|[*`]")  # links, pictures and emphasis in a heading
+MARKUP = re.compile(r"!?\[(?=[^\]]*\]\()|\]\([^)]*\)|[*`]")  # of links, pictures and emphasis in a heading
 Marks = list[tuple[int, dict[str, Any]]]
 
 
@@ -47,7 +47,7 @@ def of_markdown(text: str, title: str = "") -> Document:
     """
     marks = []
     for match in HEADING.finditer(text):
-        heading = " ".join(MARKUP.sub(r"\1", match[3] or match[4] or "").split())[:200]
+        heading = " ".join(MARKUP.sub("", match[3] or match[4] or "").split())[:200]
         if heading:
             marks.append((match.start(), {"heading": heading}))
             is_title = match[2] == "#" or (match[5] or "").startswith("=")

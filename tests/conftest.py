@@ -20,9 +20,11 @@ from writers import ROOT, STARTS, files, finished, forks, line, mount  # noqa: F
 sys.path.insert(0, str(ROOT))
 
 import refrag
+from refrag_extras import index as writing
 
 torch.set_num_threads(1)
 
+RUNTIME = refrag.RuntimeConfig(device="cpu", dtype="float32")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -253,6 +255,49 @@ def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
                         "--dec", str(llama), "--enc", "decoder:2", "--k", "4", "--dtype", "float32", "--quiet"])
     assert code == 0
     return folder
+
+
+def passages_of(folder):
+    """All passages of an index folder."""
+    index = refrag.open_index(str(folder))
+    return [index[row] for row in range(len(index))]
+
+
+@pytest.fixture(name="build")
+def build_index(tmp_path, write, done, embedder, llama):
+    """Index rows or the file of a corpus: build("name", rows, *flags) -> what the command says."""
+
+    def call(name, corpus, *flags):
+        corpus = write("rows.jsonl", corpus) if isinstance(corpus, list) else corpus
+        model = [] if {"--add", "--sync"} & {*flags} else ["--embed_model", embedder]
+        return done("index", "--corpus", corpus, "--index_dir", tmp_path / name, "--dec", llama, *model, *flags)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def change(embedder, llama):
+    """Build or change an index: change(folder, rows, retriever, sync=True, ..) -> counts and the index, opened."""
+
+    def call(folder, rows, retriever=None, size=None, **options):
+        path, build = folder.with_suffix(".jsonl"), refrag.BuildConfig(**options)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows or ()))
+        names = () if rows is None else (str(path),)
+        corpus = refrag.CorpusConfig(names, max_passage_tokens=size, overlap=size and size // 4)
+        index = refrag.IndexConfig(str(folder), retriever, None if build.changes else str(embedder))
+        with writing.lock(str(folder)):
+            models = refrag.ModelConfig(dec=str(llama), enc="decoder:2")
+            counts = writing.load_build(corpus, index, build, models, RUNTIME).run(corpus)
+        return counts, refrag.open_index(str(folder))
+
+    return call
+
+
+@pytest.fixture
+def ask(done):
+    """Search by the command line: ask(index, question, *flags) -> the JSON object."""
+    return lambda index, question, *flags: done("search", "--index_dir", index, "--question", question, *flags)
 
 
 # ---- Input, damage, refusals ----------------------------------------------------------------------------------------

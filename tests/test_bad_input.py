@@ -11,10 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import TEXTS
+from conftest import TEXTS, passages_of
 from writers import WRITERS, unchanged
-
-import refrag
 
 pytestmark = pytest.mark.usefixtures("home")
 NOWHERE = "/nowhere/model"
@@ -155,7 +153,10 @@ def test_what_was_wrong_with_the_input_is_counted(done, line, write, tmp_path, e
 
 OPTIONS = [  # command, options, message; the exit code is 2
     ("index", "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder"),
-    ("add", "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder"),
+    *((how, "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder") for how in ("add", "sync")),
+    *((how, "--add", "name one of --add, --sync and --delete") for how in ("sync", "delete")),
+    ("delete", "--corpus nowhere.txt", "--delete takes no --corpus"),
+    ("index", "--delete_all", "--delete_all goes with --sync or --delete"),
     ("search", "--question q --topk 0", "--topk must be 1 or more, got 0"),
     ("search", "--question=", "question is empty"), ("search", "", "name one of --question and --questions"),
     ("search", "--question q --index_dir nowhere", "no such folder"),
@@ -214,7 +215,7 @@ def test_a_bad_option_is_refused_before_anything_is_made(refused, command, tmp_p
     words = [str(tmp_path) if word == "TMP" else word for word in re.split(" (?=[-\\w/.])", options) if word]
     nowhere = ["--dec", NOWHERE] if name not in ("search", "doctor") and not options.startswith(LATE) else []
     assert told in refused(2, *command(name, *nowhere, *words))
-    assert not (tmp_path / "out").exists() or name == "add"
+    assert not (tmp_path / "out").exists()
 
 
 def without(argv: list[object], flag: str) -> list[object]:
@@ -283,8 +284,9 @@ def test_a_read_only_folder_is_refused_before_any_work(run, refused, finished, m
             assert run(*line(name, tmp_path / "next", "--steps", 1, "--load_dir", locked))[0] == 0
 
 
-def test_adding_needs_an_index(refused, line, tmp_path):
-    assert "no index in this folder" in refused(2, *line("add", tmp_path / "i"))
+def test_a_change_needs_an_index(refused, line, tmp_path):
+    for how in (line("add", tmp_path / "i"), line("sync", tmp_path / "i"), line("delete", tmp_path / "i")):
+        assert "no index in this folder" in refused(2, *how)
 
 
 # ---- Models, indexes and checkpoints that do not belong together ----------------------------------------------------
@@ -452,8 +454,7 @@ def test_no_passage_is_empty(done, line, write, tmp_path):
     """The decoder's tokenizer, which splits for BM25, spells white space in tokens of its own."""
     corpus = write("c.jsonl", [{"id": "a", "text": "start" + "\n \t" * 60 + "end of it"}])
     done(*line("index", tmp_path / "out", "--corpus", corpus, "--max_passage_tokens", 8, "--overlap", 0))
-    opened = refrag.open_index(str(tmp_path / "out"))
-    assert all(opened.texts[row] for row in range(len(opened)))
+    assert all(passage.text for passage in passages_of(tmp_path / "out"))
 
 
 def test_runs_of_two_precisions_in_one_program(done, line, tmp_path):

@@ -64,7 +64,7 @@ def stdin(monkeypatch):
 @pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
 def test_text_lines_are_passages_with_file_and_line_as_ids(write, tmp_path, name):
     got = read(write(name, f"one\n\n  \t \nfour {CJK}\n"))
-    assert got.records == [refrag.Record(f"{name}:{line}", "", text, f"{tmp_path / name}:{line}")
+    assert got.records == [refrag.Record(f"{name}:{line}", "", text, f"{tmp_path / name}:{line}", {"path": name})
                            for line, text in ((1, "one"), (4, f"four {CJK}"))]
     assert (got.skipped, got.replaced) == (0, 0)
 
@@ -110,7 +110,7 @@ def test_json_lines_under_any_name(write, name):
     got = read(write(name, BOM + "\r\n".join(map(json.dumps, rows)).encode()))
     assert [r[:3] for r in got.records] == [
         ("a", "A", f"one {CJK}\U0001f600\nsecond line"), (f"{name}:2", "", "no id"), ("7", "", " spaces stay ")]
-    assert [r.metadata for r in got.records] == ["", "", '{"extra": [1]}']
+    assert [r.metadata for r in got.records] == [{"path": name}, {"path": name}, {"path": name, "extra": [1]}]
 
 
 @pytest.mark.parametrize(("line", "told"), [
@@ -223,9 +223,9 @@ def test_an_array_of_objects_or_one_object(write, name, indent):
     """A record without an id has its number in the array."""
     got = read(write(name, BOM + json.dumps(RECORDS, indent=indent).encode()))
     assert [(r.id, r.text, r.metadata) for r in got.records] == [
-        ("a", "one\n\ntwo", '{"year": 1990}'), (f"{name}:2", "three", "")]
-    assert read(write("c.json", json.dumps(RECORDS[0], indent=indent))).records[0] == got.records[0]._replace(
-        where=str(write("c.json", "x")) + ":1")
+        ("a", "one\n\ntwo", {"path": name, "year": 1990}), (f"{name}:2", "three", {"path": name})]
+    assert read(write("one.json", json.dumps(RECORDS[0], indent=indent))).records[0] == got.records[0]._replace(
+        where=str(write("one.json", "x")) + ":1", metadata={"path": "one.json", "year": 1990})
 
 
 @pytest.mark.parametrize("text", [
@@ -256,7 +256,7 @@ def test_what_a_suffix_calls_json_is_never_prose(write, name, text, told):
 def test_the_fields_of_a_record(write, record, identifier, text, metadata):
     [got] = read(write("c.jsonl", json.dumps(record))).records
     assert (got.id, got.text) == (identifier, text)
-    assert json.loads(got.metadata or "{}") == metadata and got.metadata.isascii()
+    assert got.metadata == {"path": "c.jsonl"} | metadata
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_a_table_with_a_header(write, name, separator):
     got = read(write(name, BOM + text.encode()))
     assert [(r.id, r.title, r.text.replace("\r", ""), r.where[-2:]) for r in got.records] == [
         ("x", "A", 'a, b; "c"\n\n\td', ":2"), (f"{name}:6", "", "last", ":6")]
-    assert [r.metadata for r in got.records] == ['{"year": "1990"}', ""]
+    assert [r.metadata for r in got.records] == [{"path": name, "year": "1990"}, {"path": name}]
 
 
 @pytest.mark.parametrize(("name", "content", "text"), [
@@ -349,7 +349,7 @@ def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, ca
         write(f"docs/{name}", content)
     got = read(tmp_path / "docs")
     assert [r[:3] for r in got.records] == [
-        ("docs/a.txt", "a", "line one\nline two\n"), ("docs/b.md", "b", "# B\n\nbody\n"),
+        ("docs/a.txt", "a", "line one\nline two\n"), ("docs/b.md", "B", "# B\n\nbody\n"),
         ("docs/d/e.Markdown", "e", "[link](x)"), ("docs/d/f.text", "f", "{ prose"), ("docs/d/g.txt:1", "", "g1"),
         ("g", "", "g2"), ("docs/d/h.JSON:1", "", "h1"), ("docs/d/i.csv:2", "", "i1"),
         ("docs/d/v1.2 notes.TXT", "v1.2 notes", "wide"), ("docs/deep/c.txt.gz", "c", "zipped")]
@@ -368,7 +368,7 @@ def test_a_hidden_folder_that_is_named_is_read_and_a_folder_goes_with_a_file(wri
 def test_a_folder_without_files_to_read_and_a_path_that_is_not_there_are_refused(write, tmp_path):
     write("docs/code.py", "pass")
     write("docs/.git/a.txt", "hidden")
-    assert re.search(r"docs: the folder holds no \.txt, \.text, \.md, .*\.tsv files", fault(tmp_path / "docs"))
+    assert re.search(r"docs: the folder holds no \.txt, \.text, \.md, .*\.htm files", fault(tmp_path / "docs"))
     unread = write("a.txt", b"\xff")
     assert fault(unread, "nowhere.txt") == "--corpus nowhere.txt: no such file or folder"
 
@@ -620,7 +620,8 @@ def test_a_long_line_of_utf16_is_read_in_linear_time(write):
 
 def test_markdown_is_one_document_also_by_itself(write):
     [got] = read(write("plan.v2.md", "# Plan\n\n- paint\n")).records
-    assert got[:3] == ("plan.v2.md", "plan.v2", "# Plan\n\n- paint\n")
+    assert got[:3] == ("plan.v2.md", "Plan", "# Plan\n\n- paint\n")
+    assert read(write("plan.v2.md", "## Plan\n")).records[0].title == "plan.v2"  # no heading of the whole
 
 
 @pytest.mark.parametrize("head", [b"%PDF-1.7\n", b"PK\x03\x04", b"\x89PNG\r\n", b"\xff\xd8\xff\xe0"])

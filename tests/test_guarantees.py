@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.skipif(not hasattr(os
 # ---- What writes, and what others see of it -------------------------------------------------------------------------
 
 
+WRITING = ("words", "index", "add", "same", "sync", "delete", "vectors")
 TIDY = ("index", "cpt_recon", "eval")  # they remove what a killed one left half written
 
 
@@ -89,7 +90,7 @@ def look(run, files, llama):
 
 def line_of(writer: Writer) -> str:
     """The kind of command that a writer is."""
-    return "index" if writer.command in ("words", "index", "add", "same", "vectors") else writer.command
+    return "index" if writer.command in WRITING else writer.command
 
 
 def check_whole(folder: Path) -> None:
@@ -110,10 +111,14 @@ def leftovers(folder: Path, beside: bool = True) -> list[str]:
     """What a writer should have removed, in its folder and beside it."""
     found = [p.name for p in [*folder.glob("*"), *(folder.parent.glob("*") if beside else ())]]
     index = folder / "manifest.json"
-    current = [segment["folder"] for segment in json.loads(index.read_text()).get("segments", [])] if (
-        index.exists()) else []
+    current = json.loads(index.read_text()).get("generation") if index.exists() else None
     return [name for name in found if re.fullmatch(r"\..*\.tmp", name)
-            or (name.startswith("gen-") and name not in current)]
+            or (name.startswith("gen-") and name != current)]
+
+
+def computed(folder: Path) -> list[Path]:
+    """What a build that ended early has computed."""
+    return [*folder.glob(".computed-*/*")]
 
 
 def visible_renames(changes: list[list[str]]) -> list[int]:
@@ -254,8 +259,7 @@ def test_a_command_that_is_stopped_leaves_nothing_half_done(forks, finished, loo
     at = visible_renames(whole.changes)[0] - 1
     assert forks.run(line(command, out), tmp_path, {at: sig}) == SIGNALS[sig]
     assert forks.err == "error: interrupted\n"
-    blocks = [".blocks.tmp"] if command == "vectors" else []
-    assert command == "eval" or (look(writer, out), leftovers(out)) == (before, blocks)
+    assert command == "eval" or (look(writer, out), leftovers(out)) == (before, [])
     assert out.exists() == (line_of(writer) in ("index", "eval", "bench"))
     assert forks.run(line(command, out)) == 0, forks.err
     assert look(writer, out) == look(writer, whole.folder) and leftovers(out) == []
@@ -294,8 +298,8 @@ def test_a_phase_hands_on_what_the_one_before_has_trained(done, line, tmp_path):
 
 
 def blocks(changes: list[list[str]]) -> list[int]:
-    """The numbers of the changes by which a block of embedded passages is kept."""
-    return [n for n, (what, *paths) in enumerate(changes, 1) if what == "os.rename" and ".blocks.tmp/" in paths[-1]]
+    """The numbers of the changes by which a block of computed passages is kept."""
+    return [n for n, (what, *paths) in enumerate(changes, 1) if what == "os.rename" and "/.computed-" in paths[-1]]
 
 
 @pytest.fixture(scope="session")
@@ -311,22 +315,39 @@ def two_blocks(tmp_path_factory, forks, line) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("change", ["nothing", "text", "k", "dtype", "damage"])
-def test_an_index_that_was_stopped_embeds_no_block_twice(forks, line, two_blocks, tmp_path, change):
-    """If it is made of the same, to the letter, and whole."""
+@pytest.mark.parametrize(("change", "computed"), [
+    ("nothing", 44), ("text", 300), ("some texts", 44 + 30), ("k", 300), ("damage", 300)])
+def test_an_index_that_was_stopped_computes_nothing_twice(forks, line, two_blocks, tmp_path, change, computed):
+    """If the same models made it, and it is whole; whatever else the corpus holds now."""
     out = shutil.copytree(two_blocks / "stopped", tmp_path / "out")
-    corpus = shutil.copy(two_blocks / "corpus.jsonl", tmp_path)
-    if change == "text":
-        Path(corpus).write_text(Path(corpus).read_text().replace("River", "Stream"))
+    corpus = Path(shutil.copy(two_blocks / "corpus.jsonl", tmp_path))
+    if "text" in change:
+        corpus.write_text(corpus.read_text().replace("River 1" if change == "some texts" else "River", "Stream"))
     if change == "damage":
-        [block] = (out / ".blocks.tmp").glob("[!.]*")
+        [block] = out.glob(".computed-*/[!.]*")
         damage(block, "truncated")
-    argv = line("vectors", out, "--corpus", corpus, "--k", 8 if change == "k" else 4, "--dtype",
-                "bfloat16" if change == "dtype" else "auto")
+    argv = line("vectors", out, "--corpus", corpus, "--k", 8 if change == "k" else 4)
     assert forks.run([word for word in argv if word != "--quiet"], tmp_path) == 0
-    assert len(blocks(forks.changes())) == (1 if change == "nothing" else 2)
-    assert "an earlier run ended early" in forks.err and leftovers(out) == []
+    assert json.loads(forks.out)["computed"] == computed
+    assert ("an earlier run ended early" in forks.err) == (change != "k") and leftovers(out) == []
     assert change not in ("nothing", "damage") or tree(out / "gen-1") == tree(two_blocks / "whole" / "gen-1")
+
+
+@pytest.mark.parametrize("how", ["--add", "--sync"])
+def test_a_change_that_was_stopped_computes_nothing_twice(forks, line, two_blocks, tmp_path, how):
+    """Killed after its first block, or before its generation gets its name."""
+    rows = [{"id": str(i), "text": f"{'Stream' if i % 2 else 'River'} {i} floods field {i * 7}."} for i in range(600)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, *others = (shutil.copytree(two_blocks / "whole", tmp_path / name) for name in ("whole", "early", "late"))
+    argv = {out: line("vectors", out, "--corpus", tmp_path / "corpus.jsonl", how) for out in (whole, *others)}
+    assert forks.run(argv[whole], tmp_path) == 0, forks.err
+    assert json.loads(forks.out)["computed"] == 450  # 150 of the 600 were there
+    changes = forks.changes()
+    places = [blocks(changes)[1], visible_renames(changes)[0]]
+    for out, at, computed in zip(others, places, (194, 0), strict=True):
+        assert forks.run(argv[out], tmp_path, {at: signal.SIGKILL}) == -signal.SIGKILL
+        assert forks.run(argv[out]) == 0, forks.err
+        assert json.loads(forks.out)["computed"] == computed and leftovers(out) == []
 
 
 def test_answers_that_were_stopped_go_on(forks, line, tmp_path):
@@ -455,7 +476,7 @@ def test_a_full_disk_leaves_the_old(run, mount, monkeypatch, finished, look, lin
         assert writer.parts or look(writer, out) == before
         if out.is_dir():
             check_whole(out)
-            assert set(leftovers(out)) <= {".blocks.tmp"}
+            assert leftovers(out) == []
         codes.append(code)
     assert codes, "not one failed"
     if writer.command != "generate":

@@ -1,11 +1,11 @@
-"""Retrieval: FAISS, BM25, fusion, the index on disk with its chunk tables, and the commands index and search."""
+"""Retrieval: FAISS, words and BM25, fusion, searches, filters, chunk tables and the embedder."""
 
 import itertools
 import json
 import math
+import operator
 import re
 import shutil
-import types
 import unicodedata
 from collections import Counter
 
@@ -13,40 +13,28 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from conftest import RUNTIME, TEXTS, passages_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from writers import tree, unchanged
 
 import refrag
 from refrag_extras import bench
+from refrag_extras import index as writing
 
 few = settings(max_examples=40)
-RUNTIME = refrag.RuntimeConfig(device="cpu", dtype="float32")
-STATES = ["--enc", "decoder:2", "--dtype", "float32"]
 
 
-@pytest.fixture
-def build(tmp_path, write, done, embedder, llama):
-    """Index rows or the file of a corpus: build("name", rows, *flags) -> what the command says."""
-
-    def call(name, corpus, *flags):
-        corpus = write("rows.jsonl", corpus) if isinstance(corpus, list) else corpus
-        return done("index", "--corpus", corpus, "--index_dir", tmp_path / name, "--embed_model", embedder,
-                    "--dec", llama, *flags)
-
-    return call
+@pytest.fixture(scope="module")
+def words_index(change, tmp_path_factory):
+    """An index of texts for BM25, opened."""
+    return lambda texts: change(tmp_path_factory.mktemp("words") / "index", [{"text": text} for text in texts],
+                                "bm25")[1]
 
 
 @pytest.fixture
 def bm25_index(tmp_path, build):
     """Build an index for BM25 only: bm25_index([{"id", "text"}, ..], *flags) -> its folder."""
     return lambda rows, *flags: build("index", rows, "--retriever", "bm25", *flags) and tmp_path / "index"
-
-
-@pytest.fixture
-def ask(done):
-    """Search by the command line: ask(index, question, *flags) -> the JSON object."""
-    return lambda index, question, *flags: done("search", "--index_dir", index, "--question", question, *flags)
 
 
 def ids_of(result):
@@ -65,29 +53,33 @@ def unit_vectors(n, dim, seed=0):
 
 def filled(kind, vectors):
     """A FAISS index of one kind that holds the vectors."""
-    index = refrag.new_faiss(kind, vectors)
+    index = writing.new_faiss(kind, vectors)
     index.add(vectors)
+    refrag.tune_faiss(index)
     return index
 
 
-def test_flat_is_a_matrix_product():
-    vectors = np.random.default_rng(1).standard_normal((300, 24)).astype(np.float32)  # inner product, not cosine
-    index = filled("flat", vectors)
-    for query in unit_vectors(5, 24, seed=2):
-        found, products = refrag.search_faiss([index], query[None], 10), vectors @ query
-        assert list(found) == np.argsort(-products)[:10].tolist()
+@pytest.mark.parametrize("rows", [None, np.arange(1, 70_000), np.arange(3, 300, 7), np.array([5])])
+def test_an_exact_search_is_a_matrix_product(rows):
+    """Inner products, not cosines; all or some rows, of which many are copied in parts."""
+    vectors = np.random.default_rng(1).standard_normal((70_000, 8)).astype(np.float32)
+    for query in unit_vectors(3, 8, seed=2):
+        products, among = vectors @ query, np.arange(len(vectors)) if rows is None else rows
+        found = refrag.search_exactly(vectors, query[None], 10, rows)
+        assert list(found) == among[np.argsort(-products[among])[:10]].tolist()
         np.testing.assert_allclose(list(found.values()), products[list(found)], rtol=1e-5)
 
 
-def test_hnsw_finds_nearly_what_flat_finds():
+def test_hnsw_finds_nearly_what_is_nearest():
+    """Also of some rows only."""
     vectors, queries = unit_vectors(2000, 32), unit_vectors(50, 32, seed=1)
     index = filled("hnsw", vectors)
-    refrag.tune_faiss(index)
-    exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
-    found = [refrag.search_faiss([index], q[None], 10) for q in queries]
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact.tolist(), strict=True)])
-    assert index.metric_type == faiss.METRIC_INNER_PRODUCT
-    assert recall > 0.95
+    assert index.metric_type == faiss.METRIC_INNER_PRODUCT and index.hnsw.efSearch == 128
+    for rows in (None, np.arange(0, 2000, 3)):
+        exact = [refrag.search_exactly(vectors, q[None], 10, rows) for q in queries]
+        found = [refrag.search_faiss(index, q[None], 10, rows) for q in queries]
+        assert np.mean([len(a.keys() & b.keys()) / 10 for a, b in zip(found, exact, strict=True)]) > 0.95
+        assert rows is None or all(row % 3 == 0 for one in found for row in one)
 
 
 @pytest.mark.parametrize("dim", [16, 7])
@@ -95,36 +87,22 @@ def test_ivfpq_gives_rows_that_exist(tmp_path, dim):
     """Product quantisation needs a divisor of the dimension. With one list probed, FAISS pads with -1."""
     vectors = unit_vectors(10_000, dim)
     faiss.write_index(filled("ivfpq", vectors), str(tmp_path / "index"))
-    index = faiss.read_index(str(tmp_path / "index"))
-    refrag.tune_faiss(index)
+    index = refrag.read_faiss(tmp_path / "index")
     assert (index.k_factor, faiss.downcast_index(index.base_index).nprobe) == (16, 64)
-    np.testing.assert_allclose(index.reconstruct_n(3, 9_000), vectors[3:9_003], atol=1e-2)  # for documents replaced
-    for probes in (1, 32):
+    for probes, rows in ((1, None), (32, None), (32, np.arange(0, 10_000, 100))):
         faiss.downcast_index(index.base_index).nprobe = probes
         for row in range(0, 1000, 100):
-            rows = list(refrag.search_faiss([index], vectors[row][None], 200))
-            assert len(set(rows)) == len(rows) and all(0 <= r < 10_000 for r in rows)
-            assert rows[0] == row, "the rough results are compared again in finer steps"
+            found = list(refrag.search_faiss(index, vectors[row][None], 200, rows))
+            assert set(found) <= set(range(10_000) if rows is None else rows.tolist())
+            assert found[0] == row, "the rough results are compared again in finer steps"
 
 
-@pytest.mark.parametrize(("requested", "total", "kind"), [
-    ("auto", 1, "flat"), ("auto", 49_999, "flat"), ("auto", 50_000, "hnsw"), ("auto", 999_999, "hnsw"),
-    ("auto", 1_000_000, "ivfpq"), ("flat", 10**7, "flat"), ("hnsw", 3, "hnsw"), ("ivfpq", 10_000, "ivfpq")])
-def test_faiss_kind(requested, total, kind):
-    assert refrag.faiss_kind(requested, total) == kind
-    with pytest.raises(refrag.UserError, match="10,000"):
-        refrag.faiss_kind("ivfpq", 9_999)
-
-
-def test_faiss_returns_no_more_rows_than_there_are():
-    for kind in ("flat", "hnsw"):
-        index = filled(kind, unit_vectors(3, 8))
-        assert sorted(refrag.search_faiss([index], unit_vectors(1, 8, seed=9), 50)) == [0, 1, 2]
-
-
-def test_an_opened_index_searches_widely(tmp_path, build, corpus):
-    build("i", corpus, "--faiss", "hnsw", "--retriever", "dense")
-    assert refrag.open_index(str(tmp_path / "i")).faiss[0].hnsw.efSearch == 128
+def test_no_more_rows_are_found_than_there_are():
+    vectors, query = unit_vectors(3, 8), unit_vectors(1, 8, seed=9)
+    for rows in (None, np.array([0, 2])):
+        for found in (refrag.search_faiss(filled("hnsw", vectors), query, 50, rows),
+                      refrag.search_exactly(vectors, query, 50, rows)):
+            assert sorted(found) == [0, 1, 2] if rows is None else [0, 2]
 
 
 # -- fusion -------------------------------------------------------------------------
@@ -167,9 +145,9 @@ def test_a_tie_is_not_settled_by_the_order_of_the_corpus(tmp_path, write, done, 
             assert len({p["scores"].get("bm25") for p in result["passages"]}) == 1
 
 
-def test_a_tie_beyond_the_candidates_is_no_worse_a_rank(tmp_path):
+def test_a_tie_beyond_the_candidates_is_no_worse_a_rank(words_index):
     """150 equal passages, 100 candidates: the last row, which the other retriever likes best, is still first here."""
-    found = saved_bm25(tmp_path, ["a bell"] * 150).search("bell", 100, {149})
+    found = words_index(["a bell"] * 150).matching("bell", 100, others={149})
     assert list(found) == [*range(100), 149] and len(set(found.values())) == 1
     assert refrag.rrf([{149: 0.9, 0: 0.8}, found])[0][0] == 149
 
@@ -237,78 +215,55 @@ def textbook_bm25(texts, question):
     return scores
 
 
-def saved_bm25(folder, *parts):
-    """A Bm25 as an index has it: built, saved and opened, with a segment for each list of texts."""
-    for number, texts in enumerate(parts):
-        refrag.build_bm25(iter(texts), len(texts), folder / str(number))
-    return refrag.Bm25([folder / str(number) for number in range(len(parts))])
-
-
 SMALL_CORPUS = [
     "Rivers flood in May. The river Rhone floods the old city.", "Copper and tin make bronze.", "the of and",
     "长江是亚洲最长的河流。", "A bronze bell; bronze, bronze and more bronze on the river",
-    "Copper and tin make bronze.", ""]
+    "Copper and tin make bronze."]
 QUESTIONS = ["Which river floods?", "bronze", "bronze bronze copper", "河流 river", "长江", "old copper city in May"]
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-@pytest.mark.parametrize("ends", [[], [1], [3], [2, 4], [1, 2, 3, 4, 5, 6]])
-def test_bm25_is_the_textbooks(tmp_path, question, ends):
-    """Also if a segment has no term at all, or one term in all its passages."""
-    bm25 = saved_bm25(tmp_path, *(SMALL_CORPUS[a:b] for a, b in itertools.pairwise([0, *ends, len(SMALL_CORPUS)])))
-    expected = textbook_bm25(SMALL_CORPUS, question)
-    order = sorted(range(len(expected)), key=lambda i: (-round(expected[i], 5), i))
-    assert list(bm25.search(question, 100)) == [i for i in order if expected[i] > 0]
-    np.testing.assert_allclose(bm25.scores(question), expected, rtol=1e-5, atol=1e-7)
-    assert [bm25.document_frequency(t) for t in ("bronz", "river", "\u957f", "zebra")] == [3, 2, 1, 0]
+def test_bm25_is_the_textbooks(words_index, question):
+    """And a gate's smoother idf has its own formula."""
+    index, expected = words_index(SMALL_CORPUS), textbook_bm25(SMALL_CORPUS, question)
+    found = index.matching(question, 100)
+    assert list(found) == sorted((i for i in range(6) if expected[i] > 0), key=lambda i: (-round(expected[i], 5), i))
+    assert list(found.values()) == pytest.approx([expected[row] for row in found], rel=1e-5)
+    assert [index.idf(term) for term in ("bronz", "river", "\u957f", "zebra")] == pytest.approx(
+        [math.log(1 + 6 / (0.5 + frequency)) for frequency in (3, 2, 1, 0)])
 
 
 VOCABULARY = ["river", "bronze", "bell", "old", "city", "the", "长", "江"]
 
 
-@given(st.lists(st.lists(st.lists(st.sampled_from(VOCABULARY), max_size=8).map(" ".join), min_size=1, max_size=6),
-                min_size=1, max_size=4),
+@given(st.lists(st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=8).map(" ".join), min_size=1, max_size=20),
        st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=4).map(" ".join), st.integers(1, 13))
 @few
-def test_bm25_orders_as_the_textbook(tmp_path_factory, parts, question, topk):
+def test_bm25_orders_as_the_textbook(words_index, texts, question, topk):
     """Every row found scores above zero, none better is left out, and equal passages come in corpus order."""
-    if not any(refrag.index_terms(text) for part in parts for text in part):
-        parts = [*parts, ["bell"]]
-    texts = [text for part in parts for text in part]
-    bm25, expected = saved_bm25(tmp_path_factory.mktemp("bm25"), *parts), textbook_bm25(texts, question)
-    np.testing.assert_allclose(bm25.scores(question), expected, rtol=1e-4, atol=1e-6)
-    rows = list(bm25.search(question, topk))
+    index, expected = words_index(texts), textbook_bm25(texts, question)
+    found = index.matching(question, topk)
+    assert list(found.values()) == pytest.approx([expected[row] for row in found], rel=1e-4)
     positive = sorted((s for s in expected if s > 0), reverse=True)
-    assert [expected[r] for r in rows] == pytest.approx(positive[:topk], rel=1e-4)
-    assert len(set(rows)) == len(rows)
-    for a, b in itertools.pairwise(rows):
+    assert list(found.values()) == pytest.approx(positive[:topk], rel=1e-4)
+    for a, b in itertools.pairwise(found):
         assert a < b or texts[a] != texts[b]
 
 
-def test_bm25_ties_at_the_edge_of_topk_come_in_corpus_order(tmp_path):
-    bm25 = saved_bm25(tmp_path / "bm25", ["bell", "city", "bell", "bell", "bell bell"])
-    assert list(bm25.search("bell", 3)) == [4, 0, 2]
-    many = saved_bm25(tmp_path / "many", ["bell", "bell city"] * 50)
-    assert list(many.search("bell", 60)) == [*range(0, 100, 2), *range(1, 20, 2)]  # the shorter passages score higher
+def test_bm25_ties_at_the_edge_of_topk_come_in_corpus_order(words_index):
+    assert list(words_index(["bell", "city", "bell", "bell", "bell bell"]).matching("bell", 3)) == [4, 0, 2]
+    many = words_index(["bell", "bell city"] * 50)
+    assert list(many.matching("bell", 60)) == [*range(0, 100, 2), *range(1, 20, 2)]  # the shorter ones score higher
 
 
 @pytest.mark.filterwarnings("error")
-def test_bm25_of_questions_and_passages_without_terms(tmp_path):
-    bm25, empty = saved_bm25(tmp_path / "bm25", SMALL_CORPUS), saved_bm25(tmp_path / "empty", ["the of", "", "?"])
+def test_bm25_of_questions_and_passages_without_terms(words_index):
+    bm25, empty = words_index(SMALL_CORPUS), words_index(["the of", "?"])
     for question in ("zebra", "the of", "?!", "", "a"):
-        assert bm25.search(question, 5) == empty.search(question, 5) == {}
+        assert bm25.matching(question, 5) == empty.matching(question, 5) == {}
 
 
 # -- index and search by the command line -----------------------------------------------
-
-
-def test_index_reports_what_it_did(tmp_path, build, corpus):
-    result = build("i", corpus)
-    assert {"passages", "skipped", "dim", "chunks", "seconds", "passages_per_s", "index_dir"} <= result.keys()
-    assert (result["passages"], result["skipped"], result["dim"]) == (6, 0, 24)
-    [segment] = refrag.open_index(str(tmp_path / "i")).segments
-    assert result["chunks"] == len(segment["chunk_ends"]) == segment["chunk_offsets"][-1]
-    assert "chunks" not in segment  # no --k, no encoder states
 
 
 @pytest.mark.parametrize("retriever", ["hybrid", "dense", "bm25"])
@@ -316,7 +271,7 @@ def test_search_json(index_dir, ask, retriever):
     result = ask(index_dir, "Which river crosses the old city?", "--topk", 3, "--retriever", retriever)
     passages = result["passages"]
     assert result["question"] == "Which river crosses the old city?"
-    assert all(p.keys() == {"id", "title", "text", "score", "scores", "rank"} for p in passages)
+    assert all(p.keys() == {"id", "title", "text", "score", "scores", "rank", "metadata"} for p in passages)
     assert all(p["scores"].keys() <= {"dense", "bm25"} and p["scores"] for p in passages)
     assert [p["rank"] for p in passages] == list(range(1, len(passages) + 1))
     scores = [p["score"] for p in passages]
@@ -332,8 +287,7 @@ def test_search_json(index_dir, ask, retriever):
 def test_each_retriever_ranks_as_its_oracle(index_dir, ask, embedder):
     """dense: a matrix product; bm25: the textbook; hybrid: the sums of 1 / (60 + rank) of both."""
     question, exact = "notes on the river of bronze bells", ["--dtype", "float32"]
-    index = refrag.open_index(str(index_dir))
-    contents = [index.content(row) for row in range(len(index))]
+    contents = [passage.content for passage in passages_of(index_dir)]
     model = refrag.load_embedder(str(embedder), RUNTIME)
     similarity = (model.embed_passages(contents) @ model.embed_query(question)[0]).tolist()
     sparse = textbook_bm25(contents, question)
@@ -341,7 +295,7 @@ def test_each_retriever_ranks_as_its_oracle(index_dir, ask, embedder):
     words = sorted((i for i in range(6) if sparse[i] > 0), key=lambda i: -sparse[i])
     fused = {i: 1 / (61 + dense.index(i)) + (1 / (61 + words.index(i)) if i in words else 0) for i in range(6)}
     assert len(words) > 1
-    names = [index.ids[row] for row in range(6)]
+    names = "abcdef"
     assert ids_of(ask(index_dir, question, *exact, "--retriever", "dense")) == [names[i] for i in dense]
     assert ids_of(ask(index_dir, question, *exact, "--retriever", "bm25")) == [names[i] for i in words]
     hybrid = ask(index_dir, question, *exact)
@@ -352,8 +306,7 @@ def test_each_retriever_ranks_as_its_oracle(index_dir, ask, embedder):
 def test_a_title_is_part_of_the_content(bm25_index, ask):
     index = bm25_index([{"id": "a", "title": "Zebra", "text": "An animal."}, {"id": "b", "text": "Another animal."}])
     assert ids_of(ask(index, "zebra", "--retriever", "bm25")) == ["a"]
-    opened = refrag.open_index(str(index))
-    assert [opened.content(row) for row in (0, 1)] == ["Zebra\nAn animal.", "Another animal."]
+    assert [passage.content for passage in passages_of(index)] == ["Zebra\nAn animal.", "Another animal."]
 
 
 def test_search_of_a_file_of_questions(write, index_dir, run):
@@ -421,14 +374,13 @@ def test_reranker_reorders_the_candidates(index_dir, ask, monkeypatch):
 
     monkeypatch.setattr(refrag, "load_reranker", load)
     passages = ask(index_dir, "old city", "--rerank", "some/model", "--topk", 2)["passages"]
-    index = refrag.open_index(str(index_dir))
-    lengths = {index.ids[row]: len(index.content(row)) for row in range(6)}
+    lengths = {passage.id: len(passage.content) for passage in passages_of(index_dir)}
     best = sorted(lengths, key=lambda i: -lengths[i])[:2]
     assert [p["id"] for p in passages] == best
     assert [p["score"] for p in passages] == [lengths[i] for i in best]
     (name, question, texts), *rest = seen
     assert (name, question, rest) == ("some/model", "old city", [])
-    assert sorted(texts) == sorted(index.content(row) for row in range(6))  # with their titles
+    assert sorted(texts) == sorted(passage.content for passage in passages_of(index_dir))  # with their titles
 
 
 @pytest.mark.parametrize("more", [("--topk", 500), ("--hops", 2), ("--hops", 3), ("--hops", 8)])
@@ -444,239 +396,112 @@ def test_more_than_there_is_gives_each_passage_once(index_dir, ask, more):
 def test_a_bm25_index_needs_no_embedder(bm25_index, ask, refused):
     index = bm25_index([{"id": "a", "text": "A river."}, {"id": "b", "text": "A bell."}], "--embed_model", "missing")
     assert ids_of(ask(index, "bells")) == ["b"]
-    names = {path.name for path in index.rglob("*")}
-    assert not names & {"faiss.index", "gate.npy", "chunks.npy", "vectors.npy"}
+    opened = refrag.open_index(str(index))
+    assert (opened.vectors, opened.faiss, opened.chunks.column_names) == (None, None, ["ends", "sizes"])
     assert "bm25" in refused(2, "search", "--index_dir", index, "--retriever", "dense", "--question", "bells")
 
 
-# -- adding ---------------------------------------------------------------------------------
+# -- filters --------------------------------------------------------------------------
 
 
-def folder_of(index):
-    """The segment that was built last."""
-    return index / json.loads((index / "manifest.json").read_text())["segments"][-1]["folder"]
+@pytest.fixture(scope="module")
+def filtered(change, tmp_path_factory):
+    """Records with fields of all kinds, and an index of them for each FAISS type."""
+    rng, rows = np.random.default_rng(0), []
+    values = {"year": [1990, 1991.5, "1990", "2001", "unknown"], "lang": ["en", "de", ["en", "de"], "en-GB", ""],
+              "open": [True, False, "true"], "size": [3, "12", " 7.5 ", -1, 1e30, "1e3", True], "note": [None, "x y"],
+              "tags": [[], [1, "a"], ["a", "b", None], [2, 3.5, False], "a"], "a and b": ["yes", 0]}
+    for number in range(300):
+        fields = {name: some[rng.integers(len(some))] for name, some in values.items() if rng.random() < 0.7}
+        rows.append({"id": str(number), "title": f"Part {number % 4}", **fields,
+                     "text": f"River {number} floods field {number * 7}." + " River." * rng.integers(4)})
+    folder, indexes = tmp_path_factory.mktemp("filtered") / "index", {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "IVF_LEAST", 300)
+        for kind in ("flat", "hnsw", "ivfpq"):
+            counts, _ = change(folder, rows, None if indexes else "hybrid", faiss=kind, sync=bool(indexes))
+            assert counts["computed"] == (0 if indexes else 300)
+            indexes[kind] = refrag.open_index(shutil.copytree(folder, folder.with_name(kind)))
+    return rows, indexes
 
 
-MANY = [{"id": f"p{i}", "title": f"River {i}" if i % 3 else "", "text": text} for i, text in enumerate([
-    "The Rhone floods in May.", "长江 rises in Qinghai. " * 3, LONG, "Bronze bells ring.", "A note. " * 20,
-    "Athens had games.", "Rice grows in the delta of the Ebro 🙂."])]
+def holds(row, sign, name, value):
+    """Whether one condition holds for a record, or for one element of a list: numbers compare as such, all else as
+    text."""
+    compare = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+               ">": operator.gt, ">=": operator.ge}[sign]
+    found = row.get(name)
+    for one in found if isinstance(found, list) else [found]:
+        text = str(one).lower() if isinstance(one, bool) else str(one)
+        try:
+            wanted = float(value)
+        except ValueError:
+            if one is not None and compare(text, value):
+                return True
+            continue
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if one is not None and compare(number, wanted):
+            return True
+    return False
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_adding_gives_what_building_at_once_gives(tmp_path, build, ask, kind):
-    """Only new files are written. Naming the type again gives a few more passages no graph of their own."""
-    settings = [*STATES, "--k", 4, "--faiss", kind]
-    build("once", MANY, *settings)
-    build("grown", MANY[:3], *settings)
-    first = tmp_path / "grown" / "gen-1"
-    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
-    added = [build("grown", rows, *settings, "--add")["added"] for rows in (MANY[3:5], MANY[5:])]
-    assert added == [5, 2]  # "A note." * 20 is four passages
-    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
-    assert folder_of(tmp_path / "grown").name == "gen-3"
-    same_index(tmp_path / "once", tmp_path / "grown")
-    manifest = refrag.open_index(str(tmp_path / "grown")).manifest
-    assert [(part["faiss"], part["passages"]) for part in manifest["segments"]] == [
-        (kind, 21), ("flat", 5), ("flat", 2)]
-    assert manifest["faiss"] == kind
-    for question in ("river floods", "bronze river40 word3"):
-        for retriever in ("dense", "bm25", "hybrid"):
-            once, grown = (ask(tmp_path / n, question, "--retriever", retriever) for n in ("once", "grown"))
-            assert ids_of(once) == ids_of(grown)
-            scores = [[p["score"] for p in result["passages"]] for result in (once, grown)]
-            np.testing.assert_allclose(*scores, atol=2e-6)  # other batches: the vectors' last bits differ
+conditions = st.tuples(st.sampled_from(["year", "lang", "open", "size", "note", "tags", "a and b", "id", "title"]),
+                       st.sampled_from(["=", "==", "!=", "<", "<=", ">", ">="]),
+                       st.sampled_from(["1990", "1991.5", "en", "de", "true", "false", "a", "2", "12", "1e3", "x y",
+                                        "Part 2", "", "-1", "yes", "it's", "unknown"]))
 
 
-def same_index(*folders):
-    """All that two indexes hold is the same in any order, vectors but for their last bit: other batches made them."""
-    a, b = (refrag.open_index(str(folder)) for folder in folders)
-    assert len(a) == len(b) and a.manifest["counts"] == b.manifest["counts"]
-    orders = [sorted(range(len(index)), key=index.ids.__getitem__) for index in (a, b)]
-    for name in refrag.STRING_COLUMNS:
-        column, other = (getattr(index, name) for index in (a, b))
-        assert [column[row] for row in orders[0]] == [other[row] for row in orders[1]]
-    for rows in zip(*orders, strict=True):
-        tables = [index.chunk_table(row, 4, index.manifest["chunking"]["encoder"])
-                  for index, row in zip((a, b), rows, strict=True)]
-        for name, x, y in zip(refrag.ChunkTable._fields, *tables, strict=True):
-            step = np.abs(x).max(axis=1, keepdims=True) / 127 if name == "embeddings" else 1e-3
-            assert (np.abs(x - y) <= 2e-3 * np.abs(x) + 1.1 * step).all()
-    vectors = [np.concatenate([part.reconstruct_n(0, part.ntotal) for part in index.faiss])[order]
-               for index, order in zip((a, b), orders, strict=True)]
-    np.testing.assert_allclose(*vectors, atol=1e-5)
-    for term in ("river", "bronz", "zebra"):
-        assert a.idf(term) == b.idf(term)
-    for question in ("river floods", "bronze bells", "note"):
-        scores = [index.bm25.scores(question)[order] for index, order in zip((a, b), orders, strict=True)]
-        np.testing.assert_allclose(*scores, rtol=1e-5)
+@given(st.lists(st.lists(conditions, min_size=1, max_size=3), min_size=1, max_size=3), st.booleans(),
+       st.sampled_from(["flat", "hnsw", "ivfpq"]), st.sampled_from([1, 5, 40, 300]))
+@settings(max_examples=200)
+def test_a_filter_passes_what_plain_python_passes(filtered, alternatives, quoted, kind, topk):
+    """Before it is ranked: topk come if as many pass. `and` binds more tightly than `or`."""
+    rows, indexes = filtered
+    index = indexes[kind]
+
+    def spelled(text):
+        return f'"{text}"' if quoted or not re.fullmatch(r"[\w.-]+", text) else text
+
+    where = " or ".join(" AND ".join(f"{spelled(name)}{sign} {spelled(value)}" for name, sign, value in conditions)
+                        for conditions in alternatives)
+    passing = [number for number, row in enumerate(rows) if any(
+        all(holds(row, sign, name, value) for name, sign, value in conditions) for conditions in alternatives)]
+    query = index.vectors[7][None]
+    found = index.nearest(query, topk, where)
+    assert len(found) == min(topk, len(passing)) and found.keys() <= {*passing}
+    if kind == "flat":
+        products = index.vectors @ query[0]
+        best = sorted((products[row] for row in passing), reverse=True)[:topk]
+        assert list(found.values()) == pytest.approx(best, abs=1e-6)
+    every = {row: score for row, score in index.matching("river field", 300).items() if row in {*passing}}
+    assert index.matching("river field", topk, where) == dict(list(every.items())[:topk])
 
 
-@pytest.mark.parametrize(("most", "sizes"), [(2, [4, 1, 1, 1]), (4, [2, 3, 1, 1, 1])])
-def test_segments_are_taken_into_new_ones(tmp_path, build, monkeypatch, most, sizes):
-    """One by one, with ever more of them: at no time more than there may be, and always the same as built at once."""
-    monkeypatch.setattr(refrag, "MOST_SEGMENTS", most)
-    rows = [{"id": f"n{i}", "title": "", "text": f"River {i} floods field {i * 7}."} for i in range(sum(sizes))]
-    for a, b in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
-        build("grown", rows[a:b], *STATES, *(["--add"] if a else ["--k", 4]))
-        parts = refrag.open_index(str(tmp_path / "grown")).manifest["segments"]
-        assert len(parts) <= most and sum(part["passages"] for part in parts) == b
-        assert {path.name for path in (tmp_path / "grown").glob("gen-*")} == {part["folder"] for part in parts}
-    build("once", rows, *STATES, "--k", 4)
-    same_index(tmp_path / "once", tmp_path / "grown")
+def test_a_filter_golden():
+    assert refrag.parse_where("year >= 1990 and lang=en or 'a b' != \"it's\"") == [
+        [(">=", "year", "1990"), ("=", "lang", "en")], [("!=", "a b", "it's")]]
 
 
-@pytest.mark.parametrize(("sizes", "kept"), [
-    ([], 0), ([5], 1), ([9, 1, 1, 1, 1, 1, 1], 7), ([1000, 1, 1, 1, 1, 1, 1, 1], 1), ([1000, 9, 1, 1, 1, 1, 1, 1], 2),
-    ([64, 32, 16, 8, 4, 3, 2, 1], 7), ([1] * 8, 0), ([5, 1, 1, 1, 1, 1, 1, 7], 0),
-])
-def test_which_segments_are_taken(sizes, kept):
-    """As few as are together smaller than the one before, and none while there are fewer than eight."""
-    index = types.SimpleNamespace(manifest={"segments": [{"passages": size} for size in sizes]})
-    stay, taken = refrag.plan_compaction(index, [()] * len(sizes))
-    assert stay == list(range(kept))
-    assert taken == [(at, 0, sizes[at]) for at in range(kept, len(sizes))]
+@pytest.mark.parametrize("where", [
+    " ", "year", "year >=", ">= 5", "year >= 1 and", "year = 1 andlang = en", "year =< 5", "year ! 5", "a = 'b",
+    "year = 1 lang = en", "year = 1 or or lang = en", "zebra = 5", "pat = rows.jsonl", "(year = 1)"])
+def test_a_filter_that_cannot_be_read_is_refused(tmp_path, build, refused, where):
+    build("i", [{"id": "a", "text": "A river.", "year": 1990, "lang": "en"}], "--retriever", "bm25")
+    assert "--where" in refused(2, "search", "--index_dir", tmp_path / "i", "--question", "q", "--where", where)
 
 
-@pytest.mark.parametrize(("replaced", "kept", "runs"), [
-    ([(), {2}, ()], [0, 2], [(1, 0, 2), (1, 3, 5)]), ([{0, 1, 2}, (), {0}], [1], [(2, 1, 3)]),
-    ([{2}, set(range(5)), ()], [2], [(0, 0, 2)]), ([(), {0, 1, 3, 4}, ()], [0, 2], [(1, 2, 3)])])
-def test_segments_with_replaced_rows_are_taken_without_them(replaced, kept, runs):
-    index = types.SimpleNamespace(manifest={"segments": [{"passages": size} for size in (3, 5, 3)]})
-    assert refrag.plan_compaction(index, replaced) == (kept, runs)
-
-
-@pytest.mark.parametrize("rows", [
-    [{"id": "a#2", "text": "A bell."}],  # a piece of the document a in the index
-    [{"id": "b", "text": "A bell."}, {"id": "b", "text": LONG}], [{"id": "b", "text": LONG}, {"id": "b", "text": "A."}],
-    [{"id": "b", "text": LONG}, {"id": "b#3", "text": "A."}], [{"id": "b#1", "text": "A."}, {"id": "b", "text": LONG}]])
-def test_an_id_that_two_documents_would_have_is_refused_and_changes_nothing(write, bm25_index, refused, llama, rows):
-    index, size = bm25_index([{"id": "a", "text": LONG}], "--max_passage_tokens", 64), ["--max_passage_tokens", 64]
-    with unchanged(index):
-        message = refused(2, "index", "--corpus", write("more.jsonl", rows), "--index_dir", index, "--add",
-                          "--dec", llama, "--quiet", *size)
-    assert "more.jsonl:1 and " in message and ("the index" if len(rows) == 1 else "more.jsonl:2") in message
-
-
-CHANGED = [{"id": "p2", "title": "", "text": "A bell. " * 3}, {"id": "new", "text": "A river."},
-           {"id": "p4", "title": "Note", "text": LONG, "year": 1990}]
-
-
-@pytest.mark.parametrize(("kind", "ends"), [("flat", [7]), ("hnsw", [3, 4, 7])])
-def test_a_document_that_is_added_again_replaces_all_its_pieces(tmp_path, build, kind, ends):
-    """The same index as one built at once from what is left of the old documents and the new ones."""
-    settings = [*STATES, "--k", 4, "--faiss", kind]
-    for a, b in itertools.pairwise([0, *ends]):
-        build("i", MANY[a:b], *STATES, *(["--add"] if a else settings))
-    build("once", [*(r for r in MANY if r["id"] not in ("p2", "p4")), *CHANGED], *settings)
-    for replaced in (2, 3):  # the second time, all are there
-        assert build("i", CHANGED, *STATES, "--add")["replaced_documents"] == replaced
-        same_index(tmp_path / "once", tmp_path / "i")
-        opened = refrag.open_index(str(tmp_path / "i"))
-        assert opened.manifest["faiss"] == kind
-        assert {path.name for path in (tmp_path / "i").glob("gen-*")} == {
-            segment["folder"] for segment in opened.manifest["segments"]}
-    pieces = [opened.ids[row] for row in range(len(opened)) if opened.document_id(row) in ("p2", "p4")]
-    assert "p2" in pieces and "p4#1" in pieces and not {"p4", "p2#1"} & set(pieces)
-
-
-def test_what_is_replaced_is_said(tmp_path, run, bm25_index, llama):
-    index = bm25_index([{"id": "a", "text": "A river."}, {"id": "b", "text": "A bell."}])
-    corpus = ["index", "--corpus", tmp_path / "rows.jsonl", "--index_dir", index, "--dec", llama]
-    code, out, err = run(*corpus, "--add")
-    assert code == 0 and ", 2 documents replaced in" in out and "this replaces" not in err
-    code, out, err = run(*corpus, "--retriever", "bm25")
-    assert code == 0 and ", 0 documents replaced in" in out
-    assert f"this replaces the index in {index}: --add would add to it" in err
-    (index / "manifest.json").write_text("{")
-    assert "this replaces" in run(*corpus, "--retriever", "bm25")[2]
-    corpus[4] = tmp_path / "new"
-    assert "this replaces" not in run(*corpus, "--retriever", "bm25")[2]
-
-
-def test_files_without_ids_are_added_and_replaced(tmp_path, write, build):
-    """Two files of one name side by side; each again, from wherever, also as part of its folder, replaces its own."""
-    for name in "ab":
-        write(f"{name}/notes.txt", f"first of {name}\nsecond of {name}\n")
-    build("i", tmp_path / "a/notes.txt")
-    for replaced in (0, 2):
-        assert build("i", tmp_path / "a/../b/notes.txt", "--add")["replaced_documents"] == replaced
-    more = build("i", tmp_path / "b", "--corpus", tmp_path / "b", tmp_path / "a/notes.txt", "--add")
-    assert more["replaced_documents"] == 4
-    opened = refrag.open_index(str(tmp_path / "i"))
-    assert sorted(opened.ids[row] for row in range(len(opened))) == [
-        "b/notes.txt:1", "b/notes.txt:2", "notes.txt:1", "notes.txt:2"]
-
-
-@pytest.mark.parametrize("form", [(), ("--format", "json"), ("--json",)])
-def test_metadata_is_found_with_its_passage(bm25_index, run, form):
-    more = {"year": 1990, "tags": ["\u00e4", None]}
-    index = bm25_index([{"id": "a", "text": "A river.", **more}, {"id": "b", "text": "River"}])
-    code, out, _ = run("search", "--index_dir", index, "--question", "river", *form)
-    found = {p["id"]: p.get("metadata") for p in json.loads(out)["passages"]} if form else {}
-    assert code == 0 and found == ({"a": more, "b": None} if form else {})
-
-
-@pytest.mark.parametrize("flags", [["--k", 8], ["--faiss", "hnsw"], ["--enc", "decoder:1"], ["--retriever", "bm25"]])
-def test_adding_with_other_settings_is_refused(write, refused, index_dir, embedder, llama, flags):
-    with unchanged(index_dir):
-        refused(5, "index", "--corpus", write("more.jsonl", MANY[:1]), "--index_dir", index_dir, "--add",
-                "--embed_model", embedder, "--dec", llama, *STATES, "--quiet", *flags)
-
-
-# -- splitting ------------------------------------------------------------------------------
-
-
-def check_cover(text, pieces):
-    """Pieces in order, each a part of the text, with nothing but white space between or around them."""
-    at = 0
-    for piece in pieces:
-        place = text.find(piece, max(0, at - len(piece)))
-        assert place >= 0 and not text[at:place].strip(), (at, piece)
-        at = place + len(piece)
-    assert not text[at:].strip()
-
-
-@pytest.mark.parametrize("overlap", [0, 8])
-def test_long_passages_are_split_and_nothing_is_lost(tmp_path, build, embedder, overlap):
-    """The embedder reads 64 tokens, so a piece with its title and the special tokens has no more than those."""
-    rows = [{"id": "long", "title": "A title", "text": LONG}, {"id": "short", "text": "Short."}]
-    build("i", rows, "--overlap", overlap, "--max_passage_tokens", 64)
-    index = refrag.open_index(str(tmp_path / "i"))
-    ids = [index.ids[row] for row in range(len(index))]
-    pieces = [index.texts[row] for row in range(len(index) - 1)]
-    assert ids == [*(f"long#{n}" for n in range(1, len(pieces) + 1)), "short"] and len(pieces) > 3
-    assert [index.document_id(row) for row in range(len(index))] == ["long"] * len(pieces) + ["short"]
-    assert {index.titles[row] for row in range(len(pieces))} == {"A title"}
-    check_cover(LONG, pieces)
-    tokenizer = refrag.load_embedder(str(embedder), RUNTIME).tokenizer
-    assert all(len(tokenizer(index.content(row))["input_ids"]) <= 64 for row in range(len(index)))
-    shared = [len(set(a.split()) & set(b.split())) for a, b in itertools.pairwise(pieces)]
-    assert all(n == 0 for n in shared) if overlap == 0 else all(0 < n <= overlap for n in shared)
-
-
-def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, build, embedder):
-    """Some embedders want "passage: " before every text; it takes tokens of the 64 that this one reads."""
-    folder = shutil.copytree(embedder, tmp_path / "model")
-    config = folder / "config_sentence_transformers.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prompts": {"document": "passage: "}}))
-    build("i", [{"id": "long", "text": LONG}], "--embed_model", folder, "--max_passage_tokens", 64)
-    index, model = refrag.open_index(str(tmp_path / "i")), refrag.load_embedder(str(folder), RUNTIME)
-    assert model.prompt == "passage: "
-    longest = max(len(model.tokenizer(model.prompt + index.content(row))["input_ids"]) for row in range(len(index)))
-    assert longest <= 64
-
-
-def test_a_document_may_have_many_pieces(tmp_path):
-    with refrag.ColumnWriter(tmp_path) as columns:
-        spans = list(itertools.pairwise(range(70_001)))
-        chunking = refrag.Chunking(4, types.SimpleNamespace(fingerprint="t"))
-        build = refrag.IndexBuild(tmp_path, refrag.BuildConfig(), "bm25", None, chunking, None, RUNTIME)
-        build.add(columns, refrag.Record("a", "", "x" * 70_000, "a:1"), spans)
-
-
-def test_the_embedders_limit_is_announced(tmp_path, run, corpus, embedder, llama):
-    models = ["--embed_model", embedder, "--dec", llama]
-    assert "64 tokens" in run("index", "--corpus", corpus, "--index_dir", tmp_path / "i", *models)[2]
+@pytest.mark.parametrize("retriever", ["hybrid", "dense", "bm25"])
+def test_searches_are_filtered(filtered, ask, retriever):
+    """In each hop, too."""
+    folder = filtered[1]["flat"].path
+    for hops in (1, 2):
+        found = ask(folder, "river 7 floods", "--where", "year = 1990 and lang = en", "--retriever", retriever,
+                    "--hops", hops)["passages"]
+        assert len(found) == 8
+        assert all(float(p["metadata"]["year"]) == 1990 and "en" in p["metadata"]["lang"] for p in found)
 
 
 # -- chunk tables -----------------------------------------------------------------------------
@@ -721,7 +546,7 @@ def table_at(encoder, content, k=4):
     return refrag.chunk_tables([content], refrag.Chunking(k, encoder.tokenizer, encoder), None, 1)[1][0]
 
 
-@pytest.mark.parametrize("content", [*(row["text"][:600] for row in MANY), LONG])
+@pytest.mark.parametrize("content", [*TEXTS, LONG])
 def test_chunks_of_4_give_those_of_8_and_16(encoder, content):
     """The last is beyond the encoder's window."""
     small = table_at(encoder, content)
@@ -739,7 +564,7 @@ def test_states_of_an_encoder_that_reads_chunk_by_chunk_serve_only_their_own_k(b
         pipeline = refrag.load_pipeline(refrag.IndexConfig(str(tmp_path / "i")), refrag.SearchConfig(),
                                         refrag.PackConfig(k=k, compressed="feed"), refrag.GenerateConfig(max_new=1),
                                         models, RUNTIME)
-        content = pipeline.index.content(0)
+        content = pipeline.index[0].content
         docs = refrag.make_docs([content], [0], k, pipeline.tokenizer, pipeline.stored, pipeline.states_at(k))
         assert (docs[0].chunks.states is not None) == (k == 4) == bench.reads_stored(pipeline, k)
         [doc] = pipeline.filled(docs, k, gate=False)
@@ -752,7 +577,7 @@ def test_states_of_an_encoder_that_reads_chunk_by_chunk_serve_only_their_own_k(b
 def test_vectors_in_8_bits_are_within_half_a_step(seed, N):
     vectors = np.random.default_rng(seed).normal(size=(N, 7)) * np.logspace(-4, 3, 7)
     vectors[:1] = 0
-    levels, scales = refrag.in_8_bits(vectors)
+    levels, scales = writing.in_8_bits(vectors)
     assert levels.dtype == np.int8 and scales.shape == (N, 1)
     assert (np.abs(levels * scales - vectors) <= 0.5001 * np.abs(vectors).max(axis=1, keepdims=True) / 127 + 1e-9).all()
 
@@ -763,9 +588,10 @@ def test_stored_tables_are_those_made_now(index_dir, embedder, encoder):
         chunking = refrag.Chunking(k, encoder.tokenizer, encoder)
         for row in range(len(index)):
             stored = index.chunk_table(row, k, encoder.fingerprint)
-            made = refrag.chunk_tables([index.content(row)], chunking, model, 1)[1][0]
+            content = index[row].content
+            made = refrag.chunk_tables([content], chunking, model, 1)[1][0]
             assert stored.ends.tolist() == made.ends.tolist() and stored.sizes.tolist() == made.sizes.tolist()
-            assert stored.ends[-1] == len(index.content(row))
+            assert stored.ends[-1] == len(content)
             scale = np.abs(made.states).max()
             np.testing.assert_allclose(stored.states, made.states, rtol=1e-3, atol=1e-3 * scale)
             if k == 4:  # the gate's are weighted by the encoder's tokens, so merging them is no more than close
@@ -873,36 +699,3 @@ def test_embedder_states_are_those_of_the_tokens(embedder, side):
     for vector, rows, ends in zip(vectors, states, ends_of, strict=True):
         mean = rows[: len(ends)].mean(0)
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
-
-
-# -- files ------------------------------------------------------------------------------------
-
-
-def test_arrays_are_mapped_and_read_only(index_dir):
-    """And no file needs pickle."""
-    index = refrag.open_index(str(index_dir))
-    [segment] = index.segments
-    for array in [*segment.values(), *index.ids.bytes, *index.texts.bytes, *index.texts.offsets, *index.bm25.lengths]:
-        assert isinstance(array.base, np.memmap) and not array.flags.writeable
-    assert [segment[name].dtype for name in ("chunks", "gate", "gate_scales")] == [np.float16, np.int8, np.float32]
-    with pytest.raises(ValueError, match="read-only"):
-        segment["chunks"][0] = 0
-    files = [p for p in folder_of(index_dir).rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".npy", ".json", ".index"}
-    assert all(np.load(p, allow_pickle=False).dtype != object for p in files if p.suffix == ".npy")
-    faiss.read_index(str(folder_of(index_dir) / "faiss.index"))
-
-
-# -- a build that ends early ----------------------------------------------------------------------
-
-
-def test_two_processes_build_the_index_of_one(tmp_path, write, forks, embedder, llama):
-    """Each embeds every other block: one has a full block, the other one that is not."""
-    rows = [{"id": str(i), "text": f"River {i} floods field {i * 7}."} for i in range(300)]
-    build = ["index", "--corpus", write("c.jsonl", rows), "--embed_model", embedder, "--dec", llama,
-             "--enc", "decoder:2", "--k", 4, "--json", "--quiet", "--threads", 1]
-    first, second = forks.run_two([*build, "--index_dir", tmp_path / "two"])
-    assert (json.loads(first)["passages"], second) == (300, "")
-    assert forks.run([*build, "--index_dir", tmp_path / "one"]) == 0, forks.err
-    assert tree(folder_of(tmp_path / "two")) == tree(folder_of(tmp_path / "one"))
-    assert not (tmp_path / "two" / refrag.FINISHED_BLOCKS).exists()

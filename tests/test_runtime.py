@@ -1,110 +1,20 @@
-"""Section 3: timers, whole files and folders, locks, manifests, and columns on disk."""
+"""Section 3: timers, whole files and folders, locks, and manifests."""
 
-import contextlib
 import itertools
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from writers import tree
 
 import refrag
 from refrag_extras import doctor
 
 CPU = torch.device("cpu")
-posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
-
-
-# ---- Columns on disk ------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40)
-@given(st.lists(st.lists(st.text(), max_size=5), max_size=4))
-def test_strings_come_back_as_they_were_written(blocks):
-    """st.text() leaves out surrogates, which UTF-8 cannot hold, and draws from all other characters."""
-    texts = [text for block in blocks for text in block]
-    with tempfile.TemporaryDirectory() as name:
-        with refrag.ColumnWriter(Path(name)) as columns:
-            for block in [[], *blocks]:
-                columns.append_texts("texts", block)
-        column = refrag.StringColumn([refrag.map_columns(Path(name))] * 2, "texts")
-        assert list(column) == texts * 2 and len(column) == 2 * len(texts)
-        assert np.load(Path(name) / "texts.npy").tobytes() == "".join(texts).encode()
-
-
-def test_a_column_has_no_rows_outside_of_its_range(tmp_path):
-    """FAISS pads its answers with -1; that must not mean the last row."""
-    with refrag.ColumnWriter(tmp_path) as columns:
-        columns.append_texts("ids", ["a", "", "c"])
-    column = refrag.StringColumn([refrag.map_columns(tmp_path)], "ids")
-    for row in (-1, 3, -3):
-        with pytest.raises(IndexError, match=f"row {row} of 3"):
-            column[row]
-
-
-@settings(max_examples=40)
-@given(dtype=st.sampled_from([np.float16, np.float32, np.int64, np.uint16, np.uint8]),
-       width=st.none() | st.integers(1, 5), lengths=st.lists(st.integers(0, 4), min_size=1, max_size=4), data=st.data())
-def test_arrays_come_back_as_they_were_appended(dtype, width, lengths, data):
-    """numpy's own reader is the oracle."""
-    shape = () if width is None else (width,)
-    blocks = [data.draw(arrays.arrays(dtype, (n, *shape))) for n in lengths]
-    expected = np.concatenate(blocks)
-    with tempfile.TemporaryDirectory() as name:
-        with refrag.ColumnWriter(Path(name)) as columns:
-            for block in blocks:
-                columns.append("a", block)
-                columns.append_lengths("ends", [len(block)])
-        path = Path(name) / "a.npy"
-        for loaded in (np.load(path, allow_pickle=False), refrag.map_array(path)):
-            assert (loaded.dtype, loaded.shape, loaded.tobytes()) == (dtype, expected.shape, expected.tobytes())
-        assert refrag.map_array(Path(name) / "ends.npy").tolist() == [0, *itertools.accumulate(lengths)]
-
-
-def test_a_header_has_room_for_very_many_rows(tmp_path):
-    with refrag.ColumnWriter(tmp_path) as columns:
-        columns.append("a", np.zeros((1, 4096), np.float32))
-        columns.rows["a"] = 10**15
-    header = (tmp_path / "a.npy").read_bytes()[: -4096 * 4]
-    assert len(header) == 128 and b"(1000000000000000, 4096)" in header
-
-
-def test_rows_of_another_kind_are_refused(tmp_path):
-    for rows in (np.zeros((2, 4), np.float32), np.zeros((2, 3))):
-        with pytest.raises(AssertionError), refrag.ColumnWriter(tmp_path) as columns:
-            columns.append("a", np.zeros((1, 3), np.float32))
-            columns.append("a", rows)
-
-
-@posix
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("rows", [1, 10**5])
-def test_a_file_that_cannot_grow_ends_the_writing_with_one_error(tmp_path, rows):
-    """While rows are appended, or only when what is buffered is written at the end; nothing fails again afterwards."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(OSError, match="too large"), contextlib.ExitStack() as stack:
-        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
-        with refrag.ColumnWriter(tmp_path) as columns:
-            columns.append("a", np.zeros((rows, 3)))
-
-
-def test_a_mapped_array_cannot_be_written(tmp_path):
-    np.save(tmp_path / "a.npy", np.arange(3))
-    mapped = refrag.map_array(tmp_path / "a.npy")
-    assert isinstance(mapped.base, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
-        mapped[0] = 1
 
 
 # ---- Whole files and folders ----------------------------------------------------------------------------------------
@@ -137,15 +47,15 @@ def test_a_folder_that_was_moved_aside_comes_back_or_goes_with_the_next_writing(
 def manifest(tmp_path) -> Path:
     """The manifest, beside its folder, of a folder of one file."""
     (tmp_path / "gen-1").mkdir()
-    (tmp_path / "gen-1" / "a.npy").write_bytes(b"abc")
-    refrag.write_manifest(tmp_path / "manifest.json", tmp_path / "gen-1", {"segments": ["gen-1"]})
+    (tmp_path / "gen-1" / "vectors").write_bytes(b"abc")
+    refrag.write_manifest(tmp_path / "manifest.json", tmp_path / "gen-1", {"generation": "gen-1"})
     return tmp_path / "manifest.json"
 
 
 def test_many_bytes_are_read_only_where_all_are_to_be(manifest, monkeypatch):
     monkeypatch.setattr(refrag, "READ_ALWAYS", 1)
     entries = refrag.read_manifest(manifest)["files"]
-    (manifest.parent / "gen-1" / "a.npy").write_bytes(b"abd")
+    (manifest.parent / "gen-1" / "vectors").write_bytes(b"abd")
     refrag.verify_files(manifest.parent, entries)
     with pytest.raises(refrag.CorruptError, match="checksum"):
         refrag.verify_files(manifest.parent, entries, read_all=True)

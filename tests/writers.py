@@ -235,7 +235,8 @@ class Writer(NamedTuple):
 
 WRITERS = {
     "index": Writer("index"), "index again": Writer("index", "words"), "index --add": Writer("add", "words"),
-    "index --add of the same": Writer("same", "words"), "cpt_recon": Writer("cpt_recon", None, True),
+    "index --add of the same": Writer("same", "words"), "index --sync": Writer("sync", "words"),
+    "index --delete": Writer("delete", "words"), "cpt_recon": Writer("cpt_recon", None, True),
     "cpt_recon after damage": Writer("cpt_recon", "damaged", True), "train_gate": Writer("train_gate"),
     "save_pretrained": Writer("save", "checkpoint"), "export": Writer("export"), "eval": Writer("eval", None, True),
     "bench": Writer("bench", "bench", True),
@@ -269,6 +270,8 @@ def line(files, corpus, llama, embedder, index_dir):
         "words": ["index", *words, corpus], "index": ["index", *words, files / "many.jsonl"],
         "add": ["index", "--add", *words, files / "many.jsonl"],
         "same": ["index", "--add", *words, files / "same.jsonl"],
+        "sync": ["index", "--sync", *words, files / "same.jsonl"],
+        "delete": ["index", "--delete", "b", "e", *words[:-1]],
         "vectors": ["index", *models, "--embed_model", embedder, "--corpus", files / "many.jsonl"],
         "cpt_recon": ["cpt_recon", *texts], "cpt_align": ["cpt_align", *texts],
         "cpt_next": ["cpt_next", *texts, "--lora_r", 2, "--grad_accum", 2],
