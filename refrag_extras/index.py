@@ -403,9 +403,9 @@ class FolderBuild(Build):
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left, and all generations but the one that the manifest names."""
-        folders = {*self.path.glob(".gen-*")}
-        with contextlib.suppress(OSError, refrag.RefragError, KeyError):  # missing, damaged or of an old format
-            current = self.path / refrag.read_manifest(self.path / "manifest.json")["generation"]
+        final, folders = self.path / "manifest.json", {*self.path.glob(".gen-*")}
+        with contextlib.suppress(OSError, refrag.RefragError, KeyError):  # damaged or of an old format
+            current = self.path / refrag.read_manifest(final)["generation"] if final.exists() else None
             folders |= {*self.path.glob("gen-*")} - {current}
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
