@@ -465,7 +465,7 @@ def load_build(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: re
         raise refrag.MismatchError(fault)
     named = {"faiss": build.faiss, "max_passage_tokens": corpus.max_passage_tokens, "overlap": corpus.overlap}
     settings = DEFAULTS | built.get("settings", {}) | {key: v for key, v in named.items() if v is not None}
-    sources = built.get("sources", {}) if build.add else {}
+    sources = {} if build.sync else built.get("sources", {})
     return FolderBuild(Path(index.index_dir), previous, build, retriever, embedder, chunking, settings, sources)
 
 
