@@ -410,9 +410,9 @@ class FolderBuild(Build):
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left, and all generations but the one that the manifest names."""
-        folders = {*self.path.glob(".gen-*")}
-        with contextlib.suppress(OSError, refrag.RefragError, KeyError):  # missing, damaged or of an old format
-            current = self.path / refrag.read_manifest(self.path / "manifest.json")["generation"]
+        final, folders = self.path / "manifest.json", {*self.path.glob(".gen-*")}
+        with contextlib.suppress(OSError, refrag.RefragError, KeyError):  # damaged or of an old format
+            current = self.path / refrag.read_manifest(final)["generation"] if final.exists() else None
             folders |= {*self.path.glob("gen-*")} - {current}
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
@@ -472,7 +472,7 @@ def load_build(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: re
         raise refrag.MismatchError(fault)
     named = {"faiss": build.faiss, "max_passage_tokens": corpus.max_passage_tokens, "overlap": corpus.overlap}
     settings = DEFAULTS | built.get("settings", {}) | {key: v for key, v in named.items() if v is not None}
-    sources = built.get("sources", {}) if build.add else {}
+    sources = {} if build.sync else built.get("sources", {})
     return FolderBuild(Path(index.index_dir), previous, build, retriever, embedder, chunking, settings, sources)
 
 
