@@ -208,7 +208,7 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    corpus: tuple[str, ...] = opt((), "files and folders: JSON {id,title,text}, tables, text, PDF, Office, HTML; - for stdin")
+    corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, text, .pdf, .docx, .html, .., folders, - for stdin")
     errors: str = opt("strict", "stop, replace bad bytes, or skip bad records", choices="strict replace skip")
     limit: int | None = opt(None, "read at most this many records", low=1)
     max_passage_tokens: int | None = opt(None, "longer passages are split; default the index's or 256, "
