@@ -462,7 +462,7 @@ class TestBadRequests:
             ("mode", "magic", "'refrag', 'full', 'none' or 'truncate'"), ("topk", 0, "refrag.topk must be 1"),
             ("topk", 10**9, "less than or equal to 100"), ("hops", 9, "less than or equal to 4"),
             ("where", "year", "refrag.where: cannot read 'year': use comparisons"), ("where", "", "is empty"),
-            ("where", "year = 1990", "refrag.where: no passage has a field 'year'"))),
+            ("where", "year = 1990", "refrag.where: no passage has a field 'year': there are id, title, path"))),
         ({"messages": say("why " * 4000), "refrag": {"mode": "none"}}, "messages",
          "window is 2048: lower refrag.topk, refrag.p or max_tokens"),
         ({"messages": [{"role": "system", "content": "Be brief. " * 1500}, *say("Why?")], "refrag": {"mode": "none"}},
