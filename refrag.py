@@ -220,7 +220,7 @@ class CorpusConfig(Options):
 
 
 class IndexConfig(Options):
-    index_dir: str | None = opt(None, "the index folder")
+    index_dir: str | None = opt(None, "the index folder, or milvus+http://HOST:19530/NAME, or milvus+file:PATH")
     retriever: str | None = opt(None, "default the index's, else both fused by rank", choices="hybrid dense bm25")
     embed_model: str | None = opt(None, "sentence-transformers model; default the index's, else all-MiniLM-L6-v2")
 
@@ -229,7 +229,7 @@ class BuildConfig(Options):
     faiss: str | None = opt(None, "default the index's or auto: flat to 1,000,000 passages, then ivfpq",
                             choices="auto flat hnsw ivfpq")
     add: bool = opt(False, "add to the index; a document whose id it has is replaced")
-    sync: bool = opt(False, "make the index hold the corpus and nothing else, by the settings it has")
+    sync: bool = opt(False, "make the index hold the corpus and nothing else, with the settings it has")
     delete: tuple[str, ...] = opt((), "ids of documents to delete from the index")
     delete_all: bool = opt(False, "let --sync or --delete leave nothing")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
@@ -284,7 +284,7 @@ def parse_where(text: str) -> list[list[tuple[str, str, str]]]:
 
 class SearchConfig(Options):
     topk: int = opt(8, "passages to return", low=1)
-    where: str | None = opt(None, "only passages whose fields pass, as in \"year >= 1990 and lang = en\"")
+    where: str | None = opt(None, "only passages whose fields pass: \"year >= 1990 and lang = en or title = 'My car'\"")
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
     hops: int = opt(1, "rounds; later queries add the best new passage's title and first sentence", low=1, high=8)
 
@@ -505,7 +505,7 @@ Command = collections.namedtuple("Command", ["help", "configs"])  # classes in t
 RETRIEVAL, TRAINING = (IndexConfig, SearchConfig), (TrainConfig, ModelConfig)
 ANSWERING = (*RETRIEVAL, PackConfig, GenerateConfig, ReaderConfig)
 COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *configs in (
-    ("index", "Read a corpus; build FAISS and BM25; store the chunk vectors.",
+    ("index", "Build an index of a corpus (FAISS, BM25, chunk vectors), or change it as the corpus does.",
      CorpusConfig, IndexConfig, BuildConfig, ReaderConfig),
     ("search", "Show the passages that answer a question, best first.",
      IndexConfig, QuestionConfig, SearchConfig, FormatConfig),
@@ -1361,6 +1361,10 @@ def as_number(value: Any) -> float:
         return math.nan
 
 
+def as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class Filter:
     """Applies --where to passages. column: gives their "document", "title" or "metadata", a JSON object or empty."""
 
@@ -1375,8 +1379,10 @@ class Filter:
             for row, text in enumerate(self.column({"id": "document", "title": "title"}.get(name, "metadata"))):
                 value = text if name in ("id", "title") else json.loads(text).get(name) if key in text else None
                 found += [(row, v) for v in (value if isinstance(value, list) else [value]) if v is not None]
-            require(bool(found), f"--where: no passage has a field {name!r}")
-            texts = [str(value).lower() if isinstance(value, bool) else str(value) for _, value in found]
+            if not found:
+                names = sorted({name for text in self.column("metadata") if text for name in json.loads(text)})
+                raise UserError(f"--where: no passage has a field {name!r}: there are id, title, {', '.join(names)}")
+            texts = [as_text(value) for _, value in found]
             self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
                                  np.asarray([as_number(value) for _, value in found]))
         return self.fields[name]
@@ -1867,11 +1873,15 @@ class Index:
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
+    def stored(self, row: int) -> dict[str, np.ndarray] | None:
+        """The columns of a passage's chunks, flattened."""
+        return {name: self.chunks[name][row].values.to_numpy() for name in self.chunks.column_names}
+
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
         """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
-        if not self.serves(k):
+        stored = self.stored(row) if self.serves(k) else None
+        if stored is None:
             return None
-        stored = {name: self.chunks[name][row].values.to_numpy() for name in self.chunks.column_names}
         if self.manifest["chunking"]["encoder"] != encoder:
             stored.pop("states", None)
         return merge_chunks(stored_chunks(stored), k // self.manifest["chunking"]["k"])
@@ -1885,9 +1895,16 @@ def stored_chunks(columns: dict[str, np.ndarray]) -> ChunkTable:
     return ChunkTable(columns["ends"], columns["sizes"], embeddings, states)
 
 
+def milvus_for(index_dir: str | Path) -> Any | None:
+    """The companion for an index in Milvus, None for a folder. Raises MissingError."""
+    return importlib.import_module("refrag_extras.milvus") if str(index_dir).startswith("milvus+") else None
+
+
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
-    """Raises UserError, CorruptError, MismatchError."""
+    """Raises RefragError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
+    if milvus := milvus_for(index_dir):
+        return milvus.read_manifest(index_dir)
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
     require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `{PROGRAM} index`")
@@ -1899,7 +1916,9 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
 
 def open_index(index_dir: str | Path | None, read_all: bool = False) -> Index:
     """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
-    manifest = index_manifest(index_dir)
+    manifest, milvus = index_manifest(index_dir), milvus_for(index_dir)
+    if milvus:
+        return milvus.MilvusIndex(index_dir, manifest)
     try:
         return Index(Path(index_dir), manifest, read_all)
     except (OSError, CorruptError):
