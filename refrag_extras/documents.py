@@ -33,8 +33,8 @@ NO_TITLE = re.compile(r"untitled.*|microsoft \w+ - .*|powerpoint presentation|"
                       r"\S+\.(docx?|xlsx?|pptx?|pdf|html?|indd|dvi|tex)", re.IGNORECASE)
 # Front matter and fenced code, which hold no heading; "## Heading ##"; a heading that is underlined.
 HEADING = re.compile(r"\A---\n.*?^---$|^ {0,3}(`{3,}|~{3,}).*?(?:^ {0,3}\1|\Z)|"
-                     r"^ {0,3}(#{1,6})[ \t]+([^\n]+?)(?:[ \t]+#+)?[\xb6 \t]*$|"
-                     r"^([^\s>|#*+-][^\n]*)\n(={3,}|-{3,})[ \t]*$", re.MULTILINE | re.DOTALL)
+                     r"^ {0,3}(#{1,6})[ \t]+([^\n]{1,300}?)(?:[ \t]+#+)?[\xb6 \t]*$|"
+                     r"^([^\s>|#*+-][^\n]{0,300})\n(={3,}|-{3,})[ \t]*$", re.MULTILINE | re.DOTALL)
 MARKUP = re.compile(r"!?\[(?=[^\]]*\]\()|\]\([^)]*\)|[*`]")  # of links, pictures and emphasis in a heading
 Marks = list[tuple[int, dict[str, Any]]]
 
