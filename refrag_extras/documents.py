@@ -6,20 +6,24 @@ Markdown needs no library; PDF, Word, PowerPoint, Excel, EPUB and HTML files nee
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
-import logging
 import posixpath
 import re
 import urllib.parse
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import refrag
 
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+INSTALL = "pip install 'refrag[docs]'"
+LIBRARIES = ("lxml", "mammoth", "markdownify", "openpyxl", "pptx", "pypdfium2")
 UNPACKED = 1 << 29  # bytes of XML: more in one file is a zip bomb, or takes too much memory as a tree
 OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # a .doc, .xls or .ppt, and the wrapping of a new document with a password
 NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -88,9 +92,6 @@ def of_pdf(data: bytes, name: str) -> Document:
         refrag.require("password" not in str(error).lower(), f"{name} needs a password: save it without one")
         raise
     with contextlib.closing(pdf):
-        rebuilt = not pypdfium2.raw.FPDF_DocumentHasValidCrossReferenceTable(pdf)
-        if rebuilt and b"%%EOF" not in data[-2048:]:
-            raise ValueError("its end is missing")
         pages = refrag.progress(range(len(pdf)), name, unit="page")
         return of_parts(pdf.get_metadata_value("Title"), [({"page": n + 1}, page_text(pdf[n])) for n in pages])
 
@@ -158,16 +159,9 @@ READERS = {".pdf": of_pdf, ".docx": of_docx, ".pptx": of_pptx, ".xlsx": of_xlsx,
            ".html": lambda data, name: of_html(data), ".htm": lambda data, name: of_html(data)}
 
 
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep the libraries' own warnings off stderr."""
-    disabled = logging.root.manager.disable
-    logging.disable()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(disabled)
+def installed() -> bool:
+    """Whether all libraries of the extra are there."""
+    return all(map(importlib.util.find_spec, LIBRARIES))
 
 
 def check(data: bytes, name: str, kind: str) -> None:
@@ -187,14 +181,14 @@ def check(data: bytes, name: str, kind: str) -> None:
 
 def read(source: refrag.TextFile) -> Document:
     """A file as one document. Raises BadRecord if it holds no text or has a password, CorruptError if it is damaged."""
-    if source.suffix in refrag.TEXTS:
+    if source.suffix in TEXTS:
         [(_, text)] = source.lines(as_one=True)
-        return of_markdown(text) if source.suffix in refrag.MARKDOWN else Document("", text, [])
+        return of_markdown(text) if source.suffix in MARKDOWN else Document("", text, [])
     with source.opened() as handle:
         data = handle.read()
     check(data, source.name, source.suffix)
     try:
-        with silence():
+        with warnings.catch_warnings(action="ignore"):  # of the libraries
             title, text, marks = READERS[source.suffix](data, source.name)
     except (refrag.RefragError, ImportError, MemoryError):
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import refrag
+from refrag_extras.corpus import read_corpus
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SIZES = {"small": 500, "medium": 2000, "large": 3000}
@@ -83,7 +84,7 @@ def test_corpora_have_their_sizes_are_prefixes_and_repeat_nothing(corpora):
 def test_every_answer_occurs_in_its_passage(corpora):
     """Which the index knows by the id that the question names. They begin with the small corpus and spread evenly."""
     config, counts = refrag.CorpusConfig((str(DATA / "corpus_large.txt"),)), {"skipped": 0, "replaced": 0}
-    known = {record.id: record.text for record in refrag.read_corpus(config, counts)}
+    known = {record.id: record.text for record in read_corpus(config, counts)}
     questions = read_jsonl(DATA / "rag_train.jsonl")
     assert len(questions) == len({q["id"] for q in questions}) == len({q["question"] for q in questions}) == 1200
     lines = []
