@@ -208,7 +208,7 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, .tsv or text, folders, - for stdin")
+    corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, text, .pdf, .docx, .html, .., folders, - for stdin")
     errors: str = opt("strict", "stop, replace bad bytes, or skip bad records", choices="strict replace skip")
     limit: int | None = opt(None, "read at most this many records", low=1)
     max_passage_tokens: int | None = opt(None, "longer passages are split; default the index's or 256, "
@@ -229,7 +229,7 @@ class BuildConfig(Options):
     faiss: str | None = opt(None, "default the index's or auto: flat to 1,000,000 passages, then ivfpq",
                             choices="auto flat hnsw ivfpq")
     add: bool = opt(False, "add to the index; a document whose id it has is replaced")
-    sync: bool = opt(False, "make the index hold the corpus and nothing else, by the settings it has")
+    sync: bool = opt(False, "make the index hold the corpus and nothing else, with the settings it has")
     delete: tuple[str, ...] = opt((), "ids of documents to delete from the index")
     delete_all: bool = opt(False, "let --sync or --delete leave nothing")
     k: int | None = opt(None, "also store the encoder's vector of every k tokens", low=1, high=64)
@@ -284,7 +284,7 @@ def parse_where(text: str) -> list[list[tuple[str, str, str]]]:
 
 class SearchConfig(Options):
     topk: int = opt(8, "passages to return", low=1)
-    where: str | None = opt(None, "only passages whose fields pass, as in \"year >= 1990 and lang = en\"")
+    where: str | None = opt(None, "only passages whose fields pass: \"year >= 1990 and lang = en or title = 'My car'\"")
     rerank: str | None = opt(None, "cross-encoder that reorders the best candidates")
     hops: int = opt(1, "rounds; later queries add the best new passage's title and first sentence", low=1, high=8)
 
@@ -505,7 +505,7 @@ Command = collections.namedtuple("Command", ["help", "configs"])  # classes in t
 RETRIEVAL, TRAINING = (IndexConfig, SearchConfig), (TrainConfig, ModelConfig)
 ANSWERING = (*RETRIEVAL, PackConfig, GenerateConfig, ReaderConfig)
 COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *configs in (
-    ("index", "Read a corpus; build FAISS and BM25; store the chunk vectors.",
+    ("index", "Build an index of a corpus (FAISS, BM25, chunk vectors), or change it as the corpus does.",
      CorpusConfig, IndexConfig, BuildConfig, ReaderConfig),
     ("search", "Show the passages that answer a question, best first.",
      IndexConfig, QuestionConfig, SearchConfig, FormatConfig),
@@ -1520,7 +1520,9 @@ class Filter:
             for row, text in enumerate(self.column({"id": "document", "title": "title"}.get(name, "metadata"))):
                 value = text if name in ("id", "title") else json.loads(text).get(name) if key in text else None
                 found += [(row, v) for v in (value if isinstance(value, list) else [value]) if v is not None]
-            require(bool(found), f"--where: no passage has a field {name!r}")
+            if not found:
+                names = sorted({name for text in self.column("metadata") if text for name in json.loads(text)})
+                raise UserError(f"--where: no passage has a field {name!r}: there are id, title, {', '.join(names)}")
             texts = [str(value).lower() if isinstance(value, bool) else str(value) for _, value in found]
             self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
                                  np.asarray([as_number(value) for _, value in found]))

@@ -15,7 +15,8 @@ from typing import Any
 
 import refrag
 
-MODES = refrag.PackConfig.__dataclass_fields__["mode"].metadata["choices"]
+OPTIONS = refrag.config_fields([refrag.PackConfig, refrag.SearchConfig])
+MODES = OPTIONS["mode"][0].metadata["choices"]
 REFERS_BACK = re.compile(r"^\W*(and|but|so|why|(what|how) about)\b|\b(he|him|his|she|hers?|its?|they|them|theirs?|this|"
                          r"that|these|those|there|then|ones?|same|others?|former|latter)\b", re.IGNORECASE)
 NAME = re.compile(rf"(?:[{refrag.CAPITALS}][\w'\u2019-]*|[0-9][\w.,]*)(?:(?: (?:of|the|de|la|van|von|and))* "
@@ -60,7 +61,7 @@ HELP = """/docs what was retrieved for the last question, compressed parts in [[
 /clear forget them
 /mode refrag|full|none|truncate
 /p SHARE of the context that stays text
-/where year >= 1990 to search only passages whose fields pass; /where shows it, /where off ends it
+/where year >= 1990 to search only passages whose fields pass, /where off to end that
 /save FILE the conversation as JSON lines
 /quit"""
 
@@ -71,9 +72,9 @@ class Chat:
     def __init__(self, pipeline: refrag.Pipeline, as_json: bool):
         self.pipeline, self.settings, self.as_json = pipeline, pipeline.settings, as_json
         self.turns: list[dict[str, Any]] = []  # results, with `asked`: the question as it was typed
-        self.commands = {"docs": self.show_docs, "history": self.show_history, "mode": self.change_mode,
-                         "p": self.change_p, "where": self.change_where, "save": self.save,
-                         "help": lambda rest: refrag.notice(HELP), "clear": lambda rest: self.turns.clear()}
+        self.commands = {"docs": self.show_docs, "history": self.show_history, "save": self.save,
+                         "help": lambda rest: refrag.notice(HELP), "clear": lambda rest: self.turns.clear(),
+                         **{name: functools.partial(self.change, name) for name in ("mode", "p", "where")}}
 
     def take(self, line: str) -> bool:
         """Answer a question, or obey a command. Returns False when the conversation is to end."""
@@ -135,23 +136,16 @@ class Chat:
         for number, turn in enumerate(self.turns, start=1):
             refrag.notice(f"{number}. {turn['asked']}\n   {turn['answer']}")
 
-    def change_mode(self, rest: str) -> None:
-        refrag.require(rest in MODES, f"/mode: one of {', '.join(MODES)}, got {rest!r}")
-        refrag.require(rest == "none" or self.pipeline.searcher is not None,
-                       "/mode: this chat was begun without an index")
-        self.settings = dataclasses.replace(self.settings, mode=rest)
-
-    def change_p(self, rest: str) -> None:
-        try:
-            p = float(rest)
-        except ValueError:
-            raise refrag.UserError(f"/p: a share between 0 and 1, got {rest!r}") from None
-        self.settings = dataclasses.replace(self.settings, p=p)
-
-    def change_where(self, rest: str) -> None:
+    def change(self, name: str, rest: str) -> None:
+        """Set an option to what was typed, and show it."""
         if rest:
-            self.settings = dataclasses.replace(self.settings, where=None if rest == "off" else rest)
-        refrag.notice(f"where: {self.settings.where or 'off'}")
+            value = None if (name, rest) == ("where", "off") else refrag.convert("", rest, *OPTIONS[name])
+            settings = dataclasses.replace(self.settings, **{name: value})
+            refrag.require(settings.mode == "none" or self.pipeline.searcher is not None,
+                           "/mode: this chat was begun without an index")
+            self.settings = settings
+        value = getattr(self.settings, name)
+        refrag.notice(f"{name}: {'off' if value is None else value}")
 
     def save(self, rest: str) -> None:
         refrag.require(bool(rest), "/save: name a file")

@@ -374,15 +374,13 @@ class Service:
                     self.check_key(request)
                 response = await answer(request)
             except Exception as error:
-                response = self.refuse(refusal(error))
+                refused = refusal(error)
+                again = {"Retry-After": "1"} if refused.status == 429 else {}
+                response = JSONResponse(refused.body(), refused.status, again)
             self.engine.counts[f'responses_total{{status="{response.status_code}"}}'] += 1
             return response
 
         return respond
-
-    def refuse(self, error: Refused) -> Any:
-        headers = {"Retry-After": "1"} if error.status == 429 else {}
-        return JSONResponse(error.body(), error.status, headers)
 
     async def no_route(self, request: Request, error: Any) -> Response:
         """An address or a method that is not there, as a reply. error: Starlette's HTTPException."""

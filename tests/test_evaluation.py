@@ -148,8 +148,8 @@ class TestMetrics:
         assert set(evaluate.ranking_scores([*"0123456789", "a"], {"a"}).values()) == {0.0}
 
     def test_pieces_of_a_document_count_once_at_their_best_rank(self):
-        found = [refrag.Passage(n, i, "", "", 0.0, n + 1, d) for n, (i, d) in enumerate(
-            [("b#2", "b"), ("a#1", "a"), ("b#1", "b"), ("c", "c"), ("a#2", "a")])]
+        found = [refrag.Passage(row, name, part, "", "") for row, (name, part) in enumerate(
+            [("b", 2), ("a", 1), ("b", 1), ("c", 0), ("a", 2)])]
         assert evaluate.ranked_ids(found, {"a"}) == ["b", "a", "c"]
         assert evaluate.ranked_ids(found, {"a#2"}) == ["b", "a", "c", "a#2"]
 

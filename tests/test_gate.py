@@ -444,14 +444,12 @@ def test_passages_beyond_the_decoders_window_are_told(train, monkeypatch):
 
 def test_the_answer_is_asked_of_the_piece_that_holds_it():
     """Of a document in two pieces the second holds the answer, in its second spelling."""
-    class Pieces:
-        texts = ("The Rhone floods in May.", "It leaves Lac L\u00e9man.", "Smiths cast bells.")
-        names = staticmethod(lambda row: {f"a#{row}", "a"} if row < 2 else {"b"})
-
+    pieces = [refrag.Passage(row, *one, "", text) for row, (*one, text) in enumerate((
+        ("a", 1, "The Rhone floods in May."), ("a", 2, "It leaves Lac L\u00e9man."), ("b", 0, "Smiths cast bells.")))]
     item = {"answers": ["Lake Geneva", "Lac L\u00e9man"], "positive_ids": ["a"]}
-    assert refrag.right_rows(Pieces, item, [2, 0, 1]) == [1]
-    assert refrag.answers_in(Pieces, item, 1) == ["Lac L\u00e9man"]
-    assert refrag.right_rows(Pieces, item | {"answers": ["nowhere"]}, [2, 0, 1]) == [0, 1]
+    assert refrag.right_rows(pieces, item, [2, 0, 1]) == [1]
+    assert refrag.answers_in(pieces, item, 1) == ["Lac L\u00e9man"]
+    assert refrag.right_rows(pieces, item | {"answers": ["nowhere"]}, [2, 0, 1]) == [0, 1]
 
 
 @pytest.mark.parametrize(("flags", "reasons"), [

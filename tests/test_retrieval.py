@@ -9,6 +9,7 @@ import shutil
 import unicodedata
 from collections import Counter
 
+import bm25s
 import faiss
 import numpy as np
 import pytest
@@ -254,6 +255,19 @@ def test_bm25_ties_at_the_edge_of_topk_come_in_corpus_order(words_index):
     assert list(words_index(["bell", "city", "bell", "bell", "bell bell"]).matching("bell", 3)) == [4, 0, 2]
     many = words_index(["bell", "bell city"] * 50)
     assert list(many.matching("bell", 60)) == [*range(0, 100, 2), *range(1, 20, 2)]  # the shorter ones score higher
+
+
+@given(st.lists(st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=30).map(" ".join), max_size=20))
+@few
+def test_bm25_is_what_bm25s_builds(words_index, texts):
+    """Its arrays to the bit, though they are counted in another way."""
+    texts = [*texts, "bell"]
+    index, own = words_index(texts).bm25, bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    rows = [[index.vocab_dict[term] for term in refrag.index_terms(text)] for text in texts]
+    own.index(bm25s.tokenization.Tokenized(ids=rows, vocab=index.vocab_dict), show_progress=False)
+    for name in ("data", "indices", "indptr"):
+        assert index.scores[name].dtype == own.scores[name].dtype
+        assert index.scores[name].tolist() == own.scores[name].tolist()
 
 
 @pytest.mark.filterwarnings("error")

@@ -133,9 +133,10 @@ class TestPiped:
         assert first["answer"] and second["metrics"]["positions"] == second["metrics"]["full_positions"]
         assert second["settings"]["mode"] == "full"
         for told in ("error: /docs: nothing has been asked yet", "error: /nothing: no such command, see /help",
-                     "error: /p: a share between 0 and 1, got 'much'", "error: --p must lie between 0 and 1, got 2.0",
-                     "error: /mode: one of refrag, full, none, truncate, got 'magic'", "error: /save: name a file",
-                     "error: /save /nowhere/at/all: ", "/history the questions", "1. Where do smiths cast bells?"):
+                     "error: argument --p: 'much' is not a number", "error: --p must lie between 0 and 1, got 2.0",
+                     "error: --mode must be one of refrag, full, none, truncate, got 'magic'", "mode: full",
+                     "error: /save: name a file", "error: /save /nowhere/at/all: ", "/history the questions",
+                     "1. Where do smiths cast bells?"):
             assert told in err, told
         opened = sum(chunk["expanded"] for chunk in first["chunks"])
         shown = err[err.index("chunks read as text"):]
@@ -465,7 +466,7 @@ class TestBadRequests:
             ("mode", "magic", "'refrag', 'full', 'none' or 'truncate'"), ("topk", 0, "refrag.topk must be 1"),
             ("topk", 10**9, "less than or equal to 100"), ("hops", 9, "less than or equal to 4"),
             ("where", "year", "refrag.where: cannot read 'year': use comparisons"), ("where", "", "is empty"),
-            ("where", "year = 1990", "refrag.where: no passage has a field 'year'"))),
+            ("where", "year = 1990", "refrag.where: no passage has a field 'year': there are id, title, path"))),
         ({"messages": say("why " * 4000), "refrag": {"mode": "none"}}, "messages",
          "window is 2048: lower refrag.topk, refrag.p or max_tokens"),
         ({"messages": [{"role": "system", "content": "Be brief. " * 1500}, *say("Why?")], "refrag": {"mode": "none"}},

@@ -501,7 +501,7 @@ NONE = "Not in the documents.<|im_end|>"
 @pytest.fixture
 def ranked(monkeypatch):
     """Let every search find these of the six texts, in this order."""
-    return lambda *rows: monkeypatch.setattr(refrag.Searcher, "search", lambda searcher, question, topk, hops=1: [
+    return lambda *rows: monkeypatch.setattr(refrag.Searcher, "search", lambda searcher, question, topk, *options: [
         types.SimpleNamespace(row=row) for row in rows[:topk]])
 
 

@@ -55,9 +55,10 @@ def damage(path: Path, kind: str) -> None:
 
 
 def sign(folder: Path, **changes: object) -> None:
-    """Write a manifest again, as if its files had always been what they are now."""
+    """Write a manifest again, as if its files had always been what they are now; None removes a fact."""
     path = folder / "manifest.json"
     facts = json.loads(path.read_text()) | changes
+    facts = {name: value for name, value in facts.items() if value is not None or name not in changes}
     for name in facts["files"]:
         content = (folder / name).read_bytes()
         facts["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
