@@ -591,9 +591,12 @@ class TestBundledModels:
         torch.testing.assert_close(logits[0], plain_logits(pipeline.model.decoder, plain), rtol=1e-3, atol=1e-3)
 
     def test_batch_equals_single(self, pipeline):
-        items = [{"id": str(i), "question": q} for i, q in enumerate(["What is botany?", "Who coined the term cells?"])]
-        alone = [pipeline.answer(item["question"])["answer"] for item in items]
-        assert [r["answer"] for r in pipeline.answer_batch(items)] == alone
+        """Text and vectors, in prompts of two lengths."""
+        settings, asked = pipeline.settings_for(p=0.25, topk=2), ["What is botany?", "Who coined the term cells?"]
+        items = [{"id": str(i), "question": question} for i, question in enumerate(asked)]
+        [one], [other] = (pipeline.answer_batch([item], settings) for item in items)
+        assert one["metrics"]["positions"] != other["metrics"]["positions"]
+        assert [r["answer"] for r in pipeline.answer_batch(items, settings)] == [one["answer"], other["answer"]]
 
     def test_decoding_equals_generate_of_transformers(self, pipeline):
         """An independent decoder loop, fed the same embeddings."""

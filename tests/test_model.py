@@ -6,10 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -855,21 +852,19 @@ def test_cache_home(monkeypatch, tmp_path):
 
 # -- the bundled decoder ----------------------------------------------------------------------
 
-CONVERT = "import refrag; print(refrag.model_folder('SmolLM2-135M-Instruct'))"
+CONVERT = "print(refrag.model_folder('SmolLM2-135M-Instruct'), flush=True)"
 
 
 @pytest.mark.models
-def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
+def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch, forks):
     """Two processes that need it at once both get it; one converts it. Its tokenizer splits numbers into digits, which
     the conversion by transformers leaves out, and its weights are read as what they are."""
-    environment = os.environ | {"REFRAG_HOME": str(tmp_path), "PYTHONPATH": str(Path(refrag.__file__).parent)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path}
-    running = [subprocess.Popen([sys.executable, "-c", CONVERT], **pipes) for _ in range(2)]
-    finished = [(*process.communicate(), process.returncode) for process in running]
-    assert [code for _, _, code in finished] == [0, 0], finished
+    logs = [tmp_path / name for name in "ab"]
+    running = [forks.start(["-c", CONVERT], log=log, REFRAG_HOME=tmp_path) for log in logs]
+    assert [forks.wait(pid) for pid in running] == [0, 0], [Path(f"{log}.err").read_text() for log in logs]
     (folder,) = [p for p in (tmp_path / "models").iterdir() if p.is_dir()]
-    assert [out.strip() for out, _, _ in finished] == [str(folder)] * 2
-    assert sorted("converting" in err for _, err, _ in finished) == [False, True]
+    assert [Path(f"{log}.out").read_text().strip() for log in logs] == [str(folder)] * 2
+    assert sorted("converting" in Path(f"{log}.err").read_text() for log in logs) == [False, True]
 
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path))
     monkeypatch.setattr("refrag_extras.convert_gguf.convert_gguf", None)  # not called again
