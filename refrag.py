@@ -220,7 +220,7 @@ class CorpusConfig(Options):
 
 
 class IndexConfig(Options):
-    index_dir: str | None = opt(None, "the index folder")
+    index_dir: str | None = opt(None, "the index folder, or milvus+http://HOST:19530/NAME, or milvus+file:PATH")
     retriever: str | None = opt(None, "default the index's, else both fused by rank", choices="hybrid dense bm25")
     embed_model: str | None = opt(None, "sentence-transformers model; default the index's, else all-MiniLM-L6-v2")
 
@@ -1076,18 +1076,11 @@ def cache_home() -> Path:
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
 NOT_AS_NAMED = "rename it, or leave it out"
 TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
-MARKDOWN = (".md", ".markdown")
-TEXTS = (".txt", ".text", *MARKDOWN)
-DOCUMENTS = (".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".html", ".htm")  # by the libraries of the extra [docs]
-DOCUMENT_EXTRA = "pip install 'refrag[docs]'"
-DOCUMENT_LIBRARIES = ("lxml", "mammoth", "markdownify", "openpyxl", "pptx", "pypdfium2")
 ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
 TEXT_FIELDS = ("text", "contents", "body", "passage")
 QUESTION_FIELDS = ("question", "query", "text")
 NAMED = 10  # bad records and files that are named one by one
-SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
 SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
-CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
 
 
 class Record(NamedTuple):
@@ -1277,122 +1270,6 @@ def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
     return found
 
 
-def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:
-    name = field_in(item, TEXT_FIELDS, where)
-    body, title = check_string(item.pop(name), name, where), item.pop("title", None)
-    if not body.strip():
-        raise BadRecord(f"{where}: {name} is empty")
-    title = "" if title is None else check_string(title, "title", where)
-    identifier = pop_id(item, default_id, where)
-    if isinstance(item.get("metadata"), dict):  # BEIR has one in every record, mostly empty
-        item = item.pop("metadata") | item
-    try:
-        json.dumps(item, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: a field cannot be kept ({one_line(error)})") from None
-    return Record(identifier, title, body, where, item)
-
-
-def source_label(name: str, sources: dict[str, str]) -> str:
-    """What ids from a file or folder begin with: the shortest end of its path that no other source has.
-
-    sources: label -> path; receives this one. A pipe is another source each time; what lies in a source keeps its place
-    there. Example: b/notes.txt, {"notes.txt": "/a/notes.txt"} -> "b/notes.txt"
-    """
-    path, place = Path(os.path.abspath(name)), ""
-    if name == "-" or not (path.is_file() or path.is_dir()):
-        labels = ("stdin" if n == 1 else f"stdin-{n}" for n in itertools.count(1))
-    else:
-        place, known = spelled(path), {place: label for label, place in sources.items()}
-        parts = place.split("/")
-        for n in range(len(parts), 1, -1):  # the closest source around it
-            if label := known.get("/".join(parts[:n])):
-                return "/".join([label, *parts[n:]])
-        labels = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
-    taken = [f"{label}/" for label in sources]
-    label = next((label for label in labels if not any(
-        f"{label}/".startswith(other) or other.startswith(f"{label}/") for other in taken)), place)
-    sources[label] = place
-    return label
-
-
-def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[CorpusFile], list[Path]]:
-    """(the files to read, each once; those in folders that are not read), but for hidden ones. Raises RefragError."""
-    files: dict[str, CorpusFile] = {}  # by label
-    others, known = [], (*TEXTS, *OBJECTS, *TABLES, *DOCUMENTS)
-    kinds = known if all(map(importlib.util.find_spec, DOCUMENT_LIBRARIES)) else known[: -len(DOCUMENTS)]
-    for name in paths:
-        require(name == "-" or Path(name).exists(), f"--corpus {name}: no such file or folder")
-    for name in sorted(filter(os.path.isdir, paths), key=len):  # the outer folders before the inner
-        source_label(name, sources)
-    for name in paths:
-        path, inside = Path(name), [Path(name)]
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*"))
-                     if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            inside = [p for p in found if kind_of(p) in known]
-            require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(known)} files")
-            others += [p for p in found if kind_of(p) not in kinds]
-        inside = [p for p in inside if kind_of(p) not in known or kind_of(p) in kinds]
-        if not inside:
-            raise MissingError(f"--corpus {name}: libraries that read such documents are missing: {DOCUMENT_EXTRA}")
-        for file in inside:
-            label = source_label(str(file), sources)
-            files.setdefault(label, (file, label, label not in sources))
-    return list(files.values()), others
-
-
-def modified(path: Path) -> str:
-    """When a file was last changed, in UTC: texts that sort as the times do. Example: "2026-11-28T09:30:00" """
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(path.stat().st_mtime))
-
-
-def read_file(file: CorpusFile, counts: dict[str, int], errors: str) -> Iterator[Record]:
-    """The records of a file: the lines of a text, but Markdown, and any text in a folder, is one document, as a PDF is.
-
-    In a folder, as with --errors skip, a bad record or unreadable file is skipped, counted and named.
-    """
-    path, label, in_folder = file
-    errors += " skip" * in_folder
-    source = TextFile(path, errors, counts)
-    with skipping(errors, counts, (RefragError, OSError)):
-        of_text = source.suffix in (TEXTS if in_folder else MARKDOWN)
-        if source.suffix in DOCUMENTS or (of_text and not TextFile(path, "replace").items(TEXT_FIELDS)[0]):
-            from refrag_extras import documents
-
-            title, text, marks = documents.read(source)
-            if text.strip():
-                facts = {"path": label, "modified": modified(path)}
-                yield Record(label, title or bare_name(path).stem, text, source.name, facts, marks)
-            return
-        records, items = source.items(TEXT_FIELDS)
-        for number, text in items:
-            where = f"{source.name}:{number}"
-            with skipping(errors, counts):
-                item = parse_object(text, where) if records else {"text": text.strip()}
-                record = parse_passage(item, where, f"{label}:{number}")
-                yield record._replace(metadata={"path": label} | record.metadata)
-
-
-def read_corpus(corpus: CorpusConfig, counts: dict[str, int],
-                sources: dict[str, str] | None = None) -> Iterator[Record]:
-    """The records of the corpus, streamed. counts: receives skipped, replaced, ignored. sources: see `source_label`."""
-    files, others = corpus_files(corpus.corpus, {} if sources is None else sources)
-    counts["ignored"] = len(others)
-    kinds = collections.Counter(kind_of(path) for path in others)
-    if lacking := ", ".join(f"{kinds.pop(kind):,} {kind}" for kind in DOCUMENTS if kind in kinds):
-        notice(f"documents that were not read: {lacking}: {DOCUMENT_EXTRA}")
-    if kinds:
-        others = [spelled(path) for path in others if kind_of(path) in kinds]
-        shown = [*others[:NAMED], *[".."][: len(others) - NAMED]]
-        notice(f"files of other kinds, not read: {len(others):,} ({'; '.join(shown)})")
-    several = len(files) > 1  # then the bar counts files, whose number is known
-    read = (read_file(file, counts, corpus.errors)
-            for file in (progress(files, "reading", unit="file") if several else files))
-    records = itertools.islice(itertools.chain.from_iterable(read), corpus.limit)
-    return records if several else progress(records, "reading", unit="record")
-
-
 class TrainingText(NamedTuple):
     text: str | list[int]
     context: int  # tokens to compress before the rest is predicted; 0 if the file does not say
@@ -1417,28 +1294,6 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
             if isinstance(text, list) and sizes[1]:
                 text = text[: sum(sizes)]
             yield TrainingText(text, sizes[0], where)
-
-
-def split_spans(text: str, token_ends: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
-    """Character spans of at most `size` tokens that share about `overlap` tokens. token_ends: in characters.
-
-    A piece ends after a sentence, else after a word, if one ends in its last quarter.
-    Example: 4 one-letter words "a b c d", size 2, overlap 0 -> [(0, 3), (3, 7)]
-    """
-    if len(token_ends) <= size:
-        return [(0, len(text))]
-    spans, first = [], 0
-    while True:
-        last = min(first + size, len(token_ends))  # the piece is tokens first..last-1
-        start = token_ends[first - 1] if first else 0
-        if last == len(token_ends):
-            return [*spans, (start, len(text))]
-        window = range(last, max(first + 1, last - size // 4) - 1, -1)
-        ends = [i for i in window if text[token_ends[i - 1] : token_ends[i - 1] + 1].isspace()]
-        stops = [i for i in ends if text[token_ends[i - 1] - 1] in SENTENCE_ENDS]
-        cut = next(iter(stops or ends), last)
-        spans.append((start, token_ends[cut - 1]))
-        first = max(cut - overlap, first + 1)
 
 
 def check_question(value: Any, where: str) -> str:
@@ -1506,6 +1361,10 @@ def as_number(value: Any) -> float:
         return math.nan
 
 
+def as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class Filter:
     """Applies --where to passages. column: gives their "document", "title" or "metadata", a JSON object or empty."""
 
@@ -1523,7 +1382,7 @@ class Filter:
             if not found:
                 names = sorted({name for text in self.column("metadata") if text for name in json.loads(text)})
                 raise UserError(f"--where: no passage has a field {name!r}: there are id, title, {', '.join(names)}")
-            texts = [str(value).lower() if isinstance(value, bool) else str(value) for _, value in found]
+            texts = [as_text(value) for _, value in found]
             self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
                                  np.asarray([as_number(value) for _, value in found]))
         return self.fields[name]
@@ -2014,11 +1873,15 @@ class Index:
         stored = self.manifest["chunking"]["k"]
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
+    def stored(self, row: int) -> dict[str, np.ndarray] | None:
+        """The columns of a passage's chunks, flattened."""
+        return {name: self.chunks[name][row].values.to_numpy() for name in self.chunks.column_names}
+
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
         """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
-        if not self.serves(k):
+        stored = self.stored(row) if self.serves(k) else None
+        if stored is None:
             return None
-        stored = {name: self.chunks[name][row].values.to_numpy() for name in self.chunks.column_names}
         if self.manifest["chunking"]["encoder"] != encoder:
             stored.pop("states", None)
         return merge_chunks(stored_chunks(stored), k // self.manifest["chunking"]["k"])
@@ -2032,9 +1895,16 @@ def stored_chunks(columns: dict[str, np.ndarray]) -> ChunkTable:
     return ChunkTable(columns["ends"], columns["sizes"], embeddings, states)
 
 
+def milvus_for(index_dir: str | Path) -> Any | None:
+    """The companion for an index in Milvus, None for a folder. Raises MissingError."""
+    return importlib.import_module("refrag_extras.milvus") if str(index_dir).startswith("milvus+") else None
+
+
 def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
-    """Raises UserError, CorruptError, MismatchError."""
+    """Raises RefragError."""
     require(index_dir is not None, "--index_dir is missing: name the folder that `index` wrote")
+    if milvus := milvus_for(index_dir):
+        return milvus.read_manifest(index_dir)
     path = Path(index_dir)
     fault = "no index in this folder" if path.is_dir() else "no such folder"
     require((path / "manifest.json").is_file(), f"--index_dir {path}: {fault}: build it with `{PROGRAM} index`")
@@ -2046,7 +1916,9 @@ def index_manifest(index_dir: str | Path | None) -> dict[str, Any]:
 
 def open_index(index_dir: str | Path | None, read_all: bool = False) -> Index:
     """Open and verify an index. read_all: see `verify_files`. Raises RefragError."""
-    manifest = index_manifest(index_dir)
+    manifest, milvus = index_manifest(index_dir), milvus_for(index_dir)
+    if milvus:
+        return milvus.MilvusIndex(index_dir, manifest)
     try:
         return Index(Path(index_dir), manifest, read_all)
     except (OSError, CorruptError):

@@ -109,7 +109,7 @@ rem ---- Installation. The stamps hold what it was made from and are written las
 :install
 >"%KEY_FILE%" echo %ACCEL% %TORCH_VERSION% %CHANNEL% %MODEL_PACKAGES% "%CD%"
 type pyproject.toml >>"%KEY_FILE%"
-set "TARGET=."
+set "TARGET=.[docs]"
 if defined RUN_TESTS set "TARGET=.[test]"
 if not exist "%VENV_PY%" goto make_venv
 fc /b "%KEY_FILE%" "%INSTALL_STAMP%" >nul 2>nul

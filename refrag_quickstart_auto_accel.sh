@@ -260,7 +260,7 @@ check_torch() {
 }
 
 install_project() {
-    local target=.
+    local target='.[docs]'
     if [[ $RUN_TESTS -eq 1 ]]; then target='.[test]'; fi
     step "refrag and its dependencies"
     pip install -e "$target" || die 3 \

@@ -41,6 +41,7 @@ import torch
 
 import refrag
 from refrag_extras import align, bench, cpu_engine, evaluate
+from refrag_extras.corpus import read_corpus
 
 RUNTIME = refrag.RuntimeConfig()
 
@@ -266,7 +267,7 @@ def measure_embed(args: argparse.Namespace) -> dict:
 
     config = refrag.CorpusConfig(corpus=(args.texts,), limit=args.limit)
     counts = {"skipped": 0, "replaced": 0}
-    texts = [refrag.passage_content(record.title, record.text) for record in refrag.read_corpus(config, counts)]
+    texts = [refrag.passage_content(record.title, record.text) for record in read_corpus(config, counts)]
     embedder = refrag.load_embedder(None, RUNTIME)
     plain = SentenceTransformer(refrag.model_path(embedder.name), device=str(refrag.pick_device("auto")))
     chunking = refrag.Chunking(16, refrag.build_tokenizer(refrag.RefragConfig()))

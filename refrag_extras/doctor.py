@@ -10,7 +10,7 @@ import refrag
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    size = sum(entry["bytes"] for entry in manifest.get("files", {}).values())  # none in Milvus
     keys = ("retriever", "faiss", "dim", "embedder", "chunking", "counts")
     return {"mb": round(size / 2**20, 1)} | {key: manifest[key] for key in keys}
 

@@ -6,9 +6,9 @@ Markdown needs no library; PDF, Word, PowerPoint, Excel, EPUB and HTML files nee
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
-import logging
 import posixpath
 import re
 import urllib.parse
@@ -20,7 +20,12 @@ from xml.etree import ElementTree
 
 import refrag
 
-UNPACKED = 1 << 29  # bytes of XML: more in one file is a zip bomb, or takes too much memory as a tree
+MARKDOWN = (".md", ".markdown")
+TEXTS = (".txt", ".text", *MARKDOWN)
+INSTALL = "pip install 'refrag[docs]'"
+LIBRARIES = ("lxml", "mammoth", "markdownify", "openpyxl", "pptx", "pypdfium2")
+DRAWN = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
+LARGEST = 1 << 27  # bytes of XML or HTML in one file: as a tree they take 30 times as much; bombs of zip hold more
 OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # a .doc, .xls or .ppt, and the wrapping of a new document with a password
 NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 HYPHEN = re.compile("[\x02\ufffe]\\s*")  # PDFium's sign of a word that goes on in the next line
@@ -28,8 +33,8 @@ NO_TITLE = re.compile(r"untitled.*|microsoft \w+ - .*|powerpoint presentation|"
                       r"\S+\.(docx?|xlsx?|pptx?|pdf|html?|indd|dvi|tex)", re.IGNORECASE)
 # Front matter and fenced code, which hold no heading; "## Heading ##"; a heading that is underlined.
 HEADING = re.compile(r"\A---\n.*?^---$|^ {0,3}(`{3,}|~{3,}).*?(?:^ {0,3}\1|\Z)|"
-                     r"^ {0,3}(#{1,6})[ \t]+([^\n]+?)(?:[ \t]+#+)?[\xb6 \t]*$|"
-                     r"^([^\s>|#*+-][^\n]*)\n(={3,}|-{3,})[ \t]*$", re.MULTILINE | re.DOTALL)
+                     r"^ {0,3}(#{1,6})[ \t]+([^\n]{1,300}?)(?:[ \t]+#+)?[\xb6 \t]*$|"
+                     r"^([^\s>|#*+-][^\n]{0,300})\n(={3,}|-{3,})[ \t]*$", re.MULTILINE | re.DOTALL)
 MARKUP = re.compile(r"!?\[(?=[^\]]*\]\()|\]\([^)]*\)|[*`]")  # of links, pictures and emphasis in a heading
 Marks = list[tuple[int, dict[str, Any]]]
 
@@ -88,9 +93,6 @@ def of_pdf(data: bytes, name: str) -> Document:
         refrag.require("password" not in str(error).lower(), f"{name} needs a password: save it without one")
         raise
     with contextlib.closing(pdf):
-        rebuilt = not pypdfium2.raw.FPDF_DocumentHasValidCrossReferenceTable(pdf)
-        if rebuilt and b"%%EOF" not in data[-2048:]:
-            raise ValueError("its end is missing")
         pages = refrag.progress(range(len(pdf)), name, unit="page")
         return of_parts(pdf.get_metadata_value("Title"), [({"page": n + 1}, page_text(pdf[n])) for n in pages])
 
@@ -115,14 +117,22 @@ def of_pptx(data: bytes, name: str) -> Document:
     """The slides of a presentation, each with its notes."""
     import pptx
 
-    show = pptx.Presentation(io.BytesIO(data))
-    parts = []
+    show, parts = pptx.Presentation(io.BytesIO(data)), []
     for number, slide in enumerate(show.slides, start=1):
-        trees = [slide.element, *([slide.notes_slide.notes_placeholder.element] if slide.has_notes_slide else [])]
-        lines = ["".join(node.text or "\n" for node in paragraph.iter("{*}t", "{*}br"))
-                 for tree in trees for paragraph in tree.iter("{http://schemas.openxmlformats.org/drawingml/2006/main}p")]
-        parts.append(({"slide": number}, "\n".join(line for line in lines if line.strip())))
+        notes = slide.notes_slide.notes_placeholder if slide.has_notes_slide else None
+        lines = [*drawn_lines(slide.element), *(drawn_lines(notes.element) if notes is not None else ())]
+        parts.append(({"slide": number}, "\n".join(lines)))
     return of_parts(show.core_properties.title, parts)
+
+
+def drawn_lines(tree: Any) -> Iterator[str]:
+    """The paragraphs in a tree of DrawingML, and the rows of its tables."""
+    for node in tree.iter(f"{DRAWN}tr", f"{DRAWN}p"):
+        if node.getparent().getparent().tag != f"{DRAWN}tc":
+            texts = ("".join(part.text or " " for part in paragraph.iter(f"{DRAWN}t", f"{DRAWN}br"))
+                     for paragraph in node.iter(f"{DRAWN}p"))
+            if line := " | ".join(text for text in texts if text.strip()):
+                yield line
 
 
 def of_xlsx(data: bytes, name: str) -> Document:
@@ -158,16 +168,9 @@ READERS = {".pdf": of_pdf, ".docx": of_docx, ".pptx": of_pptx, ".xlsx": of_xlsx,
            ".html": lambda data, name: of_html(data), ".htm": lambda data, name: of_html(data)}
 
 
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep the libraries' own warnings off stderr."""
-    disabled = logging.root.manager.disable
-    logging.disable()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(disabled)
+def installed() -> bool:
+    """Whether all libraries of the extra are there."""
+    return all(map(importlib.util.find_spec, LIBRARIES))
 
 
 def check(data: bytes, name: str, kind: str) -> None:
@@ -178,23 +181,24 @@ def check(data: bytes, name: str, kind: str) -> None:
         raise refrag.BadRecord(f"{name} has a password, or an old format (.doc): save it as {kind} without one")
     if kind in (".html", ".htm") and data.startswith(refrag.BINARY):
         raise refrag.BadRecord(f"{name} is a PDF, picture, archive or office document: {refrag.NOT_AS_NAMED}")
+    size = 0 if kind == ".pdf" else len(data)
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith(("ml", ".htm")))
-        if size > UNPACKED:
-            raise refrag.BadRecord(f"{name} unpacks to {size / 2**30:.1f} GiB of XML: split it, or leave it out")
+    if size > LARGEST:
+        raise refrag.BadRecord(f"{name} holds {size >> 20:,} MiB of XML or HTML, more than {LARGEST >> 20}: split it")
 
 
 def read(source: refrag.TextFile) -> Document:
     """A file as one document. Raises BadRecord if it holds no text or has a password, CorruptError if it is damaged."""
-    if source.suffix in refrag.TEXTS:
+    if source.suffix in TEXTS:
         [(_, text)] = source.lines(as_one=True)
-        return of_markdown(text) if source.suffix in refrag.MARKDOWN else Document("", text, [])
+        return of_markdown(text) if source.suffix in MARKDOWN else Document("", text, [])
     with source.opened() as handle:
         data = handle.read()
-    check(data, source.name, source.suffix)
     try:
-        with silence():
+        check(data, source.name, source.suffix)
+        with warnings.catch_warnings(action="ignore"):  # of the libraries
             title, text, marks = READERS[source.suffix](data, source.name)
     except (refrag.RefragError, ImportError, MemoryError):
         raise

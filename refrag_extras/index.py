@@ -33,6 +33,7 @@ import scipy.sparse
 
 import refrag
 from refrag import Index, Record, open_columns, require
+from refrag_extras.corpus import corpus_files, read_corpus, split_spans
 
 BLOCK = 256  # passages computed together, sorted by length inside, and rows of a record batch
 IVF_LEAST = 10_000  # passages that train an inverted file
@@ -123,9 +124,11 @@ def piece_facts(record: Record, start: int, end: int) -> str:
 class Build:
     """What a corpus becomes in an index, wherever that is kept: passages, and what models compute for them."""
 
-    def __init__(self, build: refrag.BuildConfig, retriever: str, embedder: refrag.Embedder | None,
-                 chunking: refrag.Chunking, settings: dict[str, Any], sources: dict[str, str]):
+    def __init__(self, path: Path | str, previous: Index | None, build: refrag.BuildConfig, retriever: str,
+                 embedder: refrag.Embedder | None, chunking: refrag.Chunking, settings: dict[str, Any],
+                 sources: dict[str, str]):
         """settings: see DEFAULTS. sources: see `source_label`. Raises UserError."""
+        self.path, self.previous = path, previous
         self.options, self.retriever, self.embedder, self.chunking = build, retriever, embedder, chunking
         self.counts, self.sources, self.settings = {"skipped": 0, "replaced": 0}, dict(sources), settings
         self.places: dict[str, str] = {}  # id of a document or passage that was read -> file:line
@@ -147,7 +150,7 @@ class Build:
 
     def read(self, corpus: refrag.CorpusConfig) -> Iterator[list[tuple]]:
         """The corpus in blocks of passages (document, part, title, text, metadata). Raises RefragError."""
-        for block in in_blocks(refrag.read_corpus(corpus, self.counts, self.sources)):
+        for block in in_blocks(read_corpus(corpus, self.counts, self.sources)):
             titles = refrag.tokenize(self.tokenizer, [record.title or "." for record in block])
             texts = refrag.tokenize(self.tokenizer, [record.text for record in block])
             passages = []
@@ -156,7 +159,7 @@ class Build:
                 room = max(self.size - used, self.size // 2)  # for a piece of the text beside the title
                 overlap = min(self.settings["overlap"], room // 2)
                 with refrag.skipping(corpus.errors, self.counts):
-                    passages += self.pieces(record, refrag.split_spans(record.text, text.ends.tolist(), room, overlap))
+                    passages += self.pieces(record, split_spans(record.text, text.ends.tolist(), room, overlap))
             yield passages
 
     def pieces(self, record: Record, spans: list[tuple[int, int]]) -> list[tuple]:
@@ -170,6 +173,17 @@ class Build:
         self.places |= dict.fromkeys(ids, record.where)
         return [(record.id, part, record.title, record.text[slice(*span)], piece_facts(record, *span))
                 for part, span in zip(parts, kept, strict=True)]
+
+    def read_columns(self, path: Path, corpus: refrag.CorpusConfig, schema: pa.Schema,
+                     derive: Callable[[tuple, str], tuple]) -> pa.Table:
+        """Write the corpus's passages to an Arrow file: fields, key, and what `derive` makes of passage and content."""
+        with new_columns(path, schema) as writer:
+            for block in filter(None, self.read(corpus)):
+                contents = [refrag.passage_content(title, text) for _, _, title, text, _ in block]
+                rows = [(*passage, content_key(content), *derive(passage, content))
+                        for passage, content in zip(block, contents, strict=True)]
+                writer.write(pa.record_batch([list(column) for column in zip(*rows, strict=True)], schema))
+        return open_columns(path)
 
     def compute(self, contents: list[str]) -> pa.Table:
         """What models give for contents: a vector (dim,) float32; of the L chunks their ends in characters, sizes in
@@ -189,6 +203,34 @@ class Build:
         refrag.glibc("malloc_trim", 0)
         return pa.table(columns)
 
+    def refuse_empty(self, corpus: refrag.CorpusConfig) -> None:
+        require(not self.options.changes or self.previous is None or not len(self.previous),
+                f"this would delete all {len(self.previous or ())} passages of {self.path}: add --delete_all to do so")
+        require(False, f"--corpus {' '.join(corpus.corpus)}: no passages in it")
+
+    def rows_kept(self, old: pa.Table, new: pa.Table) -> np.ndarray:
+        """The rows of the index without documents that are deleted or read again. Raises BadRecord, UserError."""
+        documents, parts = old["document"], old["part"]
+        delete = pa.array(self.options.delete, pa.string())
+        absent = delete.filter(pc.invert(pc.is_in(delete, value_set=documents))).to_pylist()
+        require(not absent, f"--delete {' '.join(absent)}: the index has no such document")
+        gone = pa.chunked_array([delete, *new["document"].chunks])
+        stays = ~pc.is_in(documents, value_set=gone).to_numpy()
+        ids = pc.binary_join_element_wise(documents, parts.cast(pa.string()), "#")
+        names = pa.array(self.places, pa.string())  # also of pieces: a#1 may be the name of a document
+        for column, counted in ((documents, stays), (ids, stays & (parts.to_numpy() > 0))):
+            for row in np.flatnonzero(pc.is_in(column, value_set=names).to_numpy() & counted)[:1].tolist():
+                name = column[row].as_py()
+                places = f"in the index and at {self.places[name]}"
+                raise refrag.BadRecord(f"duplicate id {name!r} {places}: make ids unique")
+        return np.flatnonzero(stays)
+
+    def compare_documents(self, old: pa.ChunkedArray, new: pa.ChunkedArray, current: pa.ChunkedArray) -> dict[str, int]:
+        """How many documents of the index --add replaced, and how many are gone. All by id, passage by passage."""
+        again, there = (pc.is_in(pc.unique(old), value_set=ids).to_numpy(False) for ids in (new, current))
+        return {"added": len(new), "replaced_documents": int(again.sum()) if self.options.add else 0,
+                "deleted_documents": int((~there).sum())}
+
 
 class Unchanged(Exception):
     """There is nothing to write."""
@@ -197,10 +239,9 @@ class Unchanged(Exception):
 class FolderBuild(Build):
     """Makes the next generation of an index folder, and replaces its manifest."""
 
-    def __init__(self, path: Path, previous: Index | None, *args: Any):
-        super().__init__(*args)
-        self.path, self.previous = path, previous
-        self.finished = path / f".computed-{content_key(refrag.dumps(refrag.made_by(self.facts()))).hex()}"
+    def __init__(self, path: str, *args: Any):
+        super().__init__(Path(path), *args)
+        self.finished = self.path / f".computed-{content_key(refrag.dumps(refrag.made_by(self.facts()))).hex()}"
 
     def run(self, corpus: refrag.CorpusConfig) -> dict[str, Any]:
         """Make the new generation current, unless nothing has changed. Returns counts. The caller holds the lock."""
@@ -231,15 +272,10 @@ class FolderBuild(Build):
         old = self.previous if self.options.add or self.options.delete else None
         uses_words = "bm25" in refrag.RETRIEVERS[self.retriever]
         self.vocabulary = dict(old.bm25.vocab_dict) if old is not None and uses_words else {}
-        with new_columns(folder / "read.arrow", SCHEMA) as writer:
-            for block in filter(None, self.read(corpus)):
-                contents = [refrag.passage_content(title, text) for _, _, title, text, _ in block]
-                terms = [self.term_numbers(content) if uses_words else [] for content in contents]
-                columns = [*map(list, zip(*block, strict=True)), list(map(content_key, contents)), terms]
-                writer.write(pa.record_batch(columns, SCHEMA))
-        new = open_columns(folder / "read.arrow")
+        new = self.read_columns(folder / "read.arrow", corpus, SCHEMA, lambda passage, content: (
+            self.term_numbers(content) if uses_words else [],))
         tables = [new] if old is None else [old.passages, new]
-        self.kept = np.zeros(0, np.int64) if old is None else self.rows_kept(new)
+        self.kept = np.zeros(0, np.int64) if old is None else self.rows_kept(old.passages, new)
         rows = np.concatenate([self.kept, np.arange(len(new)) + sum(map(len, tables[:-1]))])
         with new_columns(folder / "passages.arrow", SCHEMA) as writer:
             for table in gather(tables, rows):
@@ -248,40 +284,12 @@ class FolderBuild(Build):
         if not len(rows) and not self.options.delete_all:
             self.refuse_empty(corpus)
         passages = open_columns(folder / "passages.arrow")
-        self.counts |= {"added": len(new)} | self.compare_documents(new, passages)
+        before = self.previous.passages["document"] if self.previous else pa.chunked_array([], pa.string())
+        self.counts |= self.compare_documents(before, new["document"], passages["document"])
         return passages
 
     def term_numbers(self, content: str) -> list[int]:
         return [self.vocabulary.setdefault(term, len(self.vocabulary)) for term in refrag.index_terms(content)]
-
-    def refuse_empty(self, corpus: refrag.CorpusConfig) -> None:
-        require(not self.options.changes or self.previous is None or not len(self.previous),
-                f"this would delete all {len(self.previous or ())} passages of {self.path}: add --delete_all to do so")
-        require(False, f"--corpus {' '.join(corpus.corpus)}: no passages in it")
-
-    def rows_kept(self, new: pa.Table) -> np.ndarray:
-        """The rows of the index without documents that are deleted or read again. Raises BadRecord, UserError."""
-        documents, parts = self.previous.passages["document"], self.previous.passages["part"]
-        delete = pa.array(self.options.delete, pa.string())
-        absent = delete.filter(pc.invert(pc.is_in(delete, value_set=documents))).to_pylist()
-        require(not absent, f"--delete {' '.join(absent)}: the index has no such document")
-        gone = pa.chunked_array([delete, *new["document"].chunks])
-        stays = ~pc.is_in(documents, value_set=gone).to_numpy()
-        ids = pc.binary_join_element_wise(documents, parts.cast(pa.string()), "#")
-        names = pa.array(self.places, pa.string())  # also of pieces: a#1 may be the name of a document
-        for column, counted in ((documents, stays), (ids, stays & (parts.to_numpy() > 0))):
-            for row in np.flatnonzero(pc.is_in(column, value_set=names).to_numpy() & counted)[:1].tolist():
-                name = column[row].as_py()
-                places = f"in the index and at {self.places[name]}"
-                raise refrag.BadRecord(f"duplicate id {name!r} {places}: make ids unique")
-        return np.flatnonzero(stays)
-
-    def compare_documents(self, new: pa.Table, current: pa.Table) -> dict[str, int]:
-        """How many documents of the index --add replaced, and how many are gone."""
-        old = pc.unique(self.previous.passages["document"]) if self.previous else pa.array([], pa.string())
-        again, there = (pc.is_in(old, value_set=table["document"]).to_numpy(False) for table in (new, current))
-        return {"replaced_documents": int(again.sum()) if self.options.add else 0,
-                "deleted_documents": int((~there).sum())}
 
     def computed(self) -> list[pa.Table]:
         """What is known by key: from the generation before, if the same models made it, and from a killed build."""
@@ -449,9 +457,10 @@ def check_same_build(manifest: dict[str, Any], index: refrag.IndexConfig, build:
 
 
 def load_build(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.BuildConfig,
-               models: refrag.ModelConfig, runtime: refrag.RuntimeConfig) -> FolderBuild:
+               models: refrag.ModelConfig, runtime: refrag.RuntimeConfig) -> Build:
     """A build with what the options name, or what the index to change has. Raises RefragError."""
-    previous, is_new = None, not (Path(index.index_dir) / "manifest.json").is_file()
+    previous, milvus = None, refrag.milvus_for(index.index_dir)
+    is_new = not (milvus.exists(index.index_dir) if milvus else (Path(index.index_dir) / "manifest.json").is_file())
     changes = build.changes and not (build.sync and is_new)
     with contextlib.suppress(() if changes else refrag.RefragError):  # an unreadable one is replaced
         previous = refrag.open_index(index.index_dir, read_all=not changes)
@@ -473,11 +482,14 @@ def load_build(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: re
     named = {"faiss": build.faiss, "max_passage_tokens": corpus.max_passage_tokens, "overlap": corpus.overlap}
     settings = DEFAULTS | built.get("settings", {}) | {key: v for key, v in named.items() if v is not None}
     sources = {} if build.sync else built.get("sources", {})
-    return FolderBuild(Path(index.index_dir), previous, build, retriever, embedder, chunking, settings, sources)
+    kind = milvus.MilvusBuild if milvus else FolderBuild
+    return kind(index.index_dir, previous, build, retriever, embedder, chunking, settings, sources)
 
 
 def lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, new or not. Raises LockedError, UserError."""
+    """The writers' lock of an index folder, new or not; in Milvus there is none. Raises RefragError."""
+    if milvus := refrag.milvus_for(index_dir):
+        return contextlib.nullcontext(milvus.exists(index_dir))
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
@@ -493,7 +505,7 @@ def run(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.Bu
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     require(bool(corpus.corpus) != bool(build.delete) or build.delete_all,
             "--delete takes no --corpus" if build.delete else "--corpus is missing: name files or folders")
-    refrag.corpus_files(corpus.corpus, {})  # report a missing path before doing any work
+    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if os.environ.get("WORLD_SIZE", "1") != "1" and not refrag.process_group().is_main_process:
         return load_build(corpus, index, build, models, runtime).embed()
     start = time.perf_counter()

@@ -443,13 +443,6 @@ def test_questions_may_name_no_passage_or_a_piece_of_one(done, command, line, wr
                          "--steps", 1))["steps"] == 1
 
 
-@pytest.mark.parametrize("retriever", ["hybrid", "dense", "bm25"])
-def test_topk_above_the_corpus_returns_everything_once(done, command, retriever):
-    found = [p["id"] for p in done(*command("search", "--question", "The river and the old city", "--topk", 999,
-                                            "--retriever", retriever))["passages"]]
-    assert len(set(found)) == len(found) and set(found) <= set("abcdef") and (retriever == "bm25" or len(found) == 6)
-
-
 def test_no_passage_is_empty(done, line, write, tmp_path):
     """The decoder's tokenizer, which splits for BM25, spells white space in tokens of its own."""
     corpus = write("c.jsonl", [{"id": "a", "text": "start" + "\n \t" * 60 + "end of it"}])

@@ -5,9 +5,9 @@ import dataclasses
 import errno
 import inspect
 import math
+import re
 import textwrap
 import typing
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -45,12 +45,8 @@ def several(f: dataclasses.Field) -> bool:
 
 @pytest.mark.parametrize("name", refrag.COMMANDS)
 def test_a_command_defines_every_option_once_and_has_the_common_ones(name):
-    counts = Counter(f.name for c in refrag.COMMANDS[name].configs for f in dataclasses.fields(c))
-    assert [option for option, count in counts.items() if count > 1] == []
-    assert counts.keys() >= {"device", "dtype", "threads", "seed", "json", "quiet", "offline", "debug", "config"}
-
-
-def test_an_option_defined_twice_is_noticed():
+    assert refrag.config_fields(refrag.COMMANDS[name].configs).keys() >= {
+        "device", "dtype", "threads", "seed", "json", "quiet", "offline", "debug", "config"}
     with pytest.raises(AssertionError, match="topk is defined twice"):
         refrag.config_fields((refrag.SearchConfig, refrag.SearchConfig))
 
@@ -85,7 +81,7 @@ def refused(cls: type, **values: object) -> str:
     with pytest.raises(refrag.UserError) as caught:
         make(cls, **values)
     message = str(caught.value)
-    assert message.startswith(f"--{next(iter(values))} ") and "\n" not in message
+    assert re.match(rf"(name one of )?--{next(iter(values))}\b", message) and "\n" not in message
     return message
 
 
@@ -142,10 +138,11 @@ def test_what_is_needed_is_given(cls, f):
 PPL = {"task": "ppl", "texts": (__file__,)}
 BAD = [  # class, values that break a check, what the message tells
     (refrag.CorpusConfig, {"corpus": ("-", "a.txt", "-")}, "standard input twice"),
-    (refrag.CorpusConfig, {"overlap": 11, "max_passage_tokens": 20}, "half of --max_passage_tokens 20, got 11"),
+    (refrag.BuildConfig, {"add": True, "sync": True}, "--add, --sync and --delete"),
+    (refrag.BuildConfig, {"delete_all": True}, "goes with --sync or --delete"),
     (refrag.GenerateConfig, {"stop": ("x", "")}, "empty"),
     *((refrag.TrainConfig, {"train": letters}, "letters of ped") for letters in ("x", "pd e", "P")),
-    (refrag.TrainConfig, {"k": (4, 32), "seq_tokens": 31}, "--k 32 is larger than --seq_tokens 31"),
+    (refrag.TrainConfig, {"k": (4, 32), "seq_tokens": 31}, "32 is larger than --seq_tokens 31"),
     (refrag.EvalConfig, {"qa": None}, "--qa is missing"),
     *((refrag.EvalConfig, {"texts": (), "task": task}, "--texts is missing") for task in ("ppl", "recon")),
     (refrag.EvalConfig, {"modes": ("full", "fulll")}, "--modes fulll: --task qa knows full, refrag, none"),
@@ -160,7 +157,7 @@ BAD = [  # class, values that break a check, what the message tells
     (refrag.AnchorConfig, {"text": ""}, "the text to align"),
     (refrag.ServeConfig, {"api_key": ""}, "empty"),
     *((refrag.ServeConfig, {"cors": ("https://a.b", bad)}, f"--cors {bad}: an origin is")
-      for bad in ("*", "a.b", "https://a.b/")),
+      for bad in ("*", "a.b", "https://a.b/", "https://a.b/notes", "null", "https://*.b")),
     (refrag.ExportConfig, {"out_dir": ROOT}, "is there already"),
 ]
 GOOD = [
@@ -176,8 +173,6 @@ GOOD = [
 
 @pytest.mark.parametrize(("cls", "values", "told"), BAD, ids=str)
 def test_options_that_do_not_go_together_are_refused(cls, values, told):
-    if cls is refrag.TrainConfig and "k" in values:
-        told = told.removeprefix("--k ")
     assert told in refused(cls, **values)
 
 
@@ -207,8 +202,7 @@ def test_an_error_class_has_its_documented_exit_code(cls, code):
     assert {c.code for c in refrag.RefragError.__subclasses__()} < set(CODES.values())
 
 
-class OutOfMemoryError(RuntimeError):
-    """Named like the accelerators' error, which is raised under several modules."""
+OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})  # accelerators have several of this name
 
 
 @pytest.mark.parametrize(("error", "code"), [
@@ -218,20 +212,17 @@ class OutOfMemoryError(RuntimeError):
     *((OSError(getattr(errno, name), "no", "/there"), 2) for name in (
         "EACCES", "EPERM", "EROFS", "ENOENT", "EISDIR", "ENOTDIR", "ENAMETOOLONG")),
     (OSError(errno.EIO, "Input/output error", "/there"), 1), (ZeroDivisionError("no"), 1), (RuntimeError("a\nb"), 1),
-], ids=repr)
+    (KeyError("weights"), 1)], ids=repr)
 def test_other_exceptions_have_an_exit_code_and_one_line(error, code):
+    """One that is not known is called a fault of ours and points to --debug."""
     got, message = refrag.classify(error)
-    assert got == code
-    assert message.strip() == message != "" and "\n" not in message
+    assert got == code and message.strip() == message != "" and "\n" not in message
     assert code != 2 or message.startswith("/there: ")
+    assert not isinstance(error, KeyError) or (
+        message == "internal fault: KeyError: 'weights': run again with --debug for the traceback")
 
 
 def test_memory_that_torch_does_not_get_is_memory_that_ran_out():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert refrag.classify(caught.value)[0] == 6
-
-
-def test_an_unknown_exception_is_called_a_fault_of_ours_and_points_to_debug():
-    _, message = refrag.classify(KeyError("weights"))
-    assert message == "internal fault: KeyError: 'weights': run again with --debug for the traceback"

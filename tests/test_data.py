@@ -18,6 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import refrag
+from refrag_extras.corpus import read_corpus, split_spans
 
 BOM = b"\xef\xbb\xbf"
 CJK = "\u957f\u6c5f"
@@ -29,7 +30,7 @@ def read(*paths: object, sources: dict[str, str] | None = None, **options: objec
     sources: those of earlier additions, with their labels.
     """
     counts, sources = {"skipped": 0, "replaced": 0}, dict(sources or {})
-    records = list(refrag.read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts, sources))
+    records = list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts, sources))
     return SimpleNamespace(records=records, sources=sources, ids=[r.id for r in records],
                            texts=[r.text for r in records], **counts)
 
@@ -456,7 +457,7 @@ def tokens_inside(ends: list[int], span: tuple[int, int]) -> list[int]:
 @given(tokenised(), st.integers(1, 12), st.integers(0, 6))
 def test_pieces_cover_the_text_in_order_and_hold_at_most_size_tokens(case, size, overlap):
     (text, ends), overlap = case, min(overlap, size // 2)
-    spans = refrag.split_spans(text, ends, size, overlap)
+    spans = split_spans(text, ends, size, overlap)
     tokens = [set(tokens_inside(ends, span)) for span in spans]
     assert spans[0][0] == 0 and spans[-1][1] == len(text)
     assert all(start < end for start, end in spans) and max(map(len, tokens)) <= size
@@ -474,7 +475,7 @@ def test_tokens_without_characters_do_no_harm(widths, size, overlap):
     """A byte-level tokenizer spells one character in several tokens, which all end at the same place."""
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     text = "x" * ends[-1]
-    spans = refrag.split_spans(text, ends, size, min(overlap, size // 2))
+    spans = split_spans(text, ends, size, min(overlap, size // 2))
     assert spans[0][0] == 0
     assert spans[-1][1] == len(text)
     assert all(before[1] >= after[0] for before, after in itertools.pairwise(spans))
@@ -496,11 +497,11 @@ def words(text: str) -> list[int]:
     ("a b c d e f g. h. i j k", 8, 0, ["a b c d e f g. h.", " i j k"]),  # the later of two ends
     ("a b c d e f", 4, 2, ["a b c d", " c d e f"]), ("  a b  ", 2, 1, ["  a b  "]), ("  ", 8, 1, ["  "])])
 def test_a_piece_ends_after_a_sentence_in_its_last_quarter(text, size, overlap, pieces):
-    assert [text[a:b] for a, b in refrag.split_spans(text, words(text), size, overlap)] == pieces
+    assert [text[a:b] for a, b in split_spans(text, words(text), size, overlap)] == pieces
     # 8 tokens of one character would end inside `hij`; the space after `fg` stands in the last quarter
     letters = "abcde g hij klm"
     ends = [i for i in range(1, len(letters) + 1) if letters[i - 1] != " "]  # 13 tokens
-    assert refrag.split_spans(letters, ends, 8, 0) == [(0, 7), (7, 15)]
+    assert split_spans(letters, ends, 8, 0) == [(0, 7), (7, 15)]
 
 
 # ---- Questions ------------------------------------------------------------------------------------------------------

