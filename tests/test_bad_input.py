@@ -219,7 +219,6 @@ def test_a_bad_option_is_refused_before_anything_is_made(refused, command, tmp_p
 
 
 def without(argv: list[object], flag: str) -> list[object]:
-    """A command line without a flag and its value."""
     at = argv.index(flag)
     return [*argv[:at], *argv[at + 2 :]]
 

@@ -21,6 +21,8 @@ import safetensors.torch
 import torch
 from writers import ASKED, STEPS, WRITERS, Writer, argv, damage, sign, tree, unchanged
 
+import refrag
+
 KILLS = int(os.environ.get("REFRAG_KILLS", "2"))  # random places per writer, beside those around its last renaming
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 VARYING = {"seconds", "tokens_per_s", "ttft_s", "ttit_s", "stages", "spread", "runs", "peak_rss_mb", "peak_device_mb",
@@ -84,7 +86,6 @@ def look(run, files, llama):
 
 
 def line_of(writer: Writer) -> str:
-    """The kind of command that a writer is."""
     return "index" if writer.command in WRITING else writer.command
 
 
@@ -407,7 +408,6 @@ def test_a_folder_that_another_run_has_just_taken_stays(forks, line, tmp_path):
 
 
 def leave_room(disk: Path, pages: int) -> None:
-    """Fill a disk but for some pages of 4 KiB."""
     filler = disk / "filler"
     filler.unlink(missing_ok=True)
     room = os.statvfs(disk)
@@ -517,12 +517,15 @@ def test_a_flipped_bit_at_any_place_of_an_index_is_noticed(run, refused, read, l
 
 
 @pytest.mark.parametrize("name", ["vectors", "chunks.arrow", "manifest.json"])
-def test_an_index_that_is_built_again_uses_nothing_of_a_damaged_one(done, line, finished, tmp_path, name):
-    """An intact one is used, and nothing is computed, unless it is of other models."""
+def test_nothing_of_a_damaged_index_is_used(done, refused, line, finished, tmp_path, monkeypatch, name):
+    """By a change or by a new build, however large it is; of an intact one all is, unless it is of other models."""
+    monkeypatch.setattr(refrag, "READ_ALWAYS", 1)
     fresh = finished(Writer("vectors")).folder
     out = shutil.copytree(fresh, tmp_path / "out")
     assert done(*line("vectors", out))["computed"] == 0
     damage(out / name if name == "manifest.json" else out / "gen-1" / name, "flipped")
+    for how in ("--add", "--sync"):
+        assert name in refused(4, *line("vectors", out, how))
     assert done(*line("vectors", out, "--k", 8))["computed"] == done(*line("vectors", out))["computed"] == 20
     for part in ("passages.arrow", "chunks.arrow", "vectors"):
         assert (out / "gen-3" / part).read_bytes() == (fresh / "gen-1" / part).read_bytes()
@@ -556,7 +559,6 @@ PARTS = {  # kind: what happens to the tensors of a part, exit code and message
 
 
 def rewrite(path: Path, change) -> None:
-    """Change the tensors of a safetensors file."""
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path, metadata={"format": "pt"})
 
 
@@ -701,7 +703,6 @@ def test_a_model_that_changed_under_its_name_does_not_fit(run, done, refused, li
 
 @pytest.fixture
 def unfinished(finished, tmp_path) -> Path:
-    """A copy of a run without its last checkpoint."""
     folder = shutil.copytree(finished(WRITERS["cpt_recon"]).folder, tmp_path / "run")
     shutil.rmtree(folder / "step-000005")
     return folder

@@ -27,7 +27,6 @@ few = settings(max_examples=40)
 
 @pytest.fixture(scope="module")
 def words_index(change, tmp_path_factory):
-    """An index of texts for BM25, opened."""
     return lambda texts: change(tmp_path_factory.mktemp("words") / "index", [{"text": text} for text in texts],
                                 "bm25")[1]
 
@@ -39,7 +38,6 @@ def bm25_index(tmp_path, build):
 
 
 def ids_of(result):
-    """The passages' ids, best first."""
     return [p["id"] for p in result["passages"]]
 
 
@@ -509,7 +507,6 @@ def encoder(llama):
 
 
 def table_at(encoder, content, k=4):
-    """The chunk table of a content, computed."""
     return refrag.chunk_tables([content], refrag.Chunking(k, encoder.tokenizer, encoder), None, 1)[1][0]
 
 
