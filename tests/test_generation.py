@@ -590,6 +590,11 @@ class TestBundledModels:
         logits, _ = refrag.prefill(pipeline.model.decoder, [reading.inputs])
         torch.testing.assert_close(logits[0], plain_logits(pipeline.model.decoder, plain), rtol=1e-3, atol=1e-3)
 
+    def test_the_shipped_gate_is_the_default_and_says_why(self, pipeline):
+        result = pipeline.answer("What is botany?", p=0.1, max_new=2, explain=True)
+        assert result["settings"]["gate"] == "learned" and 0 < sum(c["expanded"] for c in result["chunks"])
+        assert all(set(chunk["shares"]) == set(refrag.FEATURES) for chunk in result["chunks"])
+
     def test_batch_equals_single(self, pipeline):
         """Text and vectors, in prompts of two lengths."""
         settings, asked = pipeline.settings_for(p=0.25, topk=2), ["What is botany?", "Who coined the term cells?"]
