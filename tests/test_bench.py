@@ -22,32 +22,21 @@ NAMED = ["mode", "context", "k", "p", "batch", "positions", "ttft_s", "ttit_s", 
          "kv_bytes"]
 
 
-class Clock:
-    """Seconds that pass only where a test lets them."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
+def clock(monkeypatch) -> None:
     """A clock on which a prefill takes 1 ms a position, a decoding step 10 ms, and nothing else any time."""
-    clock, prefill, step = Clock(), refrag.prefill, refrag.decode_one_token
+    now = [100.0]
 
-    def timed_prefill(decoder, inputs):
-        clock.now += 0.001 * len(inputs[0])
-        return prefill(decoder, inputs)
+    def timed(work, seconds):
+        def call(decoder, inputs, *more):
+            now[0] += seconds(inputs)
+            return work(decoder, inputs, *more)
 
-    def timed_step(*args):
-        clock.now += 0.01
-        return step(*args)
+        return call
 
-    monkeypatch.setattr(refrag, "Stopwatch", functools.partial(refrag.Stopwatch, clock=clock))
-    monkeypatch.setattr(refrag, "prefill", timed_prefill)
-    monkeypatch.setattr(refrag, "decode_one_token", timed_step)
-    return clock
+    monkeypatch.setattr(refrag, "Stopwatch", functools.partial(refrag.Stopwatch, clock=lambda: now[0]))
+    monkeypatch.setattr(refrag, "prefill", timed(refrag.prefill, lambda inputs: 0.001 * len(inputs[0])))
+    monkeypatch.setattr(refrag, "decode_one_token", timed(refrag.decode_one_token, lambda token: 0.01))
 
 
 @pytest.fixture
