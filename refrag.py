@@ -31,7 +31,7 @@ Contents:
     1. Options          errors with exit codes, one dataclass field per option, the table of commands
     2. Imports          the heavy ones
     3. Runtime          device, timers, locks, atomic files, progress
-    4. Data             corpus and question readers, splitting
+    4. Data             readers of texts, records and questions; filters
     5. Retrieval        embedder, FAISS, BM25, fusion, the index on disk
     6. Packing          chunk spans, <doc> tags, the mixed prompt
     7. Alignment        anchors between two tokenizers
@@ -1070,7 +1070,7 @@ def cache_home() -> Path:
 
 
 # =============================================================================
-# 4. Data. Corpus and question files in, validated records out. Knows no models.
+# 4. Data. Files of texts, records and questions in, validated ones out. Knows no models.
 # =============================================================================
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes

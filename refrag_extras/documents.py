@@ -14,7 +14,7 @@ import re
 import urllib.parse
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -24,16 +24,16 @@ MARKDOWN = (".md", ".markdown")
 TEXTS = (".txt", ".text", *MARKDOWN)
 INSTALL = "pip install 'refrag[docs]'"
 LIBRARIES = ("lxml", "mammoth", "markdownify", "openpyxl", "pptx", "pypdfium2")
-UNPACKED = 1 << 29  # bytes of XML: more in one file is a zip bomb, or takes too much memory as a tree
+DRAWN = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
+LARGEST = 1 << 27  # bytes of XML or HTML in one file: as a tree they take 30 times as much; bombs of zip hold more
 OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # a .doc, .xls or .ppt, and the wrapping of a new document with a password
-NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-HYPHEN = re.compile("[\x02\ufffe]\\s*")  # PDFium's sign of a word that goes on in the next line
+NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # \x02: a word goes on in the next line
 NO_TITLE = re.compile(r"untitled.*|microsoft \w+ - .*|powerpoint presentation|"
                       r"\S+\.(docx?|xlsx?|pptx?|pdf|html?|indd|dvi|tex)", re.IGNORECASE)
 # Front matter and fenced code, which hold no heading; "## Heading ##"; a heading that is underlined.
 HEADING = re.compile(r"\A---\n.*?^---$|^ {0,3}(`{3,}|~{3,}).*?(?:^ {0,3}\1|\Z)|"
-                     r"^ {0,3}(#{1,6})[ \t]+([^\n]+?)(?:[ \t]+#+)?[\xb6 \t]*$|"
-                     r"^([^\s>|#*+-][^\n]*)\n(={3,}|-{3,})[ \t]*$", re.MULTILINE | re.DOTALL)
+                     r"^ {0,3}(#{1,6})[ \t]+([^\n]{1,300}?)(?:[ \t]+#+)?[\xb6 \t]*$|"
+                     r"^([^\s>|#*+-][^\n]{0,300})\n(={3,}|-{3,})[ \t]*$", re.MULTILINE | re.DOTALL)
 MARKUP = re.compile(r"!?\[(?=[^\]]*\]\()|\]\([^)]*\)|[*`]")  # of links, pictures and emphasis in a heading
 Marks = list[tuple[int, dict[str, Any]]]
 
@@ -98,7 +98,7 @@ def of_pdf(data: bytes, name: str) -> Document:
 
 def page_text(page: Any) -> str:
     with contextlib.closing(page), contextlib.closing(page.get_textpage()) as words:
-        return HYPHEN.sub("", words.get_text_bounded()).replace("\r\n", "\n")
+        return words.get_text_bounded()
 
 
 def of_docx(data: bytes, name: str) -> Document:
@@ -116,14 +116,22 @@ def of_pptx(data: bytes, name: str) -> Document:
     """The slides of a presentation, each with its notes."""
     import pptx
 
-    show = pptx.Presentation(io.BytesIO(data))
-    parts = []
+    show, parts = pptx.Presentation(io.BytesIO(data)), []
     for number, slide in enumerate(show.slides, start=1):
-        trees = [slide.element, *([slide.notes_slide.notes_placeholder.element] if slide.has_notes_slide else [])]
-        lines = ["".join(node.text or "\n" for node in paragraph.iter("{*}t", "{*}br"))
-                 for tree in trees for paragraph in tree.iter("{http://schemas.openxmlformats.org/drawingml/2006/main}p")]
-        parts.append(({"slide": number}, "\n".join(line for line in lines if line.strip())))
+        notes = slide.notes_slide.notes_placeholder if slide.has_notes_slide else None
+        lines = [*drawn_lines(slide.element), *(drawn_lines(notes.element) if notes is not None else ())]
+        parts.append(({"slide": number}, "\n".join(lines)))
     return of_parts(show.core_properties.title, parts)
+
+
+def drawn_lines(tree: Any) -> Iterator[str]:
+    """The paragraphs in a tree of DrawingML, and the rows of its tables."""
+    for node in tree.iter(f"{DRAWN}tr", f"{DRAWN}p"):
+        if node.getparent().getparent().tag != f"{DRAWN}tc":
+            texts = ("".join(part.text or " " for part in paragraph.iter(f"{DRAWN}t", f"{DRAWN}br"))
+                     for paragraph in node.iter(f"{DRAWN}p"))
+            if line := " | ".join(text for text in texts if text.strip()):
+                yield line
 
 
 def of_xlsx(data: bytes, name: str) -> Document:
@@ -172,11 +180,12 @@ def check(data: bytes, name: str, kind: str) -> None:
         raise refrag.BadRecord(f"{name} has a password, or an old format (.doc): save it as {kind} without one")
     if kind in (".html", ".htm") and data.startswith(refrag.BINARY):
         raise refrag.BadRecord(f"{name} is a PDF, picture, archive or office document: {refrag.NOT_AS_NAMED}")
+    size = 0 if kind == ".pdf" else len(data)
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith(("ml", ".htm")))
-        if size > UNPACKED:
-            raise refrag.BadRecord(f"{name} unpacks to {size / 2**30:.1f} GiB of XML: split it, or leave it out")
+    if size > LARGEST:
+        raise refrag.BadRecord(f"{name} holds {size >> 20:,} MiB of XML or HTML, more than {LARGEST >> 20}: split it")
 
 
 def read(source: refrag.TextFile) -> Document:
@@ -186,8 +195,8 @@ def read(source: refrag.TextFile) -> Document:
         return of_markdown(text) if source.suffix in MARKDOWN else Document("", text, [])
     with source.opened() as handle:
         data = handle.read()
-    check(data, source.name, source.suffix)
     try:
+        check(data, source.name, source.suffix)
         with warnings.catch_warnings(action="ignore"):  # of the libraries
             title, text, marks = READERS[source.suffix](data, source.name)
     except (refrag.RefragError, ImportError, MemoryError):

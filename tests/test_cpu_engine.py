@@ -1,7 +1,5 @@
 """refrag_extras/cpu_engine.py: matrices in 8 and 4 bits, and the steps of decoding by them."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np
@@ -14,7 +12,6 @@ import refrag
 from refrag_extras import cpu_engine
 
 CPU = torch.device("cpu")
-PROMPT = "Where? <doc id='a'>Seven bridges cross the old city.</doc> Say:"
 
 
 class ExactMatrix:
@@ -30,9 +27,10 @@ class ExactMatrix:
         return x.float() @ self.weight.T + self.bias
 
 
-def step_both(decoder, stepper, inputs, steps, room, alive=None):
+def step_both(decoder, stepper, lengths, steps, room, alive=None):
     """Logits (2, steps, B, V) by the decoder itself and by its stepper, fed the decoder's choices."""
-    logits, state = refrag.prefill(decoder, inputs)
+    torch.manual_seed(0)
+    logits, state = refrag.prefill(decoder, [torch.randn(length, 32) for length in lengths])
     states = [stepper.adopt(state, room), refrag.DecoderState(copy.deepcopy(state.cache), state.mask, state.position)]
     rows = []
     for _ in range(steps):
@@ -57,7 +55,7 @@ def stepped(request, tmp_path_factory, tokenizers):
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def exact(monkeypatch):
     """Steps without rounding."""
     monkeypatch.setitem(cpu_engine.STEP_ENGINES, "auto", ExactMatrix)
@@ -74,118 +72,116 @@ def in_sixteen_levels(shape, seed=0):
     return torch.from_numpy((levels * scale.astype(np.float32) + least).reshape(shape).astype(np.float32))
 
 
-class TestMatrices:
-    def test_a_row_in_8_bits_is_kept_to_a_two_hundred_and_fifty_fourth_of_its_largest(self):
-        torch.manual_seed(0)
-        weight = torch.randn(8, 64) * torch.logspace(-3, 1, 8)[:, None]
-        kept = cpu_engine.Int8Matrix(weight)
-        error = (kept.values * kept.scale.float()[:, None] - weight).abs().amax(1)
-        assert (error <= weight.abs().amax(1) * (1 / 254 + 2**-8)).all()
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """A machine whose kernel for 4 bits is fast."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
-    @pytest.mark.parametrize("matrix", [cpu_engine.Int8Matrix, cpu_engine.Int4Matrix, cpu_engine.smallest_matrix])
-    @pytest.mark.parametrize("rows", [1, 3, 17])
-    def test_the_product_of_a_matrix_in_sixteen_levels(self, matrix, rows):
-        torch.manual_seed(rows)
-        weight, x = in_sixteen_levels((48, 96)), torch.randn(rows, 96)
-        bias, columns = torch.randn(48), torch.rand(96) + 0.5
-        expected = (x * columns) @ weight.T + bias
-        got = matrix(weight, bias, columns)(x).float()
-        assert (got - expected).norm() / expected.norm() < 0.02
-        assert got.shape == expected.shape
 
-    def test_4_bits_lose_less_of_such_a_matrix_than_8(self):
-        torch.manual_seed(0)
-        weight, x = in_sixteen_levels((64, 128)), torch.randn(4, 128)
-        expected = x @ weight.T
-        lost = {matrix: float((matrix(weight)(x).float() - expected).norm() / expected.norm())
-                for matrix in (cpu_engine.Int4Matrix, cpu_engine.Int8Matrix)}
-        assert lost[cpu_engine.Int4Matrix] < 0.005 < lost[cpu_engine.Int8Matrix]
+def test_a_row_in_8_bits_is_kept_to_a_two_hundred_and_fifty_fourth_of_its_largest():
+    torch.manual_seed(0)
+    weight = torch.randn(8, 64) * torch.logspace(-3, 1, 8)[:, None]
+    kept = cpu_engine.Int8Matrix(weight)
+    error = (kept.values * kept.scale.float()[:, None] - weight).abs().amax(1)
+    assert (error <= weight.abs().amax(1) * (1 / 254 + 2**-8)).all()
 
-    @pytest.fixture(autouse=True)
-    def fast(self, monkeypatch):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
-    @pytest.mark.parametrize("rounded", [torch.float32, torch.bfloat16])
-    def test_sixteen_levels_are_known(self, monkeypatch, rounded):
-        """4 bits are taken only if nothing is lost and the kernel is fast."""
-        def kind(weight):
-            return cpu_engine.smallest_matrix(weight).kind
+@pytest.mark.parametrize(("matrix", "lost"), [(cpu_engine.Int8Matrix, 0.02), (cpu_engine.Int4Matrix, 0.005),
+                                              (cpu_engine.smallest_matrix, 0.005)])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_the_product_of_a_matrix_in_sixteen_levels(matrix, lost, rows):
+    """4 bits lose less of such a matrix than 8."""
+    torch.manual_seed(rows)
+    weight, x = in_sixteen_levels((48, 96)), torch.randn(rows, 96)
+    bias, columns = torch.randn(48), torch.rand(96) + 0.5
+    expected, got = (x * columns) @ weight.T + bias, matrix(weight, bias, columns)(x).float()
+    assert got.shape == expected.shape and (got - expected).norm() / expected.norm() < lost
 
-        weight = in_sixteen_levels((32, 64)) * 1e-2
-        assert kind(weight.to(rounded).float()) == "int4" and kind(torch.randn(32, 64)) == "int8"
-        assert kind(in_sixteen_levels((24, 32))) == kind(torch.zeros(16, 48)) == "int8"  # rows, columns in no groups
-        between = weight.clone()
-        between[20, 40] += 0.3 * (weight[20].max() - weight[20].min()) / 15  # one weight between two levels
-        assert kind(between) == "int8"
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-        assert kind(weight) == "int8"
 
-    def test_a_constant_group_is_held(self):
-        weight = in_sixteen_levels((16, 64))
-        weight[3, 32:] = 0.25
-        weight[4] = 0
-        assert cpu_engine.Int4Matrix(weight).error < 1e-3
-        made = cpu_engine.Int4Matrix(weight)(torch.ones(1, 64)).float()
-        torch.testing.assert_close(made, weight.sum(1)[None], rtol=0.02, atol=0.05)
+@pytest.mark.parametrize("rounded", [torch.float32, torch.bfloat16])
+def test_sixteen_levels_are_known(monkeypatch, rounded):
+    """4 bits are taken only if nothing is lost and the kernel is fast."""
+    def kind(weight):
+        return cpu_engine.smallest_matrix(weight).kind
 
-class TestStepper:
-    @pytest.fixture()
-    def decoder(self, stepped):
-        return refrag.load_decoder(str(stepped), CPU, torch.float32)
+    weight = in_sixteen_levels((32, 64)) * 1e-2
+    assert kind(weight.to(rounded).float()) == "int4" and kind(torch.randn(32, 64)) == "int8"
+    assert kind(in_sixteen_levels((24, 32))) == kind(torch.zeros(16, 48)) == "int8"  # rows, columns in no groups
+    between = weight.clone()
+    between[20, 40] += 0.3 * (weight[20].max() - weight[20].min()) / 15  # one weight between two levels
+    assert kind(between) == "int8"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert kind(weight) == "int8"
 
-    @pytest.mark.parametrize(("lengths", "room"), [((7,), 12), ((5, 9, 2), 12), ((6,), 1)])
-    def test_without_rounding_the_steps_are_the_decoder_s(self, decoder, exact, lengths, room):
-        """Alone, padded in a batch, and past the room that was made."""
-        torch.manual_seed(0)
-        stepper = cpu_engine.Stepper(decoder)
-        expected, got = step_both(decoder, stepper, [torch.randn(n, 32) for n in lengths], 6, room)
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
-    def test_a_sequence_that_has_ended_is_hidden_from_the_rest(self, decoder, exact):
-        torch.manual_seed(0)
-        alive, inputs = torch.tensor([True, False]), [torch.randn(4, 32) for _ in range(2)]
-        expected, got = step_both(decoder, cpu_engine.Stepper(decoder), inputs, 3, 8, alive)
-        torch.testing.assert_close(got[:, 0], expected[:, 0], rtol=1e-3, atol=1e-4)
+def test_a_constant_group_is_held():
+    weight = in_sixteen_levels((16, 64))
+    weight[3, 32:] = 0.25
+    weight[4] = 0
+    assert cpu_engine.Int4Matrix(weight).error < 1e-3
+    made = cpu_engine.Int4Matrix(weight)(torch.ones(1, 64)).float()
+    torch.testing.assert_close(made, weight.sum(1)[None], rtol=0.02, atol=0.05)
 
-    @pytest.mark.parametrize("engine", ["int8", "int4"])
-    def test_rounding_moves_logits_by_little(self, decoder, engine):
-        torch.manual_seed(0)
-        expected, got = step_both(decoder, cpu_engine.Stepper(decoder, engine), [torch.randn(9, 32)], 6, 8)
-        assert 0 < (got - expected).abs().max() < {"int8": 0.4, "int4": 3}[engine] * expected.std()
 
-    def test_weights_in_sixteen_levels_are_kept_in_4_bits(self, decoder):
-        for name, parameter in decoder.named_parameters():
-            if name.endswith("_proj.weight"):
-                parameter.data = in_sixteen_levels(parameter.shape, len(name)) * 0.1
-        torch.manual_seed(0)
-        stepper = cpu_engine.Stepper(decoder)
-        expected, got = step_both(decoder, stepper, [torch.randn(9, 32)], 6, 8)
-        assert stepper.engine == "int4"
-        assert 0 < (got - expected).abs().max() < 0.2 * expected.std()
+@pytest.fixture
+def decoder(stepped):
+    return refrag.load_decoder(str(stepped), CPU, torch.float32)
 
-    def test_layers_that_were_changed_are_kept_in_8_bits(self, decoder):
-        for name, parameter in decoder.named_parameters():
-            if name.endswith("down_proj.weight"):
-                parameter.data = in_sixteen_levels(parameter.shape)
-        assert cpu_engine.Stepper(decoder).engine == "int4+int8" and cpu_engine.Stepper.fits(decoder)
-        decoder.model.layers[0].mlp.up_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.up_proj)
-        assert not cpu_engine.Stepper.fits(decoder)
 
-    def test_only_decoders_that_it_computes_exactly(self, any_decoder):
-        decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
-        assert cpu_engine.Stepper.fits(decoder) == (decoder.config.model_type in ("llama", "qwen2"))
+@pytest.mark.parametrize(("lengths", "room"), [((7,), 12), ((5, 9, 2), 12), ((6,), 1)])
+def test_without_rounding_the_steps_are_the_decoders(decoder, exact, lengths, room):
+    """Alone, padded in a batch, and past the room that was made."""
+    expected, got = step_both(decoder, cpu_engine.Stepper(decoder), lengths, 6, room)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
-    @pytest.mark.parametrize(("size", "fits"), [(48, True), (40, False)])
-    def test_widths_that_the_kernel_can_not_read_do_not_fit(self, size, fits):
-        """torch's kernel takes sixteen columns at once and does not look whether so many are left."""
-        config = transformers.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=size, num_hidden_layers=1,
-                                          num_attention_heads=4)
-        assert cpu_engine.Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
 
-    def test_the_engine_can_be_chosen(self, llama, tmp_path, tokenizers, done, refused):
-        """But for a decoder that it does not compute."""
-        ask = ["generate", "--prompt", PROMPT, "--gate", "random", "--max_new", 3, "--dec"]
-        for engine, used in (("model", "model"), ("int8", "int8"), ("int4", "int4"), ("auto", "int8")):
-            assert done(*ask, llama, "--engine", engine)["settings"]["engine"] == used
-        gpt2 = save_decoder("gpt2", tmp_path / "gpt2", tokenizers["plain_bpe"])
-        assert "--engine int8" in refused(2, *ask, gpt2, "--engine", "int8", "--quiet")
+def test_a_sequence_that_has_ended_is_hidden_from_the_rest(decoder, exact):
+    expected, got = step_both(decoder, cpu_engine.Stepper(decoder), (4, 4), 3, 8, torch.tensor([True, False]))
+    torch.testing.assert_close(got[:, 0], expected[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def in_levels(decoder, ending):
+    """The decoder with some of its weights in sixteen levels."""
+    for name, parameter in decoder.named_parameters():
+        if name.endswith(ending):
+            parameter.data = in_sixteen_levels(parameter.shape, len(name)) * 0.1
+    return decoder
+
+
+@pytest.mark.parametrize(("levels", "engine", "used", "most"), [
+    (False, "int8", "int8", 0.4), (False, "int4", "int4", 3), (True, "auto", "int4", 0.2)])
+def test_rounding_moves_logits_by_little(decoder, levels, engine, used, most):
+    """Weights in sixteen levels are kept in 4 bits."""
+    stepper = cpu_engine.Stepper(in_levels(decoder, "_proj.weight") if levels else decoder, engine)
+    expected, got = step_both(decoder, stepper, (9,), 6, 8)
+    assert stepper.engine == used and 0 < (got - expected).abs().max() < most * expected.std()
+
+
+def test_layers_that_were_changed_are_kept_in_8_bits(decoder):
+    assert cpu_engine.Stepper(in_levels(decoder, "down_proj.weight")).engine == "int4+int8"
+    assert cpu_engine.Stepper.fits(decoder)
+    decoder.model.layers[0].mlp.up_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.up_proj)
+    assert not cpu_engine.Stepper.fits(decoder)
+
+
+def test_only_decoders_that_it_computes_exactly(any_decoder):
+    decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
+    assert cpu_engine.Stepper.fits(decoder) == (decoder.config.model_type in ("llama", "qwen2"))
+
+
+@pytest.mark.parametrize(("size", "fits"), [(48, True), (40, False)])
+def test_widths_that_the_kernel_can_not_read_do_not_fit(size, fits):
+    """torch's kernel takes sixteen columns at once and does not look whether so many are left."""
+    config = transformers.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=size, num_hidden_layers=1,
+                                      num_attention_heads=4)
+    assert cpu_engine.Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
+
+
+def test_the_engine_can_be_chosen(llama, tmp_path, tokenizers, done, refused):
+    """But for a decoder that it does not compute."""
+    ask = ["generate", "--prompt", "Where? <doc id='a'>Seven bridges.</doc> Say:", "--gate", "random", "--max_new", 3,
+           "--dec"]
+    for engine, used in (("model", "model"), ("int8", "int8"), ("int4", "int4"), ("auto", "int8")):
+        assert done(*ask, llama, "--engine", engine)["settings"]["engine"] == used
+    gpt2 = save_decoder("gpt2", tmp_path / "gpt2", tokenizers["plain_bpe"])
+    assert "--engine int8" in refused(2, *ask, gpt2, "--engine", "int8", "--quiet")

@@ -37,8 +37,7 @@ def pdf(*pages: str, title: str = "", locked: bool = False) -> bytes:
         objects += [f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents {5 + 2 * n} 0 R "
                     "/Resources << /Font << /F 3 0 R >> >> >>",
                     f"<< /Length {len(drawn)} >> stream\n{drawn}\nendstream"]
-    objects += [f"<< /Title ({title}) >>",
-                f"<< /Filter /Standard /V 1 /R 2 /P -4 /O <{'41' * 32}> /U <{'42' * 32}> >>"]
+    objects += [f"<< /Title ({title}) >>", f"<< /Filter /Standard /V 1 /R 2 /P -4 /O <{'41' * 32}> /U <{'42' * 32}> >>"]
     data, places = b"%PDF-1.4\n", []
     for number, content in enumerate(objects, start=1):
         places.append(len(data))
@@ -76,7 +75,7 @@ def docx(*paragraphs: tuple[str, str], title: str = "", **how: int) -> bytes:
 
 
 def pptx(*slides: tuple[str, str], title: str = "", table: str = "") -> bytes:
-    """Slides of a text and notes; on the last one a table with one cell."""
+    """Slides of a text and notes; on the last one a table with one row."""
     from pptx import Presentation
 
     show, data = Presentation(), io.BytesIO()
@@ -86,7 +85,9 @@ def pptx(*slides: tuple[str, str], title: str = "", table: str = "") -> bytes:
         if notes:
             slide.notes_slide.notes_text_frame.text = notes
     if table:
-        slide.shapes.add_table(1, 1, 0, 0, 99, 99).table.cell(0, 0).text = table
+        cells = slide.shapes.add_table(1, 2, 0, 0, 99, 99).table.iter_cells()
+        for cell, text in zip(cells, table.split(), strict=True):
+            cell.text = text
     show.core_properties.title = title
     show.save(data)
     return data.getvalue()
@@ -130,7 +131,7 @@ FILES = {
     "a.pdf": pdf(RIVER, BELLS, title="Of rivers and bells"),
     "a.docx": docx(("Heading1", "Rivers"), ("Normal", RIVER), ("Heading2", "Bells"), ("Normal", BELLS),
                    title="Of rivers and bells"),
-    "a.pptx": pptx((RIVER, NOTES), (BELLS, ""), title="Of rivers and bells", table="Bronze"),
+    "a.pptx": pptx((RIVER, NOTES), (BELLS, ""), title="Of rivers and bells", table="Bronze 950"),
     "a.xlsx": xlsx({"Rivers": [["River", "km"], [], ["Rhone", 813, None]], "Empty": [], "Bells": [["Bronze", 2.5]]},
                    title="Of rivers and bells"),
     "a.epub": epub(f"<h1>Rivers</h1><p>{RIVER}</p>", f"<h1>Bells</h1><p>{BELLS}</p>", title="Of rivers and bells"),
@@ -164,7 +165,7 @@ def test_a_document_says_where_each_part_of_it_begins(write, name):
     assert bells not in parts[first] and rivers not in parts[second]
     assert set(parts) - {"Of rivers and bells"} == {first, second}
     if name == "a.pptx":
-        assert NOTES in parts[1] and "Bronze" in parts[2]
+        assert NOTES in parts[1] and "Bronze | 950" in parts[2] and "950\n950" not in parts[2]
     if name.startswith("a.htm"):
         assert "More a_b * c" in parts["Rivers"] and "# no heading" in parts["Bells"]
         assert not re.search("http|Home|run|color|Of rivers", got.text)
@@ -231,6 +232,11 @@ def test_the_facts_of_a_piece_are_those_of_its_first_and_last_character(span, fa
     assert json.loads(index.piece_facts(record, *span)) == {"path": "a"} | facts
 
 
+def test_a_piece_begins_and_ends_with_a_character_that_is_seen():
+    assert [index.trimmed("a\n\n b \n", *span) for span in ((1, 7), (0, 4), (3, 5))] == [(4, 5), (0, 1), (4, 5)]
+    assert len(range(*index.trimmed(" \n ", 0, 3))) == 0
+
+
 def test_what_comes_before_the_first_heading_has_none():
     record = refrag.Record("a", "", "intro\n# A", "", {}, [(6, {"heading": "A"})])
     assert index.piece_facts(record, 0, 5) == index.piece_facts(record, 0, 9) == ""
@@ -267,6 +273,7 @@ BROKEN = {
     "pdf.docx": (FILES["a.pdf"], 4, "no .docx file"), "docx.pdf": (FILES["a.docx"], 4, "no .pdf file"),
     "xlsx.pptx": (FILES["a.xlsx"], 4, "no .pptx file"), "pdf.html": (FILES["a.pdf"], 2, "is a PDF, picture"),
     "zip.docx": (zipped({"a": "b"}), 4, "no .docx file"), "zip.epub": (zipped({"a": "b"}), 4, "no .epub file"),
+    "torn.docx": (FILES["a.docx"].replace(b"PK\1\2", b"PK\0\0"), 4, "damaged"),
     "flipped.docx": (FILES["a.docx"].replace(FILES["a.docx"][-999:-990], b"\0" * 9), 4, "damaged"),
     "cut.pdf.gz": (gzip.compress(FILES["a.pdf"])[:-9], 4, "not a complete gzip file"),
     "locked.pdf": (pdf(RIVER, locked=True), 2, "needs a password"), "scan.pdf": (pdf("", ""), 2, "holds no text"),
@@ -274,7 +281,7 @@ BROKEN = {
     "locked.epub": (epub(f"<p>{RIVER}</p>", more=LOCK), 2, "is copy-protected"),
     "blank.docx": (docx(), 2, "holds no text"), "blank.xlsx": (xlsx({"A": []}), 2, "holds no text"),
     "blank.html": (b"<html><script>1</script></html>", 2, "holds no text"), "blank.pptx": (pptx(), 2, "holds no text"),
-    "bomb.docx": (docx(("Normal", RIVER), claimed=3 << 30), 2, "unpacks to 3.0 GiB"),
+    "bomb.docx": (docx(("Normal", RIVER), claimed=3 << 30), 2, "holds 3,072 MiB of XML"),
 }
 
 

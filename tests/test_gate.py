@@ -22,9 +22,6 @@ def chunks_of(texts, docs=None, question="", vectors=None, query=None, idf=lambd
                             prompt=None, decoder=None, seed=seed)
 
 
-# -- neighbours ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("values", "docs", "before", "after"), [
     ([3, 1, 2], [0, 0, 1], [0, 3, 0], [1, 0, 0]), ([1, 5, 2, 4], [0, 0, 0, 0], [0, 1, 5, 2], [5, 2, 4, 0]),
     ([1, 5, 2, 4], [0, 1, 2, 3], [0] * 4, [0] * 4), ([7, 8, 9], [0, 1, 1], [0, 0, 8], [0, 9, 0]), ([], [], [], [])])
@@ -32,9 +29,6 @@ def test_neighbours_golden(values, docs, before, after):
     """Those of the same document; 0 where there is none."""
     found = refrag.beside(np.array(values, float), np.array(docs, int))
     assert [side.tolist() for side in found] == [before, after]
-
-
-# -- cosine and overlap ---------------------------------------------------------------
 
 
 def test_cosine_scores_golden():
@@ -72,18 +66,12 @@ def test_without_an_index_a_term_weighs_by_the_chunks_that_have_it():
     np.testing.assert_allclose(scores, [river / (river + bridge), 1, 0, 0])
 
 
-# -- blend ------------------------------------------------------------------------------
-
-
 def test_blend_golden():
     """Cosine .6, 0, 1 and overlap 0, 1, 0 with half of the best neighbour's: (.6 + 0) + (0 + .5), (0 + .5) + (1 + 0)
     and, in a document of its own, 1 + 0."""
     vectors, query = np.array([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]], np.float32), np.array([1.0, 0.0], np.float32)
     scores = refrag.blend_scores(chunks_of(["one", "river", "three"], [0, 0, 1], "river", vectors, query))
     np.testing.assert_allclose(scores, [1.1, 1.3, 1.0], atol=1e-6)
-
-
-# -- random and perplexity ------------------------------------------------------------------
 
 
 def test_random_scores_depend_on_question_and_seed_alone_and_favour_no_place():
@@ -99,32 +87,23 @@ def test_random_scores_depend_on_question_and_seed_alone_and_favour_no_place():
 
 
 def test_ppl_is_the_cross_entropy_of_each_document_alone(llama):
-    """Document by document, token by token: -log p(token | the document's tokens before it), averaged over the chunk.
-    A document's first token, which nothing precedes, counts as the document's mean; a token alone scores 0."""
+    """Document by document: -log p(token | the document's tokens before it), averaged over the chunk. A document's
+    first token, which nothing precedes, counts as the document's mean; a token alone scores 0."""
     model = build("decoder:1", llama)
-    tokenizer = model.encoder.tokenizer
-    docs = refrag.make_docs(["The Rhone leaves Lake Geneva in May.", "长江 rises in Qinghai 🙂", "x"], [None] * 3, 4,
-                            tokenizer)
-    prompt = refrag.make_context(tokenizer, "Why?", docs).prompt
+    texts = ["The Rhone leaves Lake Geneva in May.", "长江 rises in Qinghai 🙂", "x"]
+    docs = refrag.make_docs(texts, [None] * 3, 4, model.encoder.tokenizer)
+    prompt = refrag.make_context(model.encoder.tokenizer, "Why?", docs).prompt
     inputs = chunks_of([""] * len(prompt.chunks), [c.doc for c in prompt.chunks])
-    scores = refrag.ppl_scores(inputs._replace(prompt=prompt, decoder=model.decoder))
+    scores, expected = refrag.ppl_scores(inputs._replace(prompt=prompt, decoder=model.decoder)).tolist(), []
     for doc in (0, 1):
-        mine = [(n, c) for n, c in enumerate(prompt.chunks) if c.doc == doc]
-        ids = [int(i) for _, c in mine for i in prompt.input_ids[c.first : c.last]]
-        losses = []
-        for place in range(1, len(ids)):
-            with torch.inference_mode():
-                logits = model.decoder(input_ids=torch.tensor([ids[:place]])).logits[0, -1].double()
-            losses.append(-torch.log_softmax(logits, 0)[ids[place]].item())
-        losses.insert(0, sum(losses) / len(losses))
-        for number, chunk in mine:
-            expected = [losses.pop(0) for _ in range(chunk.tokens)]
-            assert scores[number] == pytest.approx(np.mean(expected), rel=1e-4)
-        assert not losses
-    assert prompt.chunks[-1].tokens == 1 and scores[-1] == 0
-
-
-# -- where the answer stands --------------------------------------------------------------------
+        mine = [c for c in prompt.chunks if c.doc == doc]
+        ids = torch.as_tensor(prompt.input_ids[mine[0].first : mine[-1].last])
+        with torch.inference_mode():
+            logits = model.decoder(input_ids=ids[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        parts = torch.cat([losses.mean()[None], losses]).split([chunk.tokens for chunk in mine])
+        expected += [part.mean().item() for part in parts]
+    assert prompt.chunks[-1].tokens == 1 and scores == pytest.approx([*expected, 0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("contents", "ends", "right", "answers", "expected"), [
@@ -146,22 +125,15 @@ def test_answer_chunks_golden(contents, ends, right, answers, expected):
 # -- features -------------------------------------------------------------------------------------
 
 NAMES = [name for names in refrag.FEATURES.values() for name in names]
-QUESTION = "When did the river flood the old city of Ulm?"
+VECTORS = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 CHUNKS = ["Ulm lies on a river.", "The river flooded it in 1374, 1,500 died.", "Bells", "of the Old City rang"]
-
-
-def features(texts=CHUNKS, docs=(0, 0, 1, 1), question=QUESTION):
-    """(L, F) features by name, with made-up vectors."""
-    vectors = np.random.default_rng(0).normal(size=(len(texts), 5)).astype(np.float32)
-    given = chunks_of(texts, docs, question, vectors, vectors[:1].mean(0))
-    return given, dict(zip(NAMES, refrag.chunk_features(given).T, strict=True))
+GIVEN = chunks_of(CHUNKS, [0, 0, 1, 1], "When did the river flood the old city of Ulm?", VECTORS, VECTORS[0])
 
 
 def test_features_golden():
     """Terms of the question: when, did, river, flood, old, citi, ulm, each 1/7 of the mass. Chunk 0 has ulm and river,
     chunk 1 river and flood, chunk 3 old and citi; the last two pairs follow each other in the question, too."""
-    _, found = features()
-    close = np.testing.assert_allclose
+    found, close = dict(zip(NAMES, refrag.chunk_features(GIVEN).T, strict=True)), np.testing.assert_allclose
     close(found["overlap"], [2 / 7, 2 / 7, 0, 2 / 7], atol=1e-6)
     close(found["overlap_neighbour"], [2 / 7, 2 / 7, 2 / 7, 0], atol=1e-6)
     close(found["overlap_window"], [3 / 7, 3 / 7, 2 / 7, 2 / 7], atol=1e-6)  # ulm, river, flood; old, citi
@@ -176,14 +148,10 @@ def test_features_golden():
     assert found["place"].tolist() == [0, 1, 0, 1]
     assert found["first"].tolist() == [1, 0, 1, 0] and found["last"].tolist() == [0, 1, 0, 1]
     close(found["chunks"], [math.log(2)] * 4, rtol=1e-6)
-
-
-def test_meaning_features_are_the_cosines_and_their_places():
-    given, found = features()
-    cosine = refrag.cosine_scores(given)
-    np.testing.assert_allclose(found["cosine"], cosine, rtol=1e-6)
+    cosine = refrag.cosine_scores(GIVEN)
+    close(found["cosine"], cosine, rtol=1e-6)
     assert found["cosine_rank"].tolist() == [np.float32(sorted(-cosine).index(-c) / 3) for c in cosine]
-    np.testing.assert_allclose(found["cosine_doc"], np.repeat([cosine[:2].max(), cosine[2:].max()], 2), rtol=1e-6)
+    close(found["cosine_doc"], np.repeat([cosine[:2].max(), cosine[2:].max()], 2), rtol=1e-6)
     assert abs(found["cosine_z"].mean()) < 1e-6 and found["cosine_z"].std() == pytest.approx(1, abs=1e-3)
 
 
@@ -203,7 +171,6 @@ def test_features_are_numbers_whatever_is_missing(question, texts, docs):
 
 
 # -- the network --------------------------------------------------------------------------------------
-
 
 def random_batch(L, docs, seed=0, dim=6):
     """One question with random features and vectors."""
@@ -261,20 +228,16 @@ def test_what_a_gate_may_see():
 
 
 def test_shares_are_what_is_lost_without_a_group():
-    gate, rng = small_gate(), np.random.default_rng(1)
-    inputs = features()[0]._replace(query=np.ones(6, np.float32), vectors=rng.normal(size=(4, 6)).astype(np.float32))
+    gate = small_gate()
     gate.mean.copy_(torch.arange(len(NAMES)) / 10)
-    columns, shares = refrag.chunk_features(inputs), gate.shares(inputs)
+    columns, shares = refrag.chunk_features(GIVEN), gate.shares(GIVEN)
     assert list(shares) == list(refrag.FEATURES)
     for group, names in refrag.FEATURES.items():
         without = columns.copy()
         for at in map(NAMES.index, names):
             without[:, at] = at / 10
-        expected = gate.logits(inputs, columns) - gate.logits(inputs, without)
+        expected = gate.logits(GIVEN, columns) - gate.logits(GIVEN, without)
         np.testing.assert_allclose(shares[group], expected, atol=1e-5)
-
-
-# -- the choice -----------------------------------------------------------------------------------------
 
 
 def test_reasons_golden():
@@ -283,8 +246,6 @@ def test_reasons_golden():
         "text: rank 1 of 3, 4 of 5 tokens up to here", "compressed: rank 3 of 3, 9 of 5 tokens up to here",
         "compressed: rank 2 of 3, 8 of 5 tokens up to here"]
 
-
-# -- learning ---------------------------------------------------------------------------------------------
 
 def marked(seed, L=12):
     """A question whose answer is in the chunk whose overlap stands out."""
@@ -315,24 +276,17 @@ def test_a_gate_learns_and_is_the_same_again():
     assert all(torch.equal(a, b) for a, b in zip(*gates, strict=True))
 
 
-class Fixed(refrag.QueryGate):
-    """A gate that gives three chunks these logits."""
-
-    def forward(self, *batch):
-        return torch.tensor([[3.0, 2.0, 1.0]])
-
-
-def test_recall_asks_for_all_chunks_of_one_place():
+@pytest.mark.parametrize(("spans", "expected"), [
+    ([[0, 1], [2]], {"0.4": 0, "0.7": 1}), ([[1], [2]], {"0.4": 0, "0.7": 1}), ([[0], [2]], {"0.4": 1, "0.7": 1}),
+    ([[0, 2]], {"0.4": 0, "0.7": 0})], ids=str)
+def test_recall_asks_for_all_chunks_of_one_place(monkeypatch, spans, expected):
     """4 tokens a chunk, 12 in all: p = .4 takes one chunk, p = .7 two."""
-    inputs, columns = random_batch(3, [0, 0, 0])
-    for spans, expected in (([[0, 1], [2]], {"0.4": 0, "0.7": 1}), ([[1], [2]], {"0.4": 0, "0.7": 1}),
-                            ([[0], [2]], {"0.4": 1, "0.7": 1}), ([[0, 2]], {"0.4": 0, "0.7": 0})):
-        assert refrag.gate_recall(Fixed(6), [example_of(inputs, columns, spans)], (0.4, 0.7)) == expected
-    assert refrag.gate_recall(Fixed(6), [], (0.4, 0.7)) == {}
+    gate, example = small_gate(), example_of(*random_batch(3, [0, 0, 0]), spans)
+    monkeypatch.setattr(gate, "forward", lambda *batch: torch.tensor([[3.0, 2.0, 1.0]]))
+    assert refrag.gate_recall(gate, [example], (0.4, 0.7)) == expected and refrag.gate_recall(gate, [], (0.4,)) == {}
 
 
 # -- the policy ----------------------------------------------------------------------------------------------
-
 
 def test_draws_follow_the_probabilities_of_orders():
     """Each by the odds of those that are left: exactly; of 20,000 draws, within five standard errors."""
@@ -366,7 +320,7 @@ def test_beyond_the_clip_nothing_pulls():
 
 
 class Liking:
-    """A stand-in for the decoder that likes one chunk, and notes how many it was given."""
+    """In the place of the decoder: likes one chunk, and notes how many it gets."""
 
     def __init__(self, examples):
         self.data, self.sizes = refrag.GateData(None, [], examples, []), set()
@@ -418,19 +372,17 @@ def test_train_gate_writes_a_gate_that_generate_uses(train, generate):
     code, out, err, folder = train("gate", "--epochs", "30", "--batch_size", "2")
     assert code == 0, err
     summary = json.loads(out)
-    assert summary["examples"] == summary["questions"] == summary["held_out"] == 3 and summary["recall"] == {
-        "0.2": summary["records"][-1]["recall"]["0.2"]}
+    assert summary["examples"] == summary["questions"] == summary["held_out"] == 3
+    assert summary["recall"] == {"0.2": summary["records"][-1]["recall"]["0.2"]}
     assert {p.name for p in folder.iterdir()} == {"README.md", "config.json", "gate.safetensors", "manifest.json"}
     flags = ["--load_dir", folder, "--p", ".2", "--explain"]
-    code, out, err = generate(*flags, "--json")
-    assert code == 0, err
-    result = json.loads(out)
-    assert result["settings"]["gate"] == "learned"
-    for chunk in result["chunks"]:
-        assert set(chunk["shares"]) == set(refrag.FEATURES)
-        assert chunk["why"].startswith("text" if chunk["expanded"] else "compressed")
-    assert 0 < sum(chunk["expanded"] for chunk in result["chunks"]) < len(result["chunks"])
-    assert json.loads(generate(*flags, "--json", "--gate", "blend")[1])["settings"]["gate"] == "blend"
+    for gate, groups in (("auto", set(refrag.FEATURES)), ("blend", None)):
+        code, out, err = generate(*flags, "--json", "--gate", gate)
+        result = json.loads(out)
+        assert (code, result["settings"]["gate"]) == (0, "blend" if groups is None else "learned"), err
+        assert groups is None or all(set(chunk["shares"]) == groups for chunk in result["chunks"])
+        assert all(chunk["why"].startswith("text" if chunk["expanded"] else "compressed") for chunk in result["chunks"])
+        assert 0 < sum(chunk["expanded"] for chunk in result["chunks"]) < len(result["chunks"])
     code, out, _ = generate(*flags, "--no_stream")
     assert code == 0 and out.count(" rank ") == len(result["chunks"]) and "meaning" in out
 
@@ -524,17 +476,14 @@ def test_gate_policy_and_phases_compose(train, recon, tmp_path):
     recon("r1")
     assert train("gate", "--epochs", "1", "--load_dir", tmp_path / "r1", out="g")[0] == 0
     assert train("policy", "--steps", "1", "--load_dir", tmp_path / "g", out="p")[0] == 0
-    recon("r2", "--load_dir", tmp_path / "p")
-    stages = [tensors(tmp_path / name) for name in ("r1/step-000002", "g", "p", "r2/step-000002")]
-    parts = [{part for part, _ in stage} for stage in stages]
-    assert parts == [{"projector"}, {"projector", "gate"}, {"projector", "gate", "policy"},
-                     {"projector", "gate", "policy"}]
-    for before, after in itertools.pairwise(stages[:3]):
-        assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
-    same = {key: torch.equal(tensor, stages[3][key]) for key, tensor in stages[2].items()}
-    assert all(equal for (part, _), equal in same.items() if part != "projector")
-    assert not all(equal for (part, _), equal in same.items() if part == "projector")
-    history = json.loads((tmp_path / "r2/step-000002/config.json").read_text())["history"]
+    last = recon("r2", "--load_dir", tmp_path / "p")
+    stages = [tensors(folder) for folder in (tmp_path / "r1/step-000002", tmp_path / "g", tmp_path / "p", last)]
+    parts = ["projector", "gate", "policy"]
+    assert [{part for part, _ in stage} for stage in stages] == [set(parts[:n]) for n in (1, 2, 3, 3)]
+    changed = [{part for part, name in before if not torch.equal(before[part, name], after[part, name])}
+               for before, after in itertools.pairwise(stages)]
+    assert changed == [set(), set(), {"projector"}]
+    history = json.loads((last / "config.json").read_text())["history"]
     assert [entry["phase"] for entry in history] == ["cpt_recon", "train_gate", "train_policy", "cpt_recon"]
 
 
@@ -546,10 +495,9 @@ def test_a_gate_of_another_embedder_is_refused(train, run, generate, corpus, oth
     assert code == 5 and "--gate blend" in err and len(err.strip().splitlines()) == 1
 
 
-def test_a_gate_with_other_features_is_refused(train, embedder):
+def test_a_gate_with_other_features_is_refused(train):
     """Or of another width."""
-    folder = train("gate", "--epochs", "1")[-1]
-    model = refrag.RefragModel.from_pretrained(folder)
+    model = refrag.RefragModel.from_pretrained(train("gate", "--epochs", "1")[-1])
     facts, state = model.config.gate, model.carried["gate"]
     built = types.SimpleNamespace(fingerprint=facts["embedder_fingerprint"], name=facts["embedder"])
     loaded = refrag.load_gate(model, "gate", built).state_dict()

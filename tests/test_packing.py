@@ -29,6 +29,8 @@ LOOKALIKES = "\u2039\u27e6"  # what < and [ become
 wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=6), max_size=20).map("".join)
 hostile = st.lists(st.sampled_from(TAGS + SPECIAL + NESTED + WORDS[:3] + [" ", "\n"]), max_size=12).map("".join)
 few = settings(max_examples=60)
+
+
 @pytest.fixture(scope="module")
 def loaded(tokenizers):
     """The tokenizers by kind, loaded."""
@@ -66,31 +68,18 @@ def special_ids(tokenizer):
 
 # -- spans ------------------------------------------------------------------------
 
-
-def check_spans(text, tokenizer, k):
-    """The spans of a text cover it and hold at most k tokens each, or one character of more tokens."""
-    spans = refrag.chunk_spans(text, tokenizer, k)
-    assert "".join(text[a:b] for a, b in spans) == text
-    assert all(a < b for a, b in spans)
-    assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])][: len(spans)]
-    wide = [(s, e) for s, e in offsets_of(tokenizer, text) if s < e]
-    for s, e in wide:  # no token, and so no character of several tokens, lies in two chunks
-        assert sum(a < e and s < b for a, b in spans) == 1
-    cuts = {e for (_, e), (s, _) in itertools.pairwise(wide) if e <= s}
-    for a, b in spans:
-        if sum(a <= s < b for s, _ in wide) > k:  # more than k tokens only where there is no place to cut
-            assert not any(a < cut < b for cut in cuts)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=wild | st.text(alphabet="ab 长江🙂", max_size=40))
 @few
-def test_spans_cover_the_text_hold_at_most_k_tokens_and_nest(loaded, kind, text):
+def test_spans_cover_the_text_and_nest(loaded, kind, text):
     """Those of 2k are unions of those of k, where k is a multiple of 4."""
-    for k in (1, 2, 3, 4, 5, 7, 8, 10, 16):
-        check_spans(text, loaded[kind], k)
-    ends = {k: {b for _, b in refrag.chunk_spans(text, loaded[kind], k)} for k in (4, 8, 16, 32)}
-    assert ends[8] <= ends[4] and ends[16] <= ends[8] and ends[32] <= ends[16]
+    ends = {}
+    for k in (1, 3, 4, 8, 16, 32):
+        spans = refrag.chunk_spans(text, loaded[kind], k)
+        ends[k] = [b for _, b in spans]
+        assert [a for a, _ in spans] == [0, *ends[k]][: len(spans)] and all(a < b for a, b in spans)
+        assert [0, *ends[k]][-1] == len(text)
+    assert {*ends[32]} <= {*ends[16]} <= {*ends[8]} <= {*ends[4]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,9 +92,9 @@ def test_spans_of_a_100_kb_line(loaded, kind, text):
 
 @pytest.mark.parametrize(("kind", "text", "k", "spans"), [
     ("bpe", "xqzxqzxqz", 4, [(0, 4), (4, 8), (8, 9)]),  # nine characters that are one token each: 4 + 4 + 1
-    ("bpe", "xqzxqzxqz", 8, [(0, 8), (8, 9)]),
+    ("bpe", "xqzxqzxqz", 8, [(0, 8), (8, 9)]), ("bpe", "xqzxqzxqz", 3, [(0, 3), (3, 6), (6, 9)]),
     ("bpe", "xq🙂z", 4, [(0, 2), (2, 3), (3, 4)]),  # the face is 4 byte tokens: the first chunk ends before it
-    ("bpe", "🙂🙂", 2, [(0, 1), (1, 2)]),
+    ("bpe", "x🙂z", 2, [(0, 1), (1, 2), (2, 3)]), ("bpe", "x🙂z", 8, [(0, 2), (2, 3)]),  # two units of 4, then the rest
     *((kind, "", 8, []) for kind in KINDS),
     ("wordpiece", " \n\t\x00 ", 4, [(0, 5)])])  # it drops these; the text must still be covered
 def test_spans_golden(loaded, kind, text, k, spans):
@@ -116,33 +105,9 @@ def test_spans_golden(loaded, kind, text, k, spans):
 
 @pytest.mark.parametrize("offsets", [[(0, 1), (1, 1), (1, 2)], [(0, 0), (0, 1), (1, 2)]])
 def test_tokens_without_characters_belong_to_the_chunk_before(offsets):
-    """Some tokenizers add marks that stand for no character. The first one belongs to the first chunk."""
+    """Marks that some tokenizers add. The first one belongs to the first chunk."""
     _, ends, sizes = refrag.cut_chunks("ab", as_tokens(offsets), 1)
     assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
-
-
-# -- where tokens may be cut --------------------------------------------------------
-
-def test_cut_allowed_golden():
-    """A letter, a face of three byte tokens, a letter: no cut before the face's second and third token."""
-    face = as_tokens([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)])
-    assert refrag.cut_allowed(face).tolist() == [True, True, False, False, True, True]
-    assert refrag.cut_allowed(as_tokens([(0, 3), (4, 7)])).all()  # a blank between them is no character of both
-    assert refrag.cut_allowed(as_tokens([])).tolist() == [True]
-
-
-def test_token_cuts_golden():
-    """Nine whole tokens; then a letter, a character of four tokens and a letter: 0 | 1 2 3 4 | 5.
-
-    At k = 4 the first unit ends before the long character, at k = 2 the second is as long as that character.
-    """
-    nine, face = np.ones(10, bool), np.array([True, True, False, False, False, True, True])
-    assert refrag.token_cuts(nine, 4).tolist() == [0, 4, 8, 9]
-    assert refrag.token_cuts(nine, 8).tolist() == [0, 8, 9]
-    assert refrag.token_cuts(nine, 3).tolist() == [0, 3, 6, 9]
-    assert refrag.token_cuts(face, 4).tolist() == refrag.token_cuts(face, 2).tolist() == [0, 1, 5, 6]
-    assert refrag.token_cuts(face, 8).tolist() == [0, 5, 6]  # two units, then the rest
-    assert refrag.token_cuts(np.ones(1, bool), 4).tolist() == [0]
 
 
 @given(allowed=st.lists(st.booleans(), max_size=40).map(lambda inner: np.array([True, *inner, True])),
@@ -168,19 +133,16 @@ def test_a_text_is_cut_where_its_tokens_are(loaded, kind, text):
     """A cut stands where a character is done. The same chunks for a text and for its tokens."""
     offsets = offsets_of(loaded[kind], text)
     allowed = refrag.cut_allowed(as_tokens(offsets))
-    assert len(allowed) == len(offsets) + 1 and allowed[0] and allowed[-1]
-    for i in range(1, len(offsets)):
-        before, after = ({*range(*span)} for span in offsets[i - 1 : i + 1])
-        assert allowed[i] == (not before & after)
+    done = [not {*range(*before)} & {*range(*after)} for before, after in itertools.pairwise(offsets)]
+    assert allowed.tolist() == ([True, *done, True] if offsets else [True])
     for k in (1, 3, 4, 16):
-        cuts = refrag.token_cuts(allowed, k)
+        cuts = refrag.token_cuts(allowed, k).tolist()
         *_, sizes = refrag.cut_chunks(text, as_tokens(offsets), k)
         cumulated = [0, *np.cumsum(sizes).tolist()] if offsets else [0]
-        assert cumulated == cuts.tolist() if all(a < b for a, b in offsets) else set(cumulated) <= set(cuts.tolist())
+        assert cumulated == cuts if all(a < b for a, b in offsets) else {*cumulated} <= {*cuts}
 
 
 # -- neutralised text ---------------------------------------------------------------
-
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=hostile, other=wild)
@@ -238,7 +200,6 @@ def test_a_tokenizer_without_offsets_is_refused(loaded):
 
 
 # -- <doc> blocks -------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("text", "expected"), [
     ("Question: .. <doc id='1'>..</doc> Answer:", ["Question: .. ", ("1", ".."), " Answer:"]),
@@ -305,7 +266,6 @@ def test_a_prompt_whose_documents_are_not_clear_is_refused(text, told):
 
 # -- the prompt ---------------------------------------------------------------------
 
-
 def template_ids(tokenizer, message):
     """What the tokenizer itself makes of a user message."""
     turn = [{"role": "user", "content": message}]
@@ -364,19 +324,14 @@ def check_tiling(tokenizer, context):
     assert prompt.context_tokens == sum(c.last - c.first for c in prompt.chunks)
 
 
+@pytest.mark.parametrize(("encoder", "k"), [("bpe", 4), ("wordpiece", 8)])
 @given(texts=st.lists(ordinary | wild | hostile, max_size=3), question=wild)
 @few
-def test_chunks_tile_every_document(chat, texts, question):
+def test_chunks_tile_every_document(loaded, encoder, k, texts, question):
     """Also if a system message repeats what comes after."""
-    check_tiling(chat, context_of(chat, texts, question))
-    check_tiling(chat, context_of(chat, TWO[:1], system=f"{TWO[0]}\nQuestion: Why?"))
-
-
-@given(texts=st.lists(ordinary | wild, min_size=1, max_size=2))
-@few
-def test_chunks_tile_with_another_encoders_boundaries(loaded, texts):
-    tokenizer = refrag.RefragTokenizer(loaded["bpe"], loaded["wordpiece"])
-    check_tiling(tokenizer, context_of(tokenizer, texts, k=8))
+    tokenizer = refrag.RefragTokenizer(loaded["bpe"], *([loaded[encoder]] if encoder != "bpe" else []))
+    check_tiling(tokenizer, context_of(tokenizer, texts, question, k))
+    check_tiling(tokenizer, context_of(tokenizer, TWO[:1], system=f"{TWO[0]}\nQuestion: Why?"))
 
 
 @given(texts=st.lists(ordinary, min_size=1, max_size=4), share=st.floats(0, 1.5))
@@ -470,7 +425,6 @@ def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, t
 
 # -- plans --------------------------------------------------------------------------
 
-
 def bare_prompt(T, chunks, blocks=()):
     """A prompt of T tokens, 50, 51, .., with chunks given as (doc, first, last)."""
     return refrag.Prompt(50 + np.arange(T), [refrag.Chunk(d, 0, 1, a, b) for d, a, b in chunks], list(blocks))
@@ -485,26 +439,10 @@ def test_mixed_plan_golden():
     expanded = np.array([False, True, False])
     assert refrag.mixed_plan(prompt, expanded).tolist() == [50, 51, -1, 54, 55, 56, 57, -3, 59]
     assert refrag.mixed_plan(prompt, expanded, feed=False).tolist() == [50, 51, 54, 55, 56, 57, 59]
+    assert refrag.mixed_plan(prompt, np.ones(3, bool)).tolist() == prompt.input_ids.tolist()
     assert np.flatnonzero(~refrag.text_mask(prompt, expanded)).tolist() == [2, 3, 8]
     without = bare_prompt(6, [(0, 1, 3), (0, 3, 3), (0, 3, 5)])
     assert refrag.mixed_plan(without, np.zeros(3, bool)).tolist() == [50, -1, -3, 55]
-
-
-@given(st.data())
-@few
-def test_plans_keep_the_order_and_every_token_outside(two, data):
-    """All as text is the prompt itself."""
-    L = len(two.chunks)
-    expanded = np.array(data.draw(st.lists(st.booleans(), min_size=L, max_size=L) | st.just([False] * L)))
-    plan = refrag.mixed_plan(two, expanded).tolist()
-    spread = []  # each vector replaced by the tokens it stands for
-    for v in plan:
-        chunk = two.chunks[-v - 1] if v < 0 else None
-        spread += [v] if chunk is None else two.input_ids[chunk.first : chunk.last].tolist()
-    assert spread == two.input_ids.tolist() == refrag.mixed_plan(two, np.ones(L, bool)).tolist()
-    assert {-v - 1 for v in plan if v < 0} == set(np.flatnonzero(~expanded).tolist())
-    kept = two.input_ids[refrag.text_mask(two, expanded)].tolist()
-    assert refrag.mixed_plan(two, expanded, feed=False).tolist() == kept == [v for v in plan if v >= 0]
 
 
 def test_truncated_mask_golden():
@@ -524,21 +462,22 @@ def test_truncated_mask_golden():
 @given(positions=st.integers(0, 200), texts=st.lists(ordinary | wild, min_size=1, max_size=4))
 @few
 def test_truncation_keeps_to_the_positions_and_the_best_ranked(chat, positions, texts):
+    """A document is whole if the one after it has any token; of the last one the tags stay, and its content's start."""
     prompt = context_of(chat, texts).prompt
-    plan = np.flatnonzero(refrag.truncated_mask(prompt, positions)).tolist()
-    frame = set(range(len(prompt.input_ids))) - {i for a, b in prompt.blocks for i in range(a, b)}
-    assert frame <= set(plan)
-    assert len(plan) <= max(positions, len(frame))
-    whole = [all(i in plan for i in range(a, b)) for a, b in prompt.blocks]
-    gone = [not any(i in plan for i in range(a, b)) for a, b in prompt.blocks]
-    cut = next((n for n, w in enumerate(whole) if not w), len(texts))
-    assert all(gone[cut + 1 :])
-    if cut < len(texts) and not gone[cut]:  # a content loses its end, the tags stay
-        inside = [i for c in prompt.chunks if c.doc == cut for i in range(c.first, c.last)]
-        kept = [i for i in inside if i in plan]
-        assert kept and kept == inside[: len(kept)]
-        assert set(range(*prompt.blocks[cut])) - set(inside) <= set(plan)
-        assert len(plan) == positions
+    kept = refrag.truncated_mask(prompt, positions)
+    frame, inside = np.ones(len(kept), bool), np.zeros(len(kept), bool)
+    for first, last in prompt.blocks:
+        frame[first:last] = False
+    for chunk in prompt.chunks:
+        inside[chunk.first : chunk.last] = True
+    assert kept[frame].all() and kept.sum() <= max(positions, frame.sum())
+    shown = [block for block in prompt.blocks if kept[slice(*block)].any()]
+    assert shown == prompt.blocks[: len(shown)] and all(kept[slice(*block)].all() for block in shown[:-1])
+    if shown:
+        block = slice(*shown[-1])
+        rest = kept[block][inside[block]].astype(int)
+        assert kept[block][~inside[block]].all()
+        assert rest.all() or (rest[0] and (np.diff(rest) <= 0).all() and kept.sum() == positions)
 
 
 def test_show_plan_shows_what_each_vector_stands_for(chat):
@@ -549,9 +488,6 @@ def test_show_plan_shows_what_each_vector_stands_for(chat):
     piece = TWO[0][chunk.start : chunk.end]
     assert shown.count("[[") == 1 and f"[[{piece}]]" in shown
     assert shown.replace(f"[[{piece}]]", piece) == text_of(chat, context.prompt)
-
-
-# -- training sequences -------------------------------------------------------------
 
 
 def content_of(*chunks):
@@ -596,39 +532,6 @@ def test_the_controls_golden():
     first = refrag.TrainingSequence(np.array([-1, 7, 8]), np.array([5, 6, -1]), content)  # nothing stands before it
     assert shown(refrag.without_vectors(first)) == ([7, 8], [6, -1])
 
-
-@st.composite
-def answered(draw):
-    """A start token, then vectors and tokens in any order, then an answer."""
-    chunks = draw(st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=4), min_size=1, max_size=5))
-    vectors = st.integers(0, len(chunks) - 1).map(lambda c: -c - 1)
-    context = draw(st.lists(vectors | st.integers(10, 99), max_size=10))
-    answer = draw(st.lists(st.integers(10, 99), min_size=1, max_size=5))
-    return refrag.continue_plan(np.array([1, *context]), np.array(answer), content_of(*chunks)), answer
-
-
-@given(made=answered(), other=answered())
-@settings(max_examples=200)
-def test_the_controls_are_asked_the_same(made, other):
-    """The whole answer, in order; only what is read before it differs."""
-    sequence, answer = made
-    none, full = refrag.without_vectors(sequence), refrag.with_text(sequence)
-    wrong = refrag.with_content_of(sequence, other[0])
-    for control in (sequence, none, full, wrong):
-        assert len(control.plan) == len(control.labels)
-        assert control.labels[control.labels >= 0].tolist() == answer and control.asked == len(answer)
-        assert control.plan[len(control.plan) - len(answer) + 1 :].tolist() == answer[:-1]
-    plan = sequence.plan.tolist()
-    assert none.plan.tolist() == [v for v in plan if v >= 0]
-    chunks = [chunk.tolist() for chunk in sequence.content.chunks]
-    assert full.plan.tolist() == [t for v in plan for t in (chunks[-v - 1] if v < 0 else [v])]
-    theirs = len(other[0].content.chunks)
-    assert [w if w >= 0 else -(v - w) % theirs for v, w in zip(plan, wrong.plan.tolist(), strict=True)] == [
-        max(v, 0) for v in plan]  # a vector's number changes by a multiple of the other text's chunks
-    assert ((wrong.plan >= -theirs) | (wrong.plan >= 0)).all()
-
-
-# -- selection under the budget ---------------------------------------------------
 
 chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 16)), min_size=1, max_size=25)
 

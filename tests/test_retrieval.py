@@ -27,7 +27,6 @@ few = settings(max_examples=40)
 
 @pytest.fixture(scope="module")
 def words_index(change, tmp_path_factory):
-    """An index of texts for BM25, opened."""
     return lambda texts: change(tmp_path_factory.mktemp("words") / "index", [{"text": text} for text in texts],
                                 "bm25")[1]
 
@@ -39,7 +38,6 @@ def bm25_index(tmp_path, build):
 
 
 def ids_of(result):
-    """The passages' ids, best first."""
     return [p["id"] for p in result["passages"]]
 
 
@@ -203,25 +201,13 @@ def textbook_bm25(texts, question):
     return scores
 
 
-SMALL_CORPUS = [
-    "Rivers flood in May. The river Rhone floods the old city.", "Copper and tin make bronze.", "the of and",
-    "长江是亚洲最长的河流。", "A bronze bell; bronze, bronze and more bronze on the river",
-    "Copper and tin make bronze."]
-QUESTIONS = ["Which river floods?", "bronze", "bronze bronze copper", "河流 river", "长江", "old copper city in May"]
-
-
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_bm25_is_the_textbooks(words_index, question):
-    """And a gate's smoother idf has its own formula."""
-    index, expected = words_index(SMALL_CORPUS), textbook_bm25(SMALL_CORPUS, question)
-    found = index.matching(question, 100)
-    assert list(found) == sorted((i for i in range(6) if expected[i] > 0), key=lambda i: (-round(expected[i], 5), i))
-    assert list(found.values()) == pytest.approx([expected[row] for row in found], rel=1e-5)
+def test_the_gates_idf_has_its_own_formula(words_index):
+    index = words_index(["The Rhone floods", "Bronze bells", "the of and", "长江", "A bronze bell on the river"])
     assert [index.idf(term) for term in ("bronz", "river", "\u957f", "zebra")] == pytest.approx(
-        [math.log(1 + 6 / (0.5 + frequency)) for frequency in (3, 2, 1, 0)])
+        [math.log(1 + 5 / (0.5 + frequency)) for frequency in (2, 1, 1, 0)])
 
 
-VOCABULARY = ["river", "bronze", "bell", "old", "city", "the", "长", "江"]
+VOCABULARY = ["river", "rivers", "bronze", "Bell", "old", "city", "the", "长", "江"]
 
 
 @given(st.lists(st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=8).map(" ".join), min_size=1, max_size=20),
@@ -371,7 +357,7 @@ def test_reranker_reorders_the_candidates(index_dir, ask, monkeypatch):
     assert sorted(texts) == sorted(passage.content for passage in passages_of(index_dir))  # with their titles
 
 
-@pytest.mark.parametrize("more", [("--topk", 500), ("--hops", 2), ("--hops", 3), ("--hops", 8)])
+@pytest.mark.parametrize("more", [("--topk", 9), ("--topk", 99, "--retriever", "dense"), ("--hops", 2), ("--hops", 8)])
 def test_more_than_there_is_gives_each_passage_once(index_dir, ask, more):
     result = ask(index_dir, "Which river crosses the old city?", *more)
     assert sorted(ids_of(result)) == list("abcdef")
@@ -521,7 +507,6 @@ def encoder(llama):
 
 
 def table_at(encoder, content, k=4):
-    """The chunk table of a content, computed."""
     return refrag.chunk_tables([content], refrag.Chunking(k, encoder.tokenizer, encoder), None, 1)[1][0]
 
 

@@ -1,13 +1,10 @@
 """Section 10: the curriculum, what each phase reads, the loop, its checkpoints, and phases one after the other."""
 
 import dataclasses
-import gzip
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
 import sys
 import types
 from collections import Counter
@@ -24,23 +21,18 @@ import refrag
 
 RUNTIME = refrag.RuntimeConfig(device="cpu", quiet=True)
 PHASES = ("cpt_align", "cpt_recon", "cpt_next", "sft")
-PLOT = refrag.RunLog.plot
 START, END = 1, 2  # the tiny decoders' tokens for the start of a sequence and the end of an answer
-posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch) -> Path:
-    """Caches go to a folder of the test. Pictures take longer than a step; they are drawn where they are tested."""
-    monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
+def no_pictures(home, monkeypatch) -> None:
+    """They take longer than a step."""
     monkeypatch.setattr(refrag.RunLog, "plot", lambda log: None)
-    return tmp_path / "home"
 
 
 def write(path: Path, rows: list[dict]) -> Path:
-    """A file of JSON lines, compressed if its name says so."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -66,9 +58,6 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-# -- the curriculum and the learning rate ---------------------------------------------
-
-
 def test_the_curriculum_is_the_published_one():
     """Rows of one chunk and of 256, as the paper prints them. All are geometric and end with four times as many as they
     begin: 2000 samples for 1 to 4 chunks, 4000 for 8 to 32, 8000 for 64 to 256."""
@@ -82,30 +71,23 @@ def test_the_curriculum_is_the_published_one():
 
 
 @pytest.mark.parametrize("kind", ["paper", "even"])
-@pytest.mark.parametrize("tasks", [2, 5, 9])
-def test_the_mixture_moves_from_short_texts_to_long_ones(kind, tasks):
+def test_the_mixture_moves_from_short_texts_to_long_ones(kind):
     """In the end half of the samples are of the longest three of nine kinds, two in a hundred of the shortest."""
-    weights = np.stack([refrag.curriculum_weights(p, tasks, kind) for p in np.linspace(0, 0.999, 50)])
+    weights = np.stack([refrag.curriculum_weights(p, 9, kind) for p in np.linspace(0, 0.999, 50)])
     assert weights.sum(1) == pytest.approx(np.ones(50)) and (weights > 0.01).all()  # nothing learned is left out
-    assert weights[0].argmax() == 0 and weights[0, 0] > 0.5
-    assert weights[-1, -1] == weights[-1].max() > weights[-1, 0]
-    lengths = weights @ 2 ** np.arange(tasks)
-    assert (np.diff(lengths) > -1e-9).all() and lengths[-1] > 1.4 * lengths[0]
-    assert tasks < 9 or (weights[-1, -3:].sum() > 0.5 and weights[-1, 0] == pytest.approx(0.02, abs=0.005))
+    assert weights[0, 0] > 0.5 and (np.diff(weights @ 2 ** np.arange(9)) > -1e-9).all()
+    assert weights[-1, -3:].sum() > 0.5 and weights[-1, 0] == pytest.approx(0.02, abs=0.005)
 
 
-def test_stages_are_even_or_as_long_as_their_samples():
+@pytest.mark.parametrize(("kind", "counts"), [("paper", refrag.curriculum_table(2).sum(0)), ("even", np.ones(9))])
+def test_stages_are_even_or_as_long_as_their_samples(kind, counts):
     """Two kinds: 1666 samples in the first stage, 138 in the last, of 4000; its share is 138 / 4000 = .035."""
-    def changes(kind):
-        at = np.linspace(0, 1, 1000, endpoint=False)
-        weights = [refrag.curriculum_weights(p, 2, kind)[0] for p in at]
-        return [at[i + 1] for i in range(len(at) - 1) if weights[i] != weights[i + 1]]
-
-    assert changes("even") == pytest.approx([n / 9 for n in range(1, 9)], abs=2e-3)
-    counts = refrag.curriculum_table(2).sum(0)
-    assert changes("paper") == pytest.approx((np.cumsum(counts) / counts.sum())[:-1].tolist(), abs=2e-3)
+    at = np.linspace(0, 1, 1000, endpoint=False)
+    weights = np.asarray([refrag.curriculum_weights(p, 2, kind)[0] for p in at])
+    changes = at[1:][weights[1:] != weights[:-1]]
+    assert changes.tolist() == pytest.approx((np.cumsum(counts) / counts.sum())[:-1].tolist(), abs=2e-3)
+    assert refrag.curriculum_weights(0.5, 1, kind).tolist() == [1]
     assert refrag.curriculum_weights(0.5, 4, "none").tolist() == [0, 0, 0, 1]
-    assert refrag.curriculum_weights(0.5, 1, "even").tolist() == [1]
 
 
 def test_learning_rate_by_hand():
@@ -120,11 +102,6 @@ def test_learning_rate_by_hand():
 
 # -- the token cache ---------------------------------------------------------------------
 
-
-def caches(home: Path) -> list[str]:
-    return sorted(path.name for path in (home / "tokens").glob("*.safetensors"))
-
-
 def cached_ids(cache: refrag.TokenCache, text: int = 0) -> list[int]:
     start, end, *_ = cache.texts[text].tolist()
     return cache.tokens[start:end].tolist()
@@ -132,7 +109,7 @@ def cached_ids(cache: refrag.TokenCache, text: int = 0) -> list[int]:
 
 def test_cached_texts_are_their_tokens(tmp_path, whole):
     """Against the tokenizer itself. A cut may stand where what comes before decodes without a broken character."""
-    decoder, path = whole.tokenizer.decoder, tmp_path / "texts.jsonl.gz"
+    decoder, path = whole.tokenizer.decoder, tmp_path / "texts.jsonl"
     texts = [*TEXTS, "\U0001f642 is four bytes."]
     cache = refrag.cache_tokens([str(write(path, [{"text": text} for text in texts]))], whole.tokenizer)
     assert len(cache.texts) == len(texts)
@@ -150,44 +127,28 @@ def test_cached_texts_are_their_tokens(tmp_path, whole):
     assert not all(clean), "no character of several tokens: the test would show nothing"
 
 
-def test_tokens_of_a_file_are_taken_as_they_are(tmp_path, whole):
-    """Cut to s + o tokens, where the file says so; s is kept as the length of the context."""
-    ids = list(range(10, 30))
-    rows = [{"tokens": ids}, {"tokens": ids, "split": {"s": 8, "o": 4}}, {"text": "The Rhone floods in May."}]
-    cache = refrag.cache_tokens([str(write(tmp_path / "t.jsonl", rows))], whole.tokenizer)
-    assert (cached_ids(cache, 0), cached_ids(cache, 1), cache.texts[:, 2].tolist()) == (ids, ids[:12], [0, 8, 0])
-
-
 def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole):
-    """A damaged file is made again."""
-    paths = [str(write(tmp_path / f"{n}.jsonl", [{"text": text}])) for n, text in enumerate(TEXTS[:2])]
-    first = refrag.cache_tokens(paths, whole.tokenizer)
+    path = str(write(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS]))
+    first = refrag.cache_tokens([path], whole.tokenizer)
     [made] = (home / "tokens").glob("*.safetensors")
-    for damaged in (False, True):
-        if damaged:
-            made.write_bytes(made.read_bytes()[:-9])
-        time = made.stat().st_mtime_ns
-        again = refrag.cache_tokens(paths, whole.tokenizer)
-        assert (made.stat().st_mtime_ns > time) == damaged
-        assert all(np.array_equal(getattr(again, name), getattr(first, name)) for name in ("tokens", "cuts", "texts"))
-    if sys.platform == "linux":
-        again = refrag.cache_tokens(paths, whole.tokenizer)
-        assert str(made) in Path("/proc/self/maps").read_text() and len(again.tokens)
+    time = made.stat().st_mtime_ns
+    again = refrag.cache_tokens([path], whole.tokenizer)
+    assert made.stat().st_mtime_ns == time
+    assert all(np.array_equal(getattr(again, name), getattr(first, name)) for name in ("tokens", "cuts", "texts"))
+    assert sys.platform != "linux" or str(made) in Path("/proc/self/maps").read_text()
 
 
 def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, whole, separate):
     """A changed content under the same name, another order of files, another tokenizer or encoder's special tokens."""
     a, b = (str(write(tmp_path / f"{n}.jsonl", [{"text": TEXTS[n]}])) for n in range(2))
+    ours, encoders = whole.tokenizer, separate.tokenizer
     other = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["sentencepiece"]))
-    seen = []
-    for paths, tokenizer in (([a], whole.tokenizer), ([b], whole.tokenizer), ([a, b], whole.tokenizer),
-                             ([b, a], whole.tokenizer), ([a], other), ([a], separate.tokenizer)):
+    asked = [([a], ours), ([b], ours), ([a, b], ours), ([b, a], ours), ([a], other), ([a], encoders)]
+    for number, (paths, tokenizer) in enumerate(asked, start=1):
         refrag.cache_tokens(paths, tokenizer)
-        seen.append(len(caches(home)))
+        assert len(list((home / "tokens").glob("*.safetensors"))) == number
     write(Path(a), [{"text": TEXTS[2]}])
-    cache = refrag.cache_tokens([a], whole.tokenizer)
-    assert [*seen, len(caches(home))] == [1, 2, 3, 4, 5, 6, 7]
-    assert whole.tokenizer.decoder.decode(cached_ids(cache)) == TEXTS[2]
+    assert ours.decoder.decode(cached_ids(refrag.cache_tokens([a], ours))) == TEXTS[2]
 
 
 def test_special_tokens_in_a_text_are_only_text(tmp_path, whole, separate):
@@ -252,16 +213,13 @@ def test_reconstruction_draws_runs_of_the_curriculums_lengths(text_lessons):
     shorter than the drawn length, all."""
     lessons = text_lessons(refrag.ReconLessons, [{"tokens": list(range(100, 140))}, {"tokens": [7, 8, 9, 10, 11]}],
                            seq_tokens=40)
-    lengths, starts, short = {}, set(), []
-    for progress in (0.0, 0.99):
-        drawn = [asked(lessons.draw(0, rng(n), progress).sequence) for n in range(60)]
-        assert all(ids == list(range(ids[0], ids[0] + len(ids))) for ids in drawn)
-        lengths[progress] = Counter(len(ids) for ids in drawn)
-        starts |= {ids[0] for ids in drawn}
-        short += [asked(lessons.draw(1, rng(n), progress).sequence) for n in range(20)]
-    assert set(lengths[0.0]) | set(lengths[0.99]) == {4, 8, 16, 32}
-    assert lengths[0.0][4] > 30 and lengths[0.99][32] > lengths[0.99][4]
+    first, last, *short = ([asked(lessons.draw(text, rng(n), progress).sequence) for n in range(60)]
+                           for text in (0, 1) for progress in (0.0, 0.99))
+    assert all(ids == list(range(ids[0], ids[0] + len(ids))) for ids in [*first, *last])
+    starts, early, late = {ids[0] for ids in [*first, *last]}, Counter(map(len, first)), Counter(map(len, last))
+    assert set(early) | set(late) == {4, 8, 16, 32} and early[4] > 30 and late[32] > late[4]
     assert min(starts) == 100 and max(starts) > 130
+    short = [*short[0], *short[1]]
     assert [7, 8, 9, 10, 11] in short and {len(ids) for ids in short} == {4, 5}
 
 
@@ -272,6 +230,9 @@ def test_long_texts_become_several_windows_and_short_ones_are_told(text_lessons,
     said = [asked(lessons.draw(n, rng(), 0.0).sequence) for n in range(len(lessons))]
     assert said == [list(range(100, 124)), list(range(124, 148)), list(range(148, 154)), list(range(30, 35))]
     assert "1 texts of fewer than 4 tokens are left out" in capsys.readouterr().err
+    rows = [{"tokens": list(range(100, 140)), "split": {"s": 6, "o": 34}}]  # the first window's; then halves
+    lessons = text_lessons(refrag.NextLessons, rows, seq_tokens=16, **NEXT)
+    assert [len(asked(lessons.draw(n, rng(), 0.0).sequence)) for n in range(3)] == [10, 8, 4]
 
 
 def test_next_compresses_the_context_and_asks_for_what_follows(text_lessons):
@@ -298,13 +259,6 @@ def test_texts_shorter_than_their_split_are_used(text_lessons, tokens, split, co
     sequence = text_lessons(refrag.NextLessons, rows, **NEXT).draw(0, rng(), 0.0).sequence
     assert sum(map(len, sequence.content.chunks)) == context
     assert asked(sequence) == list(range(10 + context, 10 + tokens))
-
-
-def test_the_split_holds_for_the_first_window_alone(text_lessons):
-    """40 tokens with a context of 6, windows of 16, 16 and 8: then halves."""
-    rows = [{"tokens": list(range(100, 140)), "split": {"s": 6, "o": 34}}]
-    lessons = text_lessons(refrag.NextLessons, rows, seq_tokens=16, **NEXT)
-    assert [len(asked(lessons.draw(n, rng(), 0.0).sequence)) for n in range(3)] == [10, 8, 4]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
@@ -365,25 +319,13 @@ def test_alignment_with_a_separate_encoder_cuts_at_anchors(text_lessons, separat
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_every_item_of_a_step_asks_for_something(text_lessons, encoder, kind):
-    """Short texts, and of two k the larger one makes a single chunk of them, with no place to align at."""
-    rows = [{"text": text[:40]} for text in TEXTS[:3]]
-    lessons = text_lessons(kind, rows, encoder, k=(4, 64), seq_tokens=64)
-    samples = refrag.Sampler(lessons, lessons.train, 2, 64, 1)
-    steps = [samples.step(step) for step in range(3)]
-    assert all(item.sequence.asked for passes in steps for items in passes for item in items)
-
-
-@pytest.mark.parametrize("kind", SETTINGS)
 def test_of_several_k_one_is_drawn_for_each_text(text_lessons, kind):
     """Chunks of a text are of one length, but for the last; over the draws both lengths come."""
     lessons = text_lessons(kind, [{"tokens": list(range(100, 164))}], k=(4, 8), seq_tokens=64)
-    lengths = Counter()
-    for seed in range(30):
-        chunks = lessons.draw(0, rng(seed), 0.99).sequence.content.chunks
-        lengths[len(chunks[0])] += 1
-        assert {len(chunk) for chunk in chunks[:-1]} <= {len(chunks[0])}
+    drawn = [lessons.draw(0, rng(seed), 0.99).sequence.content.chunks for seed in range(30)]
+    lengths = Counter(len(chunks[0]) for chunks in drawn)
     assert set(lengths) == {4, 8} and min(lengths.values()) > 5
+    assert all(len({len(chunk) for chunk in chunks[:-1]}) <= 1 for chunks in drawn)
 
 
 def test_next_feeds_no_vector_of_a_chunk_without_tokens_of_the_decoder(text_lessons, separate):
@@ -406,32 +348,24 @@ def test_a_separate_encoder_reads_no_half_characters(text_lessons, separate, kin
     assert [text for text in texts if "\ufffd" in text] == []
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_the_exam_is_always_the_same_and_has_each_k(tmp_path, text_lessons, encoder, kind):
-    rows = [{"text": text} for text in TEXTS]
-    held_out = [{"tokens": list(range(n, n + 32))} for n in (100, 200, 300)]
-    assert text_lessons(kind, rows, encoder).exam() == {}
-    exams = [text_lessons(kind, rows, encoder, held_out, k=(4, 8), eval_limit=2).exam() for _ in range(2)]
-    names = {"k4", "k8"} if kind is not refrag.ReconLessons else {f"k4/{n}" for n in (1, 2, 4, 8)} | {
-        f"k8/{n}" for n in (1, 2, 4)}
-    assert set(exams[0]) == names
-    for name in names:
-        ours, theirs = (exam[name] for exam in exams)
-        assert [item.where for item in ours] == [f"{tmp_path / 'd.jsonl'}:{n}" for n in (1, 3)]
-        for a, b in zip(ours, theirs, strict=True):
-            assert np.array_equal(a.sequence.plan, b.sequence.plan) and asked(a.sequence) == asked(b.sequence)
+@pytest.mark.parametrize(("kind", "names"), [
+    (refrag.NextLessons, "k4 k8"), (refrag.AlignLessons, "k4 k8"),
+    (refrag.ReconLessons, "k4/1 k4/2 k4/4 k4/8 k8/1 k8/2 k8/4")])
+def test_the_exam_is_always_the_same_and_has_each_k(tmp_path, text_lessons, kind, names):
+    rows = [{"tokens": list(range(n, n + 32))} for n in (100, 200, 300)]
+    assert text_lessons(kind, rows).exam() == {}
+    exam, again = (text_lessons(kind, rows, held_out=rows, k=(4, 8), eval_limit=2).exam() for _ in range(2))
+    assert list(exam) == names.split()
+    for name, items in exam.items():
+        assert [item.where for item in items] == [f"{tmp_path / 'd.jsonl'}:{n}" for n in (1, 3)]
+        assert all(np.array_equal(a.sequence.plan, b.sequence.plan) for a, b in zip(items, again[name], strict=True))
 
 
-def test_the_exam_of_continuation_compresses_all_and_repeats_nothing(text_lessons):
-    rows = [{"tokens": list(range(n, n + 20))} for n in (100, 200, 300)]
-    exam = text_lessons(refrag.NextLessons, rows, held_out=rows, recon_frac=1.0, expand_frac=1.0).exam()
-    for n, item in zip((100, 200, 300), exam["k4"], strict=True):
-        assert item.sequence.plan.tolist() == [START, -1, -2, -3, *range(n + 10, n + 19)]
-        assert asked(item.sequence) == list(range(n + 10, n + 20))
-
-
-def test_the_exam_of_reconstruction_has_each_length(text_lessons):
+def test_the_exam_compresses_all_has_each_length_and_repeats_nothing(text_lessons):
     rows = [{"tokens": list(range(100, 140))}, {"tokens": list(range(200, 210))}]
+    exam = text_lessons(refrag.NextLessons, rows, held_out=rows, recon_frac=1.0, expand_frac=1.0, seq_tokens=40).exam()
+    assert [item.sequence.plan.tolist() for item in exam["k4"]] == [
+        [START, -1, -2, -3, -4, -5, *range(120, 139)], [START, -1, -2, *range(205, 209)]]
     exam = text_lessons(refrag.ReconLessons, rows, held_out=rows).exam()
     assert {name: [len(asked(i.sequence)) for i in items] for name, items in exam.items()} == {
         "k4/1": [4, 4, 4], "k4/2": [8, 8, 8], "k4/4": [16], "k4/8": [32]}
@@ -605,18 +539,15 @@ def test_everything_as_text_is_the_plain_prompt(lessons_on):
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.25, 0.6])
 def test_no_more_than_a_share_of_the_context_stays_text(lessons_on, encoder, p):
+    """Of several shares one is drawn for each question."""
     lessons = lessons_on(encoder=encoder, p=(p,))
     for number, seed in itertools.product(range(4), range(4)):
         item = lessons.draw(number, rng(seed), 0.0)
         sizes = [len(chunk) for chunk in item.sequence.content.chunks]
         realised = sum(sizes[n] for n in open_chunks(item)) / sum(sizes)
         assert p - (max(sizes) + 1) / sum(sizes) < realised <= p  # what is left does not hold the next chunk
-
-
-def test_the_shares_are_drawn_by_question(lessons_on):
-    lessons = lessons_on(p=(0.0, 1.0))
-    vectors = [int((lessons.draw(0, rng(seed), 0.0).sequence.plan < 0).sum()) for seed in range(20)]
-    assert vectors.count(0) in range(4, 17) and set(vectors) - {0}
+    lessons = lessons_on(encoder=encoder, p=(0.0, 1.0))
+    assert [bool(open_chunks(lessons.draw(0, rng(seed), 0.0))) for seed in range(20)].count(True) in range(4, 17)
 
 
 def open_chunks(item: refrag.Item) -> set[int]:
@@ -696,38 +627,16 @@ def test_questions_and_answers_make_no_special_token(lessons_on):
 
 
 def test_every_chunk_is_encoded_from_its_own_text(lessons_on, encoder):
-    """The encoder's tokens of all passages, in order, and the number of the chunk each belongs to."""
-    lessons = lessons_on(encoder=encoder, p=(0.25,))
-    chunks, rows = lessons.draw(0, rng(), 0.0).sequence.content
-    owners = np.concatenate([owner for _, owner in rows])
-    assert (np.diff(owners[owners >= 0]) >= 0).all() and set(owners.tolist()) - {-1} == set(range(len(chunks)))
-    encoder, decoder = lessons.prompts.tokenizer.encoder, lessons.prompts.tokenizer.decoder
-    lower = encoder.backend_tokenizer.normalizer or types.SimpleNamespace(normalize_str=str)
-    ids, read, spelled = np.concatenate([ids for ids, _ in rows]), "", ""
-    for number, chunk in enumerate(chunks):
-        read += encoder.decode(ids[owners == number].tolist(), skip_special_tokens=True).replace("##", "")
-        spelled += decoder.decode(chunk.tolist())
-        ours, theirs = ("".join(lower.normalize_str(text).split()) for text in (read, spelled))
-        assert theirs.startswith(ours) and len(theirs) - len(ours) < 12  # a token belongs to where it starts
-    assert ours == theirs
-
-
-def test_questions_are_embedded_together(index_dir, monkeypatch):
-    """As many as a batch holds, and each finds what it finds alone."""
-    search = refrag.SearchConfig(topk=2)
-    searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(index_dir)), search, RUNTIME)
-    questions = [{"question": q["question"]} for q in QUESTIONS]
-    alone = [[passage.row for passage in searcher.search(q["question"], 3, search.hops)] for q in questions]
-    encode, sizes = searcher.embedder.model.encode_query, []
-    monkeypatch.setattr(searcher.embedder.model, "encode_query",
-                        lambda texts, **options: sizes.append(len(texts)) or encode(texts, **options))
-    monkeypatch.setattr(refrag, "QUERY_BATCH", 3)
-    searcher.embedder.queries.clear()
-    found = refrag.retrieve_all(questions, searcher, search)
-    assert [one.rows for one in found] == alone and sizes == [3, 1]
-    searcher.embedder.queries.clear()
-    single = [searcher.embedder.embed_query(q["question"])[0] for q in questions]
-    np.testing.assert_allclose([one.query for one in found], single, atol=0.02)  # bfloat16: padding shows
+    """As in its passage alone, but that the chunks are numbered through."""
+    lessons, rows, chunks = lessons_on(encoder=encoder, p=(0.25,)), [], 0
+    item = lessons.draw(0, rng(), 0.0)
+    for n in shown(full_text(lessons, item)):
+        text = f"Title {n}\n{TEXTS[n]}"
+        alone = encoder.content_of_text(text, encoder.tokenizer.cut([text], 4)[0])
+        rows += [(ids.tolist(), np.where(owner < 0, -1, owner + chunks).tolist()) for ids, owner in alone.rows]
+        chunks += len(alone.chunks)
+    assert [(ids.tolist(), owner.tolist()) for ids, owner in item.sequence.content.rows] == rows
+    assert len(item.sequence.content.chunks) == chunks
 
 
 def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_path, lessons_on):
@@ -748,7 +657,6 @@ def test_questions_without_an_answer_are_left_out_and_counted(lessons_on, capsys
 
 
 # -- the order of the data -------------------------------------------------------------------
-
 
 class Sizes:
     """Items of given numbers of positions; each draw also shows its random generator and the progress."""
@@ -799,13 +707,6 @@ def test_steps_made_ahead_are_those_steps():
     assert [(drawn(step), count) for step, count in later.run(4)] == expected[4:]
 
 
-def test_an_error_in_what_is_made_ahead_arrives():
-    lessons = Sizes(MIXED)
-    lessons.draw = lambda *_: (_ for _ in ()).throw(refrag.UserError("a bad text"))
-    with pytest.raises(refrag.UserError, match="a bad text"):
-        list(refrag.Sampler(lessons, lessons.train, 1, 64, 1).run(0))
-
-
 def test_seeds_epochs_and_draws_differ():
     orders = set()
     for seed in range(3):
@@ -845,9 +746,6 @@ def test_an_item_longer_than_all_passes_together_is_used():
             assert all(len(items) >= processes for items in samples.step(step))
 
 
-# -- the loss -----------------------------------------------------------------------------------
-
-
 def output_of(probabilities: list[list[float]], vectors: object = (), means: object = ()) -> refrag.Output:
     """An output with these next-token probabilities."""
     return refrag.Output(torch.tensor(probabilities).log(), torch.tensor(vectors), torch.tensor(means))
@@ -871,8 +769,6 @@ def test_loss_terms_by_hand():
     assert set(refrag.loss_terms(without, labels, None, {"text": 1.0, "mse": 1.0})) == {"text"}
     assert set(refrag.loss_terms(without, labels, teacher, {"text": 0.0, "kl": 0.5})) == {"kl"}
 
-
-# -- runs ---------------------------------------------------------------------------------------
 
 SHORT = ("--k", "4", "--seq_tokens", "32", "--batch_size", "2", "--steps", "2", "--device", "cpu", "--quiet", "--json")
 
@@ -975,25 +871,17 @@ def test_adapters_move_instead_of_the_decoder(train, start, phase, letters):
         torch.testing.assert_close(merged[name], before[name] + 2 * b @ a)
 
 
-def test_the_projector_has_its_own_learning_rate(train, start):
-    """With one of almost nothing it stays where it was, up to rounding, and the rest moves."""
-    summary = train("cpt_next", "run", "--load_dir", start, "--projector_lr", "1e-30", "--lr", "1e-2")
-    assert {name[0] for name in different(tensors(start), tensors(summary["checkpoint"]))} == {"e", "d"}
-
-
 def test_only_matrices_decay(llama):
     """And every trained parameter is in one group, with its learning rate as the peak."""
     model = build("decoder:2", llama)
     model.encoder.requires_grad_(False)
-    train = refrag.TrainConfig("unused", lr=0.5, projector_lr=0.25, weight_decay=0.125)
-    groups = refrag.parameter_groups(model, train)
+    groups = refrag.parameter_groups(model, refrag.TrainConfig("x", lr=0.5, projector_lr=0.25, weight_decay=0.125))
     placed = {id(p): group for group in groups for p in group["params"]}
     named = {name: p for name, p in model.named_parameters() if not name.startswith("encoder.")}
     assert len(placed) == len(named) == sum(len(group["params"]) for group in groups)
     for name, parameter in named.items():
-        group = placed[id(parameter)]
-        assert group["weight_decay"] == (0.125 if parameter.ndim == 2 else 0.0), name
-        assert group["lr"] == group["peak"] == (0.25 if name.startswith("projector.") else 0.5), name
+        lr, decay = 0.25 if name.startswith("projector.") else 0.5, 0.125 if parameter.ndim == 2 else 0.0
+        assert placed[id(parameter)].items() >= {"lr": lr, "peak": lr, "weight_decay": decay}.items(), name
 
 
 # -- phases one after the other -------------------------------------------------------------------
@@ -1040,25 +928,6 @@ def check_answers(run: object, folder: Path) -> None:
     assert json.loads(out)["metrics"]["positions"] > 0
 
 
-@pytest.mark.parametrize(("first", "second"), [
-    ("--lora_r 2", "--lora_r 2"), ("--lora_r 2", ""), ("", "--lora_r 2"), ("--lora_r 2", "--train pe"),
-    ("--train p", "--lora_r 2 --train d"),
-])
-def test_the_next_phase_begins_where_the_last_one_ended(train, sources, tmp_path, first, second):
-    """The held-out losses before the first step are those after the last; twice, so that nothing is lost later on."""
-    dev = ["--eval_json", sources["cpt_next"][1], "--eval_limit", 4, "--lr", "1e-2"]
-    options = [option.split() for option in (first, second)]
-    train("cpt_next", "first", *dev, *options[0])
-    train("cpt_next", "second", *dev, *options[1], "--load_dir", tmp_path / "first")
-    train("cpt_next", "third", *dev, "--steps", 1, "--train", "p", "--load_dir", tmp_path / "second")
-    evals = [[record["eval"]["k4"] for record in metrics(tmp_path / name) if "eval" in record]
-             for name in ("first", "second", "third")]
-    for before, after in itertools.pairwise(evals):
-        for kind, values in before[-1].items():
-            assert after[0][kind]["loss"] == pytest.approx(values["loss"], abs=1e-4)
-        assert before[-1]["vectors"] != before[0]["vectors"]
-
-
 @pytest.mark.parametrize(("phase", "options"), [*((phase, "") for phase in PHASES), ("sft", "--lora_r 4 --lr 2e-2")])
 def test_a_few_steps_learn_a_small_text(train, tmp_path, llama, phase, options):
     """One text, or one question: the loss of the last steps is well below that of the first."""
@@ -1071,21 +940,16 @@ def test_a_few_steps_learn_a_small_text(train, tmp_path, llama, phase, options):
     assert len(losses) == 20 and np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
 
 
-# -- a run's folder -------------------------------------------------------------------------------
-
-
 def test_a_run_says_what_it_takes_to_make_it_again(train, sources, tmp_path, llama, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["refrag.py", "cpt_next", "--and_so_on"])
     train("cpt_next", "run", "--seed", 7, "--lr", "1e-3")
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    data = Path(sources["cpt_next"][1])
-    assert facts["data"] == [{"file": str(data), "bytes": data.stat().st_size, "sha256": refrag.sha256_file(data)}]
+    facts, data = json.loads((tmp_path / "run" / "run.json").read_text()), Path(sources["cpt_next"][1])
     chosen = {"phase": "cpt_next", "seed": 7, "lr": 1e-3, "steps": 2, "k": [4], "train_json": [str(data)], "lora_r": 0,
               "dec": str(llama), "enc": "decoder:2", "expand_frac": 0.25, "warmup": 0.04, "resume": False}
     assert {name: facts["settings"][name] for name in chosen} == chosen
-    assert facts["versions"] == refrag.library_versions() and {"torch", "transformers"} <= set(facts["versions"])
-    assert (facts["device"], facts["processes"]) == ("cpu", 1)
-    assert facts["command"] == ["refrag.py", "cpt_next", "--and_so_on"]
+    assert facts["data"] == [{"file": str(data), "bytes": data.stat().st_size, "sha256": refrag.sha256_file(data)}]
+    assert facts == facts | {"device": "cpu", "processes": 1, "versions": refrag.library_versions(),
+                             "command": ["refrag.py", "cpt_next", "--and_so_on"]}
 
 
 @pytest.mark.parametrize("share", [0, 0.5])
@@ -1095,19 +959,6 @@ def test_the_gate_is_loaded_only_to_choose(train, monkeypatch, share):
     monkeypatch.setattr(refrag, "load_gate", lambda *given: asked.append(given))
     train("sft", "run", "--gate_frac", share, "--steps", 1)
     assert len(asked) == (share > 0)
-
-
-def test_a_run_keeps_its_last_two_checkpoints(train, tmp_path):
-    summary = train("cpt_recon", "run", "--steps", 7, "--save_every", 2)
-    folder = tmp_path / "run"
-    assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == [
-        "metrics.jsonl", "run.json", "step-000006", "step-000007"]
-    assert summary["checkpoint"] == str(folder / "step-000007") and summary["steps"] == 7
-    for step in (6, 7):
-        files = {path.name for path in (folder / f"step-00000{step}").iterdir()}
-        assert files == {"config.json", "encoder.safetensors", "manifest.json", "projector.safetensors", "README.md",
-                         "trainer.json", "trainer.safetensors"}
-        refrag.Checkpoint(folder / f"step-00000{step}").verify()
 
 
 def test_a_checkpoint_with_the_state_of_torchs_generator_goes_on(train, tmp_path, monkeypatch):
@@ -1137,65 +988,38 @@ def test_steps_are_logged_at_the_intervals_asked_for(train, sources, tmp_path):
         [5e-5 * refrag.learning_rate_factor(step, 8, 0.04) for step in (2, 5, 7)])
 
 
-def test_a_picture_is_drawn(train, sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(refrag.RunLog, "plot", PLOT)
-    train("cpt_next", "run", "--eval_json", sources["cpt_next"][1], "--eval_limit", 1)
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((tmp_path / "run").glob(".*.tmp"))
-
-
 def test_the_model_card_tells_models_phases_and_results():
     entry = {"phase": "cpt_recon", "steps": 1200, "tokens": 3456789, "train": "pe", "device": "cuda", "run": "runs/a",
              "data": [{"file": "/data/a.jsonl"}, {"file": "b.jsonl.gz"}]}
     history = [entry, entry | {"phase": "sft", "train": "ped (LoRA 8)", "data": [{"file": "q.jsonl"}]}]
     config = refrag.RefragConfig(encoder_name_or_path="decoder:3", decoder_name_or_path="some/decoder", history=history)
-    measured = {kind: {"loss": 1.0, "accuracy": value} for kind, value in zip(
-        ("vectors", "none", "wrong", "full"), (0.5, 0.25, 0.125, 0.75), strict=True)}
-    records = [{"step": 0, "eval": {"k4": {}}}, {"step": 7, "eval": {"k8": measured}}, {"step": 8}]
-    card = refrag.model_card(config, records)
+    measured = {kind: {"loss": 1.0, "accuracy": value} for kind, value in (
+        ("vectors", 0.5), ("none", 0.25), ("full", 0.75))}  # of one text there are no wrong ones
+    card = refrag.model_card(config, [{"step": 0, "eval": {"k4": {}}}, {"step": 7, "eval": {"k8": measured}}])
     assert "Decoder: some/decoder. Encoder: decoder:3, mean pooling. Projector: residual_mlp." in card
-    rows = [line for line in card.splitlines() if line.startswith("| ")]
-    assert rows == ["| Phase | Steps or epochs | Tokens or questions | Trained | Device | Data |",
-                    "| cpt_recon | 1,200 | 3,456,789 | pe | cuda | a.jsonl, b.jsonl.gz |",
-                    "| sft | 1,200 | 3,456,789 | ped (LoRA 8) | cuda | q.jsonl |",
-                    "| Set | Vectors | None | Wrong | Full |", "| k8 | 0.500 | 0.250 | 0.125 | 0.750 |"]
+    assert [line for line in card.splitlines() if line.startswith("| ")] == [
+        "| Phase | Steps or epochs | Tokens or questions | Trained | Device | Data |",
+        "| cpt_recon | 1,200 | 3,456,789 | pe | cuda | a.jsonl, b.jsonl.gz |",
+        "| sft | 1,200 | 3,456,789 | ped (LoRA 8) | cuda | q.jsonl |",
+        "| Set | Vectors | None | Wrong | Full |", "| k8 | 0.500 | 0.250 | - | 0.750 |"]
     assert "after step 7" in card and "Held-out" not in refrag.model_card(config, [{"step": 0, "eval": {}}])
-    del measured["wrong"]  # of one text there is none
-    assert "| k8 | 0.500 | 0.250 | - | 0.750 |" in refrag.model_card(config, records)
-
-
-@posix
-def test_a_first_signal_is_noted_and_a_second_one_leaves(capsys):
-    before = signal.getsignal(signal.SIGINT)
-    with refrag.stop_signals() as received:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGINT] and "saving a checkpoint after this step" in capsys.readouterr().err
-        with pytest.raises(SystemExit, match="143"):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-# -- options --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [["--lora_r", "2"], ["--train", "pe"]], ids=["lora", "frozen"])
-def test_activations_computed_again_change_nothing(train, start, tmp_path, monkeypatch, options):
+def test_activations_computed_again_change_nothing(train, start, monkeypatch, options):
     """The same weights up to rounding; the decoder's layers run twice a pass instead of once."""
-    marked, calls = refrag.mark_trained, Counter()
+    marked, calls, made = refrag.mark_trained, Counter(), {}
 
     def watch(model, *rest):
         model.decoder.base_model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.update([now]))
         return marked(model, *rest)
 
     monkeypatch.setattr(refrag, "mark_trained", watch)
-    made = {}
     for now, extra in (("plain", []), ("again", ["--activation_checkpointing"])):
-        summary = train("cpt_next", now, "--load_dir", start, "--lr", "1e-2", "--steps", 3, *options, *extra)
-        made[now] = tensors(summary["checkpoint"])
+        made[now] = tensors(train("cpt_next", now, "--load_dir", start, "--lr", "1e-2", *options, *extra)["checkpoint"])
     for name, tensor in made["plain"].items():
         torch.testing.assert_close(made["again"][name], tensor, rtol=1e-3, atol=1e-4)
-    assert different(made["plain"], tensors(start))
-    assert calls["again"] == 2 * calls["plain"] >= 6
+    assert different(made["plain"], tensors(start)) and calls["again"] == 2 * calls["plain"] >= 4
 
 
 @pytest.mark.parametrize(("phase", "options", "weights"), [
@@ -1220,14 +1044,17 @@ def test_the_teacher_is_the_decoder_before_the_phase(train, tmp_path, way):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_each_phase_with_a_separate_encoder(train, run, sources, llama, bert, tmp_path, phase):
-    """Without the residual, as in the paper, with one state per chunk; chunks of several lengths."""
+    """Without the residual, as in the paper, with one state per chunk; chunks of several lengths. All parts move, but
+    for BERT's pooler, which nothing reads."""
     models = ["--dec", llama, "--enc", bert, "--projector", "mlp", "--pooling", "cls", "--k", 2, 4, 8]
     held_out = ["--eval_json", sources[phase][1], "--eval_limit", 2]
-    summary = train(phase, "run", *models, *held_out, "--train", "ped")
+    summary = train(phase, "run", *models, *held_out, "--train", "ped", "--weight_decay", 0)
     assert {name.partition("/")[0] for name in summary["eval"]} == {"k2", "k4", "k8"}
     config = refrag.Checkpoint(Path(summary["checkpoint"])).config
     assert (config.projector, config.pooling, config.encoder_name_or_path) == ("mlp", "cls", str(bert))
     assert config.compression == 8
+    moved = different(build(bert, llama, projector="mlp").state_dict(), tensors(summary["checkpoint"]))
+    assert {name[0] for name in moved} == set("ped") and not any("pooler" in name for name in moved)
     check_answers(run, tmp_path / "run")
 
 
@@ -1243,28 +1070,12 @@ def test_every_architecture_trains_and_answers(train, run, any_decoder, tmp_path
     check_answers(run, tmp_path / "run")
 
 
-# -- evaluation -----------------------------------------------------------------------------------
-
-
 def sequence(first: int, chunks: int) -> refrag.TrainingSequence:
     """A start, so many vectors of two tokens each, and two tokens to say."""
     parts = [np.asarray([first + 2 * n, first + 2 * n + 1]) for n in range(chunks)]
     rows = [(np.concatenate(parts), np.repeat(np.arange(chunks), 2))] if chunks else []
     context = np.concatenate([[START], -np.arange(chunks) - 1])
     return refrag.continue_plan(context, np.asarray([first + 90, first + 91]), refrag.Content(parts, rows))
-
-
-def test_the_controls_read_vectors_none_anothers_and_the_text():
-    """Three texts of 3, 0 and 1 chunks. The first gets the vector of the last three times over, not its own."""
-    made = [sequence(100, 3), sequence(200, 0), sequence(300, 1)]
-    kinds = {name: refrag.control(name, made, [frozenset(name) for name in "abc"]) for name in refrag.CONTROLS}
-    assert all(kinds["vectors"][n] is made[n] for n in range(3))
-    assert [s.plan.tolist() for s in kinds["none"]] == [[1, 190], [1, 290], [1, 390]]
-    assert kinds["full"][0].plan.tolist() == [1, 100, 101, 102, 103, 104, 105, 190]
-    wrong = kinds["wrong"]
-    assert [s.plan.tolist() for s in wrong] == [[1, -1, -1, -1, 190], [1, 290], [1, -1, 390]]
-    assert [s.content is made[n].content for s, n in zip(wrong, (2, 2, 0), strict=True)] == [True] * 3
-    assert {tuple(asked(s)) for kind in kinds.values() for s in kind} == {(190, 191), (290, 291), (390, 391)}
 
 
 @pytest.mark.parametrize(("names", "others"), [
@@ -1312,10 +1123,7 @@ def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path,
     assert len({round(values["loss"], 3) for values in measured.values()}) == 4
 
 
-# -- several processes ------------------------------------------------------------------------------
-
-
-@posix
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 @pytest.mark.slow
 @pytest.mark.parametrize(("phase", "options"), [
     ("cpt_recon", "--batch_size {}"), ("sft", "--batch_size {} --seq_tokens 128 --distill 1 --lora_r 2")],
