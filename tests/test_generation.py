@@ -415,6 +415,7 @@ class TestCommand:
                 "p_realised", "stages", "load_s", "peak_rss_mb"} <= result["metrics"].keys()
         stages = result["metrics"]["stages"]
         assert set(stages) == {"retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s"}
+        assert min(stages.values()) > 0, "each of them counts"
         assert sum(stages.values()) == pytest.approx(result["metrics"]["ttft_s"], abs=1e-5)
         for passage in result["passages"]:  # the chunks of each cover its content
             content = refrag.passage_content(passage["title"], passage["text"])
@@ -576,9 +577,12 @@ class TestBundledModels:
         torch.testing.assert_close(logits[0], plain_logits(pipeline.model.decoder, plain), rtol=1e-3, atol=1e-3)
 
     def test_batch_equals_single(self, pipeline):
-        items = [{"id": str(i), "question": q} for i, q in enumerate(["What is botany?", "Who coined the term cells?"])]
-        alone = [pipeline.answer(item["question"])["answer"] for item in items]
-        assert [r["answer"] for r in pipeline.answer_batch(items)] == alone
+        """Text and vectors, in prompts of two lengths."""
+        settings, asked = pipeline.settings_for(p=0.25, topk=2), ["What is botany?", "Who coined the term cells?"]
+        items = [{"id": str(i), "question": question} for i, question in enumerate(asked)]
+        [one], [other] = (pipeline.answer_batch([item], settings) for item in items)
+        assert one["metrics"]["positions"] != other["metrics"]["positions"]
+        assert [r["answer"] for r in pipeline.answer_batch(items, settings)] == [one["answer"], other["answer"]]
 
     def test_decoding_equals_generate_of_transformers(self, pipeline):
         """An independent decoder loop, fed the same embeddings."""
