@@ -131,7 +131,7 @@ def child(job):
     sys.modules["matplotlib"] = None  # pictures take longer than all the rest
     sys.addaudithook(hook)
     if job["argv"][0] == "-c":
-        code = exec(job["argv"][1]) or 0
+        code = exec(job["argv"][1], globals()) or 0
     else:
         code = refrag.main(job["argv"])
     job["watch"] = "-"
@@ -164,7 +164,7 @@ class Forks:
         """Send a job to the server, which starts with the first, and read its answer."""
         self.server = self.server or subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)})
+            env=os.environ | {"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": ""})
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
