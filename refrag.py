@@ -31,7 +31,7 @@ Contents:
     1. Options          errors with exit codes, one dataclass field per option, the table of commands
     2. Imports          the heavy ones
     3. Runtime          device, timers, locks, atomic files, progress
-    4. Data             corpus and question readers, splitting
+    4. Data             readers of texts, records and questions; filters
     5. Retrieval        embedder, FAISS, BM25, fusion, the index on disk
     6. Packing          chunk spans, <doc> tags, the mixed prompt
     7. Alignment        anchors between two tokenizers
@@ -277,7 +277,8 @@ def parse_where(text: str) -> list[list[tuple[str, str, str]]]:
                 "year >= 1990 and lang = en")
         if join == "or":
             alternatives.append([])
-        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
+        name, value = (text[1:-1] if text[0] in "\"'" else text for text in match.group(1, 3))
+        alternatives[-1].append((match[2], name, value))
         place, join = match.end(), match[4].strip().lower()
     return alternatives
 
@@ -1070,7 +1071,7 @@ def cache_home() -> Path:
 
 
 # =============================================================================
-# 4. Data. Corpus and question files in, validated records out. Knows no models.
+# 4. Data. Files of texts, records and questions in, validated ones out. Knows no models.
 # =============================================================================
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
@@ -1396,7 +1397,7 @@ class Filter:
                 rows, texts, numbers = self.values(name)
                 number = as_number(value)
                 hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
-                passed[np.unique(rows[hits.astype(bool)])] += 1
+                passed[rows[hits.astype(bool)]] += 1  # of several values in a row, one counts
             allowed |= passed == len(conditions)
         return allowed
 
@@ -1624,7 +1625,9 @@ def search_faiss(index: faiss.Index, query: np.ndarray, topk: int, rows: np.ndar
     """{row: score} of the nearest vectors, best first; only of these rows if any are given."""
     options = None
     if rows is not None:
-        selector = faiss.IDSelectorBatch(rows)
+        passing = np.zeros(index.ntotal, dtype=bool)
+        passing[rows] = True
+        selector = faiss.IDSelectorBitmap(np.packbits(passing, bitorder="little"))  # a batch would build a hash table
         if hasattr(index, "hnsw"):
             options = faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
         else:

@@ -27,8 +27,7 @@ LIBRARIES = ("lxml", "mammoth", "markdownify", "openpyxl", "pptx", "pypdfium2")
 DRAWN = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 LARGEST = 1 << 27  # bytes of XML or HTML in one file: as a tree they take 30 times as much; bombs of zip hold more
 OLD_OFFICE = b"\xd0\xcf\x11\xe0"  # a .doc, .xls or .ppt, and the wrapping of a new document with a password
-NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-HYPHEN = re.compile("[\x02\ufffe]\\s*")  # PDFium's sign of a word that goes on in the next line
+NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # \x02: a word goes on in the next line
 NO_TITLE = re.compile(r"untitled.*|microsoft \w+ - .*|powerpoint presentation|"
                       r"\S+\.(docx?|xlsx?|pptx?|pdf|html?|indd|dvi|tex)", re.IGNORECASE)
 # Front matter and fenced code, which hold no heading; "## Heading ##"; a heading that is underlined.
@@ -99,7 +98,7 @@ def of_pdf(data: bytes, name: str) -> Document:
 
 def page_text(page: Any) -> str:
     with contextlib.closing(page), contextlib.closing(page.get_textpage()) as words:
-        return HYPHEN.sub("", words.get_text_bounded()).replace("\r\n", "\n")
+        return words.get_text_bounded()
 
 
 def of_docx(data: bytes, name: str) -> Document:

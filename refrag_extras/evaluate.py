@@ -435,15 +435,14 @@ class RetrievalTask(QuestionTask):
                           for name, _ in self.cells}
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
-        [item] = unit
+        [item], search = unit, self.search
         for name, searcher in self.searchers.items():
             if (item["id"], name, None) in done:
                 continue
             if searcher.embedder is not None:
                 searcher.embedder.queries.clear()  # each retriever embeds the question itself
             start = time.perf_counter()
-            found = searcher.search(item["question"], max(SEARCH_DEPTH, self.search.topk), self.search.hops,
-                                    self.search.where)
+            found = searcher.search(item["question"], max(SEARCH_DEPTH, search.topk), search.hops, search.where)
             seconds = time.perf_counter() - start
             positives = set(item["positive_ids"])
             scores = ranking_scores(ranked_ids(found, positives), positives)

@@ -463,7 +463,7 @@ def load_build(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: re
     is_new = not (milvus.exists(index.index_dir) if milvus else (Path(index.index_dir) / "manifest.json").is_file())
     changes = build.changes and not (build.sync and is_new)
     with contextlib.suppress(() if changes else refrag.RefragError):  # an unreadable one is replaced
-        previous = refrag.open_index(index.index_dir, read_all=not changes)
+        previous = refrag.open_index(index.index_dir, read_all=True)  # what is damaged must get no new checksum
     built = previous.manifest if changes else {}
     if built:
         check_same_build(built, index, build)

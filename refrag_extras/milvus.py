@@ -224,7 +224,8 @@ class MilvusIndex(refrag.Index):
         allowed, topk = self.expression(where), min(topk, MOST_FOUND)
         hits = self.store.ask("search", data=query, anns_field=field, limit=topk, filter=allowed,
                               output_fields=list(PASSAGE_FIELDS))[0] if len(query[0]) else []  # no words
-        return [(passage.row, hit["distance"]) for passage, hit in zip(self.remember(hits), hits, strict=True)]
+        self.remember([{"row": hit.id, **hit["entity"]} for hit in hits])
+        return [(hit.id, hit["distance"]) for hit in hits]
 
     def nearest(self, query: np.ndarray, topk: int, where: str | None = None) -> dict[int, float]:
         return refrag.ranked(self.find("vector", query, topk, where), topk)

@@ -146,13 +146,11 @@ def pytest_configure(config) -> None:
 
 @pytest.fixture(autouse=True)
 def speaking(monkeypatch) -> None:
-    """No test inherits --quiet from the one before."""
     monkeypatch.setattr(refrag, "QUIET", False)
 
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory) -> dict[str, Path]:
-    """Folders of the three kinds of tokenizers."""
     home = tmp_path_factory.mktemp("tokenizers")
     return {"bpe": train_bpe(home / "bpe"), "wordpiece": train_wordpiece(home / "wordpiece"),
             "sentencepiece": train_sentencepiece(home / "sentencepiece"),
@@ -161,20 +159,17 @@ def tokenizers(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session", params=list(DECODERS))
 def any_decoder(request, tmp_path_factory, tokenizers) -> Path:
-    """The folder of a random decoder, once per architecture."""
     source = tokenizers["plain_bpe" if request.param == "gpt2" else "bpe"]
     return save_decoder(request.param, tmp_path_factory.mktemp(request.param), source)
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory, tokenizers) -> Path:
-    """The folder of a random Llama with a chat template."""
     return save_decoder("llama", tmp_path_factory.mktemp("tiny-llama"), tokenizers["bpe"])
 
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory, tokenizers) -> Path:
-    """The folder of a random BERT, a separate encoder."""
     folder = tmp_path_factory.mktemp("tiny-bert")
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=400, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -207,7 +202,6 @@ def embedder(tmp_path_factory, bert) -> Path:
 
 @pytest.fixture(scope="session")
 def other_embedder(tmp_path_factory, bert) -> Path:
-    """Another one of the same shape, with other weights."""
     return save_embedder(tmp_path_factory.mktemp("other-embedder") / "model", bert, seed=2)
 
 
@@ -258,7 +252,6 @@ def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
 
 
 def passages_of(folder):
-    """All passages of an index folder."""
     index = refrag.open_index(str(folder))
     return [index[row] for row in range(len(index))]
 
@@ -305,7 +298,6 @@ def ask(done):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """Caches of this test only."""
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 

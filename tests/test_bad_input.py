@@ -219,7 +219,6 @@ def test_a_bad_option_is_refused_before_anything_is_made(refused, command, tmp_p
 
 
 def without(argv: list[object], flag: str) -> list[object]:
-    """A command line without a flag and its value."""
     at = argv.index(flag)
     return [*argv[:at], *argv[at + 2 :]]
 
@@ -441,13 +440,6 @@ def test_questions_may_name_no_passage_or_a_piece_of_one(done, command, line, wr
     questions = write("q.jsonl", [{key: q[key] for key in ("question", "answers")} | wrong for q in ASKED])
     assert done(*command("sft", "--rag_json", questions, "--eval_json", questions, "--index_dir", index,
                          "--steps", 1))["steps"] == 1
-
-
-@pytest.mark.parametrize("retriever", ["hybrid", "dense", "bm25"])
-def test_topk_above_the_corpus_returns_everything_once(done, command, retriever):
-    found = [p["id"] for p in done(*command("search", "--question", "The river and the old city", "--topk", 999,
-                                            "--retriever", retriever))["passages"]]
-    assert len(set(found)) == len(found) and set(found) <= set("abcdef") and (retriever == "bm25" or len(found) == 6)
 
 
 def test_no_passage_is_empty(done, line, write, tmp_path):

@@ -37,8 +37,7 @@ def pdf(*pages: str, title: str = "", locked: bool = False) -> bytes:
         objects += [f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents {5 + 2 * n} 0 R "
                     "/Resources << /Font << /F 3 0 R >> >> >>",
                     f"<< /Length {len(drawn)} >> stream\n{drawn}\nendstream"]
-    objects += [f"<< /Title ({title}) >>",
-                f"<< /Filter /Standard /V 1 /R 2 /P -4 /O <{'41' * 32}> /U <{'42' * 32}> >>"]
+    objects += [f"<< /Title ({title}) >>", f"<< /Filter /Standard /V 1 /R 2 /P -4 /O <{'41' * 32}> /U <{'42' * 32}> >>"]
     data, places = b"%PDF-1.4\n", []
     for number, content in enumerate(objects, start=1):
         places.append(len(data))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import random
 import socket
 import subprocess
@@ -136,3 +137,81 @@ def test_changes_are_those_of_a_folder(tmp_path, place, build):
         check_same(*indexes, ["river c++ notes"], ["id > a2"], exact=number < 2)
         digests.append(indexes[1].manifest["digest"])
     assert [a == b for a, b in itertools.pairwise(digests)] == [number in (0, 5) for number in range(7)]
+
+
+def test_a_build_that_ended_early_goes_on(place, build, run, embedder, llama, write):
+    """A reader is told; the same command writes what is missing and computes nothing else."""
+    where, corpus = place("killed"), write("rows.jsonl", rows(4))
+    build(where, rows(4))
+    index = refrag.open_index(where)
+    lost = index.rows_of(["a0", "b0", "/0", "a1", "b1", "/1"])
+    index.store.ask("delete", ids=[row for found in lost.values() for row in found])
+    index.store.keep(index.manifest | {"unfinished": True})
+    code, out, err = run("search", "--index_dir", where, "--question", "river", "--embed_model", embedder)
+    assert code == 0 and err == f"a build of {where} ended early: run it again\n"
+    code, out, err = run("index", "--index_dir", where, "--corpus", corpus, "--embed_model", embedder, "--dec", llama,
+                         "--json")
+    counts = json.loads(out)
+    assert (code, counts["computed"], counts["passages"], counts["chunks"]) == (
+        0, len(lost), len(index), index.manifest["counts"]["chunks"])
+    index = refrag.open_index(where)
+    assert "ended early" in err and index.rows_of(lost) == lost and not index.manifest["unfinished"]
+
+
+def test_answers_and_reports_use_it(tmp_path, place, build, done, embedder, llama):
+    """The whole way: the same answer, chunks and scores as from a folder; `doctor` looks at it."""
+    results = []
+    for index_dir in (tmp_path / "folder", place("whole")):
+        counts = build(index_dir, rows(5))
+        result = done("generate", "--index_dir", index_dir, "--question", "Which river has bronze notes?", "--where",
+                      "id > a", "--dec", llama, "--embed_model", embedder, "--enc", "decoder:2", "--load_dir", "none",
+                      "--gate", "blend", "--max_new", 8, "--floor", 0)
+        results.append([result["answer"], [p["id"] for p in result["passages"]], result["metrics"]["positions"]])
+        assert done("doctor", "--index_dir", index_dir)["index"]["counts"] == {
+            name: counts[name] for name in ("passages", "chunks")}
+    assert results[0] == results[1]
+
+
+def test_the_index_is_read_again_after_a_change(place, build):
+    where = place("live")
+    build(where, rows(6))
+    index = refrag.open_index(where)
+    row = next(iter(index.matching("river", 1)))
+    changed = index[row]
+    build(where, [{"id": changed.document_id, "text": "nothing but copper and tin"}], "--add")
+    assert index.chunk_table(row, 16) is None, "the chunks of another text are not used"
+    index.refresh()
+    assert index[row].text == "nothing but copper and tin" and len(index.chunk_table(row, 16).ends) > 0
+
+
+def test_refusals(tmp_path, server, build, refused, write, embedder, llama):
+    """Each with its exit code, in one line; nothing is changed."""
+    corpus = write("rows.jsonl", rows(7))
+    index = ["index", "--corpus", corpus, "--quiet", "--embed_model", embedder, "--dec", llama, "--index_dir"]
+    assert "127.0.0.1:9/x: Fail connecting" in refused(3, *index, "milvus+http://127.0.0.1:9/x")
+    for name in ("milvus+ftp://host/x", f"{server}/no-name", server, "milvus+file:"):
+        assert "milvus+http://HOST:19530/NAME" in refused(2, *index, name)
+    assert "is a file" in refused(2, *index, f"milvus+file:{corpus}")
+    for absent in (f"{server}/absent", f"milvus+file:{tmp_path / 'absent'}"):
+        assert "no such" in refused(2, "search", "--question", "x", "--index_dir", absent)
+    assert not (tmp_path / "absent").exists()
+    where = f"{server}/refusals"
+    build(where, rows(7))
+    before = refrag.open_index(where)
+    assert "in Milvus it is auto or flat" in refused(2, *index, where, "--faiss", "hnsw")
+    assert "nope: the index has no such document" in refused(2, "index", "--delete", "nope", *index[3:], where)
+    empty = write("empty.jsonl", "")
+    assert "add --delete_all" in refused(2, "index", "--sync", "--corpus", empty, *index[3:], where)
+    piece = write("piece.jsonl", [{"id": "p", "text": "river " * 200}, {"id": "p#1", "text": "river"}])
+    assert "duplicate id 'p#1'" in refused(2, "index", "--add", "--corpus", piece, *index[3:], where)
+    large = write("large.jsonl", [{"id": "large", "text": "river", "notes": "x" * 70_000}])
+    assert "large.jsonl:1" in refused(2, "index", "--add", "--corpus", large, *index[3:], where)
+    after = refrag.open_index(where)
+    assert (after.manifest, len(after)) == (before.manifest, len(before))
+    after.store.keep(after.manifest | {"words": "others"})
+    assert "another version" in refused(5, "search", "--question", "x", "--index_dir", where)
+    client = after.store.client
+    client.create_collection("foreign", dimension=4)
+    for command in (["search", "--question", "x", "--index_dir"], index):
+        assert "did not make" in refused(5, *command, f"{server}/foreign")
+    assert client.has_collection("foreign")

@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -659,18 +657,17 @@ def test_cache_home(monkeypatch, tmp_path):
 
 
 @pytest.mark.models
-def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch):
+def test_the_bundled_decoder_is_converted_once(tmp_path, monkeypatch, forks):
     """Two processes that need it at once both get it; one converts it. Its tokenizer splits numbers into digits, which
     the conversion by transformers leaves out, and its weights are read as what they are."""
-    name, pipes = "SmolLM2-135M-Instruct", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    monkeypatch.setenv("REFRAG_HOME", str(tmp_path))
-    code = f"import refrag; print(refrag.model_folder({name!r}))"
-    running = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(refrag.__file__).parent, **pipes)
-               for _ in range(2)]
-    finished = [(*process.communicate(), process.returncode) for process in running]
+    name, logs = "SmolLM2-135M-Instruct", [tmp_path / log for log in "ab"]
+    code = f"print(refrag.model_folder({name!r}), flush=True)"
+    running = [forks.start(["-c", code], log=log, REFRAG_HOME=tmp_path) for log in logs]
+    assert [forks.wait(pid) for pid in running] == [0, 0], [Path(f"{log}.err").read_text() for log in logs]
     (folder,) = [p for p in (tmp_path / "models").iterdir() if p.is_dir()]
-    assert [(out, code) for out, _, code in finished] == [(f"{folder}\n", 0)] * 2, finished
-    assert sorted("converting" in err for _, err, _ in finished) == [False, True]
+    assert [Path(f"{log}.out").read_text().strip() for log in logs] == [str(folder)] * 2
+    assert sorted("converting" in Path(f"{log}.err").read_text() for log in logs) == [False, True]
+    monkeypatch.setenv("REFRAG_HOME", str(tmp_path))
     monkeypatch.setattr("refrag_extras.convert_gguf.convert_gguf", None)  # not called again
     assert refrag.model_folder(name) == str(folder)
     tokenizer = refrag.load_tokenizer(name)

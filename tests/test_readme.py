@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -41,28 +42,29 @@ def test_every_linked_file_exists():
 
 @pytest.mark.models
 @pytest.mark.timeout(900)
-def test_the_commands_run_in_order(tmp_path, run, monkeypatch):
-    """Their own words, on 40 passages, 2 questions, with short answers from 2 passages and one short training step."""
-    questions, notes = tmp_path / "questions.jsonl", tmp_path / "my notes"
-    notes.mkdir()
-    (notes / "hours.md").write_text("The library closes at eight.\n", encoding="utf-8")
-    (tmp_path / "more.jsonl").write_text('{"text": "The library is in Bern."}\n', encoding="utf-8")
+def test_the_commands_run_in_order(tmp_path, run, monkeypatch, write):
+    """Their own words, on 10 passages, 2 questions, with short answers from 2 passages and one short training step.
+    Those that only read a model share it."""
+    load = functools.cache(refrag.load_model)
+    notes = write("my notes/hours.md", "The library closes at eight.\n").parent
     lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    questions.write_text("".join(lines[:2]), encoding="utf-8")
+    questions, more = write("questions.jsonl", "".join(lines[:2])), write("more.jsonl", [{"text": "It is in Bern."}])
     for line in COMMANDS:
         if line.startswith("serve"):  # would not end; its tests start one
             continue
         argv = [re.sub(r"^runs/", f"{tmp_path}/", word) for word in shlex.split(line)]
         theirs = {"data/wiki_questions.jsonl": str(questions), "~/notes": str(notes),
-                  "more.jsonl": str(tmp_path / "more.jsonl"), "notes/hours.md": "my notes/hours.md"}
+                  "more.jsonl": str(more), "notes/hours.md": "my notes/hours.md",
+                  "milvus+http://localhost:19530/notes": f"milvus+file:{tmp_path}/milvus"}  # no server is needed
         argv = [theirs.get(word) or re.sub(r"^data/", f"{ROOT}/data/", word) for word in argv]
         step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
         monkeypatch.setattr(sys, "stdin", io.StringIO("Who coined the term cells?\n"))
-        short = ["--max_new", "6", "--topk", "2"]
-        argv += {"index": ["--limit", "40"], "generate": short, "chat": short, "eval": short, "export": short[2:],
+        short, reads = ["--max_new", "6", "--topk", "2"], argv[0] in ("generate", "chat", "export", "eval", "bench")
+        monkeypatch.setattr(refrag, "load_model", load if reads else load.__wrapped__)
+        argv += {"index": ["--limit", "10"], "generate": short, "chat": short, "eval": [*short, "--limit", "1"],
                  "cpt_align": step, "cpt_recon": step, "cpt_next": step, "sft": [*step, *short[2:]],
-                 "train_policy": [*step[:4], *short[2:]],
-                 "bench": ["--contexts", "256", "--repeats", "1", "--new", "2"]}.get(argv[0], [])
+                 "train_policy": [*step[:4], *short[2:]], "export": short[2:],
+                 "bench": ["--contexts", "64", "--repeats", "1", "--new", "2"]}.get(argv[0], [])
         code, out, err = run(*argv)
         assert code == 0, f"{line}\n{err}"
         assert out or "--out" in argv, line

@@ -27,7 +27,6 @@ few = settings(max_examples=40)
 
 @pytest.fixture(scope="module")
 def words_index(change, tmp_path_factory):
-    """An index of texts for BM25, opened."""
     return lambda texts: change(tmp_path_factory.mktemp("words") / "index", [{"text": text} for text in texts],
                                 "bm25")[1]
 
@@ -39,7 +38,6 @@ def bm25_index(tmp_path, build):
 
 
 def ids_of(result):
-    """The passages' ids, best first."""
     return [p["id"] for p in result["passages"]]
 
 
@@ -203,25 +201,13 @@ def textbook_bm25(texts, question):
     return scores
 
 
-SMALL_CORPUS = [
-    "Rivers flood in May. The river Rhone floods the old city.", "Copper and tin make bronze.", "the of and",
-    "长江是亚洲最长的河流。", "A bronze bell; bronze, bronze and more bronze on the river",
-    "Copper and tin make bronze."]
-QUESTIONS = ["Which river floods?", "bronze", "bronze bronze copper", "河流 river", "长江", "old copper city in May"]
-
-
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_bm25_is_the_textbooks(words_index, question):
-    """And a gate's smoother idf has its own formula."""
-    index, expected = words_index(SMALL_CORPUS), textbook_bm25(SMALL_CORPUS, question)
-    found = index.matching(question, 100)
-    assert list(found) == sorted((i for i in range(6) if expected[i] > 0), key=lambda i: (-round(expected[i], 5), i))
-    assert list(found.values()) == pytest.approx([expected[row] for row in found], rel=1e-5)
+def test_the_gates_idf_has_its_own_formula(words_index):
+    index = words_index(["The Rhone floods", "Bronze bells", "the of and", "长江", "A bronze bell on the river"])
     assert [index.idf(term) for term in ("bronz", "river", "\u957f", "zebra")] == pytest.approx(
-        [math.log(1 + 6 / (0.5 + frequency)) for frequency in (3, 2, 1, 0)])
+        [math.log(1 + 5 / (0.5 + frequency)) for frequency in (2, 1, 1, 0)])
 
 
-VOCABULARY = ["river", "bronze", "bell", "old", "city", "the", "长", "江"]
+VOCABULARY = ["river", "rivers", "bronze", "Bell", "old", "city", "the", "长", "江"]
 
 
 @given(st.lists(st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=8).map(" ".join), min_size=1, max_size=20),
@@ -291,12 +277,6 @@ def test_each_retriever_ranks_as_its_oracle(index_dir, ask, embedder):
         hybrid = ask(index_dir, question, *exact, "--retriever", retriever)
         assert ids_of(hybrid) == ["abcdef"[i] for i in order]
     assert [p["score"] for p in hybrid["passages"]] == pytest.approx(sorted(fused.values(), reverse=True), abs=1e-6)
-
-
-def test_a_title_is_part_of_the_content(bm25_index, ask):
-    index = bm25_index([{"id": "a", "title": "Zebra", "text": "An animal."}, {"id": "b", "text": "Another animal."}])
-    assert ids_of(ask(index, "zebra", "--retriever", "bm25")) == ["a"]
-    assert [passage.content for passage in passages_of(index)] == ["Zebra\nAn animal.", "Another animal."]
 
 
 def test_search_of_a_file_of_questions(write, index_dir, run):
@@ -371,7 +351,7 @@ def test_reranker_reorders_the_candidates(index_dir, ask, monkeypatch):
     assert sorted(texts) == sorted(passage.content for passage in passages_of(index_dir))  # with their titles
 
 
-@pytest.mark.parametrize("more", [("--topk", 500), ("--hops", 2), ("--hops", 3), ("--hops", 8)])
+@pytest.mark.parametrize("more", [("--topk", 9), ("--topk", 99, "--retriever", "dense"), ("--hops", 2), ("--hops", 8)])
 def test_more_than_there_is_gives_each_passage_once(index_dir, ask, more):
     result = ask(index_dir, "Which river crosses the old city?", *more)
     assert sorted(ids_of(result)) == list("abcdef")
@@ -379,8 +359,11 @@ def test_more_than_there_is_gives_each_passage_once(index_dir, ask, more):
 
 
 def test_a_bm25_index_needs_no_embedder(bm25_index, ask, refused):
-    index = bm25_index([{"id": "a", "text": "A river."}, {"id": "b", "text": "A bell."}], "--embed_model", "missing")
-    assert ids_of(ask(index, "bells")) == ["b"]
+    """A title is part of the content."""
+    rows = [{"id": "a", "title": "Zebra", "text": "A river."}, {"id": "b", "text": "A bell."}]
+    index = bm25_index(rows, "--embed_model", "missing")
+    assert [ids_of(ask(index, question)) for question in ("bells", "zebra")] == [["b"], ["a"]]
+    assert [passage.content for passage in passages_of(index)] == ["Zebra\nA river.", "A bell."]
     opened = refrag.open_index(str(index))
     assert (opened.vectors, opened.faiss, opened.chunks.column_names) == (None, None, ["ends", "sizes"])
     assert "bm25" in refused(2, "search", "--index_dir", index, "--retriever", "dense", "--question", "bells")
@@ -462,8 +445,8 @@ def test_a_filter_passes_what_plain_python_passes(filtered, alternatives, quoted
 
 
 def test_a_filter_golden():
-    assert refrag.parse_where("year >= 1990 and lang=en or 'a b' != \"it's\"") == [
-        [(">=", "year", "1990"), ("=", "lang", "en")], [("!=", "a b", "it's")]]
+    assert refrag.parse_where("year >= 1990 and lang=en or 'a b' != \"'t Hooft\"") == [
+        [(">=", "year", "1990"), ("=", "lang", "en")], [("!=", "a b", "'t Hooft")]]
 
 
 @pytest.mark.parametrize("where", [
@@ -521,7 +504,6 @@ def encoder(llama):
 
 
 def table_at(encoder, content, k=4):
-    """The chunk table of a content, computed."""
     return refrag.chunk_tables([content], refrag.Chunking(k, encoder.tokenizer, encoder), None, 1)[1][0]
 
 
@@ -562,6 +544,7 @@ def test_vectors_in_8_bits_are_within_half_a_step(seed, N):
 
 
 def test_stored_tables_are_those_made_now(index_dir, embedder, encoder):
+    """Unless they would be of another k or encoder."""
     index, model = refrag.open_index(str(index_dir)), refrag.load_embedder(str(embedder), RUNTIME)
     for k in (4, 8, 16):
         chunking = refrag.Chunking(k, encoder.tokenizer, encoder)
@@ -576,13 +559,9 @@ def test_stored_tables_are_those_made_now(index_dir, embedder, encoder):
             if k == 4:  # the gate's are weighted by the encoder's tokens, so merging them is no more than close
                 step = np.abs(made.embeddings).max(axis=1, keepdims=True) / 127
                 assert (np.abs(stored.embeddings - made.embeddings) <= 0.51 * step + 1e-3).all()
-
-
-def test_chunk_tables_of_other_k_or_another_encoder_are_not_used(index_dir, encoder):
-    index = refrag.open_index(str(index_dir))
     assert [index.chunk_table(0, k, encoder.fingerprint) is None for k in (2, 6, 12)] == [True, True, False]
-    assert index.chunk_table(0, 4, "0" * 16).states is None
-    assert index.chunk_table(0, 4).states is None and index.chunk_table(0, 4).embeddings is not None
+    for other in (None, "0" * 16):
+        assert index.chunk_table(0, 4, other).states is None and index.chunk_table(0, 4, other).embeddings is not None
 
 
 def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monkeypatch):

@@ -35,7 +35,6 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def unchanged(*folders: Path):
-    """A context that leaves folders as they are."""
     before = [tree(folder) for folder in folders]
     yield
     assert [tree(folder) for folder in folders] == before
@@ -132,7 +131,7 @@ def child(job):
     sys.modules["matplotlib"] = None  # pictures take longer than all the rest
     sys.addaudithook(hook)
     if job["argv"][0] == "-c":
-        code = exec(job["argv"][1]) or 0
+        code = exec(job["argv"][1], globals()) or 0
     else:
         code = refrag.main(job["argv"])
     job["watch"] = "-"
@@ -165,7 +164,7 @@ class Forks:
         """Send a job to the server, which starts with the first, and read its answer."""
         self.server = self.server or subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)})
+            env=os.environ | {"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": ""})
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
@@ -201,12 +200,10 @@ class Forks:
 
     @property
     def out(self) -> str:
-        """What the last process has written to stdout."""
         return Path(f"{self.log}.out").read_text()
 
     @property
     def err(self) -> str:
-        """What the last process has written to stderr."""
         return Path(f"{self.log}.err").read_text()
 
     def changes(self) -> list[list[str]]:
@@ -216,7 +213,6 @@ class Forks:
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
-    """Commands in processes of their own."""
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     if forks.server:
@@ -244,7 +240,6 @@ WRITERS = {
 }
 @pytest.fixture(scope="session")
 def files(tmp_path_factory, corpus) -> Path:
-    """A folder of corpora, texts and questions."""
     folder = tmp_path_factory.mktemp("files")
     many = [{"id": f"p{i}", "title": f"Passage {i}", "text": f"Passage {i} tells of {i * 13} bridges."}
             for i in range(20)]
@@ -316,7 +311,6 @@ def finished(tmp_path_factory, forks, line):
         return made[writer]
 
     def old(name: str) -> Path:
-        """What stands there before."""
         if name in ("words", "bench"):
             return call(Writer(name)).folder
         run = call(WRITERS["cpt_recon"]).folder
@@ -331,7 +325,6 @@ def finished(tmp_path_factory, forks, line):
 
 
 def argv(line, writer: Writer, folder: Path, finished) -> list[object]:
-    """The command line of a writer."""
     if writer.command != "save":
         return line(writer.command, folder)
     source = finished(WRITERS["cpt_recon"]).folder / "step-000004"
