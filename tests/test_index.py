@@ -192,7 +192,8 @@ def test_files_without_ids_are_followed(tmp_path, write, build):
     assert [less[name] for name in ("passages", "computed", "deleted_documents")] == [3, 2, 5]
     found = passages_of(tmp_path / "i")
     assert [(p.id, p.text) for p in found] == [("b/d.md", "# A river"), ("b/e.md", "new"), ("b/notes.txt", "changed")]
-    assert json.loads(found[0].metadata) == {"path": "b/d.md", "modified": "1970-01-01T00:00:00"}
+    assert json.loads(found[0].metadata) == {
+        "path": "b/d.md", "modified": "1970-01-01T00:00:00", "heading": "A river"}
 
 
 @pytest.mark.parametrize("form", [(), ("--format", "json"), ("--json",)])
