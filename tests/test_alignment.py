@@ -55,8 +55,6 @@ def both_sides(loaded, text, pair):
     return tuple(refrag.tokenize_pieces(text, loaded[kind]) for kind in pair)
 
 
-# -- a text in pieces -------------------------------------------------------------------
-
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=wild)
 @few
@@ -140,8 +138,6 @@ def test_edit_distance_equals_plain_recursion(a, b):
     assert refrag.edit_distance(a, b) == pytest.approx(plain_distance(a, b))
 
 
-# -- anchors with a cost ----------------------------------------------------------------
-
 def test_cost_anchors_golden():
     """"The Café!": the -> The changes one letter of 3; cafe -> Café two of 5 (with the blank); "!" is alike.
     Costs .1 / 3, .2 / 5 and 0. The decoder's cut inside "Café" is no anchor."""
@@ -219,8 +215,6 @@ def test_rows_and_their_text_golden():
     assert align.anchor_text([]) == "encoder  decoder  cost"
 
 
-# -- losses at anchors ------------------------------------------------------------------
-
 def test_divergence_golden():
     """Teacher (1/2, 1/2), student (3/4, 1/4): .5 ln(.5/.75) + .5 ln(.5/.25) = .5 ln(4/3) = .1438."""
     student, teacher = torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)
@@ -247,8 +241,6 @@ def test_relative_error_golden():
     assert refrag.relative_error(means, means).tolist() == [0.0, 0.0]
     assert torch.isfinite(refrag.relative_error(vectors, torch.zeros(2, 2))).all()
 
-
-# -- the command ------------------------------------------------------------------------
 
 def test_align_shows_where_the_tokens_end_together(run, done, bert, llama, tokenizers):
     """The tiny BERT beside the tiny Llama: the spans hold both tokenizers' tokens, and the counts are theirs; the same

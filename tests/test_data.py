@@ -316,13 +316,6 @@ def test_a_source_keeps_its_label(write, tmp_path, monkeypatch):
     assert again.ids == ["c/part.jsonl:1", "b/part.jsonl:1", "part.jsonl:1"] and again.sources == got.sources
 
 
-def test_standard_input_is_another_source_each_time(stdin):
-    stdin(b"one\n")
-    got = read("-")
-    stdin(b"two\n")
-    assert (got.ids, read("-", sources=got.sources).ids) == (["stdin:1"], ["stdin-2:1"])
-
-
 # ---- Folders --------------------------------------------------------------------------------------------------------
 
 
@@ -412,8 +405,12 @@ def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypa
     *((start + b'{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n', {"a": "one", "b": "two"})
       for start in (b"", BOM, b"\n \n"))])
 def test_standard_input(stdin, content, found):
+    """It is another source each time."""
     stdin(content)
-    assert {r.id: r.text for r in read("-").records} == found
+    first = read("-")
+    assert dict(zip(first.ids, first.texts, strict=True)) == found
+    stdin(b"two\n")
+    assert read("-", sources=first.sources).ids == ["stdin-2:1"]
     stdin(b'{"id": "a", "text": "one"}\nbroken\n')
     assert fault("-").startswith("stdin:2: malformed JSON")
 

@@ -198,11 +198,6 @@ class TestMeasurements:
         assert made["n"] == 2 and made["rows"] == [{"mode": "refrag", "p": "0.1", "f1": 0.375, "of_the_run": "50%",
                                                     "f1_minus_the_run": "-0.375 [-1.000, 0.250]"}]
 
-    @pytest.mark.parametrize("given", [(), ("--run", "no such folder", "--against", "no such folder")], ids=len)
-    def test_evaluations_that_are_not_there(self, script, given):
-        script(ROOT / "docs/measure.py", "paired", *given, status="paired: --run and --against name folders of `eval "
-               f"--task qa`; {given[1] if given else None} holds no answers")
-
     def test_index_types(self, measure):
         rows = measure("measure_index.py", "faiss", "--passages", 600, "--questions", 20)["rows"]
         assert [row["faiss"] for row in rows] == ["flat", "hnsw", "ivfpq"]

@@ -101,11 +101,6 @@ class TestMetrics:
     def test_an_answer_is_held_word_for_word(self, text, truths, held):
         assert refrag.holds_answer(text, truths) is held
 
-    @pytest.mark.parametrize(("reply", "says_no"), [
-        ("", True), (" \n", True), (refrag.NO_ANSWER, True), ("It is not in the documents", True), ("Ulm", False)])
-    def test_abstention(self, reply, says_no):
-        assert refrag.abstains(reply) is says_no
-
     def test_grounding_is_the_share_of_words_found(self):
         assert evaluate.grounding("The old bridge of Ulm", ["An old", "bridge in Ulm!"]) == 3 / 4  # "of" is not there
         assert evaluate.grounding("the", ["the"]) is None

@@ -16,9 +16,8 @@ import refrag
 KINDS = ("bpe", "wordpiece", "sentencepiece")
 WORDS = ["The Rhone leaves", " the ", "bridges", "notes on", "950", ". ", "don't", "río", "Mediterráneo"]
 ODD = ["👨‍👩‍👧", "🏳️‍🌈", "🇫🇷🇪🇸", "🙂", "👍🏽", "e\u0301", "a\u0300\u0323", "\u0301",
-       "长江", "日本語。", "한국", "ﷺ", "ﬁ", "\u200b", "\x00",
-       "\x01\x02", "\x7f", "\ufffd", "\ufeff", "\u2028", " ", "   ",
-       "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]
+       "长江", "日本語。", "한국", "ﷺ", "ﬁ", "\u200b", "\x00", "\x01\x02", "\x7f", "\ufffd", "\ufeff", "\u2028", " ",
+       "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]
 TAGS = ["</doc>", "<doc>", '<doc id="1">', "<doc id='2'>", "< / DOC", "<\n/ doc >", "<DoC", "<documents>", "<doc_x>",
         "<", "/", "doc", ">"]
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "[PAD]", "[MASK]",
@@ -409,8 +408,6 @@ def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, t
     check_tiling(tokenizer, context)
     assert context_of(tokenizer, TWO[:1]).prompt.input_ids.tolist() == template_ids(tokenizer.decoder, message)
 
-
-# -- plans --------------------------------------------------------------------------
 
 def bare_prompt(T, chunks, blocks=()):
     """A prompt of T tokens, 50, 51, .., with chunks given as (doc, first, last)."""

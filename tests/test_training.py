@@ -327,9 +327,8 @@ def test_of_several_k_one_is_drawn_for_each_text(text_lessons, kind):
 
 def test_next_feeds_no_vector_of_a_chunk_without_tokens_of_the_decoder(text_lessons, separate):
     """As everywhere else: such a chunk's vector would have nothing to add to."""
-    text = "\u957f\u6c5f\u662f\u4e9a\u6d32\u6700\u957f\u7684\u6cb3\u6d41\u3002" * 2
-    lessons = text_lessons(refrag.NextLessons, [{"text": f"{text} {TEXTS[1]}"}], separate, seq_tokens=512, k=(1,),
-                           **NEXT)
+    rows = [{"text": f"{TEXTS[4].partition(' ')[0] * 2} {TEXTS[1]}"}]
+    lessons = text_lessons(refrag.NextLessons, rows, separate, seq_tokens=512, k=(1,), **NEXT)
     sequence = lessons.draw(0, rng(), 0.0).sequence
     fed = {-v - 1 for v in sequence.plan.tolist() if v < 0}
     empty = {n for n, chunk in enumerate(sequence.content.chunks) if not len(chunk)}
@@ -654,7 +653,6 @@ def sampler(sizes: list[int] = MIXED, processes: int = 1, cost: int = 16, seed: 
 
 
 def drawn(step: list) -> list[str]:
-    """What a step reads, whatever the passes."""
     return sorted(item.where for items in step for item in items)
 
 
