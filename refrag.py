@@ -277,7 +277,8 @@ def parse_where(text: str) -> list[list[tuple[str, str, str]]]:
                 "year >= 1990 and lang = en")
         if join == "or":
             alternatives.append([])
-        alternatives[-1].append((match[2], match[1].strip("\"'"), match[3].strip("\"'")))
+        name, value = (text[1:-1] if text[0] in "\"'" else text for text in match.group(1, 3))
+        alternatives[-1].append((match[2], name, value))
         place, join = match.end(), match[4].strip().lower()
     return alternatives
 

@@ -114,8 +114,7 @@ def metrics_together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def reads_stored(pipeline: refrag.Pipeline, k: int) -> bool:
     """Whether the index holds the encoder's states at k."""
-    table = None if pipeline.stored is None else pipeline.stored.chunk_table(0, k, pipeline.states_at(k))
-    return table is not None and table.states is not None
+    return pipeline.states_at(k) is not None and pipeline.stored.serves(k)
 
 
 class Benchmark:

@@ -239,7 +239,11 @@ class MilvusIndex(refrag.Index):
 
     def idf(self, term: str) -> float:
         if term not in self.frequencies:
-            self.frequencies[term] = self.store.count(f"text_match(words, {quoted(spelled([term]))})")
+            word = spelled([term])
+            has = f"text_match(words, '{word}')"
+            if self.store.folder:
+                has = f"words like '% {word} %'"  # 20 times as fast in Milvus Lite
+            self.frequencies[term] = self.store.count(has)
         return math.log(1 + len(self) / (0.5 + self.frequencies[term]))
 
     def stored(self, row: int) -> dict[str, np.ndarray] | None:
@@ -268,7 +272,8 @@ class MilvusBuild(index.Build):
         document, part, title, _, metadata = passage
         row = int.from_bytes(index.content_key(json.dumps([document, part]))[:8]) >> 1
         fields = comparable(json.loads(metadata or "{}") | {"id": document, "title": title})
-        derived = index.content_key(json.dumps(passage)).hex(), spelled(refrag.index_terms(content)), json.dumps(fields)
+        words = f" {spelled(refrag.index_terms(content))} "
+        derived = index.content_key(json.dumps(passage)).hex(), words, json.dumps(fields)
         size = max(len(str(value).encode()) for value in (*passage, *derived))
         require(size <= LONGEST, f"{self.places[document]}: {size:,} bytes in a field, Milvus keeps {LONGEST:,}: use a "
                 "smaller --max_passage_tokens or less metadata")

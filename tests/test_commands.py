@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ast
-import functools
-import inspect
 import io
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import typing
 import unicodedata
 from pathlib import Path
 
@@ -92,17 +88,6 @@ def test_only_options_know_argparse_and_only_imports_the_heavy_libraries():
         modules = {m.split(".")[0] for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)
                    for m in (*(a.name for a in n.names), getattr(n, "module", ""))}
         assert section_of(node) == 2 or isinstance(node, ast.FunctionDef | ast.ClassDef) or not modules & set(HEAVY)
-
-
-@pytest.mark.parametrize("name", refrag.COMMANDS)
-def test_a_handler_is_thin_and_takes_the_options_of_its_command(name):
-    handler = refrag.handler(name)
-    if isinstance(handler, functools.partial):  # train_scorer of one kind
-        return
-    assert len(inspect.getsource(handler).splitlines()) <= 25
-    hints = typing.get_type_hints(handler)
-    spread = [p for p in inspect.signature(handler).parameters.values() if p.kind == p.VAR_POSITIONAL]
-    assert spread or [hints[p] for p in inspect.signature(handler).parameters] == [*refrag.COMMANDS[name].configs]
 
 
 # ---- Before the heavy imports ---------------------------------------------------------------------------------------
@@ -338,14 +323,6 @@ def test_json_errors_are_one_object_on_stdout_and_one_line_on_stderr(refused, ru
     assert debug.startswith("Traceback") and debug.endswith(f"{message}\n")
     monkeypatch.setenv("REFRAG_JSON", "1")
     assert json.loads(run(*argv)[1]) == {"error": {"code": code, "message": message}}
-
-
-@posix
-@pytest.mark.parametrize(("sig", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_an_interrupted_command_says_so(run, monkeypatch, sig, code):
-    monkeypatch.setattr(refrag, "read_questions", lambda _: signal.raise_signal(getattr(signal, sig)))
-    got, out, err = run("search", "--json")
-    assert (got, err) == (code, "error: interrupted\n") and json.loads(out)["error"]["code"] == code
 
 
 @posix

@@ -57,7 +57,6 @@ def stepped(request, tmp_path_factory, tokenizers):
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Steps without rounding."""
     monkeypatch.setitem(cpu_engine.STEP_ENGINES, "auto", ExactMatrix)
     monkeypatch.setattr(cpu_engine, "Int8Matrix", ExactMatrix)
 

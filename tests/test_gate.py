@@ -16,19 +16,9 @@ from refrag_extras import policy
 
 
 def chunks_of(texts, docs=None, question="", vectors=None, query=None, idf=lambda term: 1.0, seed=1337):
-    """A GateInput without a prompt and a decoder."""
     return refrag.GateInput(question=question, query=query, vectors=vectors, texts=list(texts),
                             docs=np.asarray(docs if docs is not None else [0] * len(texts)), idf=idf,
                             prompt=None, decoder=None, seed=seed)
-
-
-@pytest.mark.parametrize(("values", "docs", "before", "after"), [
-    ([3, 1, 2], [0, 0, 1], [0, 3, 0], [1, 0, 0]), ([1, 5, 2, 4], [0, 0, 0, 0], [0, 1, 5, 2], [5, 2, 4, 0]),
-    ([1, 5, 2, 4], [0, 1, 2, 3], [0] * 4, [0] * 4), ([7, 8, 9], [0, 1, 1], [0, 0, 8], [0, 9, 0]), ([], [], [], [])])
-def test_neighbours_golden(values, docs, before, after):
-    """Those of the same document; 0 where there is none."""
-    found = refrag.beside(np.array(values, float), np.array(docs, int))
-    assert [side.tolist() for side in found] == [before, after]
 
 
 def test_cosine_scores_golden():
@@ -79,10 +69,9 @@ def test_random_scores_depend_on_question_and_seed_alone_and_favour_no_place():
     def scores(question, seed=1, texts="abcdef"):
         return refrag.random_scores(chunks_of(texts, question=question, seed=seed)).tolist()
 
-    first = scores("Who?")
+    first, means = scores("Who?"), np.mean([scores(f"q{i}") for i in range(200)], axis=0)
     assert first == scores("Who?", texts="ABCDEF") and len(set(first)) == 6 and all(0 <= s < 1 for s in first)
     assert first != scores("Why?") and first != scores("Who?", 2)
-    means = np.mean([scores(f"q{i}") for i in range(200)], axis=0)
     np.testing.assert_allclose(means, 0.5, atol=5 * math.sqrt(1 / 12 / 200))
 
 
@@ -173,7 +162,6 @@ def test_features_are_numbers_whatever_is_missing(question, texts, docs):
 # -- the network --------------------------------------------------------------------------------------
 
 def random_batch(L, docs, seed=0, dim=6):
-    """One question with random features and vectors."""
     rng = np.random.default_rng(seed)
     given = chunks_of([""] * L, docs, vectors=rng.normal(size=(L, dim)).astype(np.float32),
                          query=rng.normal(size=dim).astype(np.float32))
@@ -181,15 +169,13 @@ def random_batch(L, docs, seed=0, dim=6):
 
 
 def small_gate(**shape):
-    """A random gate for vectors of width 6."""
     torch.manual_seed(0)
     return refrag.QueryGate(6, **({"pairs": 8, "width": 16} | shape)).eval()
 
 
-def example_of(inputs, columns, spans=((0,),), tokens=None):
+def example_of(inputs, columns, spans=((0,),)):
     """A GateExample; 4 tokens a chunk."""
-    sizes = np.full(len(inputs.docs), 4) if tokens is None else np.asarray(tokens)
-    return refrag.GateExample(0, inputs, columns, sizes, [list(span) for span in spans])
+    return refrag.GateExample(0, inputs, columns, np.full(len(inputs.docs), 4), [list(span) for span in spans])
 
 
 def test_padding_changes_nothing():
@@ -351,47 +337,46 @@ def test_a_policy_learns_what_is_rewarded_within_its_budget():
 # -- the commands -----------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def train(run, line, files, tmp_path, home):
-    """Train a gate or policy on the tiny models: train("gate", flags) -> (code, stdout, stderr, folder)."""
-
-    def call(kind, *flags, out="made"):
-        more = ["--eval_json", files / "asked.jsonl", "--topk", 5, "--p", 0.2]
-        return *run(*line(f"train_{kind}", tmp_path / out, *more, *flags)), tmp_path / out
-
-    return call
+def command(line, files, tmp_path, home):
+    """The command line that trains a gate or policy into tmp_path / "made": command("gate", flags)."""
+    more = ["--eval_json", files / "asked.jsonl", "--topk", 5, "--p", 0.2]
+    return lambda kind, *flags, out="made": line(f"train_{kind}", tmp_path / out, *more, *flags)
 
 
 @pytest.fixture
-def generate(run, index_dir, llama):
-    """Answer with the tiny models: generate(flags) -> (code, stdout, stderr)."""
-    return lambda *flags: run("generate", "--index_dir", index_dir, "--question", "Which river leaves Lake Geneva?",
-                              "--dec", llama, "--enc", "decoder:2", "--k", 4, "--max_new", 2, "--quiet", *flags)
+def train(done, command):
+    return lambda *flags, **out: done(*command(*flags, **out))
 
 
-def test_train_gate_writes_a_gate_that_generate_uses(train, generate):
-    code, out, err, folder = train("gate", "--epochs", "30", "--batch_size", "2")
-    assert code == 0, err
-    summary = json.loads(out)
+@pytest.fixture
+def asking(index_dir, llama):
+    """The command line that answers with the tiny models."""
+    return ["generate", "--index_dir", index_dir, "--question", "Which river leaves Lake Geneva?", "--dec", llama,
+            "--enc", "decoder:2", "--k", 4, "--max_new", 2, "--quiet"]
+
+
+def test_train_gate_writes_a_gate_that_generate_uses(train, done, run, asking, tmp_path):
+    summary, folder = train("gate", "--epochs", "30", "--batch_size", "2"), tmp_path / "made"
     assert summary["examples"] == summary["questions"] == summary["held_out"] == 3
     assert summary["recall"] == {"0.2": summary["records"][-1]["recall"]["0.2"]}
     assert {p.name for p in folder.iterdir()} == {"README.md", "config.json", "gate.safetensors", "manifest.json"}
-    flags = ["--load_dir", folder, "--p", ".2", "--explain"]
-    for gate, groups in (("auto", set(refrag.FEATURES)), ("blend", None)):
-        code, out, err = generate(*flags, "--json", "--gate", gate)
-        result = json.loads(out)
-        assert (code, result["settings"]["gate"]) == (0, "blend" if groups is None else "learned"), err
-        assert groups is None or all(set(chunk["shares"]) == groups for chunk in result["chunks"])
-        assert all(chunk["why"].startswith("text" if chunk["expanded"] else "compressed") for chunk in result["chunks"])
-        assert 0 < sum(chunk["expanded"] for chunk in result["chunks"]) < len(result["chunks"])
-    code, out, _ = generate(*flags, "--no_stream")
-    assert code == 0 and out.count(" rank ") == len(result["chunks"]) and "meaning" in out
+    argv = [*asking, "--load_dir", folder, "--p", ".2", "--explain"]
+    for gate, made in (("auto", "learned"), ("blend", "blend")):
+        result = done(*argv, "--gate", gate)
+        chunks = result["chunks"]
+        assert result["settings"]["gate"] == made
+        assert all(chunk["why"].startswith("text" if chunk["expanded"] else "compressed") for chunk in chunks)
+        assert 0 < sum(chunk["expanded"] for chunk in chunks) < len(chunks)
+        assert made == "blend" or all(set(chunk["shares"]) == set(refrag.FEATURES) for chunk in chunks)
+    code, out, _ = run(*argv, "--no_stream")
+    assert code == 0 and out.count(" rank ") == len(chunks) and "meaning" in out
 
 
-def test_passages_beyond_the_decoders_window_are_told(train, monkeypatch):
+def test_passages_beyond_the_decoders_window_are_told(refused, command, monkeypatch):
     """Chunks are counted through all passages: were some left out, rewards would be of others than were drawn."""
     monkeypatch.setattr(refrag.RefragModel, "window", 60)
-    code, _, err, _ = train("policy", "--steps", "1", "--batch_size", "1", "--group", "2")
-    assert code == 2 and "the passages for question" in err and "window of 60: lower it" in err
+    message = refused(2, *command("policy", "--steps", "1", "--batch_size", "1", "--group", "2"))
+    assert "the passages for question" in message and "window of 60: lower it" in message
 
 
 def test_the_answer_is_asked_of_the_piece_that_holds_it():
@@ -409,22 +394,17 @@ def test_the_answer_is_asked_of_the_piece_that_holds_it():
     (["--mode", "full"], ["text: no choice to make"]),
     (["--mode", "truncate", "--p", ".2"], ["text: before the cut", "left out: the context is cut before its end"])],
     ids=str)
-def test_explain_where_the_gate_chooses_nothing(generate, flags, reasons):
-    code, out, err = generate(*flags, "--explain", "--json")
-    assert code == 0, err
-    result = json.loads(out)
+def test_explain_where_the_gate_chooses_nothing(done, asking, flags, reasons):
+    result = done(*asking, *flags, "--explain")
     assert list(dict.fromkeys(chunk["why"] for chunk in result["chunks"])) == reasons
     assert result["settings"]["gate"] == "blend", "auto: the shipped gate does not know this embedder"
 
 
-def test_train_policy_writes_a_policy_that_generate_uses(train, generate):
-    code, out, err, folder = train("policy", "--steps", "2", "--batch_size", "1", "--group", "2")
-    assert code == 0, err
-    assert json.loads(out)["records"][-1]["step"] == 2 and (folder / "policy.safetensors").is_file()
-    flags = ["--load_dir", folder, "--p", ".2", "--json", "--gate"]
-    assert json.loads(generate(*flags, "policy")[1])["settings"]["gate"] == "policy"
-    code, _, err = generate(*flags, "learned")
-    assert code == 2 and "train_gate" in err
+def test_train_policy_writes_a_policy_that_generate_uses(train, done, refused, asking, tmp_path):
+    assert train("policy", "--steps", "2", "--batch_size", "1", "--group", "2")["records"][-1]["step"] == 2
+    argv = [*asking, "--load_dir", tmp_path / "made", "--p", ".2", "--gate"]
+    assert done(*argv, "policy")["settings"]["gate"] == "policy"
+    assert "train_gate" in refused(2, *argv, "learned")
 
 
 def test_rewards_are_the_answers_log_probability(llama, index_dir, files):
@@ -463,19 +443,19 @@ def test_a_gate_is_written_beside_the_shipped_reader(train, recon, tmp_path, mon
     monkeypatch.setattr(refrag, "SHIPPED_READER", recon("r"))
     reader = tensors(refrag.SHIPPED_READER)
     for kind, steps in (("gate", "--epochs"), ("policy", "--steps")):
-        assert train(kind, steps, "1", out=kind)[0] == 0
+        train(kind, steps, "1", out=kind)
         made = tensors(tmp_path / kind)
         assert {part for part, _ in made} == {"projector", kind}
         assert all(torch.equal(made[name], tensor) for name, tensor in reader.items())
-    assert train("gate", "--epochs", "1", "--load_dir", "none", out="bare")[0] == 0
+    train("gate", "--epochs", "1", "--load_dir", "none", out="bare")
     assert {part for part, _ in tensors(tmp_path / "bare")} == {"gate"}
 
 
 def test_gate_policy_and_phases_compose(train, recon, tmp_path):
     """Recon, then gate, then policy, then recon again: each part stays as it was but the one that is trained."""
     recon("r1")
-    assert train("gate", "--epochs", "1", "--load_dir", tmp_path / "r1", out="g")[0] == 0
-    assert train("policy", "--steps", "1", "--load_dir", tmp_path / "g", out="p")[0] == 0
+    train("gate", "--epochs", "1", "--load_dir", tmp_path / "r1", out="g")
+    train("policy", "--steps", "1", "--load_dir", tmp_path / "g", out="p")
     last = recon("r2", "--load_dir", tmp_path / "p")
     stages = [tensors(folder) for folder in (tmp_path / "r1/step-000002", tmp_path / "g", tmp_path / "p", last)]
     parts = ["projector", "gate", "policy"]
@@ -487,17 +467,18 @@ def test_gate_policy_and_phases_compose(train, recon, tmp_path):
     assert [entry["phase"] for entry in history] == ["cpt_recon", "train_gate", "train_policy", "cpt_recon"]
 
 
-def test_a_gate_of_another_embedder_is_refused(train, run, generate, corpus, other_embedder, llama, tmp_path):
-    folder, index = train("gate", "--epochs", "1")[-1], tmp_path / "other"
-    assert run("index", "--corpus", corpus, "--index_dir", index, "--embed_model", other_embedder,
-               "--dec", llama, "--enc", "decoder:2", "--k", 4, "--quiet")[0] == 0
-    code, _, err = generate("--load_dir", folder, "--index_dir", index)
-    assert code == 5 and "--gate blend" in err and len(err.strip().splitlines()) == 1
+def test_a_gate_of_another_embedder_is_refused(train, done, refused, asking, corpus, other_embedder, llama, tmp_path):
+    train("gate", "--epochs", "1")
+    index = ["--index_dir", tmp_path / "other"]
+    done("index", "--corpus", corpus, *index, "--embed_model", other_embedder, "--dec", llama, "--enc", "decoder:2",
+         "--k", 4)
+    assert "--gate blend" in refused(5, *asking, "--load_dir", tmp_path / "made", *index)
 
 
-def test_a_gate_with_other_features_is_refused(train):
+def test_a_gate_with_other_features_is_refused(train, tmp_path):
     """Or of another width."""
-    model = refrag.RefragModel.from_pretrained(train("gate", "--epochs", "1")[-1])
+    train("gate", "--epochs", "1")
+    model = refrag.RefragModel.from_pretrained(tmp_path / "made")
     facts, state = model.config.gate, model.carried["gate"]
     built = types.SimpleNamespace(fingerprint=facts["embedder_fingerprint"], name=facts["embedder"])
     loaded = refrag.load_gate(model, "gate", built).state_dict()
@@ -511,32 +492,23 @@ def test_a_gate_with_other_features_is_refused(train):
 @pytest.mark.parametrize(("built", "code", "told"), [
     (["--retriever", "bm25"], 2, "--retriever hybrid"), (["--enc", "BERT"], 5, "--enc"),
     (["--enc", "decoder:2", "--k", "2"], 2, "--k 4: the index's chunks of 2 tokens do not make chunks of 4")])
-def test_an_index_that_does_not_serve(train, run, corpus, llama, embedder, bert, tmp_path, built, code, told):
+def test_an_index_that_does_not_serve(done, refused, command, corpus, llama, embedder, bert, tmp_path, built, code,
+                                     told):
     """Without vectors, of another tokenizer, with chunks that make none of four tokens with whole characters."""
     flags = [bert if flag == "BERT" else flag for flag in built]
-    assert run("index", "--corpus", corpus, "--index_dir", tmp_path / "other", "--quiet", "--dec", llama,
-               "--embed_model", embedder, *flags)[0] == 0
-    found, _, err, folder = train("gate", "--index_dir", tmp_path / "other")
-    assert found == code and told in err and not folder.exists()
+    index = ["--index_dir", tmp_path / "other"]
+    done("index", "--corpus", corpus, *index, "--dec", llama, "--embed_model", embedder, *flags)
+    assert told in refused(code, *command("gate", *index)) and not (tmp_path / "made").exists()
 
 
 @pytest.mark.models
-def test_the_shipped_gate_finds_the_answers_of_unseen_articles(run, tmp_path):
+def test_the_shipped_gate_finds_the_answers_of_unseen_articles(done, tmp_path):
     """The sample's articles are of SQuAD's development set, which the gate has not seen. By measurement .91 / .98 / .99
     of the answers stay text whole at p = .05 / .1 / .25; by the blend, which needs no training, .82 / .92 / .97."""
-    data = refrag.SHIPPED_GATE.parent
-    index = tmp_path / "index"
-    assert run("index", "--corpus", data / "wiki_passages.jsonl", "--index_dir", index, "--quiet")[0] == 0
-    code, out, err = run("eval", "--task", "gate", "--qa", data / "wiki_questions.jsonl", "--index_dir", index,
-                         "--p", ".05", ".1", ".25", "--json", "--quiet")
-    assert code == 0, err
-    results = json.loads(out)["results"]
+    data, index = refrag.SHIPPED_GATE.parent, tmp_path / "index"
+    done("index", "--corpus", data / "wiki_passages.jsonl", "--index_dir", index)
+    results = done("eval", "--task", "gate", "--qa", data / "wiki_questions.jsonl", "--index_dir", index,
+                   "--p", ".05", ".1", ".25")["results"]
     assert list(results) == ["learned", "blend", "cosine", "random"]
     assert results["learned"]["0.05"] > results["blend"]["0.05"] > results["cosine"]["0.05"] > results["random"]["0.05"]
     assert results["learned"]["0.05"] > 0.87 and results["learned"]["0.1"] > 0.95
-    code, out, err = run("generate", "--index_dir", index, "--question", "What is botany?", "--p", ".1",
-                         "--max_new", "2", "--explain", "--json", "--quiet")
-    assert code == 0, err
-    result = json.loads(out)
-    assert result["settings"]["gate"] == "learned"
-    assert all(set(chunk["shares"]) == set(refrag.FEATURES) for chunk in result["chunks"])

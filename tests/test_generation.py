@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -16,6 +17,7 @@ import refrag
 PROMPT = ("Where? <doc id='a'>Seven bridges cross the old city, and it floods in May.</doc> "
           "<doc id='b'>Bells.</doc> Say:")
 ITEM = {"id": "1", "question": PROMPT}
+LITERAL = ["generate", "--prompt", PROMPT, "--gate", "none", "--k", 4, "--max_new", 6, "--dec"]
 FED = ["--enc", "decoder:2", "--compressed", "feed", "--json", "--quiet"]
 WATCH = refrag.Stopwatch(torch.device("cpu"))
 
@@ -33,7 +35,6 @@ def tiny(llama):
 
 @pytest.fixture(scope="module")
 def reader(any_decoder):
-    """One of each architecture."""
     return load(any_decoder)
 
 
@@ -139,7 +140,6 @@ class TestExactness:
             made = pipeline.prepare(item, settings(k=k)).inputs
             torch.testing.assert_close(reading.inputs, made, rtol=5e-3, atol=5e-3)
 
-
     def test_the_bytes_of_a_cache(self, reader):
         """Keys and values by position, of each layer that attends; recurrent states are as large for any prompt."""
         decoder = reader.model.decoder
@@ -155,22 +155,13 @@ class TestDecoding:
         assert refrag.sample(torch.tensor([[0.1, 3.0, 2.0]]), temperature, 1.0, None).tolist() == [1]
 
     def test_top_p_leaves_only_the_smallest_sufficient_set(self):
-        """Probabilities .5, .3, .2: top_p = .6 needs the first two, so the third never comes."""
+        """Probabilities .5, .3, .2: top_p = .6 needs the first two, so the third never comes. Temperature sharpens."""
         logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(2000, 3)
         picked = refrag.sample(logits, 1.0, 0.6, torch.Generator().manual_seed(0))
         shares = torch.bincount(picked, minlength=3) / 2000
-        assert shares[2] == 0
-        assert shares[0] == pytest.approx(0.5 / 0.8, abs=0.05)
-
-    def test_temperature_sharpens(self):
-        logits = torch.tensor([[1.0, 0.0]]).expand(2000, 2)
-        share = lambda t: refrag.sample(logits, t, 1.0, torch.Generator().manual_seed(0)).float().mean()  # noqa: E731
-        assert share(0.2) < share(1.0) < share(5.0)
-
-    def test_same_seed_same_answer(self, tiny):
-        first, second, other = (tiny.answer(PROMPT, temperature=1.5, max_new=12,
-                                            sampler=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
-        assert first["answer"] == second["answer"] != other["answer"] and other["settings"]["seed"] == 4
+        assert shares[2] == 0 and shares[0] == pytest.approx(0.5 / 0.8, abs=0.05)
+        cold = refrag.sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0))  # squares them: 25, 9 and 4 of 38
+        assert torch.bincount(cold)[0] / 2000 == pytest.approx(25 / 38, abs=0.05)
 
     def test_every_end_token_stops(self, llama):
         pipeline = load(llama, p=1.0)
@@ -266,15 +257,17 @@ def cite(said, labels="ab", seen=SEEN, **more):
 
 
 class TestCitations:
-    @pytest.mark.parametrize(("answer", "labels", "expected"), [
-        ("Ulm [1].", "12", [("1", False)]), ("Ulm [2][9]", "12", [("2", False), ("9", True)]),
-        ("Both [1, 2] and [1]", "12", [("1", False), ("2", False)]),
-        ("See (doc 2) or [document 1]", "12", [("2", False), ("1", False)]),
-        ('It says so <doc id="3">', "1", [("3", True)]), ("He [sic] left in [1896]", "12", []),
-        ("Nothing (1900) here, f(1) there", "1", []), ("Ulm [1] [a]", "a", [("1", True), ("a", False)]),
-        ("Named [intro]", ["intro", "end"], [("intro", False)]), ("", "1", [])])
-    def test_cited_labels(self, answer, labels, expected):
-        assert refrag.parse_citations(answer, list(labels)).labels == expected
+    @pytest.mark.parametrize(("answer", "labels", "bare", "expected"), [
+        ("Ulm [1].", "12", "Ulm.", [("1", False)]), ("Ulm [2][9]", "12", "Ulm", [("2", False), ("9", True)]),
+        ("Both [1, 2] and [1]", "12", "Both and", [("1", False), ("2", False)]), ("[77]", "1", "", [("77", True)]),
+        ("See (doc 2) or [document 1]", "12", "See or", [("2", False), ("1", False)]),
+        ('It says so <doc id="3">', "1", "It says so", [("3", True)]), ('<doc id="1">Ulm', "1", " Ulm", [("1", False)]),
+        *((answer, "12", answer, []) for answer in ("He [sic] left in [1896]", "Nothing (1900) here, f(1) there", "")),
+        ("Ulm [1] [a]", "a", "Ulm", [("1", True), ("a", False)]), ("[in]", ["in", "out"], "", [("in", False)])])
+    def test_cited_labels(self, answer, labels, bare, expected):
+        """Their marks are no part of the answer."""
+        made = refrag.parse_citations(answer, list(labels))
+        assert (made.bare, made.labels) == (bare, expected)
 
     @pytest.mark.parametrize(("answer", "plain", "begun"), [
         ("Ulm [1]", "Ulm", None), ("Ulm [1] [2]", "Ulm [1]", None), ("Ulm [1, 2]", "Ulm", None),
@@ -440,35 +433,23 @@ class TestCommand:
         none = json.loads(generate(run, index_dir, llama, *ask, "--mode", "none")[1])
         assert none["passages"] == [] and none["metrics"]["context_tokens"] == 0
 
-    def test_show_prompt_marks_what_is_compressed(self, run, llama):
-        code, out, err = run("generate", "--prompt", PROMPT, "--dec", llama, "--gate", "none", "--k", 4, "--max_new", 2,
-                             *FED[:-1], "--show_prompt")
-        assert code == 0 and {chunk["passage_id"] for chunk in json.loads(out)["chunks"]} == {"a", "b"}
-        assert '<doc id="a">\n[[' in err and "]][[" in err
-
-    def test_explain_shows_the_text_of_literal_documents(self, run, llama):
-        arguments = ["generate", "--prompt", PROMPT, "--dec", llama, "--gate", "none", "--k", 4, "--max_new", 2,
-                     "--explain", *FED]
-        chunks = json.loads(run(*arguments)[1])["chunks"]
+    def test_the_documents_of_a_prompt_and_its_chunks_are_shown(self, run, llama):
+        code, out, err = run(*LITERAL, llama, *FED[:-1], "--show_prompt", "--explain")
+        chunks = json.loads(out)["chunks"]
+        assert code == 0 and '<doc id="a">\n[[' in err and "]][[" in err
+        assert [text for text, _ in itertools.groupby(c["passage_id"] for c in chunks)] == ["a", "b"]
         assert "".join(chunk["text"] for chunk in chunks) == (
             "Seven bridges cross the old city, and it floods in May.Bells.")
-        shown = run(*[word for word in arguments if word != "--json"])[1]
-        assert all(f"(no shares)  {c['passage_id']}: {' '.join(c['text'].split())}\n" in shown for c in chunks)
+        for option in ("--stream", "--no_stream"):  # what people see begins with the answer that --json gives
+            shown = run(*LITERAL, llama, *FED[:-2], "--quiet", "--explain", option)[1]
+            assert shown.strip().startswith(refrag.visible(json.loads(out)["answer"]))
+            assert all(f"(no shares)  {c['passage_id']}: {' '.join(c['text'].split())}\n" in shown for c in chunks)
 
     @pytest.mark.parametrize(("text", "expected"), [("B", 0), ("Bells ring", 2)])
     def test_ctx_max_counts_the_tokens_of_literal_documents(self, run, llama, text, expected):
         """And not those of a question that warms up."""
-        code, _, err = run("generate", "--prompt", f"Say <doc id='a'>{text}</doc>", "--dec", llama, "--gate", "none",
-                           "--k", 4, "--max_new", 2, "--ctx_max", 1, *FED)
+        code, _, err = run(*LITERAL, llama, *FED, "--ctx_max", 1, "--prompt", f"Say <doc id='a'>{text}</doc>")
         assert code == expected and (code == 0 or "more than --ctx_max 1" in err), err
-
-    def test_text_output_streams_the_answer_that_json_gives(self, run, llama):
-        arguments = ["generate", "--prompt", PROMPT, "--dec", llama, "--gate", "none", "--k", 4, "--max_new", 6,
-                     "--enc", "decoder:2", "--compressed", "feed", "--quiet"]
-        _, out, _ = run(*arguments, "--json")
-        for option in ("--stream", "--no_stream"):
-            _, text, _ = run(*arguments, option)
-            assert text.strip().startswith(refrag.visible(json.loads(out)["answer"]))
 
     @pytest.mark.parametrize(("before", "after", "new"), [
         ("ab", "xab", "x"), ("ab", "ba", ""), ("ab", "aab", "a"), ("aab", "aaba", "a"), ("ab", "bcad", "cd")])
@@ -507,11 +488,11 @@ class TestCommand:
             assert code == 2 and "window is 2048" in err and "window" in json.loads(out)["error"]["message"]
 
     def test_by_default_a_shallow_decoder_lends_all_its_layers(self, run, any_decoder):
-        argv = ["generate", "--prompt", PROMPT, "--gate", "none", "--k", 4, "--max_new", 2, "--json", "--dec",
-                any_decoder]
+        argv = [*LITERAL, any_decoder, "--json"]
         code, out, _ = run(*argv)
         assert code == 0 and json.loads(out)["settings"]["enc"] == "decoder:3"
         assert run(*argv, "--enc", "decoder:4")[2] == "error: --enc decoder:4: the decoder has 3 layers\n"
+
 
 class TestPython:
     def test_a_pipeline_answers_as_the_command_does(self, run, index_dir, llama):
@@ -556,7 +537,7 @@ SHORT = [  # passages as a newcomer writes them, with a question each
 
 
 @pytest.mark.models
-@pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 4), (1, 5), (0, 8)])
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 5), (0, 8)])
 def test_short_corpora_are_read_by_default(tmp_path, pipeline, first, last):
     """One to eight passages of a line, the default settings: every answer is right and cites its passage."""
     facts = SHORT[first:last]
@@ -590,13 +571,10 @@ class TestBundledModels:
         logits, _ = refrag.prefill(pipeline.model.decoder, [reading.inputs])
         torch.testing.assert_close(logits[0], plain_logits(pipeline.model.decoder, plain), rtol=1e-3, atol=1e-3)
 
-    def test_batch_equals_single(self, pipeline):
-        """Text and vectors, in prompts of two lengths."""
-        settings, asked = pipeline.settings_for(p=0.25, topk=2), ["What is botany?", "Who coined the term cells?"]
-        items = [{"id": str(i), "question": question} for i, question in enumerate(asked)]
-        [one], [other] = (pipeline.answer_batch([item], settings) for item in items)
-        assert one["metrics"]["positions"] != other["metrics"]["positions"]
-        assert [r["answer"] for r in pipeline.answer_batch(items, settings)] == [one["answer"], other["answer"]]
+    def test_the_shipped_gate_is_the_default_and_says_why(self, pipeline):
+        result = pipeline.answer("What is botany?", p=0.1, max_new=2, explain=True)
+        assert result["settings"]["gate"] == "learned" and any(chunk["expanded"] for chunk in result["chunks"])
+        assert all(set(chunk["shares"]) == set(refrag.FEATURES) for chunk in result["chunks"])
 
     def test_decoding_equals_generate_of_transformers(self, pipeline):
         """An independent decoder loop, fed the same embeddings."""

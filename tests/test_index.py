@@ -145,7 +145,8 @@ def test_what_has_not_changed_is_not_written_again(tmp_path, build, run, llama, 
 
     before, line = stamps(), ["index", "--index_dir", tmp_path / "i", "--dec", llama, "--corpus"]
     code, out, err = run(*line, tmp_path / "rows.jsonl", how)
-    assert (code, stamps()) == (0, before) and "4 passages (0 computed now" in out and "nothing has changed" in err
+    assert (code, stamps()) == (0, before) and "4 passages (0 computed now" in out
+    assert "nothing has changed" in err and "cut at 64 tokens, the most this embedder reads" in err
     assert build("i", SHORT[::-1], how)["computed"] == 0
     assert [p.document_id for p in passages_of(tmp_path / "i")] == ["p0", "p6", "p5", "p3"]
 
@@ -191,7 +192,8 @@ def test_files_without_ids_are_followed(tmp_path, write, build):
     assert [less[name] for name in ("passages", "computed", "deleted_documents")] == [3, 2, 5]
     found = passages_of(tmp_path / "i")
     assert [(p.id, p.text) for p in found] == [("b/d.md", "# A river"), ("b/e.md", "new"), ("b/notes.txt", "changed")]
-    assert json.loads(found[0].metadata) == {"path": "b/d.md", "modified": "1970-01-01T00:00:00"}
+    assert json.loads(found[0].metadata) == {
+        "path": "b/d.md", "modified": "1970-01-01T00:00:00", "heading": "A river"}
 
 
 @pytest.mark.parametrize("form", [(), ("--format", "json"), ("--json",)])
@@ -295,11 +297,6 @@ def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, build, embedder):
     model = refrag.load_embedder(str(folder), RUNTIME)
     assert model.prompt == "passage: "
     assert max(len(model.tokenizer(model.prompt + p.content)["input_ids"]) for p in passages_of(tmp_path / "i")) <= 64
-
-
-def test_the_embedders_limit_is_announced(tmp_path, run, corpus, embedder, llama):
-    models = ["--embed_model", embedder, "--dec", llama]
-    assert "64 tokens" in run("index", "--corpus", corpus, "--index_dir", tmp_path / "i", *models)[2]
 
 
 # ---- Files, readers, processes --------------------------------------------------------------------------------------

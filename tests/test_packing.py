@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -15,9 +16,8 @@ import refrag
 KINDS = ("bpe", "wordpiece", "sentencepiece")
 WORDS = ["The Rhone leaves", " the ", "bridges", "notes on", "950", ". ", "don't", "río", "Mediterráneo"]
 ODD = ["👨‍👩‍👧", "🏳️‍🌈", "🇫🇷🇪🇸", "🙂", "👍🏽", "e\u0301", "a\u0300\u0323", "\u0301",
-       "长江", "日本語。", "한국", "ﷺ", "ﬁ", "\u200b", "\x00",
-       "\x01\x02", "\x7f", "\ufffd", "\ufeff", "\u2028", " ", "   ",
-       "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]
+       "长江", "日本語。", "한국", "ﷺ", "ﬁ", "\u200b", "\x00", "\x01\x02", "\x7f", "\ufffd", "\ufeff", "\u2028", " ",
+       "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]
 TAGS = ["</doc>", "<doc>", '<doc id="1">', "<doc id='2'>", "< / DOC", "<\n/ doc >", "<DoC", "<documents>", "<doc_x>",
         "<", "/", "doc", ">"]
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "[PAD]", "[MASK]",
@@ -33,13 +33,11 @@ few = settings(max_examples=60)
 
 @pytest.fixture(scope="module")
 def loaded(tokenizers):
-    """The tokenizers by kind, loaded."""
     return {name: transformers.AutoTokenizer.from_pretrained(folder) for name, folder in tokenizers.items()}
 
 
 @pytest.fixture(scope="module")
 def chat(loaded):
-    """A RefragTokenizer with a chat template."""
     return refrag.RefragTokenizer(loaded["bpe"])
 
 
@@ -56,7 +54,6 @@ def as_tokens(offsets):
 
 
 def offsets_of(tokenizer, text):
-    """(start, end) of each token."""
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
@@ -191,10 +188,8 @@ def test_hostile_text_takes_linear_time(chat, text):
 
 
 def test_a_tokenizer_without_offsets_is_refused(loaded):
-    class Slow:
-        is_fast = False
-
-    for pair in ([Slow()], [loaded["bpe"], Slow()]):
+    slow = types.SimpleNamespace(is_fast=False)
+    for pair in ([slow], [loaded["bpe"], slow]):
         with pytest.raises(refrag.UserError, match="fast tokenizer"):
             refrag.RefragTokenizer(*pair)
 
@@ -225,17 +220,15 @@ def test_parse_golden(chat, text, expected):
 @given(text=hostile)
 @few
 def test_segments_join_to_the_text_and_make_no_special_token(chat, text):
-    segments = chat.parse_and_tokenize(text)
-    joined = "".join(s.text if s.kind == "text" else f"<doc id='{s.doc_id}'>{s.text}</doc>" for s in segments)
-
     def plain(value):  # undo the look-alikes and forget how an id was quoted
         return re.sub(r"<doc id=['\"](\w)['\"]>", r"<doc id=\1>", value.replace("\u2039", "<").replace("\u27e6", "["))
 
+    segments = chat.parse_and_tokenize(text)
+    joined = "".join(s.text if s.kind == "text" else f"<doc id='{s.doc_id}'>{s.text}</doc>" for s in segments)
     assert plain(joined) == plain(text)
     for s in segments:
         assert s.input_ids == chat.decoder(s.text, add_special_tokens=False)["input_ids"]
         assert not special_ids(chat.decoder) & set(s.input_ids)
-        assert s.kind == "text" or s.doc_id in "12"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,19 +273,14 @@ def text_of(tokenizer, prompt):
 TWO = ["The Rhone leaves Lake Geneva and crosses the old city.", "长江 is 🙂 long.\n\nIt rises in Qinghai"]
 
 
-@pytest.fixture(scope="module")
-def two(chat):
-    """A prompt with two documents."""
-    return context_of(chat, TWO, "Where does it rise?").prompt
-
-
-def test_prompt_is_plain_prompting_token_for_token(chat, two):
+def test_prompt_is_plain_prompting_token_for_token(chat):
+    prompt = context_of(chat, TWO, "Where does it rise?").prompt
     message = (
         "Answer the question briefly, using the documents. Name the document you used, like [1].\n\n"
         f'<doc id="1">\n{TWO[0]}\n</doc>\n<doc id="2">\n{TWO[1]}\n</doc>\n\nQuestion: Where does it rise?')
-    assert two.input_ids.tolist() == template_ids(chat.decoder, message)
-    for (first, last), text in zip(two.blocks, TWO, strict=True):
-        block = chat.decoder.decode(two.input_ids[first:last].tolist())
+    assert prompt.input_ids.tolist() == template_ids(chat.decoder, message)
+    for (first, last), text in zip(prompt.blocks, TWO, strict=True):
+        block = chat.decoder.decode(prompt.input_ids[first:last].tolist())
         assert block.startswith("<doc id=") and block.rstrip().endswith("</doc>") and text in block
 
 
@@ -337,13 +325,12 @@ def test_chunks_tile_every_document(loaded, encoder, k, texts, question):
 @given(texts=st.lists(ordinary, min_size=1, max_size=4), share=st.floats(0, 1.5))
 @few
 def test_the_last_documents_are_left_out_where_they_do_not_fit(chat, texts, share):
-    whole = context_of(chat, texts)
-    limit = max(1, int(share * whole.prompt.context_tokens))
+    limit = max(1, int(share * context_of(chat, texts).prompt.context_tokens))
     context = context_of(chat, texts, ctx_max=limit)
-    assert context.prompt.context_tokens <= limit and len(context.docs) + context.left_out == len(texts)
-    assert [doc.content for doc in context.docs] == [doc.content for doc in whole.docs][: len(context.docs)]
-    more = context_of(chat, texts[: len(context.docs) + 1])
-    assert not context.left_out or more.prompt.context_tokens > limit
+    count = len(context.docs)
+    assert context.prompt.context_tokens <= limit and count + context.left_out == len(texts)
+    assert [doc.content for doc in context.docs] == texts[:count]
+    assert not context.left_out or context_of(chat, texts[: count + 1]).prompt.context_tokens > limit
 
 
 @given(text=hostile, question=hostile)
@@ -378,7 +365,6 @@ def test_the_id_of_a_literal_block_makes_no_special_token(tokenizers):
 
 
 def with_template(tokenizers, template, kind="bpe"):
-    """A RefragTokenizer whose decoder has another chat template."""
     decoder = transformers.AutoTokenizer.from_pretrained(tokenizers[kind])
     decoder.chat_template = template
     return refrag.RefragTokenizer(decoder)
@@ -423,18 +409,14 @@ def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, t
     assert context_of(tokenizer, TWO[:1]).prompt.input_ids.tolist() == template_ids(tokenizer.decoder, message)
 
 
-# -- plans --------------------------------------------------------------------------
-
 def bare_prompt(T, chunks, blocks=()):
     """A prompt of T tokens, 50, 51, .., with chunks given as (doc, first, last)."""
     return refrag.Prompt(50 + np.arange(T), [refrag.Chunk(d, 0, 1, a, b) for d, a, b in chunks], list(blocks))
 
 
 def test_mixed_plan_golden():
-    """Ten tokens, chunks over 2-3, 4-6 and 8: the second stays text, the others become vectors -1 and -3.
-
-    A chunk without tokens, whose characters vanish into the token before, has nothing to stand for: no vector.
-    """
+    """Ten tokens, chunks over 2-3, 4-6 and 8: the second stays text, the others become vectors -1 and -3. A chunk
+    without tokens, whose characters vanish into the token before, has nothing to stand for: no vector."""
     prompt = bare_prompt(10, [(0, 2, 4), (0, 4, 7), (1, 8, 9)])
     expanded = np.array([False, True, False])
     assert refrag.mixed_plan(prompt, expanded).tolist() == [50, 51, -1, 54, 55, 56, 57, -3, 59]
@@ -459,44 +441,19 @@ def test_truncated_mask_golden():
     assert kept(5) == kept(0) == [0, 9, 10]
 
 
-@given(positions=st.integers(0, 200), texts=st.lists(ordinary | wild, min_size=1, max_size=4))
-@few
-def test_truncation_keeps_to_the_positions_and_the_best_ranked(chat, positions, texts):
-    """A document is whole if the one after it has any token; of the last one the tags stay, and its content's start."""
-    prompt = context_of(chat, texts).prompt
-    kept = refrag.truncated_mask(prompt, positions)
-    frame, inside = np.ones(len(kept), bool), np.zeros(len(kept), bool)
-    for first, last in prompt.blocks:
-        frame[first:last] = False
-    for chunk in prompt.chunks:
-        inside[chunk.first : chunk.last] = True
-    assert kept[frame].all() and kept.sum() <= max(positions, frame.sum())
-    shown = [block for block in prompt.blocks if kept[slice(*block)].any()]
-    assert shown == prompt.blocks[: len(shown)] and all(kept[slice(*block)].all() for block in shown[:-1])
-    if shown:
-        block = slice(*shown[-1])
-        rest = kept[block][inside[block]].astype(int)
-        assert kept[block][~inside[block]].all()
-        assert rest.all() or (rest[0] and (np.diff(rest) <= 0).all() and kept.sum() == positions)
-
-
 def test_show_plan_shows_what_each_vector_stands_for(chat):
     context = context_of(chat, TWO)
-    expanded = np.arange(len(context.prompt.chunks)) != 1
-    chunk = context.prompt.chunks[1]
-    shown = refrag.show_plan(context, refrag.mixed_plan(context.prompt, expanded), chat)
+    expanded, chunk = np.arange(len(context.prompt.chunks)) != 1, context.prompt.chunks[1]
     piece = TWO[0][chunk.start : chunk.end]
-    assert shown.count("[[") == 1 and f"[[{piece}]]" in shown
-    assert shown.replace(f"[[{piece}]]", piece) == text_of(chat, context.prompt)
+    shown = refrag.show_plan(context, refrag.mixed_plan(context.prompt, expanded), chat)
+    assert shown.replace(f"[[{piece}]]", piece, 1) == text_of(chat, context.prompt) != shown
 
 
 def content_of(*chunks):
-    """A content of chunks of decoder tokens, without encoder rows."""
     return refrag.Content([np.asarray(chunk, dtype=np.int64) for chunk in chunks], [])
 
 
 def shown(sequence):
-    """Plan and labels of a sequence."""
     return sequence.plan.tolist(), sequence.labels.tolist()
 
 
@@ -515,8 +472,7 @@ def test_continue_plan_golden():
 def test_the_controls_golden():
     """Token 7, two vectors, token 8, a vector, token 9; asked for 5 after the second vector, for 4 after the third and
     for 3 after the 9. Without vectors the 7 is asked for 5 and the 8 for 4. As text the second chunk's last token, 21,
-    is asked for 5, and 30 for 4. Another text has two chunks: its first is taken again for the third.
-    """
+    is asked for 5, and 30 for 4. Another text has two chunks: its first is taken again for the third."""
     content = content_of([10, 11, 12], [20, 21], [30])
     sequence = refrag.TrainingSequence(np.array([7, -1, -2, 8, -3, 9]), np.array([-1, -1, 5, -1, 4, 3]), content)
     assert shown(refrag.without_vectors(sequence)) == ([7, 8, 9], [5, 4, 3])
@@ -547,10 +503,9 @@ def test_selection_is_a_prefix_of_the_ranking_exact_and_maximal(chunks, percent,
     chosen = refrag.select_chunks(scores, tokens, percent / 100, floor)
     budget = max(Fraction(percent, 100) * int(tokens.sum()), floor if percent else 0)
     assert chosen.dtype == bool and chosen.shape == scores.shape
-    order = sorted(range(len(chunks)), key=lambda i: (-chunks[i][0], i))
-    for place, i in enumerate(order):
-        fits = sum(int(tokens[j]) for j in order[: place + 1]) <= budget
-        assert chosen[i] == (fits or (place == 0 and percent > 0 and floor > 0))
+    order = np.argsort(-scores, kind="stable")
+    fits = [total <= budget for total in np.cumsum(tokens[order]).tolist()]
+    assert chosen[order].tolist() == [fits[0] or (percent > 0 and floor > 0), *fits[1:]]
 
 
 def test_selection_golden():

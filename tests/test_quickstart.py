@@ -1,5 +1,6 @@
 """The quickstart scripts: what they find, what they plan, how they fail. Dry runs only: no network, no installation."""
 
+import itertools
 import os
 import re
 import shutil
@@ -49,7 +50,6 @@ class Sandbox:
         )  # fmt: skip
 
     def plan(self, *flags: str, **env: str) -> str:
-        """The output of a dry run that succeeds."""
         done = self.run("--dry_run", *flags, **env)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -198,21 +198,14 @@ def test_bash_accepts_the_syntax(script):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_help_names_every_flag_and_variable(box):
-    done = box.run("--help")
-    assert done.returncode == 0
-    for name in (*VARIABLES, "--test", "--dry_run"):
-        assert re.search(rf"(?<![\w-]){name}\b", done.stdout), name
-
-
-def test_bat_and_sh_agree():
-    """The .bat has Windows' line ends and jumps to labels that exist."""
+def test_bat_and_sh_agree(box):
+    """The .bat has Windows' line ends and jumps to labels that exist. Help names every flag and variable."""
     raw, bat, sh = BAT.read_bytes(), BAT.read_text(), SH.read_text()
     assert raw.isascii() and raw.count(b"\n") == raw.count(b"\r\n") == raw.count(b"\r") > 0
     labels = re.findall(r"^:(\w+)", bat, re.M)
     assert len(labels) == len(set(labels)) and set(re.findall(r"\b(?:goto |call :)(\w+)", bat)) <= set(labels)
-    for name in (*VARIABLES, "--test", "--dry_run", "--help"):
-        assert re.search(rf"(?<![\w-]){name}\b", bat), name
+    for name, text in itertools.product((*VARIABLES, "--test", "--dry_run", "--help"), (bat, box.run("--help").stdout)):
+        assert re.search(rf"(?<![\w-]){name}\b", text), name
     for pattern in (r"TORCH_VERSION=([\d.]+)", r"CUDA_CHANNEL=(\w+)", r"MODEL_PACKAGES=\(?([^)\"\n]+)",
                     r'DEFAULT_QUESTION="?([^"\n]+)'):
         assert re.search(pattern, bat)[1] == re.search(pattern, sh)[1]

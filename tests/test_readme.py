@@ -42,22 +42,20 @@ def test_every_linked_file_exists():
 
 @pytest.mark.models
 @pytest.mark.timeout(900)
-def test_the_commands_run_in_order(tmp_path, run, monkeypatch):
+def test_the_commands_run_in_order(tmp_path, run, monkeypatch, write):
     """Their own words, on 10 passages, 2 questions, with short answers from 2 passages and one short training step.
     Those that only read a model share it."""
     load = functools.cache(refrag.load_model)
-    questions, notes = tmp_path / "questions.jsonl", tmp_path / "my notes"
-    notes.mkdir()
-    (notes / "hours.md").write_text("The library closes at eight.\n", encoding="utf-8")
-    (tmp_path / "more.jsonl").write_text('{"text": "The library is in Bern."}\n', encoding="utf-8")
+    notes = write("my notes/hours.md", "The library closes at eight.\n").parent
     lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    questions.write_text("".join(lines[:2]), encoding="utf-8")
+    questions, more = write("questions.jsonl", "".join(lines[:2])), write("more.jsonl", [{"text": "It is in Bern."}])
     for line in COMMANDS:
         if line.startswith("serve"):  # would not end; its tests start one
             continue
         argv = [re.sub(r"^runs/", f"{tmp_path}/", word) for word in shlex.split(line)]
         theirs = {"data/wiki_questions.jsonl": str(questions), "~/notes": str(notes),
-                  "more.jsonl": str(tmp_path / "more.jsonl"), "notes/hours.md": "my notes/hours.md"}
+                  "more.jsonl": str(more), "notes/hours.md": "my notes/hours.md",
+                  "milvus+http://localhost:19530/notes": f"milvus+file:{tmp_path}/milvus"}  # no server is needed
         argv = [theirs.get(word) or re.sub(r"^data/", f"{ROOT}/data/", word) for word in argv]
         step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
         monkeypatch.setattr(sys, "stdin", io.StringIO("Who coined the term cells?\n"))
