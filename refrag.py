@@ -1093,6 +1093,57 @@ class Record(NamedTuple):
     marks: Sequence[tuple[int, dict[str, Any]]] = ()  # what holds from a character of the text on, such as its page
 
 
+def passage_content(title: str, text: str) -> str:
+    """What is embedded and packed."""
+    return f"{title}\n{text}" if title else text
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage of an index. rank is 1-based, and its id in the prompt; without a search it is 0."""
+
+    row: int
+    document_id: str
+    part: int  # 1, 2, .. of a document that was cut, 0 of a whole one
+    title: str
+    text: str
+    metadata: str = ""  # a JSON object, empty without any
+    rank: int = 0
+    score: float = 0.0  # of the fused ranks, or the reranker's
+    scores: dict[str, float] = field(default_factory=dict)  # of the retrievers that found it
+
+    @property
+    def id(self) -> str:
+        return f"{self.document_id}#{self.part}" if self.part else self.document_id
+
+    @property
+    def names(self) -> set[str]:
+        """The ids that positive_ids may name it by."""
+        return {self.id, self.document_id}
+
+    @property
+    def content(self) -> str:
+        return passage_content(self.title, self.text)
+
+    @property
+    def source(self) -> str:
+        """Where people find it: the document, and the page, slide, sheet or section if that is known; else its id.
+
+        Examples: "handbook.pdf, pages 12-13", "guide.md, section Installation", "squad:Wood:2"
+        """
+        facts = json.loads(self.metadata or "{}")
+        name = next((name for name in PLACES if name in facts), None)
+        if name is None or facts.get("path") != self.document_id:  # a record's own field is no place in its file
+            return self.id
+        first, last = facts[name], facts.get(f"last_{name}")
+        several = "" if last is None else f"-{last}" if isinstance(last, int) else f" to {last}"
+        return f"{self.document_id}, {PLACES[name]}{'s' * bool(several)} {first}{several}"
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in ("id", "title", "text", "source", "score", "scores", "rank")}
+        return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
+
+
 class BadRecord(UserError):
     """What --errors skip passes over."""
 
@@ -1721,57 +1772,6 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
 
 
 PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # what marks hold: as it is called
-
-
-def passage_content(title: str, text: str) -> str:
-    """What is embedded and packed."""
-    return f"{title}\n{text}" if title else text
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A passage of an index. rank is 1-based, and its id in the prompt; without a search it is 0."""
-
-    row: int
-    document_id: str
-    part: int  # 1, 2, .. of a document that was cut, 0 of a whole one
-    title: str
-    text: str
-    metadata: str = ""  # a JSON object, empty without any
-    rank: int = 0
-    score: float = 0.0  # of the fused ranks, or the reranker's
-    scores: dict[str, float] = field(default_factory=dict)  # of the retrievers that found it
-
-    @property
-    def id(self) -> str:
-        return f"{self.document_id}#{self.part}" if self.part else self.document_id
-
-    @property
-    def names(self) -> set[str]:
-        """The ids that positive_ids may name it by."""
-        return {self.id, self.document_id}
-
-    @property
-    def content(self) -> str:
-        return passage_content(self.title, self.text)
-
-    @property
-    def source(self) -> str:
-        """Where people find it: the document, and the page, slide, sheet or section if that is known; else its id.
-
-        Examples: "handbook.pdf, pages 12-13", "guide.md, section Installation", "squad:Wood:2"
-        """
-        facts = json.loads(self.metadata or "{}")
-        name = next((name for name in PLACES if name in facts), None)
-        if name is None or facts.get("path") != self.document_id:  # a record's own field is no place in its file
-            return self.id
-        first, last = facts[name], facts.get(f"last_{name}")
-        several = "" if last is None else f"-{last}" if isinstance(last, int) else f" to {last}"
-        return f"{self.document_id}, {PLACES[name]}{'s' * bool(several)} {first}{several}"
-
-    def to_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in ("id", "title", "text", "source", "score", "scores", "rank")}
-        return fields | ({"metadata": json.loads(self.metadata)} if self.metadata else {})
 
 
 def map_file(path: Path) -> pa.Buffer:

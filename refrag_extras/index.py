@@ -33,6 +33,7 @@ import scipy.sparse
 
 import refrag
 from refrag import Index, Record, open_columns, require
+from refrag_extras import documents
 from refrag_extras.corpus import corpus_files, read_corpus, split_spans
 
 BLOCK = 256  # passages computed together, sorted by length inside, and rows of a record batch
@@ -505,7 +506,9 @@ def run(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.Bu
     require(index.index_dir is not None, "--index_dir is missing: name the folder to write")
     require(bool(corpus.corpus) != bool(build.delete) or build.delete_all,
             "--delete takes no --corpus" if build.delete else "--corpus is missing: name files or folders")
-    corpus_files(corpus.corpus, {})  # report a missing path before doing any work
+    _, unread = corpus_files(corpus.corpus, {})  # report a missing path before doing any work
+    if build.sync and any(refrag.kind_of(path) in documents.READERS for path in unread):
+        raise refrag.MissingError(f"--sync would delete documents that cannot be read here: {documents.INSTALL}")
     if os.environ.get("WORLD_SIZE", "1") != "1" and not refrag.process_group().is_main_process:
         return load_build(corpus, index, build, models, runtime).embed()
     start = time.perf_counter()

@@ -336,6 +336,9 @@ def test_without_the_extra_a_document_that_is_named_ends_the_run(without_extra, 
     for how in ((), ("--errors", "skip")):
         told = refused(3, "index", "--corpus", tmp_path / name, "--index_dir", tmp_path / "index", *how)
         assert told.endswith("documents are missing: pip install 'refrag[docs]'") and name in told
+    write("docs/a.md", "Text.")  # this one can be read, but the others might be in the index
+    assert "would delete documents" in refused(3, "index", "--corpus", tmp_path / "docs", "--index_dir",
+                                               tmp_path / "index", "--sync")
     assert not (tmp_path / "index").exists()
 
 
