@@ -164,6 +164,14 @@ def test_a_change_keeps_what_the_index_was_built_with(tmp_path, build, done, lla
         assert after[key] == before[key]
 
 
+def test_an_index_that_is_built_again_with_other_models_keeps_none_of_its_vectors(tmp_path, build, corpus,
+                                                                                  other_embedder):
+    build("i", corpus)
+    counts = [build(name, corpus, "--embed_model", other_embedder)["computed"] for name in ("i", "fresh")]
+    again, fresh = ((tmp_path / name / "vectors").read_bytes() for name in ("i/gen-2", "fresh/gen-1"))
+    assert counts == [6, 6] and again == fresh
+
+
 @pytest.mark.parametrize("flags", [["--k", 8], ["--enc", "decoder:1"], ["--retriever", "bm25"]])
 def test_changing_with_other_models_is_refused(write, refused, index_dir, embedder, llama, flags):
     with unchanged(index_dir):
