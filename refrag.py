@@ -1093,6 +1093,9 @@ class Record(NamedTuple):
     marks: Sequence[tuple[int, dict[str, Any]]] = ()  # what holds from a character of the text on, such as its page
 
 
+PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # what marks hold: as it is called
+
+
 def passage_content(title: str, text: str) -> str:
     """What is embedded and packed."""
     return f"{title}\n{text}" if title else text
@@ -1771,7 +1774,6 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
-PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # what marks hold: as it is called
 
 
 def map_file(path: Path) -> pa.Buffer:
