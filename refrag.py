@@ -1685,7 +1685,8 @@ def search_faiss(index: faiss.Index, query: np.ndarray, topk: int, rows: np.ndar
         if hasattr(index, "hnsw"):
             options = faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
         else:
-            inside = faiss.SearchParametersIVF(sel=selector, nprobe=NPROBE)
+            lists = NPROBE * index.ntotal // max(len(rows), 1)  # the fewer pass, the farther they lie
+            inside = faiss.SearchParametersIVF(sel=selector, nprobe=lists)
             options = faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inside)
     scores, found = index.search(query, min(topk, index.ntotal), params=options)
     return ranked(zip(found[0].tolist(), scores[0].tolist(), strict=True), topk)
