@@ -97,6 +97,10 @@ def test_ivfpq_gives_rows_that_exist(tmp_path, dim):
             found = list(refrag.search_faiss(index, vectors[row][None], 200, rows))
             assert set(found) <= set(range(10_000) if rows is None else rows.tolist())
             assert found[0] == row, "the rough results are compared again in finer steps"
+    passing, queries = np.arange(3, 10_000, 100), unit_vectors(20, dim, seed=1)
+    shared = [len(refrag.search_faiss(index, query[None], 10, passing).keys()
+                  & refrag.search_exactly(vectors, query[None], 10, passing).keys()) for query in queries]
+    assert np.mean(shared) > 9, "few pass the filter, most of them in lists that are far from the query"
 
 
 # -- fusion -------------------------------------------------------------------------
