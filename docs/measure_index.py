@@ -37,7 +37,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if "kills" in sys.argv:
-    os.environ["OMP_NUM_THREADS"] = "1"  # before any library starts threads, which a fork does not inherit
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # a fork does not inherit threads
 
 import numpy as np
 import pyarrow as pa
