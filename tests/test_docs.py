@@ -8,7 +8,6 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -221,15 +220,6 @@ class TestMeasurements:
             (where, retriever) for where in ("", "hundredth = 7") for retriever in ("bm25", "dense", "hybrid")]
         drawn = refrag.open_index(tmp_path / "index")
         assert [drawn[row].id for row in (0, 44)] == ["0", "44"] and drawn.filter.allowed("hundredth = 7").sum() == 1
-
-    def test_killed_runs_leave_the_old_or_the_new_and_end_right(self, texts):
-        """In a process of its own: what it forks must find no threads."""
-        argv = ["docs/measure_index.py", "kills", "--corpus", texts, "--passages", "8", "--kills", "1"]
-        printed = subprocess.run([sys.executable, *argv], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-        rows = json.loads(printed)["rows"]
-        assert [row["what"] for row in rows] == ["build", "--add", "--sync", "--delete"]
-        for row in rows:
-            assert row["old"] + row["new"] == row["right"] == row["kills"] == 1 and row["twice"] == 0, row
 
 
 @pytest.mark.models
