@@ -1024,12 +1024,11 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = MANIFEST_FORMAT,
-                   known: dict[str, dict[str, Any]] | None = None) -> None:
-    """Write a manifest of the size and sha256 of every file in `folder`. known: entries of further files."""
+def write_manifest(path: Path, folder: Path, facts: dict[str, Any], form: str = MANIFEST_FORMAT) -> None:
+    """Write a manifest of the size and sha256 of every file in `folder`."""
     entries = {file.relative_to(path.parent).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
                for file in folder.rglob("*") if file.is_file()}
-    manifest = {"format": form, "version": MANIFEST_VERSION, **facts, "files": (known or {}) | entries}
+    manifest = {"format": form, "version": MANIFEST_VERSION, **facts, "files": entries}
     manifest["digest"] = manifest_digest(manifest)
     write_atomic(path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
