@@ -295,7 +295,6 @@ def ask(done):
 
 # ---- Input, damage, refusals ----------------------------------------------------------------------------------------
 
-
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))

@@ -290,7 +290,6 @@ def test_a_change_needs_an_index(refused, line, tmp_path):
 
 # ---- Models, indexes and checkpoints that do not belong together ----------------------------------------------------
 
-
 @pytest.mark.parametrize(("name", "options"), [
     ("cpt_recon", "--dec"), ("cpt_recon", "--enc"), ("align", "--dec"), ("eval", "--dec"), ("bench", "--dec"),
     ("generate", "--dec"), ("index", "--dec"), ("vectors", "--embed_model")])
@@ -359,7 +358,6 @@ def test_what_is_no_checkpoint(refused, command, finished, llama, write, tmp_pat
 
 
 # ---- Losses that are no numbers -------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def ill(llama, tmp_path) -> Path:

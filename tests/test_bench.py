@@ -83,7 +83,6 @@ def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
 
-
 def test_the_theoretical_ratio():
     """A quarter of the tokens as text and a sixteenth of the rest: 1 / (.25 + .75 / 16) = 1 / .296875."""
     assert [bench.theoretical_ratio(16, p) for p in (0.25, 0.0, 1.0)] == pytest.approx([1 / 0.296875, 16, 1])
@@ -123,7 +122,6 @@ def test_one_new_token_has_no_time_between_tokens():
 
 
 # ---- Rounds ---------------------------------------------------------------------------------------------------------
-
 
 def test_known_times_give_known_rows(run_bench, clock):
     """Each combination once, though some are named twice."""
@@ -191,7 +189,6 @@ def test_no_end_token_stops_a_run(run_bench, monkeypatch):
 
 # ---- What fits ------------------------------------------------------------------------------------------------------
 
-
 def test_a_context_is_filled_with_whole_passages(run_bench, index_dir, llama, monkeypatch):
     """No passage more would fit, though the search begins with one. The oracle counts tokens, best passage first."""
     monkeypatch.setattr(refrag.SearchConfig, "topk", 1)
@@ -243,7 +240,6 @@ def test_where_nothing_fits_it_is_an_error(refused, argv):
 
 # ---- Stored vectors -------------------------------------------------------------------------------------------------
 
-
 def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     """k = 4 is stored. k = 6 is none of its multiples: its vectors are made in each run, and that is told."""
     encoded: list[int] = []
@@ -280,7 +276,6 @@ def test_all_text_reads_no_vectors(run_bench):
 
 
 # ---- The result -----------------------------------------------------------------------------------------------------
-
 
 def test_the_result_has_the_promised_names(run_bench, index_dir):
     result, _ = run_bench("--repeats", 1)
@@ -355,7 +350,6 @@ def test_people_get_a_table(run, argv):
 
 
 # ---- Helpers of section 4 -------------------------------------------------------------------------------------------
-
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps the peak of memory")
 def test_the_peak_of_memory_begins_anew(monkeypatch):

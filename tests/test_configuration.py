@@ -42,7 +42,6 @@ def several(f: dataclasses.Field) -> bool:
 
 # ---- Options --------------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("name", refrag.COMMANDS)
 def test_a_command_defines_every_option_once_and_has_the_common_ones(name):
     assert refrag.config_fields(refrag.COMMANDS[name].configs).keys() >= {
@@ -74,7 +73,6 @@ def test_like_repeats_help_checks_and_default_unless_another_is_given():
 
 
 # ---- Checks, by what each option says of itself ---------------------------------------------------------------------
-
 
 def refused(cls: type, **values: object) -> str:
     """The message with which values are refused, one line that names the flag of the first."""

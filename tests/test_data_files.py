@@ -60,7 +60,6 @@ def world():
 
 # ---- The generated files ---------------------------------------------------------------------------------------------
 
-
 def test_generating_again_gives_the_same_bytes(tmp_path):
     make_corpus.main(["--out_dir", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GENERATED)
@@ -107,7 +106,6 @@ def test_articles_are_long_unique_and_about_things_in_no_corpus(world):
 
 # ---- The generator at other sizes ------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("size", [10, 20_000])
 def test_every_fact_is_in_one_passage_only(world, size):
     passages = [make_corpus.make_passage(world, index) for index in range(size)]
@@ -138,7 +136,6 @@ def test_a_bad_option_is_named_and_nothing_is_written(tmp_path, capsys, option, 
 
 
 # ---- The real sample -------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def wiki():

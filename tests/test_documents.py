@@ -26,7 +26,6 @@ PROPERTIES = ('<cp:coreProperties xmlns:cp="{0}/package/2006/metadata/core-prope
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
-
 def pdf(*pages: str, title: str = "", locked: bool = False) -> bytes:
     """A PDF file with a line of text on each page; locked: no password opens it."""
     kids = " ".join(f"{4 + 2 * n} 0 R" for n in range(len(pages)))
@@ -148,7 +147,6 @@ def read(*paths: object, **options: object) -> tuple[list[refrag.Record], dict[s
 
 # ---- Text, titles and marks -----------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_document_says_where_each_part_of_it_begins(write, name):
     """Each part is asked for what it should hold."""
@@ -225,7 +223,6 @@ def test_marks_of_any_markdown_ascend_and_lie_outside_of_fences(lines):
 
 
 # ---- Pieces ---------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("span", "facts"), [
     ((0, 5), {"page": 1}), ((2, 9), {"page": 1, "last_page": 2}), ((7, 9), {"page": 2}), ((5, 7), {"page": 1}),
@@ -312,7 +309,6 @@ def test_half_of_a_page_is_a_page(write):
 
 # ---- Without the extra ----------------------------------------------------------------------------------------------
 
-
 @pytest.fixture
 def without_extra(monkeypatch):
     """One of its libraries is not installed."""
@@ -343,7 +339,6 @@ def test_without_the_extra_a_document_that_is_named_ends_the_run(without_extra, 
 
 
 # ---- In an index ----------------------------------------------------------------------------------------------------
-
 
 def test_an_index_follows_its_documents_and_cites_them_by_page(write, done, run, tmp_path, llama):
     """Sync twice: the second does nothing. A PDF that got shorter leaves nothing behind."""

@@ -28,7 +28,6 @@ WORDS = ["--retriever", "bm25"]
 
 # ---- An index follows its documents ---------------------------------------------------------------------------------
 
-
 def same_index(a, b):
     """Two opened indexes hold the same in the same order, vectors but for their last bits: other batches made them."""
     names = [name for name in a.passages.column_names if name != "terms"]  # numbered as their vocabularies grew
@@ -269,7 +268,6 @@ def test_an_inverted_file_is_trained_again_if_twice_as_large(tmp_path, change, m
 
 # ---- Splitting ------------------------------------------------------------------------------------------------------
 
-
 def check_cover(text, pieces):
     """Pieces in order, each a part of the text, with nothing but white space between or around them."""
     at = 0
@@ -308,7 +306,6 @@ def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, build, embedder):
 
 
 # ---- Files, readers, processes --------------------------------------------------------------------------------------
-
 
 def test_columns_are_mapped_and_read_only(index_dir):
     """And no file needs pickle."""

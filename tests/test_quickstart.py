@@ -72,7 +72,6 @@ def planned(plan: str, command: str) -> str:
 
 # ---- The accelerator ------------------------------------------------------------------------------------------------
 
-
 NVIDIA = '[ "$1" = -L ] && echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"'
 RADEON = 'echo "  Name: AMD EPYC"; echo "  Name: gfx1100"'
 
@@ -97,7 +96,6 @@ def test_the_accelerator_that_is_found(box, programs, accel, channel):
 
 
 # ---- The plan -------------------------------------------------------------------------------------------------------
-
 
 def test_variables_reach_the_commands(box):
     values = {"TOPK": "5", "P": "0.1", "CTX_MAX": "2048", "MAX_NEW": "32", "K": "8", "DEC_MODEL": "some/dec"}
@@ -159,7 +157,6 @@ def test_a_finished_installation_and_index_are_kept(box):
 
 # ---- Failures -------------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize(("gone", "told"), [
     ("bin/python3.11", "gives no Python 3.11 or newer. Install one, or set PYTHON to its path."),
     *((f"tree/{name}", f"error: {name} is missing. Run this script inside a complete checkout of the repository.\n")
@@ -190,7 +187,6 @@ def test_python_of_the_caller(box):
 
 
 # ---- The scripts as text --------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("script", [SH.name, ".ci/run"])
 def test_bash_accepts_the_syntax(script):

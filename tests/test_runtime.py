@@ -17,7 +17,6 @@ CPU = torch.device("cpu")
 
 # ---- Whole files and folders ----------------------------------------------------------------------------------------
 
-
 def test_a_picture_is_replaced_whole(tmp_path):
     refrag.save_figure(tmp_path / "a.png", 2, (2, 1), lambda left, right: (left.plot([1, 2]), right.plot([2, 1])))
     before = tree(tmp_path)
@@ -39,7 +38,6 @@ def test_a_folder_that_was_moved_aside_comes_back_or_goes_with_the_next_writing(
 
 
 # ---- Manifests ------------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def manifest(tmp_path) -> Path:
@@ -63,7 +61,6 @@ def test_many_bytes_are_read_only_where_all_are_to_be(manifest, monkeypatch):
 
 
 # ---- Clocks, devices, progress --------------------------------------------------------------------------------------
-
 
 def test_a_stopwatch_adds_up_seconds_by_stage():
     """The clock reads 1, 2, 4, 8, 16, 32: stages of 1, 4 and 16 seconds; what lies between belongs to none."""

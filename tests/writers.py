@@ -26,7 +26,6 @@ ASKED = [("Where do smiths cast bells?", "the valley", "b"), ("Who wrote the not
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
-
 def tree(folder: Path) -> dict[str, bytes]:
     """The files of a folder by name, but for locks."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith("lock"))
@@ -220,7 +219,6 @@ def forks(tmp_path_factory):
 
 
 # ---- Commands that write --------------------------------------------------------------------------------------------
-
 
 class Writer(NamedTuple):
     """A command that writes a folder, and what stands there before."""
