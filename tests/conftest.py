@@ -44,10 +44,9 @@ def train_bpe(folder: Path, *, chat: bool = True) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(TEXTS * 4, trainer)
+    tokenizer.train_from_iterator(TEXTS * 4, trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>",
                                                 eos_token="<|im_end|>", pad_token="<|im_end|>",
                                                 unk_token="<|endoftext|>")
@@ -78,9 +77,8 @@ def train_sentencepiece(folder: Path) -> Path:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer.train_from_iterator(TEXTS * 4, trainers.UnigramTrainer(vocab_size=200, special_tokens=special,
-                                                                     unk_token="<unk>", show_progress=False))
+    tokenizer.train_from_iterator(TEXTS * 4, trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
                                                 eos_token="</s>", pad_token="</s>")
     fast.save_pretrained(folder)
@@ -215,8 +213,7 @@ def run(capsys):
             code = refrag.main([str(a) for a in argv])
         except SystemExit as stop:
             code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, *capsys.readouterr()
 
     return call
 
@@ -224,12 +221,8 @@ def run(capsys):
 @pytest.fixture
 def program():
     """Run refrag.py as its own process: program("search", ...) -> CompletedProcess with text output."""
-
-    def call(*argv: object, start: str = "python refrag.py", **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, *STARTS[start], *(str(a) for a in argv)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-
-    return call
+    return lambda *argv, start="python refrag.py", **options: subprocess.run(
+        [sys.executable, *STARTS[start], *map(str, argv)], capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture(scope="session")
@@ -245,15 +238,14 @@ def corpus(tmp_path_factory) -> Path:
 def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
     """An index of that corpus with chunk vectors at k = 4, by the tiny models."""
     folder = tmp_path_factory.mktemp("index") / "index"
-    code = refrag.main(["index", "--corpus", str(corpus), "--index_dir", str(folder), "--embed_model", str(embedder),
-                        "--dec", str(llama), "--enc", "decoder:2", "--k", "4", "--dtype", "float32", "--quiet"])
-    assert code == 0
+    argv = ["index", "--corpus", corpus, "--index_dir", folder, "--embed_model", embedder, "--dec", llama, "--enc",
+            "decoder:2", "--k", 4, "--dtype", "float32", "--quiet"]
+    assert refrag.main([str(word) for word in argv]) == 0
     return folder
 
 
 def passages_of(folder):
-    index = refrag.open_index(str(folder))
-    return [index[row] for row in range(len(index))]
+    return list(refrag.open_index(str(folder)))
 
 
 @pytest.fixture(name="build")

@@ -60,15 +60,12 @@ def world():
 
 # ---- The generated files ---------------------------------------------------------------------------------------------
 
-def test_generating_again_gives_the_same_bytes(tmp_path):
+def test_corpora_are_generated_again_have_their_sizes_are_prefixes_and_repeat_nothing(tmp_path, corpora):
+    """And the promised lengths and languages."""
     make_corpus.main(["--out_dir", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GENERATED)
     for name in GENERATED:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
-
-
-def test_corpora_have_their_sizes_are_prefixes_and_repeat_nothing(corpora):
-    """And the promised lengths and languages."""
     lines = corpora["large"]
     assert {name: len(lines) for name, lines in corpora.items()} == SIZES
     assert (lines[:500], lines[:2000]) == (corpora["small"], corpora["medium"])

