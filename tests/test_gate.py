@@ -286,21 +286,31 @@ def test_the_first_update_is_the_plain_policy_gradient_and_beyond_the_clip_is_no
     assert logits.grad.abs().max() == 0
 
 
+class Liking:
+    """In the place of the decoder: likes one chunk, and notes how many it gets."""
+
+    def __init__(self, examples):
+        self.data, self.sizes = refrag.GateData(None, [], examples, []), set()
+
+    def ask(self, example):
+        return example
+
+    def log_probabilities(self, example, masks):
+        self.sizes |= {int(mask.sum()) for mask in masks}
+        return np.asarray([float(mask[example.spans[0]].all()) for mask in masks])
+
+
 def test_a_policy_learns_what_is_rewarded_within_its_budget():
-    """In the decoder's place stands what likes a chunk whose vector is of its own kind, and notes how many it gets."""
-    examples, sizes = [], set()
+    """The liked chunk has a vector of its own kind."""
+    examples = []
     for seed in range(20):
         inputs, columns = random_batch(10, [0] * 10, seed)
         inputs.vectors[seed % 10] = [5, 5, 5, 5, 5, 5]
         examples.append(example_of(inputs, columns, [[seed % 10]]))
-    reader = types.SimpleNamespace(
-        data=refrag.GateData(None, [], examples, []), ask=lambda example: example,
-        log_probabilities=lambda example, masks: (sizes.update(int(mask.sum()) for mask in masks), np.asarray(
-            [float(mask[example.spans[0]].all()) for mask in masks]))[1])
-    scorer = small_gate(features=False, blind=True)
+    reader, scorer = Liking(examples), small_gate(features=False, blind=True)
     settings = refrag.PolicyConfig(steps=60, batch_size=4, policy_lr=5e-3, group=6, blind=True)
     records = policy.fit_policy(scorer, reader, examples, settings, (0.25,), seed=0)
-    assert sizes == {2}  # a quarter of ten, always exactly
+    assert reader.sizes == {2}  # a quarter of ten, always exactly
     assert records[-1]["step"] == 60 and records[-1]["reward"] > 0.8 > 0.5 > records[0]["reward"]
     assert records[-1]["recall"]["0.25"] > 0.9
 
