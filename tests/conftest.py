@@ -103,7 +103,6 @@ DECODERS = {
 
 
 def save_decoder(kind: str, folder: Path, tokenizer: Path) -> Path:
-    """A random decoder of one architecture, in a folder with a tokenizer."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(DECODERS[kind]())
     with torch.no_grad():  # the usual .02 makes all logits alike, so that any token could win
@@ -123,7 +122,6 @@ def build(enc: object, dec: object, **options: object) -> refrag.RefragModel:
 
 
 def disturb(module: torch.nn.Module, seed: int = 0) -> None:
-    """Add noise to all weights, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -194,7 +192,6 @@ def save_embedder(folder: Path, backbone: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="session")
 def embedder(tmp_path_factory, bert) -> Path:
-    """The folder of a random sentence embedder that reads 64 tokens."""
     return save_embedder(tmp_path_factory.mktemp("tiny-embedder") / "model", bert, seed=1)
 
 
@@ -227,7 +224,6 @@ def program():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A .jsonl corpus of the six texts, with ids a..f and titles."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     rows = [{"id": "abcdef"[i], "title": f"Title {i}", "text": text} for i, text in enumerate(TEXTS)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -236,7 +232,6 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
-    """An index of that corpus with chunk vectors at k = 4, by the tiny models."""
     folder = tmp_path_factory.mktemp("index") / "index"
     argv = ["index", "--corpus", corpus, "--index_dir", folder, "--embed_model", embedder, "--dec", llama, "--enc",
             "decoder:2", "--k", 4, "--dtype", "float32", "--quiet"]

@@ -301,7 +301,6 @@ def test_a_library_that_is_missing(refused, command, tmp_path, monkeypatch, libr
 
 
 def test_a_decoder_with_too_few_positions_or_without_an_end_token(refused, command, llama, tmp_path):
-    """Its window holds no text; it cannot learn to stop."""
     folder = shutil.copytree(llama, tmp_path / "model")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('embeddings": 2048', 'embeddings": 32'))

@@ -68,7 +68,6 @@ def metrics(**changes: object) -> dict:
 
 
 def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = None, **changes: object):
-    """A trial whose counted rounds took these times to the first token."""
     runs = [metrics(ttft_s=seconds, ttit_s=seconds / 4) for seconds in ttft]
     setting = bench.Setting(mode, 512, k, p)._replace(**changes)
     return bench.Trial(setting, None, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})

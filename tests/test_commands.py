@@ -78,7 +78,6 @@ def test_a_section_uses_only_names_of_its_own_and_earlier_sections():
 
 
 def test_only_options_know_argparse_and_only_imports_the_heavy_libraries():
-    """Inside functions they may be imported anywhere."""
     assert {section_of(node) for node in TREE.body if "argparse" in read_names(node)} == {1}
     for node in TREE.body:
         modules = {m.split(".")[0] for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)
@@ -272,7 +271,6 @@ def test_numbers_stand_between_spaces_or_commas_everywhere(words, monkeypatch, t
     ({"REFRAG_TOPK": ""}, "argument --topk: '' is not a whole number"),
     ({"REFRAG_QUIET": "perhaps"}, "argument --quiet: 'perhaps' is not true or false")], ids=str)
 def test_a_bad_stored_value_is_refused_with_the_place_where_it_stands(run, toml, monkeypatch, stored, told):
-    """A file that is missing, or that is no text, as well."""
     for variable, text in stored.items() if isinstance(stored, dict) else ():
         monkeypatch.setenv(variable, text)
     path = toml(stored) if isinstance(stored, str | bytes) else None if stored else "missing.toml"
@@ -449,7 +447,6 @@ def obeyed(text: str) -> set[str]:
 
 
 def test_people_are_shown_control_characters_and_json_keeps_them(run, hostile, llama, monkeypatch):
-    """Of passages, errors, answers, their prompt and a conversation."""
     _, out, err = run("search", *hostile)
     assert obeyed(out + err) == set() and out.count("\\x1b[2J") == 4 and "\\u202eevil" in out
     passage = json.loads(run("search", *hostile, "--json")[1])["passages"][0]

@@ -23,7 +23,6 @@ NEEDED = {"corpus": ("a.txt",), "text": "a", "train_json": (__file__,), "rag_jso
 
 
 def make(cls: type, **values: object) -> object:
-    """A config with valid values for what has no valid default."""
     needed = {f.name: NEEDED[f.name] for f in dataclasses.fields(cls) if f.metadata["needed"] or f.name == "qa"}
     if cls is refrag.SftConfig:
         needed["rag_json"] = __file__

@@ -15,8 +15,6 @@ CPU = torch.device("cpu")
 
 
 class ExactMatrix:
-    """In the place of the others: the same product without rounding."""
-
     kind = "exact"
 
     def __init__(self, weight, bias=None, columns=None):
@@ -134,7 +132,6 @@ def test_without_rounding_the_steps_are_the_decoders(decoder, exact, lengths, ro
 
 
 def in_levels(decoder, ending):
-    """The decoder with some of its weights in sixteen levels."""
     for name, parameter in decoder.named_parameters():
         if name.endswith(ending):
             parameter.data = in_sixteen_levels(parameter.shape, len(name)) * 0.1
@@ -168,7 +165,6 @@ def test_only_decoders_that_it_computes_exactly(any_decoder):
 
 
 def test_the_engine_can_be_chosen(llama, tmp_path, tokenizers, done, refused):
-    """But for a decoder that it does not compute."""
     ask = ["generate", "--prompt", "Where? <doc id='a'>Seven bridges.</doc> Say:", "--gate", "random", "--max_new", 3,
            "--dec"]
     for engine, used in (("model", "model"), ("int8", "int8"), ("int4", "int4"), ("auto", "int8")):

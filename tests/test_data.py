@@ -37,7 +37,6 @@ def read(*paths: object, sources: dict[str, str] | None = None, **options: objec
 
 
 def fault(*paths: object, by: Callable = read, **options: object) -> str:
-    """What is said of a corpus, or of questions, that are refused."""
     with pytest.raises(refrag.UserError) as caught:
         by(*paths, **options)
     return str(caught.value)
@@ -149,7 +148,6 @@ def test_invalid_utf8_is_refused_with_its_line(write, name, before, bad):
 
 
 def test_invalid_utf8_is_replaced_or_skipped_and_counted_by_line(write, tmp_path):
-    """Or by document, in a folder of them."""
     path = write("c.txt", b"good\nb\xffd \xfe\nx\xff\nlast")
     got = read(path, errors="replace")
     assert got.texts == ["good", "b\ufffdd \ufffd", "x\ufffd", "last"]
@@ -205,7 +203,6 @@ RECORDS = [{"id": "a", "text": "one\n\ntwo", "year": 1990}, {"contents": "three"
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("name", ["c.json", "c.txt", "c.JSON.gz"])
 def test_an_array_of_objects_or_one_object(write, name, indent):
-    """A record without an id has its number in the array."""
     got = read(write(name, BOM + json.dumps(RECORDS, indent=indent).encode()))
     assert [(r.id, r.text, r.metadata) for r in got.records] == [
         ("a", "one\n\ntwo", {"path": name, "year": 1990}), (f"{name}:2", "three", {"path": name})]
@@ -289,7 +286,6 @@ def test_ids_begin_with_as_much_of_the_path_as_tells_files_apart(write, tmp_path
 
 
 def test_a_source_keeps_its_label(write, tmp_path, monkeypatch):
-    """Whichever comes first, alone or with others, and however its path is spelled."""
     first, second, third = (write(f"{name}/part.jsonl", '{"text": "t"}') for name in "abc")
     got = read(first)
     assert got.ids == ["part.jsonl:1"]
@@ -382,7 +378,6 @@ def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypa
     *((start + b'{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n', {"a": "one", "b": "two"})
       for start in (b"", BOM, b"\n \n"))])
 def test_standard_input(stdin, content, found):
-    """It is another source each time."""
     stdin(content)
     first = read("-")
     assert dict(zip(first.ids, first.texts, strict=True)) == found
@@ -534,7 +529,6 @@ def test_a_file_that_is_no_text_is_refused_whatever_its_name(write):
 
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")
 def test_names_that_are_no_utf8(tmp_path):
-    """They can be read, and what is said of them can be written."""
     (tmp_path / "docs").mkdir()
     for folder in (tmp_path, tmp_path / "docs"):
         with open(os.fsencode(folder) + b"/caf\xe9.txt", "w") as handle:

@@ -20,7 +20,6 @@ NAMED_ONCE = ("city", "river", "alloy", "surname", "university", "event", "place
 
 
 def load_script(name):
-    """A script of data/ as a module."""
     spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
@@ -61,7 +60,6 @@ def world():
 # ---- The generated files ---------------------------------------------------------------------------------------------
 
 def test_corpora_are_generated_again_have_their_sizes_are_prefixes_and_repeat_nothing(tmp_path, corpora):
-    """And the promised lengths and languages."""
     make_corpus.main(["--out_dir", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GENERATED)
     for name in GENERATED:

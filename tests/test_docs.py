@@ -115,7 +115,6 @@ def data(write, tmp_path):
 
 
 def test_the_commands_that_make_the_tables_are_valid(reproduce, data, tmp_path):
-    """Every option, and every file that they read: the script has made it, or a command before."""
     reproduce.make_corpora(data, tmp_path)
     reproduce.make_lessons(data, tmp_path)
     for commands in (reproduce.tables(data, tmp_path), reproduce.lessons(data, tmp_path)):
@@ -128,7 +127,6 @@ def test_the_commands_that_make_the_tables_are_valid(reproduce, data, tmp_path):
 
 
 def test_a_table_alone_needs_what_it_reads_and_no_more(reproduce, monkeypatch, tmp_path, capsys):
-    """What can not be done is said in one line."""
     commands = reproduce.tables(Path("data"), Path("out"))
     for only, expected in (
             (["answers_squad_k4", "recon_reader"], ["_squad4", "answers_squad_k4", "recon_reader"]),
@@ -213,7 +211,6 @@ class TestMeasurements:
 
 @pytest.mark.models
 def test_the_python_interface_works_as_documented(tmp_path, monkeypatch, capsys):
-    """The lines of docs/API.md, as they stand there, in a folder of their own."""
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/API.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")

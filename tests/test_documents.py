@@ -60,7 +60,6 @@ def zipped(files: dict[str, str], claimed: int | None = None) -> bytes:
 
 
 def docx(*paragraphs: tuple[str, str], title: str = "", **how: int) -> bytes:
-    """A Word file of paragraphs (style, text)."""
     body = "".join(f'<w:p><w:pPr><w:pStyle w:val="{style}"/></w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>'
                    for style, text in paragraphs)
     main = f"{OFFICE}/officeDocument/2006/relationships/officeDocument"
@@ -108,7 +107,6 @@ def xlsx(sheets: dict[str, list[list]], title: str = "") -> bytes:
 
 
 def epub(*chapters: str, title: str = "", more: dict[str, str] | None = None) -> bytes:
-    """A book of chapters, in XHTML."""
     items = "".join(f'<item id="c{n}" href="chapter%20{n}.xhtml"/>' for n in reversed(range(len(chapters))))
     spine = "".join(f'<itemref idref="c{n}"/>' for n in range(len(chapters)))
     return zipped({
@@ -141,7 +139,6 @@ FILES = {
 
 
 def read(*paths: object, **options: object) -> tuple[list[refrag.Record], dict[str, int]]:
-    """The records of a corpus, and the counts of what was skipped or ignored."""
     counts = {"skipped": 0, "replaced": 0}
     return list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts)), counts
 
@@ -150,7 +147,6 @@ def read(*paths: object, **options: object) -> tuple[list[refrag.Record], dict[s
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_document_says_where_each_part_of_it_begins(write, name):
-    """Each part is asked for what it should hold."""
     [[got], _] = read(write(name, FILES[name]))
     assert (got.id, got.title, got.metadata["path"]) == (name, "Of rivers and bells", name)
     ends = [place for place, _ in got.marks[1:]] + [len(got.text)]

@@ -239,7 +239,6 @@ class TestControls:
 
 class TestScores:
     def score(self, task, answer, item=QUESTIONS[0], mode="full"):
-        """The metrics if the decoder had said this."""
         pipeline, settings = task.pipeline, task.settings_of(evaluate.setup_of(mode, 0.0, "random"))
         reading, out = pipeline.prepare(item, settings), refrag.Decoded([5, 6], [1.0, 2.0, 4.0], True)
         result = pipeline.result(reading, out, answer, None, 0)
@@ -329,7 +328,6 @@ def test_retrieval(run_eval):
 
 
 def test_gate(run_eval, write):
-    """All gates but ppl, unless it is named."""
     more = [*QUESTIONS, {"question": "Where do smiths cast bells?", "answers": ["Zanzibar"], "positive_ids": ["b"]},
             {"question": "Where do smiths cast bells?", "answers": ["rice"], "positive_ids": ["d"]}]
     qa = write("more.jsonl", more)
@@ -351,7 +349,6 @@ def test_gate(run_eval, write):
 
 @pytest.fixture
 def probe(llama, write, home):
-    """The command line of ppl or recon over three texts."""
     texts = write("texts.jsonl", [{"text": " ".join(TEXTS[i:] + TEXTS[:i])} for i in range(3)])
     return lambda task, *more: ["eval", "--task", task, "--texts", texts, "--dec", llama, *MODELS,
                                 "--context_tokens", 16, "--next_tokens", 8, *more]
@@ -434,7 +431,6 @@ OPTIONS = ["--modes", "full", "refrag", "expanded_only", "wrong_vectors", "--p",
 
 
 def test_the_report_says_what_the_command_says(run_eval, tmp_path):
-    """And the sample shows what was text and what a vector."""
     made = run_eval(*OPTIONS, "--out_dir", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {".lock", "questions.jsonl", "results.json", "report.md", "quality.png", "sample.md"}

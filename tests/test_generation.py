@@ -24,7 +24,6 @@ WATCH = refrag.Stopwatch(torch.device("cpu"))
 
 
 def load(decoder, **options):
-    """A pipeline for --prompt over a decoder folder."""
     usual = {"prompt": PROMPT, "k": 4, "floor": 0, "gate": "random", "compressed": "feed", "max_new": 6, "cite": False}
     return refrag.open_pipeline(dec=str(decoder), enc="decoder:2", load_dir="none", **(usual | options))
 
@@ -44,7 +43,6 @@ def read(pipeline, **changes):
 
 
 def run_decoder(pipeline, inputs, max_new, stops=frozenset()):
-    """(what is decoded greedily, the final state)."""
     logits, state = refrag.prefill(pipeline.model.decoder, [inputs])
     [out], state = refrag.decode(pipeline.model.decoder, logits, state, max_new=max_new, stops=stops,
                                  pick=lambda logits: logits.argmax(-1), watch=WATCH)
@@ -177,7 +175,6 @@ class TestDecoding:
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     @pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])
     def test_logits_that_are_no_numbers_are_an_error(self, llama, spoiled, temperature):
-        """Of the prompt, and of a later token alone."""
         pipeline = load(llama, temperature=temperature)
         decoder = pipeline.model.decoder
         logits, state = refrag.prefill(decoder, [torch.randn(5, decoder.config.hidden_size)])
@@ -258,7 +255,6 @@ class TestCitations:
         *((answer, "12", answer, []) for answer in ("He [sic] left in [1896]", "Nothing (1900) here, f(1) there", "")),
         ("Ulm [1] [a]", "a", "Ulm", [("1", True), ("a", False)]), ("[in]", ["in", "out"], "", [("in", False)])])
     def test_cited_labels(self, answer, labels, bare, expected):
-        """Their marks are no part of the answer."""
         made = refrag.parse_citations(answer, list(labels))
         assert (made.bare, made.labels) == (bare, expected)
 
@@ -412,7 +408,6 @@ class TestCommand:
             result["full"]["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], abs=1e-3)
 
     def test_ctx_max_drops_whole_passages_from_the_lowest_rank(self, run, index_dir, llama):
-        """And mode none reads none of them."""
         ask = ["--question", "What melts?", "--topk", 6]
         everything = json.loads(generate(run, index_dir, llama, *ask)[1])
         limit = everything["metrics"]["context_tokens"] // 2
@@ -562,7 +557,6 @@ class TestBundledModels:
         assert all(set(chunk["shares"]) == set(refrag.FEATURES) for chunk in result["chunks"])
 
     def test_decoding_equals_generate_of_transformers(self, pipeline):
-        """An independent decoder loop, fed the same embeddings."""
         inputs = pipeline.prepare({"id": "1", "question": "What is botany?"}).inputs
         stops = pipeline.settings.stop_tokens
         out, _ = run_decoder(pipeline, inputs, 12, stops)

@@ -622,7 +622,6 @@ def test_no_pickle_is_ever_read(run, refused, read, write, llama, malice):
 
 
 def test_no_pickle_in_an_index_is_read(refused, read, malice, tmp_path):
-    """Neither by itself nor as an array of objects."""
     folder, argv = read("index")
     for bare in (False, True):
         for path in folder.rglob("*.npy"):
@@ -636,7 +635,6 @@ def test_no_pickle_in_an_index_is_read(refused, read, malice, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="root gives up its rights by a call of Linux")
 @pytest.mark.parametrize("artefact", ["index", "checkpoint", "gate"])
 def test_what_cannot_be_read_is_named(forks, read, artefact):
-    """By its permissions; a folder, then a file."""
     folder, argv = read(artefact)
     (path := max(folder.rglob("*.safetensors" if artefact != "index" else "*.arrow"))).chmod(0)
     assert forks.run(argv) == 2 and path.name in forks.err and "Permission denied" in forks.err, forks.err
@@ -726,7 +724,6 @@ OTHERS = {  # what is not as it was: options, exit code, message
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_run_goes_on_with_what_it_began_with_only(refused, line, files, unfinished, case):
-    """And stays as it is; without --resume it is not written over."""
     change, code, told = OTHERS[case]
     path, texts = unfinished / "run.json", files / "texts.jsonl"
     intact = texts.read_bytes()

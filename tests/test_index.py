@@ -152,7 +152,6 @@ def test_what_has_not_changed_is_not_written_again(tmp_path, build, run, llama, 
 
 @pytest.mark.parametrize("how", ["--sync", "--add"])
 def test_a_change_keeps_what_the_index_was_built_with(tmp_path, build, done, llama, other_embedder, how):
-    """None of it need be named again."""
     build("i", MANY, "--faiss", "hnsw", "--retriever", "dense", "--k", 8, "--enc", "decoder:2", "--overlap", 4,
           "--max_passage_tokens", 24, "--embed_model", other_embedder)
     before = refrag.open_index(str(tmp_path / "i")).manifest
@@ -216,7 +215,6 @@ FIELDS = [{"id": str(i), "text": f"River {i} floods field {i * 7} of {i * i}."} 
 
 
 def check_nearest(index, recall):
-    """What is found is nearly what a matrix product finds."""
     assert index.faiss.ntotal == len(index)
     shared = [len(index.nearest(query, 5).keys() & refrag.search_exactly(index.vectors, query, 5, None).keys())
               for query in index.vectors[::10, None]]
@@ -250,7 +248,6 @@ def test_a_graph_grows_in_a_copy(tmp_path, change):
 
 
 def test_an_inverted_file_is_trained_again_if_twice_as_large(tmp_path, change, monkeypatch):
-    """And given up if too few passages are left; the setting stays."""
     monkeypatch.setattr(writing, "IVF_LEAST", 300)
     folder = tmp_path / "index"
     _, index = change(folder, FIELDS[:300], "dense", faiss="ivfpq")
@@ -301,7 +298,6 @@ def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, build, embedder):
 # ---- Files, readers, processes --------------------------------------------------------------------------------------
 
 def test_columns_are_mapped_and_read_only(index_dir):
-    """And no file needs pickle."""
     before = pa.total_allocated_bytes()
     index = refrag.open_index(str(index_dir))
     assert pa.total_allocated_bytes() == before

@@ -22,7 +22,6 @@ TERMS = ["river", "bronze", "c++", "valley's", "1896", "長", "notes", "delta", 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of a Milvus Lite server in another process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,7 +48,6 @@ def place(request, tmp_path_factory):
 
 
 def rows(seed, count=30):
-    """Random records: lengths, words, and fields of every kind."""
     rng = random.Random(seed)
     kinds = [lambda: rng.choice([1990, 1991.5, "1990", "1991.50", -3, "old", True]),
              lambda: rng.choice(["en", "de", "Ärger"]), lambda: None,
@@ -62,8 +60,6 @@ def rows(seed, count=30):
 
 @pytest.fixture
 def build(write, done, embedder, llama):
-    """Index rows: build(index_dir, rows, *flags) -> what the command says."""
-
     def call(place, records, *flags):
         corpus = ["--corpus", write("rows.jsonl", records)] if records is not None else []
         return done("index", "--index_dir", place, *corpus, "--embed_model", embedder, "--dec", llama, *flags)

@@ -437,7 +437,6 @@ def test_training_goes_on_with_adapters_of_the_same_rank(tmp_path, llama, train,
 # -- checkpoints ----------------------------------------------------------------------------
 
 def trained(enc, dec, letters, **options):
-    """A model whose projector and named parts were changed."""
     model = build(enc, dec, training_model=letters, **options)
     for letter, part in {"p": model.projector, "e": model.encoder, "d": model.decoder}.items():
         if letter in letters + "p":
@@ -522,7 +521,6 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path, checkpoint):
 
 
 def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint, llama, bert):
-    """What is named must be what the checkpoint has."""
     fields = ("decoder_name_or_path", "encoder_name_or_path", "pooling", "projector")
     named, repeated = ("x", "decoder:3", "cls", "mlp"), (str(llama), str(bert), "mean", "residual_mlp")
     load = {"load_dir": str(checkpoint)}
@@ -537,7 +535,6 @@ def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint,
 
 @pytest.fixture
 def shipped(monkeypatch, checkpoint):
-    """The tiny checkpoint in the place of the shipped one."""
     monkeypatch.setattr(refrag, "SHIPPED_READER", checkpoint)
     return checkpoint
 

@@ -309,7 +309,6 @@ def check_tiling(tokenizer, context):
 @given(texts=st.lists(ordinary | wild | hostile, max_size=3), question=wild)
 @few
 def test_chunks_tile_every_document(loaded, encoder, k, texts, question):
-    """Also if a system message repeats what comes after."""
     tokenizer = refrag.RefragTokenizer(loaded["bpe"], *([loaded[encoder]] if encoder != "bpe" else []))
     check_tiling(tokenizer, context_of(tokenizer, texts, question, k))
     check_tiling(tokenizer, context_of(tokenizer, TWO[:1], system=f"{TWO[0]}\nQuestion: Why?"))
@@ -338,7 +337,6 @@ def test_hostile_text_adds_no_special_token_to_the_prompt(chat, text, question):
 
 
 def test_literal_blocks_are_the_prompts_documents(chat):
-    """Their text stands where it stood, between the tags of every prompt."""
     context = refrag.read_context(chat, f"Where? <doc id='a'>{TWO[0]}</doc> <doc id=b>{TWO[1]}</doc> Say:", 4, 100)
     message = f'Where? <doc id="a">\n{TWO[0]}\n</doc> <doc id="b">\n{TWO[1]}\n</doc> Say:'
     assert context.prompt.input_ids.tolist() == template_ids(chat.decoder, message)

@@ -37,7 +37,6 @@ class Sandbox:
         self.fake("uname", 'case $1 in -s) echo Linux ;; -m) echo x86_64 ;; esac')
 
     def fake(self, name: str, body: str) -> None:
-        """Put an executable of this shell code on PATH."""
         path = self.bin / name
         path.write_text(f"#!/bin/sh\n{body}\n")
         path.chmod(0o755)
@@ -60,7 +59,6 @@ def box(tmp_path: Path) -> Sandbox:
 
 
 def planned(plan: str, command: str) -> str:
-    """The one planned command line that contains `command`."""
     (line,) = [line for line in plan.splitlines() if command in line]
     return line.strip()
 
@@ -212,7 +210,6 @@ def test_steps_train_before_the_index_is_built(box):
 
 
 def test_a_policy_is_trained_on_the_index_and_chooses(box):
-    """On top of what STEPS trained, if that was asked for."""
     plan = box.plan(LR_POLICY="3e-4", K="8", TOPK="3")
     made = planned(plan, "refrag.py train_policy")
     for flags in ("--policy_lr 3e-4", "--index_dir runs/quickstart/index", "--k 8", "--topk 3"):

@@ -272,7 +272,6 @@ def test_each_retriever_ranks_as_its_oracle(index_dir, ask, embedder):
 
 
 def test_search_of_a_file_of_questions(write, index_dir, run):
-    """Also for people to read. Either a question or a file of them."""
     rows = [{"id": "q7", "question": "Which river floods?"}, {"question": "What is bronze?"}]
     common = ["search", "--index_dir", index_dir, "--questions", write("q.jsonl", rows), "--quiet"]
     results = json.loads(run(*common, "--format", "json")[1])["results"]
@@ -287,7 +286,6 @@ LONG = " ".join(f"river{i} word{i}." for i in range(60))
 
 
 def test_trec_counts_a_split_document_once_at_its_best_rank(words_index, run):
-    """Lines have six columns; a question without results has none."""
     rows = [{"id": "long", "text": LONG}, {"id": "a#2", "text": "river3 elsewhere"},
             {"id": "my notes.txt", "text": "other words"}]
     index = words_index(rows, size=32)
@@ -337,7 +335,6 @@ def test_reranker_reorders_the_candidates(index_dir, ask, monkeypatch):
 
 
 def test_a_bm25_index_needs_no_embedder(tmp_path, build, ask, refused):
-    """A title is part of the content."""
     rows, index = [{"id": "a", "title": "Zebra", "text": "A river."}, {"id": "b", "text": "A bell."}], tmp_path / "i"
     build("i", rows, "--retriever", "bm25", "--embed_model", "missing")
     assert [ids_of(ask(index, question)) for question in ("bells", "zebra")] == [["b"], ["a"]]
@@ -433,7 +430,6 @@ def test_a_filter_golden_and_one_that_cannot_be_read(tmp_path, build, refused):
 
 
 def test_searches_are_filtered(filtered, ask):
-    """In each hop, too."""
     for retriever, hops in itertools.product(("hybrid", "dense", "bm25"), (1, 2)):
         found = ask(filtered[1]["flat"].path, "river 7 floods", "--where", "year = 1990 and lang = en", "--retriever",
                     retriever, "--hops", hops)["passages"]
@@ -479,7 +475,6 @@ def table_at(encoder, content, k=4):
 
 @pytest.mark.parametrize("content", [*TEXTS, LONG])
 def test_chunks_of_4_give_those_of_8_and_16(encoder, content):
-    """The last is beyond the encoder's window."""
     small = table_at(encoder, content)
     for factor in (2, 4):
         merged, direct = refrag.merge_chunks(small, factor), table_at(encoder, content, 4 * factor)
@@ -556,7 +551,6 @@ def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monke
 
 
 def test_queries_embedded_together_are_those_embedded_alone(embedder, monkeypatch):
-    """And a few of them are remembered."""
     questions = ["Who casts bells?", "Where does the river flood the old town in spring?", "What grazes?"]
     model = refrag.load_embedder(str(embedder), RUNTIME)
     alone = [model.embed_query(question).copy() for question in questions]
