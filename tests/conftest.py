@@ -35,8 +35,7 @@ TEXTS = [
     "Ada Lovelace wrote notes on the Analytical Engine; the notes hold an algorithm for Bernoulli numbers.",
     "El río Ebro nace en Cantabria y desemboca en el Mediterráneo. Its delta grows rice.",
     "长江是亚洲最长的河流。 The Yangtze rises in Qinghai and reaches the sea near Shanghai.",
-    "In 1896 the first modern games opened in Athens before 60,000 people; 14 nations sent athletes.",
-]
+    "In 1896 the first modern games opened in Athens before 60,000 people; 14 nations sent athletes."]
 
 
 def train_bpe(folder: Path, *, chat: bool = True) -> Path:
@@ -98,8 +97,7 @@ DECODERS = {
                                                 **MAMBA, expand=2),
     "bamba": lambda: transformers.BambaConfig(**SMALL, **ATTENTION, attn_layer_indices=[1], mamba_n_heads=8,
                                               mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_expand=2,
-                                              mamba_chunk_size=16),
-}
+                                              mamba_chunk_size=16)}
 
 
 def save_decoder(kind: str, folder: Path, tokenizer: Path) -> Path:

@@ -37,8 +37,7 @@ CORPORA = [
     ("c.jsonl", b'{"text": "good"}\n{"text": " "}\n', r"c\.jsonl:2: text is empty"),
     ("c.jsonl", [GOOD, {"id": "x", "text": "b"}, {"id": "new", "text": "c"}],
      r"duplicate id 'new' at \S*c\.jsonl:1 and \S*c\.jsonl:3"),
-    ("c.txt.gz", gzip.compress(b"good\n" * 500)[:-9], "not a complete gzip file"),
-]
+    ("c.txt.gz", gzip.compress(b"good\n" * 500)[:-9], "not a complete gzip file")]
 TRAINING = [
     (b"", "no text to train on"), (b"\n \r\n\t\n\n", "no text to train on"), ([{"tokens": []}], "no text to train on"),
     ([{"text": ""}], "no text to train on"), (b'{"text": "good"}\n\n{"text": \n', "PATH:3: malformed JSON"),
@@ -55,8 +54,7 @@ TRAINING = [
     *(([{"text": LONG, "split": split}], "PATH:1: split must be {s, o}") for split in (
         5, [], {"s": -1, "o": 9}, {"s": 9, "o": "a"}, {"s": True, "o": 9})),
     ([{"text": LONG, "split": {"s": 2**40, "o": 9}}], "PATH:1: split"),
-    ([{"text": "ab"}] * 3, "PATH: every text is shorter than 5 tokens, which --k 4 needs"),
-]
+    ([{"text": "ab"}] * 3, "PATH: every text is shorter than 5 tokens, which --k 4 needs")]
 QUESTIONS = [
     (b"", "PATH: the file holds no question"), (b"\n \n", "PATH: the file holds no question"),
     (b'{"question": "a"}\n{"question": \n', "PATH:2: malformed JSON"),
@@ -72,8 +70,7 @@ QUESTIONS = [
     (asked(answers=["\ud800"]), "PATH: question 3: an answer holds half of a surrogate pair"),
     *((asked(positive_ids=ids), "PATH: question 3: positive_ids must be a list of ids") for ids in (
         5, "abc", {"c": 1})),
-    (asked(positive_ids=[["c"]]), "PATH: question 3: id must be a string, got list"),
-]
+    (asked(positive_ids=[["c"]]), "PATH: question 3: id must be a string, got list")]
 FILES = [
     *(("index", "--corpus", name, content, told) for name, content, told in CORPORA),
     *(("add", "--corpus", name, content, told) for name, content, told in CORPORA[3:5]),
@@ -92,8 +89,7 @@ FILES = [
     ("eval", "--qa", "q.jsonl", [q | {"positive_ids": ["elsewhere"]} for q in ASKED],
      "none of the questions' positive_ids"),
     ("train_gate", "--rag_json", "q.jsonl", asked(answers=None), "question 3 has no list of answers"),
-    ("train_gate", "--rag_json", "q.jsonl", [ASKED[0] | {"answers": ["nowhere at all"]}], "not one question"),
-]
+    ("train_gate", "--rag_json", "q.jsonl", [ASKED[0] | {"answers": ["nowhere at all"]}], "not one question")]
 
 
 def code_of(name: str, told: str) -> int:
@@ -190,8 +186,7 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("bench", "--contexts 512,0", "--contexts must be 1 or more"), ("bench", "--contexts many", "--contexts"),
     ("bench", "--modes magic", "magic"), ("bench", "--question= ", "the question is empty"),
     ("bench", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
-    ("generate", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
-]
+    ("generate", "--index_dir nowhere", "--index_dir nowhere: no such folder")]
 LATE = ("--k 64 --seq_tokens 64", "--seq_tokens 4", "--enc", "--pooling", "--k 6", "--modes cos")
 
 

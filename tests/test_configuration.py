@@ -148,8 +148,7 @@ BAD = [  # class, values that break a check, what the message tells
     (refrag.ServeConfig, {"api_key": ""}, "empty"),
     *((refrag.ServeConfig, {"cors": ("https://a.b", bad)}, f"--cors {bad}: an origin is")
       for bad in ("*", "a.b", "https://a.b/", "https://a.b/notes", "null", "https://*.b")),
-    (refrag.ExportConfig, {"out_dir": ROOT}, "is there already"),
-]
+    (refrag.ExportConfig, {"out_dir": ROOT}, "is there already")]
 GOOD = [
     (refrag.CorpusConfig, {"max_passage_tokens": 8, "overlap": 4}),
     (refrag.GenerateConfig, {"resume": True, "out": "answers.jsonl"}),
@@ -157,8 +156,7 @@ GOOD = [
     (refrag.TrainConfig, {"k": (1, 64), "seq_tokens": 64, "train": "dep"}),
     (refrag.EvalConfig, {"resume": True, "out_dir": "out", "modes": ("full,none", "refrag")}),
     (refrag.EvalConfig, {**PPL, "qa": None, "k": (4, 64), "context_tokens": 64}),
-    (refrag.ServeConfig, {"cors": ("https://a.b:8080", "chrome-extension://abc")}),
-]
+    (refrag.ServeConfig, {"cors": ("https://a.b:8080", "chrome-extension://abc")})]
 
 
 @pytest.mark.parametrize(("cls", "values", "told"), BAD, ids=str)

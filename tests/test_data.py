@@ -233,8 +233,7 @@ def test_what_a_suffix_calls_json_is_never_prose(write, name, text, told):
     ({"_id": "x", "id": "i", "body": "b"}, "i", "b", {"_id": "x"}),
     ({"passage": "p", "body": "b", "contents": "c"}, "c.jsonl:1", "c", {"body": "b", "passage": "p"}),
     ({"text": "b", "metadata": {"page": 3, "url": "u"}, "url": "v"}, "c.jsonl:1", "b", {"page": 3, "url": "v"}),
-    ({"text": "b", "metadata": "m", "half": "\ud800"}, "c.jsonl:1", "b", {"metadata": "m", "half": "\ud800"}),
-])
+    ({"text": "b", "metadata": "m", "half": "\ud800"}, "c.jsonl:1", "b", {"metadata": "m", "half": "\ud800"})])
 def test_the_fields_of_a_record(write, record, identifier, text, metadata):
     [got] = read(write("c.jsonl", json.dumps(record))).records
     assert (got.id, got.text) == (identifier, text)

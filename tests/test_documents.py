@@ -272,8 +272,7 @@ BROKEN = {
     "locked.epub": (epub(f"<p>{RIVER}</p>", more=LOCK), 2, "is copy-protected"),
     "blank.docx": (docx(), 2, "holds no text"), "blank.xlsx": (xlsx({"A": []}), 2, "holds no text"),
     "blank.html": (b"<html><script>1</script></html>", 2, "holds no text"), "blank.pptx": (pptx(), 2, "holds no text"),
-    "bomb.docx": (docx(("Normal", RIVER), claimed=3 << 30), 2, "holds 3,072 MiB of XML"),
-}
+    "bomb.docx": (docx(("Normal", RIVER), claimed=3 << 30), 2, "holds 3,072 MiB of XML")}
 
 
 @pytest.mark.parametrize("name", BROKEN)

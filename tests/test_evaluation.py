@@ -22,8 +22,7 @@ QUESTIONS = [
     {"id": "lake", "question": "Which river leaves Lake Geneva?", "answers": ["The Rhone"], "positive_ids": ["a"]},
     {"id": "games", "question": "Where did the first modern games open?", "answers": ["Athens"], "positive_ids": ["f"]},
     {"id": "notes", "question": "Who wrote notes on the Analytical Engine?", "answers": ["Ada Lovelace", "Ada"],
-     "positive_ids": ["c", "d"]},
-]
+     "positive_ids": ["c", "d"]}]
 TIMES = {"ttft_s", "ttit_s", "gate_ms", "ms_per_question"}
 MODELS = ["--enc", "decoder:2", "--quiet"]
 

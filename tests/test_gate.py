@@ -95,8 +95,7 @@ def test_ppl_is_the_cross_entropy_of_each_document_alone(llama):
     (["a (b) c"], [[7]], [True], ["(b)"], [[0]]),  # no pattern
     (["x y", "x y"], [[1, 3], [2, 3]], [False, True], ["y"], [[3]]),  # numbered through, right ones only
     (["x", "y"], [[1], [1]], [True, True], ["x", "y"], [[0], [1]]),
-    (["x"], [[1]], [True], ["y"], []), ([], [], [], ["y"], []),
-])
+    (["x"], [[1]], [True], ["y"], []), ([], [], [], ["y"], [])])
 def test_answer_chunks_golden(contents, ends, right, answers, expected):
     docs = [refrag.Doc("1", content, refrag.ChunkTable(np.asarray(edges), None, None, None))
             for content, edges in zip(contents, ends, strict=True)]

@@ -514,8 +514,7 @@ SHORT = [  # passages as a newcomer writes them, with a question each
     ("The pool in Mons is closed on Monday.", "On which day is the pool in Mons closed?", "Monday"),
     ("Room 12 is booked by Ines for the budget meeting.", "Who booked room 12?", "Ines"),
     ("The spare key hangs behind the boiler in the cellar.", "Where does the spare key hang?", "boiler"),
-    ("The museum in Namur was founded in 1874 by a baker.", "When was the museum in Namur founded?", "1874"),
-]
+    ("The museum in Namur was founded in 1874 by a baker.", "When was the museum in Namur founded?", "1874")]
 
 
 @pytest.mark.models

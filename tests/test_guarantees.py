@@ -442,8 +442,7 @@ UNLIKE = {  # (artefact, file, kind): exit code and message, where it is not 4 a
     **{(artefact, "manifest.json", kind): (0, "") for artefact in ("checkpoint", "gate") for kind in KINDS[:2]},
     **{(artefact, "config.json", kind): (2, "no checkpoint in this folder")
        for artefact in ("checkpoint", "gate") for kind in KINDS[:2]},
-    **{(artefact, "README.md", kind): (0, "") for artefact in ("checkpoint", "gate") for kind in KINDS},
-}
+    **{(artefact, "README.md", kind): (0, "") for artefact in ("checkpoint", "gate") for kind in KINDS}}
 
 
 @pytest.fixture
@@ -540,8 +539,7 @@ PARTS = {  # kind: what happens to the tensors of a part, exit code and message
     "scalar": (lambda path: rewrite(path, lambda t: t | {next(iter(t)): torch.zeros(())}), 5, "has shape ()"),
     "surplus": (lambda path: rewrite(path, lambda t: t | {"surplus": torch.zeros(2)}), 5, "tensor surplus has shape"),
     "lacking": (lambda path: rewrite(path, lambda t: dict(list(t.items())[1:])), 5, "has shape none"),
-    "NaN": (lambda path: rewrite(path, lambda t: {n: v * torch.nan for n, v in t.items()}), 4, "not finite"),
-}
+    "NaN": (lambda path: rewrite(path, lambda t: {n: v * torch.nan for n, v in t.items()}), 4, "not finite")}
 
 
 def rewrite(path: Path, change) -> None:
@@ -718,8 +716,7 @@ OTHERS = {  # what is not as it was: options, exit code, message
     "gone": (None, 4, "run.json is missing"),
     **{f"run.json {content!r}": (content, 4, "run.json is damaged") for content in (
         b"", b"[]", b"\xff", b'{"settings": null}', b'{"settings": {}}', b'{"settings": {}, "data": 5}',
-        b'{"settings": {}, "data": []}')},
-}
+        b'{"settings": {}, "data": []}')}}
 
 
 @pytest.mark.parametrize("case", OTHERS)

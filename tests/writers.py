@@ -272,8 +272,7 @@ def line(files, corpus, llama, embedder, index_dir):
         "bench": ["bench", *index, "--question", ASKED[0][0], "--contexts", 60, "--p", 0, "--new", 3, "--repeats", 2,
                   *models],
         "export": ["export", *index, "--question", ASKED[0][0], "--max_new", 3, *models],
-        "generate": ["generate", *index, "--questions", asked, "--topk", 2, "--max_new", 4, *models, "--resume"],
-    }
+        "generate": ["generate", *index, "--questions", asked, "--topk", 2, "--max_new", 4, *models, "--resume"]}
 
     def call(command: str, out: Path, *more: object) -> list[object]:
         flag = {"index": "--index_dir", "generate": "--out"}.get(lines[command][0], "--out_dir")
