@@ -21,13 +21,18 @@ def chunks_of(texts, docs=None, question="", vectors=None, query=None, idf=lambd
                             prompt=None, decoder=None, seed=seed)
 
 
-def test_cosine_scores_golden():
-    """(3, 4) against (1, 0): 3/5, whatever the lengths; a vector of zeros scores 0, and all do without an embedder."""
+def test_cosine_and_blend_scores_golden():
+    """(3, 4) against (1, 0): 3/5, whatever the lengths; a vector of zeros scores 0, and all do without an embedder.
+    Cosine .6, 0, 1 and overlap 0, 1, 0 with half of the best neighbour's: (.6 + 0) + (0 + .5), (0 + .5) + (1 + 0) and,
+    in a document of its own, 1 + 0."""
     vectors, query = np.array([[3, 4], [10, 0], [-1, 0], [0, 0]], np.float32), np.array([2, 0], np.float32)
     inputs = chunks_of("abcd", vectors=vectors, query=query)
     np.testing.assert_allclose(refrag.cosine_scores(inputs), [0.6, 1.0, -1.0, 0.0], atol=1e-6)
     for missing in ({"vectors": None}, {"query": None}):
         assert refrag.cosine_scores(inputs._replace(**missing)).tolist() == [0] * 4
+    vectors = np.array([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]], np.float32)
+    scores = refrag.blend_scores(chunks_of(["one", "river", "three"], [0, 0, 1], "river", vectors, query))
+    np.testing.assert_allclose(scores, [1.1, 1.3, 1.0], atol=1e-6)
 
 
 def test_overlap_scores_golden():
@@ -46,14 +51,6 @@ def test_overlap_scores_golden():
     river, bridge = math.log(1 + 4 / 2.5), math.log(1 + 4 / 1.5)
     shares = overlap(["a river", "rivers and bridges", "Nothing", ""], "the river bridge", idf=None)
     assert shares == pytest.approx([river / (river + bridge), 1, 0, 0])
-
-
-def test_blend_golden():
-    """Cosine .6, 0, 1 and overlap 0, 1, 0 with half of the best neighbour's: (.6 + 0) + (0 + .5), (0 + .5) + (1 + 0)
-    and, in a document of its own, 1 + 0."""
-    vectors, query = np.array([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]], np.float32), np.array([1.0, 0.0], np.float32)
-    scores = refrag.blend_scores(chunks_of(["one", "river", "three"], [0, 0, 1], "river", vectors, query))
-    np.testing.assert_allclose(scores, [1.1, 1.3, 1.0], atol=1e-6)
 
 
 def test_random_scores_depend_on_question_and_seed_alone_and_favour_no_place():

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import transformers
+from conftest import CHAT_TEMPLATE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -259,8 +260,7 @@ def template_ids(tokenizer, message):
 
 
 def text_of(tokenizer, prompt):
-    """The prompt as text; the tokenizers by bytes give it back as it was."""
-    return tokenizer.decoder.decode(prompt.input_ids.tolist())
+    return tokenizer.decoder.decode(prompt.input_ids.tolist())  # tokenizers by bytes give it back as it was
 
 
 TWO = ["The Rhone leaves Lake Geneva and crosses the old city.", "长江 is 🙂 long.\n\nIt rises in Qinghai"]
@@ -348,9 +348,7 @@ def test_literal_blocks_are_the_prompts_documents(chat):
 
 
 def with_template(tokenizers, template, kind="bpe"):
-    decoder = transformers.AutoTokenizer.from_pretrained(tokenizers[kind])
-    decoder.chat_template = template
-    return refrag.RefragTokenizer(decoder)
+    return refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers[kind], chat_template=template))
 
 
 def test_what_a_tokenizer_adds_is_left_to_the_template(tokenizers):
@@ -367,17 +365,16 @@ def test_what_a_tokenizer_adds_is_left_to_the_template(tokenizers):
         context_of(tokenizer, [])
 
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-LEAVES_OUT = "{% set messages = messages | selectattr('role', 'ne', 'system') | list %}" + CHATML
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+LEAVES_OUT = "{% set messages = messages | selectattr('role', 'ne', 'system') | list %}"
 
 
-@pytest.mark.parametrize(("template", "turns"), [
-    (CHATML, ["system", "user"]), (CHATML.replace("m['content']", "m['content'] | trim"), ["system", "user"]),
-    (NO_SYSTEM, ["user"]), (LEAVES_OUT, ["user"])], ids=["system", "trimmed", "raises", "left out"])
-def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, template, turns):
+@pytest.mark.parametrize(("before", "content", "turns"), [
+    ("", "message['content']", ["system", "user"]), ("", "(message['content'] | trim)", ["system", "user"]),
+    (NO_SYSTEM, "message['content']", ["user"]), (LEAVES_OUT, "message['content']", ["user"])])
+def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, before, content, turns):
     """Token for token plain prompting with the same messages, or with it before the user's where there is no place."""
+    template = before + CHAT_TEMPLATE.replace("message['content']", content)
     tokenizer, system = with_template(tokenizers, template), "Be brief.\n\nCite."
     context = context_of(tokenizer, TWO[:1], system=system)
     message = "".join(piece if isinstance(piece, str) else f'<doc id="1">\n{TWO[0]}\n</doc>'

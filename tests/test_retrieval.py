@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import RUNTIME, TEXTS, build, passages_of
+from conftest import RUNTIME, TEXTS, build, passages_of, save_embedder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -367,21 +367,19 @@ def filtered(change, tmp_path_factory):
     return rows, indexes
 
 
-def as_float(text):
-    """A number, or one that differs from all others and compares with none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
 def holds(row, sign, name, value):
     """Whether a condition holds for a record's field, or for one element of a list: numbers compare as such."""
-    compare, found = SIGNS[sign], row.get(name)
+    def as_float(text):
+        try:
+            return float(text)
+        except ValueError:
+            return math.nan  # it differs from all others and compares with none
+
+    found = row.get(name)
     texts = [str(one).lower() if isinstance(one, bool) else str(one)
              for one in (found if isinstance(found, list) else [found]) if one is not None]
-    return any(compare(text, value) if math.isnan(as_float(value)) else compare(as_float(text), as_float(value))
-               for text in texts)
+    read = str if math.isnan(as_float(value)) else as_float
+    return any(SIGNS[sign](read(text), read(value)) for text in texts)
 
 
 SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
@@ -567,12 +565,7 @@ def test_queries_embedded_together_are_those_embedded_alone(embedder, monkeypatc
 @pytest.mark.parametrize("lacking", [("pad_token",), ("pad_token", "eos_token", "unk_token")])
 def test_an_embedder_without_a_pad_token(tmp_path, build, ask, llama, lacking):
     """Vectors are those of each text by itself, whatever token fills a batch up."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    transformer = Transformer(str(llama), max_seq_length=64)
-    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")]
-    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "model"))
+    save_embedder(tmp_path / "model", llama, seed=1)
     for path in [*(tmp_path / "model").rglob("tokenizer_config.json"), *tmp_path.rglob("special_tokens_map.json")]:
         facts = json.loads(path.read_text())
         path.write_text(json.dumps({key: value for key, value in facts.items() if key not in lacking}))

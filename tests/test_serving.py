@@ -139,10 +139,7 @@ class TestPiped:
     def test_a_changed_index_counts_from_the_next_question_on(self, run, argv, change, tmp_path, monkeypatch):
         folder = tmp_path / "followed"
 
-        class Lines:
-            def isatty(self):
-                return False
-
+        class Lines(io.StringIO):
             def __iter__(self):
                 yield "Where do smiths cast bells?\n"
                 change(folder, AFTER, sync=True)
