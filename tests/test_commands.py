@@ -75,9 +75,7 @@ def test_a_section_uses_only_names_of_its_own_and_earlier_sections():
              for node in TREE.body for name in read_names(node) if HOME.get(name, 0) > section_of(node)}
     assert later == set()
     assert HOME["parse"] == 1 and HOME["torch"] == 2 and HOME["cmd_search"] == len(SECTIONS)
-
-
-def test_only_options_know_argparse_and_only_imports_the_heavy_libraries():
+    # only options know argparse; only section 2 imports the heavy libraries, but inside functions they may be anywhere
     assert {section_of(node) for node in TREE.body if "argparse" in read_names(node)} == {1}
     for node in TREE.body:
         modules = {m.split(".")[0] for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)
@@ -351,14 +349,10 @@ def unread(stream: str, *argv: object, unbuffered: str = "") -> tuple[int, str]:
 
 
 @posix
-def test_an_index_is_built_though_nobody_reads_stderr(tmp_path, corpus, embedder, llama):
-    code, out = unread("stderr", "index", "--corpus", corpus, "--index_dir", tmp_path / "index", "--embed_model",
-                       embedder, "--dec", llama, "--max_passage_tokens", 300, "--json")
-    assert code == 0 and json.loads(out)["passages"] >= 6 and (tmp_path / "index" / "manifest.json").is_file()
-
-
-@posix
-def test_results_help_and_errors_for_a_reader_that_has_gone(forks, index_dir):
+def test_indexing_results_help_and_errors_for_a_reader_that_has_gone(forks, tmp_path, corpus, index_dir, llama):
+    code, out = unread("stderr", "index", "--corpus", corpus, "--index_dir", tmp_path / "index", "--retriever", "bm25",
+                       "--dec", llama, "--json")
+    assert code == 0 and json.loads(out)["passages"] == 6 and (tmp_path / "index" / "manifest.json").is_file()
     for unbuffered in ("", "1"):
         assert unread("stdout", "--help", unbuffered=unbuffered) == (0, "")
         assert unread("stdout", "search", "--json", "--topk", "0", unbuffered=unbuffered) == (
@@ -395,7 +389,10 @@ def test_streams_that_were_closed_before_the_start(tmp_path, index_dir):
 
 
 @posix
-def test_an_argument_that_is_no_utf8_and_a_current_folder_that_is_gone(tmp_path, monkeypatch, run, program):
+def test_names_that_are_no_utf8_and_a_current_folder_that_is_gone(tmp_path, monkeypatch, run, program, index_dir):
+    folder = shutil.copytree(index_dir, tmp_path / os.fsdecode(b"index\xff"))
+    code, out, err = run("search", "--index_dir", folder, "--question", "bridges", "--retriever", "bm25", "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1) and json.loads(out)["question"] == "bridges"
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     done = program("search", "--json", "--config", os.fsdecode(b"\xff"), env=environment)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and json.loads(done.stdout)["error"]["code"] == 2
@@ -406,14 +403,6 @@ def test_an_argument_that_is_no_utf8_and_a_current_folder_that_is_gone(tmp_path,
     code, out, err = run("doctor")
     assert (code, out) == (2, "") and err.startswith("error: the current folder: No such file or directory: ")
     monkeypatch.chdir(tmp_path)
-
-
-@posix
-def test_an_index_whose_name_is_no_utf8(index_dir, tmp_path, run):
-    folder = tmp_path / os.fsdecode(b"index\xff")
-    shutil.copytree(index_dir, folder)
-    code, out, err = run("search", "--index_dir", folder, "--question", "bridges", "--retriever", "bm25", "--json")
-    assert (code, err, out.count("\n")) == (0, "", 1) and json.loads(out)["question"] == "bridges"
 
 
 # ---- What a terminal is shown ---------------------------------------------------------------------------------------

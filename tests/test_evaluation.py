@@ -71,11 +71,15 @@ def task(tmp_path_factory, index_dir, llama):
 
 
 class TestMetrics:
-    @pytest.mark.parametrize(("text", "expected"), [
-        ("The  U.S. Army", "us army"), ("a cat, an owl & the dog!", "cat owl dog"), ("A-team", "ateam"), ("the", ""),
-        ("theatre\tanother", "theatre another"), ("Ebro\u2013a river", "ebro\u2013 river"), ("", "")])
-    def test_normalisation_is_squads(self, text, expected):
-        assert refrag.normalize_answer(text) == expected
+    def test_normalisation_is_squads(self):
+        for text, expected in (
+                ("The  U.S. Army", "us army"), ("a cat, an owl & the dog!", "cat owl dog"), ("A-team", "ateam"),
+                ("the", ""), ("theatre\tanother", "theatre another"), ("Ebro\u2013a river", "ebro\u2013 river")):
+            assert refrag.normalize_answer(text) == expected
+        for text, truths, held in (
+                ("It was the Rhone, he said", ["The Rhone"], True), ("Rhoneland", ["Rhone"], False),
+                ("14 nations", ["4 nations"], False), ("", ["x"], False), ("anything", ["the"], False)):
+            assert refrag.holds_answer(text, truths) is held, text
 
     @pytest.mark.parametrize(("reply", "truths", "em", "f1"), [
         ("The old town.", ["old town"], 1, 1),
@@ -91,12 +95,6 @@ class TestMetrics:
     def test_exact_match_and_f1_by_hand(self, reply, truths, em, f1):
         assert evaluate.exact_match(reply, truths) == em
         assert evaluate.token_f1(reply, truths) == pytest.approx(f1)
-
-    @pytest.mark.parametrize(("text", "truths", "held"), [
-        ("It was the Rhone, he said", ["The Rhone"], True), ("Rhoneland", ["Rhone"], False),
-        ("14 nations", ["4 nations"], False), ("", ["x"], False), ("anything", ["the"], False)])
-    def test_an_answer_is_held_word_for_word(self, text, truths, held):
-        assert refrag.holds_answer(text, truths) is held
 
     def test_grounding_citations_and_order_by_hand(self):
         assert evaluate.grounding("The old bridge of Ulm", ["An old", "bridge in Ulm!"]) == 3 / 4  # "of" is not there

@@ -44,7 +44,6 @@ def unit_vectors(n, dim, seed=0):
 
 
 def filled(folder, kind, vectors):
-    """A FAISS index of one kind that holds the vectors, as it is opened."""
     index = writing.new_faiss(kind, vectors)
     index.add(vectors)
     faiss.write_index(index, str(folder / kind))
@@ -113,13 +112,12 @@ def test_rrf_golden(rankings, fused):
     assert [score for _, score in found] == pytest.approx(list(fused.values()), rel=1e-12)
 
 
-CARS = [{"id": colour, "text": f"The {colour} car is parked outside the house."} for colour in ("blue", "green", "red")]
-
-
 @pytest.mark.models
 def test_a_tie_is_not_settled_by_the_order_of_the_corpus(tmp_path, write, done, ask):
     """BM25 knows no "crimson": to it the three are equal. Whatever the order, the embedder's order decides."""
-    for rows in (CARS, CARS[::-1]):
+    cars = [{"id": colour, "text": f"The {colour} car is parked outside the house."}
+            for colour in ("blue", "green", "red")]
+    for rows in (cars, cars[::-1]):
         done("index", "--corpus", write("cars.jsonl", rows), "--index_dir", tmp_path / "i")
         for retriever in ("dense", "hybrid"):
             result = ask(tmp_path / "i", "Which car is crimson?", "--retriever", retriever)
@@ -304,15 +302,13 @@ def test_trec_counts_a_split_document_once_at_its_best_rank(words_index, run):
     assert run(*common, "zebra", "--format", "trec")[:2] == (0, "")
 
 
-HOPS = [{"id": "bell", "title": "Aix bell", "text": "The bell of Aix was cast by Ludovic Ferrand. It is large."},
-        {"id": "ferrand", "text": "Ludovic Ferrand grew up in Norway."},
-        {"id": "copper", "text": "Copper melts at a high temperature."},
-        {"id": "barents", "text": "Norway borders the Barents Sea."}]
-
-
 def test_a_second_hop_follows_the_first(words_index, ask):
     """The question shares no word with the passage that answers it; the passage between them does."""
-    index, question = words_index(HOPS).path, "Which country was home to the maker of the Aix bell?"
+    hops = [{"id": "bell", "title": "Aix bell", "text": "The bell of Aix was cast by Ludovic Ferrand. It is large."},
+            {"id": "ferrand", "text": "Ludovic Ferrand grew up in Norway."},
+            {"id": "copper", "text": "Copper melts at a high temperature."},
+            {"id": "barents", "text": "Norway borders the Barents Sea."}]
+    index, question = words_index(hops).path, "Which country was home to the maker of the Aix bell?"
     assert ids_of(ask(index, question)) == ["bell"]
     assert ids_of(ask(index, question, "--hops", 2)) == ["bell", "ferrand"]
     # the third starts from the best passage that the second did not start from
