@@ -86,8 +86,6 @@ FILES = [
     *(("eval", "--qa", "q.jsonl", [ASKED[0], ASKED[1] | wrong], told) for wrong, told in (
         ({"answers": None}, "question 2 has no list of answers"), ({"answers": "Ulm"}, "has no list of answers"),
         ({"positive_ids": "a"}, "positive_ids must be a list"))),
-    ("eval", "--qa", "q.jsonl", [q | {"positive_ids": ["elsewhere"]} for q in ASKED],
-     "none of the questions' positive_ids"),
     ("train_gate", "--rag_json", "q.jsonl", asked(answers=None), "question 3 has no list of answers"),
     ("train_gate", "--rag_json", "q.jsonl", [ASKED[0] | {"answers": ["nowhere at all"]}], "not one question")]
 
@@ -152,21 +150,17 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("delete", "--corpus nowhere.txt", "--delete takes no --corpus"),
     ("index", "--delete_all", "--delete_all goes with --sync or --delete"),
     *((how, "", "no index in this folder") for how in ("add", "delete")),
-    ("search", "--question q --topk 0", "--topk must be 1 or more, got 0"),
     ("search", "--question=", "question is empty"), ("search", "", "name one of --question and --questions"),
     ("search", "--question q --index_dir nowhere", "no such folder"),
     ("search", "--question q --index_dir TMP", "no index in this folder"),
     ("doctor", "--index_dir nowhere", "no such folder"), ("doctor", "--index_dir TMP", "no index in this folder"),
     ("align", "", "--text is missing"), ("align", "--text=", "--text is missing"),
-    ("align", "--text=a\udcffb", "--text"),
     ("align", "--text a --load_dir nowhere", "--load_dir nowhere: "),
     *((phase, "--out_dir=", "--out_dir") for phase in ("cpt_recon", "sft", "eval")),
-    ("cpt_recon", "--k 4 65", "--k must lie between 1 and 64"), ("cpt_recon", "--k x", "--k"),
     ("cpt_recon", "--k 64 --seq_tokens 64", "every text is shorter than 64 tokens, which --k 64 needs"),
     ("cpt_next", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
     ("cpt_align", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
-    *(("cpt_recon", f"--lr {lr}", "--lr must be more than 0") for lr in ("inf", "1e39")),
-    ("cpt_recon", "--train xyz", "--train must be letters of ped, got 'xyz'"),
+    ("cpt_recon", "--lr 1e39", "--lr must be more than 0"),
     ("cpt_recon", "--lora_r 4", "--lora_r needs the decoder in --train, got pe"),
     ("cpt_next", "--lora_r 4 --train p", "--lora_r needs the decoder in --train, got p"),
     *(("cpt_recon", f"--enc decoder:{n}", f"--enc decoder:{n}: the decoder has 3 layers") for n in (0, 4)),
@@ -175,16 +169,14 @@ OPTIONS = [  # command, options, message; the exit code is 2
     *((command, f"{flag} {path}", f"{flag} {path}: no such file")
       for path in ("nowhere.jsonl", "/") for command, flag in (
           ("cpt_recon", "--train_json"), ("cpt_recon", "--eval_json"), ("sft", "--rag_json"), ("sft", "--eval_json"))),
-    ("sft", "--p 0 nan", "--p must lie between 0 and 1"),
     ("sft", "--index_dir nowhere", "--index_dir"), ("sft", "--index_dir TMP", "no index in this folder"),
     ("train_gate", "--p 0", "--p must"), ("train_gate", "--k 6", "chunks of 4 tokens do not make chunks of 6"),
-    ("train_gate", "--rag_json nowhere.jsonl", "no such file"), ("train_policy", "--group 1", "--group"),
+    ("train_gate", "--rag_json nowhere.jsonl", "no such file"),
     ("eval", "--task retrieval --modes bm25 --retriever bm25", "use --modes"),
     ("eval", "--qa nowhere.jsonl", "no such file"),
     ("eval", "--modes cosine_gate --retriever bm25", "cosine_gate needs an embedder"),
     ("eval", "--index_dir nowhere", "no such folder"),
-    ("bench", "--contexts 512,0", "--contexts must be 1 or more"), ("bench", "--contexts many", "--contexts"),
-    ("bench", "--modes magic", "magic"), ("bench", "--question= ", "the question is empty"),
+    ("bench", "--contexts 512,0", "--contexts must be 1 or more"), ("bench", "--question= ", "the question is empty"),
     ("bench", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
     ("generate", "--index_dir nowhere", "--index_dir nowhere: no such folder")]
 LATE = ("--k 64 --seq_tokens 64", "--seq_tokens 4", "--enc", "--pooling", "--k 6", "--modes cos")
