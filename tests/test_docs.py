@@ -124,6 +124,15 @@ def test_the_commands_that_make_the_tables_are_valid(reproduce, data, tmp_path):
             for flag in ("--index_dir", "--load_dir"):
                 assert flag not in argv or argv[0] == "index" or argv[argv.index(flag) + 1] in made
             made |= {argv[argv.index(flag) + 1] for flag in ("--index_dir", "--out_dir") if flag in argv}
+    # no development article is learned from
+    ids = [json.loads(line)["id"] for line in (tmp_path / "lessons.jsonl").read_text().splitlines()]
+    assert ids == ["squad:train", "nq:train", "multihop:train"]
+    for name, count in (("first_qa", 3), ("then_qa", 2)):  # the one question of SQuAD is in the first alone
+        questions = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [q["answers"][0] for q in questions] == ["train"] * count
+    for name in ("low_p", "low_p_qa"):
+        text = (tmp_path / f"{name}.jsonl").read_text()
+        assert "train" in text and "dev" not in text
 
 
 def test_a_table_alone_needs_what_it_reads_and_no_more(reproduce, monkeypatch, tmp_path, capsys):
@@ -140,18 +149,6 @@ def test_a_table_alone_needs_what_it_reads_and_no_more(reproduce, monkeypatch, t
             reproduce.main()
         assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
-
-
-def test_no_development_article_is_learned_from(reproduce, data, tmp_path):
-    reproduce.make_lessons(data, tmp_path)
-    ids = [json.loads(line)["id"] for line in (tmp_path / "lessons.jsonl").read_text().splitlines()]
-    assert ids == ["squad:train", "nq:train", "multihop:train"]
-    for name, count in (("first_qa", 3), ("then_qa", 2)):  # the one question of SQuAD is in the first alone
-        questions = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        assert [q["answers"][0] for q in questions] == ["train"] * count
-    for name in ("low_p", "low_p_qa"):
-        text = (tmp_path / f"{name}.jsonl").read_text()
-        assert "train" in text and "dev" not in text
 
 
 @pytest.mark.models

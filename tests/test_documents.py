@@ -232,6 +232,9 @@ def test_the_facts_of_a_piece_are_those_of_its_first_and_last_character():
     assert json.loads(index.piece_facts(record, 6, 9)) == {"heading": "A"}
     assert [index.trimmed("a\n\n b \n", *span) for span in ((1, 7), (0, 4), (3, 5))] == [(4, 5), (0, 1), (4, 5)]
     assert len(range(*index.trimmed(" \n ", 0, 3))) == 0
+    records = [refrag.Record(str(n), "", "x" * n, "", {}) for n in (3, 3, 9, 1, 1)]  # long ones are cut one by one
+    assert [[len(r.text) for r in block] for block in index.in_blocks(records, 5)] == [[3, 3], [9], [1, 1]]
+    assert [len(block) for block in index.in_blocks(records * 100)] == [256, 244]
 
 
 @pytest.mark.parametrize(("identifier", "metadata", "source"), [
@@ -244,12 +247,6 @@ def test_the_facts_of_a_piece_are_those_of_its_first_and_last_character():
 def test_the_source_of_a_passage(identifier, metadata, source):
     passage = refrag.Passage(0, identifier, 2, "", "text", json.dumps(metadata) if metadata else "")
     assert passage.source == passage.to_json()["source"] == source
-
-
-def test_long_documents_are_cut_one_by_one():
-    records = [refrag.Record(str(n), "", "x" * n, "", {}) for n in (3, 3, 9, 1, 1)]
-    assert [[len(r.text) for r in block] for block in index.in_blocks(records, 5)] == [[3, 3], [9], [1, 1]]
-    assert [len(block) for block in index.in_blocks(records * 100)] == [256, 244]
 
 
 # ---- Damage ---------------------------------------------------------------------------------------------------------

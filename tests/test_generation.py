@@ -476,23 +476,19 @@ class TestCommand:
         assert run(*argv, "--enc", "decoder:4")[2] == "error: --enc decoder:4: the decoder has 3 layers\n"
 
 
-class TestPython:
-    def test_a_pipeline_answers_as_the_command_does(self, run, index_dir, llama):
-        options = {"dec": str(llama), "enc": "decoder:2", "compressed": "feed", "k": 4, "quiet": True}
-        result = refrag.open_pipeline(index_dir, **options).answer("What melts?", p=0.5, max_new=4)
-        _, out, _ = generate(run, index_dir, llama, "--question", "What melts?", "--p", 0.5)
-        expected = json.loads(out)
-        for timed in (result, expected):
-            timed.pop("metrics")
-        assert json.loads(json.dumps(result)) == expected
-
-    def test_an_option_that_is_not_one_is_named(self, index_dir, tiny):
-        with pytest.raises(refrag.UserError, match="no such option of generate: ks"):
-            refrag.open_pipeline(index_dir, ks=4)
-        with pytest.raises(TypeError, match="ks"):
-            tiny.answer(PROMPT, ks=4)
-        with pytest.raises(refrag.UserError, match="--p must"):
-            tiny.answer(PROMPT, p=4)
+def test_a_pipeline_answers_as_the_command_does_and_names_what_is_no_option(run, index_dir, llama):
+    pipeline = refrag.open_pipeline(index_dir, dec=str(llama), enc="decoder:2", compressed="feed", k=4, quiet=True)
+    result = pipeline.answer("What melts?", p=0.5, max_new=4)
+    expected = json.loads(generate(run, index_dir, llama, "--question", "What melts?", "--p", 0.5)[1])
+    for timed in (result, expected):
+        timed.pop("metrics")
+    assert json.loads(json.dumps(result)) == expected
+    with pytest.raises(refrag.UserError, match="no such option of generate: ks"):
+        refrag.open_pipeline(index_dir, ks=4)
+    with pytest.raises(TypeError, match="ks"):
+        pipeline.answer("What melts?", ks=4)
+    with pytest.raises(refrag.UserError, match="--p must"):
+        pipeline.answer("What melts?", p=4)
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,9 @@ def test_the_accelerator_that_is_found(box, programs, accel, channel):
 
 # ---- The plan -------------------------------------------------------------------------------------------------------
 
-def test_variables_reach_the_commands(box):
+def test_variables_reach_the_commands_and_unset_ones_leave_the_defaults_to_the_program(box):
+    """But for the index's --k, without which it would hold no chunk vectors. Nothing is trained, nothing changed. The
+    tests need no data."""
     values = {"TOPK": "5", "P": "0.1", "CTX_MAX": "2048", "MAX_NEW": "32", "K": "8", "DEC_MODEL": "some/dec"}
     plan = box.plan(**values, ENC_MODEL="my models/enc", EMBED_MODEL="some/embedder", QUESTION="Who's there?")
     index, generate = planned(plan, "refrag.py index"), planned(plan, "refrag.py generate")
@@ -98,11 +100,6 @@ def test_variables_reach_the_commands(box):
     assert "--question 'Who'\\''s there?' --enc 'my models/enc' --dec some/dec" in generate
     assert generate.endswith("--topk 5 --k 8 --p 0.1 --ctx_max 2048 --max_new 32 --compare")
     assert "embed_model" not in generate
-
-
-def test_unset_variables_leave_the_defaults_to_the_program(box):
-    """But for the index's --k, without which it would hold no chunk vectors. Nothing is trained, nothing changed. The
-    tests need no data."""
     before, plan = {str(p): p.read_bytes() if p.is_file() else None for p in box.tree.rglob("*")}, box.plan()
     corpus = "--corpus data/wiki_passages.jsonl --index_dir runs/quickstart/index"
     assert planned(plan, "refrag.py index") == f".venv/bin/python refrag.py index {corpus} --k 16"
