@@ -149,7 +149,6 @@ OPTIONS = [  # command, options, message; the exit code is 2
     *((how, "--add", "name one of --add, --sync and --delete") for how in ("sync", "delete")),
     ("delete", "--corpus nowhere.txt", "--delete takes no --corpus"),
     ("index", "--delete_all", "--delete_all goes with --sync or --delete"),
-    *((how, "", "no index in this folder") for how in ("add", "delete")),
     ("search", "--question=", "question is empty"), ("search", "", "name one of --question and --questions"),
     ("search", "--question q --index_dir nowhere", "no such folder"),
     ("search", "--question q --index_dir TMP", "no index in this folder"),
@@ -413,6 +412,11 @@ def test_questions_may_name_no_passage_or_a_piece_of_one(done, command, line, wr
     questions = write("q.jsonl", [{key: q[key] for key in ("question", "answers")} | wrong for q in ASKED])
     assert done(*command("sft", "--rag_json", questions, "--eval_json", questions, "--index_dir", index,
                          "--steps", 1))["steps"] == 1
+
+
+def test_a_change_needs_an_index(refused, line, tmp_path):
+    for how in ("add", "delete"):
+        assert "no index in this folder" in refused(2, *line(how, tmp_path / "i"))
 
 
 def test_no_passage_is_empty(done, line, write, tmp_path):
