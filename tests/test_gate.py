@@ -12,7 +12,8 @@ import torch
 from conftest import build
 
 import refrag
-from refrag_extras import policy
+from refrag_extras import train_gate
+from refrag_extras import train_policy as policy
 
 
 def chunks_of(texts, docs=None, question="", vectors=None, query=None, idf=lambda term: 1.0, seed=1337):
@@ -309,7 +310,7 @@ class Liking:
     """In the place of the decoder: likes one chunk, and notes how many it gets."""
 
     def __init__(self, examples):
-        self.data, self.sizes = refrag.GateData(None, [], examples, []), set()
+        self.data, self.sizes = train_gate.GateData(None, [], examples, []), set()
 
     def ask(self, example):
         return example
@@ -412,7 +413,7 @@ def test_rewards_are_the_answers_log_probability(llama, index_dir, files):
     runtime = refrag.RuntimeConfig(device="cpu", quiet=True)
     models, index = refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.IndexConfig(index_dir=str(index_dir))
     options = refrag.GateDataConfig((str(files / "asked.jsonl"),), out_dir="unused", k=4)
-    data = refrag.load_gate_data(options, index, refrag.SearchConfig(), models, runtime)
+    data = train_gate.load_gate_data(options, index, refrag.SearchConfig(), models, runtime)
     reader = policy.AnswerReader(refrag.load_model(models, runtime), data, 8, 4)
     example = reader.ask(data.examples[1])
     mask = np.zeros(len(example.context.prompt.chunks), dtype=bool)

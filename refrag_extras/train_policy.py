@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import refrag
+from refrag_extras import train_gate
 
 CLIP = 0.2  # how far from 1 the ratio of new to old probability counts
 REUSE = 2  # optimizer steps on what was drawn once
@@ -19,10 +20,9 @@ REUSE = 2  # optimizer steps on what was drawn once
 class AnswerReader:
     """The log-probability of an answer, given which chunks stay text: the reward of the policy."""
 
-    def __init__(self, model: refrag.RefragModel, data: refrag.GateData, topk: int, k: int):
+    def __init__(self, model: refrag.RefragModel, data: train_gate.GateData, topk: int, k: int):
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
-        limit = model.window or refrag.PackConfig.ctx_max
-        self.prompts = refrag.AnswerPrompts(model.encoder, data.searcher.index, limit)
+        self.limit = model.window or refrag.PackConfig.ctx_max
 
     def ask(self, example: refrag.GateExample) -> refrag.Asked:
         """An example's question over its retrieved passages, with the best right passage and an answer that it holds.
@@ -33,7 +33,8 @@ class AnswerReader:
         rows = rows[: self.topk]
         right = refrag.right_rows(index, item, rows)[0]
         answer = [*refrag.answers_in(index, item, right), item["answers"][0]][0]
-        asked = self.prompts.ask(item["question"], rows, right, answer, self.k)
+        passages = {row: index[row].content for row in rows}
+        asked = refrag.ask(self.model.encoder, item["question"], passages, right, answer, self.k, self.limit)
         refrag.require(len(asked.context.docs) == len(rows), f"--topk {self.topk}: the passages for question "
                        f"{item['id']} take more than the decoder's window of {self.model.window}: lower it")
         return asked
@@ -42,7 +43,8 @@ class AnswerReader:
     def log_probabilities(self, asked: refrag.Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only add noise
-        batch = refrag.checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
+        batch = refrag.checked_batch([asked.answered(mask, feed) for mask in masks], self.model.window)
+        batch = batch.to(self.model.device)
         logs = -nn.functional.cross_entropy(self.model(batch).logits.float(), batch.labels, reduction="none")
         return logs.cpu().numpy().reshape(len(masks), -1).mean(1)
 
@@ -115,3 +117,13 @@ def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[re
             records.append({"step": number, "reward": round(float(np.mean(rewards[-every:])), 4),
                             "recall": refrag.gate_recall(policy, held_out, p)})
     return records
+
+
+def run(data: refrag.GateDataConfig, settings: refrag.PolicyConfig, index: refrag.IndexConfig,
+        search: refrag.SearchConfig, models: refrag.ModelConfig, runtime: refrag.RuntimeConfig) -> None:
+    def fit(policy: refrag.QueryGate, loaded: train_gate.GateData) -> list[dict[str, Any]]:
+        reader = AnswerReader(refrag.load_model(models, runtime), loaded, search.topk, data.k)
+        return fit_policy(policy, reader, loaded.held_out, settings, data.p, runtime.seed)
+
+    train_gate.train_scorer("policy", data, index, search, models, runtime, settings.steps, fit, features=False,
+                            blind=settings.blind)
