@@ -984,19 +984,6 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     fsync_path(path.parent)
 
 
-def save_figure(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
-    """Replace a picture by what `paint` draws on the axes of its panels."""
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        return notice(f"library missing: {one_line(error)}: pip install matplotlib, for {path.name}")
-    page, data = figure.Figure(figsize=size), io.BytesIO()
-    paint(*page.subplots(1, panels, squeeze=False)[0])
-    page.tight_layout()
-    page.savefig(data, dpi=100, format="png")
-    write_atomic(path, data.getvalue())
-
-
 def restore_folder(final: Path) -> None:
     """Bring back the old folder if a kill came between the two renames of `new_folder`."""
     aside = next(final.parent.glob(f".{glob.escape(final.name)}.*.old"), None)
@@ -1823,8 +1810,6 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     np.add.at(sums, chunk, states[inside])
     counts = np.bincount(chunk, minlength=len(chunk_ends))[:, None]
     return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
-
-
 
 
 def map_file(path: Path) -> pa.Buffer:
@@ -4420,6 +4405,8 @@ class Trainer:
 
     def save(self, log: RunLog) -> None:
         """Write a checkpoint, whole or not at all; keep the last two."""
+        from refrag_extras import reports
+
         moments = self.optimizer_state(offload=True).get("state", {})
         tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
         values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
@@ -4430,10 +4417,10 @@ class Trainer:
                     "checkpoint is not written: lower --lr; the last one is kept")
         if self.accelerator.is_main_process:
             write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors},
-                             {"trainer.json": dumps(values)}, model_card(config, log.records))
+                             {"trainer.json": dumps(values)}, reports.model_card(config, log.records))
             for old in step_folders(self.folder)[2:]:
                 shutil.rmtree(old, ignore_errors=True)
-            log.plot()
+            reports.draw_losses(self.folder / "loss.png", log.records)
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
@@ -4518,49 +4505,6 @@ class RunLog:
         self.records.append(record)
         if self.writes:
             append_line(self.path, record)
-
-    def plot(self) -> None:
-        save_figure(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
-
-    def paint(self, left: Any, right: Any) -> None:
-        losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
-        left.plot(*np.asarray(losses).reshape(-1, 2).T)
-        left.set(xlabel="step", ylabel="training loss")
-        evals = [(r["step"], r["eval"]) for r in self.records if r.get("eval")]
-        for n, name in enumerate(evals[-1][1] if evals else ()):
-            for kind, style in zip(CONTROLS, ("-", ":", "--", "-."), strict=True):
-                points = [(step, sets[name][kind]["accuracy"]) for step, sets in evals if kind in sets[name]]
-                right.plot(*np.asarray(points).reshape(-1, 2).T, style, color=f"C{n}",
-                           label=name if kind == "vectors" else None)
-        right.set(xlabel="step", ylabel="held-out token accuracy")
-        right.set_title("solid: vectors, dotted: none, dashed: wrong, dash-dot: full text", fontsize=8)
-        if evals:
-            right.legend(fontsize=7)
-
-
-def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
-    carried, final = config.scorers, [record for record in records if record.get("eval")][-1:]
-    made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
-    if config.training_model or config.lora or not carried:
-        made = [f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
-                f"pooling. Projector: {config.projector}.", *made]
-    lines = ["# REFRAG checkpoint", "", " ".join([*made, f"Made by refrag.py {__version__}."]), "",
-             "Load it with `python refrag.py generate --load_dir FOLDER`. The licences of the base models and of the "
-             "training data apply.", "",
-             "| Phase | Steps or epochs | Tokens or questions | Trained | Device | Data |", "|---|---|---|---|---|---|"]
-    for h in config.history:
-        files = ", ".join(Path(fact["file"]).name for fact in h["data"])
-        lines.append(f"| {h['phase']} | {h['steps']:,} | {h['tokens']:,} | {h['train']} | {h['device']} | {files} |")
-    for h in (h for h in config.history if h.get("recall")):
-        shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in h["recall"].items())
-        lines += ["", f"{h['phase']}: share of held-out questions whose answer stays text whole: {shown}."]
-    for record in final:
-        lines += ["", f"Held-out token accuracy after step {record['step']}:", "",
-                  "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
-        for name, kinds in record["eval"].items():
-            cells = [f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-" for kind in CONTROLS]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
 
 
 # -- runs -----------------------------------------------------------------------
@@ -4699,7 +4643,7 @@ def train_phase(name: str, *configs: Options) -> None:
         if accelerator.device.type == "cpu":
             keep_memory()
         summary = trainer.fit()
-    emit(summary, runtime, training_text(summary))
+    emit(summary, runtime, importlib.import_module("refrag_extras.reports").training_text(summary))
 
 
 # -- the gate -----------------------------------------------------------------------
@@ -4776,16 +4720,6 @@ def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateEx
             records.append({"epoch": len(losses) // each, "loss": round(float(np.mean(losses[-each:])), 4),
                             "recall": gate_recall(gate, held_out, p)})
     return records
-
-
-def training_text(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['phase']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens in "
-             f"{summary['seconds']:.0f} s ({summary['tokens_per_s']:,.0f} tokens/s), loss "
-             f"{summary['loss'] or math.nan:.4f} -> {summary['checkpoint']}"]
-    for name, kinds in summary["eval"].items():
-        shown = ", ".join(f"{kind} {values['accuracy']:.3f}" for kind, values in kinds.items())
-        lines.append(f"held out {name}: token accuracy {shown}")
-    return "\n".join(lines)
 
 
 # =============================================================================

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import refrag
+from refrag_extras import reports
 from refrag_extras.doctor import index_summary
 from refrag_extras.evaluate import aligned_table, source_commit
 
@@ -266,9 +267,9 @@ def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
     refrag.write_atomic(folder / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     if last:
         rows = result["rows"]
-        refrag.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
+        reports.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
         if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
-            refrag.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
+            reports.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
     pictures = [f"![]({name})" for name in BENCH_PICTURES if (folder / name).is_file()]
     command = shlex.join(result["command"]).encode("utf-8", "replace").decode()  # arguments may be any bytes
     made = [f"Command: `{command}`", f"Device: {refrag.dumps(result['device'])}",

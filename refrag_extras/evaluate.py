@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import refrag
+from refrag_extras import reports
 
 RESAMPLES = 2000  # of the bootstrap
 ONE_P = {"full": (1.0,), "none": (0.0,)}  # modes that no p changes
@@ -379,7 +380,7 @@ class QaTask(QuestionTask):
         return "\n\n".join(tables)
 
     def pictures(self, folder: Path, found: Lines, summary: dict[str, Any]) -> None:
-        refrag.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
+        reports.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
         if rows := [(q, line) for q, line in rows if "prompt" in line]:
             refrag.write_atomic(folder / "sample.md", sample_text(refrag.sample_evenly(rows, SAMPLES), self.sample[1]))

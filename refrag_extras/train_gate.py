@@ -27,6 +27,7 @@ from refrag import (
     Searcher,
     require,
 )
+from refrag_extras import reports
 
 
 class GateData(NamedTuple):
@@ -114,7 +115,7 @@ def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConf
     parts[kind] = {name: tensor.half() for name, tensor in refrag.part_tensors(gate).items()}
     files = refrag.file_facts([*data.rag_json, *data.eval_json])
     config.history = [*config.history, entry | {"data": refrag.without_folders(files)}]
-    refrag.write_checkpoint(Path(data.out_dir), config, parts, card=refrag.model_card(config, []))
+    refrag.write_checkpoint(Path(data.out_dir), config, parts, card=reports.model_card(config, []))
 
 
 def gate_text(summary: dict[str, Any]) -> str:

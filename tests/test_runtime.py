@@ -10,7 +10,7 @@ import torch
 from writers import tree
 
 import refrag
-from refrag_extras import doctor
+from refrag_extras import doctor, reports
 
 CPU = torch.device("cpu")
 
@@ -19,11 +19,11 @@ CPU = torch.device("cpu")
 
 
 def test_a_picture_is_replaced_whole(tmp_path):
-    refrag.save_figure(tmp_path / "a.png", 2, (2, 1), lambda left, right: (left.plot([1, 2]), right.plot([2, 1])))
+    reports.save_figure(tmp_path / "a.png", 2, (2, 1), lambda left, right: (left.plot([1, 2]), right.plot([2, 1])))
     before = tree(tmp_path)
     assert before["a.png"].startswith(b"\x89PNG")
     with pytest.raises(ZeroDivisionError):
-        refrag.save_figure(tmp_path / "a.png", 1, (2, 1), lambda axes: 1 / 0)
+        reports.save_figure(tmp_path / "a.png", 1, (2, 1), lambda axes: 1 / 0)
     assert tree(tmp_path) == before
 
 

@@ -17,6 +17,7 @@ from conftest import TEXTS, build, disturb
 from safetensors.torch import load_file
 
 import refrag
+from refrag_extras import reports
 
 RUNTIME = refrag.RuntimeConfig(device="cpu", quiet=True)
 PHASES = ("cpt_align", "cpt_recon", "cpt_next", "sft")
@@ -27,7 +28,7 @@ START, END = 1, 2  # the tiny decoders' tokens for the start of a sequence and t
 @pytest.fixture(autouse=True)
 def no_pictures(home, monkeypatch) -> None:
     """They take longer than a step."""
-    monkeypatch.setattr(refrag.RunLog, "plot", lambda log: None)
+    monkeypatch.setattr(reports, "draw_losses", lambda *_: None)
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -1108,14 +1109,14 @@ def test_the_model_card_tells_models_phases_and_results():
     config = refrag.RefragConfig(encoder_name_or_path="decoder:3", decoder_name_or_path="some/decoder", history=history)
     measured = {kind: {"loss": 1.0, "accuracy": value} for kind, value in (
         ("vectors", 0.5), ("none", 0.25), ("full", 0.75))}  # of one text there are no wrong ones
-    card = refrag.model_card(config, [{"step": 0, "eval": {"k4": {}}}, {"step": 7, "eval": {"k8": measured}}])
+    card = reports.model_card(config, [{"step": 0, "eval": {"k4": {}}}, {"step": 7, "eval": {"k8": measured}}])
     assert "Decoder: some/decoder. Encoder: decoder:3, mean pooling. Projector: residual_mlp." in card
     assert [line for line in card.splitlines() if line.startswith("| ")] == [
         "| Phase | Steps or epochs | Tokens or questions | Trained | Device | Data |",
         "| cpt_recon | 1,200 | 3,456,789 | pe | cuda | a.jsonl, b.jsonl.gz |",
         "| sft | 1,200 | 3,456,789 | ped (LoRA 8) | cuda | q.jsonl |",
         "| Set | Vectors | None | Wrong | Full |", "| k8 | 0.500 | 0.250 | - | 0.750 |"]
-    assert "after step 7" in card and "Held-out" not in refrag.model_card(config, [{"step": 0, "eval": {}}])
+    assert "after step 7" in card and "Held-out" not in reports.model_card(config, [{"step": 0, "eval": {}}])
 
 
 @pytest.mark.parametrize("options", [["--lora_r", "2"], ["--train", "pe"]], ids=["lora", "frozen"])
