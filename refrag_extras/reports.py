@@ -1,4 +1,4 @@
-"""What a training run shows people: its summary, its picture, the card of a checkpoint; and pictures of all commands."""
+"""What a training run shows people: summary, picture, and the card of a checkpoint. Also pictures of other commands."""
 
 from __future__ import annotations
 
