@@ -4046,8 +4046,8 @@ class Step(NamedTuple):
     padding: float  # share of the positions
 
 
-class Steps(torch.utils.data.Dataset):
-    """The batches of each optimizer step, made by data workers; they depend on the step and the seed alone.
+class Steps:
+    """The batches of each optimizer step, a data set for data workers; they depend on the step and the seed alone.
 
     A step has about batch_size * seq_tokens positions (its cost) for each process and each of grad_accum, and at least
     one item. Its items are drawn with generators of their own, each its kind, text or question, and k. Every process
@@ -4112,9 +4112,8 @@ class Steps(torch.utils.data.Dataset):
             workers = min(os.cpu_count() // self.processes, 12) if device.type == "cuda" else 0
         if workers:
             own = {"multiprocessing_context": "fork", "worker_init_fn": begin_worker, "prefetch_factor": 4}
-        loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=lambda made: made,
-                                             num_workers=workers, pin_memory=device.type == "cuda", **own)
-        made = iter(loader)
+        made = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=lambda step: step,
+                                                num_workers=workers, pin_memory=device.type == "cuda", **own))
         with ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(next, made, None)
             while (ready := ahead.result()) is not None:

@@ -396,7 +396,7 @@ def test_rewards_are_the_answers_log_probability(llama, index_dir, files):
         logits = reader.model.decoder(input_ids=torch.tensor([[*ids, *example.target]])).logits[0].log_softmax(-1)
     logs = [logits[len(ids) - 1 + n, token].item() for n, token in enumerate(example.target)]
     assert reader.log_probabilities(example, [mask, ~mask])[0] == pytest.approx(np.mean(logs), abs=1e-4)
-    assert reader.prompts.tokenizer.decoder.decode(example.target).startswith("Ada Lovelace [")
+    assert reader.model.encoder.tokenizer.decoder.decode(example.target).startswith("Ada Lovelace [")
 
 
 def tensors(folder):

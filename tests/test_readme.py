@@ -51,6 +51,7 @@ def test_the_commands_run_in_order(tmp_path, run, monkeypatch, write):
         monkeypatch.setattr(refrag, "load_model", load if reads else load.__wrapped__)
         argv += {"index": ["--limit", "10"], "generate": short, "chat": short, "eval": [*short, "--limit", "1"],
                  "cpt_align": step, "cpt_recon": step, "cpt_next": step, "sft": [*step, *short[2:]],
+                 "train": [*step, *short[2:], "--limit", "20"],
                  "train_policy": [*step[:4], *short[2:]], "export": short[2:],
                  "bench": ["--contexts", "64", "--repeats", "1", "--new", "2"]}.get(argv[0], [])
         code, out, err = run(*argv)
