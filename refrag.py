@@ -3612,7 +3612,7 @@ def token_table(paths: Sequence[str], tokenizer: RefragTokenizer) -> pa.Table:
 
 def tokenized(paths: Sequence[str], tokenizer: RefragTokenizer) -> Iterator[dict[str, Any]]:
     """Rows of TOKENS. Raises UserError for ids beyond the decoder's vocabulary, or if there is no text."""
-    text, vocabulary = None, len(tokenizer.decoder)
+    tokens, vocabulary = 0, len(tokenizer.decoder)
     for text in progress(read_training_texts(paths), "tokenising", unit="text"):
         if isinstance(text.text, list):
             largest = max(text.text, default=0)
@@ -3622,8 +3622,9 @@ def tokenized(paths: Sequence[str], tokenizer: RefragTokenizer) -> Iterator[dict
             [pieces] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
             ids, cuts = pieces.ids, cut_allowed(pieces)[:-1]
         name, _, line = text.where.rpartition(":")
+        tokens += len(ids)
         yield {"tokens": ids, "cuts": cuts, "context": text.context, "file": list(paths).index(name), "line": int(line)}
-    require(text is not None, f"{', '.join(paths)}: no text to train on")
+    require(tokens > 0, f"{', '.join(paths)}: no text to train on")
 
 
 def nearest_cut(cuts: np.ndarray, at: int, least: int = 1) -> int:
