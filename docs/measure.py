@@ -6,7 +6,6 @@
     python docs/measure.py start_up --index_dir runs/wiki [--against OTHER/refrag.py]
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
-    python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
     python docs/measure.py kernels --index_dir runs/wiki --qa data/wiki_questions.jsonl --limit 60 --dtype bfloat16
     python docs/measure.py allocator --texts data/cpt_train.jsonl --contexts 512 --k 4
     python docs/measure.py paired --run OUT/answers_ceiling --against OUT/answers_squad_more
@@ -327,31 +326,6 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     return refrag.Trainer(model, data, weights, train, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)
 
 
-def by_hand(trainer: refrag.Trainer, batches: list[refrag.Batch]) -> None:
-    """The same forward and backward passes without the loop: encoder, projector, decoder, cross entropy."""
-    model = trainer.model
-    for batch in batches:
-        with trainer.accelerator.autocast():
-            output = model(batch)
-        torch.nn.functional.cross_entropy(output.logits.float(), batch.labels).backward()
-    model.zero_grad(set_to_none=True)
-
-
-def measure_training(args: argparse.Namespace) -> dict:
-    """Seconds of whole training steps and of their bare forward and backward passes, taking turns; peak memory."""
-    rows = []
-    for lessons, letters in (("recon", "pe"), ("next", "ped")):
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = trainer_of(args, lessons, letters, Path(folder))
-            steps = itertools.islice(trainer.sampler.run(0), args.repeats + 1)
-            times = [time_step(trainer, passes) for passes, _ in steps]
-        whole, bare = zip(*times[1:], strict=True)  # the first warms up
-        rows.append({"phase": lessons, "step_s": statistics.median(whole), "bare_s": statistics.median(bare),
-                     "step/bare": statistics.median(w / b for w, b in times[1:]),
-                     "peak_rss_mb": refrag.peak_rss_mb()})
-    return {"rows": rows}
-
-
 def measure_allocator(args: argparse.Namespace) -> dict:
     """Seconds of training steps with the allocator as it is and with `keep_memory`, taking turns; peak memory."""
     cpu, times, peaks = torch.device("cpu"), {"default": [], "kept": []}, {"default": 0.0, "kept": 0.0}
@@ -373,16 +347,6 @@ def measure_allocator(args: argparse.Namespace) -> dict:
             peaks[name] = max(peaks[name], refrag.peak_rss_mb())
     rows = [{"allocator": name, "step_s": statistics.median(times[name]), "peak_rss_mb": peaks[name]} for name in times]
     return {"rows": rows, "default/kept": statistics.median(map(operator.truediv, *times.values()))}
-
-
-def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
-    """Seconds of a training step and of its bare passes."""
-    batches = [refrag.checked_batch(trainer.model, [item.sequence for item in items]) for items in passes]
-    start = time.perf_counter()
-    by_hand(trainer, batches)
-    bare = time.perf_counter()
-    trainer.run_step(passes)
-    return time.perf_counter() - bare, bare - start
 
 
 # -- answers of two runs -----------------------------------------------------------

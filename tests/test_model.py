@@ -454,7 +454,7 @@ def test_texts_in_a_row_are_as_each_alone(name):
 
     expected = of(torch.cat([decoder(input_ids=ids[None], use_cache=False).logits[0][ids % 3 > 0] for ids in texts]))
     for got, want in zip(of(refrag.asked_logits(decoder, batch, input_ids=batch.plan)), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * max(1, want.abs().max().item()))
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * max(1, want.abs().max().item()))
     assert refrag.can_pack(decoder) == packs
     after = of(torch.cat([decoder(input_ids=ids[None], use_cache=False).logits[0][ids % 3 > 0] for ids in texts]))
     torch.testing.assert_close(after[0], expected[0])
