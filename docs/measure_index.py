@@ -9,9 +9,10 @@
 
 changes: whole processes: a build, --sync after one document in a hundred has changed, the same --sync again, --delete
 of one in a hundred, --add of one. kills: each of these ends by SIGKILL at random moments and begins again. build, add:
-also milvus+http://HOST:19530/NAME; the first texts of the corpus again and again, numbers in their titles, each cut and
-stemmed once. Drawn vectors, points around centres, stand in these and with --drawn for what models compute; all else is
-the program's own. faiss: index types over such points.
+also milvus+http://HOST:19530/NAME (--retriever dense for a server before 2.5); the first texts of the corpus again and
+again, numbers in their titles, each cut and stemmed once. search: by what the index holds. Drawn vectors, points around
+centres, stand in these and with --drawn for what models compute; all else is the program's own. faiss: index types over
+such points.
 Memory: peak_mb counts pages of mapped files, which the system takes back when it needs them; anon_mb does not.
 """
 
@@ -32,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -67,6 +68,18 @@ class Memory(threading.Thread):
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{q}_ms": round(1e3 * float(np.percentile(seconds, q)), 2) for q in (50, 99)}
+
+
+def timed(ask: Callable, questions: list[str]) -> dict[str, float]:
+    """What a question takes by the clock and of this process's CPU; the first is asked twice and warms up."""
+    times, cpu = [], []
+    for question in [questions[0], *questions]:
+        start, used = time.perf_counter(), time.process_time()
+        ask(question)
+        times.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - used)
+    return {"first_ms": round(1e3 * times[0], 1), **percentiles(times[1:]),
+            "cpu_p50_ms": percentiles(cpu[1:])["p50_ms"]}
 
 
 def show(row: dict) -> dict:
@@ -315,12 +328,12 @@ def draw_passages(args: argparse.Namespace, add: bool) -> None:
 def measure_build(args: argparse.Namespace, add: bool = False) -> dict:
     """A build, or an addition to one: time, memory, bytes of each column; a folder's files tell the time of a step."""
     draw_passages(args, add)
-    memory, start = Memory(), time.time()
+    memory, start, used = Memory(), time.time(), time.process_time()
     with contextlib.redirect_stdout(sys.stderr):
-        writing.run(refrag.CorpusConfig(corpus=(args.corpus,)), refrag.IndexConfig(index_dir=args.index_dir),
+        writing.run(refrag.CorpusConfig(corpus=(args.corpus,)), refrag.IndexConfig(args.index_dir, args.retriever),
                     refrag.BuildConfig(faiss=args.faiss, add=add), refrag.ReaderConfig(), RUNTIME)
-    seconds, index = time.time() - start, refrag.open_index(args.index_dir)
-    facts = {"n": args.passages, "seconds": round(seconds, 1), "passages": len(index),
+    seconds, cpu, index = time.time() - start, time.process_time() - used, refrag.open_index(args.index_dir)
+    facts = {"n": args.passages, "seconds": round(seconds, 1), "cpu_s": round(cpu, 1), "passages": len(index),
              "peak_mb": round(refrag.peak_rss_mb()), "anon_mb": memory.peak}
     if not str(args.index_dir).startswith("milvus+"):
         folder = Path(args.index_dir) / index.manifest["generation"]
@@ -345,21 +358,16 @@ def bytes_of(index: refrag.Index) -> dict[str, float]:
 
 
 def measure_search(args: argparse.Namespace) -> dict:
-    """Seconds to open an index, and milliseconds a question takes, its embedding included."""
-    start, rows = time.perf_counter(), []
+    """Seconds to open an index, and milliseconds that a question takes, its embedding apart."""
+    start = time.perf_counter()
     index = refrag.open_index(args.index_dir)
     open_s, embedder, memory = time.perf_counter() - start, refrag.load_embedder(None, RUNTIME), Memory()
     questions = [" ".join(item["text"].split()[:10]) for item in records(args, args.questions)]
-    for where, retriever in itertools.product([None, *args.where], ("bm25", "dense", "hybrid")):
-        searcher, times, cpu = refrag.Searcher(index, retriever, embedder), [], []
-        for question in [questions[0], *questions]:  # the first warms up
-            embedder.queries.clear()
-            start, used = time.perf_counter(), time.process_time()
-            searcher.search(question, 8, where=where)
-            times.append(time.perf_counter() - start)
-            cpu.append(time.process_time() - used)
-        rows.append(show({"where": where or "", "retriever": retriever, "first_ms": round(1e3 * times[0], 1),
-                          **percentiles(times[1:]), "cpu_p50_ms": percentiles(cpu[1:])["p50_ms"]}))
+    rows = [show({"where": "", "retriever": "embedding", **timed(lambda q: embedder.embed_queries([q]), questions)})]
+    for where, (retriever, uses) in itertools.product([None, *args.where], sorted(refrag.RETRIEVERS.items())):
+        if set(uses) <= set(index.manifest["uses"]):
+            search = functools.partial(refrag.Searcher(index, retriever, embedder).search, topk=8, where=where)
+            rows.append(show({"where": where or "", "retriever": retriever, **timed(search, questions)}))
     return {"n": len(questions), "passages": len(index), "open_s": round(open_s, 2), "rows": rows,
             "peak_mb": round(refrag.peak_rss_mb()), "anon_mb": memory.peak}
 
@@ -400,6 +408,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, help="records at most, or points")
     parser.add_argument("--drawn", action="store_true", help="changes: the first vectors are drawn, not computed")
     parser.add_argument("--faiss")
+    parser.add_argument("--retriever", help="build: dense or bm25 alone")
     parser.add_argument("--where", nargs="+", default=[])
     parser.add_argument("--types", nargs="+", default=["ivfpq", "hnsw"])
     parser.add_argument("--questions", type=int, default=200)

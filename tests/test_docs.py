@@ -216,7 +216,7 @@ class TestMeasurements:
         found = measure("measure_index.py", "search", "--questions", 3, "--where", "hundredth = 7", *place)
         assert (built["passages"], added["passages"], found["passages"]) == (40, 45, 45)
         assert built["bytes_per_passage"]["vectors"] == 4 * 384 and next(iter(built["steps_s"])) == "passages.arrow"
-        assert [(row["where"], row["retriever"]) for row in found["rows"]] == [
+        assert [(row["where"], row["retriever"]) for row in found["rows"]] == [("", "embedding")] + [
             (where, retriever) for where in ("", "hundredth = 7") for retriever in ("bm25", "dense", "hybrid")]
         drawn = refrag.open_index(tmp_path / "index")
         assert [drawn[row].id for row in (0, 44)] == ["0", "44"] and drawn.filter.allowed("hundredth = 7").sum() == 1
